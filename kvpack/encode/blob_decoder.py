@@ -1,0 +1,195 @@
+"""Blob → elements, on the CPU: the executable specification of docs/FORMAT.md.
+
+Every decode checks what can be checked: CRCs, lane tables, and that each lane ends in state L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.encode.planes import unpack_bits
+from kvpack.encode.rans import decoder_table
+from kvpack.encode.threads import map_ordered
+from kvpack.encode.tile_coder import decode_constant_tile, decode_rans_tile
+from kvpack.format.blob import Blob, Tile
+from kvpack.format.errors import LaneStateError, LimitError
+from kvpack.format.layout import (
+    CHUNK_COLS,
+    GROUP_LANES,
+    ElementKind,
+    Predictor,
+    TileMode,
+)
+
+ELEMENT_DTYPES: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint8, 16: np.uint16, 32: np.uint32}
+
+# A reader's own limit (FORMAT.md §10): constant tiles expand up to 2,700-fold.
+FREE_ELEMENTS = 1 << 28
+ELEMENTS_PER_BLOB_BYTE = 256
+
+
+def element_dtype(element_bits: int) -> type[np.unsignedinteger[Any]]:
+    """The NumPy type that holds elements of that many bits."""
+    return ELEMENT_DTYPES[max(8, element_bits)]
+
+
+def check_element_limit(blob: Blob, max_elements: int | None) -> None:
+    """Refuse to allocate more than ``max_elements``, by default max(2^28, 256 × blob bytes).
+
+    Raises:
+        LimitError
+    """
+    limit = max_elements
+    if limit is None:
+        limit = max(FREE_ELEMENTS, ELEMENTS_PER_BLOB_BYTE * len(blob.buffer))
+    if blob.header.num_elements > limit:
+        raise LimitError(
+            f"{blob.header.num_elements} elements in {len(blob.buffer)} bytes exceed the limit of {limit}; "
+            "pass max_elements to allow more"
+        )
+
+
+def _aligned(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
+    """A read-only aligned view (or copy): numba compiles once for each combination of those flags."""
+    array = np.require(data.view(dtype), requirements=["C", "A"])
+    array.flags.writeable = False
+    return array
+
+
+def decode_tile(
+    blob: Blob, tile: Tile, tables: list[npt.NDArray[np.uint32]], out: npt.NDArray[Any]
+) -> None:
+    """Decode one tile into ``out`` [rows, cols of the tile], unsigned elements, outliers not added.
+
+    Raises:
+        LaneStateError: a lane does not end in state L at its last word.
+    """
+    layout = blob.header.layout
+    geometry = tile.geometry
+    if tile.mode == TileMode.RAW:
+        unpack_bits(tile.raw, layout.element_bits, out)
+        return
+    parameters = (layout.code_bits, layout.codes_per_symbol, layout.raw_bits)
+    planes = _aligned(tile.raw, "<u4").reshape(
+        geometry.groups, geometry.chunks, GROUP_LANES * layout.raw_bits
+    )
+    line = np.empty(geometry.chunks * CHUNK_COLS, np.uint8 if layout.element_bits <= 8 else np.uint32)
+    if tile.mode == TileMode.CONSTANT:
+        decode_constant_tile(np.uint8(tile.constant_symbol), planes, parameters, line, out)
+        return
+    words = np.zeros(len(tile.words) + geometry.steps + 1, np.uint16)
+    words[: len(tile.words)] = tile.words
+    bad = decode_rans_tile(
+        tile.states.astype(np.uint32),
+        tile.lengths,
+        words,
+        planes,
+        tables[tile.table_index],
+        parameters,
+        tile.predictor == Predictor.PREVIOUS,
+        line,
+        out,
+    )
+    if bad >= 0:
+        raise LaneStateError(f"tile {tile.index}, lane {bad}: does not end in the initial state")
+
+
+def decode_elements(
+    blob: Blob,
+    *,
+    executor: ThreadPoolExecutor | None = None,
+    check_crc: bool = True,
+    max_elements: int | None = None,
+) -> npt.NDArray[Any]:
+    """All elements of a blob: unsigned [matrices, rows, cols], of the smallest NumPy type that holds them.
+
+    Raises:
+        LimitError: more elements than ``max_elements`` (see :func:`check_element_limit`).
+        BlobError: the payload is corrupt; the message names the tile.
+    """
+    check_element_limit(blob, max_elements)
+    header = blob.header
+    out = np.empty((header.matrices, header.rows, header.cols), element_dtype(header.layout.element_bits))
+    tables = [decoder_table(table) for table in blob.tables]
+
+    def work(index: int) -> None:
+        tile = blob.tile(index, check_crc=check_crc)
+        g = tile.geometry
+        window = out[g.matrix, g.first_row : g.first_row + g.rows, g.first_col : g.first_col + g.cols]
+        decode_tile(blob, tile, tables, window)
+
+    for _ in map_ordered(work, range(header.num_tiles), executor):
+        pass
+    return out
+
+
+def add_outliers(blob: Blob, integers: npt.NDArray[np.int16]) -> None:
+    """Add every tile's outliers to ``integers`` i16 [matrices, rows, cols] in place.
+
+    CRCs are not checked again: the elements have been decoded before.
+    """
+    for index in np.flatnonzero(blob.tiles["outlier_count"]).tolist():
+        tile = blob.tile(index, check_crc=False)
+        g, outliers = tile.geometry, tile.outliers
+        integers[g.matrix, g.first_row + outliers.rows, g.first_col + outliers.cols] += (
+            outliers.deltas.astype(np.int16)
+        )
+
+
+def decode_integers(
+    blob: Blob,
+    *,
+    executor: ThreadPoolExecutor | None = None,
+    max_elements: int | None = None,
+) -> npt.NDArray[Any]:
+    """The numbers that a blob of an integer kind holds, outliers added, or the bit patterns of a float kind.
+
+    Returns:
+        [matrices, rows, cols]: i8 (i16 if there are outliers) for signed, u8 for unsigned elements; u8, u16 or
+        u32 bit patterns for the lossless float kinds.
+    """
+    layout = blob.header.layout
+    elements = decode_elements(blob, executor=executor, max_elements=max_elements)
+    if layout.element_kind == ElementKind.UNSIGNED:
+        return elements
+    if layout.element_kind == ElementKind.SIGNED:
+        half = 1 << (layout.element_bits - 1)
+        np.subtract(elements, elements.dtype.type(half), out=elements)
+        signed = elements.view(np.int8)
+        if not blob.tiles["outlier_count"].any():
+            return signed
+        integers = signed.astype(np.int16)
+        add_outliers(blob, integers)
+        return integers
+    return rotate_right(elements, layout.element_bits)
+
+
+def rotate_left(bits: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
+    """Bit patterns of floats → elements (FORMAT.md §4)."""
+    kind = bits.dtype.type
+    return (bits << kind(1)) | (bits >> kind(width - 1))
+
+
+def rotate_right(elements: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
+    """Elements → bit patterns of floats (FORMAT.md §4)."""
+    kind = elements.dtype.type
+    return (elements >> kind(1)) | (elements << kind(width - 1))
+
+
+def verify_tiles(blob: Blob, executor: ThreadPoolExecutor | None = None) -> Iterable[int]:
+    """Decode every tile to nowhere, with all checks; yields the elements of each tile as it is done."""
+    tables = [decoder_table(table) for table in blob.tables]
+    dtype = element_dtype(blob.header.layout.element_bits)
+
+    def work(index: int) -> int:
+        tile = blob.tile(index)
+        out = np.empty((tile.geometry.rows, tile.geometry.cols), dtype)
+        decode_tile(blob, tile, tables, out)
+        return out.size
+
+    return map_ordered(work, range(blob.header.num_tiles), executor)

@@ -1,0 +1,339 @@
+"""Elements → blob, on the CPU (docs/FORMAT.md §§2–7).
+
+The bytes depend on the elements and the options alone, never on threads: every decision is taken from integer
+histograms, and tiles are put together in order.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.encode.frequencies import coded_bits, entropy_bits, normalise_frequencies
+from kvpack.encode.planes import pack_bits
+from kvpack.encode.rans import EncoderTable, encoder_table
+from kvpack.encode.table_clusters import cluster_tables
+from kvpack.encode.threads import map_ordered
+from kvpack.encode.tile_coder import count_symbols, encode_planes, encode_rans_tile
+from kvpack.format.blob import (
+    TILE_METADATA,
+    assemble_blob,
+    lane_table_bytes,
+    raw_mode_bytes,
+    raw_plane_bytes,
+)
+from kvpack.format.header import BlobHeader, TileGeometry
+from kvpack.format.layout import (
+    ALIGNMENT_BYTES,
+    CHUNK_COLS,
+    MAX_TILE_COLS,
+    NUM_SYMBOLS,
+    OUTLIER_BYTES,
+    OUTLIER_DELTA_BITS,
+    TILE_ROWS,
+    Layout,
+    Predictor,
+    TileMode,
+    align,
+    ceil_div,
+)
+from kvpack.format.tables import pack_tables
+
+Elements = npt.NDArray[Any]  # unsigned [rows, cols]
+
+NO_TABLE = EncoderTable(*(np.zeros(NUM_SYMBOLS, np.uint64) for _ in range(3)))
+
+
+class Strip(NamedTuple):
+    """One tile row of one matrix: up to 256 rows, all columns.
+
+    ``outliers`` u32 [count, 3] holds (row in the strip, column, delta + 2^14) sorted by row, then column.
+    """
+
+    elements: Elements
+    outliers: npt.NDArray[np.uint32] | None = None
+
+
+# Gives strip number i (matrix, then tile row) each time it is asked; called from several threads.
+StripSource = Callable[[int], Strip]
+
+
+@dataclass(frozen=True)
+class EncodedBlob:
+    """The bytes, and what was measured on the way."""
+
+    data: bytes
+    entropy_bits_per_element: float
+    outlier_count: int
+
+
+def even_tile_cols(cols: int, max_tile_cols: int = MAX_TILE_COLS) -> int:
+    """Columns in equal parts of at most ``max_tile_cols``, rounded up to 32: 384 → 384, 1536 → 512.
+
+    >>> [even_tile_cols(n) for n in (384, 1408, 4096, 100)]
+    [384, 480, 512, 128]
+    """
+    parts = ceil_div(cols, max_tile_cols)
+    return align(ceil_div(cols, parts), CHUNK_COLS)
+
+
+def max_tile_bytes(header: BlobHeader, geometry: TileGeometry) -> int:
+    """Upper bound of a tile's bytes in mode rans, outliers aside."""
+    lanes = geometry.lanes
+    words = 2 * lanes * geometry.steps
+    planes = raw_plane_bytes(geometry, header.layout.raw_bits)
+    return align(lane_table_bytes(geometry, header.length_bytes) + words, ALIGNMENT_BYTES) + planes
+
+
+def count_strip(
+    strip: Strip, layout: Layout, tile_cols: int, predictor: Predictor = Predictor.NONE
+) -> npt.NDArray[np.int64]:
+    """Symbol histograms of a strip's tiles, i64 [tiles, 256]."""
+    cols = strip.elements.shape[1]
+    counts = np.zeros((ceil_div(cols, tile_cols), NUM_SYMBOLS), np.int64)
+    parameters = (layout.code_bits, layout.codes_per_symbol, layout.raw_bits)
+    for tile in range(counts.shape[0]):
+        window = strip.elements[:, tile * tile_cols : (tile + 1) * tile_cols]
+        count_symbols(window, parameters, predictor == Predictor.PREVIOUS, counts[tile])
+    return counts
+
+
+def estimate_blob_bytes(
+    header: BlobHeader, tile_counts: npt.NDArray[np.int64], outlier_count: int
+) -> float:
+    """Expected size of a blob from its tiles' histograms, without coding it (within about 0.1 %).
+
+    A lane of B bits takes B/16 − 1/2 words on average: its initial state carries 24 bits, of which 16 are L's.
+    """
+    tables, assignment = cluster_tables(tile_counts)
+    section = len(pack_tables(tables, header.layout.alphabet_size)[1]) if tables else 0
+    total = float(header.payload_offset + section + OUTLIER_BYTES * outlier_count)
+    per_matrix = header.num_tiles // header.matrices
+    for tile in range(per_matrix):
+        geometry = header.tile_geometry(tile)
+        raw = raw_mode_bytes(geometry, header.layout.element_bits)
+        planes = raw_plane_bytes(geometry, header.layout.raw_bits)
+        lane_tables = lane_table_bytes(geometry, header.length_bytes)
+        for matrix in range(header.matrices):
+            index = matrix * per_matrix + tile
+            counts = tile_counts[index]
+            if assignment[index] < 0:
+                total += min(raw, ALIGNMENT_BYTES + planes)
+                continue
+            words = max(0.0, coded_bits(counts, tables[assignment[index]]) / 16 - geometry.rows / 2)
+            total += min(raw, lane_tables + 2 * words + planes + ALIGNMENT_BYTES / 2)
+    return total
+
+
+def _tile_outliers(
+    strip: Strip, first_col: int, cols: int
+) -> npt.NDArray[np.uint32]:
+    """The strip's outliers in a tile, packed as FORMAT.md §7.5 says."""
+    if strip.outliers is None or not len(strip.outliers):
+        return np.empty(0, np.uint32)
+    row, col, delta = strip.outliers.T
+    inside = (col >= first_col) & (col < first_col + cols)
+    delta = (delta[inside] ^ (1 << (OUTLIER_DELTA_BITS - 1))).astype(np.uint32)
+    return (row[inside] << 24) | ((col[inside] - first_col) << OUTLIER_DELTA_BITS) | delta
+
+
+class _TileBytes(NamedTuple):
+    metadata: tuple[int, ...]  # in the order of TILE_METADATA, data_offset left 0
+    data: memoryview
+
+
+def _encode_tile(
+    header: BlobHeader,
+    geometry: TileGeometry,
+    elements: Elements,
+    outliers: npt.NDArray[np.uint32],
+    counts: npt.NDArray[np.int64],
+    table_index: int,
+    table: EncoderTable,
+    predictor: Predictor,
+) -> _TileBytes:
+    """One tile in whichever mode is smallest."""
+    layout = header.layout
+    parameters = (layout.code_bits, layout.codes_per_symbol, layout.raw_bits)
+    raw_bytes = raw_mode_bytes(geometry, layout.element_bits)
+    buffer = np.zeros(
+        align(max(max_tile_bytes(header, geometry), raw_bytes) + ALIGNMENT_BYTES, ALIGNMENT_BYTES)
+        + outliers.nbytes,
+        np.uint8,
+    )
+    if table_index < 0:
+        mode, raw_offset = TileMode.CONSTANT, ALIGNMENT_BYTES
+        end = raw_offset + raw_plane_bytes(geometry, layout.raw_bits)
+        if end < raw_bytes:
+            buffer[0] = np.argmax(counts)
+            encode_planes(elements, parameters, buffer[raw_offset:].view(np.uint32))
+    else:
+        mode = TileMode.RANS
+        raw_offset, end = encode_rans_tile(
+            elements,
+            parameters,
+            predictor == Predictor.PREVIOUS,
+            table,
+            header.length_bytes == 1,
+            (buffer, buffer.view(np.uint16), buffer.view(np.uint32)),
+        )
+    if end >= raw_bytes:
+        mode, raw_offset, end = TileMode.RAW, 0, raw_bytes
+        buffer[:] = 0
+        pack_bits(elements, layout.element_bits, buffer)
+    outlier_offset = align(end, OUTLIER_BYTES)
+    size = outlier_offset + outliers.nbytes
+    buffer[outlier_offset:size] = outliers.astype("<u4").view(np.uint8)
+    data = memoryview(buffer)[:size]
+    rans = mode == TileMode.RANS
+    return _TileBytes(
+        (
+            0,
+            size,
+            raw_offset,
+            mode,
+            predictor if rans else Predictor.NONE,
+            table_index if rans else 0,
+            len(outliers),
+            outlier_offset,
+            zlib.crc32(data),
+        ),
+        data,
+    )
+
+
+def encode_strips(
+    header: BlobHeader,
+    source: StripSource,
+    *,
+    predictor: Predictor = Predictor.NONE,
+    tile_counts: npt.NDArray[np.int64] | None = None,
+    executor: ThreadPoolExecutor | None = None,
+) -> EncodedBlob:
+    """Encode a tensor strip by strip; its sizes and layout are ``header``'s.
+
+    ``tile_counts`` [num_tiles, 256] are the histograms of exactly these elements, if they are known already. Memory: the
+    blob, and a few strips for each thread.
+    """
+    strips = range(header.matrices * header.num_tiles_row)
+    if tile_counts is None:
+
+        def count(index: int) -> npt.NDArray[np.int64]:
+            return count_strip(source(index), header.layout, header.tile_cols, predictor)
+
+        tile_counts = np.concatenate(list(map_ordered(count, strips, executor)))
+    tables, assignment = cluster_tables(tile_counts)
+    encoder_tables = [encoder_table(table) for table in tables]
+
+    def encode(index: int) -> list[_TileBytes]:
+        strip = source(index)
+        done = []
+        for column in range(header.num_tiles_col):
+            tile = index * header.num_tiles_col + column
+            geometry = header.tile_geometry(tile)
+            first = geometry.first_col
+            table_index = int(assignment[tile])
+            done.append(
+                _encode_tile(
+                    header,
+                    geometry,
+                    strip.elements[:, first : first + geometry.cols],
+                    _tile_outliers(strip, first, geometry.cols),
+                    tile_counts[tile],
+                    table_index,
+                    encoder_tables[table_index] if table_index >= 0 else NO_TABLE,
+                    predictor,
+                )
+            )
+        return done
+
+    tiles = np.zeros(header.num_tiles, TILE_METADATA)
+    payload = bytearray()
+    tile = 0
+    for done in map_ordered(encode, strips, executor):
+        for metadata, data in done:
+            tiles[tile] = metadata
+            tiles[tile]["data_offset"] = len(payload)
+            payload += data
+            payload += bytes(align(len(payload), ALIGNMENT_BYTES) - len(payload))
+            tile += 1
+    # Tiles that ended up in mode raw may have left a table unused: drop such tables.
+    rans = tiles["mode"] == TileMode.RANS
+    used = sorted(set(tiles["table_index"][rans].tolist()))
+    for position, index in enumerate(used):
+        tiles["table_index"][rans & (tiles["table_index"] == index)] = position
+    encoding, section = pack_tables([tables[index] for index in used], header.layout.alphabet_size)
+    header = BlobHeader(
+        layout=header.layout,
+        rows=header.rows,
+        cols=header.cols,
+        tile_cols=header.tile_cols,
+        matrices=header.matrices,
+        transposed=header.transposed,
+        table_encoding=encoding,
+        num_tables=len(used),
+    )
+    return EncodedBlob(
+        data=assemble_blob(header, section, tiles, payload),
+        entropy_bits_per_element=entropy_bits(tile_counts.sum(axis=0)) / header.layout.codes_per_symbol
+        + header.layout.raw_bits,
+        outlier_count=int(tiles["outlier_count"].sum()),
+    )
+
+
+def array_strips(elements: Elements, header: BlobHeader) -> StripSource:
+    """Strips of elements [matrices, rows, cols] that lie in memory."""
+
+    def source(index: int) -> Strip:
+        matrix, tile_row = divmod(index, header.num_tiles_row)
+        return Strip(elements[matrix, tile_row * TILE_ROWS : (tile_row + 1) * TILE_ROWS])
+
+    return source
+
+
+def encode_elements(
+    elements: Elements,
+    layout: Layout,
+    *,
+    tile_cols: int | None = None,
+    transposed: bool = False,
+    predictor: Predictor = Predictor.NONE,
+    executor: ThreadPoolExecutor | None = None,
+) -> bytes:
+    """Encode unsigned elements [rows, cols] or [matrices, rows, cols] into a blob.
+
+    >>> from kvpack.format.layout import ElementKind, integer_layout
+    >>> data = encode_elements(
+    ...     np.array([[7, 8, 8, 9]], np.uint8), integer_layout("balanced", ElementKind.SIGNED, 4)
+    ... )
+    >>> len(data), data[96:98].hex()
+    (112, '8798')
+
+    Raises:
+        ValueError: no elements, a wrong dtype, or elements of more than ``layout.element_bits`` bits.
+    """
+    if elements.ndim == 2:
+        elements = elements[None]
+    if elements.ndim != 3 or not elements.size:
+        raise ValueError(f"elements have shape {elements.shape}; [matrices, rows, cols] is needed")
+    expected = np.dtype({8: np.uint8, 16: np.uint16, 32: np.uint32}[max(8, layout.element_bits)])
+    if elements.dtype != expected:
+        raise ValueError(f"elements are {elements.dtype}; {layout.element_bits} bits need {expected}")
+    if int(elements.max()) >> layout.element_bits:
+        raise ValueError(f"an element of {int(elements.max())} exceeds {layout.element_bits} bits")
+    header = BlobHeader(
+        layout=layout,
+        rows=elements.shape[1],
+        cols=elements.shape[2],
+        tile_cols=tile_cols or even_tile_cols(elements.shape[2]),
+        matrices=elements.shape[0],
+        transposed=transposed,
+    )
+    source = array_strips(elements, header)
+    return encode_strips(header, source, predictor=predictor, executor=executor).data

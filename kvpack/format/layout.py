@@ -1,0 +1,193 @@
+"""Constants and layouts of the format (docs/FORMAT.md §§3–7): the one place where each number is typed.
+
+The CUDA sources receive these values as ``-D`` options, so nothing here is written a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+from kvpack.format.errors import LayoutError
+
+MAGIC = 0x52414E53
+VERSION = 1
+
+TILE_ROWS = 256
+GROUP_LANES = 32
+CHUNK_COLS = 32
+MAX_TILE_COLS = 512
+ALIGNMENT_BYTES = 16
+
+PROBABILITY_BITS = 12
+FREQUENCY_SUM = 1 << PROBABILITY_BITS
+STATE_LOW = 1 << 16  # L: a state between two steps is never below it
+NUM_SYMBOLS = 256
+MAX_TABLES = 16
+# A step takes at most 12 bits and a word has 16, so that up to 340 steps fit 255 words.
+MAX_STEPS_U8_LENGTHS = 340
+
+MAX_RAW_BITS = 24
+OUTLIER_DELTA_BITS = 15
+OUTLIER_DELTA_MIN = -(1 << (OUTLIER_DELTA_BITS - 1))
+OUTLIER_DELTA_MAX = (1 << (OUTLIER_DELTA_BITS - 1)) - 1
+OUTLIER_BYTES = 4
+
+FLAG_TRANSPOSED = 1 << 0
+KNOWN_FLAGS = FLAG_TRANSPOSED
+
+
+class ElementKind(IntEnum):
+    """What number an element stands for (FORMAT.md §4)."""
+
+    UNSIGNED = 0
+    SIGNED = 1
+    BF16 = 2
+    FP16 = 3
+    FP32 = 4
+    FP8_E4M3 = 5
+    FP8_E5M2 = 6
+
+    @property
+    def is_integer(self) -> bool:
+        return self <= ElementKind.SIGNED
+
+
+FLOAT_ELEMENT_BITS = {
+    ElementKind.BF16: 16,
+    ElementKind.FP16: 16,
+    ElementKind.FP32: 32,
+    ElementKind.FP8_E4M3: 8,
+    ElementKind.FP8_E5M2: 8,
+}
+
+
+class TileMode(IntEnum):
+    """How a tile is stored (FORMAT.md §7)."""
+
+    RANS = 0
+    RAW = 1
+    CONSTANT = 2
+
+
+class Predictor(IntEnum):
+    """What is subtracted from an element before it is coded (FORMAT.md §5.3)."""
+
+    NONE = 0
+    PREVIOUS = 1
+
+
+class TableEncoding(IntEnum):
+    """How frequency tables are written (FORMAT.md §5.1)."""
+
+    PLAIN = 0
+    PACKED = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How elements of ``element_bits`` bits become symbols and raw bits.
+
+    The high ``code_bits`` are the code; ``codes_per_symbol`` codes make a symbol; the rest is stored raw.
+
+    Raises:
+        LayoutError: for a combination that FORMAT.md §§3–4 calls illegal.
+    """
+
+    element_kind: ElementKind
+    element_bits: int
+    code_bits: int
+    codes_per_symbol: int
+
+    def __post_init__(self) -> None:
+        if self.element_kind.is_integer:
+            if not 2 <= self.element_bits <= 8:
+                raise LayoutError(
+                    f"element_bits is {self.element_bits}; {self.element_kind.name} elements have 2 to 8"
+                )
+        elif self.element_bits != FLOAT_ELEMENT_BITS[self.element_kind]:
+            raise LayoutError(
+                f"element_bits is {self.element_bits}; {self.element_kind.name} elements have "
+                f"{FLOAT_ELEMENT_BITS[self.element_kind]}"
+            )
+        if not 2 <= self.code_bits <= min(8, self.element_bits):
+            raise LayoutError(
+                f"code_bits is {self.code_bits}; legal for {self.element_bits}-bit elements is "
+                f"2 to {min(8, self.element_bits)}"
+            )
+        if self.codes_per_symbol not in (1, 2, 4):
+            raise LayoutError(f"codes_per_symbol is {self.codes_per_symbol}; legal is 1, 2 or 4")
+        if self.codes_per_symbol * self.code_bits > 8:
+            raise LayoutError(
+                f"{self.codes_per_symbol} codes of {self.code_bits} bits do not fit one byte"
+            )
+        if self.raw_bits > MAX_RAW_BITS:
+            raise LayoutError(f"raw_bits is {self.raw_bits}; at most {MAX_RAW_BITS} are legal")
+
+    @property
+    def raw_bits(self) -> int:
+        return self.element_bits - self.code_bits
+
+    @property
+    def alphabet_size(self) -> int:
+        """Symbols that can occur: 2^(codes_per_symbol · code_bits)."""
+        return 1 << (self.codes_per_symbol * self.code_bits)
+
+    @cached_property
+    def planes(self) -> tuple[int, ...]:
+        """Widths in bits of the raw planes, from the raw part's highest bits down (FORMAT.md §7.4)."""
+        wide, rest = divmod(self.raw_bits, 8)
+        return (8,) * wide + tuple(p for p in (4, 2, 1) if rest & p)
+
+    @property
+    def name(self) -> str:
+        """The writer's name for this layout, or ``custom``."""
+        if not self.element_kind.is_integer:
+            return "lossless"
+        for name in LAYOUT_NAMES:
+            if integer_layout(name, self.element_kind, self.element_bits) == self:
+                return name
+        return "custom"
+
+
+LAYOUT_NAMES = ("balanced", "fast", "compact")
+
+
+def integer_layout(name: str, element_kind: ElementKind, element_bits: int) -> Layout:
+    """The named layout (``compact``, ``balanced`` or ``fast``) for integers of ``element_bits`` bits.
+
+    >>> integer_layout("balanced", ElementKind.SIGNED, 5).raw_bits
+    1
+    """
+    if name == "compact":
+        return Layout(element_kind, element_bits, element_bits, 1)
+    if name == "fast" or (name == "balanced" and element_bits == 2):
+        return Layout(element_kind, element_bits, 2, 4)
+    if name == "balanced":
+        return Layout(element_kind, element_bits, min(4, element_bits), 2)
+    raise ValueError(f"unknown layout {name!r}; there are {', '.join(LAYOUT_NAMES)}")
+
+
+def float_layouts(element_kind: ElementKind) -> tuple[Layout, ...]:
+    """The layouts a writer may choose from for a lossless float tensor, most usual first."""
+    match element_kind:
+        case ElementKind.BF16 | ElementKind.FP32:
+            return (Layout(element_kind, FLOAT_ELEMENT_BITS[element_kind], 8, 1),)
+        case ElementKind.FP16:
+            return tuple(Layout(element_kind, 16, c, 1) for c in (5, 6, 7, 8))
+        case ElementKind.FP8_E4M3:
+            return (Layout(element_kind, 8, 4, 2),)
+        case ElementKind.FP8_E5M2:
+            return (Layout(element_kind, 8, 5, 1),)
+    raise ValueError(f"{element_kind.name} is no float kind")
+
+
+def align(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)

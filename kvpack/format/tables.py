@@ -1,0 +1,102 @@
+"""Frequency tables: plain and packed (docs/FORMAT.md §5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.format.errors import PaddingError, TableError
+from kvpack.format.layout import (
+    ALIGNMENT_BYTES,
+    FREQUENCY_SUM,
+    NUM_SYMBOLS,
+    PROBABILITY_BITS,
+    TableEncoding,
+    align,
+)
+
+Frequencies = npt.NDArray[np.uint16]  # [256], sum 4096
+
+
+def packed_table_bytes(frequencies: Frequencies, alphabet_size: int) -> int:
+    """Size of one packed table: 2·floor(log2(f + 1)) + 1 bits a symbol, rounded up to bytes."""
+    exponents = np.frexp(frequencies[:alphabet_size].astype(np.float64) + 1)[1] - 1
+    return (int((2 * exponents + 1).sum()) + 7) // 8
+
+
+def _pack_table(frequencies: Frequencies, alphabet_size: int) -> bytes:
+    bits: list[int] = []
+    for value in frequencies[:alphabet_size].tolist():
+        m = value + 1
+        k = m.bit_length() - 1
+        bits += [0] * k + [1] + [m >> i & 1 for i in range(k)]
+    return np.packbits(np.array(bits, np.uint8), bitorder="little").tobytes()
+
+
+def pack_tables(
+    tables: Sequence[Frequencies], alphabet_size: int
+) -> tuple[TableEncoding, bytes]:
+    """The table section in whichever encoding is shorter, padded to 16 bytes."""
+    plain = b"".join(table.astype("<u2").tobytes() for table in tables)
+    packed = b"".join(_pack_table(table, alphabet_size) for table in tables)
+    packed += bytes(align(len(packed), ALIGNMENT_BYTES) - len(packed))
+    if len(packed) < len(plain):
+        return TableEncoding.PACKED, packed
+    return TableEncoding.PLAIN, plain
+
+
+def _parse_packed(section: memoryview, num_tables: int, alphabet_size: int) -> list[Frequencies]:
+    bits = np.unpackbits(np.frombuffer(section, np.uint8), bitorder="little").tolist()
+    tables: list[Frequencies] = []
+    at = 0
+    for index in range(num_tables):
+        table = np.zeros(NUM_SYMBOLS, np.uint16)
+        for symbol in range(alphabet_size):
+            try:
+                one = bits.index(1, at)
+            except ValueError:
+                raise TableError(f"table {index} runs past the table section") from None
+            k = one - at
+            if k > PROBABILITY_BITS:
+                raise TableError(f"table {index}, symbol {symbol}: a code of {k} leading zeros")
+            at = one + 1 + k
+            if at > len(bits):
+                raise TableError(f"table {index} runs past the table section")
+            value = (1 << k) + sum(bit << i for i, bit in enumerate(bits[one + 1 : at])) - 1
+            table[symbol] = value
+        end = align(at, 8)
+        if any(bits[at:end]):
+            raise PaddingError(f"the bits behind table {index} are not zero")
+        at = end
+        tables.append(table)
+    if at > len(bits) or align(at // 8, ALIGNMENT_BYTES) != len(section) or any(bits[at:]):
+        raise PaddingError("the bytes behind the last table are not zero, or too many")
+    return tables
+
+
+def parse_tables(
+    section: memoryview, num_tables: int, encoding: TableEncoding, alphabet_size: int
+) -> list[Frequencies]:
+    """Read and check ``num_tables`` tables of 256 frequencies each.
+
+    Raises:
+        TableError: a sum other than 4096, a frequency of 4096, a symbol outside the alphabet, a code that
+            runs past the section.
+        PaddingError: padding that is not zero.
+    """
+    if encoding == TableEncoding.PLAIN:
+        plain = np.frombuffer(section, "<u2").astype(np.uint16).reshape(num_tables, NUM_SYMBOLS)
+        tables = list(plain)
+    else:
+        tables = _parse_packed(section, num_tables, alphabet_size)
+    for index, table in enumerate(tables):
+        total = int(table.sum(dtype=np.int64))
+        if total != FREQUENCY_SUM:
+            raise TableError(f"the frequencies of table {index} sum to {total}, not {FREQUENCY_SUM}")
+        if int(table.max()) >= FREQUENCY_SUM:
+            raise TableError(f"table {index} has a frequency of {FREQUENCY_SUM}")
+        if table[alphabet_size:].any():
+            raise TableError(f"table {index} has symbols above {alphabet_size - 1}")
+    return tables
