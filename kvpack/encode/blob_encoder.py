@@ -169,7 +169,12 @@ def _encode_tile(
     )
     if table_index < 0:
         mode, raw_offset = TileMode.CONSTANT, ALIGNMENT_BYTES
-        end = raw_offset + raw_plane_bytes(geometry, layout.raw_bits)
+        if predictor == Predictor.PREVIOUS:
+            # Mode constant has no predictor, and equal differences (a ramp) are not equal elements.
+            counts = np.zeros(NUM_SYMBOLS, np.int64)
+            count_symbols(elements, parameters, False, counts)
+        constant = np.count_nonzero(counts) == 1
+        end = raw_offset + raw_plane_bytes(geometry, layout.raw_bits) if constant else raw_bytes
         if end < raw_bytes:
             buffer[0] = np.argmax(counts)
             encode_planes(elements, parameters, buffer[raw_offset:].view(np.uint32))
@@ -220,7 +225,12 @@ def encode_strips(
 
     ``tile_counts`` [num_tiles, 256] are the histograms of exactly these elements, if they are known already. Memory: the
     blob, and a few strips for each thread.
+
+    Raises:
+        ValueError: a predictor for a float kind.
     """
+    if predictor != Predictor.NONE and not header.layout.element_kind.is_integer:
+        raise ValueError(f"{header.layout.element_kind.name} elements have no predictor")
     strips = range(header.matrices * header.num_tiles_row)
     if tile_counts is None:
 

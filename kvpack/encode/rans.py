@@ -115,35 +115,32 @@ def _get(x, at, table, words):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def decode_lanes(states, lengths, words, table, symbols):  # type: ignore[no-untyped-def]
+def decode_lanes(states, first_words, words, table, symbols):  # type: ignore[no-untyped-def]
     """Decode into u8 ``symbols`` [lanes, steps]; returns the first lane that ends wrongly, or −1.
 
-    ``words`` u16 must hold the lanes' words one after another and at least steps + 1 words more, of any value: a
-    step reads at most one word and one is looked at ahead. lanes is a multiple of 4.
+    Lane l's words are ``words[first_words[l] : first_words[l + 1]]``. ``words`` u16 must hold at least steps + 1 more
+    behind the last one, of any value: a step reads at most one word and one is looked at ahead. lanes is a
+    multiple of 4.
     """
     lanes, steps = symbols.shape
     bad = -1
-    first = 0
     for lane in range(0, lanes, 4):
         x0, x1, x2, x3 = states[lane], states[lane + 1], states[lane + 2], states[lane + 3]
-        at0 = first
-        at1 = at0 + lengths[lane]
-        at2 = at1 + lengths[lane + 1]
-        at3 = at2 + lengths[lane + 2]
-        end0, end1, end2, end3 = at1, at2, at3, at3 + lengths[lane + 3]
-        first = end3
+        at0, at1 = first_words[lane], first_words[lane + 1]
+        at2, at3 = first_words[lane + 2], first_words[lane + 3]
         for step in range(steps):
             x0, at0, symbols[lane, step] = _get(x0, at0, table, words)
             x1, at1, symbols[lane + 1, step] = _get(x1, at1, table, words)
             x2, at2, symbols[lane + 2, step] = _get(x2, at2, table, words)
             x3, at3, symbols[lane + 3, step] = _get(x3, at3, table, words)
+        # The ends are read here and not kept above: four more live registers halve the speed of the loop.
         if bad < 0:
-            if x0 != _LOW32 or at0 != end0:
+            if x0 != _LOW32 or at0 != first_words[lane + 1]:
                 bad = lane
-            elif x1 != _LOW32 or at1 != end1:
+            elif x1 != _LOW32 or at1 != first_words[lane + 2]:
                 bad = lane + 1
-            elif x2 != _LOW32 or at2 != end2:
+            elif x2 != _LOW32 or at2 != first_words[lane + 3]:
                 bad = lane + 2
-            elif x3 != _LOW32 or at3 != end3:
+            elif x3 != _LOW32 or at3 != first_words[lane + 4]:
                 bad = lane + 3
     return bad

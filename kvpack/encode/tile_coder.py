@@ -143,20 +143,21 @@ def decode_rans_tile(  # type: ignore[no-untyped-def]
     rows, cols = out.shape
     half = 1 << (code_bits + raw_bits - 1)
     symbols = np.empty((GROUP_LANES, line.shape[0] // g), np.uint8)
+    first_words = np.zeros(lengths.shape[0] + 1, np.int64)
+    for lane in range(lengths.shape[0]):
+        first_words[lane + 1] = first_words[lane] + lengths[lane]
     bad = -1
-    at = 0
     for group in range(planes.shape[0]):
         first = group * GROUP_LANES
         valid = min(GROUP_LANES, rows - first)
         coded = (valid + 3) // 4 * 4
         wrong = decode_lanes(
-            states[first : first + coded], lengths[first:], words[at:], table, symbols[:coded]
+            states[first : first + coded], first_words[first:], words, table, symbols[:coded]
         )
         # A surplus lane has no words and cannot end where it must: only valid lanes count.
         if bad < 0 and 0 <= wrong < valid:
             bad = first + wrong
         for lane in range(valid):
-            at += lengths[first + lane]
             _join(symbols[lane], planes[group], lane, layout, line)
             if previous:
                 undo_predictor(half, line)

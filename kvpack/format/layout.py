@@ -122,6 +122,11 @@ class Layout:
             raise LayoutError(
                 f"{self.codes_per_symbol} codes of {self.code_bits} bits do not fit one byte"
             )
+        if self.codes_per_symbol > 1 and self.element_bits > 8:
+            raise LayoutError(
+                f"codes_per_symbol is {self.codes_per_symbol}; legal for {self.element_bits}-bit "
+                "elements is 1"
+            )
         if self.raw_bits > MAX_RAW_BITS:
             raise LayoutError(f"raw_bits is {self.raw_bits}; at most {MAX_RAW_BITS} are legal")
 

@@ -1,0 +1,206 @@
+"""Which step, layout and thresholds give a tensor the rate that was asked for (``--bits R``).
+
+A histogram of the weights in 8,192 fine bins stands in for the tensor: from it the integer histogram of any step
+follows in microseconds, and from that the rate (entropy of the codes, raw bits, outliers, every fixed overhead) and the squared
+error. The step found so is then corrected by passes over the real weights that count real symbols.
+
+Rate-distortion-optimised rounding: with an order-0 coder the choice between k and k+1 depends on their code lengths
+alone, so optimal rounding is a threshold for each k (entropy-constrained scalar quantization: Chou, Lookabaugh and Gray
+1989; Sullivan 1996). λ is in squared steps a bit; 2·ln 2/12 = 0.1155 is the slope of the rate-distortion curve at high rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.encode.frequencies import entropy_bits
+from kvpack.encode.quantize import NUM_THRESHOLDS, Rounding
+from kvpack.format.header import HEADER_BYTES, TILE_METADATA_BYTES, BlobHeader
+from kvpack.format.layout import (
+    LAYOUT_NAMES,
+    OUTLIER_BYTES,
+    ElementKind,
+    Layout,
+    integer_layout,
+)
+
+LAMBDA = 0.1155
+FINE_BINS = 8192
+FINE_BINS_PER_RMS = 256
+# An entropy-coded Gaussian of this many bits has about rms/step = 2^(bits − 2.05).
+_GAUSSIAN_BITS = 2.05
+_TYPICAL_TABLE_BYTES = 150
+MIN_BITS, MAX_BITS = 1.5, 7.5
+
+
+@dataclass(frozen=True)
+class FineHistogram:
+    """The weights of a tensor in bins of rms/256 around 0 (i64 [8192])."""
+
+    counts: npt.NDArray[np.int64]
+    rms: float
+
+    @property
+    def centres(self) -> npt.NDArray[np.float64]:
+        """The bins' centres in units of the weights."""
+        middle = len(self.counts) // 2
+        return (np.arange(len(self.counts)) - middle + 0.5) * (self.rms / FINE_BINS_PER_RMS)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a histogram predicts for a step: bits a weight, everything counted, and the relative squared error."""
+
+    bits: float
+    noise: float
+
+
+def fixed_bits_per_weight(header: BlobHeader) -> float:
+    """Overhead of a blob that its contents do not change: states, lengths, metadata, header, table, scale."""
+    geometry = header.tile_geometry(0)
+    lane_bits = 32 + 8 * header.length_bytes - 8  # the last word of a lane is half full on average
+    lanes = header.matrices * header.rows * header.num_tiles_col
+    tile_bits = 8 * (TILE_METADATA_BYTES + 32 + 8)
+    total = lanes * lane_bits + header.num_tiles * tile_bits
+    total += 8 * (HEADER_BYTES + _TYPICAL_TABLE_BYTES + 4)
+    padding = geometry.chunks * 32 * header.num_tiles_col / header.cols - 1
+    padding += geometry.lanes * header.num_tiles_row / header.rows - 1 if header.num_tiles_row == 1 else 0
+    return total / header.num_elements + padding * header.layout.raw_bits
+
+
+def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArray[np.int64]:
+    v = np.abs(fine.centres) / step
+    k = v.astype(np.int64)
+    k += v - k >= rounding.thresholds[np.minimum(k, NUM_THRESHOLDS - 1)]
+    return np.where(fine.centres < 0, -k, k)
+
+
+def estimate(
+    fine: FineHistogram, step: float, layout: Layout, fixed_bits: float, rounding: Rounding
+) -> Estimate:
+    """Rate and noise of a step, from the fine histogram."""
+    q = _integers(fine, step, rounding)
+    half = 1 << (layout.element_bits - 1)
+    clipped = np.clip(q, -half, half - 1)
+    beyond = np.abs(fine.centres) / step - np.abs(clipped)
+    outlier = (q != clipped) & (beyond >= rounding.clamp)
+    codes = np.bincount(
+        (clipped + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits
+    )
+    total = fine.counts.sum()
+    bits = entropy_bits(codes) + layout.raw_bits + fixed_bits
+    bits += 8 * OUTLIER_BYTES * float(fine.counts[outlier].sum()) / total
+    error = fine.centres - step * np.where(outlier, q, clipped)
+    noise = float(fine.counts @ (error * error)) / total
+    # Inside a bin the weights are spread evenly.
+    noise += (fine.rms / FINE_BINS_PER_RMS) ** 2 / 12
+    return Estimate(float(bits), noise / fine.rms**2)
+
+
+def rounding_for(
+    fine: FineHistogram, step: float, layout: Layout, rate_weight: float = LAMBDA
+) -> Rounding:
+    """Thresholds that minimise error² + λ·bits for the code lengths that this step leads to."""
+    nearest = Rounding(np.full(NUM_THRESHOLDS, 0.5, np.float32), np.float32(0.5))
+    if rate_weight == 0:
+        return nearest
+    half = 1 << (layout.element_bits - 1)
+    rounding = nearest
+    for _ in range(2):
+        q = np.clip(_integers(fine, step, rounding), -half, half - 1)
+        codes = np.bincount(
+            (q + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits
+        )
+        lengths = -np.log2((codes + 0.5) / (codes.sum() + 0.5 * len(codes)))
+        of_value = np.repeat(lengths, 1 << layout.raw_bits)  # code length of q = −half … half − 1
+        magnitude = np.full(NUM_THRESHOLDS + 1, np.nan)
+        magnitude[:half] = of_value[half:]
+        magnitude[1:half] = (magnitude[1:half] + of_value[1:half][::-1]) / 2
+        change = np.nan_to_num(np.diff(magnitude))
+        thresholds = np.clip(0.5 + rate_weight / 2 * change, 0.3, 0.95).astype(np.float32)
+        rounding = Rounding(thresholds, np.float32(max(0.5, (8 * OUTLIER_BYTES * rate_weight) ** 0.5)))
+    return rounding
+
+
+@dataclass(frozen=True)
+class RatePlan:
+    """A step and how to round and store with it."""
+
+    step: float
+    layout: Layout
+    rounding: Rounding
+    predicted: Estimate
+
+
+def plan_at_step(
+    fine: FineHistogram, step: float, layout: Layout, fixed_bits: float, rate_weight: float
+) -> RatePlan:
+    """The plan of one given step."""
+    rounding = rounding_for(fine, step, layout, rate_weight)
+    return RatePlan(step, layout, rounding, estimate(fine, step, layout, fixed_bits, rounding))
+
+
+def _solve(
+    fine: FineHistogram, bits: float, layout: Layout, fixed_bits: float, rate_weight: float
+) -> RatePlan:
+    """The smallest step whose predicted rate does not exceed ``bits`` (bisection on its logarithm)."""
+    low = np.log2(fine.rms) - (bits - _GAUSSIAN_BITS) - 2.5
+    high = low + 7.0
+    plan = plan_at_step(fine, float(2.0**high), layout, fixed_bits, rate_weight)
+    for _ in range(13):
+        middle = (low + high) / 2
+        trial = plan_at_step(fine, float(2.0**middle), layout, fixed_bits, rate_weight)
+        if trial.predicted.bits > bits:
+            low = middle
+        else:
+            high, plan = middle, trial
+    return plan
+
+
+def candidate_layouts(layout_name: str, bits: float) -> list[Layout]:
+    """Layouts worth trying for a rate: element_bits around what a Gaussian's range of ±3.5 rms needs."""
+    needed = int(np.ceil(bits - _GAUSSIAN_BITS + np.log2(7.0)))
+    names = ("balanced",) if layout_name == "auto" else (layout_name,)
+    if any(name not in LAYOUT_NAMES for name in names):
+        raise ValueError(f"unknown layout {layout_name!r}")
+    widths = sorted({min(8, max(2, needed + shift)) for shift in (-1, 0, 1)})
+    return [integer_layout(name, ElementKind.SIGNED, n) for name in names for n in widths]
+
+
+def plan_for_bits(
+    fine: FineHistogram,
+    bits: float,
+    layouts: list[Layout],
+    header_of: dict[Layout, BlobHeader],
+    rate_weight: float = LAMBDA,
+) -> RatePlan:
+    """The plan with the least predicted noise at ``bits`` bits a weight."""
+    plans = [
+        _solve(fine, bits, layout, fixed_bits_per_weight(header_of[layout]), rate_weight)
+        for layout in layouts
+    ]
+    # A layout that cannot go as low as asked for stays above the rate.
+    feasible = [plan for plan in plans if plan.predicted.bits <= bits] or plans
+    return min(feasible, key=lambda plan: plan.predicted.noise)
+
+
+def plan_for_step(
+    fine: FineHistogram,
+    step: float,
+    layouts: list[Layout],
+    header_of: dict[Layout, BlobHeader],
+    rate_weight: float = LAMBDA,
+) -> RatePlan:
+    """The plan for a given step (one step for a whole model): the layout with the least rate plus error.
+
+    ``layouts`` are tried with every element width, since a common step suits tensors of unlike spread.
+    """
+    plans = [
+        plan_at_step(fine, step, layout, fixed_bits_per_weight(header_of[layout]), rate_weight)
+        for layout in layouts
+    ]
+    unit = (step / fine.rms) ** 2 * LAMBDA  # relative squared error that a bit is worth at this step
+    return min(plans, key=lambda plan: plan.predicted.noise + unit * plan.predicted.bits)

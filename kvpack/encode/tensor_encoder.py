@@ -1,0 +1,460 @@
+"""One tensor → blob and scales: how each method turns strips of weights into elements, and what it measures."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.encode.blob_decoder import rotate_left
+from kvpack.encode.blob_encoder import (
+    EncodedBlob,
+    Strip,
+    StripSource,
+    count_strip,
+    encode_strips,
+    estimate_blob_bytes,
+    even_tile_cols,
+)
+from kvpack.encode.dtypes import BIT_PATTERNS, LOSSLESS_KINDS, as_float32
+from kvpack.encode.frequencies import entropy_bits
+from kvpack.encode.quantize import (
+    FIXED_POINT,
+    MAX_MAGNITUDE,
+    NEAREST,
+    Quantized,
+    Rounding,
+    count_values,
+    quantize,
+    row_absmax,
+    strip_moments,
+    strip_noise,
+)
+from kvpack.encode.rate import (
+    FINE_BINS,
+    FINE_BINS_PER_RMS,
+    LAMBDA,
+    FineHistogram,
+    RatePlan,
+    candidate_layouts,
+    plan_for_bits,
+    plan_for_step,
+)
+from kvpack.encode.threads import map_ordered
+from kvpack.format.header import BlobHeader
+from kvpack.format.layout import (
+    FLOAT_ELEMENT_BITS,
+    LAYOUT_NAMES,
+    TILE_ROWS,
+    ElementKind,
+    Layout,
+    ceil_div,
+    float_layouts,
+    integer_layout,
+)
+
+_TINY = float(np.finfo(np.float32).tiny)
+# A `fast` tensor decodes 1.4 times as fast; `auto` takes it where it costs at most this share of bytes more.
+FAST_COSTS_AT_MOST = 0.01
+# How far below the rate a tensor may land, and how often the step is corrected.
+_RATE_TOLERANCE_BITS = 0.004
+_MAX_CORRECTIONS = 6
+# Elements that are kept between passes rather than quantized again.
+_KEEP_ELEMENTS = 1 << 26
+
+
+class NotEncodableError(Exception):
+    """The tensor is better kept as it is; the message says why."""
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """A blob, its scales (f32 [1] or [matrices · rows], None if lossless), and what was measured."""
+
+    blob: EncodedBlob
+    scales: npt.NDArray[np.float32] | None
+    method: str
+    layout: Layout
+    noise_db: float | None
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.blob.data) + (0 if self.scales is None else self.scales.nbytes)
+
+
+class Matrices:
+    """A tensor of 2 or more dimensions seen as [matrices, rows, cols], outputs × inputs, in strips of 256 rows.
+
+    3 and more dimensions: as many matrices as the leading dimensions give if the last one has at least 32 elements
+    (stacked experts), else one matrix of the first dimension × the rest (convolutions).
+    """
+
+    def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
+        if array.ndim > 2 and array.shape[-1] >= 32:
+            array = array.reshape(-1, *array.shape[-2:])
+        else:
+            array = array.reshape(1, array.shape[0], -1)
+        self.transposed = transposed
+        self.array = array.swapaxes(1, 2) if transposed else array
+        self.matrices, self.rows, self.cols = self.array.shape
+        self.tile_rows = ceil_div(self.rows, TILE_ROWS)
+        self.num_strips = self.matrices * self.tile_rows
+
+    @property
+    def size(self) -> int:
+        return int(self.array.size)
+
+    def strip(self, index: int) -> npt.NDArray[Any]:
+        matrix, tile_row = divmod(index, self.tile_rows)
+        return self.array[matrix, tile_row * TILE_ROWS : (tile_row + 1) * TILE_ROWS]
+
+    def strip_rows(self, index: int) -> slice:
+        """The strip's rows among all matrices · rows."""
+        matrix, tile_row = divmod(index, self.tile_rows)
+        first = matrix * self.rows + tile_row * TILE_ROWS
+        return slice(first, first + min(TILE_ROWS, self.rows - tile_row * TILE_ROWS))
+
+    def header(self, layout: Layout, tile_cols: int | None) -> BlobHeader:
+        return BlobHeader(
+            layout=layout,
+            rows=self.rows,
+            cols=self.cols,
+            tile_cols=tile_cols or even_tile_cols(self.cols),
+            matrices=self.matrices,
+            transposed=self.transposed,
+        )
+
+
+def encode_lossless(
+    weights: Matrices,
+    dtype: str,
+    tile_cols: int | None = None,
+    layout_name: str = "auto",
+    executor: ThreadPoolExecutor | None = None,
+) -> EncodedTensor:
+    """Code the tensor's bits as they are; ``layout_name`` matters for I8 and U8 alone."""
+    kind = LOSSLESS_KINDS[dtype]
+    if kind.is_integer:
+        names = ("balanced",) if layout_name == "auto" else (layout_name,)
+        layouts = tuple(integer_layout(name, kind, 8) for name in names)
+    else:
+        layouts = float_layouts(kind)
+
+    def source(index: int) -> Strip:
+        strip = np.ascontiguousarray(weights.strip(index))
+        bits = strip.view(BIT_PATTERNS[strip.dtype.itemsize])
+        if kind == ElementKind.SIGNED:
+            return Strip(bits ^ np.uint8(128))
+        if kind == ElementKind.UNSIGNED:
+            return Strip(bits)
+        return Strip(rotate_left(bits, FLOAT_ELEMENT_BITS[kind]))
+
+    def estimate(layout: Layout) -> tuple[float, npt.NDArray[np.int64]]:
+        header = weights.header(layout, tile_cols)
+        counts = _count(weights, source, header, executor)
+        return estimate_blob_bytes(header, counts, 0), counts
+
+    candidates = [(*estimate(layout), layout) for layout in layouts]
+    _, counts, layout = min(candidates, key=lambda candidate: candidate[0])
+    blob = encode_strips(
+        weights.header(layout, tile_cols), source, tile_counts=counts, executor=executor
+    )
+    return EncodedTensor(blob, None, "lossless", layout, None)
+
+
+def _count(
+    weights: Matrices, source: StripSource, header: BlobHeader, executor: ThreadPoolExecutor | None
+) -> npt.NDArray[np.int64]:
+    def work(index: int) -> npt.NDArray[np.int64]:
+        return count_strip(source(index), header.layout, header.tile_cols)
+
+    return np.concatenate(list(map_ordered(work, range(weights.num_strips), executor)))
+
+
+def _encode_quantized(
+    weights: Matrices,
+    header: BlobHeader,
+    counts: npt.NDArray[np.int64],
+    quantized: _QuantizedStrips,
+    scales: npt.NDArray[np.float32],
+    method: str,
+    executor: ThreadPoolExecutor | None,
+) -> EncodedTensor:
+    """The last pass: encode the elements and measure the noise of what they decode to."""
+    half = 1 << (header.layout.element_bits - 1)
+    sums: list[tuple[float, float]] = [(0.0, 0.0)] * weights.num_strips
+    by_row = np.broadcast_to(scales, weights.matrices * weights.rows)
+
+    def source(index: int) -> Strip:
+        strip = quantized.strip(index)
+        sums[index] = strip_noise(
+            as_float32(weights.strip(index)),
+            strip.elements,
+            half,
+            np.ascontiguousarray(by_row[weights.strip_rows(index)]),
+            strip.outliers,
+        )
+        return Strip(strip.elements, strip.outliers)
+
+    blob = encode_strips(header, source, tile_counts=counts, executor=executor)
+    return EncodedTensor(blob, scales, method, header.layout, noise_db(sums))
+
+
+def noise_db(sums: list[tuple[float, float]]) -> float | None:
+    """10·log10(Σ noise / Σ signal) of (noise, signal) pairs, None where that is not finite."""
+    noise, signal = (math.fsum(values) for values in zip(*sums, strict=True))
+    if not (noise > 0 and signal > 0 and math.isfinite(noise) and math.isfinite(signal)):
+        return None
+    return 10 * math.log10(noise / signal)
+
+
+class _QuantizedStrips:
+    """Strips quantized once and kept if the tensor is small enough, or again each time they are asked for."""
+
+    def __init__(
+        self,
+        weights: Matrices,
+        steps: npt.NDArray[np.float32],
+        element_bits: int,
+        rounding: Rounding,
+    ) -> None:
+        self.weights, self.rounding, self.element_bits = weights, rounding, element_bits
+        self.steps = np.broadcast_to(steps, weights.matrices * weights.rows)
+        self._kept: dict[int, Quantized] = {}
+
+    def strip(self, index: int) -> Quantized:
+        if index in self._kept:
+            return self._kept[index]
+        quantized = quantize(
+            as_float32(self.weights.strip(index)),
+            np.ascontiguousarray(self.steps[self.weights.strip_rows(index)]),
+            self.element_bits,
+            self.rounding,
+        )
+        if self.weights.size <= _KEEP_ELEMENTS:
+            self._kept[index] = quantized
+        return quantized
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A pass over a tensor with one step: its strips, histograms, outliers, and the least-squares scale."""
+
+    strips: _QuantizedStrips
+    counts: npt.NDArray[np.int64]
+    outliers: int
+    scale: float
+    size_bytes: float
+
+
+def _count_quantized(
+    header: BlobHeader,
+    strips: _QuantizedStrips,
+    executor: ThreadPoolExecutor | None,
+) -> _Counted:
+    def work(index: int) -> tuple[npt.NDArray[np.int64], int, int, int]:
+        strip = strips.strip(index)
+        counts = count_strip(Strip(strip.elements), header.layout, header.tile_cols)
+        return counts, len(strip.outliers), strip.dot, strip.energy
+
+    counts, outliers, dots, energies = zip(
+        *map_ordered(work, range(strips.weights.num_strips), executor), strict=True
+    )
+    tile_counts = np.concatenate(counts)
+    step = float(strips.steps[0])
+    energy = sum(energies)
+    # The scale that minimises Σ (w − s·q)², from integer sums: the centroid idea at no cost to a decoder.
+    scale = step * (sum(dots) / FIXED_POINT / energy) if energy else step
+    size = estimate_blob_bytes(header, tile_counts, sum(outliers)) + 4
+    return _Counted(strips, tile_counts, sum(outliers), scale, size)
+
+
+def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> FineHistogram:
+    """The fine histogram of a float tensor.
+
+    Raises:
+        NotEncodableError: values that are not finite, or too small or too far apart for a step.
+    """
+
+    def moments(index: int) -> tuple[float, float, int]:
+        return strip_moments(as_float32(weights.strip(index)))  # type: ignore[no-any-return]
+
+    energies, largest, strange = zip(
+        *map_ordered(moments, range(weights.num_strips), executor), strict=True
+    )
+    if sum(strange):
+        raise NotEncodableError(f"{sum(strange)} values are NaN or infinite")
+    rms = math.sqrt(math.fsum(energies) / weights.size)
+    if rms == 0:
+        return FineHistogram(np.zeros(FINE_BINS, np.int64), 0.0)
+    if rms < _TINY * 2**24:
+        raise NotEncodableError(f"values near the end of the fp32 range (rms {rms:.3g})")
+    # The finest step that is tried is rms/2^6.5, and a magnitude has 14 bits.
+    if max(largest) / rms * 2**6.5 > MAX_MAGNITUDE:
+        raise NotEncodableError(
+            f"the largest value ({max(largest):.3g}) is {max(largest) / rms:.0f} times the rms"
+        )
+    per_width = np.float32(FINE_BINS_PER_RMS / rms)
+
+    def count(index: int) -> npt.NDArray[np.int64]:
+        histogram = np.zeros(FINE_BINS, np.int64)
+        count_values(as_float32(weights.strip(index)), per_width, histogram)
+        return histogram
+
+    counts = np.zeros(FINE_BINS, np.int64)
+    for histogram in map_ordered(count, range(weights.num_strips), executor):
+        counts += histogram
+    return FineHistogram(counts, rms)
+
+
+def _run_plan(
+    weights: Matrices, plan: RatePlan, tile_cols: int | None, executor: ThreadPoolExecutor | None
+) -> _Counted:
+    header = weights.header(plan.layout, tile_cols)
+    steps = np.full(1, plan.step, np.float32)
+    strips = _QuantizedStrips(weights, steps, plan.layout.element_bits, plan.rounding)
+    return _count_quantized(header, strips, executor)
+
+
+def _finish(
+    weights: Matrices,
+    plan: RatePlan,
+    counted: _Counted,
+    tile_cols: int | None,
+    executor: ThreadPoolExecutor | None,
+) -> EncodedTensor:
+    header = weights.header(plan.layout, tile_cols)
+    scales = np.full(1, counted.scale, np.float32)
+    return _encode_quantized(
+        weights, header, counted.counts, counted.strips, scales, "uniform", executor
+    )
+
+
+def _encode_zeros(
+    weights: Matrices, tile_cols: int | None, executor: ThreadPoolExecutor | None
+) -> EncodedTensor:
+    layout = integer_layout("balanced", ElementKind.SIGNED, 4)
+    strips = _QuantizedStrips(weights, np.zeros(1, np.float32), 4, NEAREST)
+    header = weights.header(layout, tile_cols)
+    counted = _count_quantized(header, strips, executor)
+    scales = np.zeros(1, np.float32)
+    return _encode_quantized(weights, header, counted.counts, strips, scales, "uniform", executor)
+
+
+def encode_at_bits(
+    weights: Matrices,
+    bits: float,
+    *,
+    layout_name: str = "auto",
+    tile_cols: int | None = None,
+    rate_weight: float = LAMBDA,
+    executor: ThreadPoolExecutor | None = None,
+) -> EncodedTensor:
+    """Quantize with one step so that the tensor takes at most ``bits`` bits a weight, everything counted.
+
+    Raises:
+        NotEncodableError: see :func:`measure`, or the rate is below what the tensor's overhead alone takes.
+    """
+    fine = measure(weights, executor)
+    if fine.rms == 0:
+        return _encode_zeros(weights, tile_cols, executor)
+    layouts = candidate_layouts(layout_name, bits)
+    headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
+    target_bits = bits - _RATE_TOLERANCE_BITS / 2
+    aim = target_bits
+    best: tuple[RatePlan, _Counted] | None = None
+    for _ in range(_MAX_CORRECTIONS):
+        plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
+        counted = _run_plan(weights, plan, tile_cols, executor)
+        achieved = 8 * counted.size_bytes / weights.size
+        if achieved <= bits and (best is None or counted.size_bytes > best[1].size_bytes):
+            best = plan, counted
+        if abs(achieved - target_bits) <= _RATE_TOLERANCE_BITS / 2:
+            break
+        # The histogram's prediction is off by nearly the same amount at a neighbouring step.
+        aim += target_bits - achieved
+        layouts = [plan.layout]
+    for _ in range(_MAX_CORRECTIONS):
+        if best is not None:
+            encoded = _finish(weights, *best, tile_cols, executor)
+            excess = 8 * encoded.size_bytes / weights.size - bits
+            if excess <= 0:
+                return encoded
+        else:
+            excess = 0.02
+        # The exact size is above the estimate, or no estimate was low enough: aim lower.
+        aim -= 2 * excess
+        plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
+        best = plan, _run_plan(weights, plan, tile_cols, executor)
+    raise NotEncodableError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
+
+
+def plan_at_common_step(
+    weights: Matrices, fine: FineHistogram, step: float, layout_name: str, tile_cols: int | None
+) -> RatePlan:
+    """How to store this tensor if the whole model has one step."""
+    names = ("balanced",) if layout_name == "auto" else (layout_name,)
+    layouts = [integer_layout(name, ElementKind.SIGNED, n) for name in names for n in range(2, 9)]
+    headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
+    return plan_for_step(fine, step, layouts, headers)
+
+
+def encode_plan(
+    weights: Matrices,
+    plan: RatePlan,
+    *,
+    tile_cols: int | None = None,
+    executor: ThreadPoolExecutor | None = None,
+) -> EncodedTensor:
+    """Quantize and code as planned.
+
+    Raises:
+        NotEncodableError: the step is so small that a value exceeds what an outlier can hold.
+    """
+    counted = _run_plan(weights, plan, tile_cols, executor)
+    return _finish(weights, plan, counted, tile_cols, executor)
+
+
+def encode_int8_rows(
+    weights: Matrices,
+    *,
+    layout_name: str = "auto",
+    tile_cols: int | None = None,
+    executor: ThreadPoolExecutor | None = None,
+) -> EncodedTensor:
+    """INT8 with a scale of max |w|/127 for each row: the near-lossless preset.
+
+    Rows of zeros, and rows whose scale would be denormal, get scale 0.
+
+    Raises:
+        NotEncodableError: values that are not finite.
+    """
+    absmax = np.empty(weights.matrices * weights.rows, np.float32)
+
+    def work(index: int) -> None:
+        row_absmax(as_float32(weights.strip(index)), absmax[weights.strip_rows(index)])
+
+    for _ in map_ordered(work, range(weights.num_strips), executor):
+        pass
+    measure(weights, executor)
+    scales = absmax / np.float32(127)
+    scales[scales < _TINY] = 0
+    strips = _QuantizedStrips(weights, scales, 8, NEAREST)
+    names = ("balanced", "fast") if layout_name == "auto" else (layout_name,)
+    trials = []
+    for name in names:
+        layout = integer_layout(name, ElementKind.SIGNED, 8)
+        header = weights.header(layout, tile_cols)
+        trials.append((header, _count_quantized(header, strips, executor)))
+    header, counted = trials[0]
+    if len(trials) > 1 and trials[1][1].size_bytes <= counted.size_bytes * (1 + FAST_COSTS_AT_MOST):
+        header, counted = trials[1]
+    return _encode_quantized(
+        weights, header, counted.counts, strips, scales, "int8-row", executor
+    )
+
+

@@ -1,0 +1,1 @@
+"""Adapters to other libraries (transformers); nothing below imports this package."""

@@ -1,0 +1,48 @@
+"""Options, markers and the hypothesis profile of all tests."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# The helpers (blob_surgery, independent_decoder, make_golden) lie beside this file.
+TESTS = str(Path(__file__).parent)
+if TESTS not in sys.path:
+    sys.path.insert(0, TESTS)
+
+settings.register_profile("kvpack", deadline=None, derandomize=True)
+settings.load_profile("kvpack")
+
+
+@cache
+def cuda_available() -> bool:
+    """Whether there is a CUDA device that CuPy can use; never raises."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import cupy
+
+            return bool(cupy.cuda.is_available())
+    except Exception:  # absent, or an installation that cannot be imported: no device either way
+        return False
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="fail the tests marked gpu instead of skipping them if there is no CUDA device",
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None or cuda_available():
+        return
+    if item.config.getoption("--require-gpu"):
+        pytest.fail("no CUDA device, and --require-gpu is given", pytrace=False)
+    pytest.skip("no CUDA device")

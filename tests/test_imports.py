@@ -1,0 +1,186 @@
+"""Which way the imports run (CONTRIBUTING.md), and what may be loaded when."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CORE = {"numpy", "safetensors"}
+ENCODE = CORE | {"numba", "ml_dtypes"}
+RUNTIME = ENCODE | {"torch", "cupy"}
+
+# room -> (what of kvpack it may import, which other packages; None means any)
+RULES: dict[str, tuple[set[str], set[str] | None]] = {
+    "format": ({"format"}, CORE),
+    "encode": ({"format", "encode"}, ENCODE),
+    "runtime": ({"format", "encode", "runtime"}, RUNTIME),
+    "integrations": ({"format", "encode", "runtime", "integrations"}, None),
+}
+FOR_ALL = {"_version"}
+
+
+def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of each import, at whatever depth and under whatever condition."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            prefix = parents[: len(parents) - node.level + 1] if node.level else []
+            module = ".".join([*prefix, *([node.module] if node.module else [])])
+            if module == "kvpack":
+                for alias in node.names:
+                    yield node.lineno, f"kvpack.{alias.name}"
+            else:
+                yield node.lineno, module
+        elif isinstance(node, ast.Call) and node.args:
+            function = ast.unparse(node.func).rpartition(".")[2]
+            name = node.args[0]
+            if (
+                function in {"import_module", "__import__"}
+                and isinstance(name, ast.Constant)
+                and isinstance(name.value, str)
+            ):
+                yield node.lineno, name.value
+
+
+def violations(source: str, package: str) -> list[str]:
+    rooms, others = RULES[package.split(".")[1]]
+    found = []
+    for line, module in imported_modules(ast.parse(source), package):
+        first, _, rest = module.partition(".")
+        if first == "kvpack":
+            legal = rest.split(".")[0] in rooms | FOR_ALL
+        else:
+            legal = others is None or first in others or first in sys.stdlib_module_names
+        if not legal:
+            found.append(f"line {line}: {module}")
+    return found
+
+
+@pytest.mark.parametrize("room", RULES)
+def test_import_direction(room: str) -> None:
+    files = sorted((ROOT / "kvpack" / room).rglob("*.py"))
+    assert files
+    found = {}
+    for file in files:
+        package = ".".join(file.parent.relative_to(ROOT).parts)
+        if wrong := violations(file.read_text(encoding="utf-8"), package):
+            found[str(file.relative_to(ROOT))] = wrong
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("kvpack.format", "import numba"),
+        ("kvpack.format", "from kvpack.encode.rans import encoder_table"),
+        ("kvpack.format", "from kvpack import encode"),
+        ("kvpack.format", "from ..encode import rans"),
+        ("kvpack.format", "from .. import encode"),
+        ("kvpack.format", "import kvpack"),
+        ("kvpack.encode", "def f():\n    import torch"),
+        ("kvpack.encode", "if TYPE_CHECKING:\n    from kvpack.runtime import sources"),
+        ("kvpack.encode", "import importlib\nimportlib.import_module('cupy')"),
+        ("kvpack.runtime", "from transformers import Cache"),
+        ("kvpack.runtime", "from kvpack.integrations import transformers"),
+        ("kvpack.runtime", "import kvpack.cli"),
+        ("kvpack.integrations", "from kvpack.cli import app"),
+    ],
+)
+def test_wrong_imports_are_seen(package: str, source: str) -> None:
+    assert violations(source, package)
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("kvpack.format", "import zlib\nimport numpy.typing as npt\nfrom . import layout"),
+        ("kvpack.encode", "from kvpack._version import __version__\nfrom ..format import blob"),
+        ("kvpack.runtime", "import torch\nfrom kvpack.encode.rans import decoder_table"),
+        ("kvpack.integrations", "import transformers\nfrom kvpack.runtime import sources"),
+    ],
+)
+def test_right_imports_pass(package: str, source: str) -> None:
+    assert not violations(source, package)
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+name, *blocked = sys.argv[1:]
+for module in blocked:
+    sys.modules[module] = None
+package = importlib.import_module(name)
+for module in pkgutil.walk_packages(package.__path__, name + "."):
+    importlib.import_module(module.name)
+    print(module.name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "blocked"),
+    [
+        ("kvpack.format", ["torch", "cupy", "transformers", "numba"]),
+        ("kvpack.encode", ["torch", "cupy", "transformers"]),
+    ],
+)
+def test_imports_without(package: str, blocked: list[str]) -> None:
+    done = run(IMPORT_ALL, package, *blocked)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()
+
+
+# A stand-in for the heavy packages sees each attempt to load one, be it installed here or not.
+HELP = """
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+
+HEAVY = {"torch", "cupy", "numba", "transformers"}
+loaded = []
+
+class Recorder(MetaPathFinder, Loader):
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self) if name in HEAVY else None
+
+    def create_module(self, spec):
+        loaded.append(spec.name)
+
+    def exec_module(self, module):
+        raise ImportError(f"{module.__name__} must not be loaded here")
+
+sys.meta_path.insert(0, Recorder())
+from kvpack.cli import main
+sys.argv = ["kvpack", *sys.argv[1:]]
+try:
+    code = main()
+except SystemExit as stop:
+    code = stop.code
+if loaded:
+    sys.exit(f"loaded: {loaded}")
+sys.exit(code)
+"""
+
+
+def test_help_loads_nothing_heavy() -> None:
+    done = run(HELP, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
