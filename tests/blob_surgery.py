@@ -110,7 +110,7 @@ def mend_crcs(blob: bytearray) -> None:
 
 
 def patched(blob: bytes, tile: int | None = None, **fields: int) -> bytes:
-    """A copy with header fields (or fields of one tile's metadata) overwritten and the header's CRC right."""
+    """A copy with fields of the header (or of a tile's metadata) overwritten, header CRC right."""
     copy = bytearray(blob)
     for name, value in fields.items():
         if tile is None:
@@ -158,12 +158,8 @@ def split(blob: bytes) -> Parts:
     """The pieces of a valid blob."""
     first = metadata_offset(blob)
     start = payload_offset(blob)
-    metadata = [
-        {name: tile_get(blob, tile, name) for name in TILE_FIELDS} for tile in range(num_tiles(blob))
-    ]
-    tiles = [
-        bytearray(blob[start + m["data_offset"] :][: m["data_size"]]) for m in metadata
-    ]
+    metadata = [{name: tile_get(blob, tile, name) for name in TILE_FIELDS} for tile in range(num_tiles(blob))]
+    tiles = [bytearray(blob[start + m["data_offset"] :][: m["data_size"]]) for m in metadata]
     return Parts(bytearray(blob[:64]), bytearray(blob[64:first]), metadata, tiles)
 
 
@@ -179,10 +175,12 @@ def pack_exp_golomb(values: list[int]) -> bytes:
 
 
 def with_plain_tables(blob: bytes, frequencies: list[list[int]]) -> bytes:
-    """The same blob with its tables written in encoding 0 (``frequencies`` are 256 numbers a table)."""
+    """The same blob with tables in encoding 0; ``frequencies`` are 256 numbers a table."""
     parts = split(blob)
     put(parts.header, "table_encoding", 0)
-    parts.tables = bytearray(struct.pack(f"<{256 * len(frequencies)}H", *sum(frequencies, [])))
+    parts.tables = bytearray()
+    for table in frequencies:
+        parts.tables += struct.pack("<256H", *table)
     return parts.join()
 
 

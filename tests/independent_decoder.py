@@ -1,7 +1,6 @@
 """A second decoder of the kvpack format, written from docs/FORMAT.md alone ("§" cites it).
 
-It shares no code and no constant with the package. It is meant to be read next to the
-specification: clear rather than fast, though the lanes of a tile are decoded side by side.
+It shares no code with the package: clear rather than fast, but the lanes of a tile go abreast.
 """
 
 from __future__ import annotations
@@ -28,13 +27,17 @@ NUMPY_DTYPE = {  # safetensors dtypes; those that NumPy lacks become bit pattern
     "U16": "<u2", "I16": "<i2", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "I32": "<i4",
     "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
 }  # fmt: skip
-HEADER = """magic version flags rows cols tile_rows tile_cols num_tiles_row num_tiles_col n c g b
-    probability_bits kind quantizer table_encoding num_tables table_bytes payload_bytes matrices
-    header_crc32"""  # n, c, g, b: element, code bits, codes a symbol, raw bits
-Header = namedtuple("Header", HEADER)  # noqa: PYI024  (§3, in the order of the file)
-TILE = """data_offset data_size raw_offset mode predictor table_index outlier_count outlier_offset
-    payload_crc32"""
-Tile = namedtuple("Tile", TILE)  # noqa: PYI024  (§6, in the order of the file)
+Header = namedtuple(  # noqa: PYI024  (§3, in the order of the file; n, c, g, b as there)
+    "Header",
+    "magic version flags rows cols tile_rows tile_cols num_tiles_row num_tiles_col n c g b "
+    "probability_bits kind quantizer table_encoding num_tables table_bytes payload_bytes matrices "
+    "header_crc32",
+)
+Tile = namedtuple(  # noqa: PYI024  (§6, in the order of the file)
+    "Tile",
+    "data_offset data_size raw_offset mode predictor table_index outlier_count outlier_offset "
+    "payload_crc32",
+)
 Table = namedtuple("Table", "freq start symbol")  # noqa: PYI024  (§5.1; `symbol` of each slot)
 
 
@@ -49,10 +52,7 @@ def _align(x: int, m: int) -> int:
 
 
 def _parse_header(data: bytes) -> tuple[Header, int, int]:
-    """§3: magic, version, the other fields, the length of the blob (§2), the CRC.
-
-    Returns the header, num_tiles and P, the offset of the payload.
-    """
+    """§3, §2: the header, checked; num_tiles; and P, the offset of the payload."""
     _check(length=len(data) >= 64)
     h = Header(*struct.unpack_from("<IHHQQHHII8BHHQII", data))
     _check(magic=h.magic == 0x52414E53, version=h.version == 1, flags=h.flags & ~1 == 0)
@@ -266,7 +266,7 @@ def _restore(entry: dict[str, Any], blob: bytes, scale: Array | None) -> Array:
     elif scale is None:
         low, high = {"U8": (0, 255), "I8": (-128, 127)}.get(dtype, (1, 0))
         _check(dtype=low <= high, value=low <= value.min() and value.max() <= high)
-        value = value.astype(np.uint8)  # the bit pattern: int32 -> uint8 wraps
+        value = value.astype(np.uint8)  # the bit pattern: int32 to uint8 wraps
     else:
         _check(scale_shape=scale.shape in ((1,), (h.matrices * h.rows,)))
         normal = (scale >= np.finfo(np.float32).tiny) & np.isfinite(scale)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
 from blob_surgery import with_plain_tables
+
 from kvpack.encode.blob_decoder import rotate_left
 from kvpack.encode.blob_encoder import Strip, encode_elements, encode_strips
 from kvpack.format.blob import Blob
@@ -102,27 +102,31 @@ def frequencies(blob: bytes) -> list[list[int]]:
 
 
 def rans_blob() -> bytes:
-    """One tile: 40 × 350, signed 5 bits, balanced (c = 4, g = 2, b = 1): 64 lanes, 176 steps, one table."""
+    """One tile: 40 × 350, signed 5 bits, balanced (c = 4, g = 2, b = 1): 64 lanes, 176 steps."""
     return encode_elements(
-        gaussian_elements((40, 350), 5, 1.5, 1), integer_layout("balanced", SIGNED, 5), tile_cols=352
+        gaussian_elements((40, 350), 5, 1.5, 1),
+        integer_layout("balanced", SIGNED, 5),
+        tile_cols=352,
     )
 
 
 def wide_rans_blob() -> bytes:
     """One tile: 33 × 352, unsigned 4 bits, compact: u16 lengths, no raw planes."""
     return encode_elements(
-        gaussian_elements((33, 352), 4, 0.7, 2), integer_layout("compact", UNSIGNED, 4), tile_cols=352
+        gaussian_elements((33, 352), 4, 0.7, 2),
+        integer_layout("compact", UNSIGNED, 4),
+        tile_cols=352,
     )
 
 
 def raw_blob() -> bytes:
-    """One tile: 5 × 7, signed 3 bits, uniform: 14 bytes of elements (7 spare bits), 2 of padding."""
+    """One tile: 5 × 7, signed 3 bits, uniform: 14 bytes (7 bits spare), 2 of padding."""
     elements = np.random.default_rng(3).integers(0, 8, (5, 7)).astype(np.uint8)
     return encode_elements(elements, integer_layout("compact", SIGNED, 3))
 
 
 def constant_blob() -> bytes:
-    """One tile: 40 × 350, signed 6 bits, balanced (c = 4, g = 2, b = 2), codes equal, raw bits not."""
+    """One tile: 40 × 350, signed 6 bits, balanced (c = 4, g = 2, b = 2), equal codes."""
     elements = 20 + np.random.default_rng(4).integers(0, 4, (40, 350)).astype(np.uint8)
     return encode_elements(elements, integer_layout("balanced", SIGNED, 6), tile_cols=352)
 
@@ -178,9 +182,7 @@ def predicted_blob() -> bytes:
 
 def float_blob(kind: ElementKind = ElementKind.BF16, choice: int = 0) -> bytes:
     """One tile of 40 × 350 floats."""
-    return encode_elements(
-        float_elements(kind, (40, 350), 9), float_layouts(kind)[choice], tile_cols=352
-    )
+    return encode_elements(float_elements(kind, (40, 350), 9), float_layouts(kind)[choice], tile_cols=352)
 
 
 BASES = {
@@ -195,3 +197,10 @@ BASES = {
     "predicted": predicted_blob,
     "bf16": float_blob,
 }
+
+
+def two_tables_blob() -> bytes:
+    """Four tiles of 24 × 96, unsigned 6 bits, compact: two narrow histograms, two wide ones."""
+    elements = gaussian_elements((24, 384), 6, 0.6, 31)
+    elements[:, 192:] = gaussian_elements((24, 192), 6, 5.0, 32)
+    return encode_elements(elements, integer_layout("compact", UNSIGNED, 6), tile_cols=96)

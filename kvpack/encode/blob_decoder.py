@@ -26,7 +26,11 @@ from kvpack.format.layout import (
     TileMode,
 )
 
-ELEMENT_DTYPES: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint8, 16: np.uint16, 32: np.uint32}
+ELEMENT_DTYPES: dict[int, type[np.unsignedinteger[Any]]] = {
+    8: np.uint8,
+    16: np.uint16,
+    32: np.uint32,
+}
 
 # A reader's own limit (FORMAT.md §10): constant tiles expand up to 2,700-fold.
 FREE_ELEMENTS = 1 << 28
@@ -61,9 +65,7 @@ def _aligned(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
     return array
 
 
-def decode_tile(
-    blob: Blob, tile: Tile, tables: list[npt.NDArray[np.uint32]], out: npt.NDArray[Any]
-) -> None:
+def decode_tile(blob: Blob, tile: Tile, tables: list[npt.NDArray[np.uint32]], out: npt.NDArray[Any]) -> None:
     """Decode one tile into ``out`` [rows, cols of the tile], unsigned elements, outliers not added.
 
     Raises:
@@ -75,9 +77,7 @@ def decode_tile(
         unpack_bits(tile.raw, layout.element_bits, out)
         return
     parameters = (layout.code_bits, layout.codes_per_symbol, layout.raw_bits)
-    planes = _aligned(tile.raw, "<u4").reshape(
-        geometry.groups, geometry.chunks, GROUP_LANES * layout.raw_bits
-    )
+    planes = _aligned(tile.raw, "<u4").reshape(geometry.groups, geometry.chunks, GROUP_LANES * layout.raw_bits)
     line = np.empty(geometry.chunks * CHUNK_COLS, np.uint8 if layout.element_bits <= 8 else np.uint32)
     if tile.mode == TileMode.CONSTANT:
         decode_constant_tile(np.uint8(tile.constant_symbol), planes, parameters, line, out)
@@ -105,8 +105,12 @@ def decode_elements(
     executor: ThreadPoolExecutor | None = None,
     check_crc: bool = True,
     max_elements: int | None = None,
+    out: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[Any]:
     """All elements of a blob: unsigned [matrices, rows, cols], of the smallest NumPy type that holds them.
+
+    Args:
+        out: an array of that shape and type to decode into (fresh memory costs a third of the time).
 
     Raises:
         LimitError: more elements than ``max_elements`` (see :func:`check_element_limit`).
@@ -114,18 +118,24 @@ def decode_elements(
     """
     check_element_limit(blob, max_elements)
     header = blob.header
-    out = np.empty((header.matrices, header.rows, header.cols), element_dtype(header.layout.element_bits))
+    shape = (header.matrices, header.rows, header.cols)
+    dtype = element_dtype(header.layout.element_bits)
+    if out is None:
+        out = np.empty(shape, dtype)
+    elif out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"out is {out.dtype} {out.shape}, the blob needs {np.dtype(dtype)} {shape}")
+    target = out
     tables = [decoder_table(table) for table in blob.tables]
 
     def work(index: int) -> None:
         tile = blob.tile(index, check_crc=check_crc)
         g = tile.geometry
-        window = out[g.matrix, g.first_row : g.first_row + g.rows, g.first_col : g.first_col + g.cols]
+        window = target[g.matrix, g.first_row : g.first_row + g.rows, g.first_col : g.first_col + g.cols]
         decode_tile(blob, tile, tables, window)
 
     for _ in map_ordered(work, range(header.num_tiles), executor):
         pass
-    return out
+    return target
 
 
 def add_outliers(blob: Blob, integers: npt.NDArray[np.int16]) -> None:
@@ -136,9 +146,7 @@ def add_outliers(blob: Blob, integers: npt.NDArray[np.int16]) -> None:
     for index in np.flatnonzero(blob.tiles["outlier_count"]).tolist():
         tile = blob.tile(index, check_crc=False)
         g, outliers = tile.geometry, tile.outliers
-        integers[g.matrix, g.first_row + outliers.rows, g.first_col + outliers.cols] += (
-            outliers.deltas.astype(np.int16)
-        )
+        integers[g.matrix, g.first_row + outliers.rows, g.first_col + outliers.cols] += outliers.deltas.astype(np.int16)
 
 
 def decode_integers(

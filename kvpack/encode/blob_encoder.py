@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.encode.frequencies import coded_bits, entropy_bits, normalise_frequencies
+from kvpack.encode.frequencies import coded_bits, entropy_bits
 from kvpack.encode.planes import pack_bits
 from kvpack.encode.rans import EncoderTable, encoder_table
 from kvpack.encode.table_clusters import cluster_tables
@@ -104,9 +104,7 @@ def count_strip(
     return counts
 
 
-def estimate_blob_bytes(
-    header: BlobHeader, tile_counts: npt.NDArray[np.int64], outlier_count: int
-) -> float:
+def estimate_blob_bytes(header: BlobHeader, tile_counts: npt.NDArray[np.int64], outlier_count: int) -> float:
     """Expected size of a blob from its tiles' histograms, without coding it (within about 0.1 %).
 
     A lane of B bits takes B/16 − 1/2 words on average: its initial state carries 24 bits, of which 16 are L's.
@@ -131,9 +129,7 @@ def estimate_blob_bytes(
     return total
 
 
-def _tile_outliers(
-    strip: Strip, first_col: int, cols: int
-) -> npt.NDArray[np.uint32]:
+def _tile_outliers(strip: Strip, first_col: int, cols: int) -> npt.NDArray[np.uint32]:
     """The strip's outliers in a tile, packed as FORMAT.md §7.5 says."""
     if strip.outliers is None or not len(strip.outliers):
         return np.empty(0, np.uint32)
@@ -163,8 +159,7 @@ def _encode_tile(
     parameters = (layout.code_bits, layout.codes_per_symbol, layout.raw_bits)
     raw_bytes = raw_mode_bytes(geometry, layout.element_bits)
     buffer = np.zeros(
-        align(max(max_tile_bytes(header, geometry), raw_bytes) + ALIGNMENT_BYTES, ALIGNMENT_BYTES)
-        + outliers.nbytes,
+        align(max(max_tile_bytes(header, geometry), raw_bytes) + ALIGNMENT_BYTES, ALIGNMENT_BYTES) + outliers.nbytes,
         np.uint8,
     )
     if table_index < 0:

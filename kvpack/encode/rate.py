@@ -78,18 +78,14 @@ def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArr
     return np.where(fine.centres < 0, -k, k)
 
 
-def estimate(
-    fine: FineHistogram, step: float, layout: Layout, fixed_bits: float, rounding: Rounding
-) -> Estimate:
+def estimate(fine: FineHistogram, step: float, layout: Layout, fixed_bits: float, rounding: Rounding) -> Estimate:
     """Rate and noise of a step, from the fine histogram."""
     q = _integers(fine, step, rounding)
     half = 1 << (layout.element_bits - 1)
     clipped = np.clip(q, -half, half - 1)
     beyond = np.abs(fine.centres) / step - np.abs(clipped)
     outlier = (q != clipped) & (beyond >= rounding.clamp)
-    codes = np.bincount(
-        (clipped + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits
-    )
+    codes = np.bincount((clipped + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits)
     total = fine.counts.sum()
     bits = entropy_bits(codes) + layout.raw_bits + fixed_bits
     bits += 8 * OUTLIER_BYTES * float(fine.counts[outlier].sum()) / total
@@ -100,9 +96,7 @@ def estimate(
     return Estimate(float(bits), noise / fine.rms**2)
 
 
-def rounding_for(
-    fine: FineHistogram, step: float, layout: Layout, rate_weight: float = LAMBDA
-) -> Rounding:
+def rounding_for(fine: FineHistogram, step: float, layout: Layout, rate_weight: float = LAMBDA) -> Rounding:
     """Thresholds that minimise error² + λ·bits for the code lengths that this step leads to."""
     nearest = Rounding(np.full(NUM_THRESHOLDS, 0.5, np.float32), np.float32(0.5))
     if rate_weight == 0:
@@ -111,9 +105,7 @@ def rounding_for(
     rounding = nearest
     for _ in range(2):
         q = np.clip(_integers(fine, step, rounding), -half, half - 1)
-        codes = np.bincount(
-            (q + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits
-        )
+        codes = np.bincount((q + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits)
         lengths = -np.log2((codes + 0.5) / (codes.sum() + 0.5 * len(codes)))
         of_value = np.repeat(lengths, 1 << layout.raw_bits)  # code length of q = −half … half − 1
         magnitude = np.full(NUM_THRESHOLDS + 1, np.nan)
@@ -135,17 +127,13 @@ class RatePlan:
     predicted: Estimate
 
 
-def plan_at_step(
-    fine: FineHistogram, step: float, layout: Layout, fixed_bits: float, rate_weight: float
-) -> RatePlan:
+def plan_at_step(fine: FineHistogram, step: float, layout: Layout, fixed_bits: float, rate_weight: float) -> RatePlan:
     """The plan of one given step."""
     rounding = rounding_for(fine, step, layout, rate_weight)
     return RatePlan(step, layout, rounding, estimate(fine, step, layout, fixed_bits, rounding))
 
 
-def _solve(
-    fine: FineHistogram, bits: float, layout: Layout, fixed_bits: float, rate_weight: float
-) -> RatePlan:
+def _solve(fine: FineHistogram, bits: float, layout: Layout, fixed_bits: float, rate_weight: float) -> RatePlan:
     """The smallest step whose predicted rate does not exceed ``bits`` (bisection on its logarithm)."""
     low = np.log2(fine.rms) - (bits - _GAUSSIAN_BITS) - 2.5
     high = low + 7.0
@@ -178,10 +166,7 @@ def plan_for_bits(
     rate_weight: float = LAMBDA,
 ) -> RatePlan:
     """The plan with the least predicted noise at ``bits`` bits a weight."""
-    plans = [
-        _solve(fine, bits, layout, fixed_bits_per_weight(header_of[layout]), rate_weight)
-        for layout in layouts
-    ]
+    plans = [_solve(fine, bits, layout, fixed_bits_per_weight(header_of[layout]), rate_weight) for layout in layouts]
     # A layout that cannot go as low as asked for stays above the rate.
     feasible = [plan for plan in plans if plan.predicted.bits <= bits] or plans
     return min(feasible, key=lambda plan: plan.predicted.noise)
@@ -199,8 +184,7 @@ def plan_for_step(
     ``layouts`` are tried with every element width, since a common step suits tensors of unlike spread.
     """
     plans = [
-        plan_at_step(fine, step, layout, fixed_bits_per_weight(header_of[layout]), rate_weight)
-        for layout in layouts
+        plan_at_step(fine, step, layout, fixed_bits_per_weight(header_of[layout]), rate_weight) for layout in layouts
     ]
     unit = (step / fine.rms) ** 2 * LAMBDA  # relative squared error that a bit is worth at this step
     return min(plans, key=lambda plan: plan.predicted.noise + unit * plan.predicted.bits)

@@ -19,9 +19,7 @@ _WORTH_WHILE = 0.002
 CONSTANT = -1  # instead of a table's index: all symbols of the tile are equal
 
 
-def _fit(
-    counts: npt.NDArray[np.int64], assignment: npt.NDArray[np.int64], tables: int
-) -> list[Frequencies]:
+def _fit(counts: npt.NDArray[np.int64], assignment: npt.NDArray[np.int64], tables: int) -> list[Frequencies]:
     """The optimal table of each cluster, for clusters that have tiles."""
     return [
         normalise_frequencies(counts[assignment == index].sum(axis=0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from kvpack.encode.blob_encoder import (
     even_tile_cols,
 )
 from kvpack.encode.dtypes import BIT_PATTERNS, LOSSLESS_KINDS, as_float32
-from kvpack.encode.frequencies import entropy_bits
 from kvpack.encode.quantize import (
     FIXED_POINT,
     MAX_MAGNITUDE,
@@ -48,7 +47,6 @@ from kvpack.encode.threads import map_ordered
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     FLOAT_ELEMENT_BITS,
-    LAYOUT_NAMES,
     TILE_ROWS,
     ElementKind,
     Layout,
@@ -160,9 +158,7 @@ def encode_lossless(
 
     candidates = [(*estimate(layout), layout) for layout in layouts]
     _, counts, layout = min(candidates, key=lambda candidate: candidate[0])
-    blob = encode_strips(
-        weights.header(layout, tile_cols), source, tile_counts=counts, executor=executor
-    )
+    blob = encode_strips(weights.header(layout, tile_cols), source, tile_counts=counts, executor=executor)
     return EncodedTensor(blob, None, "lossless", layout, None)
 
 
@@ -261,9 +257,7 @@ def _count_quantized(
         counts = count_strip(Strip(strip.elements), header.layout, header.tile_cols)
         return counts, len(strip.outliers), strip.dot, strip.energy
 
-    counts, outliers, dots, energies = zip(
-        *map_ordered(work, range(strips.weights.num_strips), executor), strict=True
-    )
+    counts, outliers, dots, energies = zip(*map_ordered(work, range(strips.weights.num_strips), executor), strict=True)
     tile_counts = np.concatenate(counts)
     step = float(strips.steps[0])
     energy = sum(energies)
@@ -283,9 +277,7 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
     def moments(index: int) -> tuple[float, float, int]:
         return strip_moments(as_float32(weights.strip(index)))  # type: ignore[no-any-return]
 
-    energies, largest, strange = zip(
-        *map_ordered(moments, range(weights.num_strips), executor), strict=True
-    )
+    energies, largest, strange = zip(*map_ordered(moments, range(weights.num_strips), executor), strict=True)
     if sum(strange):
         raise NotEncodableError(f"{sum(strange)} values are NaN or infinite")
     rms = math.sqrt(math.fsum(energies) / weights.size)
@@ -295,9 +287,7 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
         raise NotEncodableError(f"values near the end of the fp32 range (rms {rms:.3g})")
     # The finest step that is tried is rms/2^6.5, and a magnitude has 14 bits.
     if max(largest) / rms * 2**6.5 > MAX_MAGNITUDE:
-        raise NotEncodableError(
-            f"the largest value ({max(largest):.3g}) is {max(largest) / rms:.0f} times the rms"
-        )
+        raise NotEncodableError(f"the largest value ({max(largest):.3g}) is {max(largest) / rms:.0f} times the rms")
     per_width = np.float32(FINE_BINS_PER_RMS / rms)
 
     def count(index: int) -> npt.NDArray[np.int64]:
@@ -329,14 +319,10 @@ def _finish(
 ) -> EncodedTensor:
     header = weights.header(plan.layout, tile_cols)
     scales = np.full(1, counted.scale, np.float32)
-    return _encode_quantized(
-        weights, header, counted.counts, counted.strips, scales, "uniform", executor
-    )
+    return _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor)
 
 
-def _encode_zeros(
-    weights: Matrices, tile_cols: int | None, executor: ThreadPoolExecutor | None
-) -> EncodedTensor:
+def _encode_zeros(weights: Matrices, tile_cols: int | None, executor: ThreadPoolExecutor | None) -> EncodedTensor:
     layout = integer_layout("balanced", ElementKind.SIGNED, 4)
     strips = _QuantizedStrips(weights, np.zeros(1, np.float32), 4, NEAREST)
     header = weights.header(layout, tile_cols)
@@ -453,8 +439,4 @@ def encode_int8_rows(
     header, counted = trials[0]
     if len(trials) > 1 and trials[1][1].size_bytes <= counted.size_bytes * (1 + FAST_COSTS_AT_MOST):
         header, counted = trials[1]
-    return _encode_quantized(
-        weights, header, counted.counts, strips, scales, "int8-row", executor
-    )
-
-
+    return _encode_quantized(weights, header, counted.counts, strips, scales, "int8-row", executor)

@@ -89,9 +89,7 @@ def encode_rans_tile(elements, layout, previous, table, u8_lengths, out):  # typ
         out32[group] = at - words_at
         for lane in range(GROUP_LANES):
             count = lengths[lane] if lane < valid else 0
-            out32[GROUP_OFFSETS_BYTES // 4 + first + lane] = (
-                states[lane] if lane < valid else _STATE_LOW
-            )
+            out32[GROUP_OFFSETS_BYTES // 4 + first + lane] = states[lane] if lane < valid else _STATE_LOW
             if u8_lengths:
                 out8[lengths_at + first + lane] = count
             else:
@@ -151,9 +149,7 @@ def decode_rans_tile(  # type: ignore[no-untyped-def]
         first = group * GROUP_LANES
         valid = min(GROUP_LANES, rows - first)
         coded = (valid + 3) // 4 * 4
-        wrong = decode_lanes(
-            states[first : first + coded], first_words[first:], words, table, symbols[:coded]
-        )
+        wrong = decode_lanes(states[first : first + coded], first_words[first:], words, table, symbols[:coded])
         # A surplus lane has no words and cannot end where it must: only valid lanes count.
         if bad < 0 and 0 <= wrong < valid:
             bad = first + wrong

@@ -125,9 +125,7 @@ class Blob:
         self.header = BlobHeader.parse(self.buffer)
         header = self.header
         if header.blob_bytes != len(self.buffer):
-            raise TruncatedError(
-                f"the header announces {header.blob_bytes} bytes, the blob has {len(self.buffer)}"
-            )
+            raise TruncatedError(f"the header announces {header.blob_bytes} bytes, the blob has {len(self.buffer)}")
         front = self.buffer[: header.payload_offset]
         crc = zlib.crc32(front[HEADER_BYTES:], zlib.crc32(front[:HEADER_CRC_OFFSET]))
         if crc != header.header_crc32:
@@ -176,9 +174,7 @@ class Blob:
                 raise TileBoundsError(f"tile {tile}: data_offset is {offset}, prescribed is {expected}")
             expected = align(int(end), ALIGNMENT_BYTES)
         if expected != header.payload_bytes:
-            raise TileBoundsError(
-                f"the tiles end at {expected}, payload_bytes is {header.payload_bytes}"
-            )
+            raise TileBoundsError(f"the tiles end at {expected}, payload_bytes is {header.payload_bytes}")
 
     def tile(self, index: int, *, check_crc: bool = True) -> Tile:
         """Validate tile ``index`` and return its parts.
@@ -224,9 +220,7 @@ class Blob:
             raw_offset = 0
             raw_bytes = raw_mode_bytes(geometry, layout.element_bits)
         if int(meta["raw_offset"]) != raw_offset:
-            raise TileBoundsError(
-                f"{where}: raw_offset is {int(meta['raw_offset'])}, prescribed is {raw_offset}"
-            )
+            raise TileBoundsError(f"{where}: raw_offset is {int(meta['raw_offset'])}, prescribed is {raw_offset}")
         raw_end = raw_offset + raw_bytes
         outlier_offset = align(raw_end, OUTLIER_BYTES)
         count = int(meta["outlier_count"])
@@ -313,9 +307,7 @@ def _parse_outliers(where: str, data: npt.NDArray[np.uint8], geometry: TileGeome
     return Outliers(rows, cols, deltas)
 
 
-def assemble_blob(
-    header: BlobHeader, table_section: bytes, tiles: npt.NDArray[np.void], payload: bytearray
-) -> bytes:
+def assemble_blob(header: BlobHeader, table_section: bytes, tiles: npt.NDArray[np.void], payload: bytearray) -> bytes:
     """Put a blob together and fill in ``payload_bytes``, ``table_bytes`` and ``header_crc32``."""
     header = replace(header, table_bytes=len(table_section), payload_bytes=len(payload))
     metadata = tiles.tobytes()

@@ -97,9 +97,7 @@ def _parse_tensor(name: str, entry: object) -> StoredTensor:
     for size in shape:
         bits *= size  # Python integers do not overflow
     if bits != 8 * (end - begin):
-        raise TensorTableError(
-            f"tensor {name!r}: {dtype} {shape} does not fill the bytes {begin} to {end}"
-        )
+        raise TensorTableError(f"tensor {name!r}: {dtype} {shape} does not fill the bytes {begin} to {end}")
     return StoredTensor(name, dtype, tuple(shape), begin, end)
 
 
@@ -134,9 +132,7 @@ class Container:
     def _parse(self, size: int) -> None:
         (header_bytes,) = struct.unpack_from("<Q", self._view)
         if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > size:
-            raise NotAContainerError(
-                f"not a safetensors file: a header of {header_bytes} bytes in a file of {size}"
-            )
+            raise NotAContainerError(f"not a safetensors file: a header of {header_bytes} bytes in a file of {size}")
         header = _parse_json(bytes(self._view[8 : 8 + header_bytes]), "the header")
         if not isinstance(header, dict):
             raise NotAContainerError("the header is not a JSON object")
@@ -169,9 +165,7 @@ class Container:
                 )
             return {}
         if version != CONTAINER_VERSION:
-            raise ContainerMetadataError(
-                f"{VERSION_KEY} is {version!r}, this reader knows {CONTAINER_VERSION!r}"
-            )
+            raise ContainerMetadataError(f"{VERSION_KEY} is {version!r}, this reader knows {CONTAINER_VERSION!r}")
         coded = _parse_json((text or "").encode(), TENSORS_KEY)
         if not isinstance(coded, dict):
             raise ContainerMetadataError(f"{TENSORS_KEY} is not a JSON object")
@@ -258,9 +252,7 @@ class ContainerWriter:
         self._tensors: dict[str, dict[str, Any]] = {}
         self._at = 0
 
-    def add(
-        self, name: str, dtype: str, shape: Iterable[int], data: Iterable[memoryview | bytes]
-    ) -> None:
+    def add(self, name: str, dtype: str, shape: Iterable[int], data: Iterable[memoryview | bytes]) -> None:
         """Append a tensor whose bytes come in pieces."""
         begin = self._at
         for piece in data:

@@ -211,18 +211,14 @@ class BlobHeader:
             raise ReservedError(f"element_kind is {element_kind}, known are 0 to {max(ElementKind)}")
         layout = Layout(ElementKind(element_kind), element_bits, code_bits, codes_per_symbol)
         if raw_bits != layout.raw_bits:
-            raise LayoutError(
-                f"raw_bits is {raw_bits}, but element_bits − code_bits is {layout.raw_bits}"
-            )
+            raise LayoutError(f"raw_bits is {raw_bits}, but element_bits − code_bits is {layout.raw_bits}")
         for name, value in (("rows", rows), ("cols", cols), ("matrices", matrices)):
             if value < 1:
                 raise GeometryError(f"{name} is {value}, at least 1 is legal")
         if tile_rows != TILE_ROWS:
             raise GeometryError(f"tile_rows is {tile_rows}, legal is {TILE_ROWS}")
         if tile_cols % CHUNK_COLS or not CHUNK_COLS <= tile_cols <= MAX_TILE_COLS:
-            raise GeometryError(
-                f"tile_cols is {tile_cols}, legal are multiples of {CHUNK_COLS} up to {MAX_TILE_COLS}"
-            )
+            raise GeometryError(f"tile_cols is {tile_cols}, legal are multiples of {CHUNK_COLS} up to {MAX_TILE_COLS}")
         if num_tables > MAX_TABLES:
             raise GeometryError(f"num_tables is {num_tables}, at most {MAX_TABLES} are legal")
         if table_bytes % ALIGNMENT_BYTES or (table_bytes == 0) != (num_tables == 0):

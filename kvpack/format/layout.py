@@ -103,9 +103,7 @@ class Layout:
     def __post_init__(self) -> None:
         if self.element_kind.is_integer:
             if not 2 <= self.element_bits <= 8:
-                raise LayoutError(
-                    f"element_bits is {self.element_bits}; {self.element_kind.name} elements have 2 to 8"
-                )
+                raise LayoutError(f"element_bits is {self.element_bits}; {self.element_kind.name} elements have 2 to 8")
         elif self.element_bits != FLOAT_ELEMENT_BITS[self.element_kind]:
             raise LayoutError(
                 f"element_bits is {self.element_bits}; {self.element_kind.name} elements have "
@@ -119,13 +117,10 @@ class Layout:
         if self.codes_per_symbol not in (1, 2, 4):
             raise LayoutError(f"codes_per_symbol is {self.codes_per_symbol}; legal is 1, 2 or 4")
         if self.codes_per_symbol * self.code_bits > 8:
-            raise LayoutError(
-                f"{self.codes_per_symbol} codes of {self.code_bits} bits do not fit one byte"
-            )
+            raise LayoutError(f"{self.codes_per_symbol} codes of {self.code_bits} bits do not fit one byte")
         if self.codes_per_symbol > 1 and self.element_bits > 8:
             raise LayoutError(
-                f"codes_per_symbol is {self.codes_per_symbol}; legal for {self.element_bits}-bit "
-                "elements is 1"
+                f"codes_per_symbol is {self.codes_per_symbol}; legal for {self.element_bits}-bit elements is 1"
             )
         if self.raw_bits > MAX_RAW_BITS:
             raise LayoutError(f"raw_bits is {self.raw_bits}; at most {MAX_RAW_BITS} are legal")

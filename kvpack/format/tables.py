@@ -35,9 +35,7 @@ def _pack_table(frequencies: Frequencies, alphabet_size: int) -> bytes:
     return np.packbits(np.array(bits, np.uint8), bitorder="little").tobytes()
 
 
-def pack_tables(
-    tables: Sequence[Frequencies], alphabet_size: int
-) -> tuple[TableEncoding, bytes]:
+def pack_tables(tables: Sequence[Frequencies], alphabet_size: int) -> tuple[TableEncoding, bytes]:
     """The table section in whichever encoding is shorter, padded to 16 bytes."""
     plain = b"".join(table.astype("<u2").tobytes() for table in tables)
     packed = b"".join(_pack_table(table, alphabet_size) for table in tables)

@@ -1,0 +1,5 @@
+"""``python -m kvpack``."""
+
+from kvpack.cli import main
+
+main()

@@ -1,0 +1,478 @@
+"""The command line: parse, call, print. Data goes to stdout, everything else to stderr.
+
+Exit codes: 0 ok, 1 failed, 2 usage, 3 corrupt file, 4 mismatch, 5 no device. Heavy modules are imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum, StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from kvpack._version import __version__
+
+if TYPE_CHECKING:
+    from kvpack.encode.pipeline import Progress
+
+
+class ExitCode(IntEnum):
+    """What the process's exit status means."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    CORRUPT = 3
+    MISMATCH = 4
+    NO_DEVICE = 5
+
+
+class LayoutOption(StrEnum):
+    """Names for --layout."""
+
+    AUTO = "auto"
+    COMPACT = "compact"
+    BALANCED = "balanced"
+    FAST = "fast"
+
+
+class PresetOption(StrEnum):
+    """Names for --preset."""
+
+    NEAR_LOSSLESS = "near-lossless"
+    LOSSLESS = "lossless"
+
+
+class AllocationOption(StrEnum):
+    """Names for --allocation."""
+
+    TENSOR = "tensor"
+    MODEL = "model"
+
+
+class DtypeOption(StrEnum):
+    """Names for --dtype."""
+
+    ORIGINAL = "original"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+app = typer.Typer(
+    name="kvpack",
+    help="Small LLM weights: entropy-coded safetensors, exact or at the rate you choose.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(
+    help="Measure speed on this machine.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(bench_app, name="bench")
+
+Source = Annotated[Path, typer.Argument(metavar="IN", help="A .safetensors file or a model directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, also on failure.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores by default.")]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"kvpack {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def _fail(code: ExitCode, kind: str, message: str, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps({"ok": False, "error": kind, "message": message, "exit_code": int(code)}))
+    else:
+        print(f"kvpack: {message}", file=sys.stderr)
+    raise typer.Exit(int(code))
+
+
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """Known failures become one sentence (or one JSON object) and an exit code; others stay tracebacks."""
+    from kvpack.encode.pipeline import InputError
+    from kvpack.format.errors import FormatError
+
+    try:
+        yield
+    except InputError as error:
+        _fail(ExitCode.USAGE, type(error).__name__, str(error), as_json)
+    except FormatError as error:
+        _fail(ExitCode.CORRUPT, type(error).__name__, str(error), as_json)
+    except KeyError as error:
+        _fail(ExitCode.USAGE, "KeyError", str(error.args[0]), as_json)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        code = ExitCode.USAGE if isinstance(error, FileNotFoundError) else ExitCode.FAILED
+        _fail(code, type(error).__name__, f"{error.strerror or error}{where}", as_json)
+    except KeyboardInterrupt:
+        _fail_interrupted(as_json)
+
+
+def _fail_interrupted(as_json: bool) -> NoReturn:
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "ok": False,
+                    "error": "KeyboardInterrupt",
+                    "message": "interrupted",
+                    "exit_code": 130,
+                }
+            )
+        )
+    else:
+        print("kvpack: interrupted; no output was left behind", file=sys.stderr)
+    raise typer.Exit(130)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Progress]:
+    """A bar on stderr with rate and time left; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    from kvpack.encode.pipeline import Progress
+
+    console = Console(stderr=True)
+    with Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[tensor]}", style="dim"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(title, total=None, tensor="")
+        yield Progress(
+            total=lambda size: bar.update(task, total=size),
+            advance=lambda size: bar.advance(task, size),
+            tensor=lambda name: bar.update(task, tensor=name),
+        )
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size_bytes < 1000 or unit == "GB":
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.2f} {unit}"
+        size_bytes /= 1000
+    raise AssertionError
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _parse_tensor_bits(values: list[str] | None) -> dict[str, float]:
+    rates = {}
+    for value in values or []:
+        pattern, separator, bits = value.rpartition("=")
+        try:
+            rates[pattern] = float(bits)
+        except ValueError:
+            separator = ""
+        if not separator or not pattern:
+            raise typer.BadParameter(f"{value!r} is not REGEX=BITS", param_hint="--tensor-bits")
+    return rates
+
+
+@app.command()
+def compress(
+    source: Source,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT", help="Default: NAME.kvpack.safetensors or NAME-kvpack."),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", help="Bits a weight, 1.5 to 7.5, every overhead counted. Default: 4.9."),
+    ] = None,
+    preset: Annotated[PresetOption | None, typer.Option("--preset", help="Instead of a rate.")] = None,
+    layout: Annotated[LayoutOption, typer.Option("--layout", help="How weights become symbols.")] = (LayoutOption.AUTO),
+    tile_cols: Annotated[
+        int | None,
+        typer.Option("--tile-cols", help="Columns of a tile: a multiple of 32 up to 512."),
+    ] = None,
+    allocation: Annotated[
+        AllocationOption,
+        typer.Option("--allocation", help="The rate for each tensor, or one step for the model."),
+    ] = AllocationOption.TENSOR,
+    include: Annotated[str | None, typer.Option("--include", metavar="REGEX", help="Code these names too.")] = None,
+    exclude: Annotated[
+        str | None, typer.Option("--exclude", metavar="REGEX", help="Keep these names as they are.")
+    ] = None,
+    tensor_bits: Annotated[
+        list[str] | None,
+        typer.Option("--tensor-bits", metavar="REGEX=BITS", help="A rate of their own; repeatable."),
+    ] = None,
+    threads: Threads = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, but write nothing.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a .safetensors file or a model directory.
+
+    Embeddings, output layers, norms, biases and small tensors are kept as they are (the report lists them).
+    """
+    rates = _parse_tensor_bits(tensor_bits)
+    with _errors(as_json):
+        from kvpack.encode.pipeline import compress as run
+
+        with _progress("compress") as progress:
+            report = run(
+                source,
+                output,
+                bits=bits,
+                preset=preset,
+                layout=layout,
+                tile_cols=tile_cols,
+                allocation=allocation,
+                include=include,
+                exclude=exclude,
+                tensor_bits=rates,
+                threads=threads,
+                dry_run=dry_run,
+                force=force,
+                progress=progress,
+            )
+    if as_json:
+        print(json.dumps(report.as_dict(), allow_nan=False))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_tensor_table([vars(tensor) for tensor in report.tensors], kept_singly=False))
+    kept: dict[str, list[str]] = {}
+    for tensor in report.tensors:
+        if tensor.method == "keep":
+            kept.setdefault(str(tensor.reason), []).append(tensor.name)
+    for reason, names in kept.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        console.print(f"kept ({reason}): {shown}", markup=False, highlight=False)
+    coded = ""
+    if report.bits_per_weight is not None:
+        coded = f"; coded tensors {report.bits_per_weight:.3f} bits a weight"
+        coded += f", noise {_number(report.noise_db)} dB" if report.noise_db is not None else ", exact"
+    console.print(
+        f"{_size(report.input_bytes)} → {_size(report.output_bytes)}, {report.ratio:.2f} times smaller"
+        f"{coded}; {report.seconds:.1f} s",
+        highlight=False,
+    )
+    console.print(
+        "dry run: nothing was written" if report.output is None else f"wrote {report.output}",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _tensor_table(tensors: list[dict[str, Any]], *, kept_singly: bool) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("tensor", "shape", "dtype", "method", "layout"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("bits", "entropy", "noise dB", "outliers"):
+        table.add_column(heading, justify="right")
+    for tensor in tensors:
+        if tensor["method"] == "keep" and not kept_singly:
+            continue
+        table.add_row(
+            tensor["name"].replace("[", r"\["),
+            "×".join(map(str, tensor["shape"])),
+            tensor["dtype"],
+            tensor["method"],
+            tensor["layout"] or "–",
+            _number(tensor["bits_per_weight"], 3),
+            _number(tensor["entropy_bits"], 3),
+            _number(tensor["noise_db"]),
+            str(tensor["outliers"]),
+        )
+    return table
+
+
+@app.command()
+def decompress(
+    source: Source,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")],
+    dtype: Annotated[
+        DtypeOption, typer.Option("--dtype", help="Float type of the coded tensors.")
+    ] = DtypeOption.ORIGINAL,
+    threads: Threads = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write ordinary safetensors back."""
+    with _errors(as_json):
+        from kvpack.encode.pipeline import decompress as run
+
+        with _progress("decompress") as progress:
+            report = run(source, output, dtype=dtype, threads=threads, force=force, progress=progress)
+    if as_json:
+        print(json.dumps(report.as_dict()))
+        return
+    print(
+        f"{report.tensors} tensors, {_size(report.input_bytes)} → {_size(report.output_bytes)} "
+        f"in {report.seconds:.1f} s\nwrote {report.output}"
+    )
+
+
+@app.command()
+def inspect(
+    source: Source,
+    tensor: Annotated[str | None, typer.Option("--tensor", metavar="NAME", help="Only this tensor.")] = None,
+    as_json: Json = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="PNG", help="Draw bits and noise of each tensor."),
+    ] = None,
+) -> None:
+    """List what a file holds: shape, method, layout, bits, entropy, noise, outliers."""
+    with _errors(as_json):
+        from kvpack.encode.report import describe
+
+        report = describe(source, tensor)
+        if plot is not None:
+            from kvpack.encode.pipeline import InputError
+
+            try:
+                from kvpack.plot import plot_tensors
+            except ImportError as error:
+                raise InputError(f"--plot needs matplotlib ({error}): pip install 'kvpack[plot]'") from None
+            plot_tensors(report["tensors"], plot, title=source.name)
+    if as_json:
+        print(json.dumps(report, allow_nan=False))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_tensor_table(report["tensors"], kept_singly=True))
+    console.print(
+        f"{len(report['tensors'])} tensors, {report['coded']} coded, {_size(report['output_bytes'])}; coded tensors "
+        f"{_number(report['bits_per_weight'], 3)} bits a weight, noise {_number(report['noise_db'])} dB",
+        highlight=False,
+    )
+    if plot is not None:
+        print(f"drew {plot}", file=sys.stderr)
+
+
+@app.command()
+def verify(
+    source: Source,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="ORIGINAL", help="Compare with the original file or directory."),
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Check structure, every CRC and every lane; with --against also the contents."""
+    with _errors(as_json):
+        from kvpack.encode.verify import verify as run
+
+        with _progress("verify") as progress:
+            progress.total(_data_bytes(source))
+            result = run(source, against, threads=threads, progress=progress.advance)
+    if as_json:
+        print(json.dumps({"ok": not result.mismatches, **vars(result)}))
+    else:
+        for name, difference in result.mismatches.items():
+            print(f"kvpack: {name}: {difference}", file=sys.stderr)
+        compared = ", compared with the original" if result.compared else ""
+        verdict = "MISMATCH" if result.mismatches else "ok"
+        print(
+            f"{verdict}: {result.tensors} tensors, {result.coded} coded, {result.tiles} tiles, "
+            f"{result.elements} weights decoded{compared}"
+        )
+    if result.mismatches:
+        raise typer.Exit(int(ExitCode.MISMATCH))
+
+
+def _data_bytes(source: Path) -> int:
+    from kvpack.encode.reader import shard_paths
+
+    return sum(path.stat().st_size for path in shard_paths(source))
+
+
+@bench_app.command("codec")
+def bench_codec(
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Speed of the CPU coder: encode and decode, one core and all."""
+    with _errors(as_json):
+        from kvpack.encode.bench import bench_codec as run
+
+        report = run(threads)
+    if as_json:
+        print(json.dumps({"ok": True, **report}))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"2048 × 5632 INT8 (Gaussian, σ = 30: for speed only) on {report['cpu']}",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in (
+        "layout",
+        "bits",
+        "threads",
+        "encode ms",
+        "M weights/s",
+        "decode ms",
+        "M weights/s",
+    ):
+        table.add_column(heading, justify="right")
+    for row in report["rows"]:
+        table.add_row(
+            row["layout"],
+            f"{row['bits_per_weight']:.3f}",
+            str(row["threads"]),
+            f"{row['encode_ms']:.1f}",
+            f"{row['encode_mweights_per_s']:.0f}",
+            f"{row['decode_ms']:.1f}",
+            f"{row['decode_mweights_per_s']:.0f}",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the ``kvpack`` script."""
+    app(prog_name="kvpack")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,757 @@
+"""``kvpack.compress`` and ``kvpack.decompress``: whole files and model directories, a tensor at a time.
+
+Memory holds one tensor's blob and a few strips, whatever the model's size; sources are mapped. Outputs are written beside
+their place and renamed at the end, files and directories alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvpack.encode.dtypes import FLOAT_NAMES, LOSSY_DTYPES, NUMPY_DTYPES
+from kvpack.encode.rate import MAX_BITS, MIN_BITS, FineHistogram, RatePlan
+from kvpack.encode.reader import INDEX_NAME, Reader, shard_paths
+from kvpack.encode.selection import Selection, transposed_names
+from kvpack.encode.tensor_encoder import (
+    EncodedTensor,
+    Matrices,
+    NotEncodableError,
+    encode_at_bits,
+    encode_int8_rows,
+    encode_lossless,
+    encode_plan,
+    measure,
+    plan_at_common_step,
+)
+from kvpack.encode.threads import default_threads
+from kvpack.format.container import (
+    BLOB_SUFFIX,
+    CONTAINER_VERSION,
+    SCALE_SUFFIX,
+    TENSORS_KEY,
+    VERSION_KEY,
+    Container,
+    ContainerWriter,
+    StoredTensor,
+)
+from kvpack.format.errors import DirectoryIndexError
+from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS, VERSION
+
+# The lowest rate with a KL divergence of at most 0.01 on books-27m (docs/PERFORMANCE.md).
+DEFAULT_BITS = 4.9
+DEFAULT_ALLOCATION = "tensor"
+PRESETS = ("near-lossless", "lossless")
+ALLOCATIONS = ("tensor", "model")
+
+# What a compressed model directory does not need from the original.
+_OTHER_WEIGHTS = re.compile(
+    r"\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|h5|msgpack|onnx|ot|gguf|tflite)$"
+)
+_COPY_BYTES = 1 << 24
+
+
+class InputError(ValueError):
+    """The input, or an option, cannot be used; the message says why and what would do."""
+
+
+@dataclass
+class TensorReport:
+    """One tensor of the output. Kept tensors: method ``keep``, the reason, and null for what does not apply."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    method: str
+    layout: str | None
+    bits_per_weight: float
+    entropy_bits: float | None
+    noise_db: float | None
+    outliers: int
+    bytes: int
+    reason: str | None = None
+
+
+@dataclass
+class CompressReport:
+    """What a compression gave; ``bits_per_weight`` and ``noise_db`` are those of the coded tensors."""
+
+    input: str
+    output: str | None
+    input_bytes: int
+    output_bytes: int
+    ratio: float
+    bits_per_weight: float | None
+    noise_db: float | None
+    seconds: float
+    tensors: list[TensorReport] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ok": True, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Called as work goes on: ``total`` once with all bytes to read, ``advance`` with bytes done, ``tensor`` with names."""
+
+    total: Callable[[int], None] = lambda _: None
+    advance: Callable[[int], None] = lambda _: None
+    tensor: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compress; see :func:`compress`."""
+
+    selection: Selection
+    layout: str = "auto"
+    tile_cols: int | None = None
+    allocation: str = DEFAULT_ALLOCATION
+
+
+def _check_bits(bits: float) -> float:
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise InputError(f"{bits} bits a weight: rates from {MIN_BITS} to {MAX_BITS} are possible")
+    return bits
+
+
+def _pattern(text: str | None, option: str) -> re.Pattern[str] | None:
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise InputError(f"{option} {text!r} is not a regular expression: {error}") from None
+
+
+def _options(
+    bits: float | None,
+    preset: str | None,
+    layout: str,
+    tile_cols: int | None,
+    allocation: str,
+    include: str | None,
+    exclude: str | None,
+    tensor_bits: dict[str, float] | None,
+) -> Options:
+    if bits is not None and preset is not None:
+        raise InputError("bits and preset exclude each other")
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"preset {preset!r}: there are {', '.join(PRESETS)}")
+    if layout not in ("auto", *LAYOUT_NAMES):
+        raise InputError(f"layout {layout!r}: there are auto, {', '.join(LAYOUT_NAMES)}")
+    if allocation not in ALLOCATIONS:
+        raise InputError(f"allocation {allocation!r}: there are {', '.join(ALLOCATIONS)}")
+    if tile_cols is not None and (tile_cols % CHUNK_COLS or not CHUNK_COLS <= tile_cols <= MAX_TILE_COLS):
+        raise InputError(
+            f"tile_cols {tile_cols}: multiples of {CHUNK_COLS} from {CHUNK_COLS} to {MAX_TILE_COLS} are possible"
+        )
+    rate = None if preset is not None else _check_bits(DEFAULT_BITS if bits is None else bits)
+    own = []
+    for text, value in (tensor_bits or {}).items():
+        pattern = _pattern(text, "tensor_bits")
+        assert pattern is not None
+        own.append((pattern, _check_bits(value)))
+    selection = Selection(
+        bits=rate,
+        lossless=preset == "lossless",
+        include=_pattern(include, "include"),
+        exclude=_pattern(exclude, "exclude"),
+        tensor_bits=tuple(own),
+    )
+    return Options(selection, layout, tile_cols, allocation)
+
+
+def default_output(source: Path) -> Path:
+    """``model.safetensors`` → ``model.kvpack.safetensors``, ``dir`` → ``dir-kvpack``."""
+    source = source.resolve()
+    if source.is_dir():
+        return source.with_name(source.name + "-kvpack")
+    return source.with_name(source.name.removesuffix(".safetensors") + ".kvpack.safetensors")
+
+
+def _as_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, np.dtype[Any]]:
+    data = container.data(tensor.name)
+    return np.frombuffer(data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _pieces(data: memoryview) -> Iterator[memoryview]:
+    for first in range(0, len(data), _COPY_BYTES):
+        yield data[first : first + _COPY_BYTES]
+
+
+class _Model:
+    """The sources of a compression: containers, what to do with each tensor, and the common step if there is one."""
+
+    def __init__(self, source: Path, options: Options, executor: ThreadPoolExecutor) -> None:
+        self.options, self.executor = options, executor
+        self.containers: list[Container] = []
+        try:
+            for path in shard_paths(source):
+                self.containers.append(Container(path))
+            for container in self.containers:
+                if container.coded:
+                    raise InputError(f"{container.path} is compressed already")
+                for name in container.tensors:
+                    if name.endswith((BLOB_SUFFIX, SCALE_SUFFIX)):
+                        raise InputError(f"{container.path}: the name {name!r} is one of kvpack's own")
+        except BaseException:
+            self.close()
+            raise
+        config = read_config(source) if source.is_dir() else {}
+        model_type = config.get("model_type")
+        self.transposed = {
+            name for container in self.containers for name in transposed_names(container.tensors, model_type)
+        }
+
+    def close(self) -> None:
+        for container in self.containers:
+            container.close()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(t.size_bytes for c in self.containers for t in c.tensors.values())
+
+    def matrices(self, container: Container, tensor: StoredTensor) -> Matrices:
+        array = _as_array(container, tensor)
+        return Matrices(array, transposed=tensor.name in self.transposed)
+
+    def common_step_tensors(self) -> list[tuple[Container, StoredTensor]]:
+        selection = self.options.selection
+        return [
+            (container, tensor)
+            for container in self.containers
+            for tensor in container.tensors.values()
+            if selection.reason_to_keep(tensor) is None
+            and selection.is_lossy(tensor)
+            and not any(pattern.search(tensor.name) for pattern, _ in selection.tensor_bits)
+        ]
+
+    def encode(self, container: Container, tensor: StoredTensor, plan: RatePlan | None) -> EncodedTensor:
+        """One tensor by whatever method the options say."""
+        options = self.options
+        selection = options.selection
+        weights = self.matrices(container, tensor)
+        if not selection.is_lossy(tensor):
+            return encode_lossless(weights, tensor.dtype, options.tile_cols, options.layout, self.executor)
+        if plan is not None:
+            return encode_plan(weights, plan, tile_cols=options.tile_cols, executor=self.executor)
+        bits = selection.bits_of(tensor.name)
+        if bits is None:
+            return encode_int8_rows(
+                weights,
+                layout_name=options.layout,
+                tile_cols=options.tile_cols,
+                executor=self.executor,
+            )
+        return encode_at_bits(
+            weights,
+            bits,
+            layout_name=options.layout,
+            tile_cols=options.tile_cols,
+            executor=self.executor,
+        )
+
+
+def _common_step_plans(model: _Model, progress: Progress) -> dict[str, RatePlan]:
+    """One step for all tensors, such that together they take the rate (equal slope: least total squared error)."""
+    options = model.options
+    bits = options.selection.bits
+    assert bits is not None
+    measured: list[tuple[StoredTensor, Matrices, FineHistogram]] = []
+    for container, tensor in model.common_step_tensors():
+        progress.tensor(tensor.name)
+        weights = model.matrices(container, tensor)
+        try:
+            fine = measure(weights, model.executor)
+        except NotEncodableError:
+            continue
+        if fine.rms > 0:
+            measured.append((tensor, weights, fine))
+    if not measured:
+        return {}
+    total = sum(weights.size for _, weights, _ in measured)
+
+    def plans_at(step: float) -> tuple[float, dict[str, RatePlan]]:
+        plans = {
+            tensor.name: plan_at_common_step(weights, fine, step, options.layout, options.tile_cols)
+            for tensor, weights, fine in measured
+        }
+        used = sum(plans[tensor.name].predicted.bits * weights.size for tensor, weights, _ in measured)
+        return used / total, plans
+
+    smallest = min(fine.rms for _, _, fine in measured)
+    largest = max(fine.rms for _, _, fine in measured)
+    low, high = math.log2(smallest) - 8, math.log2(largest) + 3
+    _, plans = plans_at(2.0**high)
+    # The estimate leaves out about 0.03 bits of table rounding; encode_at_bits corrects for it with real counts.
+    target = bits - 0.03
+    for _ in range(14):
+        middle = (low + high) / 2
+        used, trial = plans_at(2.0**middle)
+        if used > target:
+            low = middle
+        else:
+            high, plans = middle, trial
+    return plans
+
+
+@dataclass
+class _Shard:
+    """What one output file holds, for the index and config.json."""
+
+    name: str
+    stored_names: list[str]
+    stored_bytes: int
+    blob_bytes: dict[str, int]
+
+
+def _encode_container(
+    model: _Model,
+    container: Container,
+    plans: dict[str, RatePlan],
+    writer: ContainerWriter | None,
+    progress: Progress,
+    reports: list[TensorReport],
+) -> tuple[dict[str, str], _Shard]:
+    """Encode one file's tensors into ``writer`` (None: a dry run); returns its metadata and its contents."""
+    selection = model.options.selection
+    entries: dict[str, dict[str, Any]] = {}
+    shard = _Shard(container.path.name, [], 0, {})
+    kept: list[tuple[StoredTensor, str]] = []
+
+    def add(name: str, dtype: str, shape: list[int], data: memoryview) -> None:
+        if writer is not None:
+            writer.add(name, dtype, shape, _pieces(data))
+        shard.stored_names.append(name)
+        shard.stored_bytes += len(data)
+
+    for tensor in container.tensors.values():
+        reason = selection.reason_to_keep(tensor)
+        if reason is not None:
+            kept.append((tensor, reason))
+            continue
+        progress.tensor(tensor.name)
+        try:
+            encoded = model.encode(container, tensor, plans.get(tensor.name))
+        except NotEncodableError as error:
+            kept.append((tensor, str(error)))
+            continue
+        if encoded.size_bytes >= tensor.size_bytes:
+            kept.append((tensor, "coding does not make it smaller"))
+            continue
+        name = tensor.name
+        add(name + BLOB_SUFFIX, "U8", [len(encoded.blob.data)], memoryview(encoded.blob.data))
+        shard.blob_bytes[name] = len(encoded.blob.data)
+        if encoded.scales is not None:
+            scales = np.ascontiguousarray(encoded.scales, "<f4")
+            add(name + SCALE_SUFFIX, "F32", [len(scales)], memoryview(scales).cast("B"))
+        elements = math.prod(tensor.shape)
+        report = TensorReport(
+            name=name,
+            shape=list(tensor.shape),
+            dtype=tensor.dtype,
+            method=encoded.method,
+            layout=encoded.layout.name,
+            bits_per_weight=round(8 * encoded.size_bytes / elements, 6),
+            entropy_bits=round(encoded.blob.entropy_bits_per_element, 6),
+            noise_db=None if encoded.noise_db is None else round(encoded.noise_db, 4),
+            outliers=encoded.blob.outlier_count,
+            bytes=encoded.size_bytes,
+        )
+        reports.append(report)
+        entries[name] = {
+            key: getattr(report, key)
+            for key in (
+                "shape", "dtype", "method", "layout", "bits_per_weight", "entropy_bits", "noise_db", "outliers"
+            )
+        }  # fmt: skip
+        progress.advance(tensor.size_bytes)
+
+    # Widest dtypes first, so that each tensor stays aligned to its own size behind blobs of 16-byte multiples.
+    for tensor, reason in sorted(kept, key=lambda item: (-_alignment(item[0]), item[0].begin)):
+        progress.tensor(tensor.name)
+        add(tensor.name, tensor.dtype, list(tensor.shape), container.data(tensor.name))
+        elements = math.prod(tensor.shape)
+        reports.append(
+            TensorReport(
+                name=tensor.name,
+                shape=list(tensor.shape),
+                dtype=tensor.dtype,
+                method="keep",
+                layout=None,
+                bits_per_weight=8 * tensor.size_bytes / elements if elements else 0.0,
+                entropy_bits=None,
+                noise_db=None,
+                outliers=0,
+                bytes=tensor.size_bytes,
+                reason=reason,
+            )
+        )
+        progress.advance(tensor.size_bytes)
+    metadata = dict(container.metadata)
+    metadata[VERSION_KEY] = CONTAINER_VERSION
+    metadata[TENSORS_KEY] = json.dumps(entries, separators=(",", ":"))
+    return metadata, shard
+
+
+def _alignment(tensor: StoredTensor) -> int:
+    dtype = NUMPY_DTYPES.get(tensor.dtype)
+    return dtype.itemsize if dtype is not None else 1
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory, {} if there is none.
+
+    Raises:
+        DirectoryIndexError: it is not a JSON object.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise DirectoryIndexError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise DirectoryIndexError(f"{path}: not a JSON object")
+    return config
+
+
+@contextmanager
+def _directory_in_place(target: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary directory beside ``target`` that takes its place on success and vanishes otherwise."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists() and force:
+            previous = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(previous)
+            temporary.rename(target)
+            shutil.rmtree(previous)
+        else:
+            temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check_target(source: Path, target: Path, *, force: bool) -> None:
+    if not source.exists():
+        raise InputError(f"{source} does not exist")
+    if target.exists():
+        if target.resolve() == source.resolve():
+            raise InputError(f"the output {target} is the input")
+        if not force:
+            raise InputError(f"{target} exists already; --force (force=True) replaces it")
+        if target.is_dir() != source.is_dir():
+            raise InputError(f"{target} is {'a directory' if target.is_dir() else 'a file'}")
+        if target.is_dir() and source.resolve().is_relative_to(target.resolve()):
+            raise InputError(f"the output {target} contains the input")
+    if not target.resolve().parent.is_dir():
+        raise InputError(f"the directory {target.parent} does not exist")
+
+
+def _size_on_disk(path: Path) -> int:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files)
+
+
+def _copy_other_files(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.name == "config.json" or path.name.startswith(".") or _OTHER_WEIGHTS.search(path.name):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns(".*"))
+        else:
+            shutil.copy2(path, target / path.name)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def compress(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    bits: float | None = None,
+    preset: str | None = None,
+    layout: str = "auto",
+    tile_cols: int | None = None,
+    allocation: str = DEFAULT_ALLOCATION,
+    include: str | None = None,
+    exclude: str | None = None,
+    tensor_bits: dict[str, float] | None = None,
+    threads: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> CompressReport:
+    """Compress a .safetensors file or a model directory.
+
+    Args:
+        out: the output; by default ``NAME.kvpack.safetensors`` or ``NAME-kvpack`` beside the input.
+        bits: bits a weight, 1.5 to 7.5, everything counted (default: DEFAULT_BITS).
+        preset: ``near-lossless`` (INT8 rows) or ``lossless`` instead of a rate.
+        layout: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
+        tile_cols: columns of a tile; by default equal parts of at most 512.
+        allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
+        include, exclude: regular expressions for names to code or to keep.
+        tensor_bits: regular expression → rate for the tensors whose names match it; the last match counts.
+        dry_run: do everything but write.
+        force: replace an existing output.
+
+    Raises:
+        InputError: the input or an option cannot be used.
+        FormatError: the input is damaged.
+        OSError: reading or writing failed; no output is left.
+
+    Example::
+
+        report = kvpack.compress("model.safetensors", bits=4.25)
+        print(report.ratio, report.noise_db)
+    """
+    import time
+
+    began = time.perf_counter()
+    progress = progress or Progress()
+    source = Path(path)
+    options = _options(bits, preset, layout, tile_cols, allocation, include, exclude, tensor_bits)
+    target = Path(out) if out is not None else default_output(source)
+    _check_target(source, target, force=force or dry_run)
+    if threads is not None and threads < 1:
+        raise InputError(f"{threads} threads: at least 1 is needed")
+    reports: list[TensorReport] = []
+    executor = ThreadPoolExecutor(threads or default_threads())
+    try:
+        model = _Model(source, options, executor)
+        try:
+            progress.total(model.total_bytes)
+            plans = {}
+            if options.allocation == "model" and options.selection.bits is not None:
+                plans = _common_step_plans(model, progress)
+            if source.is_dir():
+                output_bytes = _compress_directory(
+                    model, source, target, plans, progress, reports, dry_run=dry_run, force=force
+                )
+            else:
+                output_bytes = _compress_file(model, target, plans, progress, reports, dry_run=dry_run)
+        finally:
+            model.close()
+    finally:
+        executor.shutdown(cancel_futures=True)
+    input_bytes = _size_on_disk(source)
+    return _report(
+        source,
+        None if dry_run else target,
+        input_bytes,
+        output_bytes,
+        reports,
+        time.perf_counter() - began,
+    )
+
+
+def _report(
+    source: Path,
+    target: Path | None,
+    input_bytes: int,
+    output_bytes: int,
+    reports: list[TensorReport],
+    seconds: float,
+) -> CompressReport:
+    coded = [report for report in reports if report.method != "keep"]
+    weights = sum(math.prod(report.shape) for report in coded)
+    noise = [(math.prod(report.shape), 10 ** (report.noise_db / 10)) for report in coded if report.noise_db is not None]
+    noisy = sum(size for size, _ in noise)
+    return CompressReport(
+        input=str(source),
+        output=None if target is None else str(target),
+        input_bytes=input_bytes,
+        output_bytes=output_bytes,
+        ratio=round(input_bytes / output_bytes, 6),
+        bits_per_weight=round(8 * sum(r.bytes for r in coded) / weights, 6) if weights else None,
+        noise_db=(round(10 * math.log10(sum(size * ratio for size, ratio in noise) / noisy), 4) if noise else None),
+        seconds=round(seconds, 3),
+        tensors=sorted(reports, key=lambda report: report.name),
+    )
+
+
+def _compress_file(
+    model: _Model,
+    target: Path,
+    plans: dict[str, RatePlan],
+    progress: Progress,
+    reports: list[TensorReport],
+    *,
+    dry_run: bool,
+) -> int:
+    """Write (or only count) the output of the model's single file; returns its size."""
+    with nullcontext() if dry_run else ContainerWriter(target) as writer:
+        metadata, shard = _encode_container(model, model.containers[0], plans, writer, progress, reports)
+        if writer is not None:
+            return writer.finish(metadata)
+        header = sum(len(name) + 80 for name in shard.stored_names)
+        return shard.stored_bytes + header + sum(map(len, metadata.values()))
+
+
+def _compress_directory(
+    model: _Model,
+    source: Path,
+    target: Path,
+    plans: dict[str, RatePlan],
+    progress: Progress,
+    reports: list[TensorReport],
+    *,
+    dry_run: bool,
+    force: bool,
+) -> int:
+    shards = []
+    if dry_run:
+        for container in model.containers:
+            shards.append(_encode_container(model, container, plans, None, progress, reports)[1])
+        others = _size_on_disk(source) - sum(c.path.stat().st_size for c in model.containers)
+        return sum(shard.stored_bytes for shard in shards) + others
+    with _directory_in_place(target, force=force) as temporary:
+        for container in model.containers:
+            with ContainerWriter(temporary / container.path.name) as writer:
+                metadata, shard = _encode_container(model, container, plans, writer, progress, reports)
+                writer.finish(metadata)
+            shards.append(shard)
+        if (source / INDEX_NAME).exists() or len(shards) > 1:
+            weight_map = {name: shard.name for shard in shards for name in shard.stored_names}
+            total = sum(shard.stored_bytes for shard in shards)
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            _write_json(temporary / INDEX_NAME, index)
+        config = read_config(source)
+        config["quantization_config"] = {
+            "quant_method": "kvpack",
+            "format_version": VERSION,
+            "blob_bytes": dict(sorted(item for s in shards for item in s.blob_bytes.items())),
+        }
+        _write_json(temporary / "config.json", config)
+        _copy_other_files(source, temporary)
+        return _size_on_disk(temporary)
+
+
+@dataclass
+class DecompressReport:
+    """What a decompression gave."""
+
+    input: str
+    output: str
+    input_bytes: int
+    output_bytes: int
+    tensors: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ok": True, **asdict(self)}
+
+
+def decompress(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "original",
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> DecompressReport:
+    """Write a compressed file or directory back as ordinary safetensors.
+
+    Args:
+        dtype: ``original``, or a float dtype for all coded float tensors (kept ones stay as they are).
+
+    Raises:
+        InputError, FormatError, OSError: as for :func:`compress`.
+    """
+    import time
+
+    began = time.perf_counter()
+    progress = progress or Progress()
+    source, target = Path(path), Path(out)
+    _check_target(source, target, force=force)
+    if dtype != "original" and dtype not in FLOAT_NAMES:
+        raise InputError(f"dtype {dtype!r}: there are original, {', '.join(FLOAT_NAMES)}")
+    with Reader(source, threads=threads) as reader:
+        progress.total(sum(t.size_bytes for c in reader.containers for t in c.tensors.values()))
+        if source.is_dir():
+            with _directory_in_place(target, force=force) as temporary:
+                shards = []
+                for container in reader.containers:
+                    shards.append(
+                        _decompress_container(reader, container, temporary / container.path.name, dtype, progress)
+                    )
+                if (source / INDEX_NAME).exists():
+                    weight_map = {name: shard.name for shard in shards for name in shard.stored_names}
+                    index = {
+                        "metadata": {"total_size": sum(shard.stored_bytes for shard in shards)},
+                        "weight_map": dict(sorted(weight_map.items())),
+                    }
+                    _write_json(temporary / INDEX_NAME, index)
+                config = read_config(source)
+                config.pop("quantization_config", None)
+                if config:
+                    _write_json(temporary / "config.json", config)
+                _copy_other_files(source, temporary)
+        else:
+            _decompress_container(reader, reader.containers[0], target, dtype, progress)
+        tensors = len(reader)
+    return DecompressReport(
+        input=str(source),
+        output=str(target),
+        input_bytes=_size_on_disk(source),
+        output_bytes=_size_on_disk(target),
+        tensors=tensors,
+        seconds=round(time.perf_counter() - began, 3),
+    )
+
+
+def _decompress_container(reader: Reader, container: Container, target: Path, dtype: str, progress: Progress) -> _Shard:
+    shard = _Shard(target.name, [], 0, {})
+
+    def stored_dtype(name: str) -> str:
+        entry = container.coded.get(name)
+        if entry is None:
+            return container.tensors[name].dtype
+        own = str(entry["dtype"])
+        return FLOAT_NAMES[dtype] if dtype != "original" and own in LOSSY_DTYPES else own
+
+    def alignment(name: str) -> int:
+        known = NUMPY_DTYPES.get(stored_dtype(name))
+        return known.itemsize if known is not None else 1
+
+    with ContainerWriter(target) as writer:
+        for name in sorted(container.keys(), key=lambda name: (-alignment(name), name)):
+            progress.tensor(name)
+            if name in container.coded:
+                own = container.coded[name]["dtype"] == stored_dtype(name)
+                values = np.ascontiguousarray(reader.dequantize(name, "original" if own else dtype))
+                data = memoryview(values.view(np.uint8).reshape(-1))
+                shape = list(values.shape)
+                done = container.tensors[name + BLOB_SUFFIX].size_bytes
+            else:
+                data = container.data(name)
+                shape = list(container.tensors[name].shape)
+                done = len(data)
+            writer.add(name, stored_dtype(name), shape, _pieces(data))
+            shard.stored_names.append(name)
+            shard.stored_bytes += len(data)
+            progress.advance(done)
+        writer.finish({k: v for k, v in container.metadata.items() if k not in (VERSION_KEY, TENSORS_KEY)})
+    return shard

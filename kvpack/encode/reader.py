@@ -1,0 +1,325 @@
+"""``kvpack.open``: read tensors of a compressed file or model directory (docs/FORMAT.md §9)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 and fp8 names with NumPy)
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.encode.blob_decoder import decode_integers
+from kvpack.encode.dtypes import BIT_PATTERNS, FLOAT_NAMES, LOSSLESS_KINDS, NUMPY_DTYPES
+from kvpack.encode.threads import default_threads
+from kvpack.format.blob import Blob
+from kvpack.format.container import BLOB_SUFFIX, Container
+from kvpack.format.errors import ContainerMetadataError, DirectoryIndexError, ScaleError
+from kvpack.format.header import BlobHeader
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a coded tensor without decoding it. ``noise_db`` is None where nothing was lost."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    method: str
+    layout: str
+    bits_per_weight: float
+    entropy_bits: float | None
+    noise_db: float | None
+    outliers: int
+    blob_bytes: int
+    header: BlobHeader
+
+
+def shard_paths(path: Path) -> list[Path]:
+    """The safetensors files of a file or directory, in order of name.
+
+    Raises:
+        DirectoryIndexError: a directory without any, or an index that names a missing one.
+    """
+    if not path.is_dir():
+        return [path]
+    index = path / INDEX_NAME
+    if not index.exists():
+        found = sorted(path.glob("*.safetensors"))
+        if not found:
+            raise DirectoryIndexError(f"{path}: no .safetensors file in this directory")
+        return found
+    names = sorted(set(read_weight_map(index).values()))
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise DirectoryIndexError(f"{index}: names {missing[0]!r}, which does not exist")
+    return [path / name for name in names]
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """``weight_map`` of an index: stored tensor → file name, which must be a plain one."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        plain = all(
+            isinstance(k, str) and isinstance(v, str) and v == os.path.basename(v) and v not in ("", ".", "..")
+            for k, v in weight_map.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DirectoryIndexError(f"{index}: not a valid index ({error!r})") from None
+    if not plain:
+        raise DirectoryIndexError(f"{index}: weight_map does not map names to files of the directory")
+    return dict(weight_map)
+
+
+class Reader:
+    """Tensors of a safetensors file, or of a directory of shards, by their original names.
+
+    Opening maps the files and reads their headers; tensors are decoded when asked for. May be used by several threads.
+
+    Example::
+
+        with kvpack.open("model.kvpack.safetensors") as reader:
+            for name in reader.keys():
+                weights = reader.dequantize(name, "float32")
+
+    Args:
+        path: a .safetensors file or a model directory.
+        threads: cores to decode with; all by default.
+        max_elements: refuse to decode tensors of more elements (default: max(2^28, 256 × blob bytes)).
+
+    Raises:
+        FormatError: a file, or the directory's index, breaks a rule of FORMAT.md.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        max_elements: int | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.max_elements = max_elements
+        self.containers: list[Container] = []
+        self._executor = ThreadPoolExecutor(threads or default_threads())
+        self._where: dict[str, Container] = {}
+        try:
+            for shard in shard_paths(self.path):
+                container = Container(shard)
+                self.containers.append(container)
+                for name in container.keys():
+                    if name in self._where:
+                        raise DirectoryIndexError(f"{name!r} is in both {self._where[name].path.name} and {shard.name}")
+                    self._where[name] = container
+            self._check_index()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_index(self) -> None:
+        index = self.path / INDEX_NAME
+        if not self.path.is_dir() or not index.exists():
+            return
+        stored = {name: c.path.name for c in self.containers for name in c.tensors}
+        weight_map = read_weight_map(index)
+        wrong = {name for name, shard in weight_map.items() if stored.get(name) != shard}
+        wrong |= stored.keys() - weight_map.keys()
+        if wrong:
+            raise DirectoryIndexError(f"{index}: {min(wrong)!r} is not where the index says")
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, as in the original model."""
+        return sorted(self._where)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def container(self, name: str) -> Container:
+        """The file that holds a tensor. Raises KeyError for a name that is not there."""
+        try:
+            return self._where[name]
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {name!r}") from None
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Shape, method, bits and noise of a coded tensor; None for one that is kept as it is."""
+        container = self.container(name)
+        entry = container.coded.get(name)
+        if entry is None:
+            return None
+        header = container.blob_header(name)
+        self._check_shape(name, entry, header)
+        stored = container.tensors[name + BLOB_SUFFIX].size_bytes
+        scales = container.tensors.get(name + "_kvpack_scale")
+        total = stored + (scales.size_bytes if scales else 0)
+
+        def number(key: str) -> float | None:
+            value = entry.get(key)
+            return float(value) if isinstance(value, int | float) else None
+
+        return TensorInfo(
+            name=name,
+            shape=tuple(entry["shape"]),
+            dtype=entry["dtype"],
+            method=str(entry.get("method")),
+            layout=header.layout.name,
+            bits_per_weight=8 * total / header.num_elements,
+            entropy_bits=number("entropy_bits"),
+            noise_db=number("noise_db"),
+            outliers=int(number("outliers") or 0),
+            blob_bytes=stored,
+            header=header,
+        )
+
+    def blob(self, name: str) -> Blob:
+        """The parsed blob of a coded tensor. Raises KeyError for one that is kept as it is."""
+        container = self.container(name)
+        if name not in container.coded:
+            raise KeyError(f"tensor {name!r} is not coded")
+        try:
+            blob = Blob(container.data(name + BLOB_SUFFIX))
+            self._check_shape(name, container.coded[name], blob.header)
+            self._check_scales(name, container, blob.header)
+        except ValueError as error:
+            error.args = (f"{container.path}, tensor {name!r}: {error}",)
+            raise
+        return blob
+
+    @staticmethod
+    def _check_shape(name: str, entry: dict[str, Any], header: BlobHeader) -> None:
+        shape = entry["shape"]
+        matrix = (header.cols, header.rows) if header.transposed else (header.rows, header.cols)
+        leading = 1
+        for size in shape[:-2]:
+            leading *= size
+        trailing = 1
+        for size in shape[1:]:
+            trailing *= size
+        stacked = len(shape) >= 2 and (header.matrices, *matrix) == (leading, *shape[-2:])
+        flat = len(shape) > 2 and (header.matrices, *matrix) == (1, shape[0], trailing)
+        if not stacked and not flat:
+            raise ContainerMetadataError(
+                f"tensor {name!r}: shape {shape} in the metadata, {header.matrices} × {matrix[0]} × {matrix[1]} "
+                "in the blob"
+            )
+        kind, dtype = header.layout.element_kind, entry["dtype"]
+        if kind.is_integer:
+            fits = dtype in ("F32", "F16", "BF16") or LOSSLESS_KINDS.get(dtype) == kind
+        else:
+            fits = LOSSLESS_KINDS.get(dtype) == kind
+        if not fits:
+            raise ContainerMetadataError(f"tensor {name!r}: dtype {dtype} with {kind.name} elements")
+
+    @staticmethod
+    def _check_scales(name: str, container: Container, header: BlobHeader) -> None:
+        scales = container.scales(name)
+        quantized = container.coded[name]["dtype"] not in ("I8", "U8")
+        needed = header.layout.element_kind.is_integer and quantized
+        if needed != (scales is not None):
+            raise ScaleError(f"tensor {name!r}: scales are {'missing' if needed else 'not expected'}")
+        if scales is not None and len(scales) not in (1, header.matrices * header.rows):
+            raise ScaleError(f"tensor {name!r}: {len(scales)} scales for {header.matrices} × {header.rows} rows")
+
+    def _to_shape(self, name: str, array: npt.NDArray[Any], header: BlobHeader) -> npt.NDArray[Any]:
+        """[matrices, rows, cols] → the original shape."""
+        if header.transposed:
+            array = array.swapaxes(1, 2)
+        return array.reshape(self.container(name).coded[name]["shape"])
+
+    def _integers(self, name: str, blob: Blob) -> npt.NDArray[Any]:
+        try:
+            return decode_integers(blob, executor=self._executor, max_elements=self.max_elements)
+        except ValueError as error:
+            error.args = (f"{self.container(name).path}, tensor {name!r}: {error}",)
+            raise
+
+    def stored(self, name: str) -> npt.NDArray[Any]:
+        """A kept tensor as it is stored: read-only, not copied."""
+        container = self.container(name)
+        tensor = container.tensors[name]
+        dtype = NUMPY_DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise TypeError(f"tensor {name!r}: NumPy has no type for {tensor.dtype}")
+        return np.frombuffer(container.data(name), dtype).reshape(tensor.shape)
+
+    def decode(self, name: str) -> npt.NDArray[Any]:
+        """The stored numbers, exactly: integers of a quantized tensor, bit patterns of a lossless float one.
+
+        Returns:
+            The original shape; i8 or i16 for quantized tensors (outliers included), u8/u16/u32 bit patterns for
+            lossless floats, i8/u8 for lossless integers. A tensor kept as it is comes back as stored.
+        """
+        container = self.container(name)
+        if name not in container.coded:
+            return self.stored(name)
+        blob = self.blob(name)
+        return self._to_shape(name, self._integers(name, blob), blob.header)
+
+    def dequantize(self, name: str, dtype: str = "float32") -> npt.NDArray[Any]:
+        """Any tensor as numbers of a float dtype, in its original shape.
+
+        Args:
+            dtype: ``float32``, ``float16``, ``bfloat16``, ``float64``, or ``original`` for the tensor's own.
+        """
+        container = self.container(name)
+        entry = container.coded.get(name)
+        own = container.tensors[name].dtype if entry is None else str(entry["dtype"])
+        if dtype != "original" and dtype not in FLOAT_NAMES:
+            raise ValueError(f"dtype is {dtype!r}; there are {', '.join(FLOAT_NAMES)} and original")
+        target = NUMPY_DTYPES.get(own if dtype == "original" else FLOAT_NAMES[dtype])
+        if target is None:
+            raise TypeError(f"tensor {name!r}: NumPy has no type for {own}")
+        if entry is None:
+            return self.stored(name).astype(target, copy=False)
+        blob = self.blob(name)
+        integers = self._integers(name, blob)
+        scales = container.scales(name)
+        if scales is None:
+            values = integers
+            if not blob.header.layout.element_kind.is_integer:
+                values = integers.view(NUMPY_DTYPES[own])
+        else:
+            by_row = np.broadcast_to(scales, blob.header.matrices * blob.header.rows)
+            shape = (blob.header.matrices, blob.header.rows, 1)
+            values = integers.astype(np.float32)
+            values *= by_row.reshape(shape)
+        with np.errstate(over="ignore", invalid="ignore"):  # fp32 → fp16 may overflow to inf, as IEEE says
+            values = values.astype(target, copy=False)
+        return self._to_shape(name, values, blob.header)
+
+    def close(self) -> None:
+        """Close the files. Arrays handed out stay valid."""
+        self._executor.shutdown()
+        for container in self.containers:
+            container.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def bit_patterns(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A float array's bits, for exact comparison (NaNs compare equal)."""
+    return np.ascontiguousarray(array).view(BIT_PATTERNS.get(array.dtype.itemsize, np.uint64))

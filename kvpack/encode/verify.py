@@ -1,0 +1,123 @@
+"""``kvpack verify``: check every byte of a compressed model, alone or against its original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvpack.encode.blob_decoder import check_element_limit, verify_tiles
+from kvpack.encode.dtypes import as_float32
+from kvpack.encode.reader import Reader
+
+# The recorded noise is rounded to 10^-4 dB.
+NOISE_TOLERANCE_DB = 0.001
+
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Verification:
+    """What was checked; ``mismatches`` maps a tensor to what differs from the original."""
+
+    tensors: int = 0
+    coded: int = 0
+    tiles: int = 0
+    elements: int = 0
+    compared: bool = False
+    mismatches: dict[str, str] = field(default_factory=dict)
+
+
+def verify(
+    path: str | Path,
+    against: str | Path | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check structure, CRCs and every lane; with ``against`` also that the original is reproduced.
+
+    Lossless and kept tensors must be equal bit for bit; quantized ones must have the noise that was recorded.
+
+    Args:
+        progress: called with stored bytes as they are done.
+
+    Raises:
+        FormatError: corruption.
+    """
+    result = Verification(compared=against is not None)
+    with Reader(path, threads=threads) as reader:
+        for name in reader.keys():
+            result.tensors += 1
+            container = reader.container(name)
+            if name not in container.coded:
+                if progress:
+                    progress(container.tensors[name].size_bytes)
+                continue
+            blob = reader.blob(name)
+            check_element_limit(blob, reader.max_elements)
+            result.coded += 1
+            try:
+                for elements in verify_tiles(blob, reader._executor):
+                    result.tiles += 1
+                    result.elements += elements
+            except ValueError as error:
+                error.args = (f"{container.path}, tensor {name!r}: {error}",)
+                raise
+            if progress:
+                progress(len(blob.buffer))
+        if against is not None:
+            with Reader(against, threads=threads) as original:
+                for name in sorted({*reader.keys(), *original.keys()}):
+                    difference = _difference(name, reader, original)
+                    if difference:
+                        result.mismatches[name] = difference
+    return result
+
+
+def _difference(name: str, reader: Reader, original: Reader) -> str | None:
+    """What differs between a tensor and its original, or None."""
+    if name not in original:
+        return "is not in the original"
+    if name not in reader:
+        return "is missing"
+    source = original.container(name).tensors.get(name)
+    if source is None:
+        return "is coded in the file to compare with"
+    info = reader.info(name)
+    if info is None:
+        kept = reader.container(name).tensors[name]
+        if (kept.dtype, kept.shape) != (source.dtype, source.shape):
+            return f"is {kept.dtype} {list(kept.shape)}, the original {source.dtype} {list(source.shape)}"
+        same = reader.container(name).data(name) == original.container(name).data(name)
+        return None if same else "its bytes differ"
+    if (info.dtype, info.shape) != (source.dtype, source.shape):
+        return f"was {info.dtype} {list(info.shape)}, the original is {source.dtype} {list(source.shape)}"
+    if reader.container(name).scales(name) is None:
+        same = reader.dequantize(name, "original").tobytes() == original.container(name).data(name)
+        return None if same else "its bits differ"
+    measured = measured_noise_db(reader, original, name)
+    if (measured is None) != (info.noise_db is None) or (
+        measured is not None and info.noise_db is not None and abs(measured - info.noise_db) > NOISE_TOLERANCE_DB
+    ):
+        return f"noise is {measured} dB, recorded {info.noise_db} dB"
+    return None
+
+
+def measured_noise_db(reader: Reader, original: Reader, name: str) -> float | None:
+    """10·log10(Σ(w − ŵ)² / Σw²) in f64, None where that is not finite."""
+    decoded = reader.dequantize(name, "float32")
+    noise = signal = 0.0
+    source: np.ndarray[Any, np.dtype[Any]] = original.stored(name)
+    for first in range(0, len(source), 256):
+        w = as_float32(source[first : first + 256]).astype(np.float64)
+        error = w - decoded[first : first + 256]
+        noise += float(np.vdot(error, error))
+        signal += float(np.vdot(w, w))
+    if not (noise > 0 and signal > 0 and math.isfinite(noise) and math.isfinite(signal)):
+        return None
+    return 10 * math.log10(noise / signal)
