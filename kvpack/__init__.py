@@ -16,7 +16,7 @@ from kvpack._version import __version__
 if TYPE_CHECKING:
     from kvpack.encode.pipeline import compress, decompress
     from kvpack.encode.reader import Reader
-    from kvpack.encode.reader import Reader as open
+    from kvpack.encode.reader import Reader as open  # noqa: N813
     from kvpack.encode.verify import verify
 
 __all__ = ["Reader", "__version__", "compress", "decompress", "open", "verify"]

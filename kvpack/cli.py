@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Data goes to stdout, everything else to stderr.
 
-Exit codes: 0 ok, 1 failed, 2 usage, 3 corrupt file, 4 mismatch, 5 no device. Heavy modules are imported inside the commands.
+Exit codes: 0 ok, 1 failed, 2 usage, 3 corrupt file, 4 mismatch, 5 no device. Heavy modules are
+imported inside the commands.
 """
 
 from __future__ import annotations

@@ -180,13 +180,13 @@ def decode_integers(
 def rotate_left(bits: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
     """Bit patterns of floats → elements (FORMAT.md §4)."""
     kind = bits.dtype.type
-    return (bits << kind(1)) | (bits >> kind(width - 1))
+    return np.asarray((bits << kind(1)) | (bits >> kind(width - 1)))
 
 
 def rotate_right(elements: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
     """Elements → bit patterns of floats (FORMAT.md §4)."""
     kind = elements.dtype.type
-    return (elements >> kind(1)) | (elements << kind(width - 1))
+    return np.asarray((elements >> kind(1)) | (elements << kind(width - 1)))
 
 
 def verify_tiles(blob: Blob, executor: ThreadPoolExecutor | None = None) -> Iterable[int]:

@@ -136,7 +136,7 @@ def _tile_outliers(strip: Strip, first_col: int, cols: int) -> npt.NDArray[np.ui
     row, col, delta = strip.outliers.T
     inside = (col >= first_col) & (col < first_col + cols)
     delta = (delta[inside] ^ (1 << (OUTLIER_DELTA_BITS - 1))).astype(np.uint32)
-    return (row[inside] << 24) | ((col[inside] - first_col) << OUTLIER_DELTA_BITS) | delta
+    return np.asarray((row[inside] << 24) | ((col[inside] - first_col) << OUTLIER_DELTA_BITS) | delta, np.uint32)
 
 
 class _TileBytes(NamedTuple):
@@ -190,7 +190,7 @@ def _encode_tile(
     outlier_offset = align(end, OUTLIER_BYTES)
     size = outlier_offset + outliers.nbytes
     buffer[outlier_offset:size] = outliers.astype("<u4").view(np.uint8)
-    data = memoryview(buffer)[:size]
+    data = memoryview(buffer.data)[:size]
     rans = mode == TileMode.RANS
     return _TileBytes(
         (
@@ -218,8 +218,8 @@ def encode_strips(
 ) -> EncodedBlob:
     """Encode a tensor strip by strip; its sizes and layout are ``header``'s.
 
-    ``tile_counts`` [num_tiles, 256] are the histograms of exactly these elements, if they are known already. Memory: the
-    blob, and a few strips for each thread.
+    ``tile_counts`` [num_tiles, 256] are the histograms of exactly these elements, if they are known already. Memory:
+    the blob, and a few strips for each thread.
 
     Raises:
         ValueError: a predictor for a float kind.

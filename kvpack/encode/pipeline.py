@@ -1,7 +1,7 @@
 """``kvpack.compress`` and ``kvpack.decompress``: whole files and model directories, a tensor at a time.
 
-Memory holds one tensor's blob and a few strips, whatever the model's size; sources are mapped. Outputs are written beside
-their place and renamed at the end, files and directories alike.
+Memory holds one tensor's blob and a few strips, whatever the model's size; sources are mapped. Outputs are
+written beside their place and renamed at the end, files and directories alike.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class CompressReport:
 
 @dataclass(frozen=True)
 class Progress:
-    """Called as work goes on: ``total`` once with all bytes to read, ``advance`` with bytes done, ``tensor`` with names."""
+    """Called as work goes on: ``total`` once with all bytes to read, ``advance`` with bytes done, ``tensor`` with
+    names."""
 
     total: Callable[[int], None] = lambda _: None
     advance: Callable[[int], None] = lambda _: None
@@ -354,7 +355,7 @@ def _encode_container(
         shard.blob_bytes[name] = len(encoded.blob.data)
         if encoded.scales is not None:
             scales = np.ascontiguousarray(encoded.scales, "<f4")
-            add(name + SCALE_SUFFIX, "F32", [len(scales)], memoryview(scales).cast("B"))
+            add(name + SCALE_SUFFIX, "F32", [len(scales)], scales.data.cast("B"))
         elements = math.prod(tensor.shape)
         report = TensorReport(
             name=name,
@@ -617,10 +618,11 @@ def _compress_directory(
     dry_run: bool,
     force: bool,
 ) -> int:
-    shards = []
+    shards: list[_Shard] = []
     if dry_run:
-        for container in model.containers:
-            shards.append(_encode_container(model, container, plans, None, progress, reports)[1])
+        shards.extend(
+            _encode_container(model, container, plans, None, progress, reports)[1] for container in model.containers
+        )
         others = _size_on_disk(source) - sum(c.path.stat().st_size for c in model.containers)
         return sum(shard.stored_bytes for shard in shards) + others
     with _directory_in_place(target, force=force) as temporary:
@@ -692,11 +694,10 @@ def decompress(
         progress.total(sum(t.size_bytes for c in reader.containers for t in c.tensors.values()))
         if source.is_dir():
             with _directory_in_place(target, force=force) as temporary:
-                shards = []
-                for container in reader.containers:
-                    shards.append(
-                        _decompress_container(reader, container, temporary / container.path.name, dtype, progress)
-                    )
+                shards = [
+                    _decompress_container(reader, container, temporary / container.path.name, dtype, progress)
+                    for container in reader.containers
+                ]
                 if (source / INDEX_NAME).exists():
                     weight_map = {name: shard.name for shard in shards for name in shard.stored_names}
                     index = {
@@ -737,12 +738,12 @@ def _decompress_container(reader: Reader, container: Container, target: Path, dt
         return known.itemsize if known is not None else 1
 
     with ContainerWriter(target) as writer:
-        for name in sorted(container.keys(), key=lambda name: (-alignment(name), name)):
+        for name in sorted(container.original_names(), key=lambda name: (-alignment(name), name)):
             progress.tensor(name)
             if name in container.coded:
                 own = container.coded[name]["dtype"] == stored_dtype(name)
                 values = np.ascontiguousarray(reader.dequantize(name, "original" if own else dtype))
-                data = memoryview(values.view(np.uint8).reshape(-1))
+                data = values.view(np.uint8).reshape(-1).data
                 shape = list(values.shape)
                 done = container.tensors[name + BLOB_SUFFIX].size_bytes
             else:

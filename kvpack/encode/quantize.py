@@ -1,8 +1,8 @@
 """Uniform scalar quantization in fixed arithmetic: the same integers on every machine and number of threads.
 
-w is divided by the step in IEEE single precision (round to nearest even, nothing fused, nothing flushed); the magnitude is
-truncated, and rounded up if its fraction reaches a threshold that depends on the truncated magnitude alone. With all
-thresholds ½ that is rounding to nearest; rate-distortion optimisation moves them (see rate.py).
+w is divided by the step in IEEE single precision (round to nearest even, nothing fused, nothing flushed); the
+magnitude is truncated, and rounded up if its fraction reaches a threshold that depends on the truncated magnitude
+alone. With all thresholds ½ that is rounding to nearest; rate-distortion optimisation moves them (see rate.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_MAGNITUDE = OUTLIER_DELTA_MAX
 
 
 class Rounding(NamedTuple):
-    """``thresholds`` f32 [129]; ``clamp``: how far, in steps, a value may lie beyond the range without becoming an outlier."""
+    """``thresholds`` f32 [129]; ``clamp``: steps beyond the range that a value may lie without being an outlier."""
 
     thresholds: npt.NDArray[np.float32]
     clamp: np.float32

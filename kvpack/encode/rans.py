@@ -2,7 +2,7 @@
 
 Three surprises, in the manner of Giesen's ryg_rans: encoding runs backwards over the symbols; words come out in
 the reverse of the order in which they are read; and lanes are independent, so that four of them are coded side by
-side only to keep the multiplier busy (4.3 times one lane's speed on a Xeon of 2023), not because the format asks for it.
+side only to keep the processor busy, not because the format asks for it.
 
 The division x div f of the encoder is a multiplication: with r = ceil(2^44 / f) = (2^44 + e) / f, 0 ≤ e < f, the error
 x·e / (f·2^44) stays below 1/f as x < 2^32 and e < 2^12, and x·r stays below 2^64 because x < f·2^20 after a
@@ -66,7 +66,7 @@ def decoder_table(frequencies: Frequencies) -> npt.NDArray[np.uint32]:
     table = frequencies[symbols].astype(np.uint32) << 20
     table |= (slots - starts[symbols].astype(np.uint32)) << 8
     table |= symbols
-    return table
+    return np.asarray(table, np.uint32)
 
 
 @njit(nogil=True, inline="always")

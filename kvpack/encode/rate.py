@@ -1,12 +1,13 @@
 """Which step, layout and thresholds give a tensor the rate that was asked for (``--bits R``).
 
 A histogram of the weights in 8,192 fine bins stands in for the tensor: from it the integer histogram of any step
-follows in microseconds, and from that the rate (entropy of the codes, raw bits, outliers, every fixed overhead) and the squared
-error. The step found so is then corrected by passes over the real weights that count real symbols.
+follows in microseconds, and from that the rate (entropy of the codes, raw bits, outliers, every fixed overhead)
+and the squared error. The step found so is then corrected by passes over the real weights that count real symbols.
 
 Rate-distortion-optimised rounding: with an order-0 coder the choice between k and k+1 depends on their code lengths
-alone, so optimal rounding is a threshold for each k (entropy-constrained scalar quantization: Chou, Lookabaugh and Gray
-1989; Sullivan 1996). λ is in squared steps a bit; 2·ln 2/12 = 0.1155 is the slope of the rate-distortion curve at high rate.
+alone, so optimal rounding is a threshold for each k (entropy-constrained scalar quantization: Chou, Lookabaugh
+and Gray 1989; Sullivan 1996). λ is in squared steps a bit; 2·ln 2/12 = 0.1155 is the slope of the rate-distortion
+curve at high rate.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class FineHistogram:
     def centres(self) -> npt.NDArray[np.float64]:
         """The bins' centres in units of the weights."""
         middle = len(self.counts) // 2
-        return (np.arange(len(self.counts)) - middle + 0.5) * (self.rms / FINE_BINS_PER_RMS)
+        bins = np.arange(len(self.counts), dtype=np.float64)
+        return (bins - middle + 0.5) * (self.rms / FINE_BINS_PER_RMS)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and fp8 names with NumPy)
 import numpy as np
@@ -116,7 +116,7 @@ class Reader:
             for shard in shard_paths(self.path):
                 container = Container(shard)
                 self.containers.append(container)
-                for name in container.keys():
+                for name in container.original_names():
                     if name in self._where:
                         raise DirectoryIndexError(f"{name!r} is in both {self._where[name].path.name} and {shard.name}")
                     self._where[name] = container
@@ -308,7 +308,7 @@ class Reader:
         for container in self.containers:
             container.close()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

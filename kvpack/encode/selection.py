@@ -11,7 +11,7 @@ from kvpack.format.container import StoredTensor
 MIN_ELEMENTS = 4096
 # Output layers count as embeddings: they share their sensitivity, and often their storage.
 _EMBEDDING = re.compile(
-    r"(^|[._])(embed\w*|wte|wpe|tok_emb\w*|word_embeddings?|position_embeddings?|lm_head|shared|pos_emb\w*|rotary\w*)([._]|$)",
+    r"(^|[._])(embed\w*|wte|wpe|(tok|pos)_emb\w*|(word|position)_embeddings?|lm_head|shared|rotary\w*)([._]|$)",
     re.IGNORECASE,
 )
 _NORM = re.compile(r"(^|[._])(\w*norm\w*|ln_\w+|ln\d*)([._]|$)", re.IGNORECASE)
@@ -22,8 +22,8 @@ _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 class Selection:
     """What the user asked for.
 
-    ``bits`` is the rate, or None with ``lossless`` or for INT8 rows (``near-lossless``). ``include`` codes what would be kept,
-    ``exclude`` keeps what would be coded and wins. ``tensor_bits`` gives rates of their own to names that match.
+    ``bits`` is the rate, or None with ``lossless`` or for INT8 rows (``near-lossless``). ``include`` codes what would
+    be kept, ``exclude`` keeps what would be coded and wins. ``tensor_bits`` gives rates of their own to names that match.
     """
 
     bits: float | None = None

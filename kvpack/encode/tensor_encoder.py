@@ -427,7 +427,7 @@ def encode_int8_rows(
     for _ in map_ordered(work, range(weights.num_strips), executor):
         pass
     measure(weights, executor)
-    scales = absmax / np.float32(127)
+    scales: npt.NDArray[np.float32] = np.divide(absmax, np.float32(127), dtype=np.float32)
     scales[scales < _TINY] = 0
     strips = _QuantizedStrips(weights, scales, 8, NEAREST)
     names = ("balanced", "fast") if layout_name == "auto" else (layout_name,)

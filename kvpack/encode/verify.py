@@ -51,7 +51,7 @@ def verify(
     """
     result = Verification(compared=against is not None)
     with Reader(path, threads=threads) as reader:
-        for name in reader.keys():
+        for name in reader:
             result.tensors += 1
             container = reader.container(name)
             if name not in container.coded:

@@ -150,7 +150,7 @@ class Blob:
         def refuse(error: type[Exception], bad: npt.NDArray[np.bool_], what: str) -> None:
             if bad.any():
                 tile = int(np.argmax(bad))
-                raise error(f"tile {tile}: {what} ({dict(zip(tiles.dtype.names, tiles[tile], strict=True))})")
+                raise error(f"tile {tile}: {what} ({dict(zip(TILE_METADATA.fields or (), tiles[tile], strict=True))})")
 
         rans = tiles["mode"] == TileMode.RANS
         refuse(TileModeError, tiles["mode"] > max(TileMode), "unknown mode")
@@ -189,7 +189,7 @@ class Blob:
         where = f"tile {index}"
         data = np.frombuffer(self.payload[offset : offset + size], np.uint8)
         if check_crc:
-            crc = zlib.crc32(data)
+            crc = zlib.crc32(self.payload[offset : offset + size])
             if crc != int(meta["payload_crc32"]):
                 raise PayloadCrcError(
                     f"{where}: payload_crc32 is 0x{int(meta['payload_crc32']):08X}, computed 0x{crc:08X}"

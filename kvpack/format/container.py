@@ -1,7 +1,7 @@
 """The container: a safetensors file that holds blobs (docs/FORMAT.md §9).
 
-Reading is done here and not by the safetensors package for three reasons: zero-copy views of any dtype, a named error for
-each rule, and 10,000 tensors in well under a second. Files are checked against that package in the tests.
+Reading is done here and not by the safetensors package for three reasons: zero-copy views of any dtype, a named
+error for each rule, and 10,000 tensors in well under a second. The tests open files with that package too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -190,7 +190,7 @@ class Container:
             raise ContainerMetadataError(f"{min(extra)!r} has no entry in {TENSORS_KEY}")
         return coded
 
-    def keys(self) -> list[str]:
+    def original_names(self) -> list[str]:
         """Names of the original tensors: coded ones without their suffix, others as they are."""
         parts = {name + suffix for name in self.coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
         return sorted([*self.coded, *(name for name in self.tensors if name not in parts)])
@@ -225,7 +225,7 @@ class Container:
         except BufferError:  # an array still refers to the map; it is unmapped with the last one
             return
 
-    def __enter__(self) -> Container:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -240,8 +240,9 @@ class Container:
 class ContainerWriter:
     """Writes a safetensors file tensor by tensor, with memory for one of them, and puts it in place at once.
 
-    Data goes to a spool file beside the target (its offsets are part of the header, which comes first); ``finish`` writes
-    the header, appends the spool, flushes to disk and renames. Leaving the ``with`` block otherwise removes all traces.
+    Data goes to a spool file beside the target (its offsets are part of the header, which comes first); ``finish``
+    writes the header, appends the spool, flushes to disk and renames. Leaving the ``with`` block otherwise removes
+    all traces.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -280,7 +281,7 @@ class ContainerWriter:
         self._final_path.replace(self.path)
         return size
 
-    def __enter__(self) -> ContainerWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
