@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import decode_integers
-from kvpack.encode.dtypes import BIT_PATTERNS, FLOAT_NAMES, LOSSLESS_KINDS, NUMPY_DTYPES
+from kvpack.encode.dtypes import BIT_PATTERNS, FLOAT_NAMES, LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES, NUMPY_DTYPES
 from kvpack.encode.threads import default_threads
 from kvpack.format.blob import Blob
 from kvpack.format.container import BLOB_SUFFIX, Container
 from kvpack.format.errors import ContainerMetadataError, DirectoryIndexError, ScaleError
 from kvpack.format.header import BlobHeader
+from kvpack.format.layout import ElementKind
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -195,6 +196,8 @@ class Reader:
             blob = Blob(container.data(name + BLOB_SUFFIX))
             self._check_shape(name, container.coded[name], blob.header)
             self._check_scales(name, container, blob.header)
+            if container.coded[name]["dtype"] in NARROW_DTYPES and blob.tiles["outlier_count"].any():
+                raise ContainerMetadataError("outliers in a tensor that is not quantized")
         except ValueError as error:
             error.args = (f"{container.path}, tensor {name!r}: {error}",)
             raise
@@ -219,7 +222,8 @@ class Reader:
             )
         kind, dtype = header.layout.element_kind, entry["dtype"]
         if kind.is_integer:
-            fits = dtype in ("F32", "F16", "BF16") or LOSSLESS_KINDS.get(dtype) == kind
+            quantized = dtype in LOSSY_DTYPES and kind == ElementKind.SIGNED
+            fits = quantized or (LOSSLESS_KINDS.get(dtype) == kind and header.layout.element_bits == 8)
         else:
             fits = LOSSLESS_KINDS.get(dtype) == kind
         if not fits:

@@ -23,7 +23,8 @@ class Selection:
     """What the user asked for.
 
     ``bits`` is the rate, or None with ``lossless`` or for INT8 rows (``near-lossless``). ``include`` codes what would
-    be kept, ``exclude`` keeps what would be coded and wins. ``tensor_bits`` gives rates of their own to names that match.
+    be kept, ``exclude`` keeps what would be coded and wins. ``tensor_bits`` gives names that match a
+    rate of their own.
     """
 
     bits: float | None = None

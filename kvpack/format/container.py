@@ -185,7 +185,8 @@ class Container:
             scale = self.tensors.get(name + SCALE_SUFFIX)
             if scale is not None and (scale.dtype != "F32" or len(scale.shape) != 1):
                 raise ScaleError(f"the scales of {name!r} are {scale.dtype} {list(scale.shape)}")
-        extra = blobs - {name + BLOB_SUFFIX for name in coded}
+        scales = {name for name in self.tensors if name.endswith(SCALE_SUFFIX)}
+        extra = (blobs | scales) - {name + suffix for name in coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
         if extra:
             raise ContainerMetadataError(f"{min(extra)!r} has no entry in {TENSORS_KEY}")
         return coded
