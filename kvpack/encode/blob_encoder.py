@@ -23,8 +23,8 @@ from kvpack.encode.threads import map_ordered
 from kvpack.encode.tile_coder import count_symbols, encode_planes, encode_rans_tile
 from kvpack.format.blob import (
     TILE_METADATA,
-    assemble_blob,
     lane_table_bytes,
+    pack_front,
     raw_mode_bytes,
     raw_plane_bytes,
 )
@@ -66,11 +66,21 @@ StripSource = Callable[[int], Strip]
 
 @dataclass(frozen=True)
 class EncodedBlob:
-    """The bytes, and what was measured on the way."""
+    """The bytes in two parts (a join would double the memory of the largest tensor), and what was measured."""
 
-    data: bytes
+    front: bytes
+    payload: bytearray
     entropy_bits_per_element: float
     outlier_count: int
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.front) + len(self.payload)
+
+    @property
+    def data(self) -> bytes:
+        """The blob in one piece."""
+        return self.front + self.payload
 
 
 def even_tile_cols(cols: int, max_tile_cols: int = MAX_TILE_COLS) -> int:
@@ -285,7 +295,8 @@ def encode_strips(
         num_tables=len(used),
     )
     return EncodedBlob(
-        data=assemble_blob(header, section, tiles, payload),
+        front=pack_front(header, section, tiles, len(payload)),
+        payload=payload,
         entropy_bits_per_element=entropy_bits(tile_counts.sum(axis=0)) / header.layout.codes_per_symbol
         + header.layout.raw_bits,
         outlier_count=int(tiles["outlier_count"].sum()),

@@ -77,7 +77,7 @@ def coded_bits(counts: npt.NDArray[np.int64], frequencies: Frequencies) -> float
     used = total > 0
     if (frequencies[used] == 0).any():
         return float("inf")
-    return float(total[used] @ (np.log2(FREQUENCY_SUM) - np.log2(frequencies[used])))
+    return float(total[used] @ (np.log2(FREQUENCY_SUM) - np.log2(frequencies[used].astype(np.float64))))
 
 
 def entropy_bits(counts: npt.NDArray[np.int64]) -> float:

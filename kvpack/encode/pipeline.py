@@ -330,11 +330,11 @@ def _encode_container(
     shard = _Shard(container.path.name, [], 0, {})
     kept: list[tuple[StoredTensor, str]] = []
 
-    def add(name: str, dtype: str, shape: list[int], data: memoryview) -> None:
+    def add(name: str, dtype: str, shape: list[int], *parts: memoryview) -> None:
         if writer is not None:
-            writer.add(name, dtype, shape, _pieces(data))
+            writer.add(name, dtype, shape, (piece for part in parts for piece in _pieces(part)))
         shard.stored_names.append(name)
-        shard.stored_bytes += len(data)
+        shard.stored_bytes += sum(map(len, parts))
 
     for tensor in container.tensors.values():
         reason = selection.reason_to_keep(tensor)
@@ -351,8 +351,9 @@ def _encode_container(
             kept.append((tensor, "coding does not make it smaller"))
             continue
         name = tensor.name
-        add(name + BLOB_SUFFIX, "U8", [len(encoded.blob.data)], memoryview(encoded.blob.data))
-        shard.blob_bytes[name] = len(encoded.blob.data)
+        blob = encoded.blob
+        add(name + BLOB_SUFFIX, "U8", [blob.size_bytes], memoryview(blob.front), memoryview(blob.payload))
+        shard.blob_bytes[name] = blob.size_bytes
         if encoded.scales is not None:
             scales = np.ascontiguousarray(encoded.scales, "<f4")
             add(name + SCALE_SUFFIX, "F32", [len(scales)], scales.data.cast("B"))

@@ -81,7 +81,7 @@ class EncodedTensor:
 
     @property
     def size_bytes(self) -> int:
-        return len(self.blob.data) + (0 if self.scales is None else self.scales.nbytes)
+        return self.blob.size_bytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 class Matrices:

@@ -307,9 +307,9 @@ def _parse_outliers(where: str, data: npt.NDArray[np.uint8], geometry: TileGeome
     return Outliers(rows, cols, deltas)
 
 
-def assemble_blob(header: BlobHeader, table_section: bytes, tiles: npt.NDArray[np.void], payload: bytearray) -> bytes:
-    """Put a blob together and fill in ``payload_bytes``, ``table_bytes`` and ``header_crc32``."""
-    header = replace(header, table_bytes=len(table_section), payload_bytes=len(payload))
+def pack_front(header: BlobHeader, table_section: bytes, tiles: npt.NDArray[np.void], payload_bytes: int) -> bytes:
+    """All of a blob but its payload, with ``payload_bytes``, ``table_bytes`` and ``header_crc32`` filled in."""
+    header = replace(header, table_bytes=len(table_section), payload_bytes=payload_bytes)
     metadata = tiles.tobytes()
     crc = zlib.crc32(metadata, zlib.crc32(table_section, zlib.crc32(header.pack()[:HEADER_CRC_OFFSET])))
-    return b"".join((replace(header, header_crc32=crc).pack(), table_section, metadata, payload))
+    return replace(header, header_crc32=crc).pack() + table_section + metadata
