@@ -14,7 +14,7 @@ from kvpack.format.layout import CHUNK_COLS, GROUP_LANES
 
 U32 = np.uint32
 _BYTES = U32(0x01010101)
-_SLOTS = 8
+SLOTS = 8
 
 
 @njit(nogil=True, inline="always")
@@ -62,7 +62,7 @@ def pack_symbols(line, code_bits, codes_per_symbol, raw_bits, symbols):  # type:
 @njit(nogil=True, inline="always")
 def _gather(line, base, g, slots):  # type: ignore[no-untyped-def]
     """The low bytes of a chunk's columns, in the order of the slots."""
-    for slot in range(_SLOTS):
+    for slot in range(SLOTS):
         col = base + _slot_column(slot, g)
         u = U32(line[col]) & U32(0xFF)
         u |= (U32(line[col + g]) & U32(0xFF)) << U32(8)
@@ -73,7 +73,7 @@ def _gather(line, base, g, slots):  # type: ignore[no-untyped-def]
 @njit(nogil=True, inline="always")
 def _scatter(slots, base, g, out):  # type: ignore[no-untyped-def]
     """The inverse of :func:`_gather` for u8 ``out``."""
-    for slot in range(_SLOTS):
+    for slot in range(SLOTS):
         col = base + _slot_column(slot, g)
         u = slots[slot]
         out[col] = np.uint8(u)
@@ -110,18 +110,18 @@ def _load_plane(planes, shift, width, lane, slots):  # type: ignore[no-untyped-d
 
 
 @njit(nogil=True, cache=True)
-def pack_planes(line, codes_per_symbol, raw_bits, lane, planes):  # type: ignore[no-untyped-def]
+def pack_planes(line, codes_per_symbol, raw_bits, lane, slots, planes):  # type: ignore[no-untyped-def]
     """Write a padded row's raw bits into its group's planes.
 
-    ``planes`` u32 [chunks, 32·raw_bits]: the group's part of FORMAT.md §7.4; ``lane`` is the lane in the group.
+    ``planes`` u32 [chunks, 32·raw_bits]: the group's part of FORMAT.md §7.4; ``lane`` is the lane in the group;
+    ``slots`` u32 [8] is scratch.
     """
-    slots = np.empty(_SLOTS, np.uint32)
     narrow_bits = raw_bits & 7
     for chunk in range(planes.shape[0]):
         base = chunk * CHUNK_COLS
         at = 0  # the plane's first u32 in this chunk
         for shift in range(raw_bits - 8, -1, -8):  # whole bytes: wide elements only, so g is 1
-            for slot in range(_SLOTS):
+            for slot in range(SLOTS):
                 u = U32(0)
                 for t in range(4):
                     u |= (U32(line[base + 4 * slot + t] >> shift) & U32(0xFF)) << U32(8 * t)
@@ -147,7 +147,7 @@ def pack_planes(line, codes_per_symbol, raw_bits, lane, planes):  # type: ignore
 def _load_narrow_planes(planes, narrow_bits, lane, slots):  # type: ignore[no-untyped-def]
     """All planes of fewer than 8 bits of one lane and chunk, into ``slots``."""
     at = 0
-    for slot in range(_SLOTS):
+    for slot in range(SLOTS):
         slots[slot] = U32(0)
     if narrow_bits & 4:
         _load_plane(planes, narrow_bits & 3, 4, lane, slots)
@@ -163,7 +163,7 @@ def _load_narrow_planes(planes, narrow_bits, lane, slots):  # type: ignore[no-un
 def _join_codes(symbols, first, code_bits, g, raw_bits, slots):  # type: ignore[no-untyped-def]
     """Put the codes of a chunk (symbols from ``first``) above the raw bits in ``slots``."""
     code_mask = _BYTES * U32((1 << code_bits) - 1)
-    for quad in range(_SLOTS // g):
+    for quad in range(SLOTS // g):
         step = first + 4 * quad
         four = U32(symbols[step]) | (U32(symbols[step + 1]) << U32(8))
         four |= (U32(symbols[step + 2]) << U32(16)) | (U32(symbols[step + 3]) << U32(24))
@@ -172,44 +172,45 @@ def _join_codes(symbols, first, code_bits, g, raw_bits, slots):  # type: ignore[
 
 
 @njit(nogil=True, cache=True)
-def join_narrow(symbols, planes, lane, layout, out):  # type: ignore[no-untyped-def]
+def join_narrow(symbols, planes, lane, layout, slots, out):  # type: ignore[no-untyped-def]
     """Put the elements of one lane together: u8 ``symbols`` [steps], the group's ``planes`` → u8 ``out``.
 
-    ``layout`` is (code_bits, codes_per_symbol, raw_bits); ``out`` has whole chunks.
+    ``layout`` is (code_bits, codes_per_symbol, raw_bits); ``slots`` u32 [8] is scratch; ``out`` has whole chunks.
     """
     code_bits, g, raw_bits = layout
-    slots = np.empty(_SLOTS, np.uint32)
     for chunk in range(out.shape[0] // CHUNK_COLS):
         base = chunk * CHUNK_COLS
         _load_narrow_planes(planes[chunk], raw_bits, lane, slots)
         if g == 1:
             _join_codes(symbols, base, code_bits, 1, raw_bits, slots)
             _scatter(slots, base, 1, out)
-        elif g == 2:
-            _join_codes(symbols, base // 2, code_bits, 2, raw_bits, slots)
+        elif g == 4:
+            _join_codes(symbols, base // 4, 2, 4, raw_bits, slots)  # four codes to a byte have 2 bits
+            _scatter(slots, base, 4, out)
+        elif code_bits == 4:
+            _join_codes(symbols, base // 2, 4, 2, raw_bits, slots)
             _scatter(slots, base, 2, out)
         else:
-            _join_codes(symbols, base // 4, code_bits, 4, raw_bits, slots)
-            _scatter(slots, base, 4, out)
+            _join_codes(symbols, base // 2, code_bits, 2, raw_bits, slots)
+            _scatter(slots, base, 2, out)
 
 
 @njit(nogil=True, cache=True)
-def join_wide(symbols, planes, lane, raw_bits, out):  # type: ignore[no-untyped-def]
+def join_wide(symbols, planes, lane, raw_bits, slots, out):  # type: ignore[no-untyped-def]
     """The same for elements of 16 or 32 bits (one code a symbol): ``out`` u32, whole chunks."""
-    slots = np.empty(_SLOTS, np.uint32)
     narrow_bits = raw_bits & 7
     for chunk in range(out.shape[0] // CHUNK_COLS):
         base = chunk * CHUNK_COLS
         at = 32 * (raw_bits - narrow_bits)
         _load_narrow_planes(planes[chunk, at:], narrow_bits, lane, slots)
-        for slot in range(_SLOTS):
+        for slot in range(SLOTS):
             for t in range(4):
                 col = base + 4 * slot + t
                 low = (slots[slot] >> U32(8 * t)) & U32(0xFF)
                 out[col] = (U32(symbols[col]) << U32(raw_bits)) | low
         at = 0
         for shift in range(raw_bits - 8, -1, -8):
-            for slot in range(_SLOTS):
+            for slot in range(SLOTS):
                 u = planes[chunk, at + (slot // 4) * 4 * GROUP_LANES + lane * 4 + slot % 4]
                 for t in range(4):
                     out[base + 4 * slot + t] |= ((u >> U32(8 * t)) & U32(0xFF)) << U32(shift)

@@ -59,7 +59,7 @@ def shard_paths(path: Path) -> list[Path]:
             raise DirectoryIndexError(f"{path}: no .safetensors file in this directory")
         return found
     names = sorted(set(read_weight_map(index).values()))
-    missing = [name for name in names if not (path / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(path / name)]
     if missing:
         raise DirectoryIndexError(f"{index}: names {missing[0]!r}, which does not exist")
     return [path / name for name in names]
@@ -169,9 +169,11 @@ class Reader:
         scales = container.tensors.get(name + "_kvpack_scale")
         total = stored + (scales.size_bytes if scales else 0)
 
-        def number(key: str) -> float | None:
+        def number(key: str, largest: float) -> float | None:
+            """What the writer measured; None for what nobody can have measured."""
             value = entry.get(key)
-            return float(value) if isinstance(value, int | float) else None
+            known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest
+            return float(value) if known else None
 
         return TensorInfo(
             name=name,
@@ -180,9 +182,9 @@ class Reader:
             method=str(entry.get("method")),
             layout=header.layout.name,
             bits_per_weight=8 * total / header.num_elements,
-            entropy_bits=number("entropy_bits"),
-            noise_db=number("noise_db"),
-            outliers=int(number("outliers") or 0),
+            entropy_bits=number("entropy_bits", 64),
+            noise_db=number("noise_db", 1000),
+            outliers=int(number("outliers", header.num_elements) or 0),
             blob_bytes=stored,
             header=header,
         )
@@ -289,7 +291,8 @@ class Reader:
         if target is None:
             raise TypeError(f"tensor {name!r}: NumPy has no type for {own}")
         if entry is None:
-            return self.stored(name).astype(target, copy=False)
+            with np.errstate(over="ignore", invalid="ignore"):
+                return self.stored(name).astype(target, copy=False)
         blob = self.blob(name)
         integers = self._integers(name, blob)
         scales = container.scales(name)
@@ -301,7 +304,8 @@ class Reader:
             by_row = np.broadcast_to(scales, blob.header.matrices * blob.header.rows)
             shape = (blob.header.matrices, blob.header.rows, 1)
             values = integers.astype(np.float32)
-            values *= by_row.reshape(shape)
+            with np.errstate(over="ignore"):
+                values *= by_row.reshape(shape)
         with np.errstate(over="ignore", invalid="ignore"):  # fp32 → fp16 may overflow to inf, as IEEE says
             values = values.astype(target, copy=False)
         return self._to_shape(name, values, blob.header)

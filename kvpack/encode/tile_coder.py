@@ -6,6 +6,7 @@ import numpy as np
 from numba import njit
 
 from kvpack.encode.planes import (
+    SLOTS,
     join_narrow,
     join_wide,
     pack_planes,
@@ -69,6 +70,7 @@ def encode_rans_tile(elements, layout, previous, table, u8_lengths, out):  # typ
     at = words_at
     line = np.empty(chunks * CHUNK_COLS, elements.dtype)
     symbols = np.empty((GROUP_LANES, steps), np.uint8)
+    slots = np.empty(SLOTS, np.uint32)
     words = np.empty((GROUP_LANES, steps + 1), np.uint16)
     states = np.empty(GROUP_LANES, np.uint32)
     lengths = np.empty(GROUP_LANES, np.int64)
@@ -82,7 +84,7 @@ def encode_rans_tile(elements, layout, previous, table, u8_lengths, out):  # typ
                 pad_row(elements, first + lane, half, previous, line)
                 pack_symbols(line, code_bits, g, raw_bits, symbols[lane])
                 if raw_bits:
-                    pack_planes(line, g, raw_bits, lane, planes[group])
+                    pack_planes(line, g, raw_bits, lane, slots, planes[group])
             else:
                 symbols[lane] = symbols[valid - 1]
         encode_lanes(symbols[:coded], table, words, states, lengths)
@@ -113,19 +115,20 @@ def encode_planes(elements, layout, out32):  # type: ignore[no-untyped-def]
     groups = (rows + GROUP_LANES - 1) // GROUP_LANES
     line = np.empty(chunks * CHUNK_COLS, elements.dtype)
     planes = np.zeros((groups, chunks, GROUP_LANES * raw_bits), np.uint32)
+    slots = np.empty(SLOTS, np.uint32)
     for row in range(rows):
         pad_row(elements, row, 0, False, line)
-        pack_planes(line, g, raw_bits, row % GROUP_LANES, planes[row // GROUP_LANES])
+        pack_planes(line, g, raw_bits, row % GROUP_LANES, slots, planes[row // GROUP_LANES])
     flat = planes.reshape(-1)
     out32[: flat.shape[0]] = flat
 
 
 @njit(nogil=True, inline="always")
-def _join(symbols, planes, lane, layout, line):  # type: ignore[no-untyped-def]
+def _join(symbols, planes, lane, layout, slots, line):  # type: ignore[no-untyped-def]
     if line.itemsize == 1:
-        join_narrow(symbols, planes, lane, layout, line)
+        join_narrow(symbols, planes, lane, layout, slots, line)
     else:
-        join_wide(symbols, planes, lane, layout[2], line)
+        join_wide(symbols, planes, lane, layout[2], slots, line)
 
 
 @njit(nogil=True, cache=True)
@@ -141,6 +144,7 @@ def decode_rans_tile(  # type: ignore[no-untyped-def]
     rows, cols = out.shape
     half = 1 << (code_bits + raw_bits - 1)
     symbols = np.empty((GROUP_LANES, line.shape[0] // g), np.uint8)
+    slots = np.empty(SLOTS, np.uint32)
     first_words = np.zeros(lengths.shape[0] + 1, np.int64)
     for lane in range(lengths.shape[0]):
         first_words[lane + 1] = first_words[lane] + lengths[lane]
@@ -154,7 +158,7 @@ def decode_rans_tile(  # type: ignore[no-untyped-def]
         if bad < 0 and 0 <= wrong < valid:
             bad = first + wrong
         for lane in range(valid):
-            _join(symbols[lane], planes[group], lane, layout, line)
+            _join(symbols[lane], planes[group], lane, layout, slots, line)
             if previous:
                 undo_predictor(half, line)
             out[first + lane] = line[:cols]
@@ -165,7 +169,8 @@ def decode_rans_tile(  # type: ignore[no-untyped-def]
 def decode_constant_tile(symbol, planes, layout, line, out):  # type: ignore[no-untyped-def]
     """Decode a tile in mode constant; arguments as in :func:`decode_rans_tile`."""
     symbols = np.full(line.shape[0] // layout[1], symbol, np.uint8)
+    slots = np.empty(SLOTS, np.uint32)
     for row in range(out.shape[0]):
         group = row // GROUP_LANES
-        _join(symbols, planes[group], row - group * GROUP_LANES, layout, line)
+        _join(symbols, planes[group], row - group * GROUP_LANES, layout, slots, line)
         out[row] = line[: out.shape[1]]

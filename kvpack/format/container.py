@@ -7,11 +7,14 @@ error for each rule, and 10,000 tensors in well under a second. The tests open f
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +24,7 @@ import numpy as np
 
 from kvpack.format.errors import (
     ContainerMetadataError,
+    LimitError,
     NotAContainerError,
     ScaleError,
     TensorTableError,
@@ -35,6 +39,8 @@ SCALE_SUFFIX = "_kvpack_scale"
 MAX_HEADER_BYTES = 100_000_000
 _DATA_ALIGNMENT_BYTES = 64
 _COPY_BYTES = 1 << 24
+MAX_DIMENSIONS = 64  # NumPy's
+_MAX_EMPTY_EXTENT = 1 << 58  # NumPy's is 2^63 bytes, zeros left out
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -64,22 +70,34 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+class _RepeatedKeyError(ValueError):
+    pass
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise TensorTableError(f"the JSON header has {twice!r} twice")
+        raise _RepeatedKeyError(f"{twice!r} is there twice")
+    for key, value in pairs:  # a lone surrogate, as "\\ud800", is no text: encode() refuses it
+        key.encode()
+        if isinstance(value, str):
+            value.encode()
     return found
 
 
-def _parse_json(text: bytes, what: str) -> Any:
+def _parse_header(text: bytes) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except TensorTableError:
-        raise
+        return json.loads(text.decode(), object_pairs_hook=_unique_keys)
+    except _RepeatedKeyError as error:
+        raise TensorTableError(f"the JSON header: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise NotAContainerError(f"{what} is not valid JSON: {error}") from None
+        raise NotAContainerError(f"the header is not valid JSON: {error}") from None
 
 
 def _parse_tensor(name: str, entry: object) -> StoredTensor:
@@ -88,8 +106,10 @@ def _parse_tensor(name: str, entry: object) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise TensorTableError(f"tensor {name!r}: unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+    if not _is_shape(shape):
         raise TensorTableError(f"tensor {name!r}: shape {shape!r}")
+    if len(shape) > MAX_DIMENSIONS:  # which also bounds the product below
+        raise LimitError(f"tensor {name!r} has {len(shape)} dimensions, more than the {MAX_DIMENSIONS} of an array")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise TensorTableError(f"tensor {name!r}: data_offsets {offsets!r}")
     begin, end = offsets
@@ -98,6 +118,8 @@ def _parse_tensor(name: str, entry: object) -> StoredTensor:
         bits *= size  # Python integers do not overflow
     if bits != 8 * (end - begin):
         raise TensorTableError(f"tensor {name!r}: {dtype} {shape} does not fill the bytes {begin} to {end}")
+    if not bits and math.prod(size or 1 for size in shape) >= _MAX_EMPTY_EXTENT:
+        raise LimitError(f"tensor {name!r}: {shape} is empty, but more than an array can have")
     return StoredTensor(name, dtype, tuple(shape), begin, end)
 
 
@@ -133,7 +155,7 @@ class Container:
         (header_bytes,) = struct.unpack_from("<Q", self._view)
         if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > size:
             raise NotAContainerError(f"not a safetensors file: a header of {header_bytes} bytes in a file of {size}")
-        header = _parse_json(bytes(self._view[8 : 8 + header_bytes]), "the header")
+        header = _parse_header(bytes(self._view[8 : 8 + header_bytes]))
         if not isinstance(header, dict):
             raise NotAContainerError("the header is not a JSON object")
         metadata = header.pop("__metadata__", {})
@@ -157,24 +179,28 @@ class Container:
 
     def _parse_coded(self) -> dict[str, dict[str, Any]]:
         version, text = self.metadata.get(VERSION_KEY), self.metadata.get(TENSORS_KEY)
-        blobs = {name for name in self.tensors if name.endswith(BLOB_SUFFIX)}
+        parts = {name for name in self.tensors if name.endswith((BLOB_SUFFIX, SCALE_SUFFIX))}
         if version is None and text is None:
-            if blobs:
+            if parts:
                 raise ContainerMetadataError(
-                    f"{min(blobs)!r} looks like a blob, but there is no {VERSION_KEY} in __metadata__"
+                    f"{min(parts)!r} is a name of a coded tensor, but there is no {VERSION_KEY} in __metadata__"
                 )
             return {}
         if version != CONTAINER_VERSION:
             raise ContainerMetadataError(f"{VERSION_KEY} is {version!r}, this reader knows {CONTAINER_VERSION!r}")
-        coded = _parse_json((text or "").encode(), TENSORS_KEY)
+        try:
+            coded = json.loads(text or "", object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise ContainerMetadataError(f"{TENSORS_KEY} is not valid JSON: {error}") from None
         if not isinstance(coded, dict):
             raise ContainerMetadataError(f"{TENSORS_KEY} is not a JSON object")
         for name, entry in coded.items():
             if (
                 not isinstance(entry, dict)
-                or entry.get("dtype") not in DTYPE_BITS
-                or not isinstance(entry.get("shape"), list)
-                or not all(_is_count(size) for size in entry["shape"])
+                or not isinstance(entry.get("dtype"), str)
+                or entry["dtype"] not in DTYPE_BITS
+                or not _is_shape(entry.get("shape"))
+                or len(entry["shape"]) > MAX_DIMENSIONS
             ):
                 raise ContainerMetadataError(f"{TENSORS_KEY}: the entry of {name!r} is malformed")
             blob = self.tensors.get(name + BLOB_SUFFIX)
@@ -185,8 +211,7 @@ class Container:
             scale = self.tensors.get(name + SCALE_SUFFIX)
             if scale is not None and (scale.dtype != "F32" or len(scale.shape) != 1):
                 raise ScaleError(f"the scales of {name!r} are {scale.dtype} {list(scale.shape)}")
-        scales = {name for name in self.tensors if name.endswith(SCALE_SUFFIX)}
-        extra = (blobs | scales) - {name + suffix for name in coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
+        extra = parts - {name + suffix for name in coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
         if extra:
             raise ContainerMetadataError(f"{min(extra)!r} has no entry in {TENSORS_KEY}")
         return coded
@@ -248,8 +273,10 @@ class ContainerWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._spool_path = self.path.with_name(f".{self.path.name}.{os.getpid()}.data")
-        self._final_path = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        # A process killed before may have had this number too: containers begin theirs at 1.
+        unique = f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}"
+        self._spool_path = self.path.with_name(f"{unique}.data")
+        self._final_path = self.path.with_name(f"{unique}.tmp")
         self._spool: BinaryIO = self._spool_path.open("xb")
         self._tensors: dict[str, dict[str, Any]] = {}
         self._at = 0
@@ -291,6 +318,7 @@ class ContainerWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._spool.close()
+        with suppress(OSError):  # what is left in the buffer cannot be written to a full disk either
+            self._spool.close()
         self._spool_path.unlink(missing_ok=True)
         self._final_path.unlink(missing_ok=True)
