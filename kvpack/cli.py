@@ -121,6 +121,10 @@ def _errors(as_json: bool) -> Iterator[None]:
         _fail(ExitCode.USAGE, type(error).__name__, str(error), as_json)
     except FormatError as error:
         _fail(ExitCode.CORRUPT, type(error).__name__, str(error), as_json)
+    except typer.BadParameter as error:
+        if not as_json:
+            raise
+        _fail(ExitCode.USAGE, "InputError", error.message, as_json)
     except KeyError as error:
         _fail(ExitCode.USAGE, "KeyError", str(error.args[0]), as_json)
     except OSError as error:
@@ -161,20 +165,32 @@ def _progress(title: str) -> Iterator[Progress]:
     )
     from rich.progress import Progress as Bar
 
+    from kvpack.encode.compiling import on_compile
     from kvpack.encode.pipeline import Progress
 
     console = Console(stderr=True)
-    with Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[tensor]}", style="dim"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        if not told:
+            told = True
+            console.print("compiling the CPU kernels (only this time on this machine) …", style="dim")
+
+    with (
+        on_compile(tell),
+        Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[tensor]}", style="dim"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ) as bar,
+    ):
         task = bar.add_task(title, total=None, tensor="")
         yield Progress(
             total=lambda size: bar.update(task, total=size),
@@ -246,10 +262,10 @@ def compress(
 
     Embeddings, output layers, norms, biases and small tensors are kept as they are (the report lists them).
     """
-    rates = _parse_tensor_bits(tensor_bits)
     with _errors(as_json):
         from kvpack.encode.pipeline import compress as run
 
+        rates = _parse_tensor_bits(tensor_bits)
         with _progress("compress") as progress:
             report = run(
                 source,
@@ -371,6 +387,8 @@ def inspect(
                 from kvpack.plot import plot_tensors
             except ImportError as error:
                 raise InputError(f"--plot needs matplotlib ({error}): pip install 'kvpack[plot]'") from None
+            if not report["coded"]:
+                raise InputError("no tensor is coded, so there is nothing to draw")
             plot_tensors(report["tensors"], plot, title=source.name)
     if as_json:
         print(json.dumps(report, allow_nan=False))

@@ -199,8 +199,13 @@ BASES = {
 }
 
 
-def two_tables_blob() -> bytes:
-    """Four tiles of 24 × 96, unsigned 6 bits, compact: two narrow histograms, two wide ones."""
+def two_tables_elements() -> Elements:
+    """Four tiles of 24 × 96: two narrow histograms, two wide ones."""
     elements = gaussian_elements((24, 384), 6, 0.6, 31)
     elements[:, 192:] = gaussian_elements((24, 192), 6, 5.0, 32)
-    return encode_elements(elements, integer_layout("compact", UNSIGNED, 6), tile_cols=96)
+    return elements
+
+
+def two_tables_blob() -> bytes:
+    """Unsigned 6 bits, compact, two tables."""
+    return encode_elements(two_tables_elements(), integer_layout("compact", UNSIGNED, 6), tile_cols=96)

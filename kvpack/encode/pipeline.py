@@ -60,6 +60,7 @@ _OTHER_WEIGHTS = re.compile(
     r"\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|h5|msgpack|onnx|ot|gguf|tflite)$"
 )
 _COPY_BYTES = 1 << 24
+_SCALE_BYTES = 4
 
 
 class InputError(ValueError):
@@ -174,7 +175,7 @@ def _options(
 
 def default_output(source: Path) -> Path:
     """``model.safetensors`` → ``model.kvpack.safetensors``, ``dir`` → ``dir-kvpack``."""
-    source = source.resolve()
+    source = Path(os.path.abspath(source))  # beside a symbolic link, not beside what it points to
     if source.is_dir():
         return source.with_name(source.name + "-kvpack")
     return source.with_name(source.name.removesuffix(".safetensors") + ".kvpack.safetensors")
@@ -202,9 +203,6 @@ class _Model:
             for container in self.containers:
                 if container.coded:
                     raise InputError(f"{container.path} is compressed already")
-                for name in container.tensors:
-                    if name.endswith((BLOB_SUFFIX, SCALE_SUFFIX)):
-                        raise InputError(f"{container.path}: the name {name!r} is one of kvpack's own")
         except BaseException:
             self.close()
             raise
@@ -329,6 +327,7 @@ def _encode_container(
     entries: dict[str, dict[str, Any]] = {}
     shard = _Shard(container.path.name, [], 0, {})
     kept: list[tuple[StoredTensor, str]] = []
+    scales: list[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]] = []
 
     def add(name: str, dtype: str, shape: list[int], *parts: memoryview) -> None:
         if writer is not None:
@@ -355,8 +354,7 @@ def _encode_container(
         add(name + BLOB_SUFFIX, "U8", [blob.size_bytes], memoryview(blob.front), memoryview(blob.payload))
         shard.blob_bytes[name] = blob.size_bytes
         if encoded.scales is not None:
-            scales = np.ascontiguousarray(encoded.scales, "<f4")
-            add(name + SCALE_SUFFIX, "F32", [len(scales)], scales.data.cast("B"))
+            scales.append((name + SCALE_SUFFIX, np.ascontiguousarray(encoded.scales, "<f4")))
         elements = math.prod(tensor.shape)
         report = TensorReport(
             name=name,
@@ -379,8 +377,15 @@ def _encode_container(
         }  # fmt: skip
         progress.advance(tensor.size_bytes)
 
+    def add_scales() -> None:
+        for name, values in scales:
+            add(name, "F32", [len(values)], values.data.cast("B"))
+        scales.clear()
+
     # Widest dtypes first, so that each tensor stays aligned to its own size behind blobs of 16-byte multiples.
     for tensor, reason in sorted(kept, key=lambda item: (-_alignment(item[0]), item[0].begin)):
+        if _alignment(tensor) <= _SCALE_BYTES:
+            add_scales()
         progress.tensor(tensor.name)
         add(tensor.name, tensor.dtype, list(tensor.shape), container.data(tensor.name))
         elements = math.prod(tensor.shape)
@@ -400,6 +405,7 @@ def _encode_container(
             )
         )
         progress.advance(tensor.size_bytes)
+    add_scales()
     metadata = dict(container.metadata)
     metadata[VERSION_KEY] = CONTAINER_VERSION
     metadata[TENSORS_KEY] = json.dumps(entries, separators=(",", ":"))
@@ -440,7 +446,11 @@ def _directory_in_place(target: Path, *, force: bool) -> Iterator[Path]:
         if target.exists() and force:
             previous = target.with_name(f".{target.name}.{os.getpid()}.old")
             target.rename(previous)
-            temporary.rename(target)
+            try:
+                temporary.rename(target)
+            except BaseException:
+                previous.rename(target)
+                raise
             shutil.rmtree(previous)
         else:
             temporary.rename(target)
@@ -533,6 +543,7 @@ def compress(
     options = _options(bits, preset, layout, tile_cols, allocation, include, exclude, tensor_bits)
     target = Path(out) if out is not None else default_output(source)
     _check_target(source, target, force=force or dry_run)
+    input_bytes = _size_on_disk(source)  # before the output, which may lie in it
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads: at least 1 is needed")
     reports: list[TensorReport] = []
@@ -554,7 +565,6 @@ def compress(
             model.close()
     finally:
         executor.shutdown(cancel_futures=True)
-    input_bytes = _size_on_disk(source)
     return _report(
         source,
         None if dry_run else target,
@@ -590,6 +600,12 @@ def _report(
     )
 
 
+def _file_bytes(metadata: dict[str, str], shard: _Shard) -> int:
+    """About what a file takes that a dry run does not write."""
+    header = sum(len(name) + 80 for name in shard.stored_names)
+    return 8 + shard.stored_bytes + header + sum(map(len, metadata.values()))
+
+
 def _compress_file(
     model: _Model,
     target: Path,
@@ -604,8 +620,7 @@ def _compress_file(
         metadata, shard = _encode_container(model, model.containers[0], plans, writer, progress, reports)
         if writer is not None:
             return writer.finish(metadata)
-        header = sum(len(name) + 80 for name in shard.stored_names)
-        return shard.stored_bytes + header + sum(map(len, metadata.values()))
+        return _file_bytes(metadata, shard)
 
 
 def _compress_directory(
@@ -621,11 +636,11 @@ def _compress_directory(
 ) -> int:
     shards: list[_Shard] = []
     if dry_run:
-        shards.extend(
-            _encode_container(model, container, plans, None, progress, reports)[1] for container in model.containers
-        )
         others = _size_on_disk(source) - sum(c.path.stat().st_size for c in model.containers)
-        return sum(shard.stored_bytes for shard in shards) + others
+        return others + sum(
+            _file_bytes(*_encode_container(model, container, plans, None, progress, reports))
+            for container in model.containers
+        )
     with _directory_in_place(target, force=force) as temporary:
         for container in model.containers:
             with ContainerWriter(temporary / container.path.name) as writer:

@@ -172,8 +172,9 @@ class Reader:
         def number(key: str, largest: float) -> float | None:
             """What the writer measured; None for what nobody can have measured."""
             value = entry.get(key)
-            known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest
-            return float(value) if known else None
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest:
+                return float(value)
+            return None
 
         return TensorInfo(
             name=name,

@@ -84,7 +84,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _RepeatedKeyError(f"{twice!r} is there twice")
-    for key, value in pairs:  # a lone surrogate, as "\\ud800", is no text: encode() refuses it
+    for key, value in pairs:  # a lone surrogate, as "\ud800", is no text: encode() refuses it
         key.encode()
         if isinstance(value, str):
             value.encode()

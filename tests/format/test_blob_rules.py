@@ -995,8 +995,10 @@ def test_worked_example() -> None:
     )
     payload = bytes.fromhex("87980000") + bytes(12)
     tile = bytes.fromhex("0000000000000000 04000000 00000000 01 00 0000 00000000 04000000")
-    tile += struct.pack("<I", zlib.crc32(payload[:4]))
-    blob = header + struct.pack("<I", zlib.crc32(header + tile)) + tile + payload
+    tile += bytes.fromhex("D6B8CAA2")
+    blob = header + bytes.fromhex("888EC5DB") + tile + payload
+    assert zlib.crc32(payload[:4]) == 0xA2CAB8D6
+    assert zlib.crc32(header + tile) == 0xDBC58E88
     elements = np.array([[7, 8, 8, 9]], np.uint8)
     assert encode_elements(elements, integer_layout("balanced", ElementKind.SIGNED, 4)) == blob
     assert decode_integers(Blob(blob)).tolist() == [[[-1, 0, 0, 1]]]

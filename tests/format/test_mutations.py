@@ -12,6 +12,7 @@ from collections import Counter
 from functools import cache
 
 import blob_surgery as surgery
+import independent_decoder
 import numpy as np
 import pytest
 import sample_blobs as samples
@@ -19,7 +20,7 @@ import sample_blobs as samples
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.format.blob import Blob
-from kvpack.format.errors import FormatError
+from kvpack.format.errors import FormatError, LimitError
 from kvpack.format.layout import ElementKind, Predictor, float_layouts, integer_layout
 
 MAX_ELEMENTS = 1 << 14
@@ -255,6 +256,41 @@ def test_claims_cannot_make_a_reader_allocate() -> None:
             assert tracemalloc.get_traced_memory()[1] - before < bound
     finally:
         tracemalloc.stop()
+
+
+def test_two_decoders_agree_on_mutants() -> None:
+    """The package and the decoder written from FORMAT.md alone accept the same mutants, as the same numbers."""
+    accepted = refused = 0
+    for name in NAMES:
+        base = bases()[name]
+        rng = random.Random(f"kvpack twice {name}")
+        for _ in range(500):
+            blob = bytearray(base)
+            mutate(rng, blob)
+            surgery.mend_crcs(blob)
+            ours: object
+            theirs: object
+            try:
+                ours = decode_integers(Blob(blob), max_elements=MAX_ELEMENTS)
+            except LimitError:
+                continue
+            except FormatError as error:
+                ours = error
+            try:
+                theirs = independent_decoder.decode_blob(bytes(blob))
+            except ValueError as error:
+                if "padding_lanes" in str(error):  # readers need not look there (FORMAT.md §7.4), but may
+                    continue
+                theirs = error
+            if isinstance(ours, FormatError) or isinstance(theirs, ValueError):
+                assert isinstance(ours, FormatError), (name, str(theirs))
+                assert isinstance(theirs, ValueError), (name, str(ours))
+                refused += 1
+            else:
+                np.testing.assert_array_equal(ours, theirs)
+                accepted += blob != base
+    assert accepted > 800
+    assert refused > 4000
 
 
 def test_random_bytes() -> None:

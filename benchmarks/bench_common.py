@@ -1,0 +1,151 @@
+"""What the benchmark scripts share: provenance of a result, fixed-width baselines, tables, JSON.
+
+Results name files, not places: a path that is given as an argument is recorded as the variable that may hold it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.encode.bench import cpu_name
+from kvpack.encode.threads import default_threads
+
+ROOT = Path(__file__).resolve().parent.parent
+F32 = npt.NDArray[np.float32]
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def describe_input(path: Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of an input file (of a directory: of its .safetensors files, in order of name)."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return {"name": path.name, "bytes": sum(f.stat().st_size for f in files), "sha256": digest.hexdigest()}
+
+
+def command_line(variables: dict[str, Path | None]) -> str:
+    """This process's command, with ``$VARIABLE`` for the paths given and a bare name for any other."""
+    known = {str(path): f"${name}" for name, path in variables.items() if path is not None}
+    shown = ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
+    for argument in sys.argv[1:]:
+        option, separator, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if value in known:
+            value = known[value]
+        elif os.sep in value and (value.startswith(os.sep) or Path(value).parent.exists()):
+            value = Path(value).name
+        shown.append(option + separator + value)
+    return " ".join(shown)
+
+
+def provenance(variables: dict[str, Path | None], packages: Iterable[str] = ()) -> dict[str, Any]:
+    """When, where and with what a result was made; ``variables`` as for :func:`command_line`."""
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", "kvpack")
+    names = ["numpy", "numba", "ml_dtypes", "safetensors", *packages]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit or None,
+        "package_changed_since_commit": bool(changed),
+        "command": command_line(variables),
+        "inputs": [describe_input(path) for path in variables.values() if path is not None],
+        "cpu": cpu_name(),
+        "cores": default_threads(),
+        "load_at_start": [round(x, 2) for x in os.getloadavg()],
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in names},
+    }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result, refusing one that names a place on this machine."""
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    places = {str(Path.home()), str(ROOT), os.getcwd(), sys.prefix} - {os.sep}
+    found = [place for place in places if place in text]
+    if found:
+        raise ValueError(f"the result contains a local path ({found[0]})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"wrote {path.name}", file=sys.stderr)
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
+    """A Markdown table on stdout."""
+    cells = [["–" if value is None else str(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(headings), *cells]) for i in range(len(headings))]
+    if title:
+        print(f"\n{title}\n")
+    print("| " + " | ".join(h.ljust(w) for h, w in zip(headings, widths, strict=True)) + " |")
+    print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    for row in cells:
+        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |")
+    sys.stdout.flush()
+
+
+def group_quantized(weights: F32, bits: int, group: int = 128) -> tuple[F32, float]:
+    """Fixed-width asymmetric integers: each ``group`` weights of a row share an fp16 scale and an fp16 minimum.
+
+    Returns:
+        The dequantized weights, and all bits they take (a row's last group may be short).
+    """
+    matrix = weights.reshape(weights.shape[0], -1)
+    out = np.empty_like(matrix)
+    rows, cols = matrix.shape
+    total = float(matrix.size * bits)
+    for first in range(0, cols, group):
+        part = matrix[:, first : first + group]
+        low = part.min(axis=1, keepdims=True).astype(np.float16).astype(np.float32)
+        scale = (part.max(axis=1, keepdims=True) - low) / np.float32(2**bits - 1)
+        scale = scale.astype(np.float16).astype(np.float32)
+        q = np.clip(np.rint((part - low) / np.where(scale == 0, 1, scale)), 0, 2**bits - 1)
+        out[:, first : first + group] = low + scale * q
+        total += 32 * rows
+    return out.reshape(weights.shape), total
+
+
+def relative_noise(original: F32, coded: F32) -> float:
+    """Σ (w − ŵ)² / Σ w²."""
+    signal = original.astype(np.float64)
+    error = signal - coded
+    return float(np.vdot(error, error) / np.vdot(signal, signal))
+
+
+class MeanNoise:
+    """The size-weighted mean of tensors' relative noise, in dB."""
+
+    def __init__(self) -> None:
+        self.weighted, self.size = 0.0, 0
+
+    def add(self, noise: float, size: int) -> None:
+        self.weighted += noise * size
+        self.size += size
+
+    @property
+    def db(self) -> float:
+        return 10 * math.log10(self.weighted / self.size)
+
+
+def environment_path(name: str) -> Path | None:
+    """The path that an environment variable holds, if it is set."""
+    value = os.environ.get(name)
+    return Path(value) if value else None

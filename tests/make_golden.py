@@ -1,0 +1,152 @@
+"""Write the golden files of format version 1: tests/data/v1/*.blob and manifest.json. Run once, ever.
+
+Golden files never change: a reader of any later release must decode them to the same numbers. This script
+therefore refuses to touch a folder that has some. It is kept to show where they come from, and to be run by
+whoever adds files for a new format version (in a new folder).
+
+    python tests/make_golden.py [folder]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+import sample_blobs as samples  # noqa: E402
+from blob_surgery import with_plain_tables  # noqa: E402
+
+from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
+from kvpack.format.blob import Blob  # noqa: E402
+from kvpack.format.layout import (  # noqa: E402
+    ElementKind,
+    Predictor,
+    float_layouts,
+    integer_layout,
+)
+
+FOLDER = TESTS / "data" / "v1"
+SIGNED, UNSIGNED = ElementKind.SIGNED, ElementKind.UNSIGNED
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 of the array's bytes in C order, little-endian."""
+    return hashlib.sha256(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()).hexdigest()
+
+
+def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
+    """(name, blob, what it must decode to [matrices, rows, cols]: int32 integers or bit patterns)."""
+    for number, name in enumerate(samples.LAYOUT_NAMES):
+        for kind in (SIGNED, UNSIGNED):
+            for bits in (2, 3, 4, 5, 6, 7, 8):
+                seed = 100 * number + 10 * kind + bits
+                # In the middle of what has code 2 of 4, so that the mode is rans also where c = 2.
+                shift = (1 << bits) // 8
+                elements = samples.gaussian_elements((1, 63, 93), bits, 0.55 * (1 << bits) / 8, seed)
+                elements = np.minimum(elements + shift, (1 << bits) - 1).astype(np.uint8)
+                blob = encode_elements(elements, integer_layout(name, kind, bits))
+                half = 1 << (bits - 1) if kind == SIGNED else 0
+                yield f"{kind.name.lower()}{bits}-{name}", blob, elements.astype(np.int32) - half
+
+    for kind in samples.FLOAT_KINDS:
+        for layout in float_layouts(kind):
+            patterns = samples.float_patterns(kind, (1, 64, 64), 1000 + kind)
+            elements = samples.rotate_left(patterns, layout.element_bits)
+            blob = encode_elements(elements, layout)
+            suffix = f"-{layout.code_bits}" if len(float_layouts(kind)) > 1 else ""
+            yield f"lossless-{kind.name.lower()}{suffix}", blob, patterns
+
+    walk = 128 + np.cumsum(np.random.default_rng(2000).integers(-1, 2, (1, 63, 160)), axis=2)
+    for name in samples.LAYOUT_NAMES:
+        blob = encode_elements(
+            walk.astype(np.uint8),
+            integer_layout(name, UNSIGNED, 8),
+            predictor=Predictor.PREVIOUS,
+        )
+        yield f"predicted-unsigned8-{name}", blob, walk.astype(np.int32)
+    narrow = (walk // 4) % 32
+    blob = encode_elements(narrow.astype(np.uint8), integer_layout("compact", SIGNED, 5), predictor=Predictor.PREVIOUS)
+    yield "predicted-signed5-compact", blob, narrow.astype(np.int32) - 16
+
+    elements = samples.gaussian_elements((1, 40, 90), 4, 1.0, 2001)
+    blob = encode_elements(elements, integer_layout("balanced", SIGNED, 4), transposed=True)
+    yield "transposed", blob, elements.astype(np.int32) - 8
+
+    elements = samples.mixed_elements()
+    blob = encode_elements(elements, integer_layout("compact", UNSIGNED, 6), tile_cols=64)
+    yield "tables-packed-3d", blob, elements.astype(np.int32)
+    blob = samples.two_tables_blob()
+    blob = with_plain_tables(blob, samples.frequencies(blob))
+    yield "tables-plain", blob, samples.two_tables_elements()[None].astype(np.int32)
+
+    elements = samples.gaussian_elements((1, 33, 352), 4, 0.7, 2002)
+    blob = encode_elements(elements, integer_layout("compact", SIGNED, 4), tile_cols=352)
+    yield "lengths-u16", blob, elements.astype(np.int32) - 8
+
+    uniform = np.random.default_rng(2003).integers(0, 8, (3, 5, 7)).astype(np.uint8)
+    blob = encode_elements(uniform, integer_layout("compact", SIGNED, 3))
+    yield "raw-3d", blob, uniform.astype(np.int32) - 4
+    constant = np.full((2, 300, 600), 77, np.uint8)
+    blob = encode_elements(constant, integer_layout("compact", SIGNED, 8), tile_cols=320)
+    yield "constant-3d", blob, constant.astype(np.int32) - 128
+    planes = 20 + np.random.default_rng(2004).integers(0, 4, (1, 32, 96)).astype(np.uint8)
+    blob = encode_elements(planes, integer_layout("balanced", SIGNED, 6))
+    yield "constant-with-planes", blob, planes.astype(np.int32) - 32
+    yield (
+        "one-element",
+        encode_elements(np.array([[1]], np.uint8), integer_layout("fast", UNSIGNED, 2)),
+        (np.array([[[1]]], np.int32)),
+    )
+
+    rng = np.random.default_rng(2005)
+    for mode, bits, layout_name, base in (
+        ("rans", 5, "balanced", samples.gaussian_elements((2, 270, 70), 5, 1.2, 2006)),
+        ("raw", 3, "compact", rng.integers(0, 8, (1, 11, 33)).astype(np.uint8)),
+        ("constant", 8, "compact", np.full((1, 40, 70), 3, np.uint8)),
+    ):
+        places = np.sort(rng.choice(base.size, 40, replace=False))
+        deltas = rng.integers(1, 16384, 40) * rng.choice((-1, 1), 40)
+        deltas[:2] = -16384, 16383
+        positions = zip(*(axis.tolist() for axis in np.unravel_index(places, base.shape)), strict=True)
+        blob = samples.encode_with_outliers(
+            base,
+            [(*place, int(delta)) for place, delta in zip(positions, deltas, strict=True)],
+            integer_layout(layout_name, SIGNED, bits),
+            tile_cols=64,
+        )
+        integers = base.astype(np.int32) - (1 << (bits - 1))
+        integers.ravel()[places] += deltas.astype(np.int32)
+        yield f"outliers-{mode}", blob, integers
+
+
+def main(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} is not empty: golden files are never written again")
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {}
+    total = 0
+    for name, blob, values in golden_blobs():
+        Blob(blob)
+        if name in manifest:
+            raise SystemExit(f"two files named {name}")
+        (folder / f"{name}.blob").write_bytes(blob)
+        total += len(blob)
+        manifest[name] = {
+            "file_sha256": hashlib.sha256(blob).hexdigest(),
+            "decoded_sha256": digest(values),
+            "dtype": values.dtype.name,
+            "shape": list(values.shape),
+        }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    print(f"{len(manifest)} files, {total} bytes")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
