@@ -21,15 +21,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import kvpack
 from kvpack.encode.bench import cpu_name
 from kvpack.encode.threads import default_threads
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(kvpack.__file__).resolve().parent
 F32 = npt.NDArray[np.float32]
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -61,7 +62,7 @@ def command_line(variables: dict[str, Path | None]) -> str:
 def provenance(variables: dict[str, Path | None], packages: Iterable[str] = ()) -> dict[str, Any]:
     """When, where and with what a result was made; ``variables`` as for :func:`command_line`."""
     commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--", "kvpack")
+    changed = _git("status", "--porcelain", "--", ".")
     names = ["numpy", "numba", "ml_dtypes", "safetensors", *packages]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -80,7 +81,7 @@ def provenance(variables: dict[str, Path | None], packages: Iterable[str] = ()) 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result, refusing one that names a place on this machine."""
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    places = {str(Path.home()), str(ROOT), os.getcwd(), sys.prefix} - {os.sep}
+    places = {str(Path.home()), str(PACKAGE.parent), os.getcwd(), sys.prefix} - {os.sep}
     found = [place for place in places if place in text]
     if found:
         raise ValueError(f"the result contains a local path ({found[0]})")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +46,8 @@ SENTENCES = (
     "Marley was dead: to begin with.",
     "All children, except one, grow up.",
     (
-        "No one would have believed in the last years of the nineteenth century that this world was being watched keenly "
-        "and closely by intelligences greater than man's and yet as mortal as his own."
+        "No one would have believed in the last years of the nineteenth century that this world was being watched "
+        "keenly and closely by intelligences greater than man's and yet as mortal as his own."
     ),
     (
         "You don't know about me without you have read a book by the name of The Adventures of Tom Sawyer; but that "
@@ -54,8 +55,8 @@ SENTENCES = (
     ),
     "1801. I have just returned from a visit to my landlord, the solitary neighbour that I shall be troubled with.",
     (
-        "Emma Woodhouse, handsome, clever, and rich, with a comfortable home and happy disposition, seemed to unite some "
-        "of the best blessings of existence."
+        "Emma Woodhouse, handsome, clever, and rich, with a comfortable home and happy disposition, seemed to unite "
+        "some of the best blessings of existence."
     ),
     (
         "You will rejoice to hear that no disaster has accompanied the commencement of an enterprise which you have "
@@ -94,10 +95,10 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("3 bits", ("--bits", "3"), 3.0),
-    Setting("4.25 bits", ("--bits", "4.25"), 4.25),
-    Setting("near-lossless", ("--preset", "near-lossless")),
     Setting("lossless", ("--preset", "lossless")),
+    Setting("near-lossless", ("--preset", "near-lossless")),
+    Setting("4.25 bits", ("--bits", "4.25"), 4.25),
+    Setting("3 bits", ("--bits", "3"), 3.0),
 )
 
 
@@ -168,42 +169,40 @@ def linear(x: np.ndarray, weights: Weights, name: str) -> np.ndarray:
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
-def attention(x: np.ndarray, weights: Weights, name: str) -> np.ndarray:
+def attention(x: np.ndarray, lengths: list[int], weights: Weights, name: str) -> np.ndarray:
     """Each token's mixture of all tokens of its sentence."""
-    tokens, hidden = x.shape
-    query, key, value = (
-        linear(x, weights, f"{name}.self.{part}").reshape(tokens, HEADS, -1).transpose(1, 0, 2)
-        for part in ("query", "key", "value")
-    )
-    scores = query @ key.transpose(0, 2, 1) / np.float32(math.sqrt(hidden // HEADS))
-    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    scores /= scores.sum(axis=-1, keepdims=True)
-    mixed = (scores @ value).transpose(1, 0, 2).reshape(tokens, hidden)
+    hidden = x.shape[1]
+    query, key, value = (linear(x, weights, f"{name}.self.{part}") for part in ("query", "key", "value"))
+    mixed = np.empty_like(x)
+    first = 0
+    for length in lengths:
+        sentence = slice(first, first + length)
+        q, k, v = (all_[sentence].reshape(length, HEADS, -1).swapaxes(0, 1) for all_ in (query, key, value))
+        scores = q @ k.swapaxes(1, 2) / np.float32(math.sqrt(hidden // HEADS))
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        mixed[sentence] = (scores @ v).swapaxes(0, 1).reshape(length, hidden)
+        first += length
     return linear(mixed, weights, f"{name}.output.dense")
 
 
-def forward(weights: Weights, ids: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The output of each layer, tokens × hidden, and the sentence's vector, of one sentence."""
-    x = weights["embeddings.word_embeddings.weight"][ids]
-    x = x + weights["embeddings.position_embeddings.weight"][: len(ids)]
+def run_model(weights: Weights, sentences: list[list[int]]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The output of each layer for all tokens of all sentences, one after another, and the sentences' vectors."""
+    lengths = [len(ids) for ids in sentences]
+    x = weights["embeddings.word_embeddings.weight"][np.concatenate(sentences)]
+    x = x + np.concatenate([weights["embeddings.position_embeddings.weight"][:length] for length in lengths])
     x = x + weights["embeddings.token_type_embeddings.weight"][0]
     x = layer_norm(x, weights, "embeddings.LayerNorm")
-    outputs = []
+    layers = []
     for index in range(LAYERS):
         name = f"encoder.layer.{index}"
-        x = layer_norm(x + attention(x, weights, f"{name}.attention"), weights, f"{name}.attention.output.LayerNorm")
+        attended = attention(x, lengths, weights, f"{name}.attention")
+        x = layer_norm(x + attended, weights, f"{name}.attention.output.LayerNorm")
         inner = gelu(linear(x, weights, f"{name}.intermediate.dense"))
         x = layer_norm(x + linear(inner, weights, f"{name}.output.dense"), weights, f"{name}.output.LayerNorm")
-        outputs.append(x)
-    mean = x.mean(axis=0)
-    return outputs, mean / np.linalg.norm(mean)
-
-
-def run_model(weights: Weights, sentences: list[list[int]]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The output of each layer for all tokens of all sentences, and the sentences' vectors."""
-    runs = [forward(weights, ids) for ids in sentences]
-    layers = [np.concatenate([outputs[index] for outputs, _ in runs]) for index in range(LAYERS)]
-    return layers, np.stack([vector for _, vector in runs])
+        layers.append(x)
+    means = np.stack([part.mean(axis=0) for part in np.split(x, np.cumsum(lengths)[:-1])])
+    return layers, means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
 # The checks.
@@ -215,13 +214,11 @@ def kvpack(folder: Path, *arguments: str) -> dict:
     Raises:
         DemoError: it failed.
     """
-    print("  $ kvpack", *arguments, end="", flush=True)
-    began = time.perf_counter()
     command = Path(sys.executable).with_name("kvpack")
     done = subprocess.run(
         [command, *arguments, "--json"], cwd=folder, capture_output=True, text=True, encoding="utf-8", check=False
     )
-    print(f"  ({time.perf_counter() - began:.1f} s)")
+    print("$ kvpack", *arguments, flush=True)
     try:
         report = json.loads(done.stdout)
     except ValueError:
@@ -297,10 +294,8 @@ def try_setting(
     cosines = np.einsum("ij,ij->i", vectors, expected_vectors, dtype=np.float64)
     if not np.isfinite([*change, *cosines]).all():
         raise DemoError("the model's output is not finite")
-    if setting.exact:
-        print("  every tensor is bit for bit what it was")
-    else:
-        print(f"  noise {noise_db:.2f} dB as reported, kept tensors bit for bit what they were")
+    found = "every tensor is" if setting.exact else f"noise {noise_db:.2f} dB as reported, kept tensors are"
+    print(f"{setting.name}: {found} bit for bit what {'it was' if setting.exact else 'they were'}", flush=True)
     return Outcome(setting, report, noise_db, change, cosines)
 
 
@@ -308,23 +303,23 @@ def try_setting(
 
 
 def summary_table(outcomes: list[Outcome]) -> Table:
-    table = Table(title="Files", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title="Files", box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
     table.add_column("setting", no_wrap=True)
-    for heading in ("file", "smaller", "weights coded", "bits a weight", "noise dB", "mean cosine", "least cosine"):
-        table.add_column(heading, justify="right")
+    for heading in ("MB", "ratio", "coded", "bits", "noise dB", "mean cos", "least cos"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for outcome in outcomes:
         report = outcome.report
         sizes = [(math.prod(tensor["shape"]), tensor["method"]) for tensor in report["tensors"]]
         coded = sum(size for size, method in sizes if method != "keep")
         table.add_row(
             outcome.setting.name,
-            f"{report['output_bytes'] / 1e6:.2f} MB",
-            f"{report['ratio']:.2f} ×",
+            f"{report['output_bytes'] / 1e6:.2f}",
+            f"{report['ratio']:.2f}",
             f"{100 * coded / sum(size for size, _ in sizes):.1f} %",
             f"{report['bits_per_weight']:.3f}",
             "exact" if outcome.noise_db is None else f"{outcome.noise_db:.2f}",
-            f"{outcome.cosines.mean():.6f}",
-            f"{outcome.cosines.min():.6f}",
+            f"{outcome.cosines.mean():.5f}",
+            f"{outcome.cosines.min():.5f}",
         )
     return table
 
@@ -376,19 +371,27 @@ def main(folder: Path) -> int:
     except DemoError as error:
         print(f"FAILED: {error}")
         return 1
-    for setting in SETTINGS:
-        print(f"\n{setting.name}")
+    print("each setting: compress, verify, decompress, compare, run; two settings at a time\n", flush=True)
+
+    def attempt(setting: Setting) -> Outcome | str:
         try:
-            outcomes.append(try_setting(setting, original, sentences, expected))
+            return try_setting(setting, original, sentences, expected)
         except DemoError as error:
-            print(f"  FAILED: {error}")
-            problems.append(f"{setting.name}: {error}")
+            return f"{setting.name}: {error}"
+
+    # The first use of the command compiles its coder, for one kind of number after another: mostly on one core.
+    with ThreadPoolExecutor(2) as executor:
+        for result in executor.map(attempt, SETTINGS):
+            if isinstance(result, Outcome):
+                outcomes.append(result)
+            else:
+                problems.append(result)
     if outcomes:
         print()
         console.print(summary_table(outcomes))
-        print("Bits and noise are those of the coded tensors. Lossy settings keep embeddings, norms and")
-        print("biases as they are; more than half of this model is embeddings. The cosines are between")
-        print("the vectors that the original and the decompressed weights give a sentence.\n")
+        print("coded: share of the weights that is; bits a weight and noise are of these. Lossy settings")
+        print("keep embeddings (half of this model), norms and biases as they are. cos: between the vectors")
+        print("that the original and the decompressed weights give a sentence.\n")
         console.print(layer_table(outcomes))
     print(f"{time.perf_counter() - began:.0f} s after installation; the files are in {folder.name}/")
     if problems:

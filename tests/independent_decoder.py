@@ -35,8 +35,7 @@ Header = namedtuple(  # noqa: PYI024  (§3, in the order of the file; n, c, g, b
 )
 Tile = namedtuple(  # noqa: PYI024  (§6, in the order of the file)
     "Tile",
-    "data_offset data_size raw_offset mode predictor table_index outlier_count outlier_offset "
-    "payload_crc32",
+    "data_offset data_size raw_offset mode predictor table_index outlier_count outlier_offset payload_crc32",
 )
 Table = namedtuple("Table", "freq start symbol")  # noqa: PYI024  (§5.1; `symbol` of each slot)
 
@@ -307,10 +306,7 @@ def _read_safetensors(file: bytes | mmap.mmap) -> tuple[dict[str, Array], dict[s
             begin, end = (start + offset for offset in info["data_offsets"])
             dtype = np.dtype(NUMPY_DTYPE[info["dtype"]])
             _check(shape=all(type(d) is int and d >= 0 for d in info["shape"]))
-            _check(
-                data_offsets=begin == at
-                and end - begin == math.prod(info["shape"]) * dtype.itemsize
-            )
+            _check(data_offsets=begin == at and end - begin == math.prod(info["shape"]) * dtype.itemsize)
             tensors[name] = np.frombuffer(file[begin:end], dtype).reshape(info["shape"])
             at = end
     except (TypeError, KeyError) as error:

@@ -63,6 +63,10 @@ _COPY_BYTES = 1 << 24
 _SCALE_BYTES = 4
 
 
+# A tensor's histogram, and what to do with it if the whole model has one step.
+CommonPlan = tuple[FineHistogram, RatePlan]
+
+
 class InputError(ValueError):
     """The input, or an option, cannot be used; the message says why and what would do."""
 
@@ -235,7 +239,7 @@ class _Model:
             and not any(pattern.search(tensor.name) for pattern, _ in selection.tensor_bits)
         ]
 
-    def encode(self, container: Container, tensor: StoredTensor, plan: RatePlan | None) -> EncodedTensor:
+    def encode(self, container: Container, tensor: StoredTensor, plan: CommonPlan | None) -> EncodedTensor:
         """One tensor by whatever method the options say."""
         options = self.options
         selection = options.selection
@@ -243,7 +247,7 @@ class _Model:
         if not selection.is_lossy(tensor):
             return encode_lossless(weights, tensor.dtype, options.tile_cols, options.layout, self.executor)
         if plan is not None:
-            return encode_plan(weights, plan, tile_cols=options.tile_cols, executor=self.executor)
+            return encode_plan(weights, *plan, tile_cols=options.tile_cols, executor=self.executor)
         bits = selection.bits_of(tensor.name)
         if bits is None:
             return encode_int8_rows(
@@ -261,7 +265,7 @@ class _Model:
         )
 
 
-def _common_step_plans(model: _Model, progress: Progress) -> dict[str, RatePlan]:
+def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPlan]:
     """One step for all tensors, such that together they take the rate (equal slope: least total squared error)."""
     options = model.options
     bits = options.selection.bits
@@ -280,12 +284,12 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, RatePlan]
         return {}
     total = sum(weights.size for _, weights, _ in measured)
 
-    def plans_at(step: float) -> tuple[float, dict[str, RatePlan]]:
+    def plans_at(step: float) -> tuple[float, dict[str, CommonPlan]]:
         plans = {
-            tensor.name: plan_at_common_step(weights, fine, step, options.layout, options.tile_cols)
+            tensor.name: (fine, plan_at_common_step(weights, fine, step, options.layout, options.tile_cols))
             for tensor, weights, fine in measured
         }
-        used = sum(plans[tensor.name].predicted.bits * weights.size for tensor, weights, _ in measured)
+        used = sum(plans[tensor.name][1].predicted.bits * weights.size for tensor, weights, _ in measured)
         return used / total, plans
 
     smallest = min(fine.rms for _, _, fine in measured)
@@ -317,7 +321,7 @@ class _Shard:
 def _encode_container(
     model: _Model,
     container: Container,
-    plans: dict[str, RatePlan],
+    plans: dict[str, CommonPlan],
     writer: ContainerWriter | None,
     progress: Progress,
     reports: list[TensorReport],
@@ -609,7 +613,7 @@ def _file_bytes(metadata: dict[str, str], shard: _Shard) -> int:
 def _compress_file(
     model: _Model,
     target: Path,
-    plans: dict[str, RatePlan],
+    plans: dict[str, CommonPlan],
     progress: Progress,
     reports: list[TensorReport],
     *,
@@ -627,7 +631,7 @@ def _compress_directory(
     model: _Model,
     source: Path,
     target: Path,
-    plans: dict[str, RatePlan],
+    plans: dict[str, CommonPlan],
     progress: Progress,
     reports: list[TensorReport],
     *,

@@ -97,19 +97,21 @@ def quantize_strip(weights, steps, thresholds, clamp, half, elements):  # type: 
 
 
 @njit(nogil=True, cache=True)
-def strip_moments(weights):  # type: ignore[no-untyped-def]
-    """(Σ w² in f64, max |w|, number of values that are not finite) of f32 ``weights`` [R, K]."""
-    energy, largest, strange = 0.0, F32(0), 0
+def strip_moments(weights, limit):  # type: ignore[no-untyped-def]
+    """Of f32 ``weights`` [R, K]: Σ w² in f64 and number of those with |w| ≤ ``limit``, max |w|, number not finite."""
+    energy, within, largest, strange = 0.0, 0, F32(0), 0
     for row in range(weights.shape[0]):
         for col in range(weights.shape[1]):
             w = weights[row, col]
             a = abs(w)
             if a < F32(np.inf):
                 largest = max(largest, a)
-                energy += np.float64(w) * np.float64(w)
+                if a <= limit:
+                    within += 1
+                    energy += np.float64(w) * np.float64(w)
             else:
                 strange += 1
-    return energy, largest, strange
+    return energy, within, largest, strange
 
 
 @njit(nogil=True, cache=True)

@@ -39,10 +39,11 @@ MIN_BITS, MAX_BITS = 1.5, 7.5
 
 @dataclass(frozen=True)
 class FineHistogram:
-    """The weights of a tensor in bins of rms/256 around 0 (i64 [8192])."""
+    """The weights of a tensor in bins of rms/256 around 0 (i64 [8192]); ``largest`` is max |w|."""
 
     counts: npt.NDArray[np.int64]
     rms: float
+    largest: float
 
     @property
     def centres(self) -> npt.NDArray[np.float64]:

@@ -163,8 +163,12 @@ class Reader:
         entry = container.coded.get(name)
         if entry is None:
             return None
-        header = container.blob_header(name)
-        self._check_shape(name, entry, header)
+        try:
+            header = container.blob_header(name)
+            self._check_shape(name, entry, header)
+        except ValueError as error:
+            error.args = (f"{container.path}, tensor {name!r}: {error}",)
+            raise
         stored = container.tensors[name + BLOB_SUFFIX].size_bytes
         scales = container.tensors.get(name + "_kvpack_scale")
         total = stored + (scales.size_bytes if scales else 0)

@@ -63,6 +63,8 @@ _RATE_TOLERANCE_BITS = 0.004
 _MAX_CORRECTIONS = 6
 # Elements that are kept between passes rather than quantized again.
 _KEEP_ELEMENTS = 1 << 26
+_TRIM_AT_RMS = 16
+_TRIMMING_ROUNDS = 8
 
 
 class NotEncodableError(Exception):
@@ -267,27 +269,42 @@ def _count_quantized(
     return _Counted(strips, tile_counts, sum(outliers), scale, size)
 
 
-def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> FineHistogram:
-    """The fine histogram of a float tensor.
+def _moments(weights: Matrices, limit: float, executor: ThreadPoolExecutor | None) -> tuple[float, float]:
+    """rms of the values within ``limit``, and the largest magnitude of all.
 
     Raises:
-        NotEncodableError: values that are not finite, or too small or too far apart for a step.
+        NotEncodableError: values that are not finite.
     """
 
-    def moments(index: int) -> tuple[float, float, int]:
-        return strip_moments(as_float32(weights.strip(index)))  # type: ignore[no-any-return]
+    def work(index: int) -> tuple[float, int, float, int]:
+        return strip_moments(as_float32(weights.strip(index)), np.float32(limit))  # type: ignore[no-any-return]
 
-    energies, largest, strange = zip(*map_ordered(moments, range(weights.num_strips), executor), strict=True)
+    energies, within, largest, strange = zip(*map_ordered(work, range(weights.num_strips), executor), strict=True)
     if sum(strange):
         raise NotEncodableError(f"{sum(strange)} values are NaN or infinite")
-    rms = math.sqrt(math.fsum(energies) / weights.size)
+    return math.sqrt(math.fsum(energies) / max(1, sum(within))), float(max(largest))
+
+
+def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> FineHistogram:
+    """The fine histogram of a float tensor, in units of its rms without values beyond 16 times that.
+
+    (A single huge value would otherwise set the unit, and every other weight would be rounded to zero.)
+
+    Raises:
+        NotEncodableError: values that are not finite, or too small for a step.
+    """
+    rms, largest = _moments(weights, math.inf, executor)
+    for _ in range(_TRIMMING_ROUNDS):
+        if largest <= _TRIM_AT_RMS * rms:
+            break
+        trimmed, _ = _moments(weights, _TRIM_AT_RMS * rms, executor)
+        if trimmed == 0 or trimmed > 0.99 * rms:
+            break
+        rms = trimmed
     if rms == 0:
-        return FineHistogram(np.zeros(FINE_BINS, np.int64), 0.0)
+        return FineHistogram(np.zeros(FINE_BINS, np.int64), 0.0, 0.0)
     if rms < _TINY * 2**24:
         raise NotEncodableError(f"values near the end of the fp32 range (rms {rms:.3g})")
-    # The finest step that is tried is rms/2^6.5, and a magnitude has 14 bits.
-    if max(largest) / rms * 2**6.5 > MAX_MAGNITUDE:
-        raise NotEncodableError(f"the largest value ({max(largest):.3g}) is {max(largest) / rms:.0f} times the rms")
     per_width = np.float32(FINE_BINS_PER_RMS / rms)
 
     def count(index: int) -> npt.NDArray[np.int64]:
@@ -298,12 +315,16 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
     counts = np.zeros(FINE_BINS, np.int64)
     for histogram in map_ordered(count, range(weights.num_strips), executor):
         counts += histogram
-    return FineHistogram(counts, rms)
+    return FineHistogram(counts, rms, largest)
 
 
 def _run_plan(
-    weights: Matrices, plan: RatePlan, tile_cols: int | None, executor: ThreadPoolExecutor | None
+    weights: Matrices, fine: FineHistogram, plan: RatePlan, tile_cols: int | None, executor: ThreadPoolExecutor | None
 ) -> _Counted:
+    if fine.largest / plan.step > MAX_MAGNITUDE:
+        raise NotEncodableError(
+            f"the largest value ({fine.largest:.3g}) is more than {MAX_MAGNITUDE} steps of {plan.step:.3g}"
+        )
     header = weights.header(plan.layout, tile_cols)
     steps = np.full(1, plan.step, np.float32)
     strips = _QuantizedStrips(weights, steps, plan.layout.element_bits, plan.rounding)
@@ -355,7 +376,7 @@ def encode_at_bits(
     best: tuple[RatePlan, _Counted] | None = None
     for _ in range(_MAX_CORRECTIONS):
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
-        counted = _run_plan(weights, plan, tile_cols, executor)
+        counted = _run_plan(weights, fine, plan, tile_cols, executor)
         achieved = 8 * counted.size_bytes / weights.size
         if achieved <= bits and (best is None or counted.size_bytes > best[1].size_bytes):
             best = plan, counted
@@ -375,7 +396,7 @@ def encode_at_bits(
         # The exact size is above the estimate, or no estimate was low enough: aim lower.
         aim -= 2 * excess
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
-        best = plan, _run_plan(weights, plan, tile_cols, executor)
+        best = plan, _run_plan(weights, fine, plan, tile_cols, executor)
     raise NotEncodableError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
 
 
@@ -391,6 +412,7 @@ def plan_at_common_step(
 
 def encode_plan(
     weights: Matrices,
+    fine: FineHistogram,
     plan: RatePlan,
     *,
     tile_cols: int | None = None,
@@ -401,7 +423,7 @@ def encode_plan(
     Raises:
         NotEncodableError: the step is so small that a value exceeds what an outlier can hold.
     """
-    counted = _run_plan(weights, plan, tile_cols, executor)
+    counted = _run_plan(weights, fine, plan, tile_cols, executor)
     return _finish(weights, plan, counted, tile_cols, executor)
 
 
@@ -426,7 +448,7 @@ def encode_int8_rows(
 
     for _ in map_ordered(work, range(weights.num_strips), executor):
         pass
-    measure(weights, executor)
+    _moments(weights, math.inf, executor)
     scales: npt.NDArray[np.float32] = np.divide(absmax, np.float32(127), dtype=np.float32)
     scales[scales < _TINY] = 0
     strips = _QuantizedStrips(weights, scales, 8, NEAREST)

@@ -24,13 +24,13 @@ def map_ordered(
 ) -> Iterator[R]:
     """``map(work, items)`` on ``executor`` (in this thread if None), results in the order of ``items``.
 
-    At most twice as many items as there are threads are under way, so that memory stays bounded. After an
+    At most twice as many items as there are cores are under way, so that memory stays bounded. After an
     error or an early stop no further item is started, and those under way are waited for.
     """
     if executor is None:
         yield from map(work, items)
         return
-    ahead = 2 * executor._max_workers
+    ahead = 2 * default_threads() + 2
     pending: deque[Future[R]] = deque()
     try:
         for item in items:

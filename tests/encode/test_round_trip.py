@@ -333,3 +333,19 @@ def test_blobs_are_as_small_as_their_entropy(name: str, bits: int) -> None:
     fixed = 64 + blob.header.table_bytes + 8 * (32 + 32) + 8 * 256 * (4 + blob.header.length_bytes)
     fixed += layout.raw_bits * elements.size // 8 + 2 * words
     assert fixed <= len(data) < fixed + 8 * 16
+
+
+def test_decoding_into_an_array() -> None:
+    elements = samples.mixed_elements()
+    blob = Blob(samples.mixed_blob())
+    out = np.full(elements.shape, 255, np.uint8)
+    assert decode_elements(blob, out=out) is out
+    np.testing.assert_array_equal(out, elements)
+    wider = np.full((2, 300, 160), 255, np.uint8)
+    decode_elements(blob, out=wider[:, :, 5:155])
+    np.testing.assert_array_equal(wider[:, :, 5:155], elements)
+    assert (wider[:, :, :5] == 255).all()
+    assert (wider[:, :, 155:] == 255).all()
+    for wrong in (np.empty((2, 300, 151), np.uint8), np.empty((2, 300, 150), np.int8)):
+        with pytest.raises(ValueError, match="the blob needs"):
+            decode_elements(blob, out=wrong)

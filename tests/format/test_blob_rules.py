@@ -39,7 +39,7 @@ from kvpack.format.errors import (
     TruncatedError,
     VersionError,
 )
-from kvpack.format.layout import ElementKind, Layout, Predictor, integer_layout
+from kvpack.format.layout import ElementKind, Layout, Predictor, float_layouts, integer_layout
 
 
 @cache
@@ -1030,3 +1030,10 @@ def test_writer_refuses_a_predictor_for_floats(kind: ElementKind) -> None:
 def test_writer_refuses(elements: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encode_elements(elements, integer_layout("balanced", ElementKind.SIGNED, 4))
+
+
+def test_names_of_layouts() -> None:
+    with pytest.raises(ValueError, match="unknown layout"):
+        integer_layout("dense", ElementKind.SIGNED, 4)
+    with pytest.raises(ValueError, match="no float kind"):
+        float_layouts(ElementKind.SIGNED)
