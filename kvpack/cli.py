@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from kvpack._version import __version__
+from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
 
 if TYPE_CHECKING:
     from kvpack.encode.pipeline import Progress
@@ -233,7 +234,9 @@ def compress(
     ] = None,
     bits: Annotated[
         float | None,
-        typer.Option("--bits", help="Bits a weight, 1.5 to 7.5, every overhead counted. Default: 4.9."),
+        typer.Option(
+            "--bits", help=f"Bits a weight, {MIN_BITS} to {MAX_BITS}, every overhead counted. Default: {DEFAULT_BITS}."
+        ),
     ] = None,
     preset: Annotated[PresetOption | None, typer.Option("--preset", help="Instead of a rate.")] = None,
     layout: Annotated[LayoutOption, typer.Option("--layout", help="How weights become symbols.")] = (LayoutOption.AUTO),

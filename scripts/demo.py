@@ -377,6 +377,7 @@ def main(folder: Path) -> int:
         try:
             return try_setting(setting, original, sentences, expected)
         except DemoError as error:
+            print(f"{setting.name}: FAILED", flush=True)
             return f"{setting.name}: {error}"
 
     # The first use of the command compiles its coder, for one kind of number after another: mostly on one core.

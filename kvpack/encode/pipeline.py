@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSY_DTYPES, NUMPY_DTYPES
-from kvpack.encode.rate import MAX_BITS, MIN_BITS, FineHistogram, RatePlan
+from kvpack.encode.rate import FineHistogram, RatePlan
+from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
 from kvpack.encode.reader import INDEX_NAME, Reader, shard_paths
 from kvpack.encode.selection import Selection, transposed_names
 from kvpack.encode.tensor_encoder import (
@@ -49,8 +50,6 @@ from kvpack.format.container import (
 from kvpack.format.errors import DirectoryIndexError
 from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS, VERSION
 
-# The lowest rate with a KL divergence of at most 0.01 on books-27m (docs/PERFORMANCE.md).
-DEFAULT_BITS = 4.9
 DEFAULT_ALLOCATION = "tensor"
 PRESETS = ("near-lossless", "lossless")
 ALLOCATIONS = ("tensor", "model")
@@ -519,7 +518,7 @@ def compress(
 
     Args:
         out: the output; by default ``NAME.kvpack.safetensors`` or ``NAME-kvpack`` beside the input.
-        bits: bits a weight, 1.5 to 7.5, everything counted (default: DEFAULT_BITS).
+        bits: bits a weight, 1.5 to 7.5, everything counted (default: 4.85, ``kvpack.encode.rates``).
         preset: ``near-lossless`` (INT8 rows) or ``lossless`` instead of a rate.
         layout: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
         tile_cols: columns of a tile; by default equal parts of at most 512.

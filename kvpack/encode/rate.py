@@ -34,7 +34,6 @@ FINE_BINS_PER_RMS = 256
 # An entropy-coded Gaussian of this many bits has about rms/step = 2^(bits − 2.05).
 _GAUSSIAN_BITS = 2.05
 _TYPICAL_TABLE_BYTES = 150
-MIN_BITS, MAX_BITS = 1.5, 7.5
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,11 @@ def _encode_quantized(
     method: str,
     executor: ThreadPoolExecutor | None,
 ) -> EncodedTensor:
-    """The last pass: encode the elements and measure the noise of what they decode to."""
+    """The last pass: encode the elements and measure the noise of what they decode to.
+
+    Raises:
+        NotEncodableError: a finite weight would decode to infinity.
+    """
     half = 1 << (header.layout.element_bits - 1)
     sums: list[tuple[float, float]] = [(0.0, 0.0)] * weights.num_strips
     by_row = np.broadcast_to(scales, weights.matrices * weights.rows)
@@ -199,6 +203,8 @@ def _encode_quantized(
         return Strip(strip.elements, strip.outliers)
 
     blob = encode_strips(header, source, tile_counts=counts, executor=executor)
+    if not all(math.isfinite(noise) for noise, _ in sums):
+        raise NotEncodableError("values near the end of the fp32 range: some would decode to infinity")
     return EncodedTensor(blob, scales, method, header.layout, noise_db(sums))
 
 
@@ -385,7 +391,7 @@ def encode_at_bits(
         # The histogram's prediction is off by nearly the same amount at a neighbouring step.
         aim += target_bits - achieved
         layouts = [plan.layout]
-    for _ in range(_MAX_CORRECTIONS):
+    for attempt in range(_MAX_CORRECTIONS):
         if best is not None:
             encoded = _finish(weights, *best, tile_cols, executor)
             excess = 8 * encoded.size_bytes / weights.size - bits
@@ -393,8 +399,8 @@ def encode_at_bits(
                 return encoded
         else:
             excess = 0.02
-        # The exact size is above the estimate, or no estimate was low enough: aim lower.
-        aim -= 2 * excess
+        # The exact size is above the estimate, or no estimate was low enough: aim lower, by more each time.
+        aim -= 2 * excess + attempt * _RATE_TOLERANCE_BITS / 2
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
         best = plan, _run_plan(weights, fine, plan, tile_cols, executor)
     raise NotEncodableError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
