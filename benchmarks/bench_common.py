@@ -66,7 +66,7 @@ def provenance(variables: dict[str, Path | None], packages: Iterable[str] = ()) 
     names = ["numpy", "numba", "ml_dtypes", "safetensors", *packages]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit or None,
+        "commit": commit or os.environ.get("KVPACK_COMMIT"),
         "package_changed_since_commit": bool(changed),
         "command": command_line(variables),
         "inputs": [describe_input(path) for path in variables.values() if path is not None],

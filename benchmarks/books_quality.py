@@ -55,22 +55,22 @@ GRID_PER_BIT = 20
 class Evaluator:
     """A model whose linear layers are exchanged, and the original's answers to compare with."""
 
-    def __init__(self, directory: Path, text: Path, windows: int, perplexity_windows: int | None) -> None:
+    def __init__(self, directory: Path, text: Path, windows: int, perplexity_windows: int | None, device: str) -> None:
         self.directory = directory
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(directory)
         ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
         self.tokens = len(ids)
         available = (len(ids) - 1) // WINDOW
         self.windows = min(windows, available)
         self.perplexity_windows = available if perplexity_windows is None else min(perplexity_windows, available)
-        self.ids = ids
+        self.ids = ids.to(device)
         self.parameters = dict(self.model.named_parameters())
         # What compress codes by default; its method does not matter here.
         report = kvpack.compress(directory, preset="near-lossless", dry_run=True)
         coded = [tensor.name for tensor in report.tensors if tensor.method != "keep"]
-        self.original = {name: self.parameters[name].detach().numpy().copy() for name in coded}
-        self.original_log_probabilities = torch.empty(self.windows, WINDOW, self.model.config.vocab_size)
+        self.original = {name: self.parameters[name].detach().cpu().numpy().copy() for name in coded}
+        self.original_log_probabilities = torch.empty(self.windows, WINDOW, self.model.config.vocab_size, device=device)
         self.baseline = self._run(compare=False)
 
     def _run(self, *, compare: bool) -> dict[str, Any]:
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--perplexity-windows", type=int, default=12)
     parser.add_argument("--full", action="store_true", help="perplexity over the whole text")
     parser.add_argument("--find-default", action="store_true", help="bisect for the lowest bits with KL <= --max-kl")
+    parser.add_argument("--device", default="cpu", help="where the model runs (in fp32 proper); coding is the CPU's")
     parser.add_argument("--max-kl", type=float, default=0.01)
     parser.add_argument("--low", type=float, default=3.0, help="where --find-default begins: a rate that fails")
     parser.add_argument("--high", type=float, default=6.5, help="where --find-default begins: a rate that passes")
@@ -246,9 +247,10 @@ def main() -> None:
             {"KVPACK_BOOKS_MODEL": options.model, "KVPACK_BOOKS_TEXT": options.text}, ("torch", "transformers")
         ),
         "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
     }
     perplexity_windows = None if options.full else options.perplexity_windows
-    evaluator = Evaluator(options.model, options.text, options.windows, perplexity_windows)
+    evaluator = Evaluator(options.model, options.text, options.windows, perplexity_windows, options.device)
     result |= {
         "tokens_in_text": evaluator.tokens,
         "window_tokens": WINDOW,

@@ -74,10 +74,15 @@ def compressed(model: Path, weights: Weights, **options: Any) -> dict[str, Any]:
         report = kvpack.compress(model, out, **options)
         tensors = {tensor.name: tensor for tensor in report.tensors if tensor.name in weights}
         noise = MeanNoise()
+        error_energy, energy = 0.0, 0.0
         tables = {"number": 0, "bytes": 0, "plain_bytes": 0}
         with kvpack.open(out) as reader:
             for name, original in weights.items():
-                noise.add(relative_noise(original, reader.dequantize(name)), original.size)
+                relative = relative_noise(original, reader.dequantize(name))
+                noise.add(relative, original.size)
+                own_energy = float(np.square(original, dtype=np.float64).sum())
+                energy += own_energy
+                error_energy += relative * own_energy
                 info = reader.info(name)
                 if info is not None:
                     tables["number"] += info.header.num_tables
@@ -97,6 +102,7 @@ def compressed(model: Path, weights: Weights, **options: Any) -> dict[str, Any]:
         "bits": 8 * stored / total,
         "entropy_bits": sum(float(t.entropy_bits or 0) * math.prod(t.shape) for t in coded) / coded_size,
         "noise_db": noise.db,
+        "total_noise_db": 10 * math.log10(error_energy / energy),
         "reported_noise_db": report.noise_db,
         "outliers": sum(tensor.outliers for tensor in coded),
         "not_coded": [tensor.name for tensor in tensors.values() if tensor.method == "keep"],
@@ -321,18 +327,19 @@ def show(result: dict[str, Any]) -> None:
         "Ideas",
     )
     print_table(
-        ("target", "allocation", "bits", "noise dB", "not coded"),
+        ("target", "allocation", "bits", "mean noise dB", "total noise dB", "not coded"),
         (
             (
                 row["target_bits"],
                 row["allocation"],
                 number(row["bits"]),
                 number(row["noise_db"], 2),
+                number(row["total_noise_db"], 2),
                 len(row["not_coded"]),
             )
             for row in result["allocations"]
         ),
-        "Allocation (dB: mean of relative noise, which a common step does not minimise)",
+        "Allocation (mean of the tensors' relative noise; total: all error over all energy, which one step minimises)",
     )
     total = result["coded_weights"]
     print_table(

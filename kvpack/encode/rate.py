@@ -34,6 +34,7 @@ FINE_BINS_PER_RMS = 256
 # An entropy-coded Gaussian of this many bits has about rms/step = 2^(bits − 2.05).
 _GAUSSIAN_BITS = 2.05
 _TYPICAL_TABLE_BYTES = 150
+_MAX_INTEGER = float(1 << 40)  # tensors of one model may be so far apart that a common step means nothing to one
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def fixed_bits_per_weight(header: BlobHeader) -> float:
 
 
 def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArray[np.int64]:
-    v = np.abs(fine.centres) / step
+    v = np.minimum(np.abs(fine.centres) / step, _MAX_INTEGER)
     k = v.astype(np.int64)
     k += v - k >= rounding.thresholds[np.minimum(k, NUM_THRESHOLDS - 1)]
     return np.where(fine.centres < 0, -k, k)

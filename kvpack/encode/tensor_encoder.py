@@ -358,6 +358,14 @@ def _encode_zeros(weights: Matrices, tile_cols: int | None, executor: ThreadPool
     return _encode_quantized(weights, header, counted.counts, strips, scales, "uniform", executor)
 
 
+def _most_noise_db(bits: float) -> float:
+    """Noise above which a rate is too low for a tensor: it goes into lanes and tiles rather than into weights.
+
+    A Gaussian, the worst case, has 1.53 − 6.02·bits dB; narrow tensors may fall behind by 1.5 bits.
+    """
+    return min(-1.0, 1.53 - 6.02 * (bits - 1.5))
+
+
 def encode_at_bits(
     weights: Matrices,
     bits: float,
@@ -370,7 +378,7 @@ def encode_at_bits(
     """Quantize with one step so that the tensor takes at most ``bits`` bits a weight, everything counted.
 
     Raises:
-        NotEncodableError: see :func:`measure`, or the rate is below what the tensor's overhead alone takes.
+        NotEncodableError: see :func:`measure`, or the rate is below, or not far above, what the tensor's overhead takes.
     """
     fine = measure(weights, executor)
     if fine.rms == 0:
@@ -396,6 +404,10 @@ def encode_at_bits(
             encoded = _finish(weights, *best, tile_cols, executor)
             excess = 8 * encoded.size_bytes / weights.size - bits
             if excess <= 0:
+                if encoded.noise_db is not None and encoded.noise_db > _most_noise_db(bits):
+                    raise NotEncodableError(
+                        f"overhead leaves too little of {bits} bits a weight (noise {encoded.noise_db:.1f} dB)"
+                    )
                 return encoded
         else:
             excess = 0.02

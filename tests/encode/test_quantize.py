@@ -315,9 +315,9 @@ def test_int8_rows_of_denormal_scale_become_zero(pack: Pack) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite(pack: Pack, value: float) -> None:
     """Kept where they would be lost; bit for bit where every bit counts."""
-    weights = student_t((100, 100), 15)
+    weights = student_t((128, 160), 15)
     weights[3, 5] = value
-    weights[99, 99] = value
+    weights[127, 159] = value
     for options in ({"bits": 4}, {"preset": "near-lossless"}, {"bits": 4, "allocation": "model"}):
         pack({"a.weight": weights}, **options).assert_kept("a.weight", "2 values are NaN or infinite")
     packed = pack({"a.weight": weights}, preset="lossless")
@@ -365,8 +365,9 @@ def test_tensors_of_zeros(pack: Pack, options: dict[str, Any]) -> None:
     assert packed["a.weight"].method == {"near-lossless": "int8-row", "lossless": "lossless"}.get(
         options.get("preset", ""), "uniform"
     )
-    # Four tiles: 24 bits of every fp32 are stored raw even so, a quantized one costs next to nothing.
-    assert packed["a.weight"].bits_per_weight < (25 if "lossless" in options.values() else 0.07)
+    # Constant tiles: only scales, and what the layout stores raw for 320 lanes of 1,024 columns, take space.
+    raw_bits = packed.info["a.weight"].header.layout.raw_bits  # type: ignore[union-attr]
+    assert packed["a.weight"].bits_per_weight < 0.06 + raw_bits * 320 * 1024 / 300_000
     scales = packed.scales["a.weight"]
     if scales is not None:
         assert not scales.any()
@@ -407,18 +408,25 @@ def test_outliers_are_stored_to_half_a_step(pack: Pack, factor: float) -> None:
 
 
 def test_values_too_far_apart_for_a_step(pack: Pack) -> None:
+    """A magnitude has 14 bits: a value of 10^6 needs coarser steps than the others can do with."""
     weights = student_t((256, 512), 20)
     weights[9, 9] = 1e6
-    for options in ({"bits": 4}, {"preset": "near-lossless"}, {"bits": 4, "allocation": "model"}):
+    for options in ({"bits": 4}, {"bits": 4, "allocation": "model"}):
         packed = pack({"a.weight": weights}, **options)
-        assert packed["a.weight"].method == "keep"
-        packed.assert_kept("a.weight", "the largest value (1e+06) is 362 times the rms")
+        assert str(packed["a.weight"].reason).startswith("the largest value (1e+06) is more than 16383 steps of 0.0")
+        packed.assert_kept("a.weight", str(packed["a.weight"].reason))
+    packed = pack({"a.weight": weights}, preset="near-lossless")
+    assert packed["a.weight"].method == "int8-row"  # rows do not suffer from one another
+    assert packed.values["a.weight"][9, 9] == np.float32(1e6 / 127) * np.float32(127)
+    others = np.delete(np.arange(256), 9)
+    assert noise_db(weights[others], packed.values["a.weight"][others]) < -38
     packed = pack({"a.weight": weights}, preset="lossless")
     assert packed["a.weight"].method == "lossless"
+    packed.assert_exact("a.weight")
 
 
 def test_the_ends_of_the_fp32_range(pack: Pack) -> None:
-    """All denormal, or so large that a decoded value might overflow: kept. Some denormals among others: zeros."""
+    """All denormal, or so large that a decoded value would overflow: kept. Some denormals among others: zeros."""
     rng = np.random.default_rng(21)
     tiny = (rng.normal(size=(64, 128)) * 1e-40).astype(np.float32)
     assert np.count_nonzero(tiny) > 8000
@@ -427,15 +435,24 @@ def test_the_ends_of_the_fp32_range(pack: Pack) -> None:
     huge[::2] *= -1
     mixed = student_t((64, 128), 21)
     mixed[:, ::2] = tiny[:, ::2]
-    for options in ({"bits": 3}, {"preset": "near-lossless"}, {"bits": 3, "allocation": "model"}):
+    for options in ({"bits": 3}, {"preset": "near-lossless"}):
         packed = pack({"tiny": tiny, "huge": huge, "mixed": mixed}, **options)
-        for name in ("tiny", "huge"):
-            assert packed[name].method == "keep"
-            packed.assert_exact(name)
-            assert "end of the fp32 range" in str(packed[name].reason)
+        assert np.isfinite(packed.values["huge"]).all()
+        if "preset" in options:  # no value of a row is decoded to more than its largest
+            assert packed["huge"].method == "int8-row"
+            assert not packed.values["tiny"].any()
+        else:
+            for name in ("tiny", "huge"):
+                assert "end of the fp32 range" in str(packed[name].reason)
+                packed.assert_kept(name, str(packed[name].reason))
         assert packed["mixed"].method != "keep"
         assert not packed.values["mixed"][:, ::2].any()
         assert np.count_nonzero(packed.values["mixed"][:, 1::2]) > 2000
+    # One step for the whole model: all its bits go where all its energy is.
+    packed = pack({"huge": huge / F32(16), "mixed": mixed, "tiny": tiny}, bits=3, allocation="model")
+    assert noise_db(huge / F32(16), packed.values["huge"]) < -20
+    assert not packed.values["mixed"].any()
+    packed.assert_exact("tiny")
     packed = pack({"tiny": tiny, "huge": huge, "mixed": mixed}, preset="lossless")
     for name in ("tiny", "huge", "mixed"):
         packed.assert_exact(name)
@@ -461,7 +478,7 @@ def test_shapes_that_are_not_coded(pack: Pack) -> None:
         "vector": rng.normal(size=5000).astype(np.float32),
         "nothing": np.zeros((0, 64), np.float32),
         "no columns": np.zeros((64, 0), np.float16),
-        "small": rng.normal(size=(63, 65)).astype(np.float32),
+        "small": rng.normal(size=(16, 255)).astype(np.float32),
     }
     packed = pack(tensors, bits=4)
     for name, reason in {
@@ -469,14 +486,14 @@ def test_shapes_that_are_not_coded(pack: Pack) -> None:
         "vector": "1-D",
         "nothing": "empty",
         "no columns": "empty",
-        "small": "small (4095 elements)",
+        "small": "small (4080 elements)",
     }.items():
         packed.assert_kept(name, reason)
     packed = pack(tensors, bits=4, include="small|vector|nothing")
     packed.assert_kept("vector", "1-D")
     packed.assert_kept("nothing", "empty")
     assert packed["small"].method == "uniform"
-    assert packed.assert_recorded_noise("small") < -15
+    assert packed.assert_recorded_noise("small") < -10
 
 
 def test_other_dtypes(pack: Pack) -> None:
@@ -509,7 +526,7 @@ def test_narrow_dtypes_are_recoded_exactly(pack: Pack, options: dict[str, Any]) 
     tensors["e4m3"].view(np.uint8)[0, :4] = 0x7F, 0xFF, 0x80, 0x7E
     tensors["e5m2"].view(np.uint8)[0, :4] = 0x7C, 0xFC, 0x80, 0x7D
     packed = pack(tensors, **options)
-    for name, most in {"i8": 6.0, "u8": 6.0, "e4m3": 7.6, "e5m2": 7.2}.items():
+    for name, most in {"i8": 6.9, "u8": 6.9, "e4m3": 7.8, "e5m2": 7.5}.items():
         assert packed[name].method == "lossless"
         assert packed[name].bits_per_weight < most
         assert packed[name].noise_db is None
@@ -530,28 +547,40 @@ def test_what_does_not_get_smaller_is_kept(pack: Pack) -> None:
     assert packed.report.output_bytes < packed.report.input_bytes + 200
 
 
-def test_a_rate_below_the_overhead(pack: Pack) -> None:
-    """64 × 64 weights: the lanes alone take 0.6 bits each."""
-    packed = pack({"a.weight": student_t((2048, 33), 27)}, bits=1.5)
-    assert packed["a.weight"].method == "keep"
-    packed.assert_kept("a.weight", "1.5 bits a weight are not reached: the tensor's overhead is too large")
+@pytest.mark.parametrize("shape", [(4096, 2), (4096, 4), (2048, 8), (1024, 16), (1, 5000), (3, 2000)])
+@pytest.mark.parametrize("rate", [1.5, 3.0, 4.9, 7.0])
+def test_narrow_tensors_are_not_destroyed(pack: Pack, shape: tuple[int, int], rate: float) -> None:
+    """Each lane takes 40 bits: where a rate leaves too little for the weights, they are kept, not rounded to zero."""
+    packed = pack({"a.weight": student_t(shape, 27)}, bits=rate)
+    if packed["a.weight"].method == "keep":
+        assert "overhead" in str(packed["a.weight"].reason)
+        packed.assert_exact("a.weight")
+    else:
+        assert packed.assert_recorded_noise("a.weight") < min(-1, 10.6 - 6.02 * rate)
+        assert packed["a.weight"].bits_per_weight <= rate
+
+
+def test_a_tensor_of_16_columns_is_kept(pack: Pack) -> None:
+    packed = pack({"mixer.A_log": student_t((1536, 16), 28)})
+    assert packed["mixer.A_log"].method == "keep"
+    packed.assert_exact("mixer.A_log")
 
 
 @pytest.mark.parametrize("options", [{"bits": 4}, {"preset": "near-lossless"}, {"preset": "lossless"}])
 def test_experts_and_convolutions(pack: Pack, options: dict[str, Any]) -> None:
     """Three dimensions: a matrix for each of the first. Four: one matrix of the first × the others."""
-    experts = student_t((5, 70, 96), 28) * np.array([1, 2, 4, 8, 0], np.float32)[:, None, None]
-    convolution = student_t((64, 16, 3, 3), 29)
-    stacked = student_t((2, 3, 40, 64), 30)
+    experts = student_t((5, 64, 160), 28) * np.array([1, 2, 4, 8, 0], np.float32)[:, None, None]
+    convolution = student_t((64, 48, 3, 3), 29)
+    stacked = student_t((2, 3, 64, 128), 30)
     packed = pack({"experts": experts, "conv": convolution, "stacked": stacked}, **options)
-    for name, matrices, rows, cols in (("experts", 5, 70, 96), ("conv", 1, 64, 144), ("stacked", 6, 40, 64)):
+    for name, matrices, rows, cols in (("experts", 5, 64, 160), ("conv", 1, 64, 432), ("stacked", 6, 64, 128)):
         info = packed.info[name]
         assert info is not None
         assert (info.header.matrices, info.header.rows, info.header.cols) == (matrices, rows, cols)
         if "lossless" in options.values():
             packed.assert_exact(name)
         else:
-            assert packed.assert_recorded_noise(name) < -20
+            assert packed.assert_recorded_noise(name) < -18
         if "near-lossless" in options.values():
             absmax = np.abs(packed.tensors[name].reshape(matrices * rows, cols)).max(axis=1)
             np.testing.assert_array_equal(packed.scales[name], absmax / np.float32(127))
@@ -708,7 +737,7 @@ def test_metadata_says_what_was_measured(pack: Pack) -> None:
     }
     # The bits a weight are its entropy and a small overhead.
     assert report.entropy_bits is not None
-    assert 0 < report.bits_per_weight - report.entropy_bits < 0.35
+    assert 0 < report.bits_per_weight - report.entropy_bits < 0.5
     q = packed.decoded["a.weight"]
     info = packed.info["a.weight"]
     assert info is not None
