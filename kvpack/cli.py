@@ -319,6 +319,7 @@ def compress(
 def _tensor_table(tensors: list[dict[str, Any]], *, kept_singly: bool) -> Any:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("tensor", "shape", "dtype", "method", "layout"):
@@ -329,10 +330,10 @@ def _tensor_table(tensors: list[dict[str, Any]], *, kept_singly: bool) -> Any:
         if tensor["method"] == "keep" and not kept_singly:
             continue
         table.add_row(
-            tensor["name"].replace("[", r"\["),
+            Text(tensor["name"]),  # no markup: names and methods are the file's
             "×".join(map(str, tensor["shape"])),
             tensor["dtype"],
-            tensor["method"],
+            Text(tensor["method"]),
             tensor["layout"] or "–",
             _number(tensor["bits_per_weight"], 3),
             _number(tensor["entropy_bits"], 3),

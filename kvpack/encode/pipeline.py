@@ -203,9 +203,14 @@ class _Model:
         try:
             for path in shard_paths(source):
                 self.containers.append(Container(path))
+            where: dict[str, Container] = {}
             for container in self.containers:
                 if container.coded:
                     raise InputError(f"{container.path} is compressed already")
+                for name in container.tensors:
+                    if name in where:
+                        raise DirectoryIndexError(f"{name!r} is in both {where[name].path.name} and {container.path.name}")
+                    where[name] = container
         except BaseException:
             self.close()
             raise
@@ -441,6 +446,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 @contextmanager
 def _directory_in_place(target: Path, *, force: bool) -> Iterator[Path]:
     """A temporary directory beside ``target`` that takes its place on success and vanishes otherwise."""
+    target = Path(os.path.abspath(target))  # "." has no name
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -454,7 +460,10 @@ def _directory_in_place(target: Path, *, force: bool) -> Iterator[Path]:
             except BaseException:
                 previous.rename(target)
                 raise
-            shutil.rmtree(previous)
+            if previous.is_symlink():
+                previous.unlink()
+            else:
+                shutil.rmtree(previous)
         else:
             temporary.rename(target)
     except BaseException:
@@ -483,14 +492,20 @@ def _size_on_disk(path: Path) -> int:
     return sum(p.stat().st_size for p in files)
 
 
-def _copy_other_files(source: Path, target: Path) -> None:
+def _copy_other_files(source: Path, temporary: Path, target: Path) -> None:
+    """Copy what is neither weights nor hidden, nor an earlier output at ``target``, which may lie in ``source``."""
+    earlier = target.resolve()
+
+    def ignore(directory: str, names: list[str]) -> set[str]:
+        return {name for name in names if name.startswith(".") or Path(directory, name).resolve() == earlier}
+
     for path in sorted(source.iterdir()):
-        if path.name == "config.json" or path.name.startswith(".") or _OTHER_WEIGHTS.search(path.name):
+        if path.name == "config.json" or _OTHER_WEIGHTS.search(path.name) or ignore(str(source), [path.name]):
             continue
         if path.is_dir():
-            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns(".*"))
+            shutil.copytree(path, temporary / path.name, ignore=ignore)
         else:
-            shutil.copy2(path, target / path.name)
+            shutil.copy2(path, temporary / path.name)
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -665,7 +680,7 @@ def _compress_directory(
             "blob_bytes": dict(sorted(item for s in shards for item in s.blob_bytes.items())),
         }
         _write_json(temporary / "config.json", config)
-        _copy_other_files(source, temporary)
+        _copy_other_files(source, temporary, target)
         return _size_on_disk(temporary)
 
 
@@ -728,7 +743,7 @@ def decompress(
                 config.pop("quantization_config", None)
                 if config:
                     _write_json(temporary / "config.json", config)
-                _copy_other_files(source, temporary)
+                _copy_other_files(source, temporary, target)
         else:
             _decompress_container(reader, reader.containers[0], target, dtype, progress)
         tensors = len(reader)

@@ -138,8 +138,8 @@ def count_values(weights, per_width, histogram):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def strip_noise(weights, elements, half, scales, outliers):  # type: ignore[no-untyped-def]
-    """(Σ (w − ŵ)², Σ w²) in f64 with ŵ = fp32(scale)·fp32(q + δ) as FORMAT.md §8 says."""
-    noise, signal = 0.0, 0.0
+    """(Σ (w − ŵ)², Σ w²) in f64 and max |ŵ|, with ŵ = fp32(scale)·fp32(q + δ) as FORMAT.md §8 says."""
+    noise, signal, largest = 0.0, 0.0, F32(0)
     next_outlier = 0
     for row in range(weights.shape[0]):
         scale = scales[row]
@@ -153,10 +153,12 @@ def strip_noise(weights, elements, half, scales, outliers):  # type: ignore[no-u
                 q += np.int32(outliers[next_outlier, 2]) - (OUTLIER_DELTA_MAX + 1)
                 next_outlier += 1
             w = weights[row, col]
-            error = np.float64(w) - np.float64(scale * F32(q))
+            decoded = scale * F32(q)
+            largest = max(largest, abs(decoded))
+            error = np.float64(w) - np.float64(decoded)
             noise += error * error
             signal += np.float64(w) * np.float64(w)
-    return noise, signal
+    return noise, signal, largest
 
 
 def quantize(

@@ -189,22 +189,26 @@ def _encode_quantized(
     """
     half = 1 << (header.layout.element_bits - 1)
     sums: list[tuple[float, float]] = [(0.0, 0.0)] * weights.num_strips
+    largest = np.zeros(weights.num_strips, np.float32)
     by_row = np.broadcast_to(scales, weights.matrices * weights.rows)
 
     def source(index: int) -> Strip:
         strip = quantized.strip(index)
-        sums[index] = strip_noise(
+        *pair, largest[index] = strip_noise(
             as_float32(weights.strip(index)),
             strip.elements,
             half,
             np.ascontiguousarray(by_row[weights.strip_rows(index)]),
             strip.outliers,
         )
+        sums[index] = pair[0], pair[1]
         return Strip(strip.elements, strip.outliers)
 
     blob = encode_strips(header, source, tile_counts=counts, executor=executor)
-    if not all(math.isfinite(noise) for noise, _ in sums):
-        raise NotEncodableError("values near the end of the fp32 range: some would decode to infinity")
+    with np.errstate(over="ignore"):
+        as_stored = largest.astype(weights.array.dtype)  # fp16 ends at 65504
+    if not (all(math.isfinite(noise) for noise, _ in sums) and np.isfinite(as_stored).all()):
+        raise NotEncodableError("values near the end of the dtype's range: some would decode to infinity")
     return EncodedTensor(blob, scales, method, header.layout, noise_db(sums))
 
 
