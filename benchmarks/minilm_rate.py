@@ -218,7 +218,7 @@ def _at_rate(
     aim = bits
     for _ in range(4):
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
-        encoded = encode_plan(matrices, plan, executor=executor)
+        encoded = encode_plan(matrices, fine, plan, executor=executor)
         achieved = 8 * encoded.size_bytes / matrices.size
         if abs(achieved - bits) < 0.001:
             break

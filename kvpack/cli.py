@@ -66,6 +66,8 @@ class DtypeOption(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+_UNFOLDED_COLUMNS = 10_000
+
 app = typer.Typer(
     name="kvpack",
     help="Small LLM weights: entropy-coded safetensors, exact or at the rate you choose.",
@@ -289,9 +291,7 @@ def compress(
     if as_json:
         print(json.dumps(report.as_dict(), allow_nan=False))
         return
-    from rich.console import Console
-
-    console = Console()
+    console = _console()
     console.print(_tensor_table([vars(tensor) for tensor in report.tensors], kept_singly=False))
     kept: dict[str, list[str]] = {}
     for tensor in report.tensors:
@@ -314,6 +314,14 @@ def compress(
         markup=False,
         highlight=False,
     )
+
+
+def _console() -> Any:
+    """Standard output; lines are not folded where it is a file or a pipe."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_UNFOLDED_COLUMNS)
 
 
 def _tensor_table(tensors: list[dict[str, Any]], *, kept_singly: bool) -> Any:
@@ -397,9 +405,7 @@ def inspect(
     if as_json:
         print(json.dumps(report, allow_nan=False))
         return
-    from rich.console import Console
-
-    console = Console()
+    console = _console()
     console.print(_tensor_table(report["tensors"], kept_singly=True))
     console.print(
         f"{len(report['tensors'])} tensors, {report['coded']} coded, {_size(report['output_bytes'])}; coded tensors "
@@ -462,7 +468,6 @@ def bench_codec(
         print(json.dumps({"ok": True, **report}))
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -489,7 +494,7 @@ def bench_codec(
             f"{row['decode_ms']:.1f}",
             f"{row['decode_mweights_per_s']:.0f}",
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def main() -> None:

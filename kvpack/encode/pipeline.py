@@ -209,7 +209,9 @@ class _Model:
                     raise InputError(f"{container.path} is compressed already")
                 for name in container.tensors:
                     if name in where:
-                        raise DirectoryIndexError(f"{name!r} is in both {where[name].path.name} and {container.path.name}")
+                        raise DirectoryIndexError(
+                            f"{name!r} is in both {where[name].path.name} and {container.path.name}"
+                        )
                     where[name] = container
         except BaseException:
             self.close()

@@ -208,7 +208,8 @@ def _encode_quantized(
     with np.errstate(over="ignore"):
         as_stored = largest.astype(weights.array.dtype)  # fp16 ends at 65504
     if not (all(math.isfinite(noise) for noise, _ in sums) and np.isfinite(as_stored).all()):
-        raise NotEncodableError("values near the end of the dtype's range: some would decode to infinity")
+        name = str(as_stored.dtype).replace("bfloat", "bf").replace("float", "fp")
+        raise NotEncodableError(f"values near the end of the {name} range: some would decode to infinity")
     return EncodedTensor(blob, scales, method, header.layout, noise_db(sums))
 
 

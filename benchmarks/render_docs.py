@@ -1,0 +1,197 @@
+"""Put the figures of benchmarks/results into README.md and docs/PERFORMANCE.md.
+
+    python benchmarks/render_docs.py            # rewrite the tables between the <!-- figures:NAME --> marks
+    python benchmarks/render_docs.py --check    # exit 1 if a document does not show its results
+
+No number in those tables is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "PERFORMANCE.md")
+_BLOCK = re.compile(r"(<!-- figures:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
+
+
+def newest(name: str) -> dict[str, Any]:
+    """The newest result of a benchmark; their names begin with a date."""
+    found = sorted(RESULTS.glob(f"*-{name}.json"))
+    result: dict[str, Any] = json.loads(found[-1].read_text())
+    return result
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def origin(result: dict[str, Any]) -> str:
+    device = result.get("device", "cpu")
+    model = f"; model on {device}" if device != "cpu" else ""
+    commit = (result.get("commit") or "unknown")[:10]
+    machine = f"{result['cpu']}, {result['cores']} cores{model}"
+    return f"\n`{result['command']}` · {result['date']} · {machine} · commit {commit}\n"
+
+
+def minilm_rates(short: bool) -> str:
+    result = newest("minilm-rate")
+    rows = []
+    for row in result["rates"]:
+        gap = row.get("entropack_noise_db")
+        if short and row["setting"] not in (
+            "near-lossless",
+            "bits 5.7",
+            "bits 4.25",
+            "bits 3",
+            "int4-g128",
+            "int3-g128",
+        ):
+            continue
+        name = row["setting"].replace("bits ", "`--bits ")
+        name += "`" if name.startswith("`") else ""
+        cells = [name, _number(row["bits"], 3), _number(row["noise_db"], 2)]
+        if not short:
+            cells += [_number(row.get("entropy_bits"), 3), _number(gap, 2)]
+            cells += [_number(None if gap is None else row["noise_db"] - gap, 2), str(row.get("outliers", "–"))]
+        rows.append(cells)
+    headings = ["setting", "bits a weight", "noise, dB"]
+    if not short:
+        headings += ["entropy", "EntroPack 0.1.5, dB", "difference", "outliers"]
+    return table(headings, rows) + ("" if short else origin(result))
+
+
+def minilm_layouts() -> str:
+    result = newest("minilm-rate")
+    rows = [
+        [
+            str(row["element_bits"]),
+            row["layout"],
+            _number(row["bound"], 3),
+            _number(row["split_bound"], 3),
+            _number(row["bits"], 3),
+            _number(row["overhead"], 3),
+            _number(100 * (row["bits"] - row["overhead"] - row["bound"]) / row["bound"], 2),
+        ]
+        for row in result["layouts"]
+    ]
+    headings = ["element bits", "layout", "entropy bound", "bound of the split", "achieved", "lanes, tables, metadata"]
+    return table([*headings, "rest over the bound, %"], rows) + origin(result)
+
+
+def minilm_ideas() -> str:
+    result = newest("minilm-rate")
+    rows = [
+        [
+            _number(row["target_bits"], 3),
+            "on" if row["rate_weight"] else "off",
+            _number(row["noise_db_scale_is_step"], 2),
+            _number(row["noise_db_least_squares"], 2),
+        ]
+        for row in result["ideas"]
+    ]
+    text = table(["bits", "rounding for rate", "noise, scale = step", "noise, least-squares scale"], rows)
+    rows = [[r["allocation"], _number(r["bits"], 3), _number(r["noise_db"], 2)] for r in result["allocations"]]
+    text += "\n" + table(["allocation", "bits", "noise (mean of ratios), dB"], rows)
+    rows = [[str(r["tile_cols"]), _number(r["bits"], 3), _number(r["noise_db"], 2)] for r in result["tiles"]]
+    return text + "\n" + table(["columns of a tile", "bits", "noise, dB"], rows) + origin(result)
+
+
+def books(short: bool) -> str:
+    result = newest("books-quality")
+    rows = []
+    for row in result["rows"]:
+        if short and row["setting"] not in ("tensor:3.5", "tensor:4.25", "tensor:5", "near-lossless", "int4-g128"):
+            continue
+        name = row["setting"].replace("tensor:", "`--bits ").replace("model:", "`--allocation model --bits ")
+        name += "`" if name.startswith("`") else ""
+        cells = [name, _number(row["bits"], 3), f"{row['kl']:.4f}", _number(100 * row["same_top"], 1)]
+        cells.append(_number(row["perplexity"], 2))
+        if not short:
+            cells.append(_number(row["noise_db"], 2))
+        rows.append(cells)
+    headings = ["setting", "bits a weight", "KL to the original", "same top token, %", "perplexity"]
+    text = table(headings if short else [*headings, "noise, dB"], rows)
+    text += f"\nThe original's perplexity is {result['original_perplexity']:.2f}"
+    text += f" ({result['perplexity_windows']} windows of {result['window_tokens']} tokens: the whole text)."
+    return text + "\n" + ("" if short else origin(result))
+
+
+def codec() -> str:
+    result = newest("bench-codec")
+    rows = [
+        [
+            row["layout"],
+            str(row["threads"]),
+            _number(row["bits_per_weight"], 3),
+            _number(row["encode_ms"], 1),
+            _number(row["encode_mweights_per_s"], 0),
+            _number(row["decode_ms"], 1),
+            _number(row["decode_mweights_per_s"], 0),
+        ]
+        for row in result["rows"]
+    ]
+    headings = ["layout", "threads", "bits", "encode, ms", "M weights/s", "decode, ms", "M weights/s"]
+    return table(headings, rows) + f"\n`kvpack bench codec --json` · {result['cpu']}\n"
+
+
+def memory() -> str:
+    result = newest("memory")
+    rows = [
+        [
+            _number(row["gigabytes"], 2),
+            _number(row["seconds"], 1),
+            _number(row["seconds"] / row["gigabytes"], 2),
+            _number(row["peak_anonymous_mb"], 0),
+        ]
+        for row in result["rows"]
+    ]
+    headings = ["bf16 model, GB", "seconds", "s per GB", "peak anonymous memory, MB"]
+    return table(headings, rows) + origin(result)
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "minilm-short": lambda: minilm_rates(short=True),
+    "minilm-rates": lambda: minilm_rates(short=False),
+    "minilm-layouts": minilm_layouts,
+    "minilm-ideas": minilm_ideas,
+    "books-short": lambda: books(short=True),
+    "books": lambda: books(short=False),
+    "codec": codec,
+    "memory": memory,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for document in DOCUMENTS:
+        before = document.read_text()
+        after = _BLOCK.sub(lambda match: match[1] + FIGURES[match[2]]() + match[3], before)
+        if before != after:
+            stale.append(document.name)
+            if not check:
+                document.write_text(after)
+    print(("stale: " if check else "rewrote: ") + (", ".join(stale) or "nothing"), file=sys.stderr)
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
