@@ -32,9 +32,14 @@ ELEMENT_DTYPES: dict[int, type[np.unsignedinteger[Any]]] = {
     32: np.uint32,
 }
 
-# A reader's own limit (FORMAT.md §10): constant tiles expand up to 2,700-fold.
+# A reader's own limit (FORMAT.md §10): a constant tile expands 48 bytes, its metadata counted, to 131,072 elements.
 FREE_ELEMENTS = 1 << 28
 ELEMENTS_PER_BLOB_BYTE = 256
+
+
+def element_limit(blob_bytes: int) -> int:
+    """How many elements a blob of that size may have, if the reader is not told otherwise."""
+    return max(FREE_ELEMENTS, ELEMENTS_PER_BLOB_BYTE * blob_bytes)
 
 
 def element_dtype(element_bits: int) -> type[np.unsignedinteger[Any]]:
@@ -48,9 +53,7 @@ def check_element_limit(blob: Blob, max_elements: int | None) -> None:
     Raises:
         LimitError
     """
-    limit = max_elements
-    if limit is None:
-        limit = max(FREE_ELEMENTS, ELEMENTS_PER_BLOB_BYTE * len(blob.buffer))
+    limit = element_limit(len(blob.buffer)) if max_elements is None else max_elements
     if blob.header.num_elements > limit:
         raise LimitError(
             f"{blob.header.num_elements} elements in {len(blob.buffer)} bytes exceed the limit of {limit}; "

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from kvpack.encode.jit import kernel
 from kvpack.format.layout import FREQUENCY_SUM, NUM_SYMBOLS
 from kvpack.format.tables import Frequencies
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _exchange_to_optimum(counts, frequencies, total):  # type: ignore[no-untyped-def]
     """Adjust ``frequencies`` to the sum 4096, then exchange units until none pays.
 

@@ -10,17 +10,29 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSY_DTYPES, NUMPY_DTYPES
+from kvpack.encode.model_directory import (
+    CONFIG_NAME,
+    compressed_config,
+    copy_files,
+    decompressed_config,
+    directory_in_place,
+    other_files,
+    read_config,
+    size_bytes,
+    write_index,
+    write_json,
+)
 from kvpack.encode.rate import FineHistogram, RatePlan
 from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
 from kvpack.encode.reader import INDEX_NAME, Reader, shard_paths
@@ -35,6 +47,7 @@ from kvpack.encode.tensor_encoder import (
     encode_plan,
     measure,
     plan_at_common_step,
+    planned_bytes,
 )
 from kvpack.encode.threads import default_threads
 from kvpack.format.container import (
@@ -48,19 +61,18 @@ from kvpack.format.container import (
     StoredTensor,
 )
 from kvpack.format.errors import DirectoryIndexError
-from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS, VERSION
+from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS
 
 DEFAULT_ALLOCATION = "tensor"
 PRESETS = ("near-lossless", "lossless")
 ALLOCATIONS = ("tensor", "model")
 
-# What a compressed model directory does not need from the original.
-_OTHER_WEIGHTS = re.compile(
-    r"\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|h5|msgpack|onnx|ot|gguf|tflite)$"
-)
 _COPY_BYTES = 1 << 24
 _SCALE_BYTES = 4
 
+
+_STEP_CORRECTIONS = 4
+_STEP_MARGIN_BITS = 0.005
 
 # A tensor's histogram, and what to do with it if the whole model has one step.
 CommonPlan = tuple[FineHistogram, RatePlan]
@@ -89,7 +101,11 @@ class TensorReport:
 
 @dataclass
 class CompressReport:
-    """What a compression gave; ``bits_per_weight`` and ``noise_db`` are those of the coded tensors."""
+    """What a compression gave.
+
+    ``bits_per_weight`` and ``noise_db`` are those of the coded tensors (the noise: the mean of the quantized tensors'
+    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over.
+    """
 
     input: str
     output: str | None
@@ -99,6 +115,7 @@ class CompressReport:
     bits_per_weight: float | None
     noise_db: float | None
     seconds: float
+    left_out: list[str] = field(default_factory=list)
     tensors: list[TensorReport] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -301,17 +318,37 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
     smallest = min(fine.rms for _, _, fine in measured)
     largest = max(fine.rms for _, _, fine in measured)
     low, high = math.log2(smallest) - 8, math.log2(largest) + 3
-    _, plans = plans_at(2.0**high)
-    # The estimate leaves out about 0.03 bits of table rounding; encode_at_bits corrects for it with real counts.
-    target = bits - 0.03
-    for _ in range(14):
-        middle = (low + high) / 2
-        used, trial = plans_at(2.0**middle)
-        if used > target:
-            low = middle
-        else:
-            high, plans = middle, trial
-    return plans
+
+    def solve(target: float) -> dict[str, CommonPlan]:
+        under, over = low, high
+        _, plans = plans_at(2.0**over)
+        for _ in range(14):
+            middle = (under + over) / 2
+            used, trial = plans_at(2.0**middle)
+            if used > target:
+                under = middle
+            else:
+                over, plans = middle, trial
+        return plans
+
+    aim = bits
+    best: tuple[float, dict[str, CommonPlan]] | None = None
+    for _ in range(_STEP_CORRECTIONS):
+        plans = solve(aim)
+        # The histograms leave table rounding out; a pass over the weights counts what the tensors really take.
+        counted = 0.0
+        for tensor, weights, _ in measured:
+            try:
+                counted += planned_bytes(weights, *plans[tensor.name], options.tile_cols, model.executor)
+            except NotEncodableError:  # it will be kept; the others get their rate as if it were not
+                counted += bits * weights.size / 8
+        achieved = 8 * counted / total
+        if achieved <= bits and (best is None or achieved > best[0]):
+            best = achieved, plans
+        if bits - 2 * _STEP_MARGIN_BITS <= achieved <= bits:
+            break
+        aim += bits - _STEP_MARGIN_BITS - achieved
+    return plans if best is None else best[1]
 
 
 @dataclass
@@ -358,6 +395,9 @@ def _encode_container(
             continue
         if encoded.size_bytes >= tensor.size_bytes:
             kept.append((tensor, "coding does not make it smaller"))
+            continue
+        if math.prod(tensor.shape) > element_limit(encoded.blob.size_bytes):
+            kept.append((tensor, "nearly all equal: readers refuse to expand so much from so few bytes"))
             continue
         name = tensor.name
         blob = encoded.blob
@@ -427,52 +467,6 @@ def _alignment(tensor: StoredTensor) -> int:
     return dtype.itemsize if dtype is not None else 1
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory, {} if there is none.
-
-    Raises:
-        DirectoryIndexError: it is not a JSON object.
-    """
-    path = directory / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise DirectoryIndexError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise DirectoryIndexError(f"{path}: not a JSON object")
-    return config
-
-
-@contextmanager
-def _directory_in_place(target: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary directory beside ``target`` that takes its place on success and vanishes otherwise."""
-    target = Path(os.path.abspath(target))  # "." has no name
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists() and force:
-            previous = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(previous)
-            try:
-                temporary.rename(target)
-            except BaseException:
-                previous.rename(target)
-                raise
-            if previous.is_symlink():
-                previous.unlink()
-            else:
-                shutil.rmtree(previous)
-        else:
-            temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def _check_target(source: Path, target: Path, *, force: bool) -> None:
     if not source.exists():
         raise InputError(f"{source} does not exist")
@@ -487,31 +481,6 @@ def _check_target(source: Path, target: Path, *, force: bool) -> None:
             raise InputError(f"the output {target} contains the input")
     if not target.resolve().parent.is_dir():
         raise InputError(f"the directory {target.parent} does not exist")
-
-
-def _size_on_disk(path: Path) -> int:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sum(p.stat().st_size for p in files)
-
-
-def _copy_other_files(source: Path, temporary: Path, target: Path) -> None:
-    """Copy what is neither weights nor hidden, nor an earlier output at ``target``, which may lie in ``source``."""
-    earlier = target.resolve()
-
-    def ignore(directory: str, names: list[str]) -> set[str]:
-        return {name for name in names if name.startswith(".") or Path(directory, name).resolve() == earlier}
-
-    for path in sorted(source.iterdir()):
-        if path.name == "config.json" or _OTHER_WEIGHTS.search(path.name) or ignore(str(source), [path.name]):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, temporary / path.name, ignore=ignore)
-        else:
-            shutil.copy2(path, temporary / path.name)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def compress(
@@ -563,7 +532,7 @@ def compress(
     options = _options(bits, preset, layout, tile_cols, allocation, include, exclude, tensor_bits)
     target = Path(out) if out is not None else default_output(source)
     _check_target(source, target, force=force or dry_run)
-    input_bytes = _size_on_disk(source)  # before the output, which may lie in it
+    carried, left_out = other_files(source, target) if source.is_dir() else ([], [])
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads: at least 1 is needed")
     reports: list[TensorReport] = []
@@ -572,12 +541,18 @@ def compress(
         model = _Model(source, options, executor)
         try:
             progress.total(model.total_bytes)
+            # What comes along counts on both sides of the ratio; other forms of the weights on neither.
+            own = [source / name for name in (CONFIG_NAME, INDEX_NAME) if source.is_dir() and (source / name).exists()]
+            input_files = [c.path for c in model.containers] + own + [source / file for file in carried]
+            input_bytes = sum(file.stat().st_size for file in input_files)
+            coded = {c.path.resolve() for c in model.containers}
+            left_out = [file for file in left_out if (source / file).resolve() not in coded]
             plans = {}
             if options.allocation == "model" and options.selection.bits is not None:
                 plans = _common_step_plans(model, progress)
             if source.is_dir():
                 output_bytes = _compress_directory(
-                    model, source, target, plans, progress, reports, dry_run=dry_run, force=force
+                    model, source, target, plans, progress, reports, carried, dry_run=dry_run
                 )
             else:
                 output_bytes = _compress_file(model, target, plans, progress, reports, dry_run=dry_run)
@@ -591,6 +566,7 @@ def compress(
         input_bytes,
         output_bytes,
         reports,
+        [str(file) for file in left_out if not file.name.endswith(".index.json")],
         time.perf_counter() - began,
     )
 
@@ -601,6 +577,7 @@ def _report(
     input_bytes: int,
     output_bytes: int,
     reports: list[TensorReport],
+    left_out: list[str],
     seconds: float,
 ) -> CompressReport:
     coded = [report for report in reports if report.method != "keep"]
@@ -616,6 +593,7 @@ def _report(
         bits_per_weight=round(8 * sum(r.bytes for r in coded) / weights, 6) if weights else None,
         noise_db=(round(10 * math.log10(sum(size * ratio for size, ratio in noise) / noisy), 4) if noise else None),
         seconds=round(seconds, 3),
+        left_out=left_out,
         tensors=sorted(reports, key=lambda report: report.name),
     )
 
@@ -650,40 +628,33 @@ def _compress_directory(
     plans: dict[str, CommonPlan],
     progress: Progress,
     reports: list[TensorReport],
+    carried: list[Path],
     *,
     dry_run: bool,
-    force: bool,
 ) -> int:
     shards: list[_Shard] = []
     if dry_run:
-        others = _size_on_disk(source) - sum(c.path.stat().st_size for c in model.containers)
-        return others + sum(
+        return sum((source / file).stat().st_size for file in carried) + sum(
             _file_bytes(*_encode_container(model, container, plans, None, progress, reports))
             for container in model.containers
         )
-    with _directory_in_place(target, force=force) as temporary:
+    with directory_in_place(target) as temporary:
         for container in model.containers:
             with ContainerWriter(temporary / container.path.name) as writer:
                 metadata, shard = _encode_container(model, container, plans, writer, progress, reports)
                 writer.finish(metadata)
             shards.append(shard)
         if (source / INDEX_NAME).exists() or len(shards) > 1:
-            weight_map = {name: shard.name for shard in shards for name in shard.stored_names}
-            total = sum(shard.stored_bytes for shard in shards)
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            _write_json(temporary / INDEX_NAME, index)
-        config = read_config(source)
-        config["quantization_config"] = {
-            "quant_method": "kvpack",
-            "format_version": VERSION,
-            "blob_bytes": dict(sorted(item for s in shards for item in s.blob_bytes.items())),
-        }
-        _write_json(temporary / "config.json", config)
-        _copy_other_files(source, temporary, target)
-        return _size_on_disk(temporary)
+            _write_index(temporary, shards)
+        blob_bytes = {name: size for shard in shards for name, size in shard.blob_bytes.items()}
+        write_json(temporary / CONFIG_NAME, compressed_config(read_config(source), blob_bytes))
+        copy_files(source, temporary, carried)
+        return size_bytes(temporary)
+
+
+def _write_index(directory: Path, shards: list[_Shard]) -> None:
+    weight_map = {name: shard.name for shard in shards for name in shard.stored_names}
+    write_index(directory, weight_map, sum(shard.stored_bytes for shard in shards))
 
 
 @dataclass
@@ -729,31 +700,26 @@ def decompress(
     with Reader(source, threads=threads) as reader:
         progress.total(sum(t.size_bytes for c in reader.containers for t in c.tensors.values()))
         if source.is_dir():
-            with _directory_in_place(target, force=force) as temporary:
+            carried, _ = other_files(source, target)
+            with directory_in_place(target) as temporary:
                 shards = [
                     _decompress_container(reader, container, temporary / container.path.name, dtype, progress)
                     for container in reader.containers
                 ]
                 if (source / INDEX_NAME).exists():
-                    weight_map = {name: shard.name for shard in shards for name in shard.stored_names}
-                    index = {
-                        "metadata": {"total_size": sum(shard.stored_bytes for shard in shards)},
-                        "weight_map": dict(sorted(weight_map.items())),
-                    }
-                    _write_json(temporary / INDEX_NAME, index)
-                config = read_config(source)
-                config.pop("quantization_config", None)
+                    _write_index(temporary, shards)
+                config = decompressed_config(read_config(source))
                 if config:
-                    _write_json(temporary / "config.json", config)
-                _copy_other_files(source, temporary, target)
+                    write_json(temporary / CONFIG_NAME, config)
+                copy_files(source, temporary, carried)
         else:
             _decompress_container(reader, reader.containers[0], target, dtype, progress)
         tensors = len(reader)
     return DecompressReport(
         input=str(source),
         output=str(target),
-        input_bytes=_size_on_disk(source),
-        output_bytes=_size_on_disk(target),
+        input_bytes=size_bytes(source),
+        output_bytes=size_bytes(target),
         tensors=tensors,
         seconds=round(time.perf_counter() - began, 3),
     )

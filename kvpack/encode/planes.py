@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from kvpack.encode.jit import kernel
 from kvpack.format.layout import CHUNK_COLS, GROUP_LANES
 
 U32 = np.uint32
@@ -24,7 +25,7 @@ def _slot_column(slot, codes_per_symbol):  # type: ignore[no-untyped-def]
     return 4 * codes_per_symbol * quad + code
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def pad_row(elements, row, half, previous, line):  # type: ignore[no-untyped-def]
     """Copy a row into ``line``, repeat its last element, and take differences if ``previous``.
 
@@ -41,7 +42,7 @@ def pad_row(elements, row, half, previous, line):  # type: ignore[no-untyped-def
             line[col] = (np.int64(line[col]) - np.int64(line[col - 1]) + half) & mask
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def pack_symbols(line, code_bits, codes_per_symbol, raw_bits, symbols):  # type: ignore[no-untyped-def]
     """Pack the codes of a padded row into u8 ``symbols`` [steps]."""
     c, b = np.uint8(code_bits), np.uint8(raw_bits)
@@ -109,7 +110,7 @@ def _load_plane(planes, shift, width, lane, slots):  # type: ignore[no-untyped-d
 # unroll the loops above, which makes a tile 1.6 to 2 times as fast.
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def pack_planes(line, codes_per_symbol, raw_bits, lane, slots, planes):  # type: ignore[no-untyped-def]
     """Write a padded row's raw bits into its group's planes.
 
@@ -171,7 +172,7 @@ def _join_codes(symbols, first, code_bits, g, raw_bits, slots):  # type: ignore[
             slots[g * quad + code] |= ((four >> U32(code_bits * code)) & code_mask) << U32(raw_bits)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def join_narrow(symbols, planes, lane, layout, slots, out):  # type: ignore[no-untyped-def]
     """Put the elements of one lane together: u8 ``symbols`` [steps], the group's ``planes`` → u8 ``out``.
 
@@ -195,7 +196,7 @@ def join_narrow(symbols, planes, lane, layout, slots, out):  # type: ignore[no-u
             _scatter(slots, base, 2, out)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def join_wide(symbols, planes, lane, raw_bits, slots, out):  # type: ignore[no-untyped-def]
     """The same for elements of 16 or 32 bits (one code a symbol): ``out`` u32, whole chunks."""
     narrow_bits = raw_bits & 7
@@ -217,7 +218,7 @@ def join_wide(symbols, planes, lane, raw_bits, slots, out):  # type: ignore[no-u
             at += 8 * GROUP_LANES
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def undo_predictor(half, line):  # type: ignore[no-untyped-def]
     """uᵢ = (dᵢ + uᵢ₋₁ − 2^(n−1)) mod 2ⁿ along a lane, in place."""
     mask = 2 * half - 1
@@ -225,7 +226,7 @@ def undo_predictor(half, line):  # type: ignore[no-untyped-def]
         line[col] = (np.int64(line[col]) + np.int64(line[col - 1]) - half) & mask
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def pack_bits(elements, bits, out):  # type: ignore[no-untyped-def]
     """Mode raw: all elements [R, K] one after another, ``bits`` each, lowest bit first, into u8 ``out``."""
     buffer, held, at = np.uint64(0), np.uint64(0), 0
@@ -243,7 +244,7 @@ def pack_bits(elements, bits, out):  # type: ignore[no-untyped-def]
         out[at] = np.uint8(buffer)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def unpack_bits(data, bits, out):  # type: ignore[no-untyped-def]
     """The inverse of :func:`pack_bits` into ``out`` [R, K]."""
     buffer, held, at = np.uint64(0), np.uint64(0), 0

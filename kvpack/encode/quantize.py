@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from kvpack.encode.jit import kernel
 from kvpack.format.layout import OUTLIER_DELTA_MAX
 
 F32 = np.float32
@@ -48,7 +48,7 @@ class Quantized(NamedTuple):
     energy: int
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def quantize_strip(weights, steps, thresholds, clamp, half, elements):  # type: ignore[no-untyped-def]
     """Quantize f32 ``weights`` [R, K] by ``steps`` f32 [R] to signed elements around ``half`` = 2^(n−1).
 
@@ -96,7 +96,7 @@ def quantize_strip(weights, steps, thresholds, clamp, half, elements):  # type: 
     return outliers[:count].copy(), dot, energy
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def strip_moments(weights, limit):  # type: ignore[no-untyped-def]
     """Of f32 ``weights`` [R, K]: Σ w² in f64 and number of those with |w| ≤ ``limit``, max |w|, number not finite."""
     energy, within, largest, strange = 0.0, 0, F32(0), 0
@@ -114,7 +114,7 @@ def strip_moments(weights, limit):  # type: ignore[no-untyped-def]
     return energy, within, largest, strange
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def row_absmax(weights, out):  # type: ignore[no-untyped-def]
     """max |w| of each row of f32 ``weights`` [R, K]."""
     for row in range(weights.shape[0]):
@@ -124,7 +124,7 @@ def row_absmax(weights, out):  # type: ignore[no-untyped-def]
         out[row] = largest
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def count_values(weights, per_width, histogram):  # type: ignore[no-untyped-def]
     """Histogram of w·per_width (f32), in bins of width 1 around 0; values outside fall into the first and last bin."""
     middle = histogram.shape[0] // 2
@@ -136,7 +136,7 @@ def count_values(weights, per_width, histogram):  # type: ignore[no-untyped-def]
             histogram[np.int32(min(max(v, first), last)) + middle] += 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def strip_noise(weights, elements, half, scales, outliers):  # type: ignore[no-untyped-def]
     """(Σ (w − ŵ)², Σ w²) in f64 and max |ŵ|, with ŵ = fp32(scale)·fp32(q + δ) as FORMAT.md §8 says."""
     noise, signal, largest = 0.0, 0.0, F32(0)

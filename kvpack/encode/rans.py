@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kvpack.encode.jit import kernel
 from kvpack.format.layout import FREQUENCY_SUM, NUM_SYMBOLS, PROBABILITY_BITS, STATE_LOW
 from kvpack.format.tables import Frequencies
 
@@ -81,7 +82,7 @@ def _put(x, symbol, table, words, lane, at):  # type: ignore[no-untyped-def]
     return x + table.start[symbol] + quotient * (_SUM - frequency), at
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def encode_lanes(symbols, table, words, states, lengths):  # type: ignore[no-untyped-def]
     """Encode u8 ``symbols`` [lanes, steps]; lanes is a multiple of 4.
 
@@ -115,7 +116,7 @@ def _get(x, at, table, words):  # type: ignore[no-untyped-def]
     return (U32(x) << (refill << U32(4))) | word, at + np.int64(refill), np.uint8(entry)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def decode_lanes(states, first_words, words, table, symbols):  # type: ignore[no-untyped-def]
     """Decode into u8 ``symbols`` [lanes, steps]; returns the first lane that ends wrongly, or −1.
 

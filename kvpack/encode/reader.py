@@ -25,6 +25,7 @@ from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind
 
 INDEX_NAME = "model.safetensors.index.json"
+METHODS = ("lossless", "uniform", "int8-row")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def shard_paths(path: Path) -> list[Path]:
         return [path]
     index = path / INDEX_NAME
     if not index.exists():
-        found = sorted(path.glob("*.safetensors"))
+        found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
         if not found:
             raise DirectoryIndexError(f"{path}: no .safetensors file in this directory")
         return found
@@ -68,7 +69,7 @@ def shard_paths(path: Path) -> list[Path]:
 def read_weight_map(index: Path) -> dict[str, str]:
     """``weight_map`` of an index: stored tensor → file name, which must be a plain one."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         plain = all(
             isinstance(k, str) and isinstance(v, str) and v == os.path.basename(v) and v not in ("", ".", "..")
             for k, v in weight_map.items()
@@ -184,7 +185,7 @@ class Reader:
             name=name,
             shape=tuple(entry["shape"]),
             dtype=entry["dtype"],
-            method=str(entry.get("method")),
+            method=entry["method"] if entry.get("method") in METHODS else "unknown",
             layout=header.layout.name,
             bits_per_weight=8 * total / header.num_elements,
             entropy_bits=number("entropy_bits", 64),

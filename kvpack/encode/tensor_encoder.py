@@ -383,7 +383,7 @@ def encode_at_bits(
     """Quantize with one step so that the tensor takes at most ``bits`` bits a weight, everything counted.
 
     Raises:
-        NotEncodableError: see :func:`measure`, or the rate is below, or not far above, what the tensor's overhead takes.
+        NotEncodableError: see :func:`measure`, or the rate is not far above what the tensor's overhead takes.
     """
     fine = measure(weights, executor)
     if fine.rms == 0:
@@ -431,6 +431,17 @@ def plan_at_common_step(
     layouts = [integer_layout(name, ElementKind.SIGNED, n) for name in names for n in range(2, 9)]
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     return plan_for_step(fine, step, layouts, headers)
+
+
+def planned_bytes(
+    weights: Matrices,
+    fine: FineHistogram,
+    plan: RatePlan,
+    tile_cols: int | None,
+    executor: ThreadPoolExecutor | None,
+) -> float:
+    """What a plan takes, from a count of the real symbols (blob and scale)."""
+    return _run_plan(weights, fine, plan, tile_cols, executor).size_bytes
 
 
 def encode_plan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from kvpack.encode.jit import kernel
 from kvpack.encode.planes import (
     SLOTS,
     join_narrow,
@@ -22,7 +23,7 @@ _ALIGNMENT_WORDS = ALIGNMENT_BYTES // 2
 _STATE_LOW = np.uint32(STATE_LOW)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def count_symbols(elements, layout, previous, histogram):  # type: ignore[no-untyped-def]
     """Add a tile's symbols, padding columns included, to ``histogram`` i64 [256].
 
@@ -49,7 +50,7 @@ def count_symbols(elements, layout, previous, histogram):  # type: ignore[no-unt
             histogram[symbol] += counts[counter, symbol]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def encode_rans_tile(elements, layout, previous, table, u8_lengths, out):  # type: ignore[no-untyped-def]
     """Write a tile in mode rans to ``out`` = (u8, u16, u32 views of one zeroed buffer).
 
@@ -106,7 +107,7 @@ def encode_rans_tile(elements, layout, previous, table, u8_lengths, out):  # typ
     return raw_at, raw_at + 4 * flat.shape[0]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def encode_planes(elements, layout, out32):  # type: ignore[no-untyped-def]
     """Write only the raw planes of a tile (mode constant, predictor 0) to ``out32``."""
     _, g, raw_bits = layout
@@ -131,7 +132,7 @@ def _join(symbols, planes, lane, layout, slots, line):  # type: ignore[no-untype
         join_wide(symbols, planes, lane, layout[2], slots, line)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def decode_rans_tile(  # type: ignore[no-untyped-def]
     states, lengths, words, planes, table, layout, previous, line, out
 ):
@@ -165,7 +166,7 @@ def decode_rans_tile(  # type: ignore[no-untyped-def]
     return bad
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def decode_constant_tile(symbol, planes, layout, line, out):  # type: ignore[no-untyped-def]
     """Decode a tile in mode constant; arguments as in :func:`decode_rans_tile`."""
     symbols = np.full(line.shape[0] // layout[1], symbol, np.uint8)

@@ -1,0 +1,143 @@
+"""Model directories: configuration, index, which files come along, and putting a whole directory in place."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvpack.encode.reader import INDEX_NAME
+from kvpack.format.errors import DirectoryIndexError
+from kvpack.format.layout import VERSION
+
+CONFIG_NAME = "config.json"
+QUANTIZATION_KEY = "quantization_config"
+# Where the original's own quantization_config is kept, to be put back by decompress.
+ORIGINAL_KEY = "original"
+
+# Weights in whatever form: the safetensors are coded, the others are left out.
+_WEIGHTS = re.compile(
+    r"\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|h5|msgpack|onnx|ot|gguf|tflite)$"
+)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory, {} if there is none.
+
+    Raises:
+        DirectoryIndexError: it is not a JSON object.
+    """
+    path = directory / CONFIG_NAME
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DirectoryIndexError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise DirectoryIndexError(f"{path}: not a JSON object")
+    return config
+
+
+def compressed_config(config: Mapping[str, Any], blob_bytes: Mapping[str, int]) -> dict[str, Any]:
+    """config.json of the compressed model: FORMAT.md §9.4."""
+    quantization: dict[str, Any] = {
+        "quant_method": "kvpack",
+        "format_version": VERSION,
+        "blob_bytes": dict(sorted(blob_bytes.items())),
+    }
+    if QUANTIZATION_KEY in config:
+        quantization[ORIGINAL_KEY] = config[QUANTIZATION_KEY]
+    return {**config, QUANTIZATION_KEY: quantization}
+
+
+def decompressed_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`compressed_config`."""
+    restored = dict(config)
+    quantization = restored.get(QUANTIZATION_KEY)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "kvpack":
+        del restored[QUANTIZATION_KEY]
+        if ORIGINAL_KEY in quantization:
+            restored[QUANTIZATION_KEY] = quantization[ORIGINAL_KEY]
+    return restored
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """model.safetensors.index.json: which shard holds which stored tensor."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(directory / INDEX_NAME, index)
+
+
+def other_files(source: Path, target: Path) -> tuple[list[Path], list[Path]]:
+    """Files besides config.json, relative to ``source``: those that come along, and weights that do not.
+
+    Hidden files and directories are passed over, and so is an earlier output at ``target``, which may lie in
+    ``source``.
+    """
+    earlier = target.resolve()
+    carried: list[Path] = []
+    weights: list[Path] = []
+    for folder, directories, names in os.walk(source):
+        here = Path(folder)
+        directories[:] = sorted(d for d in directories if not d.startswith(".") and (here / d).resolve() != earlier)
+        for name in sorted(names):
+            relative = (here / name).relative_to(source)
+            if name.startswith(".") or relative == Path(CONFIG_NAME):
+                continue
+            (weights if _WEIGHTS.search(name) else carried).append(relative)
+    return carried, weights
+
+
+def copy_files(source: Path, target: Path, files: list[Path]) -> None:
+    """Copy ``files``, relative paths, from one directory to another."""
+    for relative in files:
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / relative, target / relative)
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files of a directory."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files)
+
+
+@contextmanager
+def directory_in_place(target: Path) -> Iterator[Path]:
+    """A temporary directory beside ``target`` that takes its place on success and vanishes otherwise.
+
+    An existing ``target`` is moved aside first and deleted last; a directory cannot be exchanged in one step, so a
+    process killed between the two renames leaves the old one under its hidden name.
+    """
+    target = Path(os.path.abspath(target))  # "." has no name
+    suffix = secrets.token_hex(4)
+    temporary = target.with_name(f".{target.name}.{suffix}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if not target.exists():
+            temporary.rename(target)
+            return
+        previous = target.with_name(f".{target.name}.{suffix}.old")
+        target.rename(previous)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            previous.rename(target)
+            raise
+        if previous.is_symlink():
+            previous.unlink()
+        else:
+            shutil.rmtree(previous)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
