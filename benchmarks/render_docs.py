@@ -159,10 +159,16 @@ def memory() -> str:
             _number(row["seconds"] / row["gigabytes"], 2),
             _number(row["peak_anonymous_mb"], 0),
         ]
-        for row in result["rows"]
+        for row in result["sizes"]
     ]
     headings = ["bf16 model, GB", "seconds", "s per GB", "peak anonymous memory, MB"]
     return table(headings, rows) + origin(result)
+
+
+def processes() -> str:
+    result = newest("memory")
+    rows = [[r["process"], _number(r["first_s"], 2), _number(r["best_s"], 2)] for r in result["processes"]]
+    return table(["process", "first run, s", "best of the others, s"], rows) + origin(result)
 
 
 FIGURES: dict[str, Callable[[], str]] = {
@@ -174,6 +180,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "books": lambda: books(short=False),
     "codec": codec,
     "memory": memory,
+    "processes": processes,
 }
 
 

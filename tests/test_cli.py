@@ -134,10 +134,8 @@ def size_of(path: Path) -> int:
 
 
 def input_size(folder: Path) -> int:
-    """What is coded or comes along: not hidden files, nor other forms of the weights."""
-    coded = sum(size_of(file) for file in folder.glob("*.safetensors"))
-    coded += size_of(folder / "config.json") + size_of(folder / "model.safetensors.index.json")
-    return coded + size_of(folder / "tokenizer.json") + size_of(folder / "notes" / "more.txt")
+    """What is coded or has its like in the output: not hidden files and other forms of the weights."""
+    return size_of(folder) - size_of(folder / "pytorch_model.bin") - size_of(folder / ".hidden")
 
 
 def snapshot(path: Path) -> dict[str, bytes]:
