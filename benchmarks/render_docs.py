@@ -167,7 +167,7 @@ def memory() -> str:
 
 def processes() -> str:
     result = newest("memory")
-    rows = [[r["process"], _number(r["first_s"], 2), _number(r["best_s"], 2)] for r in result["processes"]]
+    rows = [[r["process"], _number(r["first_s"], 2), _number(r.get("best_s"), 2)] for r in result["processes"]]
     return table(["process", "first run, s", "best of the others, s"], rows) + origin(result)
 
 
