@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-from click.testing import Result
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -36,7 +35,7 @@ TENSOR_KEYS = {
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def run(*arguments: object) -> Result:
+def run(*arguments: object) -> Any:
     """The command in this process; what it prints to stdout and stderr is kept apart."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=True)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
