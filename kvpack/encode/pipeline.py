@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -524,8 +525,6 @@ def compress(
         report = kvpack.compress("model.safetensors", bits=4.25)
         print(report.ratio, report.noise_db)
     """
-    import time
-
     began = time.perf_counter()
     progress = progress or Progress()
     source = Path(path)
@@ -689,8 +688,6 @@ def decompress(
     Raises:
         InputError, FormatError, OSError: as for :func:`compress`.
     """
-    import time
-
     began = time.perf_counter()
     progress = progress or Progress()
     source, target = Path(path), Path(out)
