@@ -38,6 +38,9 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+_SHOWN_MISMATCHES = 20
+
+
 class LayoutOption(StrEnum):
     """Names for --layout."""
 
@@ -170,7 +173,7 @@ def _progress(title: str) -> Iterator[Progress]:
         nonlocal told
         if not told:
             told = True
-            console.print("compiling the CPU kernels (only this time on this machine) …", style="dim")
+            console.print("compiling the CPU kernels (the first time they are used on this machine) …", style="dim")
 
     with (
         on_compile(tell),
@@ -384,7 +387,10 @@ def inspect(
         typer.Option("--plot", metavar="PNG", help="Draw bits and noise of each tensor."),
     ] = None,
 ) -> None:
-    """List what a file holds: shape, method, layout, bits, entropy, noise, outliers."""
+    """List what a file holds: shape, method, layout, bits, entropy, noise, outliers.
+
+    Reads headers alone: `kvpack verify` is what checks contents.
+    """
     with _errors(as_json):
         from kvpack.encode.report import describe
 
@@ -433,8 +439,12 @@ def verify(
     if as_json:
         print(json.dumps({"ok": not result.mismatches, **vars(result)}))
     else:
-        for name, difference in result.mismatches.items():
-            print(f"kvpack: {name}: {difference}", file=sys.stderr)
+        for name, difference in list(result.mismatches.items())[:_SHOWN_MISMATCHES]:
+            print(f"kvpack: {_printable(name)}: {difference}", file=sys.stderr)
+        if len(result.mismatches) > _SHOWN_MISMATCHES:
+            print(f"kvpack: {len(result.mismatches)} tensors differ in all", file=sys.stderr)
+        if not result.coded:
+            print("kvpack: nothing in it is coded: this is an ordinary safetensors file", file=sys.stderr)
         compared = ", compared with the original" if result.compared else ""
         verdict = "MISMATCH" if result.mismatches else "ok"
         print(

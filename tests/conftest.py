@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The helpers (blob_surgery, independent_decoder, make_golden) lie beside this file.
+# The modules (blob_surgery, independent_decoder, make_golden) lie beside this file.
 TESTS = str(Path(__file__).parent)
 if TESTS not in sys.path:
     sys.path.insert(0, TESTS)

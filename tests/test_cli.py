@@ -331,7 +331,8 @@ def test_inputs_and_outputs_that_cannot_be_used(source: Path, folder: Path, tmp_
     for command in ("compress", "inspect", "verify"):
         refused(command, text, code=CORRUPT, error="NotAContainerError", message=f"{text}: ")
     (tmp_path / "empty").mkdir()
-    refused("compress", tmp_path / "empty", code=CORRUPT, error="DirectoryIndexError", message="no .safetensors file")
+    refused("compress", tmp_path / "empty", code=USAGE, error="InputError", message="no .safetensors file")
+    refused("inspect", tmp_path / "empty", code=CORRUPT, error="DirectoryIndexError", message="no .safetensors file")
 
 
 def test_an_existing_output_is_not_touched(source: Path) -> None:

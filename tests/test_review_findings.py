@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kvpack
-from kvpack.encode import blob_decoder, jit
+from kvpack.encode import blob_decoder, jit, pipeline
 from kvpack.format.errors import DirectoryIndexError
 
 
@@ -151,3 +152,43 @@ def test_force_through_a_symbolic_link(tmp_path: Path) -> None:
     kvpack.compress(tmp_path / "m", tmp_path / "out", force=True)
     assert "a.weight_kvpack" in load_file(tmp_path / "out" / "model.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "m", "out"]
+
+
+def test_force_does_not_delete_other_peoples_files(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    save_file({"a.weight": gaussian(64, 128)}, tmp_path / "m" / "model.safetensors")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    kvpack.compress(tmp_path / "m", mine)  # empty: nothing to lose
+    assert "a.weight_kvpack" in load_file(mine / "model.safetensors")
+    (mine / "model.safetensors").unlink()
+    (mine / "thesis.txt").write_text("three years")
+    with pytest.raises(pipeline.InputError, match=r"holds no \.safetensors file"):
+        kvpack.compress(tmp_path / "m", mine, force=True)
+    assert (mine / "thesis.txt").read_text() == "three years"
+
+
+def test_force_does_not_replace_what_is_no_file(tmp_path: Path) -> None:
+    save_file({"a.weight": gaussian(64, 128)}, tmp_path / "m.safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(pipeline.InputError, match="neither a file nor a directory"):
+        kvpack.compress(tmp_path / "m.safetensors", tmp_path / "pipe", force=True)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("option", [{"include": "nosuch"}, {"exclude": "nosuch"}, {"tensor_bits": {"nosuch": 4.0}}])
+def test_a_pattern_that_matches_nothing(option: dict, tmp_path: Path) -> None:
+    save_file({"a.weight": gaussian(64, 128)}, tmp_path / "m.safetensors")
+    with pytest.raises(pipeline.InputError, match="'nosuch' matches no tensor"):
+        kvpack.compress(tmp_path / "m.safetensors", **option)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_other_forms_of_weights_are_named(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
+    code, answer = kvpack_json("compress", tmp_path / "pytorch_model.bin")
+    assert code == 3
+    assert "PyTorch pickle" in answer["message"]
+    code, answer = kvpack_json("compress", tmp_path)
+    assert code == 2
+    assert "must be converted first" in answer["message"]

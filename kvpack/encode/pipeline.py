@@ -234,6 +234,10 @@ class _Model:
         except BaseException:
             self.close()
             raise
+        names = [name for container in self.containers for name in container.tensors]
+        for option, pattern in options.selection.patterns():
+            if not any(pattern.search(name) for name in names):
+                raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
         config = read_config(source) if source.is_dir() else {}
         model_type = config.get("model_type")
         self.transposed = {
@@ -471,13 +475,20 @@ def _alignment(tensor: StoredTensor) -> int:
 def _check_target(source: Path, target: Path, *, force: bool) -> None:
     if not source.exists():
         raise InputError(f"{source} does not exist")
+    if source.is_dir() and not any(source.glob("*.safetensors")):
+        raise InputError(f"{source} holds no .safetensors file; other forms of weights must be converted first")
     if target.exists():
         if target.resolve() == source.resolve():
             raise InputError(f"the output {target} is the input")
-        if not force:
+        if not (target.is_dir() or target.is_file()):
+            raise InputError(f"{target} is neither a file nor a directory")
+        empty = target.is_dir() and not any(target.iterdir())
+        if not force and not empty:
             raise InputError(f"{target} exists already; --force (force=True) replaces it")
         if target.is_dir() != source.is_dir():
             raise InputError(f"{target} is {'a directory' if target.is_dir() else 'a file'}")
+        if target.is_dir() and not empty and not any(target.glob("*.safetensors")):
+            raise InputError(f"{target} holds no .safetensors file: it is not replaced, since it may hold other things")
         if target.is_dir() and source.resolve().is_relative_to(target.resolve()):
             raise InputError(f"the output {target} contains the input")
     if not target.resolve().parent.is_dir():

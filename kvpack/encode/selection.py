@@ -33,6 +33,12 @@ class Selection:
     exclude: re.Pattern[str] | None = None
     tensor_bits: tuple[tuple[re.Pattern[str], float], ...] = field(default=())
 
+    def patterns(self) -> list[tuple[str, re.Pattern[str]]]:
+        """All patterns with the options that they came from."""
+        found = [("include", self.include), ("exclude", self.exclude)]
+        found += [("tensor_bits", pattern) for pattern, _ in self.tensor_bits]
+        return [(option, pattern) for option, pattern in found if pattern is not None]
+
     def bits_of(self, name: str) -> float | None:
         """The rate of a tensor; the last matching ``tensor_bits`` counts."""
         for pattern, bits in reversed(self.tensor_bits):

@@ -106,8 +106,12 @@ def _difference(name: str, reader: Reader, original: Reader) -> str | None:
     if (measured is None) != (info.noise_db is None) or (
         measured is not None and info.noise_db is not None and abs(measured - info.noise_db) > NOISE_TOLERANCE_DB
     ):
-        return f"noise is {measured} dB, recorded {info.noise_db} dB"
+        return f"noise is {_decibels(measured)}, recorded {_decibels(info.noise_db)}"
     return None
+
+
+def _decibels(noise: float | None) -> str:
+    return "none" if noise is None else f"{noise:.4f} dB"
 
 
 def measured_noise_db(reader: Reader, original: Reader, name: str) -> float | None:

@@ -154,6 +154,8 @@ class Container:
     def _parse(self, size: int) -> None:
         (header_bytes,) = struct.unpack_from("<Q", self._view)
         if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > size:
+            if bytes(self._view[:2]) in (b"PK", b"\x80\x02"):
+                raise NotAContainerError("a PyTorch pickle, not a safetensors file: convert it with safetensors first")
             raise NotAContainerError(f"not a safetensors file: a header of {header_bytes} bytes in a file of {size}")
         header = _parse_header(bytes(self._view[8 : 8 + header_bytes]))
         if not isinstance(header, dict):
