@@ -67,7 +67,7 @@ def provenance(variables: dict[str, Path | None], packages: Iterable[str] = ()) 
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit or os.environ.get("KVPACK_COMMIT"),
-        "package_changed_since_commit": bool(changed),
+        "package_changed_since_commit": bool(changed) if commit else None,
         "command": command_line(variables),
         "inputs": [describe_input(path) for path in variables.values() if path is not None],
         "cpu": cpu_name(),
