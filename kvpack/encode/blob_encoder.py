@@ -114,6 +114,21 @@ def count_strip(
     return counts
 
 
+def count_tiles(
+    header: BlobHeader,
+    source: StripSource,
+    predictor: Predictor = Predictor.NONE,
+    executor: ThreadPoolExecutor | None = None,
+) -> npt.NDArray[np.int64]:
+    """Symbol histograms of all tiles, i64 [num_tiles, 256]."""
+
+    def work(index: int) -> npt.NDArray[np.int64]:
+        return count_strip(source(index), header.layout, header.tile_cols, predictor)
+
+    strips = range(header.matrices * header.num_tiles_row)
+    return np.concatenate(list(map_ordered(work, strips, executor)))
+
+
 def estimate_blob_bytes(header: BlobHeader, tile_counts: npt.NDArray[np.int64], outlier_count: int) -> float:
     """Expected size of a blob from its tiles' histograms, without coding it (within about 0.1 %).
 
@@ -238,11 +253,7 @@ def encode_strips(
         raise ValueError(f"{header.layout.element_kind.name} elements have no predictor")
     strips = range(header.matrices * header.num_tiles_row)
     if tile_counts is None:
-
-        def count(index: int) -> npt.NDArray[np.int64]:
-            return count_strip(source(index), header.layout, header.tile_cols, predictor)
-
-        tile_counts = np.concatenate(list(map_ordered(count, strips, executor)))
+        tile_counts = count_tiles(header, source, predictor, executor)
     tables, assignment = cluster_tables(tile_counts)
     encoder_tables = [encoder_table(table) for table in tables]
 

@@ -36,7 +36,7 @@ from kvpack.encode.model_directory import (
 )
 from kvpack.encode.rate import FineHistogram, RatePlan
 from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
-from kvpack.encode.reader import INDEX_NAME, Reader, shard_paths
+from kvpack.encode.reader import INDEX_NAME, Reader, locate_tensors, shard_paths
 from kvpack.encode.selection import Selection, transposed_names
 from kvpack.encode.tensor_encoder import (
     EncodedTensor,
@@ -61,7 +61,6 @@ from kvpack.format.container import (
     ContainerWriter,
     StoredTensor,
 )
-from kvpack.format.errors import DirectoryIndexError
 from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS
 
 DEFAULT_ALLOCATION = "tensor"
@@ -70,8 +69,6 @@ ALLOCATIONS = ("tensor", "model")
 
 _COPY_BYTES = 1 << 24
 _SCALE_BYTES = 4
-
-
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
 
@@ -221,20 +218,13 @@ class _Model:
         try:
             for path in shard_paths(source):
                 self.containers.append(Container(path))
-            where: dict[str, Container] = {}
             for container in self.containers:
                 if container.coded:
                     raise InputError(f"{container.path} is compressed already")
-                for name in container.tensors:
-                    if name in where:
-                        raise DirectoryIndexError(
-                            f"{name!r} is in both {where[name].path.name} and {container.path.name}"
-                        )
-                    where[name] = container
+            names = locate_tensors(self.containers)
         except BaseException:
             self.close()
             raise
-        names = [name for container in self.containers for name in container.tensors]
         for option, pattern in options.selection.patterns():
             if not any(pattern.search(name) for name in names):
                 raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
@@ -264,7 +254,7 @@ class _Model:
             for tensor in container.tensors.values()
             if selection.reason_to_keep(tensor) is None
             and selection.is_lossy(tensor)
-            and not any(pattern.search(tensor.name) for pattern, _ in selection.tensor_bits)
+            and not selection.has_own_rate(tensor.name)
         ]
 
     def encode(self, container: Container, tensor: StoredTensor, plan: CommonPlan | None) -> EncodedTensor:

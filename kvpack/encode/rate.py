@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.frequencies import entropy_bits
-from kvpack.encode.quantize import NUM_THRESHOLDS, Rounding
+from kvpack.encode.quantize import NEAREST, NUM_THRESHOLDS, Rounding
 from kvpack.format.header import HEADER_BYTES, TILE_METADATA_BYTES, BlobHeader
 from kvpack.format.layout import (
     LAYOUT_NAMES,
@@ -101,11 +101,10 @@ def estimate(fine: FineHistogram, step: float, layout: Layout, fixed_bits: float
 
 def rounding_for(fine: FineHistogram, step: float, layout: Layout, rate_weight: float = LAMBDA) -> Rounding:
     """Thresholds that minimise error² + λ·bits for the code lengths that this step leads to."""
-    nearest = Rounding(np.full(NUM_THRESHOLDS, 0.5, np.float32), np.float32(0.5))
     if rate_weight == 0:
-        return nearest
+        return NEAREST
     half = 1 << (layout.element_bits - 1)
-    rounding = nearest
+    rounding = NEAREST
     for _ in range(2):
         q = np.clip(_integers(fine, step, rounding), -half, half - 1)
         codes = np.bincount((q + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits)

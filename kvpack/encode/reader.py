@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import decode_integers
-from kvpack.encode.dtypes import BIT_PATTERNS, FLOAT_NAMES, LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES, NUMPY_DTYPES
+from kvpack.encode.dtypes import FLOAT_NAMES, LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES, NUMPY_DTYPES
 from kvpack.encode.threads import default_threads
 from kvpack.format.blob import Blob
-from kvpack.format.container import BLOB_SUFFIX, Container
+from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
 from kvpack.format.errors import ContainerMetadataError, DirectoryIndexError, ScaleError
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind
@@ -81,6 +81,21 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
+def locate_tensors(containers: Iterable[Container]) -> dict[str, Container]:
+    """The container of each original tensor.
+
+    Raises:
+        DirectoryIndexError: two of them hold one name.
+    """
+    where: dict[str, Container] = {}
+    for container in containers:
+        for name in container.original_names():
+            if name in where:
+                raise DirectoryIndexError(f"{name!r} is in both {where[name].path.name} and {container.path.name}")
+            where[name] = container
+    return where
+
+
 class Reader:
     """Tensors of a safetensors file, or of a directory of shards, by their original names.
 
@@ -116,12 +131,8 @@ class Reader:
         self._where: dict[str, Container] = {}
         try:
             for shard in shard_paths(self.path):
-                container = Container(shard)
-                self.containers.append(container)
-                for name in container.original_names():
-                    if name in self._where:
-                        raise DirectoryIndexError(f"{name!r} is in both {self._where[name].path.name} and {shard.name}")
-                    self._where[name] = container
+                self.containers.append(Container(shard))
+            self._where = locate_tensors(self.containers)
             self._check_index()
         except BaseException:
             self.close()
@@ -171,7 +182,7 @@ class Reader:
             error.args = (f"{container.path}, tensor {name!r}: {error}",)
             raise
         stored = container.tensors[name + BLOB_SUFFIX].size_bytes
-        scales = container.tensors.get(name + "_kvpack_scale")
+        scales = container.tensors.get(name + SCALE_SUFFIX)
         total = stored + (scales.size_bytes if scales else 0)
 
         def number(key: str, largest: float) -> float | None:
@@ -332,8 +343,3 @@ class Reader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def bit_patterns(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A float array's bits, for exact comparison (NaNs compare equal)."""
-    return np.ascontiguousarray(array).view(BIT_PATTERNS.get(array.dtype.itemsize, np.uint64))

@@ -46,6 +46,10 @@ class Selection:
                 return bits
         return self.bits
 
+    def has_own_rate(self, name: str) -> bool:
+        """Whether a pattern of ``tensor_bits`` matches."""
+        return any(pattern.search(name) for pattern, _ in self.tensor_bits)
+
     def reason_to_keep(self, tensor: StoredTensor) -> str | None:
         """Why a tensor is stored as it is, or None if it is coded."""
         name, shape = tensor.name, tensor.shape
@@ -60,7 +64,7 @@ class Selection:
             return f"{len(shape)}-D"
         if self.exclude and self.exclude.search(name):
             return "excluded"
-        if (self.include and self.include.search(name)) or any(pattern.search(name) for pattern, _ in self.tensor_bits):
+        if (self.include and self.include.search(name)) or self.has_own_rate(name):
             return None
         if elements < MIN_ELEMENTS:
             return f"small ({elements} elements)"
@@ -76,8 +80,7 @@ class Selection:
         """Whether a coded tensor is quantized; what is quantized already is recoded losslessly."""
         if tensor.dtype in NARROW_DTYPES:
             return False
-        own_rate = any(pattern.search(tensor.name) for pattern, _ in self.tensor_bits)
-        return tensor.dtype in LOSSY_DTYPES and (own_rate or not self.lossless)
+        return tensor.dtype in LOSSY_DTYPES and (self.has_own_rate(tensor.name) or not self.lossless)
 
 
 def transposed_names(tensors: dict[str, StoredTensor], model_type: str | None) -> set[str]:

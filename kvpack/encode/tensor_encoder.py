@@ -14,8 +14,8 @@ from kvpack.encode.blob_decoder import rotate_left
 from kvpack.encode.blob_encoder import (
     EncodedBlob,
     Strip,
-    StripSource,
     count_strip,
+    count_tiles,
     encode_strips,
     estimate_blob_bytes,
     even_tile_cols,
@@ -155,22 +155,13 @@ def encode_lossless(
 
     def estimate(layout: Layout) -> tuple[float, npt.NDArray[np.int64]]:
         header = weights.header(layout, tile_cols)
-        counts = _count(weights, source, header, executor)
+        counts = count_tiles(header, source, executor=executor)
         return estimate_blob_bytes(header, counts, 0), counts
 
     candidates = [(*estimate(layout), layout) for layout in layouts]
     _, counts, layout = min(candidates, key=lambda candidate: candidate[0])
     blob = encode_strips(weights.header(layout, tile_cols), source, tile_counts=counts, executor=executor)
     return EncodedTensor(blob, None, "lossless", layout, None)
-
-
-def _count(
-    weights: Matrices, source: StripSource, header: BlobHeader, executor: ThreadPoolExecutor | None
-) -> npt.NDArray[np.int64]:
-    def work(index: int) -> npt.NDArray[np.int64]:
-        return count_strip(source(index), header.layout, header.tile_cols)
-
-    return np.concatenate(list(map_ordered(work, range(weights.num_strips), executor)))
 
 
 def _encode_quantized(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from kvpack.encode.blob_decoder import check_element_limit, verify_tiles
 from kvpack.encode.dtypes import as_float32
 from kvpack.encode.reader import Reader
+from kvpack.encode.tensor_encoder import noise_db
 
 # The recorded noise is rounded to 10^-4 dB.
 NOISE_TOLERANCE_DB = 0.001
@@ -126,6 +126,4 @@ def measured_noise_db(reader: Reader, original: Reader, name: str) -> float | No
         error = w - decoded[first : first + 256]
         noise += float(np.vdot(error, error))
         signal += float(np.vdot(w, w))
-    if not (noise > 0 and signal > 0 and math.isfinite(noise) and math.isfinite(signal)):
-        return None
-    return 10 * math.log10(noise / signal)
+    return noise_db([(noise, signal)])
