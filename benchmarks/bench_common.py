@@ -5,33 +5,21 @@ Results name files, not places: a path that is given as an argument is recorded 
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-import kvpack
-from kvpack.encode.bench import cpu_name
-from kvpack.encode.threads import default_threads
+from kvpack.encode.provenance import PACKAGE, environment
 
-PACKAGE = Path(kvpack.__file__).resolve().parent
 F32 = npt.NDArray[np.float32]
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def describe_input(path: Path) -> dict[str, Any]:
@@ -61,20 +49,10 @@ def command_line(variables: dict[str, Path | None]) -> str:
 
 def provenance(variables: dict[str, Path | None], packages: Iterable[str] = ()) -> dict[str, Any]:
     """When, where and with what a result was made; ``variables`` as for :func:`command_line`."""
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--", ".")
-    names = ["numpy", "numba", "ml_dtypes", "safetensors", *packages]
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit or os.environ.get("KVPACK_COMMIT"),
-        "package_changed_since_commit": bool(changed) if commit else None,
+        **environment(packages),
         "command": command_line(variables),
         "inputs": [describe_input(path) for path in variables.values() if path is not None],
-        "cpu": cpu_name(),
-        "cores": default_threads(),
-        "load_at_start": [round(x, 2) for x in os.getloadavg()],
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in names},
     }
 
 

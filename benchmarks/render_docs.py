@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvpack.runtime.bench_report import tables
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "PERFORMANCE.md")
@@ -24,9 +26,15 @@ _BLOCK = re.compile(r"(<!-- figures:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 Row = dict[str, Any]
 
 
+class NoResult(Exception):
+    """A benchmark has no result file; the message names it."""
+
+
 def newest(name: str) -> dict[str, Any]:
     """The newest result of a benchmark; their names begin with a date."""
     found = sorted(RESULTS.glob(f"*-{name}.json"))
+    if not found:
+        raise NoResult(f"benchmarks/results has no `{name}` yet.")
     result: dict[str, Any] = json.loads(found[-1].read_text())
     return result
 
@@ -171,6 +179,125 @@ def processes() -> str:
     return table(["process", "first run, s", "best of the others, s"], rows) + origin(result)
 
 
+def gpu_origin(result: dict[str, Any]) -> str:
+    """Where a result of a GPU comes from: command, date, device and versions."""
+    device = result["device"]
+    versions = {name: version for name, version in result["versions"].items() if version}
+    shown = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "cupy-cuda13x", "cupy-cuda12x", "triton") if name in versions
+    )
+    commit = (result.get("commit") or "unknown")[:10]
+    unfinished = "" if result.get("complete", True) else f" · not complete: {result['stopped']}"
+    return (
+        f"\n`{result['command']}` · {result['date']} · {device['name']}, driver {device['driver']}, CUDA "
+        f"{device['cuda']}, {shown} · {result['cpu']}, {result['cores']} cores · commit {commit}{unfinished}\n"
+    )
+
+
+def linear(*names: str) -> Callable[[], str]:
+    """Tables of `kvpack bench linear`, as the command prints them."""
+
+    def render() -> str:
+        result = newest("bench-linear")
+        found = tables(result)
+        shown = [found[name] for name in names if name in found]
+        if not shown:
+            raise NoResult("`bench-linear` did not measure this.")
+        return "\n".join(table(one.headings, one.rows) for one in shown) + gpu_origin(result)
+
+    return render
+
+
+def books_generate() -> str:
+    result = newest("books-generate")
+    rows = [
+        [
+            row["setting"],
+            _number(row["bits_per_weight"], 3),
+            _number(row["linear_megabytes"], 1),
+            _number(row["tokens_per_s"], 0),
+            _number(row["ratio_to_dense"], 2),
+            f"{row['logit_error']:.1e}",
+            _number(row["same_top_percent"], 2),
+        ]
+        for row in result["rows"]
+    ]
+    headings = ["weights", "bits", "linear layers, MB on the GPU", "tokens/s", "× dense bf16"]
+    headings += ["logits: relative error", "same top token, %"]
+    text = table(headings, rows)
+    text += f"\nOne sequence, {result['steps']} tokens after a context of {result['context']}, one CUDA graph a token. "
+    text += "The error is against the dequantized weights of the same file in fp32.\n"
+    return text + gpu_origin(result)
+
+
+def runtime_load() -> str:
+    result = newest("runtime-streams")
+    rows = [
+        [r["what"], _number(r["megabytes"], 1), _number(r["seconds"], 3), _number(r["gb_per_s"], 2), r["error"] or ""]
+        for r in result["loading"]
+    ]
+    return table(["what", "MB", "seconds", "GB/s", "remark"], rows) + gpu_origin(result)
+
+
+def runtime_memory() -> str:
+    result = newest("runtime-streams")
+    rows = [
+        [
+            row["layout"],
+            _number(row["bits_per_weight"], 3),
+            _number(row["allocated_megabytes"], 1),
+            _number(row["percent_of_fp16"], 1),
+            _number(row["percent_of_int8"], 1),
+            _number(row["peak_megabytes_in_products"], 1),
+        ]
+        for row in result["memory"]
+    ]
+    headings = ["layout", "bits", "allocated, MB", "% of FP16", "% of INT8", "most in products beyond that, MB"]
+    return table(headings, rows) + gpu_origin(result)
+
+
+def runtime_streaming() -> str:
+    result = newest("runtime-streams")
+    rows = [
+        [row["what"], _number(row["ms"], 2), _number(row["megabytes"], 1), row["error"] or ""]
+        for row in result["streaming"]
+    ]
+    return table(["model pass", "ms", "weights on the GPU, MB", "remark"], rows) + gpu_origin(result)
+
+
+def runtime_five() -> str:
+    result = newest("runtime-streams")
+    rows = [
+        [
+            row["layout"],
+            str(row["m"]),
+            _number(row.get("in_turn_us"), 1),
+            _number(row.get("at_once_us"), 1),
+            _number(row.get("speedup"), 2),
+            row["error"] or "",
+        ]
+        for row in result["five"]
+    ]
+    headings = ["layout", "M", "one after another, µs", "`run_concurrently`, µs", "×", "remark"]
+    return table(headings, rows) + gpu_origin(result)
+
+
+def runtime_encode() -> str:
+    result = newest("runtime-streams")
+    rows = [
+        [
+            row["shape"],
+            row["layout"],
+            row["where"],
+            _number(row["ms"], 2),
+            _number(row["gelements_per_s"], 2),
+            row["error"] or "",
+        ]
+        for row in result["encode"]
+    ]
+    return table(["out × in", "layout", "where", "ms", "10⁹ elements/s", "remark"], rows) + gpu_origin(result)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "minilm-short": lambda: minilm_rates(short=True),
     "minilm-rates": lambda: minilm_rates(short=False),
@@ -181,7 +308,30 @@ FIGURES: dict[str, Callable[[], str]] = {
     "codec": codec,
     "memory": memory,
     "processes": processes,
+    "linear-batch-1": linear("batch-1"),
+    "linear-batches": linear("batches"),
+    "linear-tiles": linear("tiles"),
+    "linear-decode": linear("decode", "copy"),
+    "linear-codecs": linear("codecs"),
+    "linear-streams": linear("streams"),
+    "linear-encode": linear("encode"),
+    "linear-targets": linear("targets"),
+    "linear-specification": linear("specification"),
+    "books-generate": books_generate,
+    "runtime-load": runtime_load,
+    "runtime-memory": runtime_memory,
+    "runtime-streaming": runtime_streaming,
+    "runtime-five": runtime_five,
+    "runtime-encode": runtime_encode,
 }
+
+
+def figures(name: str) -> str:
+    """What stands between the marks of ``name``; a sentence where the benchmark has not been run."""
+    try:
+        return FIGURES[name]()
+    except NoResult as missing:
+        return f"{missing}\n"
 
 
 def main() -> int:
@@ -191,7 +341,7 @@ def main() -> int:
     stale = []
     for document in DOCUMENTS:
         before = document.read_text()
-        after = _BLOCK.sub(lambda match: match[1] + FIGURES[match[2]]() + match[3], before)
+        after = _BLOCK.sub(lambda match: match[1] + figures(match[2]) + match[3], before)
         if before != after:
             stale.append(document.name)
             if not check:

@@ -2,7 +2,7 @@
 
 >>> import kvpack
 >>> sorted(kvpack.__all__)
-['Reader', '__version__', 'compress', 'decompress', 'open', 'verify']
+['RansLinear', 'Reader', '__version__', 'compress', 'decompress', 'load', 'open', 'replace_linears', 'verify', 'warmup']
 
 Names are loaded when first used, so that ``import kvpack`` costs nothing.
 """
@@ -14,19 +14,39 @@ from typing import TYPE_CHECKING, Any
 from kvpack._version import __version__
 
 if TYPE_CHECKING:
-    from kvpack.encode.pipeline import compress, decompress
+    from kvpack.compression import compress
+    from kvpack.encode.pipeline import decompress
     from kvpack.encode.reader import Reader
     from kvpack.encode.reader import Reader as open  # noqa: N813
     from kvpack.encode.verify import verify
+    from kvpack.runtime.linear import RansLinear
+    from kvpack.runtime.load import load
+    from kvpack.runtime.replace import replace_linears
+    from kvpack.runtime.warmup import warmup
 
-__all__ = ["Reader", "__version__", "compress", "decompress", "open", "verify"]
+__all__ = [
+    "RansLinear",
+    "Reader",
+    "__version__",
+    "compress",
+    "decompress",
+    "load",
+    "open",
+    "replace_linears",
+    "verify",
+    "warmup",
+]
 
 _HOMES = {
-    "compress": ("kvpack.encode.pipeline", "compress"),
+    "compress": ("kvpack.compression", "compress"),
     "decompress": ("kvpack.encode.pipeline", "decompress"),
+    "load": ("kvpack.runtime.load", "load"),
     "open": ("kvpack.encode.reader", "Reader"),
+    "RansLinear": ("kvpack.runtime.linear", "RansLinear"),
     "Reader": ("kvpack.encode.reader", "Reader"),
+    "replace_linears": ("kvpack.runtime.replace", "replace_linears"),
     "verify": ("kvpack.encode.verify", "verify"),
+    "warmup": ("kvpack.runtime.warmup", "warmup"),
 }
 
 

@@ -57,6 +57,13 @@ class PresetOption(StrEnum):
     LOSSLESS = "lossless"
 
 
+class DeviceOption(StrEnum):
+    """Names for --device."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class AllocationOption(StrEnum):
     """Names for --allocation."""
 
@@ -129,11 +136,14 @@ def _errors(as_json: bool) -> Iterator[None]:
     """Known failures become one sentence (or one JSON object) and an exit code; others stay tracebacks."""
     from kvpack.encode.pipeline import InputError
     from kvpack.format.errors import FormatError
+    from kvpack.runtime.errors import DeviceError
 
     try:
         yield
     except InputError as error:
         _fail(ExitCode.USAGE, type(error).__name__, str(error), as_json)
+    except DeviceError as error:
+        _fail(ExitCode.NO_DEVICE, type(error).__name__, str(error), as_json)
     except FormatError as error:
         _fail(ExitCode.CORRUPT, type(error).__name__, str(error), as_json)
     except typer.BadParameter as error:
@@ -254,6 +264,9 @@ def compress(
         typer.Option("--tensor-bits", metavar="REGEX=BITS", help="A rate of their own; repeatable."),
     ] = None,
     threads: Threads = None,
+    device: Annotated[
+        DeviceOption, typer.Option("--device", help="Where weights are coded; the output is the same.")
+    ] = DeviceOption.CPU,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, but write nothing.")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -263,7 +276,7 @@ def compress(
     Embeddings, output layers, norms, biases and small tensors are kept as they are (the report lists them).
     """
     with _errors(as_json):
-        from kvpack.encode.pipeline import compress as run
+        from kvpack.compression import compress as run
 
         rates = _parse_tensor_bits(tensor_bits)
         with _progress("compress") as progress:
@@ -282,6 +295,7 @@ def compress(
                 dry_run=dry_run,
                 force=force,
                 progress=progress,
+                device=device.value,
             )
     if as_json:
         print(json.dumps(report.as_dict(), allow_nan=False))
@@ -502,6 +516,91 @@ def bench_codec(
             f"{row['decode_mweights_per_s']:.0f}",
         )
     _console().print(table)
+
+
+@bench_app.command("linear")
+def bench_linear(
+    shapes: Annotated[
+        str | None,
+        typer.Option("--shapes", metavar="LIST", help="OUTxIN or names: qkv,o,gate_up,down,wide,tall. Default: all."),
+    ] = None,
+    m: Annotated[str | None, typer.Option("--m", metavar="LIST", help="Numbers of activation vectors.")] = None,
+    layouts: Annotated[str | None, typer.Option("--layouts", metavar="LIST", help="balanced,fast")] = None,
+    tile_cols: Annotated[
+        str | None,
+        typer.Option("--tile-cols", metavar="LIST", help="Tile columns to choose from; default 128,256,512."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few shapes, less than a minute.")] = False,
+    time_limit_s: Annotated[
+        float | None, typer.Option("--time-limit-s", min=1, help="Stop after so long and report what there is.")
+    ] = None,
+    report_path: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report here after each step.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw speed against FP16.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Speed of products with coded weights on a GPU, against FP16, INT8 and INT4; every result is checked first."""
+    with _errors(as_json):
+        from kvpack.runtime.bench_report import parse_options, tables, write_report, wrong_results
+
+        try:
+            options = parse_options(
+                shapes=shapes, ms=m, layouts=layouts, tile_cols=tile_cols, quick=quick, time_limit_s=time_limit_s
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if plot is not None:
+            try:
+                from kvpack.plot import plot_linear
+            except ImportError as error:
+                raise typer.BadParameter(f"--plot needs matplotlib ({error}): pip install 'kvpack[plot]'") from None
+        from kvpack.runtime.errors import DeviceError
+
+        try:
+            from kvpack.runtime.bench_linear import bench_linear as run
+
+            report = run(
+                options,
+                publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),
+                say=lambda stage: print(f"kvpack: {stage} …", file=sys.stderr),
+            )
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "cupy"):
+                raise
+            message = f"no device: {error.name} is not installed: pip install 'kvpack[cuda13]' or 'kvpack[cuda12]'"
+            _fail(ExitCode.NO_DEVICE, "DeviceError", message, as_json)
+        except DeviceError as error:
+            _fail(ExitCode.NO_DEVICE, "DeviceError", str(error), as_json)
+        if plot is not None:
+            plot_linear(report, plot)
+    wrong = wrong_results(report)
+    if as_json:
+        print(json.dumps({"ok": not wrong, **report}, allow_nan=False))
+    else:
+        _print_bench_linear(report, list(tables(report).values()))
+        for line in wrong:
+            print(f"kvpack: {line}", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(int(ExitCode.MISMATCH))
+
+
+def _print_bench_linear(report: dict[str, Any], found: list[Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    console = _console()
+    device = report["device"]
+    print(f"{device['name']}, driver {device['driver']}, CUDA {device['cuda']}\n{report['note']}")
+    for one in found:
+        table = Table(title=one.title, box=box.SIMPLE_HEAD)
+        for heading in one.headings:
+            table.add_column(heading, justify="right")
+        for row in one.rows:
+            table.add_row(*row)
+        console.print(table)
+    seconds = report["seconds"].get("total", 0.0)
+    print(f"{seconds:.0f} s" + ("" if report["complete"] else f"; not complete: {report['stopped']}"))
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

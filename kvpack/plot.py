@@ -36,3 +36,45 @@ def plot_tensors(tensors: list[dict[str, Any]], path: Path, *, title: str) -> No
     noise.set_xlabel("noise to signal, dB" if measured else "no noise: lossless")
     figure.suptitle(title)
     figure.savefig(path, dpi=120, format="png")
+
+
+def plot_linear(report: dict[str, Any], path: Path) -> None:
+    """Draw a report of ``kvpack bench linear`` into a PNG: speed against FP16 over M, a panel for each shape."""
+    from kvpack.runtime.bench_report import ratio
+
+    ms = report["options"]["ms"]
+    shapes = list(dict.fromkeys(row["shape"] for row in report["linear"]))
+    if not shapes:
+        raise ValueError("no product was measured, so there is nothing to draw")
+    series: list[tuple[str, str, str | None, str]] = [
+        ("INT8 (Triton)", "int8", None, "v"),
+        ("INT4 g128 (torch)", "int4", None, "^"),
+        *((f"kvpack {layout}", "kvpack", layout, "o") for layout in report["options"]["layouts"]),
+    ]
+    columns = min(3, len(shapes))
+    lines = -(-len(shapes) // columns)
+    figure = Figure(figsize=(4.2 * columns, 0.8 + 3.2 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel, shape in zip(panels, shapes, strict=False):
+        for label, name, layout, marker in series:
+            found = [(m, ratio(report, shape, m, layout, name=name)) for m in ms]
+            points = [(m, value) for m, value in found if value is not None]
+            if points:
+                panel.plot([m for m, _ in points], [value for _, value in points], f"{marker}-", ms=4, label=label)
+        panel.axhline(1, color="0.5", lw=0.8)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.set_xlabel("activation vectors M", fontsize=8)
+        panel.set_title(shape, fontsize=10)
+        panel.grid(True, alpha=0.3)
+    for panel in panels[len(shapes) :]:
+        panel.set_axis_off()
+    drawn: dict[str, Any] = {}
+    for panel in panels[: len(shapes)]:
+        handles, labels = panel.get_legend_handles_labels()
+        drawn |= dict(zip(labels, handles, strict=True))
+    if drawn:
+        figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize=8)
+    figure.supylabel("times as fast as FP16 cuBLAS", fontsize=9)
+    figure.suptitle(f"{report['device']['name']}: products with coded weights (Gaussian integers)", fontsize=11)
+    figure.savefig(path, dpi=120, format="png")

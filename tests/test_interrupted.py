@@ -252,7 +252,7 @@ def small_source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "place",
     [
-        "kvpack.encode.tensor_encoder.encode_strips",
+        "kvpack.encode.blob_encoder.cluster_tables",
         "kvpack.format.container.ContainerWriter.add",
         "kvpack.format.container.ContainerWriter.finish",
         "os.fsync",

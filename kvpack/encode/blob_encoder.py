@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ from kvpack.format.layout import (
     align,
     ceil_div,
 )
-from kvpack.format.tables import pack_tables
+from kvpack.format.tables import Frequencies, pack_tables
 
 Elements = npt.NDArray[Any]  # unsigned [rows, cols]
 
@@ -69,7 +69,7 @@ class EncodedBlob:
     """The bytes in two parts (a join would double the memory of the largest tensor), and what was measured."""
 
     front: bytes
-    payload: bytearray
+    payload: bytearray | memoryview
     entropy_bits_per_element: float
     outlier_count: int
 
@@ -289,29 +289,33 @@ def encode_strips(
             payload += data
             payload += bytes(align(len(payload), ALIGNMENT_BYTES) - len(payload))
             tile += 1
-    # Tiles that ended up in mode raw may have left a table unused: drop such tables.
+    return EncodedBlob(
+        front=finish_front(header, tables, tiles, len(payload)),
+        payload=payload,
+        entropy_bits_per_element=element_entropy_bits(header.layout, tile_counts),
+        outlier_count=int(tiles["outlier_count"].sum()),
+    )
+
+
+def finish_front(
+    header: BlobHeader, tables: list[Frequencies], tiles: npt.NDArray[np.void], payload_bytes: int
+) -> bytes:
+    """The front of a blob whose tiles are coded: ``tiles`` (TILE_METADATA) with ``table_index`` in ``tables``.
+
+    Tiles that ended up in mode raw may have left a table unused: such tables are dropped, and ``tiles`` renumbered.
+    """
     rans = tiles["mode"] == TileMode.RANS
     used = sorted(set(tiles["table_index"][rans].tolist()))
     for position, index in enumerate(used):
         tiles["table_index"][rans & (tiles["table_index"] == index)] = position
     encoding, section = pack_tables([tables[index] for index in used], header.layout.alphabet_size)
-    header = BlobHeader(
-        layout=header.layout,
-        rows=header.rows,
-        cols=header.cols,
-        tile_cols=header.tile_cols,
-        matrices=header.matrices,
-        transposed=header.transposed,
-        table_encoding=encoding,
-        num_tables=len(used),
-    )
-    return EncodedBlob(
-        front=pack_front(header, section, tiles, len(payload)),
-        payload=payload,
-        entropy_bits_per_element=entropy_bits(tile_counts.sum(axis=0)) / header.layout.codes_per_symbol
-        + header.layout.raw_bits,
-        outlier_count=int(tiles["outlier_count"].sum()),
-    )
+    header = replace(header, table_encoding=encoding, num_tables=len(used))
+    return pack_front(header, section, tiles, payload_bytes)
+
+
+def element_entropy_bits(layout: Layout, tile_counts: npt.NDArray[np.int64]) -> float:
+    """Entropy of the elements of a blob, in bits: that of its symbols, and the raw bits."""
+    return entropy_bits(tile_counts.sum(axis=0)) / layout.codes_per_symbol + layout.raw_bits
 
 
 def array_strips(elements: Elements, header: BlobHeader) -> StripSource:

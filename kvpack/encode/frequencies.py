@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from kvpack.encode.jit import kernel
 from kvpack.format.layout import FREQUENCY_SUM, NUM_SYMBOLS
 from kvpack.format.tables import Frequencies
+
+
+@njit(nogil=True, inline="always")
+def _set_gain_and_loss(counts, frequencies, total, present, i, gains, losses):  # type: ignore[no-untyped-def]
+    """For symbol ``present[i]``; a gain of −2, or an infinite loss, where there is no unit more to give or take."""
+    count, f = counts[present[i]], frequencies[present[i]]
+    gains[i] = count * np.log((f + 1.0) / f) if f < total - 1 else -2.0
+    losses[i] = count * np.log(f / (f - 1.0)) if f > 1 else np.inf
 
 
 @kernel
@@ -21,36 +30,37 @@ def _exchange_to_optimum(counts, frequencies, total):  # type: ignore[no-untyped
 
     ``total`` symbols occur. The gain of one more unit is count·log((f+1)/f), the loss of one less count·log(f/(f−1)).
     """
-    n = counts.shape[0]
     missing = total
-    for symbol in range(n):
+    for symbol in range(counts.shape[0]):
         missing -= frequencies[symbol]
+    present = np.flatnonzero(counts)
+    # An exchange changes two of these: logarithms are not taken anew for all.
+    gains = np.empty(present.shape[0])
+    losses = np.empty(present.shape[0])
+    for i in range(present.shape[0]):
+        _set_gain_and_loss(counts, frequencies, total, present, i, gains, losses)
     while True:
         best_gain, best_loss = -1.0, np.inf
         gainer, loser = -1, -1
-        for symbol in range(n):
-            if counts[symbol] == 0:
-                continue
-            f = frequencies[symbol]
-            if f < total - 1:
-                gain = counts[symbol] * np.log((f + 1.0) / f)
-                if gain > best_gain:
-                    best_gain, gainer = gain, symbol
-            if f > 1:
-                loss = counts[symbol] * np.log(f / (f - 1.0))
-                if loss < best_loss:
-                    best_loss, loser = loss, symbol
-        if missing > 0:
-            frequencies[gainer] += 1
-            missing -= 1
-        elif missing < 0:
-            frequencies[loser] -= 1
-            missing += 1
-        elif loser >= 0 and gainer >= 0 and gainer != loser and best_gain > best_loss * (1 + 1e-12):
-            frequencies[gainer] += 1
-            frequencies[loser] -= 1
-        else:
-            return
+        if missing >= 0:
+            for i in range(present.shape[0]):
+                if gains[i] > best_gain:
+                    best_gain, gainer = gains[i], i
+        if missing <= 0:
+            for i in range(present.shape[0]):
+                if losses[i] < best_loss:
+                    best_loss, loser = losses[i], i
+        if missing == 0:
+            pays = loser >= 0 and gainer >= 0 and gainer != loser and best_gain > best_loss * (1 + 1e-12)
+            if not pays:
+                return
+        if missing >= 0:
+            frequencies[present[gainer]] += 1
+            _set_gain_and_loss(counts, frequencies, total, present, gainer, gains, losses)
+        if missing <= 0:
+            frequencies[present[loser]] -= 1
+            _set_gain_and_loss(counts, frequencies, total, present, loser, gains, losses)
+        missing -= np.sign(missing)
 
 
 def normalise_frequencies(counts: npt.NDArray[np.int64]) -> Frequencies:

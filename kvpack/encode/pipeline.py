@@ -1,4 +1,4 @@
-"""``kvpack.compress`` and ``kvpack.decompress``: whole files and model directories, a tensor at a time.
+"""What ``kvpack.compress`` and ``kvpack.decompress`` do: whole files and model directories, a tensor at a time.
 
 Memory holds one tensor's blob and a few strips, whatever the model's size; sources are mapped. Outputs are
 written beside their place and renamed at the end, files and directories alike.
@@ -39,6 +39,8 @@ from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
 from kvpack.encode.reader import INDEX_NAME, Reader, locate_tensors, shard_paths
 from kvpack.encode.selection import Selection, transposed_names
 from kvpack.encode.tensor_encoder import (
+    CPU_CODER,
+    Coder,
     EncodedTensor,
     Matrices,
     NotEncodableError,
@@ -212,8 +214,8 @@ def _pieces(data: memoryview) -> Iterator[memoryview]:
 class _Model:
     """The sources of a compression: containers, what to do with each tensor, and the common step if there is one."""
 
-    def __init__(self, source: Path, options: Options, executor: ThreadPoolExecutor) -> None:
-        self.options, self.executor = options, executor
+    def __init__(self, source: Path, options: Options, executor: ThreadPoolExecutor, coder: Coder) -> None:
+        self.options, self.executor, self.coder = options, executor, coder
         self.containers: list[Container] = []
         try:
             for path in shard_paths(source):
@@ -263,9 +265,9 @@ class _Model:
         selection = options.selection
         weights = self.matrices(container, tensor)
         if not selection.is_lossy(tensor):
-            return encode_lossless(weights, tensor.dtype, options.tile_cols, options.layout, self.executor)
+            return encode_lossless(weights, tensor.dtype, options.tile_cols, options.layout, self.executor, self.coder)
         if plan is not None:
-            return encode_plan(weights, *plan, tile_cols=options.tile_cols, executor=self.executor)
+            return encode_plan(weights, *plan, tile_cols=options.tile_cols, executor=self.executor, coder=self.coder)
         bits = selection.bits_of(tensor.name)
         if bits is None:
             return encode_int8_rows(
@@ -273,6 +275,7 @@ class _Model:
                 layout_name=options.layout,
                 tile_cols=options.tile_cols,
                 executor=self.executor,
+                coder=self.coder,
             )
         return encode_at_bits(
             weights,
@@ -280,6 +283,7 @@ class _Model:
             layout_name=options.layout,
             tile_cols=options.tile_cols,
             executor=self.executor,
+            coder=self.coder,
         )
 
 
@@ -334,7 +338,7 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
         counted = 0.0
         for tensor, weights, _ in measured:
             try:
-                counted += planned_bytes(weights, *plans[tensor.name], options.tile_cols, model.executor)
+                counted += planned_bytes(weights, *plans[tensor.name], options.tile_cols, model.executor, model.coder)
             except NotEncodableError:  # it will be kept; the others get their rate as if it were not
                 counted += bits * weights.size / 8
         achieved = 8 * counted / total
@@ -501,30 +505,17 @@ def compress(
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    coder: Coder = CPU_CODER,
 ) -> CompressReport:
-    """Compress a .safetensors file or a model directory.
+    """Compress a .safetensors file or a model directory: see :func:`kvpack.compress` for the options.
 
     Args:
-        out: the output; by default ``NAME.kvpack.safetensors`` or ``NAME-kvpack`` beside the input.
-        bits: bits a weight, 1.5 to 7.5, everything counted (default: 4.85, ``kvpack.encode.rates``).
-        preset: ``near-lossless`` (INT8 rows) or ``lossless`` instead of a rate.
-        layout: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
-        tile_cols: columns of a tile; by default equal parts of at most 512.
-        allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
-        include, exclude: regular expressions for names to code or to keep.
-        tensor_bits: regular expression → rate for the tensors whose names match it; the last match counts.
-        dry_run: do everything but write.
-        force: replace an existing output.
+        coder: who counts and codes; whoever it is, the bytes are the same.
 
     Raises:
         InputError: the input or an option cannot be used.
         FormatError: the input is damaged.
         OSError: reading or writing failed; no output is left.
-
-    Example::
-
-        report = kvpack.compress("model.safetensors", bits=4.25)
-        print(report.ratio, report.noise_db)
     """
     began = time.perf_counter()
     progress = progress or Progress()
@@ -538,7 +529,7 @@ def compress(
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, options, executor)
+        model = _Model(source, options, executor, coder)
         try:
             progress.total(model.total_bytes)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.

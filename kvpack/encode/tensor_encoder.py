@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -129,12 +130,77 @@ class Matrices:
         )
 
 
+class QuantizedCounts(NamedTuple):
+    """Of all strips: symbol histograms i64 [num_tiles, 256], number of outliers, Σ dot, Σ energy (see Quantized)."""
+
+    tiles: npt.NDArray[np.int64]
+    outliers: int
+    dot: int
+    energy: int
+
+
+class QuantizedStrips:
+    """Strips quantized once and kept if the tensor is small enough, or again each time they are asked for."""
+
+    def __init__(
+        self,
+        weights: Matrices,
+        steps: npt.NDArray[np.float32],
+        element_bits: int,
+        rounding: Rounding,
+    ) -> None:
+        self.weights, self.rounding, self.element_bits = weights, rounding, element_bits
+        self.steps = np.broadcast_to(steps, weights.matrices * weights.rows)
+        self._kept: dict[int, Quantized] = {}
+
+    def _quantized(self, index: int) -> Quantized:
+        if index in self._kept:
+            return self._kept[index]
+        quantized = quantize(
+            as_float32(self.weights.strip(index)),
+            np.ascontiguousarray(self.steps[self.weights.strip_rows(index)]),
+            self.element_bits,
+            self.rounding,
+        )
+        if self.weights.size <= _KEEP_ELEMENTS:
+            self._kept[index] = quantized
+        return quantized
+
+    def strip(self, index: int) -> Strip:
+        quantized = self._quantized(index)
+        return Strip(quantized.elements, quantized.outliers)
+
+    def count(self, header: BlobHeader, executor: ThreadPoolExecutor | None) -> QuantizedCounts:
+        """Quantize all strips and count their symbols."""
+
+        def work(index: int) -> tuple[npt.NDArray[np.int64], int, int, int]:
+            strip = self._quantized(index)
+            counts = count_strip(Strip(strip.elements), header.layout, header.tile_cols)
+            return counts, len(strip.outliers), strip.dot, strip.energy
+
+        strips = range(self.weights.num_strips)
+        counts, outliers, dots, energies = zip(*map_ordered(work, strips, executor), strict=True)
+        return QuantizedCounts(np.concatenate(counts), sum(outliers), sum(dots), sum(energies))
+
+
+class Coder(NamedTuple):
+    """Who quantizes strips, counts symbols and codes tiles: the CPU's, or others that give the same bytes."""
+
+    quantize: Callable[..., QuantizedStrips] = QuantizedStrips
+    count_tiles: Callable[..., npt.NDArray[np.int64]] = count_tiles
+    encode_strips: Callable[..., EncodedBlob] = encode_strips
+
+
+CPU_CODER = Coder()
+
+
 def encode_lossless(
     weights: Matrices,
     dtype: str,
     tile_cols: int | None = None,
     layout_name: str = "auto",
     executor: ThreadPoolExecutor | None = None,
+    coder: Coder = CPU_CODER,
 ) -> EncodedTensor:
     """Code the tensor's bits as they are; ``layout_name`` matters for I8 and U8 alone."""
     kind = LOSSLESS_KINDS[dtype]
@@ -155,12 +221,12 @@ def encode_lossless(
 
     def estimate(layout: Layout) -> tuple[float, npt.NDArray[np.int64]]:
         header = weights.header(layout, tile_cols)
-        counts = count_tiles(header, source, executor=executor)
+        counts = coder.count_tiles(header, source, executor=executor)
         return estimate_blob_bytes(header, counts, 0), counts
 
     candidates = [(*estimate(layout), layout) for layout in layouts]
     _, counts, layout = min(candidates, key=lambda candidate: candidate[0])
-    blob = encode_strips(weights.header(layout, tile_cols), source, tile_counts=counts, executor=executor)
+    blob = coder.encode_strips(weights.header(layout, tile_cols), source, tile_counts=counts, executor=executor)
     return EncodedTensor(blob, None, "lossless", layout, None)
 
 
@@ -168,10 +234,11 @@ def _encode_quantized(
     weights: Matrices,
     header: BlobHeader,
     counts: npt.NDArray[np.int64],
-    quantized: _QuantizedStrips,
+    quantized: QuantizedStrips,
     scales: npt.NDArray[np.float32],
     method: str,
     executor: ThreadPoolExecutor | None,
+    coder: Coder,
 ) -> EncodedTensor:
     """The last pass: encode the elements and measure the noise of what they decode to.
 
@@ -195,7 +262,7 @@ def _encode_quantized(
         sums[index] = pair[0], pair[1]
         return Strip(strip.elements, strip.outliers)
 
-    blob = encode_strips(header, source, tile_counts=counts, executor=executor)
+    blob = coder.encode_strips(header, source, tile_counts=counts, executor=executor)
     with np.errstate(over="ignore"):
         as_stored = largest.astype(weights.array.dtype)  # fp16 ends at 65504
     if not (all(math.isfinite(noise) for noise, _ in sums) and np.isfinite(as_stored).all()):
@@ -212,39 +279,11 @@ def noise_db(sums: list[tuple[float, float]]) -> float | None:
     return 10 * math.log10(noise / signal)
 
 
-class _QuantizedStrips:
-    """Strips quantized once and kept if the tensor is small enough, or again each time they are asked for."""
-
-    def __init__(
-        self,
-        weights: Matrices,
-        steps: npt.NDArray[np.float32],
-        element_bits: int,
-        rounding: Rounding,
-    ) -> None:
-        self.weights, self.rounding, self.element_bits = weights, rounding, element_bits
-        self.steps = np.broadcast_to(steps, weights.matrices * weights.rows)
-        self._kept: dict[int, Quantized] = {}
-
-    def strip(self, index: int) -> Quantized:
-        if index in self._kept:
-            return self._kept[index]
-        quantized = quantize(
-            as_float32(self.weights.strip(index)),
-            np.ascontiguousarray(self.steps[self.weights.strip_rows(index)]),
-            self.element_bits,
-            self.rounding,
-        )
-        if self.weights.size <= _KEEP_ELEMENTS:
-            self._kept[index] = quantized
-        return quantized
-
-
 @dataclass(frozen=True)
 class _Counted:
     """A pass over a tensor with one step: its strips, histograms, outliers, and the least-squares scale."""
 
-    strips: _QuantizedStrips
+    strips: QuantizedStrips
     counts: npt.NDArray[np.int64]
     outliers: int
     scale: float
@@ -253,22 +292,15 @@ class _Counted:
 
 def _count_quantized(
     header: BlobHeader,
-    strips: _QuantizedStrips,
+    strips: QuantizedStrips,
     executor: ThreadPoolExecutor | None,
 ) -> _Counted:
-    def work(index: int) -> tuple[npt.NDArray[np.int64], int, int, int]:
-        strip = strips.strip(index)
-        counts = count_strip(Strip(strip.elements), header.layout, header.tile_cols)
-        return counts, len(strip.outliers), strip.dot, strip.energy
-
-    counts, outliers, dots, energies = zip(*map_ordered(work, range(strips.weights.num_strips), executor), strict=True)
-    tile_counts = np.concatenate(counts)
+    counts = strips.count(header, executor)
     step = float(strips.steps[0])
-    energy = sum(energies)
     # The scale that minimises Σ (w − s·q)², from integer sums: the centroid idea at no cost to a decoder.
-    scale = step * (sum(dots) / FIXED_POINT / energy) if energy else step
-    size = estimate_blob_bytes(header, tile_counts, sum(outliers)) + 4
-    return _Counted(strips, tile_counts, sum(outliers), scale, size)
+    scale = step * (counts.dot / FIXED_POINT / counts.energy) if counts.energy else step
+    size = estimate_blob_bytes(header, counts.tiles, counts.outliers) + 4
+    return _Counted(strips, counts.tiles, counts.outliers, scale, size)
 
 
 def _moments(weights: Matrices, limit: float, executor: ThreadPoolExecutor | None) -> tuple[float, float]:
@@ -321,7 +353,12 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
 
 
 def _run_plan(
-    weights: Matrices, fine: FineHistogram, plan: RatePlan, tile_cols: int | None, executor: ThreadPoolExecutor | None
+    weights: Matrices,
+    fine: FineHistogram,
+    plan: RatePlan,
+    tile_cols: int | None,
+    executor: ThreadPoolExecutor | None,
+    coder: Coder,
 ) -> _Counted:
     if fine.largest / plan.step > MAX_MAGNITUDE:
         raise NotEncodableError(
@@ -329,7 +366,7 @@ def _run_plan(
         )
     header = weights.header(plan.layout, tile_cols)
     steps = np.full(1, plan.step, np.float32)
-    strips = _QuantizedStrips(weights, steps, plan.layout.element_bits, plan.rounding)
+    strips = coder.quantize(weights, steps, plan.layout.element_bits, plan.rounding)
     return _count_quantized(header, strips, executor)
 
 
@@ -339,19 +376,22 @@ def _finish(
     counted: _Counted,
     tile_cols: int | None,
     executor: ThreadPoolExecutor | None,
+    coder: Coder,
 ) -> EncodedTensor:
     header = weights.header(plan.layout, tile_cols)
     scales = np.full(1, counted.scale, np.float32)
-    return _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor)
+    return _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor, coder)
 
 
-def _encode_zeros(weights: Matrices, tile_cols: int | None, executor: ThreadPoolExecutor | None) -> EncodedTensor:
+def _encode_zeros(
+    weights: Matrices, tile_cols: int | None, executor: ThreadPoolExecutor | None, coder: Coder
+) -> EncodedTensor:
     layout = integer_layout("balanced", ElementKind.SIGNED, 4)
-    strips = _QuantizedStrips(weights, np.zeros(1, np.float32), 4, NEAREST)
+    strips = coder.quantize(weights, np.zeros(1, np.float32), 4, NEAREST)
     header = weights.header(layout, tile_cols)
     counted = _count_quantized(header, strips, executor)
     scales = np.zeros(1, np.float32)
-    return _encode_quantized(weights, header, counted.counts, strips, scales, "uniform", executor)
+    return _encode_quantized(weights, header, counted.counts, strips, scales, "uniform", executor, coder)
 
 
 def _most_noise_db(bits: float) -> float:
@@ -370,6 +410,7 @@ def encode_at_bits(
     tile_cols: int | None = None,
     rate_weight: float = LAMBDA,
     executor: ThreadPoolExecutor | None = None,
+    coder: Coder = CPU_CODER,
 ) -> EncodedTensor:
     """Quantize with one step so that the tensor takes at most ``bits`` bits a weight, everything counted.
 
@@ -378,7 +419,7 @@ def encode_at_bits(
     """
     fine = measure(weights, executor)
     if fine.rms == 0:
-        return _encode_zeros(weights, tile_cols, executor)
+        return _encode_zeros(weights, tile_cols, executor, coder)
     layouts = candidate_layouts(layout_name, bits)
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     target_bits = bits - _RATE_TOLERANCE_BITS / 2
@@ -386,7 +427,7 @@ def encode_at_bits(
     best: tuple[RatePlan, _Counted] | None = None
     for _ in range(_MAX_CORRECTIONS):
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
-        counted = _run_plan(weights, fine, plan, tile_cols, executor)
+        counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
         achieved = 8 * counted.size_bytes / weights.size
         if achieved <= bits and (best is None or counted.size_bytes > best[1].size_bytes):
             best = plan, counted
@@ -397,7 +438,7 @@ def encode_at_bits(
         layouts = [plan.layout]
     for attempt in range(_MAX_CORRECTIONS):
         if best is not None:
-            encoded = _finish(weights, *best, tile_cols, executor)
+            encoded = _finish(weights, *best, tile_cols, executor, coder)
             excess = 8 * encoded.size_bytes / weights.size - bits
             if excess <= 0:
                 if encoded.noise_db is not None and encoded.noise_db > _most_noise_db(bits):
@@ -410,7 +451,7 @@ def encode_at_bits(
         # The exact size is above the estimate, or no estimate was low enough: aim lower, by more each time.
         aim -= 2 * excess + attempt * _RATE_TOLERANCE_BITS / 2
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
-        best = plan, _run_plan(weights, fine, plan, tile_cols, executor)
+        best = plan, _run_plan(weights, fine, plan, tile_cols, executor, coder)
     raise NotEncodableError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
 
 
@@ -430,9 +471,10 @@ def planned_bytes(
     plan: RatePlan,
     tile_cols: int | None,
     executor: ThreadPoolExecutor | None,
+    coder: Coder = CPU_CODER,
 ) -> float:
     """What a plan takes, from a count of the real symbols (blob and scale)."""
-    return _run_plan(weights, fine, plan, tile_cols, executor).size_bytes
+    return _run_plan(weights, fine, plan, tile_cols, executor, coder).size_bytes
 
 
 def encode_plan(
@@ -442,14 +484,15 @@ def encode_plan(
     *,
     tile_cols: int | None = None,
     executor: ThreadPoolExecutor | None = None,
+    coder: Coder = CPU_CODER,
 ) -> EncodedTensor:
     """Quantize and code as planned.
 
     Raises:
         NotEncodableError: the step is so small that a value exceeds what an outlier can hold.
     """
-    counted = _run_plan(weights, fine, plan, tile_cols, executor)
-    return _finish(weights, plan, counted, tile_cols, executor)
+    counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
+    return _finish(weights, plan, counted, tile_cols, executor, coder)
 
 
 def encode_int8_rows(
@@ -458,6 +501,7 @@ def encode_int8_rows(
     layout_name: str = "auto",
     tile_cols: int | None = None,
     executor: ThreadPoolExecutor | None = None,
+    coder: Coder = CPU_CODER,
 ) -> EncodedTensor:
     """INT8 with a scale of max |w|/127 for each row: the near-lossless preset.
 
@@ -476,7 +520,7 @@ def encode_int8_rows(
     _moments(weights, math.inf, executor)
     scales: npt.NDArray[np.float32] = np.divide(absmax, np.float32(127), dtype=np.float32)
     scales[scales < _TINY] = 0
-    strips = _QuantizedStrips(weights, scales, 8, NEAREST)
+    strips = coder.quantize(weights, scales, 8, NEAREST)
     names = ("balanced", "fast") if layout_name == "auto" else (layout_name,)
     trials = []
     for name in names:
@@ -486,4 +530,4 @@ def encode_int8_rows(
     header, counted = trials[0]
     if len(trials) > 1 and trials[1][1].size_bytes <= counted.size_bytes * (1 + FAST_COSTS_AT_MOST):
         header, counted = trials[1]
-    return _encode_quantized(weights, header, counted.counts, strips, scales, "int8-row", executor)
+    return _encode_quantized(weights, header, counted.counts, strips, scales, "int8-row", executor, coder)

@@ -1,0 +1,347 @@
+// Tiles of a blob (docs/FORMAT.md §7) as warps read them: a warp takes a group, a lane takes a row.
+//
+// The group table is the runtime's own index (kvpack/runtime/device_blob.py builds and checks it): 16 bytes for each group of
+// each tile, in the order matrix, group of rows, tile column, so that a warp that walks along its rows reads it in order.
+//
+//   u32 0   tile's first byte, from the blob's, in units of 16 bytes
+//   u32 1   bits 0–16   group's first word, from the tile's first byte, in words
+//           bits 17–31  number of words
+//   u32 2   bits 0–16   raw_offset in units of 16 bytes
+//           bits 17–18  mode      bit 19 predictor      bits 20–23 table
+//   u32 3   bits 0–16   group's first outlier among the tile's
+//           bits 17–31  number of outliers
+#pragma once
+
+#include "common.cuh"
+
+constexpr u32 kCodeBits = KVPACK_CODE_BITS;
+constexpr u32 kCodesPerSymbol = KVPACK_CODES_PER_SYMBOL;
+constexpr u32 kRawBits = KVPACK_RAW_BITS;
+constexpr u32 kElementBits = KVPACK_ELEMENT_BITS;
+constexpr u32 kNarrowRawBits = kRawBits & 7;  // of the planes of 4, 2 and 1 bits
+constexpr u32 kWidePlanes = kRawBits >> 3;
+constexpr u32 kStepsPerChunk = kChunkCols / kCodesPerSymbol;
+constexpr u32 kSlots = kChunkCols / 4;
+constexpr u32 kBytes = 0x01010101u;
+constexpr u32 kRawRegisters = kRawBits == 0 ? 1 : kRawBits;  // u32 of one lane and chunk
+constexpr u32 kRawChunkBytes = 4 * kRawBits * kLanes;        // of a group
+constexpr u32 kElementMask = kElementBits == 32 ? 0xFFFFFFFFu : (1u << (kElementBits & 31)) - 1;
+constexpr u32 kHalf = 1u << (kElementBits - 1);
+constexpr bool kSigned = KVPACK_ELEMENT_KIND == KVPACK_KIND_SIGNED;
+
+struct Group {
+  const u8* tile;
+  u32 first_word;
+  u32 num_words;
+  u32 raw_offset;
+  u32 mode;
+  u32 predictor;
+  u32 table;
+  u32 first_outlier;
+  u32 num_outliers;
+};
+
+__device__ __forceinline__ Group unpack_group(const u8* blob, uint4 entry) {
+  Group group;
+  group.tile = blob + 16ull * entry.x;
+  group.first_word = entry.y & 0x1FFFF;
+  group.num_words = entry.y >> 17;
+  group.raw_offset = 16 * (entry.z & 0x1FFFF);
+  group.mode = (entry.z >> 17) & 3;
+  group.predictor = (entry.z >> 19) & 1;
+  group.table = (entry.z >> 20) & 15;
+  group.first_outlier = entry.w & 0x1FFFF;
+  group.num_outliers = entry.w >> 17;
+  return group;
+}
+
+// A group's place: rows and columns that are not padding, in its tile and in the matrix.
+struct Place {
+  u32 group;      // in the tile
+  u32 tile_rows;  // R
+  u32 tile_cols;  // K
+  u32 first_col;  // of the tile in the matrix
+
+  __device__ __forceinline__ u32 lanes() const { return align_up(tile_rows, kLanes); }
+  __device__ __forceinline__ u32 chunks() const { return ceil_div(tile_cols, kChunkCols); }
+};
+
+__device__ __forceinline__ Place place_of(u32 row_group, u32 tile_col, u32 rows, u32 cols, u32 tile_cols) {
+  Place place;
+  u32 tile_row = row_group / kGroupsPerTile;
+  place.group = row_group % kGroupsPerTile;
+  place.tile_rows = min(rows - tile_row * KVPACK_TILE_ROWS, static_cast<u32>(KVPACK_TILE_ROWS));
+  place.first_col = tile_col * tile_cols;
+  place.tile_cols = min(cols - place.first_col, tile_cols);
+  return place;
+}
+
+// ------------------------------------------------------------------------------------------------------------ lanes
+// A lane's decoder. The next word is always in a register already, off the chain from one state to the next.
+struct Lane {
+  u32 state;
+  u32 word_address;  // in shared memory, of `word`
+  u32 word;
+};
+
+// What a lane starts from; loaded while the tile before is decoded.
+struct LaneStart {
+  u32 state;
+  u32 num_words;
+};
+
+__device__ __forceinline__ LaneStart load_lane_start(const Group& group, const Place& place, u32 length_bytes, u32 lane) {
+  LaneStart start{KVPACK_STATE_LOW, 0};
+  if (group.mode == KVPACK_MODE_RANS) {
+    u32 in_tile = place.group * kLanes + lane;
+    const u8* states = group.tile + kGroupOffsetsBytes;
+    const u8* lengths = states + 4 * place.lanes();
+    start.state = load_once_u32(states + 4 * in_tile);
+    start.num_words = length_bytes == 1 ? lengths[in_tile] : reinterpret_cast<const u16*>(lengths)[in_tile];
+  }
+  return start;
+}
+
+// The group's words begin anywhere; they are copied from the multiple of 16 bytes before them.
+__device__ __forceinline__ u32 words_lead_bytes(const Group& group) { return (2 * group.first_word) & 15; }
+
+__device__ __forceinline__ void copy_words(const Group& group, u32 buffer, u32 lane) {
+  u32 lead = words_lead_bytes(group);
+  const u8* source = group.tile + 2 * group.first_word - lead;
+  u32 units = group.mode == KVPACK_MODE_RANS ? ceil_div(lead + 2 * group.num_words, 16) : 0;
+  for (u32 unit = lane; unit < units; unit += kLanes) copy_async_16(buffer + 16 * unit, source + 16 * unit);
+}
+
+// Lanes' words follow each other, so that a lane's first one is at the sum of the lengths before it. A damaged length must not
+// lead out of the buffer: it holds the group's words and, behind them, as many bytes as a lane can read too many.
+__device__ __forceinline__ Lane start_lane(const Group& group, const LaneStart& start, u32 buffer, u32 lane,
+                                           u32& end_address) {
+  u32 sum = start.num_words;
+#pragma unroll
+  for (u32 distance = 1; distance < kLanes; distance *= 2) {
+    u32 before = __shfl_up_sync(kAllLanes, sum, distance);
+    if (lane >= distance) sum += before;
+  }
+  u32 first = buffer + words_lead_bytes(group);
+  end_address = first + 2 * sum;
+  Lane decoder;
+  decoder.state = start.state;
+  decoder.word_address = first + 2 * min(sum - start.num_words, group.num_words);
+  decoder.word = load_shared_u16(decoder.word_address);
+  return decoder;
+}
+
+// One step (§5.2): returns the table's entry, whose lowest byte is the symbol.
+__device__ __forceinline__ u32 decode_step(Lane& decoder, u32 table) {
+  u32 entry = load_shared_u32(table + 4 * (decoder.state & (kTableSlots - 1)));
+  decoder.state = (entry >> 20) * (decoder.state >> KVPACK_PROBABILITY_BITS) + ((entry >> 8) & (kTableSlots - 1));
+  refill_state(decoder.state, decoder.word_address, decoder.word);
+  return entry;
+}
+
+// Four steps; their symbols in the bytes of a register.
+__device__ __forceinline__ u32 decode_four(Lane& decoder, u32 table) {
+  u32 e0 = decode_step(decoder, table);
+  u32 e1 = decode_step(decoder, table);
+  u32 e01 = __byte_perm(e0, e1, 0x0040);
+  u32 e2 = decode_step(decoder, table);
+  u32 e3 = decode_step(decoder, table);
+  u32 e23 = __byte_perm(e2, e3, 0x0040);
+  return __byte_perm(e01, e23, 0x5410);
+}
+
+// ------------------------------------------------------------------------------------------------------------ chunks
+// Raw planes of one lane and chunk (§7.4), as they lie in the file.
+struct RawChunk {
+  u32 words[kRawRegisters];
+};
+
+__device__ __forceinline__ const u8* raw_planes(const Group& group, const Place& place) {
+  return group.tile + group.raw_offset + place.group * place.chunks() * kRawChunkBytes;
+}
+
+// Raw planes are read a chunk at a time straight into registers; this has them on their way from memory before.
+__device__ __forceinline__ void prefetch_raw(const Group& group, const Place& place, u32 lane) {
+  constexpr u32 line_bytes = 128;
+  if (kRawBits == 0 || group.mode == KVPACK_MODE_RAW) return;
+  const u8* planes = raw_planes(group, place);
+  for (u32 at = lane * line_bytes; at < place.chunks() * kRawChunkBytes; at += kLanes * line_bytes) prefetch_l2(planes + at);
+}
+
+// `planes`: those of the group in this chunk.
+__device__ __forceinline__ void load_raw(const u8* planes, u32 lane, RawChunk& raw) {
+  if constexpr (kWidePlanes > 0) {
+    constexpr u32 units = 2 * kWidePlanes;
+#pragma unroll
+    for (u32 unit = 0; unit != units; ++unit) {
+      uint4 v = load_once_v4(planes + unit * 16 * kLanes + 16 * lane);
+      raw.words[4 * unit] = v.x;
+      raw.words[4 * unit + 1] = v.y;
+      raw.words[4 * unit + 2] = v.z;
+      raw.words[4 * unit + 3] = v.w;
+    }
+  }
+  constexpr u32 wide = 8 * kWidePlanes;  // registers so far
+  if constexpr ((kNarrowRawBits & 4) != 0) {
+    uint4 v = load_once_v4(planes + 4 * kLanes * wide + 16 * lane);
+    raw.words[wide] = v.x;
+    raw.words[wide + 1] = v.y;
+    raw.words[wide + 2] = v.z;
+    raw.words[wide + 3] = v.w;
+  }
+  if constexpr ((kNarrowRawBits & 2) != 0) {
+    constexpr u32 at = wide + (kNarrowRawBits & 4);
+    uint2 v = load_once_v2(planes + 4 * kLanes * at + 8 * lane);
+    raw.words[at] = v.x;
+    raw.words[at + 1] = v.y;
+  }
+  if constexpr ((kNarrowRawBits & 1) != 0) {
+    constexpr u32 at = wide + (kNarrowRawBits & 6);
+    raw.words[at] = load_once_u32(planes + 4 * kLanes * at + 4 * lane);
+  }
+}
+
+// Moves bits up by `shift`, or down if it is negative.
+template <int shift>
+__device__ __forceinline__ u32 shifted(u32 value) {
+  if constexpr (shift >= 0) return value << shift;
+  return value >> (shift < 0 ? -shift : 0);
+}
+
+// Bits of the narrow planes of slot k, one byte an element.
+template <u32 slot>
+__device__ __forceinline__ u32 narrow_bits(const RawChunk& raw) {
+  u32 bits = 0;
+  constexpr u32 wide = 8 * kWidePlanes;
+  if constexpr ((kNarrowRawBits & 4) != 0) {
+    constexpr u32 to = kNarrowRawBits & 3;
+    bits |= shifted<static_cast<int>(to) - static_cast<int>(slot * 4 % 8)>(raw.words[wide + slot * 4 / 8]) &
+            (kBytes * (15u << to));
+  }
+  if constexpr ((kNarrowRawBits & 2) != 0) {
+    constexpr u32 at = wide + (kNarrowRawBits & 4), to = kNarrowRawBits & 1;
+    bits |= shifted<static_cast<int>(to) - static_cast<int>(slot * 2 % 8)>(raw.words[at + slot * 2 / 8]) &
+            (kBytes * (3u << to));
+  }
+  if constexpr ((kNarrowRawBits & 1) != 0) {
+    constexpr u32 at = wide + (kNarrowRawBits & 6);
+    bits |= shifted<-static_cast<int>(slot)>(raw.words[at]) & kBytes;
+  }
+  return bits;
+}
+
+// Codes number `code` of four symbols, above the raw bits of slot `slot`: four elements of up to 8 bits.
+template <u32 slot, u32 code>
+__device__ __forceinline__ u32 join_slot(u32 symbols, const RawChunk& raw) {
+  constexpr u32 shift = kElementBits <= 8 ? kRawBits : 0;
+  constexpr u32 mask = kBytes * (((1u << kCodeBits) - 1) << shift);
+  u32 codes = shifted<static_cast<int>(shift) - static_cast<int>(kCodeBits * code)>(symbols) & mask;
+  if constexpr (kElementBits <= 8 && kRawBits > 0) codes |= narrow_bits<slot>(raw);
+  return codes;
+}
+
+// Calls emit.template operator()<slot>(elements) for the g slots of four symbols.
+template <u32 quad, u32 code, class Emit>
+__device__ __forceinline__ void emit_quad(u32 symbols, const RawChunk& raw, Emit& emit) {
+  if constexpr (code < kCodesPerSymbol) {
+    emit.template slot<quad * kCodesPerSymbol + code>(join_slot<quad * kCodesPerSymbol + code, code>(symbols, raw));
+    emit_quad<quad, code + 1>(symbols, raw, emit);
+  }
+}
+
+// Decodes one chunk of a rans tile: emit.slot<k>(four elements) for k = 0 … 7. For elements of more than 8 bits these are the
+// codes alone.
+template <u32 quad = 0, class Emit>
+__device__ __forceinline__ void decode_chunk(Lane& decoder, u32 table, const RawChunk& raw, Emit& emit) {
+  if constexpr (quad < kSlots / kCodesPerSymbol) {
+    u32 symbols = decode_four(decoder, table);
+    emit_quad<quad, 0>(symbols, raw, emit);
+    decode_chunk<quad + 1>(decoder, table, raw, emit);
+  }
+}
+
+// The same for a constant tile.
+template <u32 quad = 0, class Emit>
+__device__ __forceinline__ void constant_chunk(u32 symbol, const RawChunk& raw, Emit& emit) {
+  if constexpr (quad < kSlots / kCodesPerSymbol) {
+    emit_quad<quad, 0>(symbol * kBytes, raw, emit);
+    constant_chunk<quad + 1>(symbol, raw, emit);
+  }
+}
+
+// Column of a chunk that byte t of slot k holds (§7.4).
+__device__ __forceinline__ constexpr u32 slot_column(u32 slot, u32 byte) {
+  return 4 * kCodesPerSymbol * (slot / kCodesPerSymbol) + kCodesPerSymbol * byte + slot % kCodesPerSymbol;
+}
+
+// An element of a tile in mode raw (§7.2). Reads up to 7 bytes behind it.
+__device__ __forceinline__ u32 raw_mode_element(const Group& group, const Place& place, u32 row, u32 col) {
+  u32 bit = (row * place.tile_cols + col) * kElementBits;
+  const u32* words = reinterpret_cast<const u32*>(group.tile) + bit / 32;
+  return __funnelshift_r(words[0], words[1], bit & 31) & kElementMask;
+}
+
+// The same chunk of a tile in mode raw, for elements of up to 8 bits; padding is 0.
+template <class Emit, u32 slot = 0>
+__device__ __forceinline__ void raw_mode_chunk(const Group& group, const Place& place, u32 row, u32 chunk, Emit& emit) {
+  if constexpr (slot < kSlots) {
+    u32 elements = 0;
+#pragma unroll
+    for (u32 byte = 0; byte < 4; ++byte) {
+      u32 col = chunk * kChunkCols + slot_column(slot, byte);
+      if (row < place.tile_rows && col < place.tile_cols) {
+        elements |= raw_mode_element(group, place, row, col) << (8 * byte);
+      }
+    }
+    emit.template slot<slot>(elements);
+    raw_mode_chunk<Emit, slot + 1>(group, place, row, chunk, emit);
+  }
+}
+
+// Keeps the slots of a chunk.
+struct KeepSlots {
+  u32 slots[kSlots];
+  template <u32 k>
+  __device__ __forceinline__ void slot(u32 elements) {
+    slots[k] = elements;
+  }
+};
+
+// Undoes predictor 1 (§5.3) in a chunk of elements of up to 8 bits; `previous` is the element before it.
+__device__ __forceinline__ void undo_predictor(KeepSlots& chunk, bool first_chunk, u32& previous) {
+#pragma unroll
+  for (u32 col = 0; col < kChunkCols; ++col) {
+    constexpr u32 g = kCodesPerSymbol;
+    u32 slot = g * (col / (4 * g)) + col % g, byte = col / g % 4;
+    u32 element = (chunk.slots[slot] >> (8 * byte)) & 0xFF;
+    if (!(first_chunk && col == 0)) element = (element + previous - kHalf) & kElementMask;
+    previous = element;
+    chunk.slots[slot] = (chunk.slots[slot] & ~(0xFFu << (8 * byte))) | (element << (8 * byte));
+  }
+}
+
+// The outliers of a group (§7.5), sorted by row, then column.
+__device__ __forceinline__ const u32* outliers_of(const Group& group, const Place& place) {
+  u32 end = group.mode == KVPACK_MODE_RAW ? ceil_div(place.tile_rows * place.tile_cols * kElementBits, 8)
+                                          : group.raw_offset + place.lanes() * place.chunks() * 4 * kRawBits;
+  return reinterpret_cast<const u32*>(group.tile + align_up(end, 4)) + group.first_outlier;
+}
+__device__ __forceinline__ u32 outlier_lane(u32 outlier) { return (outlier >> 24) % kLanes; }
+__device__ __forceinline__ u32 outlier_col(u32 outlier) { return (outlier >> KVPACK_OUTLIER_DELTA_BITS) & 0x1FF; }
+__device__ __forceinline__ int outlier_delta(u32 outlier) {
+  constexpr u32 up = 32 - KVPACK_OUTLIER_DELTA_BITS;
+  return static_cast<int>(outlier << up) >> up;
+}
+
+// What a kernel saw of damage: [0] number of lanes that did not end as they must, [1] lowest group table index among them plus 1,
+// stored as its complement so that atomicMax finds it in memory that starts as 0.
+__device__ __forceinline__ void report_damage(u32* status, u32 index) {
+  atomicAdd(status, 1u);
+  atomicMax(status + 1, ~index);
+}
+
+// ------------------------------------------------------------------------------------------------------------ table
+// Copies a decoder table (4096 entries) into shared memory; visible after copy_async_wait and a barrier.
+__device__ __forceinline__ void copy_table(const u32* table, u32 shared, u32 thread, u32 threads) {
+  for (u32 unit = thread; unit < kTableSlots / 4; unit += threads) copy_async_16(shared + 16 * unit, table + 4 * unit);
+}

@@ -1,0 +1,100 @@
+"""``kvpack.compress``: the pipeline of ``kvpack.encode``, with the device that it runs on."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from kvpack.encode.pipeline import DEFAULT_ALLOCATION, CompressReport, Progress
+from kvpack.encode.pipeline import compress as compress_with
+from kvpack.encode.tensor_encoder import CPU_CODER, Coder
+from kvpack.runtime.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def coder_of(device: str | torch.device) -> Coder:
+    """Who counts and codes on ``device``: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        DeviceError: there is no such device, or torch or CuPy is not installed.
+    """
+    if str(device) == "cpu":
+        return CPU_CODER
+    try:
+        from kvpack.runtime.gpu_encoder import device_coder
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "cupy"):
+            raise
+        raise DeviceError(
+            f"device {str(device)!r} needs {error.name}, which is not installed: "
+            "pip install 'kvpack[cuda13]' (or [cuda12]), or use device='cpu'"
+        ) from None
+    return device_coder(device)
+
+
+def compress(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    bits: float | None = None,
+    preset: str | None = None,
+    layout: str = "auto",
+    tile_cols: int | None = None,
+    allocation: str = DEFAULT_ALLOCATION,
+    include: str | None = None,
+    exclude: str | None = None,
+    tensor_bits: dict[str, float] | None = None,
+    threads: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    device: str | torch.device = "cpu",
+) -> CompressReport:
+    """Compress a .safetensors file or a model directory.
+
+    The same file comes from every device: on a GPU weights are quantized, counted and coded there, while what is
+    summed in floating point to choose a step, or to measure the noise, stays with the CPU.
+
+    Args:
+        out: the output; by default ``NAME.kvpack.safetensors`` or ``NAME-kvpack`` beside the input.
+        bits: bits a weight, 1.5 to 7.5, everything counted (default: 4.85, ``kvpack.encode.rates``).
+        preset: ``near-lossless`` (INT8 rows) or ``lossless`` instead of a rate.
+        layout: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
+        tile_cols: columns of a tile; by default equal parts of at most 512.
+        allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
+        include, exclude: regular expressions for names to code or to keep.
+        tensor_bits: regular expression → rate for the tensors whose names match it; the last match counts.
+        dry_run: do everything but write.
+        force: replace an existing output.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: the input or an option cannot be used.
+        DeviceError: the device is not there, or something that it needs is not installed.
+        FormatError: the input is damaged.
+        OSError: reading or writing failed; no output is left.
+
+    Example::
+
+        report = kvpack.compress("model.safetensors", bits=4.25)
+        print(report.ratio, report.noise_db)
+    """
+    return compress_with(
+        path,
+        out,
+        bits=bits,
+        preset=preset,
+        layout=layout,
+        tile_cols=tile_cols,
+        allocation=allocation,
+        include=include,
+        exclude=exclude,
+        tensor_bits=tensor_bits,
+        threads=threads,
+        dry_run=dry_run,
+        force=force,
+        progress=progress,
+        coder=coder_of(device),
+    )

@@ -1,0 +1,226 @@
+"""A coded tensor in a device's memory: what kernels compute on, and the CPU path with the same results."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvpack.encode.rans import decoder_table
+from kvpack.format.blob import Blob
+from kvpack.format.errors import LaneStateError, ScaleError
+from kvpack.format.header import BlobHeader
+from kvpack.format.layout import ElementKind, Predictor
+from kvpack.runtime import ops
+from kvpack.runtime.group_table import group_table, max_group_words
+from kvpack.runtime.kernels import require_device
+from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES
+
+# A lane of a damaged blob reads at most a word a step (512) and one ahead, a raw element at most 8 bytes behind its tile.
+SLACK_BYTES = 2048
+
+
+def check_scales(scales: npt.NDArray[np.float32], header: BlobHeader) -> None:
+    """Raises ScaleError unless there are as many scales as FORMAT.md §8 says, all of them legal."""
+    quantized = header.layout.element_kind == ElementKind.SIGNED
+    if len(scales) not in ((0, 1, header.matrices * header.rows) if quantized else (0,)):
+        raise ScaleError(f"{len(scales)} scales for {header.matrices} × {header.rows} rows")
+    tiny = np.finfo(np.float32).tiny
+    bad = ~((scales == 0) | ((scales >= tiny) & np.isfinite(scales)))
+    if bad.any():
+        raise ScaleError(f"scale {int(np.argmax(bad))} is {scales[bad][0]}")
+
+
+class DeviceBlob:
+    """One coded tensor on a device.
+
+    Attributes:
+        header: of the blob.
+        dtype: of the original tensor; shape: its shape.
+        blob: u8 [blob_bytes + slack]: the blob as FORMAT.md §2 has it, then zeros.
+        scales: f32 [0], [1] or [matrices · rows].
+        groups, tables, status: what kernels look up (:class:`kvpack.runtime.weight_kernels.Coded`); empty on the CPU.
+        geometry: all numbers that an operator needs, see :mod:`kvpack.runtime.ops`.
+    """
+
+    def __init__(self, blob: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...],
+                 host: memoryview) -> None:  # fmt: skip
+        device = blob.device
+        parsed = Blob(host)
+        self.header = parsed.header
+        self.dtype, self.shape = dtype, tuple(shape)
+        self.blob, self.scales = blob, scales
+        self.blob_bytes = len(host)
+        if len(blob) < self.blob_bytes + SLACK_BYTES:
+            raise ValueError(f"a buffer of {len(blob)} bytes for a blob of {self.blob_bytes} and {SLACK_BYTES} of slack")
+        if math.prod(self.shape) != self.header.num_elements:
+            raise ValueError(f"shape {self.shape} for {self.header.num_elements} elements")
+        check_scales(scales.detach().cpu().numpy(), self.header)
+        words = 0
+        groups = np.empty((0, 4), np.uint32)
+        tables = np.empty((0, 4096), np.uint32)
+        if device.type == "cuda":
+            require_device(device)
+            groups = group_table(parsed)
+            words = max_group_words(groups)
+            if parsed.tables:
+                tables = np.stack([decoder_table(table) for table in parsed.tables])
+        self.groups = torch.from_numpy(groups.view(np.int32)).to(device)
+        self.tables = torch.from_numpy(tables.view(np.int32)).to(device)
+        self.status = torch.zeros(2, dtype=torch.int32, device=device)
+        self.has_outliers = bool(parsed.tiles["outlier_count"].any())
+        predicted = bool((parsed.tiles["predictor"] == Predictor.PREVIOUS).any())
+        self.geometry = ops.pack_geometry(self.header, self.blob_bytes, words, predicted, self.has_outliers)
+
+    @classmethod
+    def from_bytes(
+        cls,
+        data: memoryview | bytes,
+        scales: npt.NDArray[np.float32] | None,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        device: torch.device | str,
+    ) -> Self:
+        """Copy a blob to a device.
+
+        Raises:
+            BlobError, ScaleError: the blob or its scales break a rule of FORMAT.md.
+            DeviceError: the device cannot be used.
+        """
+        view = memoryview(data).cast("B")
+        host = np.zeros(len(view) + SLACK_BYTES, np.uint8)
+        host[: len(view)] = np.frombuffer(view, np.uint8)
+        numbers = np.empty(0, np.float32) if scales is None else np.array(scales, np.float32)
+        target = torch.device(device)
+        if target.type == "cuda":
+            require_device(target)
+        return cls(
+            torch.from_numpy(host).to(target), torch.from_numpy(numbers).to(target), dtype, shape, memoryview(host)[: len(view)]
+        )
+
+    @classmethod
+    def from_buffer(
+        cls,
+        blob: torch.Tensor,
+        scales: torch.Tensor,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        *,
+        blob_bytes: int | None = None,
+        host: memoryview | None = None,
+    ) -> Self:
+        """Take over a buffer that holds a blob and :data:`SLACK_BYTES` of zeros.
+
+        Args:
+            host: the same bytes in the host's memory, if they are at hand (else they are copied back once).
+        """
+        if host is None:
+            size = len(blob) - SLACK_BYTES if blob_bytes is None else blob_bytes
+            host = memoryview(blob[:size].cpu().numpy())
+        return cls(blob, scales, dtype, shape, host)
+
+    @property
+    def device(self) -> torch.device:
+        return self.blob.device
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes on the device: blob, slack, scales and what kernels look up."""
+        parts = (self.blob, self.scales, self.groups, self.tables, self.status)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def __repr__(self) -> str:
+        bits = 8 * (self.blob_bytes + 4 * len(self.scales)) / self.header.num_elements
+        layout = self.header.layout
+        return (
+            f"DeviceBlob({list(self.shape)}, {str(self.dtype).removeprefix('torch.')}, {layout.name} "
+            f"{layout.element_bits}-bit, {bits:.3f} bits a weight, device='{self.device}')"
+        )
+
+    def to(self, device: torch.device | str) -> DeviceBlob:
+        """The same tensor on another device; self if it is there already."""
+        target = torch.device(device)
+        if target.type == "cuda" and target.index is None:
+            target = torch.device("cuda", torch.cuda.current_device())
+        if target == self.device:
+            return self
+        host = memoryview(self.blob[: self.blob_bytes].cpu().numpy())
+        return DeviceBlob(self.blob.to(target), self.scales.to(target), self.dtype, self.shape, host)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.blob, self.groups, self.tables, self.scales, self.status, self.geometry
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x · Wᵀ (+ bias), W = the dequantized matrix, outputs × inputs.
+
+        Args:
+            x: [..., inputs], fp16, bf16 or fp32.
+            bias: [outputs] of x's type.
+
+        Returns:
+            [..., outputs] of x's type.
+        """
+        return torch.ops.kvpack.linear(x, *self._arguments(), bias)  # type: ignore[no-any-return]
+
+    def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor as numbers, in its original shape.
+
+        Args:
+            dtype: of a quantized tensor: fp16, bf16 or fp32 (default: the original's). Lossless tensors are
+                converted from their own.
+            out: where to put it; contiguous, of that dtype, [matrices, rows, cols] of the blob.
+        """
+        wanted = self.dtype if dtype is None else dtype
+        if len(self.scales):
+            if wanted not in FLOAT_TYPES:
+                wanted = torch.float32
+            values = torch.ops.kvpack.dequantize(*self._arguments(), wanted)
+            wanted = self.dtype if dtype is None else dtype
+        else:
+            values = torch.ops.kvpack.numbers(*self._arguments())
+            if not self.header.layout.element_kind.is_integer:
+                values = values.view(LOSSLESS_TYPES[self.header.layout.element_kind])
+        values = values.to(wanted)
+        if out is not None:
+            return out.copy_(values)
+        if self.header.transposed:
+            values = values.swapaxes(1, 2)
+        return values.reshape(self.shape)
+
+    def integers(self) -> torch.Tensor:
+        """What the blob holds, [matrices, rows, cols]: i8 (i16 with outliers), u8, or bit patterns of floats.
+
+        Bit patterns of 16 and 32 bits come as i16 and i32: torch does little with unsigned ones.
+        """
+        return torch.ops.kvpack.numbers(*self._arguments())  # type: ignore[no-any-return]
+
+    def check_lanes(self) -> None:
+        """Decode every lane to nowhere and wait for the result.
+
+        Raises:
+            LaneStateError: a lane does not end in its initial state.
+        """
+        if self.device.type == "cpu":
+            self.integers()
+            return
+        torch.ops.kvpack.check_lanes(*self._arguments())
+        self.check()
+
+    def check(self) -> None:
+        """Ask whether any kernel so far met a corrupt lane; waits for the device.
+
+        Raises:
+            LaneStateError
+        """
+        count, where = self.status.tolist()
+        if count:
+            index = ~where & 0xFFFFFFFF
+            tile_column = index % self.header.num_tiles_col
+            raise LaneStateError(
+                f"{count & 0xFFFFFFFF} lanes did not end in the initial state, the first in row group "
+                f"{index // self.header.num_tiles_col}, tile column {tile_column}: the blob is corrupt, or was overwritten"
+            )
+

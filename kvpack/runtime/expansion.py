@@ -1,0 +1,73 @@
+"""Products with many tokens: rows are expanded into a staging buffer and multiplied by cuBLAS.
+
+Two buffers of some rows each: while the product with one is under way, the next rows are expanded on a side stream. The
+expanded weights never take more than the two buffers.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from kvpack.format.layout import TILE_ROWS, align, ceil_div
+from kvpack.runtime import weight_kernels
+from kvpack.runtime.weight_kernels import LOSSLESS_TYPES, OUTPUTS, Coded, Limits
+
+STAGING_BYTES = 64 << 20  # of one buffer
+# A product is worth splitting into this many parts, so that only the first one's expansion is not hidden.
+_PARTS = 4
+_MIN_PART_ROWS = 2048
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def part_rows(rows: int, cols: int, element_bytes: int) -> int:
+    """Rows that are expanded at a time: a multiple of a tile's."""
+    fitting = max(TILE_ROWS, STAGING_BYTES // (cols * element_bytes) // TILE_ROWS * TILE_ROWS)
+    return min(fitting, max(_MIN_PART_ROWS, align(ceil_div(rows, _PARTS), TILE_ROWS)), align(rows, TILE_ROWS))
+
+
+def _expand(coded: Coded, rows: tuple[int, int], out: torch.Tensor, limits: Limits) -> None:
+    quantized = len(coded.scales) > 0
+    output = OUTPUTS[out.dtype] if quantized else weight_kernels.OUTPUT_NUMBERS
+    weight_kernels.decode(coded, output, out, limits, rows)
+
+
+def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits) -> torch.Tensor:
+    """x · Wᵀ (+ bias) for x [tokens, cols] of any number of tokens; returns [tokens, rows] of x's type."""
+    header = coded.header
+    rows, cols = header.rows, header.cols
+    dtype = x.dtype if len(coded.scales) else LOSSLESS_TYPES[header.layout.element_kind]
+    out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
+    step = part_rows(rows, cols, dtype.itemsize)
+    parts = [(first, min(first + step, rows)) for first in range(0, rows, step)]
+    buffers = [torch.empty((step, cols), dtype=dtype, device=x.device) for _ in parts[:2]]
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    expanded = [torch.cuda.Event() for _ in parts]
+    multiplied = [torch.cuda.Event() for _ in parts]
+
+    def expand(index: int) -> None:
+        first, end = parts[index]
+        with torch.cuda.stream(side):
+            if index >= 2:
+                side.wait_event(multiplied[index - 2])
+            _expand(coded, (first, end), buffers[index % 2][: end - first], limits)
+            expanded[index].record(side)
+
+    side.wait_stream(main)  # the buffers' memory, and the coded weights, may still be in use there
+    expand(0)
+    for index, (first, end) in enumerate(parts):
+        if index + 1 < len(parts):
+            expand(index + 1)
+        main.wait_event(expanded[index])
+        weights = buffers[index % 2][: end - first].to(x.dtype)
+        if bias is None:
+            torch.mm(x, weights.T, out=out[:, first:end])
+        else:
+            torch.addmm(bias[first:end], x, weights.T, out=out[:, first:end])
+        multiplied[index].record(main)
+    return out

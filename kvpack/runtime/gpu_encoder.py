@@ -1,0 +1,637 @@
+"""Weights → elements → blob on a GPU: the same bytes as :mod:`kvpack.encode` makes.
+
+Everything that coding does for each element runs on the device: histograms, lanes, raw planes, CRCs, and the moving
+together of tiles. The host chooses the tables (``cluster_tables``, the CPU's own function, on the histograms) and
+writes the front. So the host waits twice: for the histograms, and for the tiles' metadata.
+
+::
+
+    encode_count   symbols of each tile                                    → host: tables, a plan for each tile
+    encode_lanes   lanes → words, in scratch memory                        ┐
+    encode_place   mode, size and place of each tile                       │ a slab of tiles at a time, if the
+    encode_pack    lane tables, words, planes or raw elements, outliers    ┘ scratch would be too large
+    crc32          over the tiles as they lie                              → host: the front
+
+Quantizing (``encode_quantize``) runs on the device too, with integer sums. What ``kvpack.encode`` sums in floating
+point stays with the CPU, since the bytes depend on the order of such sums: the moments that a step is chosen by, and
+the noise that is reported. So do the fine histogram, the rows' largest magnitudes, and steps near the end of fp32's
+range, where kernels (compiled to flush denormal numbers) would round otherwise.
+
+Launches go through a parameter, so that tests run the same steps with the kernels compiled for the CPU.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvpack.encode.blob_encoder import (
+    EncodedBlob,
+    Strip,
+    StripSource,
+    element_entropy_bits,
+    even_tile_cols,
+    finish_front,
+)
+from kvpack.encode.quantize import FIXED_POINT, NUM_THRESHOLDS, Rounding
+from kvpack.encode.table_clusters import CONSTANT, cluster_tables
+from kvpack.encode.tensor_encoder import Coder, Matrices, QuantizedCounts, QuantizedStrips
+from kvpack.encode.threads import map_ordered
+from kvpack.format.blob import TILE_METADATA
+from kvpack.format.header import HEADER_BYTES, TILE_METADATA_BYTES, BlobHeader
+from kvpack.format.layout import (
+    ALIGNMENT_BYTES,
+    FREQUENCY_SUM,
+    GROUP_LANES,
+    NUM_SYMBOLS,
+    OUTLIER_BYTES,
+    OUTLIER_DELTA_BITS,
+    PROBABILITY_BITS,
+    TILE_ROWS,
+    ElementKind,
+    Layout,
+    Predictor,
+    align,
+    ceil_div,
+)
+from kvpack.format.tables import Frequencies
+from kvpack.runtime.errors import DeviceError
+from kvpack.runtime.kernels import Kernel, launch, require_device
+
+Launch = Callable[..., None]  # kernels.launch, or one that runs kernels elsewhere
+
+SCRATCH_BYTES = 1 << 30
+_CRC_THREADS = 256
+_CRC_POLYNOMIAL = 0xEDB88320
+_PLACE_THREADS = 1024
+_QUANTIZE_THREADS = 256
+_QUANTIZE_BLOCKS = 4096
+# Steps from here on are so far from denormal numbers that flushing these changes no element.
+_SMALLEST_STEP = 2.0**-100
+_WORD_BITS = 16
+# Words are stored four at a time.
+_LANE_WORDS_MULTIPLE = 4
+# cuda/encode_tiles.cuh
+_PLAN_RAW, _PLAN_CONSTANT = -1, -2
+
+
+@cache
+def _kernel(operation: str, layout: Layout | None, defines: tuple[tuple[str, int], ...] = ()) -> Kernel:
+    """The kernel of the source file of its name."""
+    return Kernel.of(f"{operation}.cu", operation, layout, dict(defines))
+
+
+_PLACE = _kernel("encode_place", None, (("KVPACK_PLACE_THREADS", _PLACE_THREADS),))
+_CRC = _kernel("crc32", None, (("KVPACK_CRC_THREADS", _CRC_THREADS), ("KVPACK_CRC_POLYNOMIAL", _CRC_POLYNOMIAL)))
+
+
+def _quantize_kernel(kind: ElementKind) -> Kernel:
+    """The one for weights of float kind ``kind``."""
+    numbers = {
+        "KVPACK_WEIGHT_KIND": int(kind),
+        "KVPACK_NUM_THRESHOLDS": NUM_THRESHOLDS,
+        "KVPACK_FIXED_POINT": FIXED_POINT,
+        "KVPACK_QUANTIZE_THREADS": _QUANTIZE_THREADS,
+    }
+    return _kernel("encode_quantize", None, tuple(numbers.items()))
+
+
+_BIT_PATTERNS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+_U32 = np.uint32
+
+
+def encoder_entries(tables: list[Frequencies]) -> npt.NDArray[np.uint32]:
+    """What ``encode_lanes`` looks up, u32 [tables, 256, 2]: a reciprocal, and frequency, start and shift packed.
+
+    The quotient x div f for x < f·2²⁰ is (x + d)·r >> s, with r < 2³² so that only the product's upper half is needed.
+    Let k = floor(log2 f) and s = 32 + k.
+
+    - Rounded up, r = ceil(2^s / f) = (2^s + e) / f, d = 0: exact if x·e < 2^s, so if e·f·2²⁰ ≤ 2^s.
+    - Rounded down, r = floor(2^s / f) = (2^s − e') / f, d = 1: exact if (x + 1)·e' ≤ 2^s, so if e'·f·2²⁰ ≤ 2^s.
+
+    As e + e' = f, the smaller is at most f/2, and f²·2¹⁹ < 2^(2k + 2 + 19) ≤ 2^(32 + k) for k ≤ 11: one of them always
+    is exact. Powers of two, where r would be 2³², take r = 2³¹ and s = 31 + k; f = 1 takes r = 2³² − 1, which gives
+    x − 1, and a start that is 4095 larger makes up for it: x + start + 4095 + (x − 1)·4095 = 4096·x + start.
+    """
+    frequency = np.stack(tables).astype(np.int64)
+    start = np.cumsum(frequency, axis=1) - frequency
+    divisor = np.maximum(frequency, 1)
+    floor_log2 = np.frexp(divisor.astype(np.float64))[1].astype(np.int64) - 1
+    power = np.left_shift(1, 32 + floor_log2)
+    reciprocal = -(-power // divisor)
+    round_down = (reciprocal * divisor - power) * divisor > power >> 20
+    reciprocal -= round_down
+    shift = floor_log2.copy()
+    of_two = divisor == np.left_shift(1, floor_log2)
+    reciprocal[of_two] = 1 << 31
+    shift[of_two] -= 1
+    one = divisor == 1
+    reciprocal[one] = (1 << 32) - 1
+    shift[one] = 0
+    start[one] += FREQUENCY_SUM - 1
+    packed = frequency << (32 - PROBABILITY_BITS) | start << 7 | round_down.astype(np.int64) << 4 | shift
+    return np.stack((reciprocal, packed), axis=2).astype(np.uint32)
+
+
+def _times_x(value: int) -> int:
+    """value · x mod P; bits are reflected: bit 31 is the coefficient of x⁰."""
+    return value >> 1 ^ (_CRC_POLYNOMIAL if value & 1 else 0)
+
+
+def _multiply(a: int, b: int) -> int:
+    """a · b mod P."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = _times_x(b)
+    return product
+
+
+@cache
+def crc_tables() -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    """For ``crc32``: u32 [4, 256], byte k of a state · x^(128·T); u32 [8T + 1], the powers x^(32·(i − 4T))."""
+    words = 4 * _CRC_THREADS
+    powers = np.zeros(2 * words + 1, np.uint32)
+    up = down = 1 << 31
+    powers[words] = up
+    for i in range(1, words + 1):
+        for _ in range(32):
+            up = _times_x(up)
+            # The inverse: what _times_x made odd or even shows in the highest bit, which only P sets.
+            down = (down ^ _CRC_POLYNOMIAL) << 1 | 1 if down >> 31 else down << 1
+        powers[words + i], powers[words - i] = up, down
+    step = np.zeros((4, 256), np.uint32)
+    for byte in range(4):
+        for bit in range(8):
+            step[byte, 1 << bit] = _multiply(1 << (8 * byte + bit), up)
+        for value in range(1, 256):
+            lowest = value & -value
+            step[byte, value] = step[byte, value ^ lowest] ^ step[byte, lowest]
+    return step, powers
+
+
+@dataclass(frozen=True)
+class DeviceEncoding:
+    """A blob in a device's memory.
+
+    ``blob`` u8 [blob_bytes] is a part of a larger buffer (16-byte aligned, sized before the tiles' sizes were known);
+    ``front`` are its first bytes, for the host. ``stage_seconds`` if they were asked for.
+    """
+
+    header: BlobHeader
+    blob: torch.Tensor
+    front: bytes
+    entropy_bits_per_element: float
+    outlier_count: int
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def payload(self) -> torch.Tensor:
+        """u8: the blob without its front."""
+        return self.blob[len(self.front) :]
+
+
+class _Stages:
+    """Wall-clock times of stages, the device's work included; without effect unless asked for."""
+
+    def __init__(self, device: torch.device, wanted: bool) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device, self._wanted = device, wanted
+        self._began = self._now() if wanted else 0.0
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def done(self, name: str) -> None:
+        """The work since the last call was stage ``name``."""
+        if self._wanted:
+            now = self._now()
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._began
+            self._began = now
+
+
+def _from_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory (page-locked, from torch's cache of such); waits for the device."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
+
+
+def _to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A copy on the device, as i32."""
+    values = torch.from_numpy(array.view(np.int32).reshape(-1))
+    if device.type == "cpu":
+        return values.clone()
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The elements of one blob on a device, and how to launch kernels on them."""
+
+    elements: torch.Tensor  # [matrices, rows, cols], contiguous, of the bits' width
+    header: BlobHeader
+    predictor: Predictor
+    launcher: Launch
+
+    @property
+    def device(self) -> torch.device:
+        return self.elements.device
+
+    def launch(self, operation: str | Kernel, grid: int, block: int, *arguments: Any) -> None:
+        """Launch a kernel, or the one of that name for this layout."""
+        kernel = _kernel(operation, self.header.layout) if isinstance(operation, str) else operation
+        self.launcher(kernel, grid, block, arguments, device=self.device)
+
+    def shape(self) -> tuple[np.uint32, np.uint32, np.uint32]:
+        """What most kernels take first, behind the elements."""
+        return _U32(self.header.rows), _U32(self.header.cols), _U32(self.header.tile_cols)
+
+    def count(self, predictor: Predictor) -> npt.NDArray[np.int64]:
+        """Symbol histograms, i64 [num_tiles, 256]."""
+        tiles = self.header.num_tiles
+        counts = torch.empty((tiles, NUM_SYMBOLS), dtype=torch.int32, device=self.device)
+        self.launch("encode_count", tiles, TILE_ROWS, self.elements, *self.shape(), _U32(0), _U32(predictor), counts)
+        return _from_device(counts).numpy().astype(np.int64)  # at most 131072 symbols a tile
+
+
+def _plan(job: _Job, tile_counts: npt.NDArray[np.int64], assignment: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """For each tile the index of its table, or which constant it is, or that it is raw (cuda/encode_tiles.cuh)."""
+    plan = assignment.astype(np.int32)
+    single = np.flatnonzero(assignment == CONSTANT)
+    if len(single):
+        if job.predictor == Predictor.PREVIOUS:
+            # Mode constant has no predictor, and equal differences (a ramp) are not equal elements.
+            tile_counts = job.count(Predictor.NONE)
+        counts = tile_counts[single]
+        constant = np.count_nonzero(counts, axis=1) == 1
+        plan[single] = np.where(constant, _PLAN_CONSTANT - np.argmax(counts, axis=1), _PLAN_RAW)
+    return plan
+
+
+def _payload_limit(header: BlobHeader, outliers: int) -> int:
+    """The most that a payload takes: no tile takes more than in mode raw."""
+    rows = np.minimum(TILE_ROWS, header.rows - TILE_ROWS * np.arange(header.num_tiles_row))
+    cols = np.minimum(header.tile_cols, header.cols - header.tile_cols * np.arange(header.num_tiles_col))
+    sizes = (rows[:, None] * cols * header.layout.element_bits + 7) // 8
+    total = int((-(-sizes // ALIGNMENT_BYTES)).sum()) * ALIGNMENT_BYTES * header.matrices
+    return total + OUTLIER_BYTES * outliers + (ALIGNMENT_BYTES * header.num_tiles if outliers else 0)
+
+
+def _encode(
+    job: _Job,
+    tile_counts: npt.NDArray[np.int64] | None,
+    outliers: torch.Tensor | None,
+    outlier_first: npt.NDArray[np.uint32] | None,
+    scratch_bytes: int,
+    stages: _Stages,
+) -> DeviceEncoding:
+    header, device = job.header, job.device
+    tiles = header.num_tiles
+    if tile_counts is None:
+        tile_counts = job.count(job.predictor)
+        stages.done("count")
+    tables, assignment = cluster_tables(tile_counts)
+    plan = _plan(job, tile_counts, assignment)
+    stages.done("tables")
+
+    # One transfer for all that the host has to say.
+    entries = encoder_entries(tables) if tables else np.zeros((1, NUM_SYMBOLS, 2), np.uint32)
+    if outlier_first is None:
+        outlier_first = np.zeros(tiles + 1, np.uint32)
+    told = _to_device(np.concatenate((entries.reshape(-1), plan.view(np.uint32), outlier_first)), device)
+    entries_at, plan_at = told[: entries.size], told[entries.size : entries.size + tiles]
+    outlier_first_at = told[entries.size + tiles :]
+    if outliers is None:
+        outliers = told[:1]  # never read
+
+    steps = header.tile_cols // header.layout.codes_per_symbol
+    lane_words = align(ceil_div(steps * PROBABILITY_BITS, _WORD_BITS) + 1, _LANE_WORDS_MULTIPLE)
+    slab = min(tiles, max(1, scratch_bytes // (2 * TILE_ROWS * lane_words)))
+    words = torch.empty(slab * TILE_ROWS * lane_words, dtype=torch.int16, device=device)
+    states = torch.empty(slab * TILE_ROWS, dtype=torch.int32, device=device)
+    lengths = torch.empty_like(states)
+    tile_words = torch.empty(tiles, dtype=torch.int32, device=device)
+    metadata = torch.empty((tiles, TILE_METADATA_BYTES // 4), dtype=torch.int32, device=device)
+    end = torch.zeros(1, dtype=torch.int64, device=device)
+    # Only the tiles tell how many tables are used: the front is put in front of the payload when it is known.
+    front_room = align(HEADER_BYTES + 2 * NUM_SYMBOLS * len(tables) + TILE_METADATA_BYTES * tiles, ALIGNMENT_BYTES)
+    limit = _payload_limit(header, int(outlier_first[-1]))
+    buffer = torch.empty(front_room + limit, dtype=torch.uint8, device=device)
+    payload = buffer[front_room:]
+    stages.done("buffers")
+
+    previous, length_bytes = _U32(job.predictor), _U32(header.length_bytes)
+    for first in range(0, tiles, slab):
+        count = min(slab, tiles - first)
+        job.launch(
+            "encode_lanes", count, TILE_ROWS, job.elements, *job.shape(), _U32(first), previous, plan_at, entries_at,
+            _U32(lane_words), words, states, lengths, tile_words,
+        )  # fmt: skip
+        stages.done("lanes")
+        job.launch(
+            _PLACE, 1, _PLACE_THREADS, *job.shape(), _U32(first), _U32(count), previous, length_bytes,
+            _U32(header.layout.element_bits), _U32(header.layout.raw_bits), plan_at, tile_words, outlier_first_at,
+            metadata, end,
+        )  # fmt: skip
+        stages.done("place")
+        job.launch(
+            "encode_pack", count, TILE_ROWS, job.elements, *job.shape(), _U32(first), previous, length_bytes, plan_at,
+            _U32(lane_words), words, states, lengths, outlier_first_at, outliers, metadata, payload,
+        )  # fmt: skip
+        stages.done("pack")
+    step, powers = _crc_tables_on(device)
+    job.launch(_CRC, tiles, _CRC_THREADS, payload, _U32(0), step, powers, metadata)
+    stages.done("crc")
+
+    written = np.array(_from_device(metadata).numpy(), copy=True).view(TILE_METADATA).reshape(-1)
+    last = written[-1]
+    payload_bytes = align(int(last["data_offset"]) + int(last["data_size"]), ALIGNMENT_BYTES)
+    front = finish_front(header, tables, written, payload_bytes)
+    begin = front_room - len(front)
+    buffer[begin:front_room].copy_(torch.from_numpy(np.frombuffer(bytearray(front), np.uint8)), non_blocking=True)
+    stages.done("front")
+    return DeviceEncoding(
+        header=BlobHeader.parse(memoryview(front)),
+        blob=buffer[begin : front_room + payload_bytes],
+        front=front,
+        entropy_bits_per_element=element_entropy_bits(header.layout, tile_counts),
+        outlier_count=int(written["outlier_count"].sum()),
+        stage_seconds=stages.seconds,
+    )
+
+
+@cache
+def _crc_tables_on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    step, powers = crc_tables()
+    return _to_device(step, device), _to_device(powers, device)
+
+
+def encode_on_device(
+    elements: torch.Tensor,
+    layout: Layout,
+    *,
+    tile_cols: int | None = None,
+    transposed: bool = False,
+    predictor: Predictor = Predictor.NONE,
+    scratch_bytes: int = SCRATCH_BYTES,
+    time_stages: bool = False,
+    launcher: Launch = launch,
+) -> DeviceEncoding:
+    """Encode unsigned elements [rows, cols] or [matrices, rows, cols] into a blob on their device.
+
+    The counterpart of :func:`kvpack.encode.blob_encoder.encode_elements`, and the same bytes.
+
+    Args:
+        elements: u8 for elements of up to 8 bits, i16 (or u16) and i32 (u32) bit patterns for those of 16 and 32 bits;
+            values of more than ``layout.element_bits`` bits are not looked for.
+        scratch_bytes: how much the words may take before they are moved together.
+        time_stages: fill ``stage_seconds``; costs a wait for the device at each stage.
+
+    Raises:
+        ValueError: no elements, a wrong dtype, or a predictor for a float kind.
+    """
+    if elements.ndim == 2:
+        elements = elements[None]
+    if elements.ndim != 3 or not elements.numel():
+        raise ValueError(f"elements have shape {tuple(elements.shape)}; [matrices, rows, cols] is needed")
+    expected = _BIT_PATTERNS[max(8, layout.element_bits)]
+    if elements.dtype.is_floating_point or elements.element_size() != expected.itemsize:
+        raise ValueError(f"elements are {elements.dtype}; {layout.element_bits} bits need {expected}")
+    _check_predictor(layout, predictor)
+    header = BlobHeader(
+        layout=layout,
+        rows=elements.shape[1],
+        cols=elements.shape[2],
+        tile_cols=tile_cols or even_tile_cols(elements.shape[2]),
+        matrices=elements.shape[0],
+        transposed=transposed,
+    )
+    stages = _Stages(elements.device, time_stages)
+    job = _Job(elements.contiguous(), header, predictor, launcher)
+    return _encode(job, None, None, None, scratch_bytes, stages)
+
+
+def _check_predictor(layout: Layout, predictor: Predictor) -> None:
+    if predictor != Predictor.NONE and not layout.element_kind.is_integer:
+        raise ValueError(f"{layout.element_kind.name} elements have no predictor")
+
+
+def _sort_outliers(header: BlobHeader, strips: list[npt.NDArray[np.uint32] | None]) -> tuple[Any, Any]:
+    """The outliers of all strips by tile, packed as FORMAT.md §7.5 says, and where each tile's begin (u32 [tiles + 1]).
+
+    Within a tile they stay sorted by row and column.
+    """
+    per_tile = np.zeros(header.num_tiles + 1, np.int64)
+    packed = [np.empty(0, np.uint32)]
+    for index, outliers in enumerate(strips):
+        if outliers is None or not len(outliers):
+            continue
+        row, col, delta = outliers.T.astype(np.uint32)
+        tile_col, in_tile = np.divmod(col, _U32(header.tile_cols))
+        order = np.argsort(tile_col, kind="stable")
+        entry = row << 24 | in_tile << OUTLIER_DELTA_BITS | delta ^ _U32(1 << (OUTLIER_DELTA_BITS - 1))
+        packed.append(entry[order])
+        first = index * header.num_tiles_col + 1
+        per_tile[first : first + header.num_tiles_col] = np.bincount(tile_col, minlength=header.num_tiles_col)
+    return np.concatenate(packed), np.cumsum(per_tile).astype(np.uint32)
+
+
+_WEIGHT_KINDS = {"float32": ElementKind.FP32, "float16": ElementKind.FP16, "bfloat16": ElementKind.BF16}
+
+
+class _DeviceStrips(QuantizedStrips):
+    """Strips that are quantized on a device, all at once; elements come back when the first strip is asked for."""
+
+    def __init__(
+        self,
+        coder: _DeviceCoder,
+        weights: Matrices,
+        steps: npt.NDArray[np.float32],
+        element_bits: int,
+        rounding: Rounding,
+    ) -> None:
+        super().__init__(weights, steps, element_bits, rounding)
+        self._coder, self._own_steps = coder, steps
+        self._lock = threading.Lock()
+        self._elements: torch.Tensor | None = None
+        self._host: npt.NDArray[np.uint8] | None = None
+        self._outliers = np.empty((0, 3), np.uint32)  # (row of all, column, delta + 2^14), sorted
+        self._sums = (0, 0)
+
+    def _on_device(self) -> torch.Tensor:
+        if self._elements is None:
+            self._elements = self._quantize()
+        return self._elements
+
+    def _quantize(self) -> torch.Tensor:
+        weights, device = self.weights, self._coder.device
+        rows, cols = weights.matrices * weights.rows, weights.cols
+        values = self._coder.weights_on_device(weights)
+        elements = torch.empty((weights.matrices, weights.rows, cols), dtype=torch.uint8, device=device)
+        steps = _to_device(np.ascontiguousarray(self._own_steps), device)
+        thresholds = _to_device(self.rounding.thresholds, device)
+        kernel = _quantize_kernel(_WEIGHT_KINDS[weights.array.dtype.name])
+        capacity = weights.size // 64 + 1024
+        while True:
+            outliers = torch.empty(capacity, dtype=torch.int64, device=device)
+            sums = torch.zeros(3, dtype=torch.int64, device=device)
+            self._coder.launcher(
+                kernel,
+                min(_QUANTIZE_BLOCKS, ceil_div(rows, _QUANTIZE_THREADS // GROUP_LANES)),
+                _QUANTIZE_THREADS,
+                (
+                    values, _U32(rows), _U32(cols), steps, _U32(len(self._own_steps) > 1), thresholds,
+                    np.float32(self.rounding.clamp), np.int32(1 << (self.element_bits - 1)), elements, outliers,
+                    _U32(capacity), sums,
+                ),
+                device=device,
+            )  # fmt: skip
+            dot, energy, count = _from_device(sums).tolist()
+            if count <= capacity:
+                break
+            capacity = count
+        self._sums = dot, energy
+        places = _from_device(outliers[:count].sort().values).numpy()
+        row, col = np.divmod(places >> 16, cols)
+        self._outliers = np.stack((row, col, places & 0xFFFF), axis=1).astype(np.uint32)
+        return elements
+
+    def strip(self, index: int) -> Strip:
+        with self._lock:
+            if self._host is None:
+                self._host = _from_device(self._on_device()).numpy()
+        rows = self.weights.strip_rows(index)
+        first, last = np.searchsorted(self._outliers[:, 0], (rows.start, rows.stop))
+        outliers = self._outliers[first:last] - np.array([rows.start, 0, 0], np.uint32)
+        return Strip(self._host.reshape(-1, self.weights.cols)[rows], outliers)
+
+    def count(self, header: BlobHeader, executor: ThreadPoolExecutor | None) -> QuantizedCounts:
+        job = _Job(self._on_device(), header, Predictor.NONE, self._coder.launcher)
+        return QuantizedCounts(job.count(Predictor.NONE), len(self._outliers), *self._sums)
+
+
+class _DeviceCoder:
+    """A coder whose data lie on a device; what strips' sources make there, or hold, is sent once for each source."""
+
+    def __init__(self, device: torch.device, launcher: Launch) -> None:
+        self.device, self.launcher = device, launcher
+        self._sent: tuple[weakref.ref[Any], torch.Tensor, Any, Any] | None = None
+        self._weights: tuple[weakref.ref[Matrices], torch.Tensor] | None = None
+
+    def weights_on_device(self, weights: Matrices) -> torch.Tensor:
+        """The weights' bits, [matrices, rows, cols]; those of the last tensor are kept."""
+        if self._weights is not None and self._weights[0]() is weights:
+            return self._weights[1]
+        self._weights = None
+        stored = weights.array.swapaxes(1, 2) if weights.transposed else weights.array
+        host = torch.empty(
+            stored.shape, dtype=_BIT_PATTERNS[8 * stored.dtype.itemsize], pin_memory=self.device.type == "cuda"
+        )
+        np.copyto(host.numpy(), stored.view(host.numpy().dtype))
+        values = host.to(self.device, non_blocking=True)
+        if weights.transposed:
+            values = values.transpose(1, 2).contiguous()
+        self._weights = weakref.ref(weights), values
+        return values
+
+    def quantize(
+        self, weights: Matrices, steps: npt.NDArray[np.float32], element_bits: int, rounding: Rounding
+    ) -> QuantizedStrips:
+        """As :class:`kvpack.encode.tensor_encoder.QuantizedStrips`."""
+        positive = steps[steps != 0]
+        if not (np.isfinite(positive) & (positive >= _SMALLEST_STEP)).all():
+            return QuantizedStrips(weights, steps, element_bits, rounding)
+        return _DeviceStrips(self, weights, steps, element_bits, rounding)
+
+    def _send(
+        self, header: BlobHeader, source: StripSource, executor: ThreadPoolExecutor | None
+    ) -> tuple[torch.Tensor, Any, Any]:
+        """Elements [matrices, rows, cols], packed outliers, and where each tile's begin."""
+        if self._sent is not None and self._sent[0]() is source:
+            return self._sent[1:]
+        self._sent = None  # frees the last source's elements before there are new ones
+        shape = header.matrices, header.rows, header.cols
+        dtype = _BIT_PATTERNS[max(8, header.layout.element_bits)]
+        host = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        array = host.numpy()
+
+        def work(index: int) -> npt.NDArray[np.uint32] | None:
+            matrix, tile_row = divmod(index, header.num_tiles_row)
+            strip = source(index)
+            first = tile_row * TILE_ROWS
+            array[matrix, first : first + TILE_ROWS] = strip.elements.view(array.dtype)
+            return strip.outliers
+
+        strips = list(map_ordered(work, range(header.matrices * header.num_tiles_row), executor))
+        packed, first = _sort_outliers(header, strips)
+        elements = host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)
+        outliers = _to_device(packed, self.device) if len(packed) else None
+        self._sent = weakref.ref(source), elements, outliers, first
+        return elements, outliers, first
+
+    def count_tiles(
+        self,
+        header: BlobHeader,
+        source: StripSource,
+        predictor: Predictor = Predictor.NONE,
+        executor: ThreadPoolExecutor | None = None,
+    ) -> npt.NDArray[np.int64]:
+        """As :func:`kvpack.encode.blob_encoder.count_tiles`."""
+        elements, _, _ = self._send(header, source, executor)
+        return _Job(elements, header, predictor, self.launcher).count(predictor)
+
+    def encode_strips(
+        self,
+        header: BlobHeader,
+        source: StripSource,
+        *,
+        predictor: Predictor = Predictor.NONE,
+        tile_counts: npt.NDArray[np.int64] | None = None,
+        executor: ThreadPoolExecutor | None = None,
+    ) -> EncodedBlob:
+        """As :func:`kvpack.encode.blob_encoder.encode_strips`."""
+        _check_predictor(header.layout, predictor)
+        elements, outliers, first = self._send(header, source, executor)
+        job = _Job(elements, header, predictor, self.launcher)
+        stages = _Stages(self.device, wanted=False)
+        encoding = _encode(job, tile_counts, outliers, first, SCRATCH_BYTES, stages)
+        self._sent = None
+        return EncodedBlob(
+            front=encoding.front,
+            payload=_from_device(encoding.payload).numpy().data,
+            entropy_bits_per_element=encoding.entropy_bits_per_element,
+            outlier_count=encoding.outlier_count,
+        )
+
+
+def device_coder(device: torch.device | str, launcher: Launch = launch) -> Coder:
+    """A coder for :func:`kvpack.encode.pipeline.compress` that works on ``device``.
+
+    Raises:
+        DeviceError: there is no such device, or something that kernels need is not installed.
+    """
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"no device {device!r}: {error}") from None
+    if launcher is launch:
+        require_device(device)
+    coder = _DeviceCoder(device, launcher)
+    return Coder(coder.quantize, coder.count_tiles, coder.encode_strips)

@@ -1,0 +1,188 @@
+"""The runtime's index of a blob: where each group of each tile lies (the layout is drawn in ``cuda/tile.cuh``).
+
+A kernel trusts it: what could lead a warp out of the blob is checked here, once, vectorized over all tiles; lane lengths
+and words are not (a kernel clamps the former, reads a bounded number of the latter and checks final states).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.format.blob import (
+    GROUP_OFFSETS_BYTES,
+    GROUPS_PER_TILE,
+    Blob,
+)
+from kvpack.format.errors import GeometryError, LaneError, OutlierError, TileBoundsError
+from kvpack.format.header import BlobHeader
+from kvpack.format.layout import (
+    ALIGNMENT_BYTES,
+    CHUNK_COLS,
+    GROUP_LANES,
+    MAX_TILE_COLS,
+    OUTLIER_BYTES,
+    OUTLIER_DELTA_BITS,
+    TILE_ROWS,
+    TileMode,
+    ceil_div,
+)
+
+_LOW_BITS = 17  # of a word's or an outlier's index, and of raw_offset / 16
+_LIMIT = 1 << _LOW_BITS
+
+Index = npt.NDArray[np.int64]
+
+
+def row_groups(header: BlobHeader) -> int:
+    """Groups of 32 rows in a matrix."""
+    return ceil_div(header.rows, GROUP_LANES)
+
+
+def _align(values: Index, multiple: int) -> Index:
+    return -(-values // multiple) * multiple
+
+
+def _refuse(error: type[Exception], bad: npt.NDArray[np.bool_], what: str) -> None:
+    if bad.any():
+        raise error(f"tile {int(np.argmax(bad))}: {what}")
+
+
+class _Geometry:
+    """Rows, columns and lanes of all tiles, i64 [num_tiles]."""
+
+    def __init__(self, header: BlobHeader) -> None:
+        tile_row, tile_col = np.divmod(
+            np.arange(header.num_tiles, dtype=np.int64) % (header.num_tiles_row * header.num_tiles_col),
+            header.num_tiles_col,
+        )
+        self.rows = np.minimum(header.rows - tile_row * TILE_ROWS, TILE_ROWS)
+        self.cols = np.minimum(header.cols - tile_col * header.tile_cols, header.tile_cols)
+        self.groups = -(-self.rows // GROUP_LANES)
+        self.lanes = self.groups * GROUP_LANES
+        self.chunks = -(-self.cols // CHUNK_COLS)
+
+
+def _check_offsets(blob: Blob, geometry: _Geometry, totals: Index) -> None:
+    """raw_offset, outlier_offset and data_size of all tiles against what FORMAT.md §§7.1–7.5 prescribe."""
+    header, tiles = blob.header, blob.tiles
+    layout, mode = header.layout, blob.tiles["mode"]
+    words_at = GROUP_OFFSETS_BYTES + geometry.lanes * (4 + header.length_bytes)
+    raw_offset = np.select(
+        [mode == TileMode.RANS, mode == TileMode.CONSTANT],
+        [_align(words_at + 2 * totals, ALIGNMENT_BYTES), np.int64(ALIGNMENT_BYTES)],
+        0,
+    )
+    planes = geometry.lanes * geometry.chunks * (CHUNK_COLS // 8 * layout.raw_bits)
+    packed = -(-(geometry.rows * geometry.cols * layout.element_bits) // 8)
+    end = np.where(mode == TileMode.RAW, packed, raw_offset + planes)
+    outlier_offset = _align(end, OUTLIER_BYTES)
+    size = outlier_offset + OUTLIER_BYTES * tiles["outlier_count"].astype(np.int64)
+    _refuse(TileBoundsError, tiles["raw_offset"] != raw_offset, "raw_offset is not what is prescribed")
+    _refuse(TileBoundsError, tiles["outlier_offset"] != outlier_offset, "outlier_offset is not what is prescribed")
+    _refuse(TileBoundsError, tiles["data_size"] != size, "data_size is not what is prescribed")
+
+
+def _group_offsets(blob: Blob, geometry: _Geometry) -> tuple[Index, Index]:
+    """First words [num_tiles, 9] of all groups (the last column: of no group), and the totals [num_tiles]."""
+    header = blob.header
+    firsts = np.zeros((header.num_tiles, GROUPS_PER_TILE + 1), np.int64)
+    rans = np.flatnonzero(blob.tiles["mode"] == TileMode.RANS)
+    if not len(rans):
+        return firsts, firsts[:, -1]
+    needed = GROUP_OFFSETS_BYTES + geometry.lanes * (4 + header.length_bytes)
+    sizes = blob.tiles["data_size"].astype(np.int64)
+    _refuse(TileBoundsError, (blob.tiles["mode"] == TileMode.RANS) & (sizes < needed), "too short for its lane tables")
+    payload = np.frombuffer(blob.payload, np.uint8)
+    at = blob.tiles["data_offset"][rans].astype(np.int64)
+    offsets = payload[at[:, None] + np.arange(GROUP_OFFSETS_BYTES)].view("<u4").astype(np.int64)
+    firsts[rans, :GROUPS_PER_TILE] = offsets
+    # The number of all words follows from raw_offset, to within the padding, and is the offset behind the last group;
+    # a full tile has none, so that its last group's length is found from its lanes.
+    full = geometry.groups[rans] == GROUPS_PER_TILE
+    totals = offsets[:, -1].copy()
+    if full.any():
+        lengths_at = at[full] + GROUP_OFFSETS_BYTES + 4 * geometry.lanes[rans][full]
+        lengths_at += (GROUPS_PER_TILE - 1) * GROUP_LANES * header.length_bytes
+        last = payload[lengths_at[:, None] + np.arange(GROUP_LANES * header.length_bytes)]
+        totals[full] += last.view(f"<u{header.length_bytes}").astype(np.int64).sum(axis=1)
+    firsts[rans, GROUPS_PER_TILE] = totals
+    beyond = np.arange(GROUPS_PER_TILE + 1) >= geometry.groups[rans, None]
+    bad = (np.diff(firsts[rans], axis=1) < 0).any(axis=1) | (firsts[rans, 0] != 0)
+    bad |= (beyond & (firsts[rans] != totals[:, None])).any(axis=1)
+    wrong = np.zeros(header.num_tiles, np.bool_)
+    wrong[rans] = bad
+    _refuse(LaneError, wrong, "group_offset does not match the lanes' lengths")
+    wrong[rans] = (np.diff(firsts[rans], axis=1) > GROUP_LANES * MAX_TILE_COLS).any(axis=1)
+    _refuse(LaneError, wrong, "a group has more words than steps")
+    return firsts, firsts[:, -1]
+
+
+def _outlier_ranges(blob: Blob, geometry: _Geometry) -> tuple[Index, Index]:
+    """First outlier and number of outliers of all groups, [num_tiles, 8] each."""
+    num_tiles = blob.header.num_tiles
+    first = np.zeros((num_tiles, GROUPS_PER_TILE), np.int64)
+    count = np.zeros((num_tiles, GROUPS_PER_TILE), np.int64)
+    counts = blob.tiles["outlier_count"].astype(np.int64)
+    having = np.flatnonzero(counts)
+    if not len(having):
+        return first, count
+    tile_of = np.repeat(having, counts[having])
+    in_tile = np.arange(len(tile_of)) - np.repeat(np.cumsum(counts[having]) - counts[having], counts[having])
+    at = blob.tiles["data_offset"].astype(np.int64)[tile_of] + blob.tiles["outlier_offset"][tile_of]
+    at += OUTLIER_BYTES * in_tile
+    payload = np.frombuffer(blob.payload, np.uint8)
+    entries = payload[at[:, None] + np.arange(OUTLIER_BYTES)].view("<u4")[:, 0].astype(np.int64)
+    place = entries >> OUTLIER_DELTA_BITS
+    row, col = place >> 9, place & (MAX_TILE_COLS - 1)
+    wrong = np.zeros(num_tiles, np.bool_)
+    wrong[tile_of[(row >= geometry.rows[tile_of]) | (col >= geometry.cols[tile_of])]] = True
+    _refuse(OutlierError, wrong, "an outlier lies outside the tile")
+    same = tile_of[1:] == tile_of[:-1]
+    wrong[tile_of[1:][same & (place[1:] <= place[:-1])]] = True
+    _refuse(OutlierError, wrong, "outliers are not sorted strictly by row and column")
+    wrong[tile_of[entries & ((1 << OUTLIER_DELTA_BITS) - 1) == 0]] = True
+    _refuse(OutlierError, wrong, "an outlier of 0")
+    np.add.at(count, (tile_of, row // GROUP_LANES), 1)
+    first[:, 1:] = np.cumsum(count, axis=1)[:, :-1]
+    first[count == 0] = 0
+    return first, count
+
+
+def group_table(blob: Blob) -> npt.NDArray[np.uint32]:
+    """The group table of a blob, u32 [matrices · row groups · tile columns, 4], in that order.
+
+    Raises:
+        BlobError: the payload breaks a rule that would lead a kernel out of it, or the blob exceeds what 32 bits of
+            16-byte units address (64 GiB).
+    """
+    header, tiles = blob.header, blob.tiles
+    if header.blob_bytes >= ALIGNMENT_BYTES << 32:
+        raise GeometryError(f"a blob of {header.blob_bytes} bytes; the runtime addresses up to {ALIGNMENT_BYTES << 32}")
+    geometry = _Geometry(header)
+    firsts, totals = _group_offsets(blob, geometry)
+    _check_offsets(blob, geometry, totals)
+    first_outlier, num_outliers = _outlier_ranges(blob, geometry)
+
+    words_at = (GROUP_OFFSETS_BYTES + geometry.lanes * (4 + header.length_bytes)) // 2
+    rans = tiles["mode"] == TileMode.RANS
+    first_word = np.where(rans[:, None], words_at[:, None] + firsts[:, :-1], 0)
+    num_words = np.diff(firsts, axis=1)
+    _refuse(LaneError, (first_word >= _LIMIT).any(axis=1), "more words than 12 bits a step")
+    entries = np.empty((header.num_tiles, GROUPS_PER_TILE, 4), np.int64)
+    entries[:, :, 0] = ((header.payload_offset + tiles["data_offset"].astype(np.int64)) // ALIGNMENT_BYTES)[:, None]
+    entries[:, :, 1] = first_word | num_words << _LOW_BITS
+    flags = tiles["mode"].astype(np.int64) | tiles["predictor"].astype(np.int64) << 2
+    flags |= tiles["table_index"].astype(np.int64) << 3
+    entries[:, :, 2] = (tiles["raw_offset"] // ALIGNMENT_BYTES | flags << _LOW_BITS)[:, None]
+    entries[:, :, 3] = first_outlier | num_outliers << _LOW_BITS
+
+    # Tiles come by matrix, tile row, tile column; groups by matrix, row group, tile column.
+    by_tile = entries.reshape(header.matrices, header.num_tiles_row, header.num_tiles_col, GROUPS_PER_TILE, 4)
+    by_row = by_tile.swapaxes(2, 3).reshape(header.matrices, -1, header.num_tiles_col, 4)
+    return np.ascontiguousarray(by_row[:, : row_groups(header)].reshape(-1, 4), np.uint32)
+
+
+def max_group_words(table: npt.NDArray[np.uint32]) -> int:
+    """The most words that a group has."""
+    return int((table[:, 1] >> _LOW_BITS).max(initial=0))

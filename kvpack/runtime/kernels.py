@@ -1,0 +1,215 @@
+"""CUDA kernels: compiled when first needed, once for a device, and launched on torch's current stream.
+
+A kernel is a file of ``cuda/`` with the ``-D`` options that make it: the format's constants (from
+:mod:`kvpack.format.layout`), a tensor's layout, and what the operation asks for. NVRTC compiles it through CuPy, whose
+disk cache keeps the result. That cache does not look into included files, so the options carry a hash of all sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvpack.format import layout as constants
+from kvpack.format.layout import ElementKind, Layout, Predictor, TileMode
+from kvpack.runtime.errors import DeviceError
+from kvpack.runtime.sources import cuda_source_dir
+
+# Without this a block has 48 KiB.
+_PLAIN_SHARED_BYTES = 48 * 1024
+MIN_COMPUTE_CAPABILITY = (8, 0)
+
+_NAMES = (
+    "TILE_ROWS",
+    "GROUP_LANES",
+    "CHUNK_COLS",
+    "MAX_TILE_COLS",
+    "ALIGNMENT_BYTES",
+    "PROBABILITY_BITS",
+    "STATE_LOW",
+    "NUM_SYMBOLS",
+    "MAX_STEPS_U8_LENGTHS",
+    "OUTLIER_DELTA_BITS",
+)
+
+
+@cache
+def source_hash() -> str:
+    """SHA-256 over the names and contents of all CUDA sources."""
+    digest = hashlib.sha256()
+    for path in sorted(cuda_source_dir().glob("*.cu*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def format_defines() -> dict[str, int]:
+    """The format's constants under the names that the sources use."""
+    defines = {f"KVPACK_{name}": int(getattr(constants, name)) for name in _NAMES}
+    defines |= {f"KVPACK_MODE_{mode.name}": int(mode) for mode in TileMode}
+    defines |= {f"KVPACK_KIND_{kind.name}": int(kind) for kind in ElementKind}
+    defines["KVPACK_PREDICTOR_PREVIOUS"] = int(Predictor.PREVIOUS)
+    return defines
+
+
+def layout_defines(layout: Layout) -> dict[str, int]:
+    """A layout's numbers under the names that the sources use."""
+    return {
+        "KVPACK_ELEMENT_KIND": int(layout.element_kind),
+        "KVPACK_ELEMENT_BITS": layout.element_bits,
+        "KVPACK_CODE_BITS": layout.code_bits,
+        "KVPACK_CODES_PER_SYMBOL": layout.codes_per_symbol,
+        "KVPACK_RAW_BITS": layout.raw_bits,
+    }
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel: a function of a source file, and the ``-D`` options that it is compiled with."""
+
+    source: str
+    function: str
+    defines: tuple[tuple[str, int], ...] = field(default=())
+
+    @classmethod
+    def of(
+        cls, source: str, function: str, layout: Layout | None = None, defines: Mapping[str, int] | None = None
+    ) -> Kernel:
+        all_defines = dict(defines or {})
+        if layout is not None:
+            all_defines |= layout_defines(layout)
+        return cls(source, function, tuple(sorted(all_defines.items())))
+
+    def options(self) -> tuple[str, ...]:
+        """What NVRTC is given, besides what CuPy adds."""
+        defines = format_defines() | dict(self.defines)
+        return (
+            "--std=c++17",
+            f"-I{cuda_source_dir()}",
+            f"-DKVPACK_SOURCE_HASH=0x{source_hash()[:8]}",
+            *(f"-D{name}={value}" for name, value in sorted(defines.items())),
+        )
+
+    def text(self) -> str:
+        return (cuda_source_dir() / self.source).read_text(encoding="utf-8")
+
+
+def require_device(device: torch.device) -> None:
+    """Check that kernels can be compiled for and run on ``device``.
+
+    Raises:
+        DeviceError: no CUDA in torch, no driver, no CuPy, or a GPU before sm_80.
+    """
+    _check_device(device.type, device.index)
+
+
+@cache
+def _check_device(kind: str, index: int | None) -> None:
+    advice = "pip install 'kvpack[cuda13]' (or [cuda12]) beside an NVIDIA driver, or use device='cpu'"
+    if kind != "cuda":
+        raise DeviceError(f"kernels run on CUDA devices, not on {kind!r}")
+    if not torch.cuda.is_available():
+        raise DeviceError(f"torch {torch.__version__} finds no CUDA device: {advice}")
+    if index is not None and index >= torch.cuda.device_count():
+        raise DeviceError(f"there is no device cuda:{index}: torch finds {torch.cuda.device_count()}")
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_COMPUTE_CAPABILITY:
+        raise DeviceError(
+            f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; kvpack's "
+            f"kernels need {MIN_COMPUTE_CAPABILITY[0]}.{MIN_COMPUTE_CAPABILITY[1]} (Ampere) or newer; use device='cpu'"
+        )
+    try:
+        import cupy
+
+        cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        raise DeviceError(f"CuPy cannot be imported ({error}): {advice}") from None
+    except Exception as error:
+        raise DeviceError(f"CuPy finds no usable CUDA device ({error}): {advice}") from None
+
+
+_compile_lock = threading.Lock()
+_functions: dict[tuple[Kernel, int, int], Any] = {}
+
+
+def _function(kernel: Kernel, device: int, shared_bytes: int) -> Any:
+    """CuPy's function for the current device, with at least ``shared_bytes`` of dynamic shared memory allowed."""
+    limit = 0 if shared_bytes <= _PLAIN_SHARED_BYTES else 1
+    found = _functions.get((kernel, device, limit))
+    if found is not None and (not limit or found[1] >= shared_bytes):
+        return found[0]
+    with _compile_lock:
+        import cupy
+
+        module = cupy.RawModule(code=kernel.text(), options=kernel.options())
+        try:
+            function = module.get_function(kernel.function)
+            if limit:
+                function.max_dynamic_shared_size_bytes = shared_bytes
+        except Exception as error:
+            raise DeviceError(f"{kernel.source} cannot be made ready for cuda:{device}: {error}") from error
+        _functions[kernel, device, limit] = (function, shared_bytes)
+    return function
+
+
+def compile_kernel(kernel: Kernel, device: torch.device) -> None:
+    """Compile now what would be compiled at the first launch."""
+    import cupy
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with cupy.cuda.Device(index):
+        _function(kernel, index, 0)
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return np.uintp(value.data_ptr())
+    if value is None:
+        return np.uintp(0)
+    if isinstance(value, np.generic):  # a Python int would be passed as int64, a float as float64
+        return value
+    raise TypeError(f"{value!r} is no kernel argument: tensors, NumPy scalars and None are")
+
+
+def launch(
+    kernel: Kernel,
+    grid: int | tuple[int, ...],
+    block: int,
+    arguments: Sequence[torch.Tensor | np.generic | None],
+    *,
+    device: torch.device,
+    shared_bytes: int = 0,
+) -> None:
+    """Launch on torch's current stream of ``device``, sampled now (a stream kept from earlier would miss a capture).
+
+    Args:
+        arguments: tensors (passed as pointers; they must lie on the device), NumPy scalars of the parameters' exact
+            types, None for a null pointer.
+        shared_bytes: dynamic shared memory of a block.
+    """
+    import cupy
+
+    dimensions = grid if isinstance(grid, tuple) else (grid,)
+    if math.prod(dimensions) == 0:
+        return
+    stream = torch.cuda.current_stream(device)
+    index = stream.device_index
+    values = tuple(map(_argument, arguments))
+    with cupy.cuda.Device(index), _external(stream):
+        _function(kernel, index, shared_bytes)(dimensions, (block,), values, shared_mem=shared_bytes)
+
+
+def _external(stream: torch.cuda.Stream) -> Any:
+    """The same stream for CuPy."""
+    import cupy
+
+    if hasattr(stream, "__cuda_stream__"):
+        return cupy.cuda.Stream.from_external(stream)
+    return cupy.cuda.ExternalStream(stream.cuda_stream, stream.device_index)

@@ -1,0 +1,294 @@
+"""``RansLinear``: a linear layer whose weights stay coded.
+
+Its buffers are those of the container (docs/FORMAT.md §9.2): ``weight_kvpack`` and, for quantized weights,
+``weight_kvpack_scale``, so that a state dict written with safetensors has a compressed model's names. Whatever else the
+kernels need is derived from them: a :class:`~kvpack.runtime.device_blob.DeviceBlob`, made again whenever the buffers
+are replaced or moved, and never saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from kvpack.format.errors import FormatError
+from kvpack.format.header import HEADER_BYTES, BlobHeader
+from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob
+from kvpack.runtime.errors import ModelMismatchError, StreamingError
+
+BLOB = "weight_kvpack"
+SCALE = "weight_kvpack_scale"
+
+
+def padded_buffer(blob_bytes: int, device: torch.device) -> torch.Tensor:
+    """u8 [blob_bytes + slack] of unspecified bytes with slack of zeros: what a blob lies in."""
+    buffer = torch.empty(blob_bytes + SLACK_BYTES, dtype=torch.uint8, device=device)
+    buffer[blob_bytes:].zero_()
+    return buffer
+
+
+def padded(coded: torch.Tensor) -> torch.Tensor:
+    """The same bytes with slack behind them: ``coded`` itself where it lies in front of slack already, else a copy."""
+    storage = coded.untyped_storage()
+    if coded.is_contiguous() and coded.storage_offset() == 0 and storage.nbytes() == len(coded) + SLACK_BYTES:
+        whole = torch.empty(0, dtype=torch.uint8, device=coded.device).set_(storage)
+        whole[len(coded) :].zero_()
+        return whole
+    buffer = padded_buffer(len(coded), coded.device)
+    buffer[: len(coded)].copy_(coded)
+    return buffer
+
+
+def _convert(apply: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """What ``Module.to``, ``half`` and the like do to a tensor, but for a change of its type."""
+    probe = apply(torch.zeros(1, dtype=tensor.dtype, device=tensor.device))
+    return apply(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+
+
+class RansLinear(nn.Module):
+    """``y = x · Wᵀ + bias`` with entropy-coded W, decoded inside the product (on the CPU: before it).
+
+    A drop-in for ``nn.Linear`` in inference: any leading dimensions, fp16, bf16 or fp32 activations, output in the
+    activations' dtype. ``to``, ``half`` and so on move everything, but convert the bias alone: coded bytes are no
+    numbers, and scales are fp32 by definition (§8). The weights cannot be trained.
+
+    ``torch.compile`` specializes on the length of each blob. Compile the whole model; to compile layer by layer, raise
+    ``torch._dynamo.config.recompile_limit`` to the number of layers.
+
+    Args:
+        blob: the coded weight; a matrix.
+        bias: [out_features] on the blob's device, or None.
+        tensor_name: of the weight in the file that it comes from; kept for streaming.
+
+    Attributes:
+        in_features, out_features: as of ``nn.Linear``, also for weights that are stored transposed.
+        weight_kvpack: u8 [blob bytes], a buffer.
+        weight_kvpack_scale: f32 [1] or [out_features], a buffer; None for lossless weights.
+        bias: [out_features], a buffer, or None.
+        weight_dtype: dtype of the original weight.
+
+    Raises:
+        ModelMismatchError: the blob holds something other than one matrix, or the bias does not fit it.
+    """
+
+    weight_kvpack: torch.Tensor
+    weight_kvpack_scale: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(self, blob: DeviceBlob, bias: torch.Tensor | None = None, *, tensor_name: str | None = None) -> None:
+        super().__init__()
+        header = blob.header
+        if header.matrices != 1 or len(blob.shape) != 2:
+            raise ModelMismatchError(f"a linear layer needs one matrix, the blob holds {tuple(blob.shape)}")
+        if bias is not None and tuple(bias.shape) != (header.rows,):
+            raise ModelMismatchError(f"the bias is {tuple(bias.shape)}, the weight has {header.rows} outputs")
+        self._set_up(header.cols, header.rows, blob.dtype, tensor_name)
+        self.register_buffer(BLOB, None)
+        self.register_buffer(SCALE, None)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self._take(blob)
+
+    def _set_up(self, in_features: int, out_features: int, dtype: torch.dtype, tensor_name: str | None) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight_dtype = dtype
+        self.tensor_name = tensor_name
+        # While a LayerStream owns the weights, they have no home on the device, and `_blob` is what it lends.
+        self.streamed = False
+        self._blob: DeviceBlob | None = None
+        self._blob_of: torch.Tensor | None = None
+        self._scale_of: torch.Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        blob_bytes: int,
+        num_scales: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+        *,
+        tensor_name: str | None = None,
+    ) -> Self:
+        """A layer of known sizes without weights, to be filled by ``load_state_dict``.
+
+        Args:
+            blob_bytes: length of the blob (``blob_bytes`` in a model's config.json has it; §9.4). A state dict may
+                bring a blob of another length: it depends on the weights' values.
+            num_scales: 0 for lossless weights, else 1 or ``out_features``.
+            dtype: of the original weight, and of the bias.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._set_up(in_features, out_features, dtype, tensor_name)
+        device = torch.device(device)
+        layer.register_buffer(BLOB, padded_buffer(blob_bytes, device).zero_()[:blob_bytes])
+        scales = torch.zeros(num_scales, dtype=torch.float32, device=device) if num_scales else None
+        layer.register_buffer(SCALE, scales)
+        layer.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        return layer
+
+    def _take(self, blob: DeviceBlob) -> None:
+        """Make ``blob`` the one that is used, and the buffers views of its tensors."""
+        self._buffers[BLOB] = blob.blob[: blob.blob_bytes]
+        self._buffers[SCALE] = blob.scales if blob.scales.numel() else None
+        self._lend(blob)
+
+    def _lend(self, blob: DeviceBlob | None) -> None:
+        """Use ``blob`` as what the buffers stand for, or forget what was derived from them."""
+        self._blob = blob
+        self._blob_of = self.weight_kvpack if blob is not None else None
+        self._scale_of = self.weight_kvpack_scale if blob is not None else None
+
+    def _current(self) -> DeviceBlob | None:
+        """The derived blob, None if the buffers are not those from which it was derived."""
+        if self.weight_kvpack is not self._blob_of or self.weight_kvpack_scale is not self._scale_of:
+            return None
+        return self._blob
+
+    def prepare(self) -> DeviceBlob:
+        """The coded weight, ready for use on the device where the buffers are.
+
+        Happens by itself. To be called by whoever replaces the buffers by hand and then compiles the model or captures
+        a CUDA graph: it copies to and from the device.
+
+        Raises:
+            FormatError: the buffers hold no intact blob.
+            ModelMismatchError: a blob of another shape.
+            StreamingError: the weights are streamed, and it is not this layer's turn.
+            RuntimeError: the layer is on the meta device.
+        """
+        blob = self._current()
+        return self._derive(None) if blob is None else blob
+
+    def _derive(self, host: memoryview | None) -> DeviceBlob:
+        coded, scales = self.weight_kvpack, self.weight_kvpack_scale
+        if self.streamed:
+            raise StreamingError(
+                f"the weights of {self.tensor_name or 'this layer'} are streamed, and on the device only while the "
+                "module runs that was given to the stream"
+            )
+        if coded.is_meta or (scales is not None and scales.is_meta):
+            raise RuntimeError("this RansLinear is on the meta device: load its weights (load_state_dict, assign=True)")
+        if coded.dtype != torch.uint8 or coded.ndim != 1:
+            raise ModelMismatchError(f"{BLOB} is {coded.dtype} {list(coded.shape)}, and must be one row of bytes")
+        if scales is None:
+            scales = torch.empty(0, dtype=torch.float32, device=coded.device)
+        elif scales.dtype != torch.float32 or scales.ndim != 1:
+            raise ModelMismatchError(f"{SCALE} is {scales.dtype} {list(scales.shape)}, and must be one row of float32")
+        if host is None:
+            header = BlobHeader.parse(coded.detach()[:HEADER_BYTES].cpu().numpy().data)
+            host = coded.detach().numpy().data if coded.device.type == "cpu" else None
+        else:
+            header = BlobHeader.parse(host)
+        if (header.matrices, header.rows, header.cols) != (1, self.out_features, self.in_features):
+            raise ModelMismatchError(
+                f"the blob holds {header.matrices} × {header.rows} × {header.cols} weights, the layer has "
+                f"{self.out_features} outputs and {self.in_features} inputs"
+            )
+        shape = (header.cols, header.rows) if header.transposed else (header.rows, header.cols)
+        blob = DeviceBlob.from_buffer(padded(coded.detach()), scales.detach(), self.weight_dtype, shape, host=host)
+        self._take(blob)
+        return blob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] → [..., out_features], both of x's dtype."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x is {tuple(x.shape)}, the layer has {self.in_features} inputs")
+        blob = self._current()
+        if blob is None:
+            blob = self.prepare()
+        return blob.linear(x, self.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight in its original shape and dtype: decoded at each access, a copy."""
+        return self.prepare().dequantize()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the device's memory that the layer takes, tables and scales and the bias included."""
+        blob = self._current()
+        tensors = [self.bias] if blob is not None else [self.bias, self.weight_kvpack, self.weight_kvpack_scale]
+        stored = sum(t.numel() * t.element_size() for t in tensors if t is not None and not t.is_meta)
+        return stored + (blob.nbytes if blob is not None else 0)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 × stored bytes / weights, scales counted."""
+        scales = 0 if self.weight_kvpack_scale is None else self.weight_kvpack_scale.numel()
+        return 8 * (self.weight_kvpack.numel() + 4 * scales) / (self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
+        parts.append(f"{self.bits_per_weight:.3f} bits/weight")
+        blob = self._current()
+        if blob is not None:
+            layout = blob.header.layout
+            rows = "a scale per row" if blob.scales.numel() > 1 else "one scale"
+            method = f"quantized to {layout.element_bits} bits, {rows}" if blob.scales.numel() else "lossless"
+            parts.append(f"{layout.name}, {method}" if blob.scales.numel() else method)
+        parts.append("streamed" if self.streamed else f"device={self.weight_kvpack.device}")
+        return ", ".join(parts)
+
+    # What torch does to modules ---------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """``to``, ``cuda``, ``half``, …: the bias as usual; the blob moves with its slack and is made ready anew."""
+        held = {name: self._buffers[name] for name in (BLOB, SCALE)}
+        self._buffers.update(dict.fromkeys(held))  # which leaves them in their places, but passed over
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers.update(held)
+        coded, scales = self.weight_kvpack, self.weight_kvpack_scale
+        if self.streamed:
+            return self
+        blob = self._current()
+        whole = coded if blob is None else blob.blob
+        moved = _convert(fn, whole)
+        moved_scales = scales if scales is None else _convert(fn, scales)
+        if moved is whole and moved_scales is scales:
+            return self
+        self._buffers[BLOB] = moved[: len(coded)]
+        self._buffers[SCALE] = moved_scales
+        self._lend(None)
+        self._derive_if_loaded(coded.detach().numpy().data if coded.device.type == "cpu" else None)
+        return self
+
+    def _derive_if_loaded(self, host: memoryview | None = None) -> None:
+        """Make ready now what can be: ``to_empty`` and meta leave bytes that are no blob yet."""
+        if not self.weight_kvpack.is_meta and not self.streamed:
+            with suppress(FormatError):
+                self._derive(host)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Blob and scales are never copied into: other layers may share their memory, and lengths may differ."""
+        error_msgs: list[str] = arguments[-1]
+        own, given, scales = self.weight_kvpack, state_dict.get(prefix + BLOB), state_dict.get(prefix + SCALE)
+        if self.streamed and given is not None:
+            error_msgs.append(f"{prefix}{BLOB}: the weights are streamed; close the stream before loading others")
+            return
+        if isinstance(given, torch.Tensor) and given.ndim == 1:
+            self._buffers[BLOB] = padded_buffer(len(given), own.device)[: len(given)]
+            if isinstance(scales, torch.Tensor) and self.weight_kvpack_scale is not None:
+                self._buffers[SCALE] = torch.empty_like(scales, dtype=torch.float32, device=own.device)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if given is not None and self._current() is None and not self.weight_kvpack.is_meta:
+            try:
+                self._derive(None)
+            except ValueError as error:
+                error_msgs.append(f"{prefix}{BLOB}: {error}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_blob": None, "_blob_of": None, "_scale_of": None, "streamed": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._derive_if_loaded()

@@ -1,0 +1,350 @@
+"""``kvpack.load``: the tensors of a compressed file or directory on a device, coded ones still coded."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvpack.encode.reader import Reader
+from kvpack.encode.threads import map_ordered
+from kvpack.format.container import BLOB_SUFFIX, Container
+from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob
+from kvpack.runtime.errors import DeviceError
+from kvpack.runtime.kernels import require_device
+from kvpack.runtime.linear import RansLinear, padded_buffer
+from kvpack.runtime.upload import Piece, Uploader
+
+if TYPE_CHECKING:
+    import os
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+# What `dtype=` converts: numbers that stand for themselves. fp8 tensors have scales beside them.
+_PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Of torch's allocator: larger requests come from its pool of large segments, cut into multiples of these blocks.
+_LARGE_BYTES = 1 << 20
+_BLOCK_BYTES = 512
+
+Progress = Callable[[int, int], None]
+
+
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, with its index: CUDA if torch has it, else the CPU, where None is given.
+
+    Raises:
+        DeviceError: it cannot be used; the message says what to install.
+    """
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type != "cuda":
+        raise DeviceError(f"kvpack runs on CUDA devices and on the CPU, not on {chosen.type!r}: use device='cpu'")
+    require_device(chosen)
+    return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+
+
+def data_offset(container: Container) -> int:
+    """Where a safetensors file's data begin: the tensors cover them, and end with the file (§9.1)."""
+    end = max((tensor.end for tensor in container.tensors.values()), default=0)
+    return container.path.stat().st_size - end
+
+
+def piece_of(container: Container, stored: str, target: torch.Tensor) -> Piece:
+    """A stored tensor's bytes in its file, to be brought to the front of ``target`` (u8)."""
+    tensor = container.tensors[stored]
+    return Piece(container.path, data_offset(container) + tensor.begin, target[: tensor.size_bytes])
+
+
+@contextmanager
+def _named(reader: Reader, name: str) -> Iterator[None]:
+    """Errors say which file and tensor they are about."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (f"{reader.container(name).path}, tensor {name!r}: {error}",)
+        raise
+
+
+def scales_on(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
+    """Checked scales of a coded tensor: f32 [0], [1] or [matrices · rows]."""
+    container = reader.container(name)
+    reader._check_scales(name, container, container.blob_header(name))
+    scales = container.scales(name)
+    return torch.from_numpy(np.empty(0, np.float32) if scales is None else scales).to(device)
+
+
+def device_blob(reader: Reader, name: str, buffer: torch.Tensor) -> DeviceBlob:
+    """A coded tensor whose bytes are in ``buffer``, or on their way to it.
+
+    Raises:
+        FormatError: its structure, or its entry in the metadata, breaks a rule; the message names file and tensor.
+    """
+    info = reader.info(name)
+    assert info is not None
+    container = reader.container(name)
+    scales = scales_on(reader, name, buffer.device)
+    host = container.data(name + BLOB_SUFFIX)
+    with _named(reader, name):
+        return DeviceBlob.from_buffer(buffer, scales, TORCH_DTYPES[info.dtype], info.shape, host=host)
+
+
+def check_crcs(reader: Reader, name: str) -> None:
+    """Every byte of a coded tensor against its CRCs, on the CPU.
+
+    Raises:
+        FormatError
+    """
+    blob = reader.blob(name)
+    with _named(reader, name):
+        for _ in map_ordered(blob.tile, range(blob.header.num_tiles), reader._executor):
+            pass
+
+
+def stored_name(reader: Reader, name: str) -> str:
+    """Under which name the bytes of an original tensor are stored."""
+    return name + BLOB_SUFFIX if name in reader.container(name).coded else name
+
+
+def stored_bytes(reader: Reader, name: str) -> int:
+    """Size of those bytes."""
+    return reader.container(name).tensors[stored_name(reader, name)].size_bytes
+
+
+def _allocate(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
+    """Memory for a tensor: a blob's bytes with slack, or the tensor itself."""
+    container = reader.container(name)
+    if name in container.coded:
+        return padded_buffer(stored_bytes(reader, name), device)
+    tensor = container.tensors[name]
+    dtype = TORCH_DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise TypeError(f"{container.path}, tensor {name!r}: torch has no type for {tensor.dtype}")
+    return torch.empty(tensor.shape, dtype=dtype, device=device)
+
+
+def _reserve(size_bytes: int, device: torch.device) -> None:
+    """Let the allocator get one segment to carve tensors from: hundreds of cudaMalloc take longer than the copies."""
+    spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if size_bytes > spare:
+        with suppress(torch.cuda.OutOfMemoryError):  # then in pieces, or not at all
+            torch.empty(size_bytes, dtype=torch.uint8, device=device)
+
+
+def load_tensors(
+    reader: Reader,
+    names: Iterable[str],
+    device: torch.device,
+    *,
+    verify: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, DeviceBlob | torch.Tensor]:
+    """The named tensors on ``device``, complete when this returns.
+
+    Args:
+        progress: called with bytes as they are done, from several threads.
+
+    Raises:
+        FormatError: a blob's structure is broken, or (on CUDA, or with ``verify``) its contents.
+        OSError: a file cannot be read.
+    """
+    # In the order of the files, so that what is waited for first is read first.
+    pieces_of = {name: reader.container(name) for name in names}
+    order = sorted(
+        pieces_of, key=lambda n: (str(pieces_of[n].path), pieces_of[n].tensors[stored_name(reader, n)].begin)
+    )
+    if device.type == "cuda":
+        sizes = [stored_bytes(reader, name) for name in order]
+        _reserve(sum(size + _BLOCK_BYTES + SLACK_BYTES for size in sizes if size >= _LARGE_BYTES), device)
+    buffers = {name: _allocate(reader, name, device) for name in order}
+    pieces = [
+        piece_of(container, stored_name(reader, name), buffers[name].reshape(-1).view(torch.uint8))
+        for name, container in ((name, pieces_of[name]) for name in order)
+    ]
+    loaded: dict[str, DeviceBlob | torch.Tensor] = {}
+    with Uploader(device, progress=progress) as uploader:
+        upload = uploader.submit(pieces, begin=uploader.after_current_work())
+        for number, name in enumerate(order):
+            if name not in pieces_of[name].coded:
+                loaded[name] = buffers[name]
+                continue
+            # Its host side reads the mapped file here and there: behind the readers, it need not wait for the disk.
+            upload.wait_piece(number)
+            if verify:
+                check_crcs(reader, name)
+            loaded[name] = device_blob(reader, name, buffers[name])
+        upload.wait()
+    # Closing the uploader has waited for its copies, so that no tensor needs record_stream.
+    if device.type == "cuda":
+        for name, tensor in loaded.items():
+            if isinstance(tensor, DeviceBlob):
+                with _named(reader, name):
+                    tensor.check_lanes()
+    return loaded
+
+
+class State(Mapping[str, Any]):
+    """Tensors by their original names: coded ones are ``DeviceBlob``, the others plain tensors.
+
+    A layer's name, without ``.weight``, gives a :class:`RansLinear` with the layer's bias, if it has one; the same each
+    time, and it shares the state's memory::
+
+        state = kvpack.load("model.kvpack.safetensors", device="cuda")
+        y = state["model.layers.0.mlp.down_proj"](x)
+        w = state["model.layers.0.mlp.down_proj.weight"].dequantize()
+
+    Iteration, ``len`` and ``in`` know the tensors alone.
+    """
+
+    def __init__(self, tensors: Mapping[str, DeviceBlob | torch.Tensor], device: torch.device) -> None:
+        self._tensors = dict(tensors)
+        self._layers: dict[str, RansLinear] = {}
+        self.device = device
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._tensors:
+            return self._tensors[name]
+        return self.linear(name)
+
+    def linear(self, name: str) -> RansLinear:
+        """The layer ``name``: its coded ``name.weight``, and ``name.bias`` if there is one.
+
+        Raises:
+            KeyError: there is no such weight, or it is not coded.
+        """
+        if name not in self._layers:
+            weight = self._tensors.get(f"{name}.weight")
+            if weight is None:
+                raise KeyError(f"there is no tensor {name!r}, and no {name + '.weight'!r}")
+            if not isinstance(weight, DeviceBlob):
+                raise KeyError(f"{name + '.weight'!r} is not coded: it is a plain tensor under that name")
+            bias = self._tensors.get(f"{name}.bias")
+            if isinstance(bias, DeviceBlob):
+                raise KeyError(f"{name + '.bias'!r} is coded, which a bias cannot be")
+            self._layers[name] = RansLinear(weight, bias, tensor_name=f"{name}.weight")
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, all tensors together."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def __repr__(self) -> str:
+        coded = sum(isinstance(tensor, DeviceBlob) for tensor in self._tensors.values())
+        return f"<kvpack state: {len(self)} tensors, {coded} coded, {self.nbytes / 1e6:.2f} MB on {self.device}>"
+
+
+@contextmanager
+def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, gone when done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(title, total=total_bytes)
+        yield lambda size: bar.advance(task, size)
+
+
+def _counted(progress: Progress, total_bytes: int) -> Callable[[int], None]:
+    lock, done = threading.Lock(), 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            progress(done, total_bytes)
+
+    return advance
+
+
+@contextmanager
+def shown_progress(
+    progress: bool | Progress | None, title: str, total_bytes: int
+) -> Iterator[Callable[[int], None] | None]:
+    """What ``progress`` of :func:`load` asks for, as a function of bytes done since the last call."""
+    if progress is None:
+        progress = sys.stderr.isatty()
+    if callable(progress):
+        yield _counted(progress, total_bytes)
+    elif progress:
+        with progress_bar(title, total_bytes) as advance:
+            yield advance
+    else:
+        yield None
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    *,
+    verify: bool = False,
+    progress: bool | Progress | None = None,
+    dtype: torch.dtype | None = None,
+) -> State:
+    """Load a compressed file or model directory; coded tensors stay coded on the device.
+
+    Every blob's structure is checked. On CUDA each lane of every coded tensor is decoded once, to see that it ends as
+    it must (§5.2); on the CPU that happens whenever a tensor is decoded.
+
+    Args:
+        path: a .safetensors file, or a directory of them.
+        device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where torch has it, else the CPU.
+        verify: check the CRC of every byte as well, on the CPU, as ``kvpack.open`` does.
+        progress: True for a bar, False for none, None for a bar on a terminal; or a function of (bytes done, bytes).
+        dtype: convert tensors that are not coded, if they are fp16, bf16, fp32 or fp64, to this type.
+
+    Raises:
+        FormatError: the file is damaged; the message names the tensor.
+        DeviceError: the device cannot be used; the message says what to install.
+        OSError: a file cannot be read.
+    """
+    where = resolve_device(device)
+    with Reader(Path(path)) as reader:
+        names = reader.keys()
+        with shown_progress(progress, "loading", sum(stored_bytes(reader, name) for name in names)) as advance:
+            loaded = load_tensors(reader, names, where, verify=verify, progress=advance)
+    if dtype is not None:
+        for name, tensor in loaded.items():
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in _PLAIN_FLOATS:
+                loaded[name] = tensor.to(dtype)
+    return State({name: loaded[name] for name in names}, where)

@@ -1,0 +1,344 @@
+"""Operators of ``torch.ops.kvpack`` on coded tensors, for CUDA and the CPU, traceable by ``torch.compile``.
+
+An operator is given a coded tensor as five tensors and ``geometry``, a list of integers (:func:`pack_geometry`):
+
+    blob u8 · groups i32 [groups, 4] · tables i32 [num_tables, 4096] · scales f32 · status i32 [2] · geometry int[]
+
+The CPU implementations decode with :mod:`kvpack.encode`; groups and tables are empty there.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from kvpack.encode.blob_decoder import decode_integers
+from kvpack.format.blob import Blob
+from kvpack.format.header import BlobHeader
+from kvpack.format.layout import TILE_ROWS, ElementKind, Layout
+from kvpack.runtime import expansion, weight_kernels
+from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES, NUMBER_TYPES, Coded
+
+_CODED = "Tensor blob, Tensor groups, Tensor tables, Tensor scales, Tensor status, int[] geometry"
+
+_LIBRARY = torch.library.Library("kvpack", "FRAGMENT")
+_LIBRARY.define(f"linear(Tensor x, {_CODED}, Tensor? bias) -> Tensor")
+_LIBRARY.define(f"dequantize({_CODED}, ScalarType dtype) -> Tensor")
+_LIBRARY.define(f"numbers({_CODED}) -> Tensor")
+_LIBRARY.define("check_lanes(" + _CODED.replace("Tensor status", "Tensor(a!) status") + ") -> ()")
+
+
+def pack_geometry(
+    header: BlobHeader, blob_bytes: int, max_group_words: int, predicted: bool, has_outliers: bool
+) -> list[int]:
+    """The integers that go with a coded tensor's five tensors."""
+    layout = header.layout
+    return [
+        int(layout.element_kind),
+        layout.element_bits,
+        layout.code_bits,
+        layout.codes_per_symbol,
+        header.rows,
+        header.cols,
+        header.tile_cols,
+        header.matrices,
+        blob_bytes,
+        max_group_words,
+        int(predicted),
+        int(has_outliers),
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _header(geometry: tuple[int, ...]) -> BlobHeader:
+    kind, bits, code_bits, codes_per_symbol, rows, cols, tile_cols, matrices = geometry[:8]
+    layout = Layout(ElementKind(kind), bits, code_bits, codes_per_symbol)
+    return BlobHeader(layout=layout, rows=rows, cols=cols, tile_cols=tile_cols, matrices=matrices)
+
+
+def _coded(
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+) -> Coded:
+    return Coded(
+        header=_header(tuple(geometry)),
+        max_group_words=geometry[9],
+        predicted=bool(geometry[10]),
+        has_outliers=bool(geometry[11]),
+        blob=blob,
+        groups=groups,
+        tables=tables,
+        scales=scales,
+        status=status,
+    )
+
+
+def _check_product(x: torch.Tensor, scales: torch.Tensor, geometry: list[int]) -> None:
+    kind, cols, matrices = ElementKind(geometry[0]), geometry[5], geometry[7]
+    if x.dtype not in FLOAT_TYPES:
+        raise TypeError(f"activations are {x.dtype}; {', '.join(map(str, FLOAT_TYPES))} are possible")
+    if matrices != 1:
+        raise ValueError(f"the blob holds {matrices} matrices; a product takes one")
+    if x.shape[-1] != cols:
+        raise ValueError(f"activations have {x.shape[-1]} columns, the weight {cols}")
+    if kind.is_integer and not len(scales):
+        raise TypeError("a tensor of plain integers has no scales to multiply with")
+
+
+def _bias(bias: torch.Tensor | None, x: torch.Tensor, rows: int) -> torch.Tensor | None:
+    if bias is None:
+        return None
+    if bias.shape != (rows,):
+        raise ValueError(f"bias has shape {list(bias.shape)}, the weight {rows} rows")
+    return bias.to(x.dtype).contiguous()
+
+
+def _linear_cuda(
+    x: torch.Tensor,
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    _check_product(x, scales, geometry)
+    coded = _coded(blob, groups, tables, scales, status, geometry)
+    rows, cols = coded.header.rows, coded.header.cols
+    tokens = x.reshape(-1, cols).contiguous()
+    bias = _bias(bias, x, rows)
+    limits = weight_kernels.device_limits(x.device)
+    if len(tokens) == 0:
+        out = x.new_empty(0, rows)
+    elif len(tokens) <= weight_kernels.MAX_FUSED_TOKENS and weight_kernels.can_multiply(coded.layout):
+        out = weight_kernels.multiply(coded, tokens, bias, limits)
+    else:
+        out = expansion.multiply(coded, tokens, bias, limits)
+    return out.reshape(*x.shape[:-1], rows)
+
+
+def _blob(blob: torch.Tensor, geometry: list[int]) -> Blob:
+    return Blob(memoryview(blob[: geometry[8]].numpy()))
+
+
+def _by_row(scales: torch.Tensor, count: int) -> torch.Tensor:
+    return scales.expand(count) if len(scales) == 1 else scales
+
+
+def _linear_cpu(
+    x: torch.Tensor,
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    _check_product(x, scales, geometry)
+    integers = _numbers_cpu(blob, groups, tables, scales, status, geometry)[0]
+    rows, cols = integers.shape
+    kind = ElementKind(geometry[0])
+    tokens = x.reshape(-1, cols).to(torch.float32)
+    out = torch.empty(len(tokens), rows, dtype=torch.float32)
+    by_row = _by_row(scales, rows) if len(scales) else None
+    for first in range(0, rows, TILE_ROWS):  # so that fp32 weights never exist all at once
+        part = integers[first : first + TILE_ROWS]
+        weights = part.view(LOSSLESS_TYPES[kind]) if kind in LOSSLESS_TYPES else part
+        weights = weights.to(torch.float32)
+        if by_row is not None:
+            weights *= by_row[first : first + TILE_ROWS, None]
+        out[:, first : first + TILE_ROWS] = tokens @ weights.T
+    own_bias = _bias(bias, x, rows)
+    if own_bias is not None:
+        out += own_bias.to(torch.float32)
+    return out.to(x.dtype).reshape(*x.shape[:-1], rows)
+
+
+def _dequantize_cuda(
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    coded = _coded(blob, groups, tables, scales, status, geometry)
+    header = coded.header
+    out = torch.empty((header.matrices, header.rows, header.cols), dtype=dtype, device=blob.device)
+    output = weight_kernels.OUTPUTS[_float_type(dtype)]
+    weight_kernels.decode(coded, output, out, weight_kernels.device_limits(blob.device))
+    return out
+
+
+def _float_type(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in FLOAT_TYPES:
+        raise TypeError(f"no dequantization to {dtype}; {', '.join(map(str, FLOAT_TYPES))} are possible")
+    return dtype
+
+
+def _dequantize_cpu(
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    integers = _numbers_cpu(blob, groups, tables, scales, status, geometry)
+    matrices, rows, _ = integers.shape
+    by_row = _by_row(scales, matrices * rows).reshape(matrices, rows, 1)
+    return (integers.to(torch.float32) * by_row).to(_float_type(dtype))
+
+
+def _number_type(geometry: list[int]) -> torch.dtype:
+    return NUMBER_TYPES[ElementKind(geometry[0])] if not geometry[11] else torch.int16
+
+
+def _numbers_cuda(
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+) -> torch.Tensor:
+    coded = _coded(blob, groups, tables, scales, status, geometry)
+    header = coded.header
+    dtype = _number_type(geometry)
+    out = torch.empty((header.matrices, header.rows, header.cols), dtype=dtype, device=blob.device)
+    output = weight_kernels.number_output(coded)
+    weight_kernels.decode(coded, output, out, weight_kernels.device_limits(blob.device))
+    return out
+
+
+def _numbers_cpu(
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+) -> torch.Tensor:
+    numbers = decode_integers(_blob(blob, geometry))
+    if numbers.dtype in (np.uint16, np.uint32):
+        numbers = numbers.view(np.dtype(f"i{numbers.dtype.itemsize}"))
+    return torch.from_numpy(numbers)
+
+
+def _check_lanes_cuda(
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+) -> None:
+    coded = _coded(blob, groups, tables, scales, status, geometry)
+    weight_kernels.decode(
+        coded, weight_kernels.OUTPUT_NOTHING, None, weight_kernels.device_limits(blob.device)
+    )
+
+
+def _check_lanes_cpu(
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+) -> None:
+    decode_integers(_blob(blob, geometry))
+
+
+_LIBRARY.impl("linear", _linear_cuda, "CUDA")
+_LIBRARY.impl("linear", _linear_cpu, "CPU")
+_LIBRARY.impl("dequantize", _dequantize_cuda, "CUDA")
+_LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
+_LIBRARY.impl("numbers", _numbers_cuda, "CUDA")
+_LIBRARY.impl("numbers", _numbers_cpu, "CPU")
+_LIBRARY.impl("check_lanes", _check_lanes_cuda, "CUDA")
+_LIBRARY.impl("check_lanes", _check_lanes_cpu, "CPU")
+
+
+@torch.library.register_fake("kvpack::linear", lib=_LIBRARY)
+def _linear_shape(
+    x: torch.Tensor,
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    _check_product(x, scales, geometry)
+    return x.new_empty((*x.shape[:-1], geometry[4]))
+
+
+@torch.library.register_fake("kvpack::dequantize", lib=_LIBRARY)
+def _dequantize_shape(
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return blob.new_empty((geometry[7], geometry[4], geometry[5]), dtype=dtype)
+
+
+@torch.library.register_fake("kvpack::numbers", lib=_LIBRARY)
+def _numbers_shape(
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+) -> torch.Tensor:
+    return blob.new_empty((geometry[7], geometry[4], geometry[5]), dtype=_number_type(geometry))
+
+
+@torch.library.register_fake("kvpack::check_lanes", lib=_LIBRARY)
+def _check_lanes_shape(
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+) -> None:
+    return None
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, *coded, ctx.geometry, bias = inputs
+    ctx.save_for_backward(*coded)
+    ctx.with_bias = bias is not None
+
+
+def _linear_backward(ctx, gradient):  # type: ignore[no-untyped-def]
+    """The gradient of x (and of bias): coded weights are constants, as under a LoRA adapter."""
+    coded = ctx.saved_tensors
+    rows = ctx.geometry[4]
+    if len(coded[3]):
+        weights = torch.ops.kvpack.dequantize(*coded, ctx.geometry, gradient.dtype)[0]
+    else:
+        weights = torch.ops.kvpack.numbers(*coded, ctx.geometry)[0]
+        weights = weights.view(LOSSLESS_TYPES[ElementKind(ctx.geometry[0])]).to(gradient.dtype)
+    bias = gradient.reshape(-1, rows).sum(dim=0) if ctx.with_bias else None
+    return gradient @ weights, None, None, None, None, None, None, bias
+
+
+torch.library.register_autograd("kvpack::linear", _linear_backward, setup_context=_keep_for_backward, lib=_LIBRARY)

@@ -1,0 +1,322 @@
+"""File → device memory: threads read chunks into pinned buffers while earlier chunks are in flight.
+
+A page fault of a mapped file costs a thread switch for 4 KiB, and the driver stages copies from pageable memory in
+one thread; ``preadv`` into pinned buffers by several threads is what reaches the rate of the bus. Chunks follow the
+file, not the tensors, so that a thousand small tensors cost one read. On the CPU the threads read into the tensors'
+own memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from kvpack.encode.threads import default_threads
+
+CHUNK_BYTES = 8 << 20
+# Read through gaps up to this size: cheaper than another read.
+GAP_BYTES = 1 << 16
+MAX_THREADS = 16
+# A thread fills one buffer while another is in flight.
+BUFFERS_PER_THREAD = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``len(target)`` bytes of a file from ``offset`` on, and where they go: u8, 1-D, contiguous, on the device."""
+
+    path: Path
+    offset: int
+    target: torch.Tensor
+
+    @property
+    def end(self) -> int:
+        return self.offset + len(self.target)
+
+
+@dataclass
+class Chunk:
+    """A range of a file, read at once. Parts: number of a piece, and begin and end of what it takes, in the file."""
+
+    path: Path
+    offset: int
+    size: int = 0
+    parts: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+def split_pieces(pieces: Sequence[Piece], chunk_bytes: int, gap_bytes: int) -> list[Chunk]:
+    """Pieces → chunks of at most ``chunk_bytes``, in the order of the files' bytes."""
+    chunks: list[Chunk] = []
+    for number in sorted(range(len(pieces)), key=lambda i: (str(pieces[i].path), pieces[i].offset)):
+        piece = pieces[number]
+        at = piece.offset
+        while at < piece.end:
+            chunk = chunks[-1] if chunks else None
+            if (
+                chunk is None
+                or chunk.path != piece.path
+                or at - (chunk.offset + chunk.size) > gap_bytes
+                or not chunk.offset <= at < chunk.offset + chunk_bytes
+            ):
+                chunk = Chunk(piece.path, at)
+                chunks.append(chunk)
+            end = min(piece.end, chunk.offset + chunk_bytes)
+            chunk.parts.append((number, at, end))
+            chunk.size = max(chunk.size, end - chunk.offset)  # two pieces may share bytes
+            at = end
+    return chunks
+
+
+def read_exactly(file: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill ``view`` from a file. Raises OSError if the file ends before."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(file, [view[done:]], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, "the file ended while it was read: was it replaced?", str(path))
+        done += count
+
+
+class Upload:
+    """Pieces under way. ``ready`` (CUDA) is recorded behind the last copy, before :meth:`wait` returns."""
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        chunks: Sequence[Chunk],
+        stream: torch.cuda.Stream | None,
+        begin: Callable[[], None] | None,
+    ) -> None:
+        self.pieces = pieces
+        self.stream = stream
+        self.ready = torch.cuda.Event() if stream is not None else None
+        self._begin = begin
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._chunks_left = len(chunks)
+        self._parts_left = [0] * len(pieces)
+        for chunk in chunks:
+            for number, _, _ in chunk.parts:
+                self._parts_left[number] += 1
+        if not chunks:
+            self.begin()
+            self._record()
+
+    def begin(self) -> None:
+        """Once, before the first byte is written to a target; on the copy stream if there is one."""
+        with self._changed:
+            if self._begin is not None:
+                self._begin()
+                self._begin = None
+
+    def _record(self) -> None:
+        if self.ready is not None:
+            self.ready.record(self.stream)
+
+    def done(self, chunk: Chunk, error: BaseException | None) -> None:
+        """Nobody works at a chunk any more: its bytes are there, or their copies enqueued, unless it failed."""
+        with self._changed:
+            self._error = self._error or error
+            if self._error is None:
+                for number, _, _ in chunk.parts:
+                    self._parts_left[number] -= 1
+            self._chunks_left -= 1
+            if not self._chunks_left and self._error is None:
+                self._record()
+            self._changed.notify_all()
+
+    def cancel(self) -> None:
+        """Leave out what has not been begun."""
+        with self._changed:
+            if self._chunks_left:
+                self._error = self._error or RuntimeError("the uploader was closed")
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    @property
+    def finished(self) -> bool:
+        """No thread will touch the targets again."""
+        return not self._chunks_left
+
+    def wait_piece(self, number: int) -> None:
+        """Until a piece has been read: what reads the file after this finds it in the page cache."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.finished or not self._parts_left[number])
+        if self._parts_left[number]:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all is read, and the copies are enqueued; the device may still be copying.
+
+        Raises:
+            OSError: a file cannot be read. Nothing may be assumed of the targets then, but that no thread writes to
+                them any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self.finished)
+        if self._error is not None:
+            raise self._error
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A new stream of a CUDA device; None for the CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def pinned_memory(size: int, device: torch.device) -> torch.Tensor:
+    """u8 [size] from which copies to ``device`` need not wait."""
+    with torch.cuda.device(device):  # or pinning would make a context on device 0
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+class _Pinned:
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.buffer = pinned_memory(size, device)
+        self.view = self.buffer.numpy().data
+        self.copied = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to one that reads
+
+
+def _close_files(files: dict[Path, int]) -> None:
+    for file in files.values():
+        os.close(file)
+    files.clear()
+
+
+class Uploader:
+    """Threads, pinned buffers and a stream that bring files' bytes to one device, until closed.
+
+    Targets belong to the caller: they must stay alive, and unread, until the upload is ready. Uploads are begun in the
+    order in which they are submitted.
+
+    Args:
+        device: where the targets lie.
+        threads: that read; by default one per core, at most 16.
+        stream: to copy on; by default one of its own.
+        progress: called by these threads with the number of bytes of each chunk that is done.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        threads: int | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        stream: torch.cuda.Stream | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.device = device
+        self.stream = side_stream(device) if stream is None else stream
+        self._chunk_bytes = chunk_bytes
+        self._threads = threads or min(MAX_THREADS, max(2, default_threads()))
+        self._progress = progress
+        self._files: dict[Path, int] = {}
+        self._uploads: list[Upload] = []
+        self._free: queue.SimpleQueue[_Pinned] = queue.SimpleQueue()
+        self._buffers = 0
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="kvpack-upload")
+        self._close_files = weakref.finalize(self, _close_files, self._files)
+
+    def after_current_work(self) -> Callable[[], None] | None:
+        """For ``begin``: wait for the current stream as it is now. Fresh memory is what its last work may have left."""
+        stream = self.stream
+        if stream is None:
+            return None
+        event = torch.cuda.current_stream(self.device).record_event()
+        return lambda: stream.wait_event(event)
+
+    def submit(self, pieces: Iterable[Piece], *, begin: Callable[[], None] | None = None) -> Upload:
+        """Start bringing pieces to the device; returns at once.
+
+        Memory of the targets must be safe to write to from the copy stream: whatever used it before must have ended,
+        or ``begin`` (which runs with the copy stream as the current one) makes that stream wait for it.
+        """
+        listed = list(pieces)
+        for piece in listed:
+            if piece.path not in self._files:
+                self._files[piece.path] = os.open(piece.path, os.O_RDONLY | os.O_CLOEXEC)
+        chunks = split_pieces(listed, self._chunk_bytes, 0 if self.stream is None else GAP_BYTES)
+        with torch.cuda.stream(self.stream):  # a context of nothing if there is none
+            upload = Upload(listed, chunks, self.stream, begin)
+        self._uploads = [*(u for u in self._uploads if not u.finished), upload]
+        for chunk in chunks:
+            self._pool.submit(self._work, upload, chunk)
+        return upload
+
+    def _work(self, upload: Upload, chunk: Chunk) -> None:
+        failure: BaseException | None = None
+        try:
+            if not upload.failed:
+                if self.stream is None:
+                    self._read(upload, chunk)
+                else:
+                    self._read_and_copy(upload, chunk, self.stream)
+                if self._progress is not None:
+                    self._progress(sum(end - begin for _, begin, end in chunk.parts))
+        except BaseException as error:  # whoever waits for the upload raises it
+            failure = error
+        upload.done(chunk, failure)
+
+    def _read(self, upload: Upload, chunk: Chunk) -> None:
+        upload.begin()
+        file = self._files[chunk.path]
+        for number, begin, end in chunk.parts:
+            piece = upload.pieces[number]
+            part = piece.target[begin - piece.offset : end - piece.offset]
+            read_exactly(file, part.numpy().data, begin, chunk.path)
+
+    def _read_and_copy(self, upload: Upload, chunk: Chunk, stream: torch.cuda.Stream) -> None:
+        pinned = self._take_buffer()
+        try:
+            pinned.copied.synchronize()
+            read_exactly(self._files[chunk.path], pinned.view[: chunk.size], chunk.offset, chunk.path)
+            with torch.cuda.stream(stream):
+                upload.begin()
+                for number, begin, end in chunk.parts:
+                    piece = upload.pieces[number]
+                    part = pinned.buffer[begin - chunk.offset : end - chunk.offset]
+                    piece.target[begin - piece.offset : end - piece.offset].copy_(part, non_blocking=True)
+                pinned.copied.record(stream)
+        finally:
+            self._free.put(pinned)
+
+    def _take_buffer(self) -> _Pinned:
+        """A new buffer while there are few, then the one whose copy was enqueued first."""
+        with self._lock:
+            new = self._buffers < BUFFERS_PER_THREAD * self._threads
+            self._buffers += new
+        return _Pinned(self._chunk_bytes, self.device) if new else self._free.get()
+
+    def close(self) -> None:
+        """Give up what has not been read, wait for what is in flight, and let go of buffers and files."""
+        for upload in self._uploads:
+            upload.cancel()
+        self._pool.shutdown(wait=True)
+        if self.stream is not None:
+            self.stream.synchronize()
+        self._close_files()
+        self._uploads.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

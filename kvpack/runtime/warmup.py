@@ -1,0 +1,63 @@
+"""``kvpack.warmup``: compile now what the first requests would compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from kvpack.runtime import weight_kernels
+from kvpack.runtime.device_blob import DeviceBlob
+from kvpack.runtime.linear import RansLinear
+from kvpack.runtime.load import State
+
+# One number of tokens for each kind of product: one vector, a few on tensor cores (three sizes), many.
+TOKENS = (1, 8, 16, 32, 64)
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def _blobs(target: nn.Module | State) -> Iterator[DeviceBlob]:
+    if isinstance(target, State):
+        yield from (t for t in target.values() if isinstance(t, DeviceBlob) and len(t.shape) == 2)
+        return
+    for module in target.modules():
+        if isinstance(module, RansLinear) and not module.streamed and not module.weight_kvpack.is_meta:
+            yield module.prepare()
+
+
+def warmup(target: nn.Module | State, *, dtypes: Iterable[torch.dtype] = DTYPES, tokens: Iterable[int] = TOKENS) -> int:
+    """Run each kind of coded layer once, so that neither a first request nor a CUDA graph's capture compiles.
+
+    What has been compiled is kept on disk: the next process finds it. Streamed layers are left out.
+
+    Args:
+        target: a model with :class:`RansLinear` layers, or what ``kvpack.load`` returned.
+        dtypes: of the activations to come.
+        tokens: how many at a time; the defaults reach every kernel.
+
+    Returns:
+        The number of products that were run.
+    """
+    done: set[tuple[object, ...]] = set()
+    devices: set[torch.device] = set()
+    count = 0
+    kinds, numbers = tuple(dtypes), tuple(tokens)
+    for blob in _blobs(target):
+        header = blob.header
+        if header.layout.element_kind.is_integer and not len(blob.scales):
+            continue  # plain integers are no weights
+        kind = (header.layout, header.rows, header.cols, header.tile_cols, *blob.geometry[9:], blob.device)
+        if kind in done:
+            continue
+        done.add(kind)
+        devices.add(blob.device)
+        for dtype in kinds:
+            for number in numbers:
+                blob.linear(torch.zeros(number, header.cols, dtype=dtype, device=blob.device))
+                count += 1
+    for device in devices:
+        if device.type == "cuda":
+            weight_kernels.prepare_graph_tickets(device)
+            torch.cuda.synchronize(device)
+    return count

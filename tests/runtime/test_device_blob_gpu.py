@@ -1,0 +1,140 @@
+"""Coded tensors on a real device, against the CPU: every golden blob, products of every size, damaged blobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sample_blobs as samples
+
+torch = pytest.importorskip("torch")
+
+from kvpack.encode.blob_decoder import decode_integers  # noqa: E402
+from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
+from kvpack.format.blob import TILE_METADATA, Blob  # noqa: E402
+from kvpack.format.errors import BlobError, LaneStateError  # noqa: E402
+from kvpack.format.layout import ElementKind, TileMode, integer_layout  # noqa: E402
+from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
+from kvpack.runtime.weight_kernels import MAX_FUSED_TOKENS  # noqa: E402
+
+GOLDEN = sorted((Path(__file__).parents[1] / "data" / "v1").glob("*.blob"))
+
+pytestmark = pytest.mark.gpu
+
+
+def on_device(data: bytes, scales: np.ndarray | None = None, dtype: torch.dtype = torch.float16) -> DeviceBlob:
+    header = Blob(data).header
+    shape = (header.matrices, header.rows, header.cols) if header.matrices > 1 else (header.rows, header.cols)
+    return DeviceBlob.from_bytes(data, scales, dtype, shape, "cuda")
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_blobs(path: Path) -> None:
+    data = path.read_bytes()
+    coded = on_device(data)
+    coded.check_lanes()
+    assert coded.integers().cpu().numpy().tobytes() == decode_integers(Blob(data)).tobytes()
+    coded.check()
+
+
+LAYOUTS = [("balanced", n) for n in range(2, 9)] + [("fast", n) for n in (3, 5, 8)] + [("compact", n) for n in (2, 4, 8)]
+
+
+@pytest.mark.parametrize("tile_cols", [64, 256, 512])
+@pytest.mark.parametrize(("name", "bits"), LAYOUTS)
+def test_products(name: str, bits: int, tile_cols: int) -> None:
+    rows, cols = 1111, 1003
+    elements = samples.gaussian_elements((1, rows, cols), bits, 0.6 * (1 << bits) / 8, bits)
+    scales = np.random.default_rng(0).uniform(0.5, 1.5, rows).astype(np.float32) / 64
+    data = encode_elements(elements, integer_layout(name, ElementKind.SIGNED, bits), tile_cols=tile_cols)
+    coded = on_device(data, scales)
+    weights = torch.from_numpy((elements[0].astype(np.float64) - (1 << bits - 1)) * scales[:, None].astype(np.float64)).cuda()
+    exact = torch.from_numpy((elements[0].astype(np.float32) - (1 << bits - 1)) * scales[:, None]).cuda()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert torch.equal(coded.dequantize(dtype), exact.to(dtype))
+        for tokens in (1, 2, 8, 13, 16, 27, 32, 33, 200):
+            x = torch.randn(tokens, cols, device="cuda").to(dtype)
+            bias = torch.randn(rows, device="cuda").to(dtype)
+            expected = x.double() @ weights.T + bias.double()
+            got = coded.linear(x, bias)
+            error = ((got.double() - expected).norm() / expected.norm()).item()
+            assert error < (3e-3 if dtype == torch.bfloat16 else 1e-3), (dtype, tokens)
+            if tokens <= MAX_FUSED_TOKENS:
+                assert torch.equal(got, coded.linear(x, bias))
+    coded.check()
+
+
+def mutants(count: int) -> list[tuple[bytes, bytes]]:
+    """(payload damaged, original): bytes of payloads overwritten, CRCs left as they were (the runtime reads none)."""
+    rng = np.random.default_rng(7)
+    originals = [path.read_bytes() for path in GOLDEN]
+    found = []
+    for number in range(count):
+        original = originals[number % len(originals)]
+        start = Blob(original).header.payload_offset
+        data = bytearray(original)
+        for _ in range(1 + number % 4):
+            at = int(rng.integers(start, len(data)))
+            data[at] = int(rng.integers(0, 256))
+        found.append((bytes(data), original))
+    return found
+
+
+def test_damaged_payloads() -> None:
+    """Nothing is read or written out of bounds (run under compute-sanitizer), and damage to words is seen."""
+    refused = seen = 0
+    for data, _ in mutants(260):
+        try:
+            coded = on_device(data, None)
+        except BlobError:
+            refused += 1
+            continue
+        coded.integers()
+        try:
+            coded.check_lanes()
+        except LaneStateError:
+            seen += 1
+    assert refused > 5
+    assert seen > 50
+
+
+def test_damaged_products() -> None:
+    elements = samples.gaussian_elements((1, 300, 600), 5, 3, 1)
+    data = encode_elements(elements, integer_layout("balanced", ElementKind.SIGNED, 5), tile_cols=96)
+    tiles = np.frombuffer(data[Blob(data).header.payload_offset - 32 * Blob(data).header.num_tiles :], TILE_METADATA, 1)
+    assert tiles[0]["mode"] == TileMode.RANS
+    rng = np.random.default_rng(3)
+    start = Blob(data).header.payload_offset
+    for _ in range(20):
+        damaged = bytearray(data)
+        at = start + 32 + int(rng.integers(0, 256 * 5 + 4000))
+        damaged[at : at + 40] = rng.integers(0, 256, 40).astype(np.uint8).tobytes()
+        coded = on_device(bytes(damaged), np.ones(1, np.float32))
+        for tokens in (1, 8):
+            coded.linear(torch.ones(tokens, 600, device="cuda", dtype=torch.float16))
+        with pytest.raises(LaneStateError, match="lanes did not end"):
+            coded.check()
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_graph_replay_sees_new_input(tokens: int) -> None:
+    elements = samples.gaussian_elements((1, 512, 1024), 8, 20, 1)
+    data = encode_elements(elements, integer_layout("balanced", ElementKind.SIGNED, 8), tile_cols=128)
+    coded = on_device(data, np.full(1, 1 / 64, np.float32))
+    x = torch.randn(tokens, 1024, device="cuda", dtype=torch.float16)
+    coded.linear(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = coded.linear(x)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x))
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, coded.linear(x))
+
+
+def test_slack_is_enough() -> None:
+    assert SLACK_BYTES >= 2 * 513

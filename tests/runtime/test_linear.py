@@ -1,0 +1,540 @@
+"""RansLinear against products with the dequantized weights, and through all that torch does to modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+from small_models import LAYERS, kernel_eps, layer_file, product_error  # noqa: E402
+
+import kvpack  # noqa: E402
+from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
+from kvpack.runtime.errors import ModelMismatchError  # noqa: E402
+from kvpack.runtime.linear import RansLinear  # noqa: E402
+from kvpack.runtime.load import State, load  # noqa: E402
+
+CODED = sorted(LAYERS)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return layer_file(tmp_path_factory.mktemp("layers"))
+
+
+@pytest.fixture
+def state(path: Path) -> State:
+    return load(path, "cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(path: Path) -> dict[str, Any]:
+    """The weights as the CPU decoder has them, fp32."""
+    with kvpack.open(path) as reader:
+        return {name: torch.from_numpy(reader.dequantize(f"{name}.weight", "float32")) for name in CODED}
+
+
+def activations(name: str, *leading: int, dtype: Any = torch.float32, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*leading, LAYERS[name][1], generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", CODED)
+def test_product(state: State, weights: dict[str, Any], name: str, dtype: Any) -> None:
+    layer = state[name]
+    assert isinstance(layer, RansLinear)
+    x = activations(name, 5, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert product_error(y, x, weights[name], layer.bias) <= 1
+    assert (layer.bias is not None) == (name in ("biased", "exact"))
+
+
+def test_outliers_count(state: State, weights: dict[str, Any]) -> None:
+    """The layer called so has them, and they are in its products."""
+    layer = state["outliers"]
+    assert layer.prepare().has_outliers
+    x = torch.zeros(1, 96)
+    x[0, 5] = 1
+    assert float(layer(x)[0, 3]) == float(weights["outliers"][3, 5]) == pytest.approx(4, rel=0.02)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 3), (2, 1, 4), (3, 0, 2)])
+def test_leading_dimensions(state: State, weights: dict[str, Any], leading: tuple[int, ...]) -> None:
+    x = activations("biased", *leading)
+    y = state["biased"](x)
+    assert y.shape == (*leading, 96)
+    assert product_error(y.reshape(-1, 96), x.reshape(-1, 416), weights["biased"], state["biased.bias"]) <= 1
+
+
+def test_strided_activations(state: State, weights: dict[str, Any]) -> None:
+    x = activations("rows", 6)
+    wide = torch.zeros(6, 400)
+    wide[:, ::2] = x
+    for strided in (wide[:, ::2], x.T.contiguous().T, x[:1].expand(6, -1)):
+        assert product_error(state["rows"](strided), strided, weights["rows"], None) <= 1
+
+
+def test_transposed_weights(tmp_path: Path) -> None:
+    """Inputs × outputs, as GPT-2's Conv1D stores them."""
+    generator = torch.Generator().manual_seed(3)
+    stored = torch.randn(96, 288, generator=generator)
+    save_file(
+        {"h.0.attn.c_attn.weight": stored, "h.0.attn.c_attn.bias": torch.randn(288, generator=generator)},
+        tmp_path / "in.safetensors",
+    )
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=5)
+    state = load(tmp_path / "out.safetensors", "cpu")
+    layer = state["h.0.attn.c_attn"]
+    assert layer.prepare().header.transposed
+    assert (layer.in_features, layer.out_features) == (96, 288)
+    with kvpack.open(tmp_path / "out.safetensors") as reader:
+        weight = torch.from_numpy(reader.dequantize("h.0.attn.c_attn.weight"))
+    assert layer.weight.equal(weight)
+    assert weight.shape == (96, 288)
+    x = torch.randn(4, 96, generator=generator)
+    assert product_error(layer(x), x, weight.T, layer.bias) <= 1
+    moved = copy.deepcopy(layer).half()
+    assert moved.weight.equal(weight)
+
+
+def test_weight_is_a_copy_of_the_numbers(state: State, weights: dict[str, Any]) -> None:
+    for name in CODED:
+        weight = state[name].weight
+        assert weight.dtype == {"exact": torch.bfloat16, "half": torch.float16}.get(name, torch.float32)
+        assert weight.float().equal(weights[name])
+        weight.zero_()
+        assert state[name].weight.float().equal(weights[name])
+
+
+def test_description(state: State, path: Path) -> None:
+    with kvpack.open(path) as reader:
+        for name in CODED:
+            info = reader.info(f"{name}.weight")
+            assert info is not None
+            assert state[name].bits_per_weight == info.bits_per_weight
+    text = repr(state["rows"])
+    assert "in_features=200, out_features=128, bias=False" in text
+    assert "quantized to 8 bits, a scale per row" in text
+    assert "device=cpu" in text
+    assert "lossless" in repr(state["exact"])
+    assert f"{state['quantized'].bits_per_weight:.3f} bits/weight" in repr(state["quantized"])
+
+
+def test_memory(state: State) -> None:
+    layer = state["biased"]
+    blob = layer.prepare()
+    assert layer.memory_bytes == blob.nbytes + 4 * 96
+    assert blob.blob.numel() == len(layer.weight_kvpack) + SLACK_BYTES
+    assert blob.nbytes <= blob.blob.numel() + 4 + 64
+    # Nothing is held twice.
+    assert layer.weight_kvpack.data_ptr() == blob.blob.data_ptr() == state["biased.weight"].blob.data_ptr()
+
+
+# Saving and loading ------------------------------------------------------------------------------------------------
+
+
+def empty_like(layer: RansLinear, device: str = "meta", blob_bytes: int | None = None) -> RansLinear:
+    scales = layer.weight_kvpack_scale
+    return RansLinear.empty(
+        layer.in_features,
+        layer.out_features,
+        len(layer.weight_kvpack) if blob_bytes is None else blob_bytes,
+        0 if scales is None else len(scales),
+        layer.bias is not None,
+        layer.weight_dtype,
+        device,
+    )
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_state_dict_through_safetensors(state: State, path: Path, tmp_path: Path, name: str) -> None:
+    layer = state[name]
+    save_file(layer.state_dict(prefix=f"{name}."), tmp_path / "layer.safetensors")
+    saved, original = load_file(tmp_path / "layer.safetensors"), load_file(path)
+    for key, tensor in saved.items():  # names, types and bytes are the container's
+        assert tensor.dtype == original[key].dtype
+        assert tensor.equal(original[key])
+    assert f"{name}.weight_kvpack" in saved
+    assert (f"{name}.weight_kvpack_scale" in saved) == (name not in ("exact", "half"))
+    assert (f"{name}.bias" in saved) == (layer.bias is not None)
+
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in saved.items()}
+    x = activations(name, 3)
+    expected = layer(x)
+    for device, assign in (("cpu", False), ("cpu", True), ("meta", True)):
+        other = empty_like(layer, device)
+        assert other.load_state_dict(own, assign=assign) == ([], [])
+        assert other(x).equal(expected), (device, assign)
+        assert other.weight.equal(layer.weight)
+
+
+def test_blob_of_another_length(state: State, weights: dict[str, Any]) -> None:
+    """How long a blob is depends on the weights, so a layer takes what the state dict brings."""
+    layer = state["quantized"]
+    for device in ("cpu", "meta"):
+        other = empty_like(layer, device, blob_bytes=17)
+        other.load_state_dict(layer.state_dict(), assign=device == "meta")
+        assert other.weight.equal(weights["quantized"])
+        assert len(other.weight_kvpack) == len(layer.weight_kvpack)
+
+
+def test_loading_does_not_touch_shared_memory(state: State, weights: dict[str, Any]) -> None:
+    layer, other = state["quantized"], copy.deepcopy(state["quantized"])
+    twin = RansLinear(state["quantized.weight"])
+    state_dict = other.state_dict()
+    layer.load_state_dict(state_dict)
+    assert layer.weight_kvpack.data_ptr() != twin.weight_kvpack.data_ptr()
+    assert layer.weight_kvpack.data_ptr() != state_dict["weight_kvpack"].data_ptr()
+    assert twin.weight.equal(weights["quantized"])
+
+
+def test_damaged_or_foreign_state_dicts(state: State) -> None:
+    layer = state["quantized"]
+    good = layer.state_dict()
+    damaged = good["weight_kvpack"].clone()
+    damaged[70] ^= 1
+    with pytest.raises(RuntimeError, match=r"weight_kvpack: header_crc32 is"):
+        empty_like(layer, "cpu").load_state_dict({**good, "weight_kvpack": damaged})
+    with pytest.raises(RuntimeError, match="the blob holds 1 × 128 × 200 weights, the layer has 300 outputs"):
+        empty_like(layer, "cpu").load_state_dict({**good, "weight_kvpack": state["rows"].weight_kvpack})
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_kvpack_scale"):
+        empty_like(layer, "cpu").load_state_dict({"weight_kvpack": good["weight_kvpack"]})
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_kvpack"):
+        empty_like(layer, "cpu").load_state_dict({"weight_kvpack_scale": good["weight_kvpack_scale"]})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_kvpack_scale"):
+        empty_like(state["exact"], "cpu").load_state_dict(
+            {**state["exact"].state_dict(), "weight_kvpack_scale": torch.ones(1)}
+        )
+    with pytest.raises(RuntimeError, match="scale 0 is -1"):
+        empty_like(layer, "cpu").load_state_dict({**good, "weight_kvpack_scale": torch.tensor([-1.0])})
+    with pytest.raises(RuntimeError, match="one row of bytes"):
+        empty_like(layer, "meta").load_state_dict({**good, "weight_kvpack": damaged.to(torch.int32)}, assign=True)
+
+
+def test_empty_layers_compute_nothing(state: State) -> None:
+    x = activations("quantized", 2)
+    with pytest.raises(RuntimeError, match="on the meta device"):
+        empty_like(state["quantized"])(x)
+    with pytest.raises(ValueError, match="magic is 0x00000000"):
+        empty_like(state["quantized"], "cpu")(x)
+    with pytest.warns(UserWarning, match="no-op"):
+        empty_like(state["quantized"]).load_state_dict(state["quantized"].state_dict())
+
+
+def test_torch_save(state: State) -> None:
+    layer, file = state["biased"], io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = empty_like(layer)
+    other.load_state_dict(torch.load(file, weights_only=True), assign=True)
+    x = activations("biased", 2)
+    assert other(x).equal(layer(x))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", CODED)
+def test_copies(state: State, name: str, how: str) -> None:
+    layer = state[name]
+    x = activations(name, 3)
+    expected = layer(x)
+    other = copy.deepcopy(layer) if how == "deepcopy" else pickle.loads(pickle.dumps(layer))
+    assert other._current() is not None  # ready without a first call
+    assert other(x).equal(expected)
+    assert other.weight_kvpack.data_ptr() != layer.weight_kvpack.data_ptr()
+    assert other.weight_kvpack.untyped_storage().nbytes() == len(layer.weight_kvpack) + SLACK_BYTES
+    assert repr(other) == repr(layer)
+    layer.weight_kvpack.zero_()
+    assert other(x).equal(expected)
+
+
+# What Module.to and its like do -------------------------------------------------------------------------------------
+
+CONVERSIONS = {
+    "half": lambda layer: layer.half(),
+    "double": lambda layer: layer.double(),
+    "bfloat16": lambda layer: layer.to(torch.bfloat16),
+    "type": lambda layer: layer.type(torch.float16),
+    "cpu": lambda layer: layer.cpu(),
+    "to": lambda layer: layer.to("cpu", torch.float16, non_blocking=True),
+    "share_memory": lambda layer: layer.share_memory(),
+}
+
+
+@pytest.mark.parametrize("how", CONVERSIONS)
+@pytest.mark.parametrize("name", ["biased", "rows", "exact"])
+def test_conversions(state: State, weights: dict[str, Any], name: str, how: str) -> None:
+    layer = copy.deepcopy(state[name])
+    before = layer.state_dict()
+    model = torch.nn.Sequential(layer, torch.nn.LayerNorm(LAYERS[name][0]))
+    assert CONVERSIONS[how](model)[0] is layer
+    after = layer.state_dict()
+    assert list(after) == list(before)
+    assert after["weight_kvpack"].dtype == torch.uint8
+    assert after["weight_kvpack"].equal(before["weight_kvpack"])
+    if name != "exact":
+        assert after["weight_kvpack_scale"].dtype == torch.float32
+        assert after["weight_kvpack_scale"].equal(before["weight_kvpack_scale"])
+    if layer.bias is not None:
+        assert layer.bias.dtype == model[1].bias.dtype if how not in ("cpu", "share_memory") else before["bias"].dtype
+    assert layer._current() is not None
+    x = activations(name, 2)
+    assert product_error(layer(x), x, weights[name], layer.bias) <= 1
+    if how == "share_memory":
+        assert layer.weight_kvpack.is_shared()
+
+
+def test_meta_and_back(state: State) -> None:
+    layer = copy.deepcopy(state["biased"])
+    good = copy.deepcopy(layer.state_dict())
+    x = activations("biased", 2)
+    expected = layer(x)
+    layer.to("meta")
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    assert "device=meta" in repr(layer)
+    layer.to_empty(device="cpu")
+    layer.weight_kvpack.zero_()  # unspecified bytes until now
+    with pytest.raises(ValueError, match="magic"):
+        layer(x)
+    layer.load_state_dict(good)
+    assert layer(x).equal(expected)
+
+
+@pytest.mark.parametrize("how", ["setattr", "buffers"])
+def test_buffers_replaced_by_hand(state: State, how: str) -> None:
+    """As loaders of transformers and accelerate do."""
+    layer, other = state["quantized"], empty_like(state["quantized"])
+    x = activations("quantized", 2)
+    for name in ("weight_kvpack", "weight_kvpack_scale"):
+        tensor = layer._buffers[name].clone()
+        if how == "setattr":
+            setattr(other, name, tensor)
+        else:
+            other._buffers[name] = tensor
+    assert other(x).equal(layer(x))
+    other._buffers["weight_kvpack_scale"] = 2 * layer.weight_kvpack_scale
+    assert other(x).equal(2 * layer(x))
+    other._buffers["weight_kvpack_scale"] = layer.weight_kvpack_scale
+    other.prepare()
+    assert other._buffers["weight_kvpack"].untyped_storage().nbytes() == len(layer.weight_kvpack) + SLACK_BYTES
+    # A part of something larger is copied: what lies behind it is not slack.
+    arena = torch.full((len(layer.weight_kvpack) + 3 * SLACK_BYTES,), 7, dtype=torch.uint8)
+    arena[: len(layer.weight_kvpack)] = layer.weight_kvpack
+    other.weight_kvpack = arena[: len(layer.weight_kvpack)]
+    assert other.weight.equal(layer.weight)
+    assert int(arena[len(layer.weight_kvpack)]) == 7
+
+
+def test_refusals(state: State) -> None:
+    with pytest.raises(ValueError, match=r"x is \(2, 415\), the layer has 416 inputs"):
+        state["quantized"](torch.zeros(2, 415))
+    with pytest.raises(TypeError, match="int64"):
+        state["quantized"](torch.zeros(2, 416, dtype=torch.int64))
+    with pytest.raises(ModelMismatchError, match=r"needs one matrix, the blob holds \(3, 64, 96\)"):
+        RansLinear(state["experts"])
+    with pytest.raises(ModelMismatchError, match=r"the bias is \(3,\), the weight has 300 outputs"):
+        RansLinear(state["quantized.weight"], torch.zeros(3))
+
+
+# torch.compile -------------------------------------------------------------------------------------------------------
+
+
+class Two(torch.nn.Module):
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.up, self.down = copy.deepcopy(state["quantized"]), copy.deepcopy(state["biased"])
+
+    def forward(self, x: Any) -> Any:
+        return torch.nn.functional.silu(self.up(x)).sum(-1, keepdim=True) * self.down(x)
+
+
+def test_compile(state: State) -> None:
+    torch._dynamo.reset()
+    model = Two(state)
+    x = activations("quantized", 3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert compiled(x).equal(model(x))
+    assert compiled(2 * x).equal(model(2 * x))
+    model.half()  # other buffers: compiled anew, or guarded; never the old ones
+    torch.testing.assert_close(compiled(x.half()), model(x.half()), rtol=0, atol=0)
+
+
+def test_compile_after_copies_and_loads(state: State) -> None:
+    """Whatever filled the layer has made it ready: nothing is left to derive under fullgraph."""
+    layer = state["quantized"]
+    x = activations("quantized", 2)
+    loaded = empty_like(layer)
+    loaded.load_state_dict(layer.state_dict(), assign=True)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded, copy.deepcopy(layer).to("cpu")):
+        torch._dynamo.reset()
+        assert torch.compile(other, fullgraph=True, backend="aot_eager")(x).equal(layer(x))
+
+
+def test_coded_tensors_are_static_inputs(state: State) -> None:
+    """Under CUDA graphs, inputs that are not static are copied at each replay: a second copy of the weights."""
+    torch._dynamo.reset()
+    static: dict[int, Any] = {}
+
+    def backend(module: Any, inputs: Any) -> Any:
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        for node, value in zip(placeholders, inputs, strict=True):
+            kind = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+            if isinstance(value, torch.Tensor):
+                static[value.numel()] = kind
+        return module
+
+    layer = state["biased"]
+    torch.compile(layer, fullgraph=True, backend=backend)(activations("biased", 2))
+    blob = layer.prepare()
+    for tensor in (blob.blob, blob.scales, layer.bias):
+        assert static[tensor.numel()] is not None
+    assert static[2 * 416] is None
+
+
+def test_gradient_of_activations(state: State, weights: dict[str, Any]) -> None:
+    """Coded weights are constants; what comes before them can be trained."""
+    x = activations("biased", 3).requires_grad_()
+    y = state["biased"](x)
+    (y**2).sum().backward()
+    expected = 2 * y.detach().double() @ weights["biased"].double()
+    torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# On a GPU -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda_state(path: Path) -> State:
+    return load(path, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", CODED)
+def test_cuda_product(cuda_state: State, weights: dict[str, Any], name: str, dtype: Any) -> None:
+    layer = cuda_state[name]
+    for tokens in (1, 2, 8, 9, 16, 17, 32, 33, 100):
+        x = activations(name, tokens, dtype=dtype, seed=tokens).cuda()
+        y = layer(x)
+        assert y.dtype == dtype
+        assert product_error(y, x, weights[name].cuda(), layer.bias, kernel_eps(dtype)) <= 1, tokens
+    blob = layer.prepare()
+    assert isinstance(blob, DeviceBlob)
+    blob.check()
+
+
+@pytest.mark.gpu
+def test_cuda_moves(state: State, weights: dict[str, Any]) -> None:
+    for name in CODED:
+        layer = copy.deepcopy(state[name])
+        x = activations(name, 4)
+        layer.cuda()
+        assert layer.weight_kvpack.is_cuda
+        assert layer._current() is not None
+        assert layer._current().groups.is_cuda
+        assert layer._current().groups.numel()
+        error = product_error(layer(x.cuda()), x.cuda(), weights[name].cuda(), layer.bias, kernel_eps(x.dtype))
+        assert error <= 1
+        assert layer.weight.cpu().float().equal(weights[name])
+        twin = copy.deepcopy(layer)
+        again = pickle.loads(pickle.dumps(layer))
+        assert twin(x.cuda()).equal(layer(x.cuda()))
+        assert again(x.cuda()).equal(layer(x.cuda()))
+        layer.to("cpu", torch.float16)
+        assert layer.weight.float().equal(weights[name])
+        assert product_error(layer(x), x, weights[name], layer.bias) <= 1
+
+
+@pytest.mark.gpu
+def test_cuda_load_state_dict(state: State, cuda_state: State) -> None:
+    for name in CODED:
+        layer = cuda_state[name]
+        x = activations(name, 4).cuda()
+        for device, assign in (("cuda", False), ("meta", True)):
+            other = empty_like(layer, device)
+            other.load_state_dict(layer.state_dict(), assign=assign)
+            assert other(x).equal(layer(x))
+        other = empty_like(layer, "cuda")
+        other.load_state_dict(state[name].state_dict())  # from the host
+        assert other(x).equal(layer(x))
+
+
+@pytest.mark.gpu
+def test_cuda_graph(cuda_state: State) -> None:
+    """Captured, replayed with other activations: the results of those."""
+    kvpack.warmup(cuda_state)
+    for name in CODED:
+        layer = cuda_state[name]
+        for tokens in (1, 8, 48):
+            x = activations(name, tokens, dtype=torch.float16).cuda()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                layer(x)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = layer(x)
+            for seed in (1, 2, 3):
+                x.copy_(activations(name, tokens, dtype=torch.float16, seed=seed))
+                y.zero_()
+                graph.replay()
+                # Products of many tokens are cuBLAS's, which may choose otherwise in a capture.
+                torch.testing.assert_close(
+                    y, layer(x), rtol=0 if tokens <= 32 else 2e-3, atol=0 if tokens <= 32 else 2e-3
+                )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_cuda_compile(state: State, mode: str) -> None:
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    model = Two(state).cuda().half()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(model, fullgraph=True, mode=mode)
+        for seed in range(4):
+            x = activations("quantized", 2, dtype=torch.float16, seed=seed).cuda()
+            torch.testing.assert_close(compiled(x).clone(), model(x), rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_memory_is_the_coded_weights(tmp_path: Path) -> None:
+    """Neither loading nor products of up to 32 tokens hold anything that grows with the weights but their bytes."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (4096, 2048)
+    tensors = {f"layers.{i}.weight": torch.randn(shape, generator=generator).half() for i in range(4)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=4.25)
+    kvpack.warmup(load(tmp_path / "out.safetensors", "cuda"), dtypes=[torch.float16])  # tickets and the like
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    state = load(tmp_path / "out.safetensors", "cuda")
+    coded_bytes = (tmp_path / "out.safetensors").stat().st_size
+    assert coded_bytes < 0.28 * 4 * 2 * shape[0] * shape[1]
+    # Tables, group offsets and slack: 2 percent and 128 KiB a tensor; 1 MiB for the allocator's blocks.
+    allowance = coded_bytes // 50 + 4 * (128 << 10) + (1 << 20)
+    assert torch.cuda.max_memory_allocated() - before <= coded_bytes + allowance
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    layers = [state[f"layers.{i}"] for i in range(4)]
+    for tokens in (1, 8, 32):
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+        for layer in layers:
+            layer(x)
+    # x and y, and fp32 partial sums: at most 32 parts of them.
+    activations_bytes = 32 * 2 * sum(shape)
+    assert torch.cuda.max_memory_allocated() - held <= activations_bytes + 32 * 4 * 32 * shape[0]
+    assert torch.cuda.memory_allocated() - held <= activations_bytes + (1 << 20)

@@ -1,0 +1,456 @@
+"""kvpack.load against the CPU reader; the uploader's chunks; what damaged files and absent devices lead to."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from happens_before import Detector, detecting  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from small_models import LAYERS, layer_file  # noqa: E402
+
+import kvpack  # noqa: E402
+from kvpack.encode.model_directory import write_index  # noqa: E402
+from kvpack.format.container import Container  # noqa: E402
+from kvpack.format.errors import FormatError, HeaderCrcError, PayloadCrcError  # noqa: E402
+from kvpack.runtime import load as load_module  # noqa: E402
+from kvpack.runtime import upload as upload_module  # noqa: E402
+from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
+from kvpack.runtime.errors import DeviceError  # noqa: E402
+from kvpack.runtime.linear import RansLinear  # noqa: E402
+from kvpack.runtime.load import TORCH_DTYPES, State, load, resolve_device  # noqa: E402
+from kvpack.runtime.upload import Piece, Uploader, split_pieces  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return layer_file(tmp_path_factory.mktemp("load"))
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> Any:
+    """An array of any dtype as the tensor of the same bits."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def assert_equals_reader(state: State, path: Path) -> None:
+    with kvpack.open(path) as reader:
+        assert list(state) == reader.keys()
+        for name in reader:
+            tensor, info = state[name], reader.info(name)
+            assert isinstance(tensor, DeviceBlob) == (info is not None), name
+            if info is None:
+                stored = reader.container(name).tensors[name]
+                assert tensor.dtype == TORCH_DTYPES[stored.dtype]
+                assert tensor.shape == stored.shape
+                plain = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                assert plain == bytes(reader.container(name).data(name)), name
+            else:
+                assert (tensor.shape, tensor.dtype) == (info.shape, TORCH_DTYPES[info.dtype])
+                assert len(tensor.blob) == info.blob_bytes + SLACK_BYTES
+                assert not tensor.blob[info.blob_bytes :].any()
+                expected = as_tensor(reader.dequantize(name, "original"))
+                assert tensor.dequantize().cpu().equal(expected), name
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_file(path: Path, verify: bool) -> None:
+    state = load(path, "cpu", verify=verify)
+    assert_equals_reader(state, path)
+    assert state.device == CPU
+    assert state.nbytes == sum(tensor.nbytes for tensor in state.values())
+    assert "coded" in repr(state)
+
+
+def test_small_chunks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that span many reads, and reads that span many tensors."""
+    for size in (100, 4096):
+        monkeypatch.setattr(load_module, "Uploader", lambda device, s=size, **kw: Uploader(device, chunk_bytes=s, **kw))
+        assert_equals_reader(load(path, "cpu"), path)
+
+
+def test_files_that_are_not_compressed(path: Path) -> None:
+    original = path.with_name("others.safetensors")
+    state = load(original, "cpu")
+    for name, tensor in load_file(original).items():
+        assert state[name].dtype == tensor.dtype
+        assert state[name].equal(tensor)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_directory(path: Path, tmp_path: Path, index: bool) -> None:
+    shards = [path.with_name("1.safetensors"), path.with_name("2.safetensors")]
+    for shard in shards:
+        (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    if index:
+        names = {}
+        for shard in shards:
+            with Container(shard) as container:
+                names |= dict.fromkeys(container.tensors, shard.name)
+        write_index(tmp_path, names, 0)
+    state, whole = load(tmp_path, "cpu"), load(path, "cpu")
+    assert_equals_reader(state, tmp_path)
+    assert list(state) == list(whole)
+
+
+def test_names(path: Path) -> None:
+    state = load(path, "cpu")
+    layer = state["biased"]
+    assert isinstance(layer, RansLinear)
+    assert state["biased"] is layer
+    assert layer.tensor_name == "biased.weight"
+    assert layer.bias.equal(state["biased.bias"])
+    assert state.linear("quantized").bias is None
+    x = torch.randn(2, 416)
+    torch.testing.assert_close(layer(x), x @ state["biased.weight"].dequantize().T + state["biased.bias"])
+    assert "biased" not in state
+    assert "biased.weight" in state
+    assert len(state) == len(list(state)) == 16
+    with pytest.raises(KeyError, match=r"no tensor 'nothing', and no 'nothing\.weight'"):
+        _ = state["nothing"]
+    with pytest.raises(KeyError, match=r"no tensor 'norm\.weight', and no"):
+        _ = state["norm.weight"]
+    assert state.get("nothing") is None
+
+
+def test_layer_that_is_not_coded(path: Path) -> None:
+    with pytest.raises(KeyError, match=r"'biased\.weight' is not coded"):
+        _ = load(path.with_name("others.safetensors"), "cpu")["biased"]
+
+
+def test_conversion(path: Path) -> None:
+    state, plain = load(path, "cpu", dtype=torch.bfloat16), load(path, "cpu")
+    for name in ("norm", "biased.bias", "scalar", "none"):
+        assert state[name].dtype == torch.bfloat16
+        assert state[name].equal(plain[name].to(torch.bfloat16))
+    for name in ("ids", "flags", "small.f8", "quantized.weight"):
+        assert state[name].dtype == plain[name].dtype
+    assert state["quantized.weight"].dequantize().dtype == torch.float32
+
+
+def test_the_file_may_go_away(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(path.read_bytes())
+    state = load(copy, "cpu")
+    copy.write_bytes(bytes(copy.stat().st_size))
+    copy.unlink()
+    assert_equals_reader(state, path)
+
+
+def test_progress(path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    calls: list[tuple[int, int]] = []
+    load(path, "cpu", progress=lambda done, total: calls.append((done, total)))
+    assert calls == sorted(calls)
+    assert (
+        calls[-1][0]
+        == calls[-1][1]
+        == sum(t.size_bytes for t in Container(path).tensors.values() if not t.name.endswith("_scale"))
+    )
+    capfd.readouterr()
+    load(path, "cpu")
+    load(path, "cpu", progress=False)
+    assert capfd.readouterr().err == ""  # no terminal
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for progress, shown in ((None, True), (False, False), (True, True)):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setenv("TERM", "xterm")
+        load(path, "cpu", progress=progress)
+        assert ("loading" in sys.stderr.getvalue()) == shown
+
+
+# Damage -------------------------------------------------------------------------------------------------------------
+
+
+def damaged(path: Path, folder: Path, name: str, offset: int, bits: int = 1) -> Path:
+    """A copy with one byte of a stored tensor changed."""
+    data = bytearray(path.read_bytes())
+    with Container(path) as container:
+        start = len(data) - max(t.end for t in container.tensors.values()) + container.tensors[name].begin
+        data[start + (offset if offset >= 0 else container.tensors[name].size_bytes + offset)] ^= bits
+    (folder / "damaged.safetensors").write_bytes(data)
+    return folder / "damaged.safetensors"
+
+
+def test_damaged_front(path: Path, tmp_path: Path) -> None:
+    broken = damaged(path, tmp_path, "rows.weight_kvpack", 70)
+    with pytest.raises(HeaderCrcError, match=r"damaged\.safetensors, tensor 'rows\.weight': header_crc32"):
+        load(broken, "cpu")
+
+
+def test_damaged_payload(path: Path, tmp_path: Path) -> None:
+    """A changed word: found by verify at once, and without it by the first product."""
+    with kvpack.open(path) as reader:
+        payload = reader.blob("quantized.weight").header.payload_offset
+    broken = damaged(path, tmp_path, "quantized.weight_kvpack", payload + 2200, 0x10)
+    with pytest.raises(PayloadCrcError, match=r"tensor 'quantized\.weight': tile 0"):
+        load(broken, "cpu", verify=True)
+    state = load(broken, "cpu")
+    with pytest.raises(FormatError):
+        state["quantized"](torch.zeros(1, 416))
+
+
+def test_damaged_scale(path: Path, tmp_path: Path) -> None:
+    broken = damaged(path, tmp_path, "quantized.weight_kvpack_scale", 3, 0x80)
+    with pytest.raises(FormatError, match=r"scale 0 of 'quantized\.weight' is -"):
+        load(broken, "cpu")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nothing.safetensors", "cpu")
+
+
+# Devices ------------------------------------------------------------------------------------------------------------
+
+
+def test_devices(path: Path) -> None:
+    assert resolve_device("cpu") == CPU
+    assert resolve_device(torch.device("cpu", 0)) == CPU
+    if not torch.cuda.is_available():
+        assert resolve_device(None) == CPU
+        assert load(path).device == CPU
+        with pytest.raises(DeviceError, match=r"pip install 'kvpack\[cuda13\]'.*device='cpu'"):
+            load(path, "cuda")
+        with pytest.raises(DeviceError, match="device='cpu'"):
+            resolve_device("cuda:3")
+    with pytest.raises(DeviceError, match="not on 'meta': use device='cpu'"):
+        load(path, "meta")
+
+
+# The uploader -------------------------------------------------------------------------------------------------------
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 400), st.integers(0, 300)), max_size=8),
+    chunk_bytes=st.integers(1, 200),
+    gap_bytes=st.integers(0, 50),
+)
+def test_chunks_cover_pieces(ranges: list[tuple[int, int, int]], chunk_bytes: int, gap_bytes: int) -> None:
+    paths = [Path("a"), Path("b")]
+    pieces = [Piece(paths[f], at, torch.empty(size, dtype=torch.uint8)) for f, at, size in ranges]
+    chunks = split_pieces(pieces, chunk_bytes, gap_bytes)
+    covered: list[list[tuple[int, int]]] = [[] for _ in pieces]
+    for chunk in chunks:
+        assert 0 < chunk.size <= chunk_bytes
+        assert chunk.parts
+        for number, begin, end in chunk.parts:
+            assert pieces[number].path == chunk.path
+            assert chunk.offset <= begin < end <= chunk.offset + chunk.size
+            covered[number].append((begin, end))
+    for piece, parts in zip(pieces, covered, strict=True):
+        at = piece.offset
+        for begin, end in sorted(parts):
+            assert begin == at
+            at = end
+        assert at == piece.end
+
+
+def test_neighbours_share_a_chunk() -> None:
+    pieces = [Piece(Path("a"), 100 * i, torch.empty(100, dtype=torch.uint8)) for i in (2, 0, 1, 3)]
+    assert [(c.offset, c.size, len(c.parts)) for c in split_pieces(pieces, 1000, 0)] == [(0, 400, 4)]
+    apart = [Piece(Path("a"), 300 * i, torch.empty(100, dtype=torch.uint8)) for i in range(3)]
+    assert len(split_pieces(apart, 1000, 199)) == 3
+    assert [c.size for c in split_pieces(apart, 1000, 200)] == [700]
+
+
+@pytest.fixture
+def detector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Detector]:
+    with detecting(monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> tuple[Path, bytes]:
+    data = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes()
+    (tmp_path / "numbers").write_bytes(data)
+    return tmp_path / "numbers", data
+
+
+def test_uploads(numbers: tuple[Path, bytes]) -> None:
+    file, data = numbers
+    done: list[int] = []
+    begun: list[int] = []
+    with Uploader(CPU, threads=3, chunk_bytes=777, progress=done.append) as uploader:
+        uploads = []
+        for first in range(0, 100_000, 20_000):
+            pieces = [
+                Piece(file, at, torch.zeros(5_000, dtype=torch.uint8)) for at in range(first, first + 20_000, 5_000)
+            ]
+            uploads.append(uploader.submit(reversed(pieces), begin=lambda f=first: begun.append(f)))
+        nothing = uploader.submit([], begin=lambda: begun.append(-1))
+        nothing.wait()
+        for upload in reversed(uploads):
+            upload.wait_piece(2)
+            piece = upload.pieces[2]
+            assert bytes(piece.target.numpy()) == data[piece.offset : piece.end]
+        for upload in uploads:
+            upload.wait()
+            for piece in upload.pieces:
+                assert bytes(piece.target.numpy()) == data[piece.offset : piece.end]
+    assert sum(done) == 100_000
+    assert sorted(begun) == [-1, *range(0, 100_000, 20_000)]
+
+
+def test_pieces_are_waited_for_singly(numbers: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, data = numbers
+    gate, read = threading.Event(), upload_module.read_exactly
+
+    def gated(number: int, view: Any, offset: int, path: Path) -> None:
+        assert offset < 1000 or gate.wait(10)
+        read(number, view, offset, path)
+
+    monkeypatch.setattr(upload_module, "read_exactly", gated)
+    with Uploader(CPU, threads=2, chunk_bytes=500) as uploader:
+        upload = uploader.submit([Piece(file, at, torch.zeros(1000, dtype=torch.uint8)) for at in (0, 1000, 2000)])
+        upload.wait_piece(0)
+        assert not gate.is_set()
+        assert not upload.finished
+        assert bytes(upload.pieces[0].target.numpy()) == data[:1000]
+        gate.set()
+        upload.wait_piece(2)
+        assert bytes(upload.pieces[2].target.numpy()) == data[2000:3000]
+
+
+def test_file_that_ends_too_early(numbers: tuple[Path, bytes]) -> None:
+    file, data = numbers
+    with Uploader(CPU, chunk_bytes=1000) as uploader:
+        upload = uploader.submit([Piece(file, 0, torch.zeros(len(data) + 1, dtype=torch.uint8))])
+        with pytest.raises(OSError, match="ended while it was read"):
+            upload.wait()
+        with pytest.raises(OSError, match="ended while it was read"):
+            upload.wait_piece(0)
+        good = uploader.submit([Piece(file, 5, torch.zeros(10, dtype=torch.uint8))])
+        good.wait()
+        assert bytes(good.pieces[0].target.numpy()) == data[5:15]
+        with pytest.raises(FileNotFoundError):
+            uploader.submit([Piece(file.with_name("nothing"), 0, torch.zeros(1, dtype=torch.uint8))])
+
+
+def test_closing_with_work_left(numbers: tuple[Path, bytes]) -> None:
+    file, _ = numbers
+    go, started = threading.Event(), threading.Event()
+
+    def begin() -> None:
+        started.set()
+        go.wait(10)
+
+    uploader = Uploader(CPU, threads=1, chunk_bytes=100)
+    upload = uploader.submit([Piece(file, 0, torch.zeros(50_000, dtype=torch.uint8))], begin=begin)
+    started.wait(10)
+    closing = threading.Thread(target=uploader.close)
+    closing.start()
+    go.set()
+    closing.join(10)
+    assert not closing.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        upload.wait()
+
+
+def test_errors_of_begin_reach_the_waiter(numbers: tuple[Path, bytes]) -> None:
+    def begin() -> None:
+        raise MemoryError("no room")
+
+    with Uploader(CPU) as uploader:
+        upload = uploader.submit([Piece(numbers[0], 0, torch.zeros(10, dtype=torch.uint8))], begin=begin)
+        with pytest.raises(MemoryError, match="no room"):
+            upload.wait()
+
+
+def test_uploads_are_ordered(numbers: tuple[Path, bytes], detector: Detector) -> None:
+    """Pinned buffers are reused behind their copies, targets written behind what the current stream did with them."""
+    file, data = numbers
+    target = torch.zeros(100_000, dtype=torch.uint8)
+    for careful in (True, False):
+        detector.watch(target, "the target")
+        detector.access(target, write=False)
+        with Uploader(CPU, threads=3, chunk_bytes=999) as uploader:
+            begin = uploader.after_current_work() if careful else None
+            upload = uploader.submit([Piece(file, 0, target)], begin=begin)
+            upload.wait()
+            if careful:
+                assert upload.ready is not None
+                detector.default.wait_event(upload.ready)
+                detector.access(target, write=False)
+        assert bytes(target.numpy()) == data
+        assert detector.races == ([] if careful else ["the target: overwritten before it was read"])
+        target.zero_()
+        detector.races.clear()
+
+
+# On a GPU -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("verify", [False, True])
+def test_cuda_file(path: Path, verify: bool) -> None:
+    state = load(path, "cuda", verify=verify)
+    assert_equals_reader(state, path)
+    assert state.device == torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.gpu
+def test_cuda_small_chunks_under_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little pinned memory, used again and again, while the current stream is busy with memory it has just freed."""
+    monkeypatch.setattr(
+        load_module, "Uploader", lambda device, **kw: Uploader(device, chunk_bytes=4096, threads=3, **kw)
+    )
+    for _ in range(3):
+        junk = [torch.full((size,), 0x5A, dtype=torch.uint8, device="cuda") for size in (100_000, 300_000, 3_000_000)]
+        torch.cuda._sleep(50_000_000)
+        for tensor in junk:
+            tensor.fill_(0xA5)
+        del junk, tensor  # the loaded tensors may get this memory while it is still to be written
+        assert_equals_reader(load(path, "cuda"), path)
+
+
+@pytest.mark.gpu
+def test_cuda_side_stream(path: Path) -> None:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        state = load(path, "cuda")
+        assert_equals_reader(state, path)
+
+
+@pytest.mark.gpu
+def test_cuda_damaged_payload(path: Path, tmp_path: Path) -> None:
+    """Lanes are checked at load, also where nobody looks at CRCs."""
+    with kvpack.open(path) as reader:
+        payload = reader.blob("quantized.weight").header.payload_offset
+    broken = damaged(path, tmp_path, "quantized.weight_kvpack", payload + 2200, 0x10)
+    with pytest.raises(FormatError, match=r"damaged\.safetensors, tensor 'quantized\.weight'"):
+        load(broken, "cuda")
+
+
+@pytest.mark.gpu
+def test_cuda_devices(path: Path) -> None:
+    assert resolve_device(None).type == "cuda"
+    assert load(path).device.type == "cuda"
+    with pytest.raises(DeviceError, match="cuda:99"):
+        load(path, "cuda:99")
+
+
+@pytest.mark.gpu
+def test_cuda_warmup(path: Path) -> None:
+    state = load(path, "cuda")
+    count = kvpack.warmup(state, dtypes=[torch.float16], tokens=[1, 8])
+    assert count == 2 * len(LAYERS)

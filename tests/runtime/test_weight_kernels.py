@@ -1,0 +1,195 @@
+"""The weight kernels on the emulator, bit for bit against the CPU decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import emulator
+import numpy as np
+import pytest
+import sample_blobs as samples
+
+torch = pytest.importorskip("torch")
+
+from emulated_device import LIMITS, coded_tensor, emulated_launch  # noqa: E402
+
+from kvpack.encode.blob_decoder import decode_integers  # noqa: E402
+from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
+from kvpack.format.blob import Blob  # noqa: E402
+from kvpack.format.layout import ElementKind, integer_layout  # noqa: E402
+from kvpack.runtime import kernels, weight_kernels  # noqa: E402
+
+GOLDEN = sorted((Path(__file__).parents[1] / "data" / "v1").glob("*.blob"))
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory that no kernel would write by chance."""
+    return torch.full((int(np.prod(shape)) * dtype.itemsize,), 0xA5, dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+def decoded_numbers(data: bytes) -> np.ndarray:
+    coded = coded_tensor(data)
+    dtype = torch.int16 if coded.has_outliers else weight_kernels.NUMBER_TYPES[coded.layout.element_kind]
+    header = coded.header
+    out = poisoned((header.matrices, header.rows, header.cols), dtype)
+    weight_kernels.decode(coded, weight_kernels.number_output(coded), out, LIMITS)
+    assert coded.status.tolist() == [0, 0]
+    return out.numpy()
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_blobs(path: Path) -> None:
+    data = path.read_bytes()
+    expected = decode_integers(Blob(data))
+    got = decoded_numbers(data)
+    assert got.tobytes() == expected.tobytes()
+
+
+def quantized(
+    rows: int, cols: int, name: str, bits: int, *, tile_cols: int = 64, seed: int = 0
+) -> tuple[bytes, np.ndarray]:
+    """A blob of signed elements, and scales by row."""
+    elements = samples.gaussian_elements((1, rows, cols), bits, 0.6 * (1 << bits) / 8, seed)
+    scales = np.random.default_rng(seed).uniform(0.5, 1.5, rows).astype(np.float32) / 64
+    return encode_elements(elements, integer_layout(name, ElementKind.SIGNED, bits), tile_cols=tile_cols), scales
+
+
+def outlier_blob(mode: str) -> tuple[bytes, np.ndarray]:
+    """[1, 70, 150] of 5 bits with outliers at edges, several in a row, some in a chunk of their own."""
+    elements = samples.gaussian_elements((1, 70, 150), 5, 3, 1)
+    if mode == "constant":
+        elements[:] = 16
+    elif mode == "raw":
+        elements = np.random.default_rng(2).integers(0, 32, elements.shape).astype(np.uint8)
+    places = [(0, 0), (0, 1), (0, 149), (31, 63), (31, 64), (32, 0), (33, 5), (33, 7), (33, 40), (69, 149)]
+    outliers = [(0, row, col, 37 * i - 300) for i, (row, col) in enumerate(places)]
+    layout = integer_layout("balanced", ElementKind.SIGNED, 5)
+    data = samples.encode_with_outliers(elements, outliers, layout, tile_cols=64)
+    return data, np.full(1, 0.37, np.float32)
+
+
+def dense(data: bytes, scales: np.ndarray) -> np.ndarray:
+    """The dequantized matrices, fp32, as FORMAT.md §8 says."""
+    integers = decode_integers(Blob(data))
+    by_row = np.broadcast_to(scales, integers.shape[0] * integers.shape[1]).reshape(*integers.shape[:2], 1)
+    return integers.astype(np.float32) * by_row
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mode", ["rans", "raw", "constant"])
+def test_dequantize_with_outliers(mode: str, dtype: torch.dtype) -> None:
+    data, scales = outlier_blob(mode)
+    coded = coded_tensor(data, scales)
+    out = poisoned((1, coded.header.rows, coded.header.cols), dtype)
+    weight_kernels.decode(coded, weight_kernels.OUTPUTS[dtype], out, LIMITS)
+    assert torch.equal(out, torch.from_numpy(dense(data, scales)).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("balanced", 8), ("balanced", 5), ("fast", 5), ("compact", 4), ("balanced", 3)]
+)
+@pytest.mark.parametrize("cols", [136, 131])
+def test_dequantize(name: str, bits: int, cols: int) -> None:
+    data, scales = quantized(100, cols, name, bits)
+    coded = coded_tensor(data, scales)
+    for dtype in (torch.float16, torch.bfloat16):
+        out = poisoned((1, 100, cols), dtype)
+        weight_kernels.decode(coded, weight_kernels.OUTPUTS[dtype], out, LIMITS)
+        assert torch.equal(out, torch.from_numpy(dense(data, scales)).to(dtype))
+
+
+def test_decode_some_rows() -> None:
+    data, scales = quantized(300, 200, "balanced", 5)
+    coded = coded_tensor(data, scales)
+    expected = torch.from_numpy(dense(data, scales)).to(torch.float16)[0]
+    for first, end in ((0, 256), (256, 300), (64, 96)):
+        out = poisoned((end - first, 200), torch.float16)
+        weight_kernels.decode(coded, weight_kernels.OUTPUTS[torch.float16], out, LIMITS, (first, end))
+        assert torch.equal(out, expected[first:end])
+
+
+def check_product(
+    data: bytes, scales: np.ndarray, tokens: int, dtype: torch.dtype, *, bias: bool = False, tolerance: float = 1e-3
+) -> None:
+    coded = coded_tensor(data, scales)
+    weights = dense(data, scales)[0].astype(np.float64)
+    rng = np.random.default_rng(tokens)
+    x = torch.from_numpy(rng.normal(0, 1, (tokens, weights.shape[1]))).to(dtype)
+    b = torch.from_numpy(rng.normal(0, 1, len(weights))).to(dtype) if bias else None
+    expected = x.double().numpy() @ weights.T + (0 if b is None else b.double().numpy())
+    first = weight_kernels.multiply(coded, x, b, LIMITS)
+    assert coded.status.tolist() == [0, 0]
+    error = np.linalg.norm(first.double().numpy() - expected) / np.linalg.norm(expected)
+    # A result of bf16 has 8 bits itself.
+    assert error < (tolerance if dtype != torch.bfloat16 else 3e-3)
+    again = weight_kernels.multiply(coded, x, b, LIMITS)
+    assert torch.equal(first, again)
+
+
+PRODUCTS = [
+    ("balanced", 8, 1), ("balanced", 8, 5), ("balanced", 5, 1), ("balanced", 5, 16), ("fast", 5, 1), ("fast", 5, 9),
+    ("compact", 4, 1), ("compact", 4, 8), ("balanced", 3, 1), ("balanced", 3, 20), ("balanced", 2, 1),
+    ("fast", 8, 1), ("fast", 8, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "bits", "tokens"), PRODUCTS)
+def test_product(name: str, bits: int, tokens: int) -> None:
+    data, scales = quantized(150, 333, name, bits)
+    check_product(data, scales, tokens, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_product_types_and_bias(tokens: int, dtype: torch.dtype) -> None:
+    data, scales = quantized(1000, 96, "balanced", 5, tile_cols=32)
+    check_product(data, scales[:1], tokens, dtype, bias=True)
+
+
+@pytest.mark.parametrize("mode", ["rans", "raw", "constant"])
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_product_with_outliers(mode: str, tokens: int) -> None:
+    data, scales = outlier_blob(mode)
+    check_product(data, scales, tokens, torch.float16)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_product_of_mixed_tiles(tokens: int) -> None:
+    elements = samples.mixed_elements()[1:].copy()
+    elements[:, :256, :32] = samples.gaussian_elements((1, 256, 32), 6, 3.0, 4)
+    data = encode_elements(elements, integer_layout("compact", ElementKind.SIGNED, 6), tile_cols=32)
+    assert Blob(data).header.num_tables > 1
+    assert len(set(Blob(data).tiles["mode"].tolist())) == 3
+    check_product(data, np.full(1, 0.1, np.float32), tokens, torch.float16)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_product_with_predictor(tokens: int) -> None:
+    rng = np.random.default_rng(3)
+    elements = (np.cumsum(rng.integers(-2, 3, (1, 70, 200)), axis=2) + 128).astype(np.uint8)
+    layout = integer_layout("balanced", ElementKind.SIGNED, 8)
+    data = encode_elements(elements, layout, tile_cols=96, predictor=samples.Predictor.PREVIOUS)
+    assert Blob(data).tiles["predictor"].any()
+    check_product(data, np.full(1, 0.1, np.float32), tokens, torch.float16)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_massive_activations(tokens: int) -> None:
+    """Two activations 1,000 times the rest must not drown it: their columns' weights are 0."""
+    elements = samples.gaussian_elements((1, 32, 14336), 8, 20, 5)
+    elements[:, :, [100, 11500]] = 128
+    data = encode_elements(elements, integer_layout("balanced", ElementKind.SIGNED, 8), tile_cols=128)
+    scales = np.full(1, 1 / 64, np.float32)
+    coded, weights = coded_tensor(data, scales), dense(data, scales)[0].astype(np.float64)
+    x = torch.from_numpy(np.random.default_rng(1).normal(0, 1, (tokens, 14336))).to(torch.float16)
+    x[:, [100, 11500]] = 1000
+    expected = x.double().numpy() @ weights.T
+    got = weight_kernels.multiply(coded, x, None, LIMITS).double().numpy()
+    assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-3
