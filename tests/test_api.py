@@ -22,6 +22,7 @@ from kvpack.format.errors import LimitError
 Arrays = dict[str, npt.NDArray[Any]]
 # Packages of extras: modules that need them are left out where they are not installed.
 OPTIONAL = {"torch", "cupy", "transformers", "matplotlib", "cuda"}
+NEED_TORCH = {"RansLinear", "load", "replace_linears", "warmup"}
 
 
 def model() -> Arrays:
@@ -239,10 +240,17 @@ def test_verify_names_what_differs(packed: Path, tmp_path: Path) -> None:
 
 
 def test_attributes_of_the_package() -> None:
-    for name in kvpack.__all__:
+    assert set(kvpack.__all__) > NEED_TORCH
+    for name in set(kvpack.__all__) - NEED_TORCH:
         assert getattr(kvpack, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = kvpack.nothing
+
+
+@pytest.mark.parametrize("name", sorted(NEED_TORCH))
+def test_attributes_that_need_torch(name: str) -> None:
+    pytest.importorskip("torch")
+    assert getattr(kvpack, name) is not None
 
 
 def test_examples_in_docstrings() -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CORE = {"numpy", "safetensors"}
 ENCODE = CORE | {"numba", "ml_dtypes"}
-RUNTIME = ENCODE | {"torch", "cupy"}
+RUNTIME = ENCODE | {"torch", "cupy", "rich"}
 
 # room -> (what of kvpack it may import, which other packages; None means any)
 RULES: dict[str, tuple[set[str], set[str] | None]] = {

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -21,7 +21,7 @@ _LONG_REPLAY_MS = 5.0
 _MIN_ROUNDS = 5
 _MAX_REPLAYS = 200
 
-Result = torch.Tensor | tuple[torch.Tensor, ...]
+Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 class WrongResult(AssertionError):

@@ -19,7 +19,8 @@ from kvpack.runtime.group_table import group_table, max_group_words
 from kvpack.runtime.kernels import require_device
 from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES
 
-# A lane of a damaged blob reads at most a word a step (512) and one ahead, a raw element at most 8 bytes behind its tile.
+# A lane of a damaged blob reads at most a word a step (512) and one ahead, a raw element at most 8 bytes behind its
+# tile.
 SLACK_BYTES = 2048
 
 
@@ -46,8 +47,14 @@ class DeviceBlob:
         geometry: all numbers that an operator needs, see :mod:`kvpack.runtime.ops`.
     """
 
-    def __init__(self, blob: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...],
-                 host: memoryview) -> None:  # fmt: skip
+    def __init__(
+        self,
+        blob: torch.Tensor,
+        scales: torch.Tensor,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        host: memoryview,
+    ) -> None:
         device = blob.device
         parsed = Blob(host)
         self.header = parsed.header
@@ -55,7 +62,9 @@ class DeviceBlob:
         self.blob, self.scales = blob, scales
         self.blob_bytes = len(host)
         if len(blob) < self.blob_bytes + SLACK_BYTES:
-            raise ValueError(f"a buffer of {len(blob)} bytes for a blob of {self.blob_bytes} and {SLACK_BYTES} of slack")
+            raise ValueError(
+                f"a buffer of {len(blob)} bytes for a blob of {self.blob_bytes} and {SLACK_BYTES} of slack"
+            )
         if math.prod(self.shape) != self.header.num_elements:
             raise ValueError(f"shape {self.shape} for {self.header.num_elements} elements")
         check_scales(scales.detach().cpu().numpy(), self.header)
@@ -98,7 +107,11 @@ class DeviceBlob:
         if target.type == "cuda":
             require_device(target)
         return cls(
-            torch.from_numpy(host).to(target), torch.from_numpy(numbers).to(target), dtype, shape, memoryview(host)[: len(view)]
+            torch.from_numpy(host).to(target),
+            torch.from_numpy(numbers).to(target),
+            dtype,
+            shape,
+            host.data[: len(view)],
         )
 
     @classmethod
@@ -119,7 +132,7 @@ class DeviceBlob:
         """
         if host is None:
             size = len(blob) - SLACK_BYTES if blob_bytes is None else blob_bytes
-            host = memoryview(blob[:size].cpu().numpy())
+            host = blob[:size].cpu().numpy().data
         return cls(blob, scales, dtype, shape, host)
 
     @property
@@ -143,11 +156,11 @@ class DeviceBlob:
     def to(self, device: torch.device | str) -> DeviceBlob:
         """The same tensor on another device; self if it is there already."""
         target = torch.device(device)
-        if target.type == "cuda" and target.index is None:
-            target = torch.device("cuda", torch.cuda.current_device())
+        if target.type == "cuda":
+            target = torch.device("cuda", torch.cuda.current_device() if target.index is None else target.index)
         if target == self.device:
             return self
-        host = memoryview(self.blob[: self.blob_bytes].cpu().numpy())
+        host = self.blob[: self.blob_bytes].cpu().numpy().data
         return DeviceBlob(self.blob.to(target), self.scales.to(target), self.dtype, self.shape, host)
 
     def _arguments(self) -> tuple[Any, ...]:
@@ -177,7 +190,7 @@ class DeviceBlob:
         if len(self.scales):
             if wanted not in FLOAT_TYPES:
                 wanted = torch.float32
-            values = torch.ops.kvpack.dequantize(*self._arguments(), wanted)
+            values: torch.Tensor = torch.ops.kvpack.dequantize(*self._arguments(), wanted)
             wanted = self.dtype if dtype is None else dtype
         else:
             values = torch.ops.kvpack.numbers(*self._arguments())
@@ -221,6 +234,6 @@ class DeviceBlob:
             tile_column = index % self.header.num_tiles_col
             raise LaneStateError(
                 f"{count & 0xFFFFFFFF} lanes did not end in the initial state, the first in row group "
-                f"{index // self.header.num_tiles_col}, tile column {tile_column}: the blob is corrupt, or was overwritten"
+                f"{index // self.header.num_tiles_col}, tile column {tile_column}: the blob is corrupt, or was "
+                "overwritten"
             )
-

@@ -1,7 +1,7 @@
 """The runtime's index of a blob: where each group of each tile lies (the layout is drawn in ``cuda/tile.cuh``).
 
-A kernel trusts it: what could lead a warp out of the blob is checked here, once, vectorized over all tiles; lane lengths
-and words are not (a kernel clamps the former, reads a bounded number of the latter and checks final states).
+A kernel trusts it: what could lead a warp out of the blob is checked here, once, vectorized over all tiles; lane
+lengths and words are not (a kernel clamps the former, reads a bounded number of the latter and checks final states).
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def group_table(blob: Blob) -> npt.NDArray[np.uint32]:
     rans = tiles["mode"] == TileMode.RANS
     first_word = np.where(rans[:, None], words_at[:, None] + firsts[:, :-1], 0)
     num_words = np.diff(firsts, axis=1)
-    _refuse(LaneError, (first_word >= _LIMIT).any(axis=1), "more words than 12 bits a step")
+    _refuse(LaneError, first_word.max(axis=1) >= _LIMIT, "more words than 12 bits a step")
     entries = np.empty((header.num_tiles, GROUPS_PER_TILE, 4), np.int64)
     entries[:, :, 0] = ((header.payload_offset + tiles["data_offset"].astype(np.int64)) // ALIGNMENT_BYTES)[:, None]
     entries[:, :, 1] = first_word | num_words << _LOW_BITS

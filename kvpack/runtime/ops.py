@@ -125,7 +125,7 @@ def _linear_cuda(
 
 
 def _blob(blob: torch.Tensor, geometry: list[int]) -> Blob:
-    return Blob(memoryview(blob[: geometry[8]].numpy()))
+    return Blob(blob[: geometry[8]].numpy().data)
 
 
 def _by_row(scales: torch.Tensor, count: int) -> torch.Tensor:
@@ -244,9 +244,7 @@ def _check_lanes_cuda(
     geometry: list[int],
 ) -> None:
     coded = _coded(blob, groups, tables, scales, status, geometry)
-    weight_kernels.decode(
-        coded, weight_kernels.OUTPUT_NOTHING, None, weight_kernels.device_limits(blob.device)
-    )
+    weight_kernels.decode(coded, weight_kernels.OUTPUT_NOTHING, None, weight_kernels.device_limits(blob.device))
 
 
 def _check_lanes_cpu(

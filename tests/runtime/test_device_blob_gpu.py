@@ -38,7 +38,9 @@ def test_golden_blobs(path: Path) -> None:
     coded.check()
 
 
-LAYOUTS = [("balanced", n) for n in range(2, 9)] + [("fast", n) for n in (3, 5, 8)] + [("compact", n) for n in (2, 4, 8)]
+LAYOUTS = (
+    [("balanced", n) for n in range(2, 9)] + [("fast", n) for n in (3, 5, 8)] + [("compact", n) for n in (2, 4, 8)]
+)
 
 
 @pytest.mark.parametrize("tile_cols", [64, 256, 512])
@@ -49,7 +51,9 @@ def test_products(name: str, bits: int, tile_cols: int) -> None:
     scales = np.random.default_rng(0).uniform(0.5, 1.5, rows).astype(np.float32) / 64
     data = encode_elements(elements, integer_layout(name, ElementKind.SIGNED, bits), tile_cols=tile_cols)
     coded = on_device(data, scales)
-    weights = torch.from_numpy((elements[0].astype(np.float64) - (1 << bits - 1)) * scales[:, None].astype(np.float64)).cuda()
+    weights = torch.from_numpy(
+        (elements[0].astype(np.float64) - (1 << bits - 1)) * scales[:, None].astype(np.float64)
+    ).cuda()
     exact = torch.from_numpy((elements[0].astype(np.float32) - (1 << bits - 1)) * scales[:, None]).cuda()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert torch.equal(coded.dequantize(dtype), exact.to(dtype))
