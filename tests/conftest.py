@@ -38,9 +38,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail the tests marked gpu instead of skipping them if there is no CUDA device",
     )
+    parser.addoption(
+        "--all-kernels",
+        action="store_true",
+        help="compile the whole product of kernels, layouts, options and GPUs, not a selection of it",
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("all_kernels") and not item.config.getoption("--all-kernels"):
+        pytest.skip("takes long: --all-kernels is not given")
     if item.get_closest_marker("gpu") is None or cuda_available():
         return
     if item.config.getoption("--require-gpu"):

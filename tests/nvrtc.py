@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from kvpack.runtime.kernels import Kernel
 
+# What CuPy appends to the options of a launch.
+_CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -18,11 +21,32 @@ class Resources:
     shared_bytes: int
 
 
+def missing() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:  # CuPy's own class where NVRTC is absent
+        return f"no CuPy with NVRTC: {error}"
+    return None
+
+
 def compile_for(kernel: Kernel, compute_capability: int) -> Resources:
-    """Compile for ``sm_<compute_capability>``; an ``AssertionError`` with the compiler's words if that fails."""
+    """Compile as a launch on ``sm_<compute_capability>`` would.
+
+    Raises:
+        AssertionError: it fails; with the compiler's words.
+    """
+    from cupy._core.core import assemble_cupy_compiler_options
     from cupy_backends.cuda.libs import nvrtc
 
-    options = (*kernel.options(), f"-arch=sm_{compute_capability}", "--ptxas-options=-v")
+    options = (
+        *assemble_cupy_compiler_options(kernel.options()),
+        *_CUPY_OPTIONS,
+        f"-arch=sm_{compute_capability}",
+        "--ptxas-options=-v",
+    )
     program = nvrtc.createProgram(kernel.text(), kernel.source, (), ())
     try:
         try:

@@ -1,0 +1,214 @@
+"""Every kernel compiles for every GPU that kvpack knows, spills nothing, and keeps to its registers. Needs no GPU.
+
+The whole product of layouts, options and GPUs takes long: without ``--all-kernels`` a selection of it is compiled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nvrtc
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from nvrtc import compile_for  # noqa: E402
+
+from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layout  # noqa: E402
+from kvpack.runtime import gpu_encoder  # noqa: E402
+from kvpack.runtime import weight_kernels as weights  # noqa: E402
+from kvpack.runtime.kernels import Kernel, layout_defines  # noqa: E402
+
+pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# On these the selection has each layout and each option; on the others some of them.
+COVERED = (80, 90)
+_EVERY = 5  # odd, so that options which alternate meet every layout
+_EVERY_ELSEWHERE = 9
+
+_REGISTERS = 1 << 16  # of a multiprocessor
+_REGISTER_UNIT = 8
+_MOST_REGISTERS = 255
+# Four blocks of 256 threads, or one of 1,024, share a multiprocessor.
+_ENCODER_REGISTERS = 64
+
+SIGNED, UNSIGNED = (
+    # Some names mean the same layout.
+    tuple(dict.fromkeys(integer_layout(name, kind, bits) for bits in range(2, 9) for name in LAYOUT_NAMES))
+    for kind in (ElementKind.SIGNED, ElementKind.UNSIGNED)
+)
+FLOATS = tuple(layout for kind in ElementKind if not kind.is_integer for layout in float_layouts(kind))
+BUFFERS = (1, 2)
+
+
+def selected(layouts: Iterable[Layout], options: Sequence[Any], everything: bool) -> Iterator[tuple[Layout, Any]]:
+    """All pairs, or so many that each layout and each option is in one."""
+    every = min(_EVERY, len(options))
+    for (i, layout), (j, option) in itertools.product(enumerate(layouts), enumerate(options)):
+        if everything or (i + j) % every == 0:
+            yield layout, option
+
+
+def gemv_kernels(everything: bool) -> Iterator[Kernel]:
+    options = list(itertools.product(weights.ACTIVATIONS, BUFFERS))
+    for layout, (activation, buffers) in selected(SIGNED, options, everything):
+        yield weights.gemv_kernel(layout, activation, buffers)
+
+
+def gemm_kernels(everything: bool) -> Iterator[Kernel]:
+    options = list(itertools.product(weights.ACTIVATIONS, weights.GEMM_WARPS, BUFFERS))
+    for layout, (activation, token_tiles, buffers) in selected(SIGNED, options, everything):
+        yield weights.gemm_kernel(layout, activation, buffers, token_tiles)
+
+
+def decode_kernels(everything: bool) -> Iterator[Kernel]:
+    nothing, numbers = weights.OUTPUT_NOTHING, weights.OUTPUT_NUMBERS
+    truth = (False, True)
+    outputs = [
+        (weights.OUTPUT_I8, False),
+        (weights.OUTPUT_I16, True),
+        *itertools.product((nothing, *weights.OUTPUTS.values()), truth),
+    ]
+    of_kinds: list[tuple[Iterable[Layout], list[Any]]] = [
+        (SIGNED, list(itertools.product(outputs, truth, BUFFERS))),
+        (UNSIGNED, list(itertools.product([(nothing, False), (numbers, False)], truth, BUFFERS))),
+        (FLOATS, list(itertools.product([(nothing, False), (numbers, False)], [False], BUFFERS))),
+    ]
+    for layouts, options in of_kinds:
+        for layout, ((output, outliers), predicted, buffers) in selected(layouts, options, everything):
+            yield weights.decode_kernel(layout, output, buffers, outliers=outliers, predicted=predicted)
+
+
+def encoder_kernels(operation: str) -> Callable[[bool], Iterator[Kernel]]:
+    """Of each layout: they have no options."""
+    return lambda _: (gpu_encoder._kernel(operation, layout) for layout in (*SIGNED, *UNSIGNED, *FLOATS))
+
+
+KERNELS: dict[str, Callable[[bool], Iterable[Kernel]]] = {
+    "gemv": gemv_kernels,
+    "gemm": gemm_kernels,
+    "decode": decode_kernels,
+    "encode_count": encoder_kernels("encode_count"),
+    "encode_lanes": encoder_kernels("encode_lanes"),
+    "encode_pack": encoder_kernels("encode_pack"),
+    "encode_place": lambda _: [gpu_encoder._PLACE],
+    "encode_quantize": lambda _: [gpu_encoder._quantize_kernel(kind) for kind in gpu_encoder._WEIGHT_KINDS.values()],
+    "crc32": lambda _: [gpu_encoder._CRC],
+}
+
+
+def most_registers(kernel: Kernel) -> int:
+    """What the launch bounds leave a thread, or what is promised of kernels that state no number of blocks."""
+    defines = dict(kernel.defines)
+    if "KVPACK_MAX_WARPS" not in defines:
+        return _ENCODER_REGISTERS
+    threads = 32 * defines["KVPACK_MAX_WARPS"] * defines["KVPACK_BLOCKS_PER_SM"]
+    return min(_MOST_REGISTERS, _REGISTERS // threads // _REGISTER_UNIT * _REGISTER_UNIT)
+
+
+def described(kernel: Kernel) -> str:
+    """Which instance it is: its defines, shortened."""
+    return " ".join(f"{name.removeprefix('KVPACK_').lower()}={value}" for name, value in kernel.defines)
+
+
+def refused(kernels: Iterable[Kernel], architecture: int) -> dict[str, str]:
+    """Those that do not compile, spill, or take too many registers, and what they did. Compiles on all cores."""
+
+    def verdict(kernel: Kernel) -> str | None:
+        try:
+            used = compile_for(kernel, architecture)
+        except AssertionError as error:
+            return str(error)
+        good = used.spill_bytes == used.stack_bytes == 0 and 0 < used.registers <= most_registers(kernel)
+        return None if good else f"{used}, registers at most {most_registers(kernel)}"
+
+    listed = list(kernels)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = list(pool.map(verdict, listed))
+    return {described(kernel): said for kernel, said in zip(listed, verdicts, strict=True) if said is not None}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("operation", KERNELS)
+def test_resources(operation: str, architecture: int) -> None:
+    kernels = list(KERNELS[operation](False))
+    assert kernels
+    if architecture not in COVERED:
+        kernels = kernels[::_EVERY_ELSEWHERE]
+    assert not refused(kernels, architecture)
+
+
+@pytest.mark.all_kernels
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("operation", KERNELS)
+def test_resources_of_all(operation: str, architecture: int) -> None:
+    assert not refused(KERNELS[operation](True), architecture)
+
+
+@pytest.mark.parametrize("operation", KERNELS)
+def test_selection_has_every_layout_and_option(operation: str) -> None:
+    def parts(kernel: Kernel) -> set[tuple[tuple[str, int], ...]]:
+        of_layout = layout_defines(SIGNED[0]).keys()
+        layout = tuple(pair for pair in kernel.defines if pair[0] in of_layout)
+        return {layout, *((pair,) for pair in kernel.defines if pair not in layout)}
+
+    every, some = (set().union(*map(parts, KERNELS[operation](everything))) for everything in (True, False))
+    assert some == every
+
+
+# What the measuring itself sees --------------------------------------------------------------------------------------
+
+SPILLING = """
+extern "C" __global__ void __launch_bounds__(1024) spilling(const float* x, float* y) {
+  float values[96];
+  #pragma unroll
+  for (int i = 0; i < 96; ++i) values[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+  #pragma unroll
+  for (int i = 0; i < 96; ++i) y[i * 1024 + threadIdx.x] = values[95 - i] * values[(7 * i) % 96];
+}
+"""
+SHARING = """
+extern "C" __global__ void sharing(float* y) {
+  __shared__ float values[1024];
+  values[threadIdx.x] = y[threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = values[1023 - threadIdx.x];
+}
+"""
+
+
+def kernel_of(text: str, function: str, folder: Path) -> Kernel:
+    (folder / f"{function}.cu").write_text(text, encoding="utf-8")
+    return Kernel(str(folder / f"{function}.cu"), function)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_spills_are_seen(tmp_path: Path, architecture: int) -> None:
+    used = compile_for(kernel_of(SPILLING, "spilling", tmp_path), architecture)
+    assert used.registers <= 64
+    assert used.spill_bytes > 0
+    sharing = compile_for(kernel_of(SHARING, "sharing", tmp_path), architecture)
+    assert sharing.spill_bytes == sharing.stack_bytes == 0
+    assert sharing.registers < 32
+
+
+def test_faults_are_reported(tmp_path: Path) -> None:
+    spilling = kernel_of(SPILLING, "spilling", tmp_path)
+    wrong = Kernel(kernel_of("nonsense", "wrong", tmp_path).source, "wrong", (("WHICH", 1),))
+    said = refused([spilling, wrong], 90)
+    assert "spill_bytes" in said[""]
+    assert "nonsense" in said["which=1"]
+
+
+def test_register_ceilings() -> None:
+    layout = SIGNED[0]
+    assert most_registers(weights.gemv_kernel(layout, torch.float16, 1)) == 64
+    defines = (("KVPACK_BLOCKS_PER_SM", 2), ("KVPACK_MAX_WARPS", 12))
+    assert most_registers(Kernel("", "", defines)) == 80  # 85 are there, dealt by eights
