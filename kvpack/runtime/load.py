@@ -124,6 +124,21 @@ def check_crcs(reader: Reader, name: str) -> None:
             pass
 
 
+def check_lanes(reader: Reader, tensors: Mapping[str, DeviceBlob | torch.Tensor]) -> None:
+    """Decode every lane of all coded tensors to nowhere, and wait for the device once.
+
+    Raises:
+        LaneStateError: the message names file and tensor.
+    """
+    coded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DeviceBlob)}
+    for tensor in coded.values():
+        torch.ops.kvpack.check_lanes(*tensor._arguments())
+    if coded and torch.stack([tensor.status for tensor in coded.values()]).any():
+        for name, tensor in coded.items():
+            with _named(reader, name):
+                tensor.check()
+
+
 def stored_name(reader: Reader, name: str) -> str:
     """Under which name the bytes of an original tensor are stored."""
     return name + BLOB_SUFFIX if name in reader.container(name).coded else name
@@ -199,10 +214,7 @@ def load_tensors(
         upload.wait()
     # Closing the uploader has waited for its copies, so that no tensor needs record_stream.
     if device.type == "cuda":
-        for name, tensor in loaded.items():
-            if isinstance(tensor, DeviceBlob):
-                with _named(reader, name):
-                    tensor.check_lanes()
+        check_lanes(reader, loaded)
     return loaded
 
 

@@ -208,7 +208,8 @@ class LayerStream:
 
     def _make_slots(self, count: int) -> list[_Slot]:
         size = max(layer.size_bytes for layer in self._layers)
-        slots = [_Slot(torch.zeros(size, dtype=torch.uint8, device=self.device)) for _ in range(count)]
+        with torch.inference_mode(False):  # slots are written to in whatever mode a layer is used in
+            slots = [_Slot(torch.zeros(size, dtype=torch.uint8, device=self.device)) for _ in range(count)]
         if self._copy_stream is not None:
             # Before its first copy, and again when a slot is freed while a copy is under way.
             self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -260,10 +260,12 @@ class Uploader:
         failure: BaseException | None = None
         try:
             if not upload.failed:
-                if self.stream is None:
-                    self._read(upload, chunk)
-                else:
-                    self._read_and_copy(upload, chunk, self.stream)
+                # A mode of this thread alone: without it, torch refuses to write to targets that were made in it.
+                with torch.inference_mode():
+                    if self.stream is None:
+                        self._read(upload, chunk)
+                    else:
+                        self._read_and_copy(upload, chunk, self.stream)
                 if self._progress is not None:
                     self._progress(sum(end - begin for _, begin, end in chunk.parts))
         except BaseException as error:  # whoever waits for the upload raises it

@@ -24,7 +24,7 @@ from small_models import LAYERS, layer_file  # noqa: E402
 import kvpack  # noqa: E402
 from kvpack.encode.model_directory import write_index  # noqa: E402
 from kvpack.format.container import Container  # noqa: E402
-from kvpack.format.errors import FormatError, HeaderCrcError, PayloadCrcError  # noqa: E402
+from kvpack.format.errors import FormatError, HeaderCrcError, LaneStateError, PayloadCrcError  # noqa: E402
 from kvpack.runtime import load as load_module  # noqa: E402
 from kvpack.runtime import upload as upload_module  # noqa: E402
 from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
@@ -208,6 +208,17 @@ def test_damaged_payload(path: Path, tmp_path: Path) -> None:
         state["quantized"](torch.zeros(1, 416))
 
 
+def test_lanes_of_all_tensors(path: Path) -> None:
+    """Kernels count corrupt lanes beside each tensor; whichever it is, it is found and named."""
+    with kvpack.open(path) as reader:
+        tensors = dict(load(path, "cpu"))
+        load_module.check_lanes(reader, {})
+        load_module.check_lanes(reader, tensors)
+        tensors["rows.weight"].status[:] = torch.tensor([3, ~0])
+        with pytest.raises(LaneStateError, match=r"safetensors, tensor 'rows\.weight': 3 lanes did not end"):
+            load_module.check_lanes(reader, tensors)
+
+
 def test_damaged_scale(path: Path, tmp_path: Path) -> None:
     broken = damaged(path, tmp_path, "quantized.weight_kvpack_scale", 3, 0x80)
     with pytest.raises(FormatError, match=r"scale 0 of 'quantized\.weight' is -"):
@@ -375,6 +386,24 @@ def test_errors_of_begin_reach_the_waiter(numbers: tuple[Path, bytes]) -> None:
             upload.wait()
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_targets_of_inference_mode(numbers: tuple[Path, bytes], streams: bool, request: pytest.FixtureRequest) -> None:
+    """The mode is a thread's own: torch refuses to write to such tensors from a thread without it."""
+    if streams:  # pinned buffers and copies, as on CUDA
+        request.getfixturevalue("detector")
+    file, data = numbers
+    with torch.inference_mode():
+        target = torch.zeros(100_000, dtype=torch.uint8)
+
+    def begin() -> None:
+        target.fill_(1)
+
+    with Uploader(CPU, threads=2, chunk_bytes=999) as uploader:
+        uploader.submit([Piece(file, 0, target)], begin=begin).wait()
+    assert target.is_inference()
+    assert bytes(target.numpy()) == data
+
+
 def test_uploads_are_ordered(numbers: tuple[Path, bytes], detector: Detector) -> None:
     """Pinned buffers are reused behind their copies, targets written behind what the current stream did with them."""
     file, data = numbers
@@ -429,6 +458,12 @@ def test_cuda_side_stream(path: Path) -> None:
         torch.cuda._sleep(50_000_000)
         state = load(path, "cuda")
         assert_equals_reader(state, path)
+
+
+@pytest.mark.gpu
+def test_cuda_inference_mode(path: Path) -> None:
+    with torch.inference_mode():
+        assert_equals_reader(load(path, "cuda"), path)
 
 
 @pytest.mark.gpu

@@ -118,6 +118,21 @@ def test_same_results(path: Path, source: str, prefetch: int) -> None:
             assert stream.device_bytes < stream.streamed_bytes + slots * largest
 
 
+@pytest.mark.parametrize("used", ["inference", "no_grad"])
+@pytest.mark.parametrize("made", ["inference", "no_grad"])
+@pytest.mark.parametrize("source", ["pinned", "disk"])
+def test_inference_mode(path: Path, source: str, made: str, used: str) -> None:
+    """The mode is a thread's own, and the uploader's threads have none; a stream made in it is used outside it, too."""
+    modes = {"inference": torch.inference_mode, "no_grad": torch.no_grad}
+    expected = resident(path)
+    with modes[made]():
+        model, stream = streamed(path, source, prefetch=1)
+    with stream, modes[used]():
+        for seed in range(2):
+            assert model(inputs(seed)).equal(expected(inputs(seed)))
+        stream.check()
+
+
 @pytest.mark.parametrize("source", ["pinned", "disk"])
 def test_slots_hold_what_a_blob_needs(path: Path, source: str) -> None:
     """The blob's bytes and slack of zeros, whatever layer was there before."""
