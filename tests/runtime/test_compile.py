@@ -5,6 +5,7 @@ The whole product of layouts, options and GPUs takes long: without ``--all-kerne
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,8 +36,15 @@ _EVERY_ELSEWHERE = 9
 _REGISTERS = 1 << 16  # of a multiprocessor
 _REGISTER_UNIT = 8
 _MOST_REGISTERS = 255
-# Four blocks of 256 threads, or one of 1,024, share a multiprocessor.
-_ENCODER_REGISTERS = 64
+# Of kernels that do not state it themselves: threads of a block, and how many blocks shall share a multiprocessor.
+_ENCODER_BLOCKS = {
+    "encode_count": (256, 4),
+    "encode_lanes": (256, 4),
+    "encode_pack": (256, 4),
+    "encode_place": (1024, 1),
+    "encode_quantize": (256, 6),
+    "crc32": (256, 5),
+}
 
 SIGNED, UNSIGNED = (
     # Some names mean the same layout.
@@ -104,12 +112,13 @@ KERNELS: dict[str, Callable[[bool], Iterable[Kernel]]] = {
 
 
 def most_registers(kernel: Kernel) -> int:
-    """What the launch bounds leave a thread, or what is promised of kernels that state no number of blocks."""
-    defines = dict(kernel.defines)
-    if "KVPACK_MAX_WARPS" not in defines:
-        return _ENCODER_REGISTERS
-    threads = 32 * defines["KVPACK_MAX_WARPS"] * defines["KVPACK_BLOCKS_PER_SM"]
-    return min(_MOST_REGISTERS, _REGISTERS // threads // _REGISTER_UNIT * _REGISTER_UNIT)
+    """What a thread may take if as many blocks as the kernel means shall share a multiprocessor."""
+    if kernel.function in _ENCODER_BLOCKS:
+        threads, blocks = _ENCODER_BLOCKS[kernel.function]
+    else:
+        defines = dict(kernel.defines)
+        threads, blocks = 32 * defines["KVPACK_MAX_WARPS"], defines["KVPACK_BLOCKS_PER_SM"]
+    return min(_MOST_REGISTERS, _REGISTERS // (threads * blocks) // _REGISTER_UNIT * _REGISTER_UNIT)
 
 
 def described(kernel: Kernel) -> str:
@@ -200,11 +209,14 @@ def test_spills_are_seen(tmp_path: Path, architecture: int) -> None:
 
 
 def test_faults_are_reported(tmp_path: Path) -> None:
-    spilling = kernel_of(SPILLING, "spilling", tmp_path)
-    wrong = Kernel(kernel_of("nonsense", "wrong", tmp_path).source, "wrong", (("WHICH", 1),))
-    said = refused([spilling, wrong], 90)
-    assert "spill_bytes" in said[""]
-    assert "nonsense" in said["which=1"]
+    bounds = (("KVPACK_BLOCKS_PER_SM", 1), ("KVPACK_MAX_WARPS", 32))
+    spilling = dataclasses.replace(kernel_of(SPILLING, "spilling", tmp_path), defines=bounds)
+    wrong = dataclasses.replace(kernel_of("nonsense", "wrong", tmp_path), defines=bounds)
+    good = dataclasses.replace(kernel_of(SHARING, "sharing", tmp_path), defines=bounds)
+    which = "blocks_per_sm=1 max_warps=32"
+    assert "spill_bytes" in refused([spilling], 90)[which]
+    assert "nonsense" in refused([wrong], 90)[which]
+    assert not refused([good], 90)
 
 
 def test_register_ceilings() -> None:
@@ -212,3 +224,5 @@ def test_register_ceilings() -> None:
     assert most_registers(weights.gemv_kernel(layout, torch.float16, 1)) == 64
     defines = (("KVPACK_BLOCKS_PER_SM", 2), ("KVPACK_MAX_WARPS", 12))
     assert most_registers(Kernel("", "", defines)) == 80  # 85 are there, dealt by eights
+    assert most_registers(gpu_encoder._PLACE) == 64
+    assert most_registers(gpu_encoder._CRC) == 48
