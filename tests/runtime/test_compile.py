@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import nvrtc
 import pytest
 
 torch = pytest.importorskip("torch")
 
+import nvrtc  # noqa: E402
 from nvrtc import compile_for  # noqa: E402
 
 from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layout  # noqa: E402
