@@ -300,7 +300,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
           finishes = arrives_last(tickets + row_group, parts * num_tables, lane);
           if (finishes) {
             sums.clear();
-#pragma unroll 4
+#pragma unroll 2
             for (u32 part = 0; part < parts * num_tables; ++part) {
               for_sums([&](float& sum, u32 row, u32 token) {
                 sum += load_l2_f32(partials + (static_cast<u64>(part) * tokens + token) * padded_rows + row);

@@ -6,6 +6,8 @@ the optimum for its tiles), doubling the number of tables as long as the bits sa
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,9 +17,32 @@ from kvpack.format.layout import FREQUENCY_SUM, MAX_TABLES, NUM_SYMBOLS
 from kvpack.format.tables import Frequencies, packed_table_bytes
 
 _ROUNDS = 4
+# Bounds are compared with a margin far above the error of sums in floating point.
+_MARGIN = 1e-9
 # More tables must save at least this share of the bits: a GPU reloads its look-up table for each of them.
 _WORTH_WHILE = 0.002
 CONSTANT = -1  # instead of a table's index: all symbols of the tile are equal
+
+
+@kernel
+def _divergences(counts, totals, frequencies, sums):  # type: ignore[no-untyped-def]
+    """Add to each of ``sums`` f64 [256] an upper bound of what its symbol adds to Σ n·D(tile ‖ table), in nats.
+
+    ``counts`` i64 [tiles, 256] with sums ``totals`` n. With e = n·f/4096 expected and δ = count/e − 1 the share is
+    e·((1 + δ)·ln(1 + δ) − δ): never above e·δ², nor above e·(δ²/2 − δ³/6 + δ⁴/3), which are quicker than logarithms
+    (the first as ln(1 + δ) ≤ δ; the second is the series with all of its further terms taken as δ⁴/(k·(k − 1)), k > 3).
+    """
+    inverses = np.zeros(counts.shape[1])
+    for symbol in range(counts.shape[1]):
+        if frequencies[symbol]:
+            inverses[symbol] = FREQUENCY_SUM / frequencies[symbol]
+    for tile in range(counts.shape[0]):
+        row, share = counts[tile], totals[tile] / FREQUENCY_SUM
+        inverse = 1.0 / totals[tile]
+        for symbol in range(counts.shape[1]):
+            delta = row[symbol] * inverse * inverses[symbol] - 1.0
+            series = 1.0 / 2 + delta * (delta * (1.0 / 3) - 1.0 / 6)
+            sums[symbol] += share * frequencies[symbol] * delta * delta * min(1.0, series)
 
 
 @kernel
@@ -56,6 +81,13 @@ def _table_bits(tables: list[Frequencies]) -> int:
     return sum(8 * packed_table_bytes(table, NUM_SYMBOLS) for table in tables)
 
 
+def _least_bits(counts: npt.NDArray[np.int64], totals: npt.NDArray[np.int64], table: Frequencies, bits: float) -> float:
+    """A lower bound of the tiles' bits with any tables, given their ``bits`` with ``table``: n·H each."""
+    sums = np.zeros(NUM_SYMBOLS)
+    _divergences(counts, totals, table, sums)
+    return (bits - float(sums.sum()) / math.log(2)) * (1 - _MARGIN)
+
+
 def cluster_tables(
     tile_counts: npt.NDArray[np.int64],
 ) -> tuple[list[Frequencies], npt.NDArray[np.int64]]:
@@ -65,20 +97,28 @@ def cluster_tables(
         The tables, and for each tile the index of its table, or −1 if all its symbols are equal.
     """
     assignment = np.full(len(tile_counts), CONSTANT, np.int64)
-    coded = np.flatnonzero(np.count_nonzero(tile_counts, axis=1) > 1)
+    totals = tile_counts.sum(axis=1)
+    coded = np.flatnonzero(tile_counts.max(axis=1) < totals)
     if not len(coded):
         return [], assignment
-    counts = tile_counts if len(coded) == len(tile_counts) else tile_counts[coded]
+    counts = tile_counts
+    if len(coded) < len(tile_counts):
+        counts, totals = tile_counts[coded], totals[coded]
+    total = counts.sum(axis=0)
+    tables, best = [normalise_frequencies(total)], np.zeros(len(coded), np.int64)
+    bits = coded_bits(total, tables[0])
+    # Most tensors' tiles are so alike that this settles it.
+    least_bits = _least_bits(counts, totals, tables[0], bits)
+    best_bits = bits + _table_bits(tables)
+    assignment[coded] = best
+    if least_bits > best_bits * (1 - _WORTH_WHILE):
+        return tables, assignment
     as_floats = counts.astype(np.float64)
-    used = counts.sum(axis=0) > 0
-    best = np.zeros(len(coded), np.int64)
-    tables = _fit(counts, best, 1)
-    best_bits = coded_bits(counts, tables[0]) + _table_bits(tables)
+    used = total > 0
     # Start from tiles ordered by how long the common table codes them: the main way in which tiles differ.
-    total = counts.sum(axis=1)
-    order = np.argsort(_costs(as_floats, used, tables)[:, 0] / total, kind="stable")
+    order = np.argsort(_costs(as_floats, used, tables)[:, 0] / totals, kind="stable")
     number = 2
-    while number <= min(MAX_TABLES, len(coded)):
+    while number <= min(MAX_TABLES, len(coded)) and least_bits <= best_bits * (1 - _WORTH_WHILE):
         trial = np.empty(len(coded), np.int64)
         trial[order] = np.arange(len(coded)) * number // len(coded)
         for _ in range(_ROUNDS):

@@ -81,7 +81,7 @@ class Limits:
 @cache
 def device_limits(device: torch.device) -> Limits:
     """Limits of a CUDA device."""
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)  # torch's stubs do not know all of it
     return Limits(
         found.multi_processor_count, found.shared_memory_per_multiprocessor, found.shared_memory_per_block_optin
     )
@@ -251,7 +251,6 @@ def _tickets(count: int, device: torch.device) -> torch.Tensor:
     return found
 
 
-
 def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int) -> Kernel:
     """One vector times a coded matrix."""
     defines = {
@@ -369,9 +368,7 @@ def decode(
         end = ceil_div(end_row, GROUP_LANES) * tile_columns
     output_bytes = 0 if out is None else out.element_size()
     fit = fit_decode(coded, limits, end - first, GROUP_LANES * CHUNK_COLS * max(1, output_bytes))
-    kernel = decode_kernel(
-        coded.layout, output, fit.buffers, outliers=coded.has_outliers, predicted=coded.predicted
-    )
+    kernel = decode_kernel(coded.layout, output, fit.buffers, outliers=coded.has_outliers, predicted=coded.predicted)
     device = coded.blob.device
     for index, table in coded.table_launches():
         kernels.launch(
