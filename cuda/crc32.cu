@@ -39,10 +39,13 @@ crc32(const u8* payload, u32 first_tile, const u32* step, const u32* powers, u32
   const uint4* data = reinterpret_cast<const uint4*>(payload + (entry[0] | static_cast<u64>(entry[1]) << 32));
   const u32 rounds = ceil_div(words, kWordsPerRound);
   u32 sums[4] = {0, 0, 0, 0};
+  uint4 following = make_uint4(0, 0, 0, 0);
+  if (4 * thread < words) following = data[thread];
   for (u32 round = 0; round < rounds; ++round) {
     const u32 first = round * kWordsPerRound + 4 * thread;
-    uint4 four = make_uint4(0, 0, 0, 0);
-    if (first < words) four = data[first / 4];
+    const uint4 four = following;
+    // Under way during this round's look-ups.
+    if (first + kWordsPerRound < words) following = data[first / 4 + kThreads];
     u32 next[4] = {four.x, four.y, four.z, four.w};
     if (first == 0) next[0] = ~next[0];  // the CRC's initial value
 #pragma unroll

@@ -6,9 +6,8 @@
 //   6 the numbers of a kind without scales: u8, or the bit patterns of floats (u8, u16, u32)
 //
 // A warp decodes 32 rows × 32 columns into shared memory and writes them from there, so that neighbouring lanes write neighbouring
-// bytes. Shared memory: table (16 KiB) | for each warp: rows to be written | words, one
-// or two buffers.
-#include "tile.cuh"
+// bytes. Shared memory: table (16 KiB) | for each warp: rows to be written | words, one or two buffers.
+#include "schedule.cuh"
 
 constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kOutput = KVPACK_OUTPUT;
@@ -112,21 +111,21 @@ __device__ __forceinline__ void put_number(u32 rows, u32 row, u32 col, u32 bits)
 }
 
 // A warp writes its 32 rows × 32 columns, as far as they exist. `aligned`: rows of the output begin at multiples of 16 bytes.
-__device__ __forceinline__ void write_rows(u32 rows, u8* output, u64 row_bytes, u32 num_rows, u32 num_cols, bool aligned,
+__device__ __forceinline__ void write_rows(u32 rows, u8* output, u32 cols, u32 num_rows, u32 num_cols, bool aligned,
                                            u32 lane) {
   if (aligned) {
 #pragma unroll
     for (u32 i = lane; i < kLanes * kRowUnits; i += kLanes) {
       u32 row = i / kRowUnits, unit = i % kRowUnits;
       if (row < num_rows && unit * kUnitCols < num_cols) {
-        *reinterpret_cast<uint4*>(output + row * row_bytes + 16 * unit) = load_shared_v4(unit_address(rows, row, unit));
+        *reinterpret_cast<uint4*>(output + static_cast<u64>(row) * cols * kOutputBytes + 16 * unit) = load_shared_v4(unit_address(rows, row, unit));
       }
     }
   } else {
 #pragma unroll 1
     for (u32 row = 0; row < num_rows; ++row) {
       u32 address = unit_address(rows, row, lane / kUnitCols) + lane % kUnitCols * kOutputBytes;
-      u8* to = output + row * row_bytes + lane * kOutputBytes;
+      u8* to = output + static_cast<u64>(row) * cols * kOutputBytes + lane * kOutputBytes;
       if (lane < num_cols) {
         if constexpr (kOutputBytes == 1) *to = static_cast<u8>(load_shared_u8(address));
         if constexpr (kOutputBytes == 2) *reinterpret_cast<u16*>(to) = static_cast<u16>(load_shared_u16(address));
@@ -209,9 +208,10 @@ struct RowWriter {
     }
     if constexpr (kHasOutliers) {
       while (outlier_col < first_col + 16 * half + 16) {
-        u32 col = outlier_col - first_col, four = 0;
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) four = i == col / 4 % 4 ? columns[i] : four;
+        const u32 col = outlier_col - first_col;
+        // Not as columns[col / 4 % 4], which would put them into memory.
+        const u32 even = (col & 8) != 0 ? columns[2] : columns[0], odd = (col & 8) != 0 ? columns[3] : columns[1];
+        const u32 four = (col & 4) != 0 ? odd : even;
         int integer = static_cast<int>((four >> (col % 4 * 8)) & 0xFF) - static_cast<int>(kHalf) + outlier_delta(__ldg(outlier));
         put_number(rows, lane, col, kScaled ? output_bits(value(static_cast<float>(integer))) : static_cast<u32>(integer));
         ++outlier;
@@ -232,116 +232,147 @@ __device__ __forceinline__ void emit_kept(const KeepSlots& kept, RowWriter& writ
   }
 }
 
-// `first_index` … `end_index` of the group table are decoded; `output` is where row `first_row` of the tensor goes
-// (rows counted over all matrices).
+// A group's place among all matrices.
+struct Position {
+  u32 matrix, row_group, tile_column;
+};
+
+// `first_index` … `end_index` of the group table are decoded, in runs of equal length; `output` is where row `first_row` of the
+// tensor goes (rows counted over all matrices).
 extern "C" __global__ void __launch_bounds__(KVPACK_MAX_WARPS * 32, KVPACK_BLOCKS_PER_SM)
 decode(const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride, u8* output, u32* status,
-       u64 first_row, u32 rows, u32 cols, u32 tile_cols, u32 first_index, u32 end_index, u32 length_bytes, u32 buffer_bytes,
-       u32 table_index) {
+       u64 first_row, u32 rows, u32 cols, u32 tile_cols, u32 row_groups, u32 tile_columns, u32 first_index, u32 end_index,
+       u32 length_bytes, u32 buffer_bytes, u32 table_index) {
   KVPACK_DYNAMIC_SHARED(shared);
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const u32 row_groups = ceil_div(rows, kLanes), tile_columns = ceil_div(cols, tile_cols);
   const u32 shared_table = shared_address(shared);
   const u32 staged = shared_table + 4 * kTableSlots + warp * kLanes * 16 * kRowUnits;
   const u32 buffers = shared_table + 4 * kTableSlots + warps * kLanes * 16 * kRowUnits + kBuffers * warp * buffer_bytes;
   const bool aligned = cols % kUnitCols == 0;
-  if (table != nullptr) copy_table(table, shared_table, threadIdx.x, blockDim.x);  // null if no tile has words
 
-  const u32 tasks = end_index - first_index, stride = gridDim.x * warps;
-  u32 index = first_index + blockIdx.x * warps + warp;
-  auto place_at = [&](u32 at) {
-    return place_of(at / tile_columns % row_groups, at % tile_columns, rows, cols, tile_cols);
+  // Neighbouring runs go to different blocks, so that the longer ones are spread.
+  const Runs runs(end_index - first_index, gridDim.x * warps);
+  const u32 worker = blockIdx.x + gridDim.x * warp;
+  u32 index = first_index + runs.begin(worker);
+  const u32 end = first_index + runs.begin(worker + 1);
+  Position position{index / tile_columns / row_groups, index / tile_columns % row_groups, index % tile_columns};
+  auto after = [&](Position at) {
+    if (++at.tile_column == tile_columns) {
+      at.tile_column = 0;
+      if (++at.row_group == row_groups) {
+        at.row_group = 0;
+        ++at.matrix;
+      }
+    }
+    return at;
   };
-  // Three groups of a warp are under way: the one that is decoded, the next one's words, the entry of the one after.
-  uint4 entry = make_uint4(0, 0, 0, 0), next_entry = make_uint4(0, 0, 0, 0);
+  auto place_at = [&](Position at) { return place_of(at.row_group, at.tile_column, rows, cols, tile_cols); };
+  // Wide elements and predictors leave no registers for planes ahead; a check looks at no planes.
+  constexpr bool streams_planes = kOutput != 0 && kElementBits <= 8 && !kPredicted;
+  auto chunks_to_load = [&](const Group& group, const Place& place) { return streams_planes ? raw_chunks(group, place) : 0; };
+
+  // Three groups of a warp are under way: the one that is decoded, the next one's words and first planes, the entry of the one after.
+  uint4 entry = make_uint4(0, 0, 0, 0), next_entry = entry;
+  if (index < end) entry = __ldg(groups + index);
+  if (index + 1 < end) next_entry = __ldg(groups + index + 1);
+  if (table != nullptr) copy_table(table, shared_table, threadIdx.x, blockDim.x);  // null if no tile has words
   LaneStart start{KVPACK_STATE_LOW, 0};
-  if (index < end_index) {
-    entry = __ldg(groups + index);
-    if (end_index - index > stride) next_entry = __ldg(groups + index + stride);
-    Group group = unpack_group(blob, entry);
+  RawStream stream;
+  if (index < end) {
+    const Group group = unpack_group(blob, entry);
+    const Place place = place_at(position);
     copy_words(group, buffers, lane);
-    start = load_lane_start(group, place_at(index), length_bytes, lane);
-    prefetch_raw(group, place_at(index), lane);
+    start = load_lane_start(group, place, length_bytes, lane);
+    stream.begin(blob, raw_planes_unit(group, place), chunks_to_load(group, place), lane);
   }
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
 
-  for (u32 task = index - first_index, buffer = 0; task < tasks; task += stride, buffer ^= kBuffers - 1) {
-    index = first_index + task;
+  for (u32 buffer = 0; index < end; ++index, buffer ^= kBuffers - 1) {
+    const Group group = unpack_group(blob, entry);
+    const Place place = place_at(position);
+    const bool rans = group.mode == KVPACK_MODE_RANS;
+    const bool mine = rans ? group.table == table_index : table_index == 0;
+    const u32 first_of_group = position.row_group * kLanes, num_rows = min(rows - first_of_group, kLanes);
+    const u64 matrix_row = static_cast<u64>(position.matrix) * rows + first_of_group;
+    u8* to = output + ((matrix_row - first_row) * cols + place.first_col) * kOutputBytes;
+    float scale = 0;
+    if constexpr (kScaled) scale = lane < num_rows ? scales[(matrix_row + lane) * scale_stride] : 0.0f;
+    RowWriter writer{staged, lane, scale, {}, nullptr, KVPACK_MAX_TILE_COLS, 0, 0};
+    if constexpr (kHasOutliers) {
+      if (mine && group.num_outliers > 0) writer.find_outliers(group, place);
+    }
+    auto write_chunk = [&](u32 chunk) {
+      if constexpr (kOutput != 0) {
+        __syncwarp();
+        write_rows(staged, to, cols, num_rows, min(place.tile_cols - chunk * kChunkCols, kChunkCols), aligned, lane);
+        to += kChunkCols * kOutputBytes;
+        __syncwarp();
+        writer.first_col += kChunkCols;
+      }
+    };
+    const u32 planes = raw_planes_unit(group, place);
+
+    position = after(position);
     uint4 after_entry = make_uint4(0, 0, 0, 0);
+    if (kBuffers == 2 && index + 2 < end) after_entry = __ldg(groups + index + 2);
     LaneStart next_start{KVPACK_STATE_LOW, 0};
-    if (task + 2 * stride < tasks) after_entry = __ldg(groups + index + 2 * stride);
-    if (task + stride < tasks) {
-      Group next = unpack_group(blob, next_entry);
+    u32 next_planes = 0;
+    u32 next_chunks = 0;
+    if (index + 1 < end) {
+      if (kBuffers == 1) next_entry = __ldg(groups + index + 1);  // earlier would take registers that there are not
+      const Group next = unpack_group(blob, next_entry);
+      const Place place = place_at(position);
       if constexpr (kBuffers == 2) copy_words(next, buffers + (buffer ^ 1) * buffer_bytes, lane);
-      next_start = load_lane_start(next, place_at(index + stride), length_bytes, lane);
-      prefetch_raw(next, place_at(index + stride), lane);
+      next_start = load_lane_start(next, place, length_bytes, lane);
+      next_planes = raw_planes_unit(next, place);
+      next_chunks = chunks_to_load(next, place);
     }
     if constexpr (kBuffers == 2) copy_async_commit();
     copy_async_wait<kBuffers - 1>();
     __syncwarp();
 
-    const Group group = unpack_group(blob, entry);
-    const Place place = place_at(index);
-    const bool rans = group.mode == KVPACK_MODE_RANS;
-    if (rans ? group.table == table_index : table_index == 0) {
-      const u32 row_in_tile = place.group * kLanes + lane;
-      const u32 first_of_group = index / tile_columns % row_groups * kLanes;
-      const u64 matrix_row = static_cast<u64>(index / tile_columns / row_groups) * rows + first_of_group;
-      const u64 row_bytes = static_cast<u64>(cols) * kOutputBytes;
-      const u32 num_rows = min(rows - first_of_group, kLanes);
-      u8* to = output + (matrix_row - first_row) * row_bytes + static_cast<u64>(place.first_col) * kOutputBytes;
-      float scale = 0;
-      if constexpr (kScaled) scale = lane < num_rows ? scales[(matrix_row + lane) * scale_stride] : 0.0f;
-      RowWriter writer{staged, lane, scale, {}, nullptr, KVPACK_MAX_TILE_COLS, 0, 0};
-      if constexpr (kHasOutliers) {
-        if (group.num_outliers > 0) writer.find_outliers(group, place);
-      }
-      auto write_chunk = [&](u32 chunk) {
-        if constexpr (kOutput != 0) {
-          __syncwarp();
-          write_rows(staged, to, row_bytes, num_rows, min(place.tile_cols - chunk * kChunkCols, kChunkCols), aligned, lane);
-          to += kChunkCols * kOutputBytes;
-          __syncwarp();
-          writer.first_col += kChunkCols;
+    if (rans && mine) {
+      u32 end_address;
+      Lane decoder = start_lane(group, start, buffers + buffer * buffer_bytes, lane, end_address);
+      u32 previous = 0;
+      auto put_chunk = [&](u32 chunk, const RawChunk& raw) {
+        if constexpr (kElementBits > 8 || kOutput == 0) {
+          KeepSlots codes;
+          decode_chunk(decoder, shared_table, raw, codes);
+          if constexpr (kOutput == 6) put_wide_row(staged, lane, codes, raw);
+        } else if constexpr (kPredicted) {
+          KeepSlots elements;
+          decode_chunk(decoder, shared_table, raw, elements);
+          if (group.predictor != 0) undo_predictor(elements, chunk == 0, previous);
+          emit_kept(elements, writer);
+        } else {
+          decode_chunk(decoder, shared_table, raw, writer);
         }
+        write_chunk(chunk);
       };
-      const u8* planes = raw_planes(group, place);
-      RawChunk raw;
-      if (rans) {
-        u32 end_address;
-        Lane decoder = start_lane(group, start, buffers + buffer * buffer_bytes, lane, end_address);
-        load_raw(planes, lane, raw);
-        u32 previous = 0;
+      if constexpr (!streams_planes) {
 #pragma unroll 1
         for (u32 chunk = 0; chunk < place.chunks(); ++chunk) {
-          planes += chunk + 1 < place.chunks() ? kRawChunkBytes : 0;
-          RawChunk next_raw;
-          load_raw(planes, lane, next_raw);
-          if constexpr (kElementBits > 8) {
-            KeepSlots codes;
-            decode_chunk(decoder, shared_table, raw, codes);
-            if constexpr (kOutput == 6) put_wide_row(staged, lane, codes, raw);
-          } else if constexpr (kPredicted) {
-            KeepSlots elements;
-            decode_chunk(decoder, shared_table, raw, elements);
-            if (group.predictor != 0) undo_predictor(elements, chunk == 0, previous);
-            emit_kept(elements, writer);
-          } else {
-            decode_chunk(decoder, shared_table, raw, writer);
-          }
-          write_chunk(chunk);
-          raw = next_raw;
+          RawChunk raw;
+          if constexpr (kOutput != 0) load_raw(chunk_planes(blob, planes, chunk), lane, raw);
+          put_chunk(chunk, raw);
         }
-        if (lane < num_rows && (decoder.state != KVPACK_STATE_LOW || decoder.word_address != end_address)) {
-          report_damage(status, index);
-        }
-      } else if constexpr (kOutput != 0) {
+      } else {
+        stream.each_chunk(blob, planes, place.chunks(), next_planes, next_chunks, lane, put_chunk);
+      }
+      if (lane < num_rows && (decoder.state != KVPACK_STATE_LOW || decoder.word_address != end_address)) {
+        report_damage(status, index);
+      }
+    } else {
+      stream.stale = true;
+      if constexpr (kOutput != 0) {
 #pragma unroll 1
-        for (u32 chunk = 0; chunk < place.chunks(); ++chunk, planes += kRawChunkBytes) {
+        for (u32 chunk = 0; chunk < (mine ? place.chunks() : 0); ++chunk) {
           if (group.mode == KVPACK_MODE_CONSTANT) {
-            load_raw(planes, lane, raw);
+            RawChunk raw;
+            load_raw(chunk_planes(blob, planes, chunk), lane, raw);
             KeepSlots elements;
             constant_chunk(group.tile[0], raw, elements);
             if constexpr (kElementBits > 8) {
@@ -353,11 +384,11 @@ decode(const u8* blob, const uint4* groups, const u32* table, const float* scale
 #pragma unroll 1
             for (u32 col = chunk * kChunkCols; col < place.tile_cols && col < (chunk + 1) * kChunkCols; ++col) {
               if (lane >= num_rows) break;
-              u32 element = raw_mode_element(group, place, row_in_tile, col);
+              u32 element = raw_mode_element(group, place, place.group * kLanes + lane, col);
               put_number(staged, lane, col % kChunkCols, element >> 1 | (element & 1) << (kElementBits - 1));
             }
           } else {
-            raw_mode_chunk(group, place, row_in_tile, chunk, writer);
+            raw_mode_chunk(group, place, place.group * kLanes + lane, chunk, writer);
           }
           write_chunk(chunk);
         }
@@ -365,7 +396,7 @@ decode(const u8* blob, const uint4* groups, const u32* table, const float* scale
     }
     __syncwarp();
     if constexpr (kBuffers == 1) {
-      if (task + stride < tasks) copy_words(unpack_group(blob, next_entry), buffers, lane);
+      if (index + 1 < end) copy_words(unpack_group(blob, next_entry), buffers, lane);
       copy_async_commit();
     }
     entry = next_entry;

@@ -95,6 +95,9 @@ __device__ __forceinline__ void load_chunk(const TileView& view, const Element* 
   }
 }
 
+// Whether a second chunk's registers can be spared: its loads are then under way while the first is worked on.
+constexpr bool kLoadAhead = kElementBytes < 4;
+
 // Symbol of step `step` of a chunk (§4). Loops over steps are unrolled, so that all but the shifts is known when compiled.
 __device__ __forceinline__ u32 chunk_symbol(const u32 (&words)[kChunkWords], u32 step) {
   constexpr u32 mask = (1u << kSymbolBits) - 1;

@@ -52,11 +52,15 @@ encode_lanes(const Element* elements, u32 rows, u32 cols, u32 tile_cols, u32 fir
   LaneCoder coder{KVPACK_STATE_LOW, 0, 0, words + (lane + 1) * lane_words};
   if (thread < view.rows) {
     const Element* row = view.first + thread * view.row_stride;
+    u32 words_of_chunk[kChunkWords], symbols[kChunkWords];
+    load_chunk(view, row, view.chunks - 1, previous, words_of_chunk);
     for (u32 chunk = view.chunks; chunk-- > 0;) {
-      u32 elements_of_chunk[kChunkWords];
-      load_chunk(view, row, chunk, previous, elements_of_chunk);
 #pragma unroll
-      for (u32 step = kChunkSteps; step-- > 0;) coder.put(table[chunk_symbol(elements_of_chunk, step)]);
+      for (u32 i = 0; i < kChunkWords; ++i) symbols[i] = words_of_chunk[i];
+      if (kLoadAhead && chunk > 0) load_chunk(view, row, chunk - 1, previous, words_of_chunk);
+#pragma unroll
+      for (u32 step = kChunkSteps; step-- > 0;) coder.put(table[chunk_symbol(symbols, step)]);
+      if (!kLoadAhead && chunk > 0) load_chunk(view, row, chunk - 1, previous, words_of_chunk);
     }
     coder.finish();
   }

@@ -52,8 +52,8 @@ __device__ __forceinline__ void pack_lanes(const TileView& view, u32 length_byte
       reinterpret_cast<u16*>(length_table)[thread] = static_cast<u16>(length);
     }
   }
-  // A warp copies the words of its lanes, four lanes at once so that their loads overlap.
-  constexpr u32 at_once = 4;
+  // A warp copies the words of its lanes, several lanes at once so that their loads overlap.
+  constexpr u32 at_once = kLoadAhead ? 8 : 4;
   const u32 first = before + sum - length;
   for (u32 l = 0; l < kLanes; l += at_once) {
     u32 counts[at_once], firsts[at_once], longest = 0;

@@ -121,6 +121,22 @@ __device__ __forceinline__ float load_l2_f32(const float* global) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(global) : "memory");
   return value;
 }
+__device__ __forceinline__ float4 load_l2_v4(const float4* global) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(global) : "memory");
+  return v;
+}
+
+// Orders this thread's accesses to global memory, for threads of the whole device. __threadfence() orders sequentially
+// consistent accesses too, and takes longer.
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// 1 / value to within a unit in the last place.
+__device__ __forceinline__ float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
 
 // Two products of i16 (a) with two unsigned bytes of b, the lower or the upper ones, added to c.
 __device__ __forceinline__ int dp2a_low(u32 a, u32 b, int c) {

@@ -30,6 +30,7 @@ constexpr u32 kHalf = 1u << (kElementBits - 1);
 constexpr bool kSigned = KVPACK_ELEMENT_KIND == KVPACK_KIND_SIGNED;
 
 struct Group {
+  u32 tile_unit;  // where the tile begins, in units of 16 bytes from the blob's first byte
   const u8* tile;
   u32 first_word;
   u32 num_words;
@@ -43,6 +44,7 @@ struct Group {
 
 __device__ __forceinline__ Group unpack_group(const u8* blob, uint4 entry) {
   Group group;
+  group.tile_unit = entry.x;
   group.tile = blob + 16ull * entry.x;
   group.first_word = entry.y & 0x1FFFF;
   group.num_words = entry.y >> 17;
@@ -156,16 +158,14 @@ struct RawChunk {
   u32 words[kRawRegisters];
 };
 
-__device__ __forceinline__ const u8* raw_planes(const Group& group, const Place& place) {
-  return group.tile + group.raw_offset + place.group * place.chunks() * kRawChunkBytes;
+// Where a group's planes begin: in units of 16 bytes from the blob's first byte, since an address takes two registers.
+__device__ __forceinline__ u32 raw_planes_unit(const Group& group, const Place& place) {
+  return group.tile_unit + (group.raw_offset + place.group * place.chunks() * kRawChunkBytes) / 16;
 }
 
-// Raw planes are read a chunk at a time straight into registers; this has them on their way from memory before.
-__device__ __forceinline__ void prefetch_raw(const Group& group, const Place& place, u32 lane) {
-  constexpr u32 line_bytes = 128;
-  if (kRawBits == 0 || group.mode == KVPACK_MODE_RAW) return;
-  const u8* planes = raw_planes(group, place);
-  for (u32 at = lane * line_bytes; at < place.chunks() * kRawChunkBytes; at += kLanes * line_bytes) prefetch_l2(planes + at);
+// How many chunks of a group have planes to be loaded.
+__device__ __forceinline__ u32 raw_chunks(const Group& group, const Place& place) {
+  return kRawBits == 0 || group.mode == KVPACK_MODE_RAW ? 0 : place.chunks();
 }
 
 // `planes`: those of the group in this chunk.
@@ -200,6 +200,46 @@ __device__ __forceinline__ void load_raw(const u8* planes, u32 lane, RawChunk& r
     raw.words[at] = load_once_u32(planes + 4 * kLanes * at + 4 * lane);
   }
 }
+
+__device__ __forceinline__ const u8* chunk_planes(const u8* blob, u32 planes, u32 chunk) {
+  return blob + 16ull * (planes + chunk * (kRawChunkBytes / 16));
+}
+
+// Raw planes on their way from memory to registers: those of two chunks of a warp's run of groups, so that a load has the time
+// of a whole chunk. Planes that have been used are replaced by those two chunks on, be they the next group's.
+struct RawStream {
+  RawChunk even, odd;
+  bool stale;  // what is here is not the group's: the one before had a single chunk, or there were no planes to load
+
+  __device__ __forceinline__ void begin(const u8* blob, u32 planes, u32 chunks, u32 lane) {
+    if (chunks > 0) load_raw(chunk_planes(blob, planes, 0), lane, even);
+    if (chunks > 1) load_raw(chunk_planes(blob, planes, 1), lane, odd);
+    stale = chunks == 0;
+  }
+  // Calls use(chunk, raw) for all chunks of a group whose planes begin at unit `planes`. `next`: those of the group after it, which
+  // has `next_chunks` with planes, or none.
+  template <class Use>
+  __device__ __forceinline__ void each_chunk(const u8* blob, u32 planes, u32 chunks, u32 next, u32 next_chunks, u32 lane, Use&& use) {
+    const u32 behind = next - chunks * (kRawChunkBytes / 16);
+    auto load = [&](u32 chunk, RawChunk& raw) {
+      if (chunk < chunks + next_chunks) load_raw(chunk_planes(blob, chunk < chunks ? planes : behind, chunk), lane, raw);
+    };
+    if (stale) begin(blob, planes, chunks, lane);
+#pragma unroll 1
+    for (u32 chunk = 0; chunk < chunks; chunk += 2) {
+      use(chunk, even);
+      if (chunk + 1 == chunks) {
+        even = odd;
+        load(chunk + 2, odd);
+        break;
+      }
+      load(chunk + 2, even);
+      use(chunk + 1, odd);
+      load(chunk + 3, odd);
+    }
+    stale = chunks == 1 || next_chunks == 0;
+  }
+};
 
 // Moves bits up by `shift`, or down if it is negative.
 template <int shift>

@@ -7,20 +7,29 @@ the optimum for its tiles), doubling the number of tables as long as the bits sa
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.encode.frequencies import coded_bits, normalise_frequencies
+from kvpack.encode.frequencies import normalise_all, normalise_frequencies
 from kvpack.encode.jit import kernel
 from kvpack.format.layout import FREQUENCY_SUM, MAX_TABLES, NUM_SYMBOLS
-from kvpack.format.tables import Frequencies, packed_table_bytes
+from kvpack.format.tables import Frequencies
+
+Counts = npt.NDArray[np.int64]
 
 _ROUNDS = 4
 # Bounds are compared with a margin far above the error of sums in floating point.
 _MARGIN = 1e-9
 # More tables must save at least this share of the bits: a GPU reloads its look-up table for each of them.
 _WORTH_WHILE = 0.002
+# Bits of a symbol of each frequency.
+_LENGTHS = np.log2(FREQUENCY_SUM) - np.log2(np.maximum(np.arange(FREQUENCY_SUM), 1))
+_LENGTHS[0] = 1e100
+# Bits of a frequency in a packed table (docs/FORMAT.md §5.1).
+_CODE_BITS = np.array([2 * (f + 1).bit_length() - 1 for f in range(FREQUENCY_SUM)])
 CONSTANT = -1  # instead of a table's index: all symbols of the tile are equal
 
 
@@ -54,43 +63,60 @@ def _cluster_counts(counts, assignment, sums):  # type: ignore[no-untyped-def]
             row[symbol] += counts[tile, symbol]
 
 
-def _fit(counts: npt.NDArray[np.int64], assignment: npt.NDArray[np.int64], tables: int) -> list[Frequencies]:
-    """The optimal table of each cluster, for clusters that have tiles."""
+def _fit(counts: npt.NDArray[np.signedinteger[Any]], assignment: npt.NDArray[np.int64], tables: int) -> Counts:
+    """The optimal table of each cluster, for clusters that have tiles: i64 [tables, 256]."""
     sums = np.zeros((tables, NUM_SYMBOLS), np.int64)
     _cluster_counts(counts, assignment, sums)
-    return [normalise_frequencies(total) for total in sums if total.any()]
+    return np.asarray(normalise_all(sums[sums.any(axis=1)]))
 
 
-def _costs(
-    counts: npt.NDArray[np.float64], used: npt.NDArray[np.bool_], tables: list[Frequencies]
-) -> npt.NDArray[np.float64]:
-    """Bits of each tile with each table, [tiles, tables]; inf where a symbol is missing from the table.
+def _costs(counts: npt.NDArray[np.float64], tables: Counts) -> npt.NDArray[np.float64]:
+    """Bits of each tile with each table, [tiles, tables]; beyond all bounds where a symbol is missing from the table.
 
-    ``counts`` as f64: integers are multiplied by a loop, floats by BLAS. ``used`` [256]: symbols that any tile has.
+    ``counts`` as f64: integers are multiplied by a loop, floats by BLAS (sooner if both are contiguous).
     """
-    frequencies = np.stack(tables).astype(np.float64)
-    absent = frequencies == 0
-    lengths = np.log2(FREQUENCY_SUM) - np.log2(np.where(absent, 1, frequencies))
-    costs = counts @ lengths.T
-    if (absent & used).any():
-        costs[(counts @ absent.T.astype(np.float64)) > 0] = np.inf
-    return np.asarray(costs)
+    return np.asarray(counts @ np.ascontiguousarray(_LENGTHS[tables].T))
 
 
-def _table_bits(tables: list[Frequencies]) -> int:
-    return sum(8 * packed_table_bytes(table, NUM_SYMBOLS) for table in tables)
+def _table_bits(tables: npt.NDArray[np.integer[Any]]) -> int:
+    """Of packed tables, of all symbols."""
+    return 8 * int(((_CODE_BITS[tables].sum(axis=1) + 7) // 8).sum())
 
 
-def _least_bits(counts: npt.NDArray[np.int64], totals: npt.NDArray[np.int64], table: Frequencies, bits: float) -> float:
+def _least_bits(counts: Counts, totals: Counts, table: Frequencies, bits: float) -> float:
     """A lower bound of the tiles' bits with any tables, given their ``bits`` with ``table``: n·H each."""
     sums = np.zeros(NUM_SYMBOLS)
     _divergences(counts, totals, table, sums)
     return (bits - float(sums.sum()) / math.log(2)) * (1 - _MARGIN)
 
 
+@dataclass(frozen=True)
+class CommonTable:
+    """The best single table for all tiles of which none is constant.
+
+    ``coded_bits`` are the tiles' with it, ``bits`` its own as well.
+    """
+
+    table: Frequencies
+    coded_bits: float
+    bits: float
+
+    @classmethod
+    def of(cls, total: Counts) -> CommonTable:
+        """``total`` [256] is the sum of the tiles' histograms."""
+        table = normalise_frequencies(total)
+        used = total > 0
+        bits = float(total[used] @ _LENGTHS[table[used]])
+        return cls(table, bits, bits + _table_bits(table[None]))
+
+    def suffices(self, least_bits: float) -> bool:
+        """Whether more tables are not worth while, if the tiles take at least ``least_bits`` with any."""
+        return least_bits * (1 - _MARGIN) > self.bits * (1 - _WORTH_WHILE)
+
+
 def cluster_tables(
-    tile_counts: npt.NDArray[np.int64],
-) -> tuple[list[Frequencies], npt.NDArray[np.int64]]:
+    tile_counts: Counts,
+) -> tuple[list[Frequencies], Counts]:
     """Tables for tiles with histograms ``tile_counts`` [tiles, 256].
 
     Returns:
@@ -104,37 +130,43 @@ def cluster_tables(
     counts = tile_counts
     if len(coded) < len(tile_counts):
         counts, totals = tile_counts[coded], totals[coded]
-    total = counts.sum(axis=0)
-    tables, best = [normalise_frequencies(total)], np.zeros(len(coded), np.int64)
-    bits = coded_bits(total, tables[0])
-    # Most tensors' tiles are so alike that this settles it.
-    least_bits = _least_bits(counts, totals, tables[0], bits)
-    best_bits = bits + _table_bits(tables)
-    assignment[coded] = best
-    if least_bits > best_bits * (1 - _WORTH_WHILE):
-        return tables, assignment
+    common = CommonTable.of(counts.sum(axis=0))
+    least_bits = _least_bits(counts, totals, common.table, common.coded_bits)
+    tables, assignment[coded] = cluster_coded(counts, common, least_bits)
+    return tables, assignment
+
+
+def cluster_coded(
+    counts: npt.NDArray[np.signedinteger[Any]], common: CommonTable, least_bits: float
+) -> tuple[list[Frequencies], Counts]:
+    """:func:`cluster_tables` of tiles of which none is constant, given their :class:`CommonTable`.
+
+    No tables code them in fewer than ``least_bits``: a higher bound saves time, and changes nothing.
+    """
+    tables, best, best_bits = [common.table], np.zeros(len(counts), np.int64), common.bits
+    # Many tensors' tiles are so alike that this settles it.
+    if common.suffices(least_bits):
+        return tables, best
     as_floats = counts.astype(np.float64)
-    used = total > 0
     # Start from tiles ordered by how long the common table codes them: the main way in which tiles differ.
-    order = np.argsort(_costs(as_floats, used, tables)[:, 0] / totals, kind="stable")
+    totals = as_floats @ np.ones(NUM_SYMBOLS)
+    order = np.argsort(_costs(as_floats, np.stack(tables))[:, 0] / totals, kind="stable")
     number = 2
-    while number <= min(MAX_TABLES, len(coded)) and least_bits <= best_bits * (1 - _WORTH_WHILE):
-        trial = np.empty(len(coded), np.int64)
-        trial[order] = np.arange(len(coded)) * number // len(coded)
+    while number <= min(MAX_TABLES, len(counts)) and least_bits <= best_bits * (1 - _WORTH_WHILE):
+        trial = np.empty(len(counts), np.int64)
+        trial[order] = np.arange(len(counts)) * number // len(counts)
         for _ in range(_ROUNDS):
             before = trial
-            trial_tables = _fit(counts, before, number)
-            trial = np.argmin(_costs(as_floats, used, trial_tables), axis=1)
+            trial = np.argmin(_costs(as_floats, _fit(counts, before, number)), axis=1)
             if np.array_equal(trial, before):  # all further rounds give the same
                 break
         trial_tables = _fit(counts, trial, number)
-        # An emptied cluster shifts the later ones' indices.
-        trial = np.unique(trial, return_inverse=True)[1]
-        costs = _costs(as_floats, used, trial_tables)[np.arange(len(coded)), trial]
+        if len(trial_tables) < number:  # an emptied cluster shifts the later ones' indices
+            trial = np.unique(trial, return_inverse=True)[1]
+        costs = _costs(as_floats, trial_tables)[np.arange(len(counts)), trial]
         bits = float(costs.sum()) + _table_bits(trial_tables)
         if bits > best_bits * (1 - _WORTH_WHILE):
             break
-        tables, best, best_bits = trial_tables, trial, bits
+        tables, best, best_bits = list(trial_tables.astype(np.uint16)), trial, bits
         number *= 2
-    assignment[coded] = best
-    return tables, assignment
+    return tables, best

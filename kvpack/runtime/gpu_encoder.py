@@ -1,16 +1,22 @@
 """Weights → elements → blob on a GPU: the same bytes as :mod:`kvpack.encode` makes.
 
 Everything that coding does for each element runs on the device: histograms, lanes, raw planes, CRCs, and the moving
-together of tiles. The host chooses the tables (``cluster_tables``, the CPU's own function, on the histograms) and
-writes the front. So the host waits twice: for the histograms, and for the tiles' metadata.
+together of tiles. The host chooses the tables and writes the front. So it waits twice: for the sum of the histograms,
+and for the tiles' metadata. What it does meanwhile, and few allocations, copies and launches, matter for tensors of a
+few million elements, whose kernels take less time than it does.
 
 ::
 
-    encode_count   symbols of each tile                                    → host: tables, a plan for each tile
+    encode_count   symbols of each tile, their sum, and the least that     → host: tables
+                   they can take with any tables
     encode_lanes   lanes → words, in scratch memory                        ┐
     encode_place   mode, size and place of each tile                       │ a slab of tiles at a time, if the
     encode_pack    lane tables, words, planes or raw elements, outliers    ┘ scratch would be too large
     crc32          over the tiles as they lie                              → host: the front
+
+Most tensors have one table. Where the sum and the bound do not prove it, the device goes on with that one table all the
+same, while the host chooses from all histograms as the CPU does; if more are worth while, the lanes are coded again.
+Only where some tile has one symbol alone, the device waits for that choice.
 
 Quantizing (``encode_quantize``) runs on the device too, with integer sums. What ``kvpack.encode`` sums in floating
 point stays with the CPU, since the bytes depend on the order of such sums: the moments that a step is chosen by, and
@@ -27,7 +33,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -41,18 +47,19 @@ from kvpack.encode.blob_encoder import (
     StripSource,
     element_entropy_bits,
     even_tile_cols,
-    finish_front,
 )
+from kvpack.encode.jit import kernel
 from kvpack.encode.quantize import FIXED_POINT, NUM_THRESHOLDS, Rounding
-from kvpack.encode.table_clusters import CONSTANT, cluster_tables
+from kvpack.encode.table_clusters import CONSTANT, CommonTable, cluster_coded, cluster_tables
 from kvpack.encode.tensor_encoder import Coder, Matrices, QuantizedCounts, QuantizedStrips
 from kvpack.encode.threads import map_ordered
-from kvpack.format.blob import TILE_METADATA
+from kvpack.format.blob import TILE_METADATA, pack_front
 from kvpack.format.header import HEADER_BYTES, TILE_METADATA_BYTES, BlobHeader
 from kvpack.format.layout import (
     ALIGNMENT_BYTES,
     FREQUENCY_SUM,
     GROUP_LANES,
+    MAX_TABLES,
     NUM_SYMBOLS,
     OUTLIER_BYTES,
     OUTLIER_DELTA_BITS,
@@ -61,6 +68,8 @@ from kvpack.format.layout import (
     ElementKind,
     Layout,
     Predictor,
+    TableEncoding,
+    TileMode,
     align,
     ceil_div,
 )
@@ -79,10 +88,15 @@ _QUANTIZE_BLOCKS = 4096
 # Steps from here on are so far from denormal numbers that flushing these changes no element.
 _SMALLEST_STEP = 2.0**-100
 _WORD_BITS = 16
+# Up to so many bytes the driver takes a copy itself, and nobody waits.
+_STAGED_BYTES = 1 << 16
 # Words are stored four at a time.
 _LANE_WORDS_MULTIPLE = 4
 # cuda/encode_tiles.cuh
 _PLAN_RAW, _PLAN_CONSTANT = -1, -2
+# cuda/encode_count.cu: u64 of a summary
+_SUMMARY_SIZE = NUM_SYMBOLS + 2
+_UNITS_PER_BIT = 256
 
 
 @cache
@@ -110,6 +124,35 @@ _BIT_PATTERNS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 _U32 = np.uint32
 
 
+@kernel
+def _set_entries(tables, entries):  # type: ignore[no-untyped-def]
+    for index in range(tables.shape[0]):
+        start = 0
+        for symbol in range(NUM_SYMBOLS):
+            frequency = tables[index, symbol]
+            if frequency == 0:
+                continue
+            reciprocal, shift, round_down, offset = (1 << 32) - 1, -1, 0, start
+            power = 1
+            while power <= frequency:
+                power, shift = 2 * power, shift + 1
+            if frequency == 1:
+                offset += FREQUENCY_SUM - 1
+            elif 2 * frequency == power:
+                reciprocal = 1 << 31
+                shift -= 1
+            else:
+                power = 1 << 32 + shift
+                reciprocal = power // frequency
+                if (frequency - power % frequency) * frequency > power >> 20:
+                    round_down = 1
+                else:
+                    reciprocal += 1
+            entries[index, symbol, 0] = reciprocal
+            entries[index, symbol, 1] = frequency << (32 - PROBABILITY_BITS) | offset << 7 | round_down << 4 | shift
+            start += frequency
+
+
 def encoder_entries(tables: list[Frequencies]) -> npt.NDArray[np.uint32]:
     """What ``encode_lanes`` looks up, u32 [tables, 256, 2]: a reciprocal, and frequency, start and shift packed.
 
@@ -123,24 +166,9 @@ def encoder_entries(tables: list[Frequencies]) -> npt.NDArray[np.uint32]:
     is exact. Powers of two, where r would be 2³², take r = 2³¹ and s = 31 + k; f = 1 takes r = 2³² − 1, which gives
     x − 1, and a start that is 4095 larger makes up for it: x + start + 4095 + (x − 1)·4095 = 4096·x + start.
     """
-    frequency = np.stack(tables).astype(np.int64)
-    start = np.cumsum(frequency, axis=1) - frequency
-    divisor = np.maximum(frequency, 1)
-    floor_log2 = np.frexp(divisor.astype(np.float64))[1].astype(np.int64) - 1
-    power = np.left_shift(1, 32 + floor_log2)
-    reciprocal = -(-power // divisor)
-    round_down = (reciprocal * divisor - power) * divisor > power >> 20
-    reciprocal -= round_down
-    shift = floor_log2.copy()
-    of_two = divisor == np.left_shift(1, floor_log2)
-    reciprocal[of_two] = 1 << 31
-    shift[of_two] -= 1
-    one = divisor == 1
-    reciprocal[one] = (1 << 32) - 1
-    shift[one] = 0
-    start[one] += FREQUENCY_SUM - 1
-    packed = frequency << (32 - PROBABILITY_BITS) | start << 7 | round_down.astype(np.int64) << 4 | shift
-    return np.stack((reciprocal, packed), axis=2).astype(np.uint32)
+    entries = np.zeros((len(tables), NUM_SYMBOLS, 2), np.uint32)
+    _set_entries(np.stack(tables).astype(np.int64), entries)
+    return entries
 
 
 def _times_x(value: int) -> int:
@@ -223,14 +251,33 @@ class _Stages:
             self._began = now
 
 
-def _from_device(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the host's memory (page-locked, from torch's cache of such); waits for the device."""
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return host
+def _parts(
+    make: Callable[..., torch.Tensor], device: torch.device, *sizes: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """One tensor of i32, and the parts of it that have these sizes."""
+    whole = make(sum(sizes), dtype=torch.int32, device=device)
+    return whole, whole.split(sizes)
+
+
+class _Copy:
+    """A tensor's copy in page-locked memory (from torch's cache of such), under way while the device works on."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host, self._done = tensor, None
+        if tensor.device.type != "cpu":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait(self) -> npt.NDArray[Any]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.numpy()
+
+
+def _from_device(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """A copy in the host's memory; waits for the device."""
+    return _Copy(tensor).wait()
 
 
 def _to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -238,7 +285,9 @@ def _to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     values = torch.from_numpy(array.view(np.int32).reshape(-1))
     if device.type == "cpu":
         return values.clone()
-    return values.pin_memory().to(device, non_blocking=True)
+    if array.nbytes > _STAGED_BYTES:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -263,12 +312,18 @@ class _Job:
         """What most kernels take first, behind the elements."""
         return _U32(self.header.rows), _U32(self.header.cols), _U32(self.header.tile_cols)
 
-    def count(self, predictor: Predictor) -> npt.NDArray[np.int64]:
-        """Symbol histograms, i64 [num_tiles, 256]."""
+    def launch_count(self, predictor: Predictor, summary: torch.Tensor | None) -> torch.Tensor:
+        """Symbol histograms, i32 [num_tiles, 256]; their summary is added to ``summary``."""
         tiles = self.header.num_tiles
         counts = torch.empty((tiles, NUM_SYMBOLS), dtype=torch.int32, device=self.device)
-        self.launch("encode_count", tiles, TILE_ROWS, self.elements, *self.shape(), _U32(0), _U32(predictor), counts)
-        return _from_device(counts).numpy().astype(np.int64)  # at most 131072 symbols a tile
+        self.launch(
+            "encode_count", tiles, TILE_ROWS, self.elements, *self.shape(), _U32(0), _U32(predictor), counts, summary
+        )
+        return counts
+
+    def count(self, predictor: Predictor) -> npt.NDArray[np.int64]:
+        """Symbol histograms, i64 [num_tiles, 256]."""
+        return _from_device(self.launch_count(predictor, None)).astype(np.int64)
 
 
 def _plan(job: _Job, tile_counts: npt.NDArray[np.int64], assignment: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
@@ -287,11 +342,57 @@ def _plan(job: _Job, tile_counts: npt.NDArray[np.int64], assignment: npt.NDArray
 
 def _payload_limit(header: BlobHeader, outliers: int) -> int:
     """The most that a payload takes: no tile takes more than in mode raw."""
-    rows = np.minimum(TILE_ROWS, header.rows - TILE_ROWS * np.arange(header.num_tiles_row))
-    cols = np.minimum(header.tile_cols, header.cols - header.tile_cols * np.arange(header.num_tiles_col))
-    sizes = (rows[:, None] * cols * header.layout.element_bits + 7) // 8
-    total = int((-(-sizes // ALIGNMENT_BYTES)).sum()) * ALIGNMENT_BYTES * header.matrices
+    total = 0
+    for rows, down in ((TILE_ROWS, header.rows // TILE_ROWS), (header.rows % TILE_ROWS, 1)):
+        for cols, across in ((header.tile_cols, header.cols // header.tile_cols), (header.cols % header.tile_cols, 1)):
+            size = align(ceil_div(rows * cols * header.layout.element_bits, 8), ALIGNMENT_BYTES)
+            total += down * across * header.matrices * size
     return total + OUTLIER_BYTES * outliers + (ALIGNMENT_BYTES * header.num_tiles if outliers else 0)
+
+
+@kernel
+def _pack_table(table, alphabet_size, packed):  # type: ignore[no-untyped-def]
+    """Write ``table`` to ``packed`` as FORMAT.md §5.1 says; returns how many bytes it takes."""
+    bits = filled = size = 0
+    for symbol in range(alphabet_size):
+        value = table[symbol] + 1
+        power = width = 1
+        while 2 * power <= value:
+            power, width = 2 * power, width + 2
+        # As many zeros as the value has bits below its highest, a one, those bits: lowest first.
+        bits |= (power | (value - power) * power * 2) << filled
+        filled += width
+        while filled >= 8:
+            packed[size] = bits & 0xFF
+            bits >>= 8
+            filled -= 8
+            size += 1
+    if filled:
+        packed[size] = bits
+        size += 1
+    return size
+
+
+def pack_table(table: Frequencies, alphabet_size: int) -> bytes:
+    """The packed table; compiled, as the device would wait for :func:`kvpack.format.tables.pack_tables`."""
+    packed = np.empty(4 * NUM_SYMBOLS, np.uint8)
+    return packed[: _pack_table(table.astype(np.int64), alphabet_size, packed)].tobytes()
+
+
+def _finish_front(
+    header: BlobHeader, tables: list[Frequencies], packed: list[bytes], tiles: npt.NDArray[np.void], payload_bytes: int
+) -> bytes:
+    """As :func:`kvpack.encode.blob_encoder.finish_front`, with the tables packed already."""
+    rans = tiles["mode"] == TileMode.RANS
+    used = np.flatnonzero(np.bincount(tiles["table_index"][rans])).tolist()
+    if len(used) < len(tables):
+        tiles = tiles.copy()
+        tiles["table_index"][rans] = np.searchsorted(used, tiles["table_index"][rans])
+    encoding, section = TableEncoding.PACKED, b"".join(packed[index] for index in used)
+    section += bytes(align(len(section), ALIGNMENT_BYTES) - len(section))
+    if len(section) >= 2 * NUM_SYMBOLS * len(used):
+        encoding, section = TableEncoding.PLAIN, b"".join(tables[index].astype("<u2").tobytes() for index in used)
+    return pack_front(replace(header, table_encoding=encoding, num_tables=len(used)), section, tiles, payload_bytes)
 
 
 def _encode(
@@ -304,66 +405,91 @@ def _encode(
 ) -> DeviceEncoding:
     header, device = job.header, job.device
     tiles = header.num_tiles
+    zeros, (summary, first_end, second_end, no_plan, no_outliers) = _parts(
+        torch.zeros, device, 2 * _SUMMARY_SIZE, 2, 2, tiles, tiles + 1
+    )
+    counts = sums = None
     if tile_counts is None:
-        tile_counts = job.count(job.predictor)
-        stages.done("count")
-    tables, assignment = cluster_tables(tile_counts)
-    plan = _plan(job, tile_counts, assignment)
-    stages.done("tables")
+        counts = job.launch_count(job.predictor, summary)
+        sums = _Copy(summary)
 
-    # One transfer for all that the host has to say.
-    entries = encoder_entries(tables) if tables else np.zeros((1, NUM_SYMBOLS, 2), np.uint32)
-    if outlier_first is None:
-        outlier_first = np.zeros(tiles + 1, np.uint32)
-    told = _to_device(np.concatenate((entries.reshape(-1), plan.view(np.uint32), outlier_first)), device)
-    entries_at, plan_at = told[: entries.size], told[entries.size : entries.size + tiles]
-    outlier_first_at = told[entries.size + tiles :]
-    if outliers is None:
-        outliers = told[:1]  # never read
-
+    # In the meantime: memory for what comes next.
     steps = header.tile_cols // header.layout.codes_per_symbol
     lane_words = align(ceil_div(steps * PROBABILITY_BITS, _WORD_BITS) + 1, _LANE_WORDS_MULTIPLE)
     slab = min(tiles, max(1, scratch_bytes // (2 * TILE_ROWS * lane_words)))
-    words = torch.empty(slab * TILE_ROWS * lane_words, dtype=torch.int16, device=device)
-    states = torch.empty(slab * TILE_ROWS, dtype=torch.int32, device=device)
-    lengths = torch.empty_like(states)
-    tile_words = torch.empty(tiles, dtype=torch.int32, device=device)
-    metadata = torch.empty((tiles, TILE_METADATA_BYTES // 4), dtype=torch.int32, device=device)
-    end = torch.zeros(1, dtype=torch.int64, device=device)
+    lanes = slab * TILE_ROWS
+    _, (words, states, lengths, tile_words, metadata) = _parts(
+        torch.empty, device, lanes * lane_words // 2, lanes, lanes, tiles, tiles * TILE_METADATA_BYTES // 4
+    )
     # Only the tiles tell how many tables are used: the front is put in front of the payload when it is known.
-    front_room = align(HEADER_BYTES + 2 * NUM_SYMBOLS * len(tables) + TILE_METADATA_BYTES * tiles, ALIGNMENT_BYTES)
-    limit = _payload_limit(header, int(outlier_first[-1]))
+    front_room = align(HEADER_BYTES + 2 * NUM_SYMBOLS * MAX_TABLES + TILE_METADATA_BYTES * tiles, ALIGNMENT_BYTES)
+    outlier_count = 0 if outlier_first is None else int(outlier_first[-1])
+    limit = _payload_limit(header, outlier_count)
     buffer = torch.empty(front_room + limit, dtype=torch.uint8, device=device)
     payload = buffer[front_room:]
-    stages.done("buffers")
-
-    previous, length_bytes = _U32(job.predictor), _U32(header.length_bytes)
-    for first in range(0, tiles, slab):
-        count = min(slab, tiles - first)
-        job.launch(
-            "encode_lanes", count, TILE_ROWS, job.elements, *job.shape(), _U32(first), previous, plan_at, entries_at,
-            _U32(lane_words), words, states, lengths, tile_words,
-        )  # fmt: skip
-        stages.done("lanes")
-        job.launch(
-            _PLACE, 1, _PLACE_THREADS, *job.shape(), _U32(first), _U32(count), previous, length_bytes,
-            _U32(header.layout.element_bits), _U32(header.layout.raw_bits), plan_at, tile_words, outlier_first_at,
-            metadata, end,
-        )  # fmt: skip
-        stages.done("place")
-        job.launch(
-            "encode_pack", count, TILE_ROWS, job.elements, *job.shape(), _U32(first), previous, length_bytes, plan_at,
-            _U32(lane_words), words, states, lengths, outlier_first_at, outliers, metadata, payload,
-        )  # fmt: skip
-        stages.done("pack")
+    outlier_first_at = no_outliers if outlier_first is None else _to_device(outlier_first, device)
+    outliers_at = zeros if outliers is None else outliers  # zeros are never read
     step, powers = _crc_tables_on(device)
-    job.launch(_CRC, tiles, _CRC_THREADS, payload, _U32(0), step, powers, metadata)
-    stages.done("crc")
+    previous, length_bytes = _U32(job.predictor), _U32(header.length_bytes)
+    stages.done("count")
 
-    written = np.array(_from_device(metadata).numpy(), copy=True).view(TILE_METADATA).reshape(-1)
+    def code(tables: list[Frequencies], plan: npt.NDArray[np.int32] | None, end: torch.Tensor) -> _Copy:
+        """Launch all that makes the payload; returns the metadata. Without a plan, all tiles take the first table."""
+        plan_at = no_plan if plan is None else _to_device(plan, device)
+        entries_at = _to_device(encoder_entries(tables), device) if tables else zeros  # never read then
+        stages.done("tables")
+        for first in range(0, tiles, slab):
+            count = min(slab, tiles - first)
+            job.launch(
+                "encode_lanes", count, TILE_ROWS, job.elements, *job.shape(), _U32(first), previous, plan_at,
+                entries_at, _U32(lane_words), words, states, lengths, tile_words,
+            )  # fmt: skip
+            stages.done("lanes")
+            job.launch(
+                _PLACE, 1, _PLACE_THREADS, *job.shape(), _U32(first), _U32(count), previous, length_bytes,
+                _U32(header.layout.element_bits), _U32(header.layout.raw_bits), plan_at, tile_words, outlier_first_at,
+                metadata, end,
+            )  # fmt: skip
+            stages.done("place")
+            job.launch(
+                "encode_pack", count, TILE_ROWS, job.elements, *job.shape(), _U32(first), previous, length_bytes,
+                plan_at, _U32(lane_words), words, states, lengths, outlier_first_at, outliers_at, metadata, payload,
+            )  # fmt: skip
+            stages.done("pack")
+        job.launch(_CRC, tiles, _CRC_THREADS, payload, _U32(0), step, powers, metadata)
+        copy = _Copy(metadata)
+        stages.done("crc")
+        return copy
+
+    tables: list[Frequencies] = []
+    placed = None
+    if counts is not None and sums is not None:
+        summed = sums.wait().view(np.int64)
+        total, (least_units, constant_tiles) = summed[:NUM_SYMBOLS], summed[NUM_SYMBOLS:].tolist()
+        if constant_tiles:
+            tile_counts = _from_device(counts).astype(np.int64)
+        else:
+            common = CommonTable.of(total)
+            tables, least_bits = [common.table], least_units / _UNITS_PER_BIT
+            settled = common.suffices(least_bits)
+            copy = None if settled else _Copy(counts)
+            placed = code(tables, None, first_end)
+            if copy is not None:
+                tables, assignment = cluster_coded(copy.wait(), common, least_bits)
+                if len(tables) > 1:
+                    placed = code(tables, assignment.astype(np.int32), second_end)
+    if placed is None:
+        assert tile_counts is not None
+        total = tile_counts.sum(axis=0)
+        tables, assignment = cluster_tables(tile_counts)
+        placed = code(tables, _plan(job, tile_counts, assignment), first_end)
+
+    packed = [pack_table(table, header.layout.alphabet_size) for table in tables]
+    entropy = element_entropy_bits(header.layout, total[None])
+    written = placed.wait().view(TILE_METADATA)
     last = written[-1]
     payload_bytes = align(int(last["data_offset"]) + int(last["data_size"]), ALIGNMENT_BYTES)
-    front = finish_front(header, tables, written, payload_bytes)
+    front = _finish_front(header, tables, packed, written, payload_bytes)
     begin = front_room - len(front)
     buffer[begin:front_room].copy_(torch.from_numpy(np.frombuffer(bytearray(front), np.uint8)), non_blocking=True)
     stages.done("front")
@@ -371,8 +497,8 @@ def _encode(
         header=BlobHeader.parse(memoryview(front)),
         blob=buffer[begin : front_room + payload_bytes],
         front=front,
-        entropy_bits_per_element=element_entropy_bits(header.layout, tile_counts),
-        outlier_count=int(written["outlier_count"].sum()),
+        entropy_bits_per_element=entropy,
+        outlier_count=outlier_count,
         stage_seconds=stages.seconds,
     )
 
@@ -508,7 +634,7 @@ class _DeviceStrips(QuantizedStrips):
                 break
             capacity = count
         self._sums = dot, energy
-        places = _from_device(outliers[:count].sort().values).numpy()
+        places = _from_device(outliers[:count].sort().values)
         row, col = np.divmod(places >> 16, cols)
         self._outliers = np.stack((row, col, places & 0xFFFF), axis=1).astype(np.uint32)
         return elements
@@ -516,7 +642,7 @@ class _DeviceStrips(QuantizedStrips):
     def strip(self, index: int) -> Strip:
         with self._lock:
             if self._host is None:
-                self._host = _from_device(self._on_device()).numpy()
+                self._host = _from_device(self._on_device())
         rows = self.weights.strip_rows(index)
         first, last = np.searchsorted(self._outliers[:, 0], (rows.start, rows.stop))
         outliers = self._outliers[first:last] - np.array([rows.start, 0, 0], np.uint32)
@@ -615,7 +741,7 @@ class _DeviceCoder:
         self._sent = None
         return EncodedBlob(
             front=encoding.front,
-            payload=_from_device(encoding.payload).numpy().data,
+            payload=_from_device(encoding.payload).data,
             entropy_bits_per_element=encoding.entropy_bits_per_element,
             outlier_count=encoding.outlier_count,
         )

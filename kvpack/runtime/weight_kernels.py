@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,16 +33,20 @@ _TABLE_BYTES = 4 * FREQUENCY_SUM
 # What the driver keeps of a multiprocessor's shared memory for each block.
 _RESERVED_BYTES = 1024
 _BLOCKS_PER_SM = 2
-# Activations may take this much of a block's shared memory; longer runs are split.
-_MAX_ACTIVATION_BYTES = 32 * 1024
-_GEMV_CHUNK_BYTES = 2 * CHUNK_COLS + 8
+_GEMV_CHUNK_BYTES = 2 * CHUNK_COLS + 16
 _FRAGMENT_BYTES = 16 * GROUP_LANES
 _PASSING_BYTES = 2 * 32 * GROUP_LANES
 # A second buffer for words hides the start of a tile; worth this much of the warps.
 _DOUBLE_BUFFER_GAIN = 1.15
+# What a unit costs besides its chunks, in chunks.
+_UNIT_COST = 1.5
+_REMEMBERED = 4096
 
-GEMV_WARPS = DECODE_WARPS = 16
-# Registers bound the warps: 80, 96 and 128 a thread for 8, 16 and 32 tokens.
+# Registers bound the warps of a block: 64, 80 and 96 a thread with 16, 12 and 10 of them. Raw planes are loaded two
+# chunks ahead, so that many raw bits, outliers or wide results leave fewer.
+_LEAN_WARPS, _WARPS, _WIDE_WARPS = 16, 12, 10
+_MANY_RAW_BITS = 5
+# 80, 96 and 128 registers a thread for 8, 16 and 32 tokens.
 GEMM_WARPS = {1: 12, 2: 10, 4: 8}
 MAX_FUSED_TOKENS = 32
 
@@ -137,85 +141,155 @@ class Coded:
 
 @dataclass(frozen=True)
 class Fit:
-    """How many warps a block has, how many blocks a multiprocessor holds, and word buffers for each warp."""
+    """How many warps a block has, how many blocks there are, and how many word buffers a warp has."""
 
     warps: int
-    blocks: int
     buffers: int
     grid: int
     shared_bytes: int
 
 
+@dataclass(frozen=True)
+class ProductFit(Fit):
+    """A product's launch, and how its tile columns form panels (``cuda/schedule.cuh``).
+
+    Attributes:
+        panel_width: tile columns of a panel.
+        panel_blocks: thread blocks of a panel.
+        panel_parts: at most how many warps of a panel share a row group's sum; in all, ``parts``.
+    """
+
+    panel_width: int
+    panel_blocks: int
+    panel_parts: int
+    parts: int
+
+
 def _fits(limits: Limits, max_warps: int) -> Iterator[tuple[int, int, int, int]]:
-    """(warps, blocks, buffers, bytes a block may have) of all launches to think of."""
+    """(warps, blocks, buffers, bytes a block may have) of all launches to think of, those preferred first."""
+    options = []
     for blocks in range(_BLOCKS_PER_SM, 0, -1):
         available = min(limits.shared_bytes // blocks - _RESERVED_BYTES, limits.shared_block_bytes)
-        for buffers in (2, 1):
-            for warps in range(max_warps, 0, -1):
-                yield warps, blocks, buffers, available
+        options += [(warps, blocks, buffers, available) for buffers in (2, 1) for warps in range(max_warps, 0, -1)]
+    return iter(sorted(options, key=lambda o: -o[0] * o[1] * (_DOUBLE_BUFFER_GAIN if o[2] == 2 else 1)))
 
 
-def fit_decode(coded: Coded, limits: Limits, tasks: int, staging_bytes: int) -> Fit:
-    """The launch of a decode kernel over ``tasks`` groups."""
-    best, best_score = None, 0.0
-    for warps, blocks, buffers, available in _fits(limits, DECODE_WARPS):
-        shared = _TABLE_BYTES + warps * (staging_bytes + buffers * coded.word_buffer_bytes)
-        score = warps * blocks * (_DOUBLE_BUFFER_GAIN if buffers == 2 else 1)
-        if shared <= available and score > best_score:
-            grid = min(ceil_div(tasks, warps), blocks * limits.multiprocessors)
-            best, best_score = Fit(warps, blocks, buffers, grid, shared), score
-    assert best is not None  # one warp with one buffer of 33 KiB fits every GPU since sm_80
-    return best
+def gemv_warps(layout: Layout) -> int:
+    """At most how many warps a block for one vector has."""
+    return _LEAN_WARPS if layout.raw_bits <= _MANY_RAW_BITS else _WARPS
 
 
-def fit_gemv(coded: Coded, limits: Limits) -> Fit:
-    """The launch of the kernel for one vector: units are groups in a tile column."""
-    tile_columns = coded.header.num_tiles_col
-    tile_bytes = coded.header.tile_cols // CHUNK_COLS * _GEMV_CHUNK_BYTES
-    units = coded.row_groups * tile_columns
-    best, best_score = None, 0.0
-    for warps, blocks, buffers, available in _fits(limits, GEMV_WARPS):
-        resident = min(units, blocks * limits.multiprocessors)
-        longest = max(1, _MAX_ACTIVATION_BYTES // (tile_bytes + 4 * GROUP_LANES))
-        if tile_columns * tile_bytes <= _MAX_ACTIVATION_BYTES // 2:  # a long run keeps no more than all activations
-            longest = max(longest, _MAX_ACTIVATION_BYTES // 2 // (4 * GROUP_LANES))
-        grid = max(resident, ceil_div(units, longest))
-        run = ceil_div(units, grid)
-        shared = align(_TABLE_BYTES + 4 * GROUP_LANES * run + min(run, tile_columns) * tile_bytes, ALIGNMENT_BYTES)
-        shared += warps * buffers * coded.word_buffer_bytes
-        score = warps * blocks * (_DOUBLE_BUFFER_GAIN if buffers == 2 else 1)
-        if shared <= available and score > best_score:
-            best, best_score = Fit(warps, blocks, buffers, grid, shared), score
-    assert best is not None
-    return best
+def decode_warps(layout: Layout, output: int, *, outliers: bool, predicted: bool) -> int:
+    """At most how many warps a block that decodes has."""
+    many, fp32 = layout.raw_bits >= _MANY_RAW_BITS, output == OUTPUTS[torch.float32]
+    if output == OUTPUT_NOTHING or not (many or fp32 or outliers or predicted):
+        return _LEAN_WARPS
+    return _WIDE_WARPS if many and fp32 else _WARPS
 
 
-def fit_gemm(coded: Coded, limits: Limits, token_tiles: int) -> Fit:
-    """The launch of the kernel for a few vectors: units are blocks of rows, a group for each warp, in a tile column."""
-    tile_columns = coded.header.num_tiles_col
-    tile_bytes = coded.header.tile_cols // CHUNK_COLS * token_tiles * _FRAGMENT_BYTES
-    best, best_score = None, 0.0
-    for warps, blocks, buffers, available in _fits(limits, GEMM_WARPS[token_tiles]):
-        units = ceil_div(coded.row_groups, warps) * tile_columns
-        resident = min(units, blocks * limits.multiprocessors)
-        longest = max(1, _MAX_ACTIVATION_BYTES // tile_bytes)
-        if longest >= tile_columns:
-            longest = units
-        grid = max(resident, ceil_div(units, longest))
-        kept = min(ceil_div(units, grid), tile_columns)
-        shared = _TABLE_BYTES + 4 * 8 * token_tiles + kept * tile_bytes
-        shared += warps * (_PASSING_BYTES + buffers * coded.word_buffer_bytes)
-        score = warps * blocks * (_DOUBLE_BUFFER_GAIN if buffers == 2 else 1)
-        if shared <= available and score > best_score:
-            best, best_score = Fit(warps, blocks, buffers, grid, shared), score
-    assert best is not None
-    return best
+@lru_cache(maxsize=_REMEMBERED)
+def fit_decode(word_buffer_bytes: int, limits: Limits, tasks: int, staging_bytes: int, max_warps: int) -> Fit:
+    """The launch of a decode kernel over ``tasks`` groups, with ``staging_bytes`` for each warp."""
+    for warps, blocks, buffers, available in _fits(limits, max_warps):
+        shared = _TABLE_BYTES + warps * (staging_bytes + buffers * word_buffer_bytes)
+        if shared <= available:
+            return Fit(warps, buffers, min(ceil_div(tasks, warps), blocks * limits.multiprocessors), shared)
+    raise AssertionError("one warp with one buffer of 33 KiB fits every GPU since sm_80")
 
 
-def _max_parts(fit: Fit, units: int, tile_columns: int) -> int:
-    """At most how many blocks the units of one block of rows are dealt to."""
-    shortest = units // fit.grid
-    return min(fit.grid, ceil_div(tile_columns - 1, shortest) + 1)
+def _fit_product(
+    tile_columns: int,
+    row_groups: int,
+    tile_chunks: int,
+    limits: Limits,
+    *,
+    max_warps: int,
+    block_bytes: int,
+    warp_bytes: int,
+    word_buffer_bytes: int,
+    chunk_bytes: int,
+    chunk_cost: float,
+    flush_cost: float,
+    part_cost: float,
+) -> ProductFit:
+    """The preferred launch that fits, with panels for which its longest warp has the least to do.
+
+    Args:
+        block_bytes, warp_bytes: shared memory of a block and of a warp, words and activations aside.
+        chunk_bytes: activations of a chunk.
+        chunk_cost: what it costs to prepare them, in decoded chunks; flush_cost: what it costs to hand on the sums of
+            rows; part_cost: to add one of the parts that rows are shared by.
+    """
+
+    def panels(warps: int, resident: int, available: int) -> Iterator[tuple[float, int, int, int]]:
+        for number in range(1, tile_columns + 1):
+            width = ceil_div(tile_columns, number)
+            if ceil_div(tile_columns, width) != number or number > resident:
+                continue  # another number of panels has this width; or there are not enough blocks
+            units = row_groups * width
+            blocks = min(units, resident // number)
+            shared = width * tile_chunks * chunk_bytes
+            if shared > available:
+                continue
+            run = ceil_div(units, blocks * warps)
+            cost = run * (tile_chunks + _UNIT_COST) + chunk_cost * ceil_div(width * tile_chunks, warps)
+            parts = min(blocks * warps, ceil_div(width - 1, max(1, units // (blocks * warps))) + 1)
+            flushes = ceil_div(run, width) + (parts > 1 and run > 1)
+            cost += (flush_cost * flushes + part_cost * number * parts) * (number * parts > 1)
+            yield cost, number, width, blocks
+
+    for warps, blocks, buffers, available in _fits(limits, max_warps):
+        fixed = block_bytes + warps * (warp_bytes + buffers * word_buffer_bytes) + ALIGNMENT_BYTES
+        found = min(panels(warps, blocks * limits.multiprocessors, available - fixed), default=None)
+        if found is None:
+            continue
+        _, number, width, panel_blocks = found
+        workers, parts = panel_blocks * warps, 1
+        for wide in {width, tile_columns - (number - 1) * width}:
+            parts = max(parts, min(workers, ceil_div(wide - 1, max(1, row_groups * wide // workers)) + 1))
+        shared = fixed + width * tile_chunks * chunk_bytes
+        return ProductFit(warps, buffers, number * panel_blocks, shared, width, panel_blocks, parts, number * parts)
+    raise AssertionError(
+        "one warp with one buffer of 33 KiB and one tile column of activations fits every GPU since sm_80"
+    )
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def fit_gemv(header: BlobHeader, word_buffer_bytes: int, limits: Limits) -> ProductFit:
+    """The launch of the kernel for one vector."""
+    return _fit_product(
+        header.num_tiles_col,
+        ceil_div(header.rows, GROUP_LANES),
+        header.tile_cols // CHUNK_COLS,
+        limits,
+        max_warps=gemv_warps(header.layout),
+        block_bytes=_TABLE_BYTES,
+        warp_bytes=0,
+        word_buffer_bytes=word_buffer_bytes,
+        chunk_bytes=_GEMV_CHUNK_BYTES,
+        chunk_cost=0.3,
+        flush_cost=1.0,
+        part_cost=0.02,
+    )
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def fit_gemm(header: BlobHeader, word_buffer_bytes: int, limits: Limits, token_tiles: int) -> ProductFit:
+    """The launch of the kernel for a few vectors."""
+    return _fit_product(
+        header.num_tiles_col,
+        ceil_div(header.rows, GROUP_LANES),
+        header.tile_cols // CHUNK_COLS,
+        limits,
+        max_warps=GEMM_WARPS[token_tiles],
+        block_bytes=_TABLE_BYTES + 4 * 8 * token_tiles,
+        warp_bytes=_PASSING_BYTES,
+        word_buffer_bytes=word_buffer_bytes,
+        chunk_bytes=token_tiles * _FRAGMENT_BYTES,
+        chunk_cost=0.5 * token_tiles,
+        flush_cost=1.0 + 0.5 * token_tiles,
+        part_cost=0.1 * token_tiles,
+    )
 
 
 # Tickets count arrivals at a row group (cuda/schedule.cuh). They are 0 between launches, so that one allocation serves
@@ -256,7 +330,7 @@ def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int) -> Kernel
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": GEMV_WARPS,
+        "KVPACK_MAX_WARPS": gemv_warps(layout),
         "KVPACK_BLOCKS_PER_SM": _BLOCKS_PER_SM,
     }
     return Kernel.of("gemv.cu", "gemv", layout, defines)
@@ -279,7 +353,7 @@ def decode_kernel(layout: Layout, output: int, buffers: int, *, outliers: bool, 
     defines = {
         "KVPACK_OUTPUT": output,
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": DECODE_WARPS,
+        "KVPACK_MAX_WARPS": decode_warps(layout, output, outliers=outliers, predicted=predicted),
         "KVPACK_BLOCKS_PER_SM": _BLOCKS_PER_SM,
         "KVPACK_OUTLIERS": int(outliers),
         "KVPACK_PREDICTED": int(predicted),
@@ -299,21 +373,21 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: L
     """
     header, tokens = coded.header, x.shape[0]
     out = torch.empty((tokens, header.rows), dtype=x.dtype, device=x.device)
+    last: tuple[np.uint32, ...] = ()
     if tokens == 1:
-        fit, units = fit_gemv(coded, limits), coded.row_groups * header.num_tiles_col
+        fit = fit_gemv(header, coded.word_buffer_bytes, limits)
         kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers)
-        last: tuple[Any, ...] = ()
+        sums = 1
     else:
         token_tiles = next(n for n in GEMM_WARPS if tokens <= 8 * n)
-        fit = fit_gemm(coded, limits, token_tiles)
-        units = ceil_div(coded.row_groups, fit.warps) * header.num_tiles_col
+        fit = fit_gemm(header, coded.word_buffer_bytes, limits, token_tiles)
         kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, token_tiles)
-        last = (np.uint32(tokens),)
+        sums, last = 8 * token_tiles, (np.uint32(tokens),)
     num_tables = max(1, len(coded.tables))
-    parts = _max_parts(fit, units, header.num_tiles_col) * num_tables
+    parts = fit.parts * num_tables
     partials = tickets = None
     if parts > 1:
-        partials = torch.empty(parts * tokens * coded.row_groups * GROUP_LANES, dtype=torch.float32, device=x.device)
+        partials = torch.empty(parts * sums * coded.row_groups * GROUP_LANES, dtype=torch.float32, device=x.device)
         tickets = _tickets(coded.row_groups, x.device)
     for index, table in coded.table_launches():
         kernels.launch(
@@ -335,6 +409,11 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: L
                 np.uint32(header.rows),
                 np.uint32(header.cols),
                 np.uint32(header.tile_cols),
+                np.uint32(coded.row_groups),
+                np.uint32(header.num_tiles_col),
+                np.uint32(fit.panel_width),
+                np.uint32(fit.panel_blocks),
+                np.uint32(fit.panel_parts),
                 np.uint32(header.length_bytes),
                 np.uint32(coded.word_buffer_bytes),
                 np.uint32(index),
@@ -367,7 +446,9 @@ def decode(
         first = first_row // GROUP_LANES * tile_columns
         end = ceil_div(end_row, GROUP_LANES) * tile_columns
     output_bytes = 0 if out is None else out.element_size()
-    fit = fit_decode(coded, limits, end - first, GROUP_LANES * CHUNK_COLS * max(1, output_bytes))
+    staging_bytes = GROUP_LANES * CHUNK_COLS * max(1, output_bytes)
+    max_warps = decode_warps(coded.layout, output, outliers=coded.has_outliers, predicted=coded.predicted)
+    fit = fit_decode(coded.word_buffer_bytes, limits, end - first, staging_bytes, max_warps)
     kernel = decode_kernel(coded.layout, output, fit.buffers, outliers=coded.has_outliers, predicted=coded.predicted)
     device = coded.blob.device
     for index, table in coded.table_launches():
@@ -387,6 +468,8 @@ def decode(
                 np.uint32(header.rows),
                 np.uint32(header.cols),
                 np.uint32(header.tile_cols),
+                np.uint32(coded.row_groups),
+                np.uint32(tile_columns),
                 np.uint32(first),
                 np.uint32(end),
                 np.uint32(header.length_bytes),

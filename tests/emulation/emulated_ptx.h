@@ -441,6 +441,9 @@ inline unsigned int load_once_u32(const void* global) {
 inline uint2 load_once_v2(const void* global) { return emulated::load_global<uint2>(global, "load_once_v2"); }
 inline uint4 load_once_v4(const void* global) { return emulated::load_global<uint4>(global, "load_once_v4"); }
 inline float load_l2_f32(const float* global) { return emulated::load_global<float>(global, "load_l2_f32"); }
+inline float4 load_l2_v4(const float4* global) { return emulated::load_global<float4>(global, "load_l2_v4"); }
+inline void fence_device() { emulated::maybe_yield(); }
+inline float reciprocal(float value) { return 1.0f / value; }
 
 namespace emulated {
 inline int dot_2(u32 a, u32 low, u32 high, int c) {

@@ -27,11 +27,21 @@ from typer.testing import CliRunner
 import kvpack
 from kvpack.cli import ExitCode, app
 from kvpack.encode.blob_encoder import encode_elements
+from kvpack.encode.frequencies import coded_bits, entropy_bits, normalise_frequencies
 from kvpack.encode.pipeline import compress
 from kvpack.encode.quantize import NEAREST, Rounding
 from kvpack.encode.tensor_encoder import Matrices, QuantizedStrips
 from kvpack.format.blob import Blob
-from kvpack.format.layout import ElementKind, Layout, Predictor, TileMode, float_layouts, integer_layout
+from kvpack.format.layout import (
+    ElementKind,
+    Layout,
+    Predictor,
+    TableEncoding,
+    TileMode,
+    float_layouts,
+    integer_layout,
+)
+from kvpack.format.tables import pack_tables, packed_table_bytes
 from kvpack.runtime.errors import DeviceError
 
 torch = pytest.importorskip("torch")
@@ -124,6 +134,52 @@ def test_all_modes_and_slabs() -> None:
     assert blob.header.num_tables > 1
     for scratch_bytes in (0, 3 * 512 * 52):
         check(elements, layout, tile_cols=64, scratch_bytes=scratch_bytes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("scratch_bytes", [1 << 30, 0])
+def test_more_tables_than_the_device_began_with(scratch_bytes: int) -> None:
+    """No tile is constant: the lanes are coded with one table while the host finds that several are better."""
+    elements = np.concatenate(
+        [gaussian_elements((520, 64), 6, sigma, int(10 * sigma)) for sigma in (0.5, 2.0, 6.0)], axis=1
+    )
+    blob = check(elements, integer_layout("compact", UNSIGNED, 6), tile_cols=64, scratch_bytes=scratch_bytes)
+    assert TileMode.CONSTANT not in modes(blob)
+    assert blob.header.num_tables > 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", [INTEGER_LAYOUTS[0], INTEGER_LAYOUTS[6], FLOAT_LAYOUTS[0]], ids=layout_id)
+@pytest.mark.parametrize("sigma", [0.004, 0.02, 0.1])
+def test_least_bits(layout: Layout, sigma: float) -> None:
+    """Below what each tile takes with a table of its own, and above its entropy."""
+    elements = elements_of(layout, (290, 352), sigma=sigma)
+    header = Matrices(elements[None].astype(np.float32)).header(layout, 160)
+    job = gpu_encoder._Job(as_tensor(elements[None]), header, Predictor.NONE, emulated_launch)
+    summary = torch.zeros(2 * gpu_encoder._SUMMARY_SIZE, dtype=torch.int32)
+    counts = job.launch_count(Predictor.NONE, summary).numpy().astype(np.int64)
+    *total, least_units, constant = summary.numpy().view(np.int64).tolist()
+    assert total == counts.sum(axis=0).tolist()
+    assert constant == 0
+    own = sum(coded_bits(tile, normalise_frequencies(tile)) for tile in counts)
+    entropy = sum(tile.sum() * entropy_bits(tile) for tile in counts)
+    assert entropy * (1 - 1e-3) < least_units / gpu_encoder._UNITS_PER_BIT <= own
+    assert own < entropy * 1.02
+
+
+def test_packed_tables() -> None:
+    rng = np.random.default_rng(8)
+    for alphabet_size in (4, 64, 256):
+        for power in (0, 1, 4, 12):
+            counts = np.zeros(256, np.int64)
+            counts[:alphabet_size] = rng.integers(1, 8, alphabet_size) ** power
+            table = normalise_frequencies(counts)
+            encoding, section = pack_tables([table], alphabet_size)
+            packed = gpu_encoder.pack_table(table, alphabet_size)
+            assert len(packed) == packed_table_bytes(table, alphabet_size)
+            if encoding == TableEncoding.PACKED:
+                assert section[: len(packed)] == packed
+                assert len(section) < len(packed) + 16
 
 
 @needs_compiler
