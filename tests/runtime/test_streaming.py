@@ -7,6 +7,7 @@ import gc
 import pickle
 import random
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -449,8 +450,14 @@ SLEEP = 20_000_000  # cycles: some 10 ms, long against every copy and kernel her
 @pytest.fixture
 def no_host_sync() -> Iterator[Callable[[bool], None]]:
     """Lets a test make every wait of the host for the device an error."""
-    yield lambda on: torch.cuda.set_sync_debug_mode("error" if on else "default")
-    torch.cuda.set_sync_debug_mode("default")
+
+    def set_mode(on: bool) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+    yield set_mode
+    set_mode(False)
 
 
 def sleep() -> None:
