@@ -19,7 +19,7 @@ constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kActivationBytes = 2 * kChunkCols;  // of a chunk; then its first sum and its scale
 constexpr u32 kChunkBytes = kActivationBytes + 16;
 constexpr u32 kLoadsAhead = 4;
-constexpr u32 kPartsAhead = 8;
+constexpr u32 kPartsAhead = 16;
 
 // An activation below this is as good as zero: its reciprocal would not be finite.
 constexpr float kTiniest = 1e-33f;
