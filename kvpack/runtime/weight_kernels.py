@@ -42,9 +42,9 @@ _DOUBLE_BUFFER_GAIN = 1.15
 _UNIT_COST = 1.5
 _REMEMBERED = 4096
 
-# Registers bound the warps of a block: 64, 72, 80 and 96 a thread with 16, 14, 12 and 10 of them. Raw planes are loaded
+# Registers bound the warps of a block: 64, 72, 80 and 128 a thread with 16, 14, 12 and 8 of them. Raw planes are loaded
 # two chunks ahead, so that many raw bits, outliers or wide results leave fewer.
-_LEAN_WARPS, _MORE_WARPS, _WARPS, _WIDE_WARPS = 16, 14, 12, 10
+_LEAN_WARPS, _MORE_WARPS, _WARPS, _WIDE_WARPS = 16, 14, 12, 8
 _MANY_RAW_BITS = 5
 # 80, 96 and 128 registers a thread for 8, 16 and 32 tokens.
 GEMM_WARPS = {1: 12, 2: 10, 4: 8}
@@ -183,10 +183,8 @@ def gemv_warps(layout: Layout) -> int:
 
 def decode_warps(layout: Layout, output: int, *, outliers: bool, predicted: bool) -> int:
     """At most how many warps a block that decodes has."""
-    many, fp32 = layout.raw_bits >= _MANY_RAW_BITS, output == OUTPUTS[torch.float32]
-    if output == OUTPUT_NOTHING or not (many or fp32 or outliers or predicted):
-        return _MORE_WARPS if layout.codes_per_symbol > 2 else _LEAN_WARPS
-    return _WIDE_WARPS if many and fp32 else _WARPS
+    lean = layout.raw_bits < _MANY_RAW_BITS and output != OUTPUTS[torch.float32] and not outliers and not predicted
+    return _WARPS if lean or output == OUTPUT_NOTHING else _WIDE_WARPS
 
 
 @lru_cache(maxsize=_REMEMBERED)
