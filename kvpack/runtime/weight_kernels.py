@@ -184,6 +184,7 @@ def gemv_warps(layout: Layout) -> int:
 def decode_warps(layout: Layout, output: int, *, outliers: bool, predicted: bool) -> int:
     """At most how many warps a block that decodes has."""
     lean = layout.raw_bits < _MANY_RAW_BITS and output != OUTPUTS[torch.float32] and not outliers and not predicted
+    lean = lean and layout.codes_per_symbol <= 2
     return _WARPS if lean or output == OUTPUT_NOTHING else _WIDE_WARPS
 
 
