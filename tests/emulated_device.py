@@ -19,7 +19,7 @@ from kvpack.runtime.kernels import Kernel
 from kvpack.runtime.weight_kernels import Coded, Limits
 
 # Few multiprocessors, so that small tensors meet runs of several tiles and rows that several blocks share.
-LIMITS = Limits(multiprocessors=2, shared_bytes=228 * 1024, shared_block_bytes=227 * 1024)
+LIMITS = Limits(architecture=90, multiprocessors=2, shared_bytes=228 * 1024, shared_block_bytes=227 * 1024)
 
 
 def emulated_launch(

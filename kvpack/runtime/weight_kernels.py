@@ -42,10 +42,13 @@ _DOUBLE_BUFFER_GAIN = 1.15
 _UNIT_COST = 1.5
 _REMEMBERED = 4096
 
-# Registers bound the warps of a block: 64, 72, 80 and 128 a thread with 16, 14, 12 and 8 of them. Raw planes are loaded
-# two chunks ahead, so that many raw bits, outliers or wide results leave fewer.
-_LEAN_WARPS, _MORE_WARPS, _WARPS, _WIDE_WARPS = 16, 14, 12, 8
+# Registers bound the warps of a block: 64, 72, 80, 96, 128 and 168 a thread with 16, 14, 12, 10, 8 and 6 of them. Raw
+# planes are loaded two chunks ahead, so that many raw bits, outliers or wide results leave fewer. How many registers the
+# same source takes differs between GPUs; with these none spills (tests/runtime/test_compile.py).
 _MANY_RAW_BITS = 5
+# By compute capability's major number: for narrow results, those of four codes a symbol, wide ones, the widest.
+_DECODE_WARPS = {9: (16, 16, 12, 10), 10: (8, 8, 6, 6)}
+_OTHER_DECODE_WARPS = (12, 8, 8, 8)
 # 80, 96 and 128 registers a thread for 8, 16 and 32 tokens.
 GEMM_WARPS = {1: 12, 2: 10, 4: 8}
 MAX_FUSED_TOKENS = 32
@@ -75,8 +78,13 @@ NUMBER_TYPES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device gives: multiprocessors, and shared memory of one and of a block."""
+    """What a device gives: multiprocessors, and shared memory of one and of a block.
 
+    Attributes:
+        architecture: its compute capability, as 90 for 9.0.
+    """
+
+    architecture: int
     multiprocessors: int
     shared_bytes: int
     shared_block_bytes: int
@@ -87,7 +95,10 @@ def device_limits(device: torch.device) -> Limits:
     """Limits of a CUDA device."""
     found: Any = torch.cuda.get_device_properties(device)  # torch's stubs do not know all of it
     return Limits(
-        found.multi_processor_count, found.shared_memory_per_multiprocessor, found.shared_memory_per_block_optin
+        10 * found.major + found.minor,
+        found.multi_processor_count,
+        found.shared_memory_per_multiprocessor,
+        found.shared_memory_per_block_optin,
     )
 
 
@@ -174,18 +185,22 @@ def _fits(limits: Limits, max_warps: int) -> Iterator[tuple[int, int, int, int]]
     return iter(sorted(options, key=lambda o: -o[0] * o[1] * (_DOUBLE_BUFFER_GAIN if o[2] == 2 else 1)))
 
 
-def gemv_warps(layout: Layout) -> int:
+def gemv_warps(layout: Layout, architecture: int) -> int:
     """At most how many warps a block for one vector has."""
     if layout.raw_bits > _MANY_RAW_BITS:
-        return _WARPS
-    return _LEAN_WARPS if layout.raw_bits < _MANY_RAW_BITS - 1 else _MORE_WARPS
+        return 12
+    return 16 if architecture == 90 or layout.raw_bits < _MANY_RAW_BITS - 1 else 14
 
 
-def decode_warps(layout: Layout, output: int, *, outliers: bool, predicted: bool) -> int:
+def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bool, predicted: bool) -> int:
     """At most how many warps a block that decodes has."""
-    lean = layout.raw_bits < _MANY_RAW_BITS and output != OUTPUTS[torch.float32] and not outliers and not predicted
-    lean = lean and layout.codes_per_symbol <= 2
-    return _WARPS if lean or output == OUTPUT_NOTHING else _WIDE_WARPS
+    many, fp32 = layout.raw_bits >= _MANY_RAW_BITS, output == OUTPUTS[torch.float32]
+    narrow, of_four, wide, widest = _DECODE_WARPS.get(architecture // 10, _OTHER_DECODE_WARPS)
+    if output == OUTPUT_NOTHING:
+        return narrow
+    if many or fp32 or outliers or predicted:
+        return widest if fp32 and many else wide
+    return of_four if layout.codes_per_symbol > 2 else narrow
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -263,7 +278,7 @@ def fit_gemv(header: BlobHeader, word_buffer_bytes: int, limits: Limits) -> Prod
         ceil_div(header.rows, GROUP_LANES),
         header.tile_cols // CHUNK_COLS,
         limits,
-        max_warps=gemv_warps(header.layout),
+        max_warps=gemv_warps(header.layout, limits.architecture),
         block_bytes=_TABLE_BYTES,
         warp_bytes=0,
         word_buffer_bytes=word_buffer_bytes,
@@ -326,12 +341,12 @@ def _tickets(count: int, device: torch.device) -> torch.Tensor:
     return found
 
 
-def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int) -> Kernel:
+def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, architecture: int) -> Kernel:
     """One vector times a coded matrix."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemv_warps(layout),
+        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture),
         "KVPACK_BLOCKS_PER_SM": _BLOCKS_PER_SM,
     }
     return Kernel.of("gemv.cu", "gemv", layout, defines)
@@ -349,12 +364,14 @@ def gemm_kernel(layout: Layout, activation: torch.dtype, buffers: int, token_til
     return Kernel.of("gemm.cu", "gemm", layout, defines)
 
 
-def decode_kernel(layout: Layout, output: int, buffers: int, *, outliers: bool, predicted: bool) -> Kernel:
+def decode_kernel(
+    layout: Layout, output: int, buffers: int, architecture: int, *, outliers: bool, predicted: bool
+) -> Kernel:
     """A coded tensor expanded; ``output`` as in ``cuda/decode.cu``."""
     defines = {
         "KVPACK_OUTPUT": output,
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": decode_warps(layout, output, outliers=outliers, predicted=predicted),
+        "KVPACK_MAX_WARPS": decode_warps(layout, output, architecture, outliers=outliers, predicted=predicted),
         "KVPACK_BLOCKS_PER_SM": _BLOCKS_PER_SM,
         "KVPACK_OUTLIERS": int(outliers),
         "KVPACK_PREDICTED": int(predicted),
@@ -377,7 +394,7 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: L
     last: tuple[np.uint32, ...] = ()
     if tokens == 1:
         fit = fit_gemv(header, coded.word_buffer_bytes, limits)
-        kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers)
+        kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, limits.architecture)
         sums = 1
     else:
         token_tiles = next(n for n in GEMM_WARPS if tokens <= 8 * n)
@@ -448,9 +465,18 @@ def decode(
         end = ceil_div(end_row, GROUP_LANES) * tile_columns
     output_bytes = 0 if out is None else out.element_size()
     staging_bytes = GROUP_LANES * CHUNK_COLS * max(1, output_bytes)
-    max_warps = decode_warps(coded.layout, output, outliers=coded.has_outliers, predicted=coded.predicted)
+    max_warps = decode_warps(
+        coded.layout, output, limits.architecture, outliers=coded.has_outliers, predicted=coded.predicted
+    )
     fit = fit_decode(coded.word_buffer_bytes, limits, end - first, staging_bytes, max_warps)
-    kernel = decode_kernel(coded.layout, output, fit.buffers, outliers=coded.has_outliers, predicted=coded.predicted)
+    kernel = decode_kernel(
+        coded.layout,
+        output,
+        fit.buffers,
+        limits.architecture,
+        outliers=coded.has_outliers,
+        predicted=coded.predicted,
+    )
     device = coded.blob.device
     for index, table in coded.table_launches():
         kernels.launch(

@@ -63,19 +63,19 @@ def selected(layouts: Iterable[Layout], options: Sequence[Any], everything: bool
             yield layout, option
 
 
-def gemv_kernels(everything: bool) -> Iterator[Kernel]:
+def gemv_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
     options = list(itertools.product(weights.ACTIVATIONS, BUFFERS))
     for layout, (activation, buffers) in selected(SIGNED, options, everything):
-        yield weights.gemv_kernel(layout, activation, buffers)
+        yield weights.gemv_kernel(layout, activation, buffers, architecture)
 
 
-def gemm_kernels(everything: bool) -> Iterator[Kernel]:
+def gemm_kernels(everything: bool, _: int) -> Iterator[Kernel]:
     options = list(itertools.product(weights.ACTIVATIONS, weights.GEMM_WARPS, BUFFERS))
     for layout, (activation, token_tiles, buffers) in selected(SIGNED, options, everything):
         yield weights.gemm_kernel(layout, activation, buffers, token_tiles)
 
 
-def decode_kernels(everything: bool) -> Iterator[Kernel]:
+def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
     nothing, numbers = weights.OUTPUT_NOTHING, weights.OUTPUT_NUMBERS
     truth = (False, True)
     outputs = [
@@ -90,24 +90,28 @@ def decode_kernels(everything: bool) -> Iterator[Kernel]:
     ]
     for layouts, options in of_kinds:
         for layout, ((output, outliers), predicted, buffers) in selected(layouts, options, everything):
-            yield weights.decode_kernel(layout, output, buffers, outliers=outliers, predicted=predicted)
+            yield weights.decode_kernel(layout, output, buffers, architecture, outliers=outliers, predicted=predicted)
 
 
-def encoder_kernels(operation: str) -> Callable[[bool], Iterator[Kernel]]:
+def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
     """Of each layout: they have no options."""
-    return lambda _: (gpu_encoder._kernel(operation, layout) for layout in (*SIGNED, *UNSIGNED, *FLOATS))
+    return lambda _everything, _architecture: (
+        gpu_encoder._kernel(operation, layout) for layout in (*SIGNED, *UNSIGNED, *FLOATS)
+    )
 
 
-KERNELS: dict[str, Callable[[bool], Iterable[Kernel]]] = {
+KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemv": gemv_kernels,
     "gemm": gemm_kernels,
     "decode": decode_kernels,
     "encode_count": encoder_kernels("encode_count"),
     "encode_lanes": encoder_kernels("encode_lanes"),
     "encode_pack": encoder_kernels("encode_pack"),
-    "encode_place": lambda _: [gpu_encoder._PLACE],
-    "encode_quantize": lambda _: [gpu_encoder._quantize_kernel(kind) for kind in gpu_encoder._WEIGHT_KINDS.values()],
-    "crc32": lambda _: [gpu_encoder._CRC],
+    "encode_place": lambda _everything, _architecture: [gpu_encoder._PLACE],
+    "encode_quantize": lambda _everything, _architecture: [
+        gpu_encoder._quantize_kernel(kind) for kind in gpu_encoder._WEIGHT_KINDS.values()
+    ],
+    "crc32": lambda _everything, _architecture: [gpu_encoder._CRC],
 }
 
 
@@ -146,7 +150,7 @@ def refused(kernels: Iterable[Kernel], architecture: int) -> dict[str, str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("operation", KERNELS)
 def test_resources(operation: str, architecture: int) -> None:
-    kernels = list(KERNELS[operation](False))
+    kernels = list(KERNELS[operation](False, architecture))
     assert kernels
     if architecture not in COVERED:
         kernels = kernels[::_EVERY_ELSEWHERE]
@@ -157,7 +161,7 @@ def test_resources(operation: str, architecture: int) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("operation", KERNELS)
 def test_resources_of_all(operation: str, architecture: int) -> None:
-    assert not refused(KERNELS[operation](True), architecture)
+    assert not refused(KERNELS[operation](True, architecture), architecture)
 
 
 @pytest.mark.parametrize("operation", KERNELS)
@@ -167,7 +171,7 @@ def test_selection_has_every_layout_and_option(operation: str) -> None:
         layout = tuple(pair for pair in kernel.defines if pair[0] in of_layout)
         return {layout, *((pair,) for pair in kernel.defines if pair not in layout)}
 
-    every, some = (set().union(*map(parts, KERNELS[operation](everything))) for everything in (True, False))
+    every, some = (set().union(*map(parts, KERNELS[operation](everything, 90))) for everything in (True, False))
     assert some == every
 
 
@@ -221,7 +225,7 @@ def test_faults_are_reported(tmp_path: Path) -> None:
 
 def test_register_ceilings() -> None:
     layout = SIGNED[0]
-    assert most_registers(weights.gemv_kernel(layout, torch.float16, 1)) == 64
+    assert most_registers(weights.gemv_kernel(layout, torch.float16, 1, 90)) == 64
     defines = (("KVPACK_BLOCKS_PER_SM", 2), ("KVPACK_MAX_WARPS", 12))
     assert most_registers(Kernel("", "", defines)) == 80  # 85 are there, dealt by eights
     assert most_registers(gpu_encoder._PLACE) == 64
