@@ -251,7 +251,7 @@ decode(const u8* blob, const uint4* groups, const u32* table, const float* scale
   const bool aligned = cols % kUnitCols == 0;
 
   // Neighbouring runs go to different blocks, so that the longer ones are spread.
-  const Runs runs(end_index - first_index, gridDim.x * warps);
+  const Runs runs{(end_index - first_index) / (gridDim.x * warps), (end_index - first_index) % (gridDim.x * warps)};
   const u32 worker = blockIdx.x + gridDim.x * warp;
   u32 index = first_index + runs.begin(worker);
   const u32 end = first_index + runs.begin(worker + 1);

@@ -8,11 +8,10 @@
 //   step h of a chunk (16 columns)     lane 4·i + q holds of slot q + 4h:   bytes 0, 1 as k = 2q, 2q + 1;  bytes 2, 3 as 2q + 8, 2q + 9
 //   activations in shared memory       16 bytes a lane: h = 0: t = 0 … 3, h = 1: t = 0 … 3, for token i of eight
 //
-// A warp takes a run of units (schedule.cuh) and keeps the sums of its rows while the run stays within them. Partial sums go to
-// memory as the tensor core's fragments, 16 bytes a lane.
+// How work is dealt to warps: schedule.cuh. Sums stay the tensor core's fragments until all of a row are together.
 //
 // Shared memory: table (16 KiB) | activations of the panel, 512 bytes for each chunk and eight tokens | a float a token | for each
-// warp: two buffers of 1 KiB for rows in passing | words, one or two buffers.
+// warp: two buffers of 1 KiB for rows in passing | words, one or two buffers | sums of members.
 #include "activations.cuh"
 #include "schedule.cuh"
 #include "tile.cuh"
@@ -23,6 +22,8 @@ constexpr u32 kTokens = 8 * kTokenTiles;
 constexpr u32 kFragmentBytes = 16 * kLanes;  // of a chunk and eight tokens
 constexpr u32 kRowsBytes = 32 * kLanes;      // 32 rows of 32 bytes
 constexpr u32 kPartsAhead = kTokenTiles == 1 ? 2 : 1;  // partial sums on their way
+constexpr u32 kFragmentsAhead = 2;
+constexpr u32 kLoadsAhead = 8;
 constexpr u32 kBias = 0x6400u | (kSigned ? kHalf : 0u);
 
 // 16 bytes of a row in passing: turned so that eight lanes in a row meet eight different groups of banks.
@@ -58,70 +59,26 @@ __device__ __forceinline__ u32 last_two(u32 elements) {
   return sub_f16x2(__byte_perm(elements, 0x64646464u, 0x4342), kBias * 0x00010001u);
 }
 
-struct Sums {
-  float of[2][kTokenTiles][4];  // 16 rows, eight tokens, the fragment of mma.m16n8k16
+// 16 rows, eight tokens: the fragment of mma.m16n8k16. Of it a lane holds, as number i, row 8·(i / 2) + lane / 4 and token
+// 2·(lane % 4) + i % 2.
+typedef Sums<8 * kTokenTiles> TokenSums;
+__device__ __forceinline__ constexpr u32 fragment(u32 half, u32 tile) { return 4 * (half * kTokenTiles + tile); }
 
-  __device__ __forceinline__ void clear() {
+// Calls body(sum, row, token) for all that a lane holds of 32 rows.
+template <class Body>
+__device__ __forceinline__ void each_sum(TokenSums& sums, u32 lane, Body&& body) {
 #pragma unroll
-    for (u32 half = 0; half < 2; ++half)
+  for (u32 half = 0; half < 2; ++half)
 #pragma unroll
-      for (u32 tile = 0; tile < kTokenTiles; ++tile)
+    for (u32 tile = 0; tile < kTokenTiles; ++tile)
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) of[half][tile][i] = 0;
-  }
-  __device__ __forceinline__ void store(float4* to) const {
-#pragma unroll
-    for (u32 half = 0; half < 2; ++half)
-#pragma unroll
-      for (u32 tile = 0; tile < kTokenTiles; ++tile) {
-        const float(&f)[4] = of[half][tile];
-        to[(half * kTokenTiles + tile) * kLanes] = make_float4(f[0], f[1], f[2], f[3]);
+      for (u32 i = 0; i < 4; ++i) {
+        body(sums.of[fragment(half, tile) + i], 16 * half + i / 2 * 8 + lane / 4, 8 * tile + lane % 4 * 2 + i % 2);
       }
-  }
-  __device__ __forceinline__ void load(const float4* from) {
-#pragma unroll
-    for (u32 half = 0; half < 2; ++half)
-#pragma unroll
-      for (u32 tile = 0; tile < kTokenTiles; ++tile) {
-        const float4 v = load_l2_v4(from + (half * kTokenTiles + tile) * kLanes);
-        float(&f)[4] = of[half][tile];
-        f[0] = v.x, f[1] = v.y, f[2] = v.z, f[3] = v.w;
-      }
-  }
-  __device__ __forceinline__ void add(const Sums& other) {
-#pragma unroll
-    for (u32 half = 0; half < 2; ++half)
-#pragma unroll
-      for (u32 tile = 0; tile < kTokenTiles; ++tile)
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) of[half][tile][i] += other.of[half][tile][i];
-  }
-  __device__ __forceinline__ void scale_tokens(u32 token_scales, u32 lane) {
-#pragma unroll
-    for (u32 tile = 0; tile < kTokenTiles; ++tile) {
-      const uint2 pair = load_shared_v2(token_scales + 4 * (8 * tile + lane % 4 * 2));
-#pragma unroll
-      for (u32 half = 0; half < 2; ++half)
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) of[half][tile][i] *= __uint_as_float(i % 2 == 0 ? pair.x : pair.y);
-    }
-  }
-  // body(sum, row, token) for all that this lane holds.
-  template <class Body>
-  __device__ __forceinline__ void for_each(u32 first_row, u32 lane, Body&& body) const {
-#pragma unroll
-    for (u32 half = 0; half < 2; ++half)
-#pragma unroll
-      for (u32 tile = 0; tile < kTokenTiles; ++tile)
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-          body(of[half][tile][i], first_row + 16 * half + i / 2 * 8 + lane / 4, 8 * tile + lane % 4 * 2 + i % 2);
-        }
-  }
-};
+}
 
 // Rows of a chunk in `rows` times its activations.
-__device__ __forceinline__ void multiply_chunk(u32 rows, u32 fragments, u32 lane, Sums& sums) {
+__device__ __forceinline__ void multiply_chunk(u32 rows, u32 fragments, u32 lane, TokenSums& sums) {
   __syncwarp();
   u32 elements[2][4];
   const u32 row = lane % 16, unit = lane / 16;
@@ -137,15 +94,15 @@ __device__ __forceinline__ void multiply_chunk(u32 rows, u32 fragments, u32 lane
     const u32(&e)[4] = elements[half];
     const u32 first[4] = {first_two(e[0]), first_two(e[1]), last_two(e[0]), last_two(e[1])};
 #pragma unroll
-    for (u32 tile = 0; tile < kTokenTiles; ++tile) mma_f16(sums.of[half][tile], first, activations[tile].x, activations[tile].y);
+    for (u32 tile = 0; tile < kTokenTiles; ++tile) mma_f16(sums.of + fragment(half, tile), first, activations[tile].x, activations[tile].y);
     const u32 second[4] = {first_two(e[2]), first_two(e[3]), last_two(e[2]), last_two(e[3])};
 #pragma unroll
-    for (u32 tile = 0; tile < kTokenTiles; ++tile) mma_f16(sums.of[half][tile], second, activations[tile].z, activations[tile].w);
+    for (u32 tile = 0; tile < kTokenTiles; ++tile) mma_f16(sums.of + fragment(half, tile), second, activations[tile].z, activations[tile].w);
   }
 }
 
 // An outlier of row `row` in a chunk whose fragments are at `fragments`: its product joins the sums.
-__device__ __forceinline__ void add_outlier(u32 outlier, u32 fragments, u32 lane, Sums& sums) {
+__device__ __forceinline__ void add_outlier(u32 outlier, u32 fragments, u32 lane, TokenSums& sums) {
   const u32 row = outlier_lane(outlier), col = outlier_col(outlier);
   if (row % 8 != lane / 4) return;
   constexpr u32 g = kCodesPerSymbol;
@@ -160,33 +117,42 @@ __device__ __forceinline__ void add_outlier(u32 outlier, u32 fragments, u32 lane
       const float product = delta * f16_value(load_shared_u16(address));
       // Not as `if (…) sum += product`: of that the compiler makes an index, and puts the sums into memory.
 #pragma unroll
-      for (u32 eight = 0; eight < 4; ++eight) sums.of[eight / 2][tile][eight % 2 * 2 + j] += row / 8 == eight ? product : 0.0f;
+      for (u32 eight = 0; eight < 4; ++eight) sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] += row / 8 == eight ? product : 0.0f;
     }
   }
 }
 
+// What activations of a token are divided by, from the address of their largest: 2^-14 of it, rounded down to a power of two.
+__device__ __forceinline__ float token_scale(u32 address) {
+  const u32 exponent = load_shared_u32(address) >> 23;
+  const bool usable = exponent > 14 && exponent < 255;
+  return __uint_as_float(usable ? (exponent - 14) << 23 : __float_as_uint(1.0f));
+}
+
 extern "C" __global__ void __launch_bounds__(KVPACK_MAX_WARPS * 32, KVPACK_BLOCKS_PER_SM)
 gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride, const void* bias,
-     void* y, float4* partials, u32* tickets, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 row_groups, u32 tile_columns,
-     u32 panel_width, u32 panel_blocks, u32 panel_parts, u32 length_bytes, u32 buffer_bytes, u32 table_index, u32 num_tables, u32 tokens) {
+     void* y, float* partials, u32* tickets, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
+     u32 member_width, u32 last_members, u32 run_quotient, u32 run_remainder, u32 length_bytes, u32 buffer_bytes, u32 table_index,
+     u32 num_tables, u32 tokens) {
   KVPACK_DYNAMIC_SHARED(shared);
-  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const Schedule schedule(row_groups, tile_columns, panel_width, panel_blocks);
-  const u32 tile_chunks = tile_cols / kChunkCols, panel_chunks = schedule.width * tile_chunks;
-  const Runs runs = schedule.runs(schedule.width);
-  u32 units = runs.begin(schedule.worker + 1) - runs.begin(schedule.worker);  // left of this warp's run
-  Unit unit = schedule.unit(runs.begin(schedule.worker));
+  const u32 lane = threadIdx.x, warp = threadIdx.z * blockDim.y + threadIdx.y, warps = blockDim.y * blockDim.z;
+  const Schedule schedule(tile_columns, panel_width, member_width);
+  const Runs runs{run_quotient, run_remainder};
+  const u32 tile_chunks = tile_cols / kChunkCols;
+  Unit unit{runs.begin(Schedule::team()), 0};
+  u32 units = (runs.begin(Schedule::team() + 1) - unit.row_group) * schedule.width;  // left of this warp's run
 
   const u32 shared_table = shared_address(shared);
   const u32 activations = shared_table + 4 * kTableSlots;
-  const u32 token_scales = activations + panel_chunks * kTokenTiles * kFragmentBytes;
-  const u32 passing_rows = token_scales + 4 * kTokens + warp * 2 * kRowsBytes;
-  const u32 buffers = token_scales + 4 * kTokens + warps * 2 * kRowsBytes + kBuffers * warp * buffer_bytes;
+  const u32 token_maxima = activations + panel_width * tile_chunks * kTokenTiles * kFragmentBytes;
+  const u32 passing_rows = token_maxima + 4 * kTokens + warp * 2 * kRowsBytes;
+  const u32 all_buffers = token_maxima + 4 * kTokens + warps * 2 * kRowsBytes;
+  const u32 buffers = all_buffers + kBuffers * warp * buffer_bytes;
 
   // Two units are under way: the one that is decoded, and the next one's words and first planes.
   uint4 entry = make_uint4(0, 0, 0, 0), next_entry = entry;
   if (units > 0) entry = __ldg(groups + schedule.index_of(unit));
-  if (table != nullptr) copy_table(table, shared_table, threadIdx.x, blockDim.x);  // null if no tile has words
+  if (table != nullptr) copy_table(table, shared_table, warp * kLanes + lane, warps * kLanes);  // null if no tile has words
   LaneStart start{KVPACK_STATE_LOW, 0};
   RawStream stream;
   if (units > 0) {
@@ -198,47 +164,59 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   }
   copy_async_commit();
 
-  const u32 first_col = schedule.first_column * tile_cols;
+  const u32 first_of_panel = blockIdx.y * panel_width, first_col = first_of_panel * tile_cols;
+  const u32 panel_chunks = min(panel_width, tile_columns - first_of_panel) * tile_chunks;
 #if KVPACK_ACTIVATION != 0
-  for (u32 token = warp; token < kTokens; token += warps) {
+  if (warp == 0 && lane < kTokens) store_shared_u32(token_maxima + 4 * lane, 0);
+  __syncthreads();
+  for (u32 i = warp; i < kTokens * ceil_div(panel_chunks, kLoadsAhead); i += warps) {
+    const u32 token = i % kTokens;
     float largest = 0;
-    if (token < tokens) {
-#pragma unroll 4
-      for (u32 chunk = 0; chunk < panel_chunks; ++chunk) {
-        const u32 col = first_col + chunk * kChunkCols + lane;
-        if (col < cols) largest = fmaxf(largest, fabsf(load_activation(x, static_cast<u64>(token) * cols + col)));
-      }
+#pragma unroll
+    for (u32 j = 0; j < kLoadsAhead; ++j) {
+      const u32 chunk = i / kTokens * kLoadsAhead + j, col = first_col + chunk * kChunkCols + lane;
+      const bool is_there = token < tokens && chunk < panel_chunks && col < cols;
+      largest = fmaxf(largest, is_there ? fabsf(load_activation(x, static_cast<u64>(token) * cols + col)) : 0.0f);
     }
-    largest = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(largest)));
-    // Activations are divided by this: largest / 2^14, rounded down to a power of two.
-    const u32 exponent = __float_as_uint(largest) >> 23;
-    const bool usable = exponent > 14 && exponent < 255;
-    if (lane == 0) store_shared_u32(token_scales + 4 * token, usable ? (exponent - 14) << 23 : __float_as_uint(1.0f));
+    const u32 largest_bits = __reduce_max_sync(kAllLanes, __float_as_uint(largest));
+    if (lane == 0) max_shared_u32(token_maxima + 4 * token, largest_bits);
   }
   __syncthreads();
 #endif
-  for (u32 i = warp; i < panel_chunks * kTokenTiles; i += warps) {
-    const u32 token = i % kTokenTiles * 8 + lane / 4, first = first_col + i / kTokenTiles * kChunkCols;
-#if KVPACK_ACTIVATION != 0
-    const float inverse = 1.0f / __uint_as_float(load_shared_u32(token_scales + 4 * token));
-#else
-    const float inverse = 1.0f;
-#endif
-    float values[8];
+  const u32 fragments_of_panel = panel_chunks * kTokenTiles;
+  for (u32 first = warp; first < fragments_of_panel; first += kFragmentsAhead * warps) {
+    float values[kFragmentsAhead][8];
 #pragma unroll
-    for (u32 j = 0; j < 8; ++j) {
-      const u32 col = first + slot_column(lane % 4 + j / 4 * 4, j % 4);
-      const bool is_there = token < tokens && col < cols;
-      values[j] = is_there ? load_activation(x, static_cast<u64>(token) * cols + col) * inverse : 0.0f;
+    for (u32 ahead = 0; ahead < kFragmentsAhead; ++ahead) {
+      const u32 i = first + ahead * warps, token = i % kTokenTiles * 8 + lane / 4;
+#pragma unroll
+      for (u32 j = 0; j < 8; ++j) {
+        const u32 col = first_col + i / kTokenTiles * kChunkCols + slot_column(lane % 4 + j / 4 * 4, j % 4);
+        const bool is_there = i < fragments_of_panel && token < tokens && col < cols;
+        values[ahead][j] = is_there ? load_activation(x, static_cast<u64>(token) * cols + col) : 0.0f;
+      }
     }
-    store_shared_v4(activations + i * kFragmentBytes + 16 * lane,
-                    make_uint4(f16x2_bits(values[0], values[1]), f16x2_bits(values[2], values[3]),
-                               f16x2_bits(values[4], values[5]), f16x2_bits(values[6], values[7])));
+#pragma unroll
+    for (u32 ahead = 0; ahead < kFragmentsAhead; ++ahead) {
+      const u32 i = first + ahead * warps;
+      if (i >= fragments_of_panel) break;
+      const float(&v)[8] = values[ahead];
+#if KVPACK_ACTIVATION != 0
+      const float inverse = 1.0f / token_scale(token_maxima + 4 * (i % kTokenTiles * 8 + lane / 4));
+#else
+      const float inverse = 1.0f;
+#endif
+      store_shared_v4(activations + i * kFragmentBytes + 16 * lane,
+                      make_uint4(f16x2_bits(v[0] * inverse, v[1] * inverse), f16x2_bits(v[2] * inverse, v[3] * inverse),
+                                 f16x2_bits(v[4] * inverse, v[5] * inverse), f16x2_bits(v[6] * inverse, v[7] * inverse)));
+    }
   }
+  auto member_sums = [&] { return MemberSums{all_buffers + kBuffers * warps * buffer_bytes, runs}; };
+  if (blockDim.y > 1) member_sums().clear_tickets<TokenSums::kBytes>(warp * kLanes + lane, warps * kLanes);
   copy_async_wait<0>();
   __syncthreads();
 
-  Sums sums;
+  TokenSums sums;
   sums.clear();
   for (u32 buffer = 0; units > 0; --units, buffer ^= kBuffers - 1) {
     const Group group = unpack_group(blob, entry);
@@ -246,7 +224,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     const bool mine = group.mode == KVPACK_MODE_RANS ? group.table == table_index : table_index == 0;
     const bool has_outliers = mine && group.num_outliers > 0;
     const u32 planes = raw_planes_unit(group, place);
-    const u32 unit_fragments = activations + unit.column * tile_chunks * kTokenTiles * kFragmentBytes;
+    const u32 unit_fragments = activations + (threadIdx.y * member_width + unit.column) * tile_chunks * kTokenTiles * kFragmentBytes;
     u32 fragments = unit_fragments;
     Passing passing{passing_rows, lane, {}};
     auto finish_chunk = [&] {
@@ -325,39 +303,18 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       }
     }
 
-    if (units == 1 || unit.column == 0) {
+    if (unit.column == 0) {
       const u32 row_group = schedule.before(unit).row_group;
-      const u32 all_units = tile_columns * num_tables;
-      const Part own = schedule.own_part(row_group, panel_parts);
+      const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
 #if KVPACK_ACTIVATION != 0
-      sums.scale_tokens(token_scales, lane);
+      each_sum(sums, lane, [&](float& sum, u32, u32 token) { sum *= token_scale(token_maxima + 4 * token); });
 #endif
-      bool finishes = true;
-      if (own.units < all_units) {
-        const u32 part_stride = row_groups * 2 * kTokenTiles * kLanes;
-        const u32 table_parts = ceil_div(tile_columns, panel_width) * panel_parts;
-        float4* rows_partials = partials + row_group * 2 * kTokenTiles * kLanes + lane;
-        sums.store(rows_partials + static_cast<u64>(table_index * table_parts + own.index) * part_stride);
-        finishes = arrives_last(tickets + row_group, own.units, all_units, lane);
-        if (finishes) {
-          sums.clear();
-          Sums others[kPartsAhead];
-#pragma unroll
-          for (Sums& other : others) other.clear();
-          schedule.each_part<kPartsAhead>(
-              row_group, panel_parts, num_tables,
-              [&](u32 i, u32 part) { others[i].load(rows_partials + static_cast<u64>(part) * part_stride); },
-              [&] {
-#pragma unroll
-                for (Sums& other : others) {
-                  sums.add(other);
-                  other.clear();
-                }
-              });
-        }
-      }
+      const bool finishes =
+          (members == 1 || join_members(sums, member_sums(), row_group, members, lane)) &&
+          (parts == 1 || join_parts<kPartsAhead>(sums, partials, tickets, row_group, table_index * gridDim.y + blockIdx.y, parts, lane));
       if (finishes) {
-        sums.for_each(row_group * kLanes, lane, [&](float sum, u32 row, u32 token) {
+        each_sum(sums, lane, [&](float sum, u32 row_of_group, u32 token) {
+          const u32 row = row_group * kLanes + row_of_group;
           if (row < rows && token < tokens) {
             float result = sum * scales[row * scale_stride];
             if (bias != nullptr) result += load_activation(bias, row);

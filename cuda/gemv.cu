@@ -7,10 +7,11 @@
 //   slot k of a chunk      byte t               element of column slot_column(k, t)
 //   activations            8 bytes for slot k:  int16 of t = 0, 1, 2, 3
 //
-// A warp takes a run of units (schedule.cuh) and keeps the sum of a row while the run stays within its rows.
+// How work is dealt to warps: schedule.cuh.
 //
 // Shared memory: table (16 KiB) | 80 bytes for each chunk of the panel: int16 activations, 64 bytes; first sum; scale; 8 unused |
-// words, one or two buffers for each warp: with two, the next tile's words are under way while this one's are decoded.
+// words, one or two buffers for each warp: with two, the next tile's words are under way while this one's are decoded | sums of
+// members.
 #include "activations.cuh"
 #include "schedule.cuh"
 #include "tile.cuh"
@@ -18,8 +19,8 @@
 constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kActivationBytes = 2 * kChunkCols;  // of a chunk; then its first sum and its scale
 constexpr u32 kChunkBytes = kActivationBytes + 16;
-constexpr u32 kLoadsAhead = 4;
-constexpr u32 kPartsAhead = 16;
+constexpr u32 kLoadsAhead = 8;
+constexpr u32 kPartsAhead = 8;
 
 // An activation below this is as good as zero: its reciprocal would not be finite.
 constexpr float kTiniest = 1e-33f;
@@ -66,34 +67,38 @@ __device__ __forceinline__ void emit_kept(const KeepSlots& kept, Product& produc
 
 extern "C" __global__ void __launch_bounds__(KVPACK_MAX_WARPS * 32, KVPACK_BLOCKS_PER_SM)
 gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride, const void* bias,
-     void* y, float* partials, u32* tickets, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 row_groups, u32 tile_columns,
-     u32 panel_width, u32 panel_blocks, u32 panel_parts, u32 length_bytes, u32 buffer_bytes, u32 table_index, u32 num_tables) {
+     void* y, float* partials, u32* tickets, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
+     u32 member_width, u32 last_members, u32 run_quotient, u32 run_remainder, u32 length_bytes, u32 buffer_bytes, u32 table_index,
+     u32 num_tables) {
   KVPACK_DYNAMIC_SHARED(shared);
-  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const Schedule schedule(row_groups, tile_columns, panel_width, panel_blocks);
-  const u32 tile_chunks = tile_cols / kChunkCols, panel_chunks = schedule.width * tile_chunks;
-  const Runs runs = schedule.runs(schedule.width);
-  u32 units = runs.begin(schedule.worker + 1) - runs.begin(schedule.worker);  // left of this warp's run
-  Unit unit = schedule.unit(runs.begin(schedule.worker));
+  const u32 lane = threadIdx.x, warp = threadIdx.z * blockDim.y + threadIdx.y, warps = blockDim.y * blockDim.z;
+  const Schedule schedule(tile_columns, panel_width, member_width);
+  const Runs runs{run_quotient, run_remainder};
+  const u32 tile_chunks = tile_cols / kChunkCols;
+  Unit unit{runs.begin(Schedule::team()), 0};
+  u32 units = (runs.begin(Schedule::team() + 1) - unit.row_group) * schedule.width;  // left of this warp's run
 
   const u32 shared_table = shared_address(shared);
   const u32 activations = shared_table + 4 * kTableSlots;
-  const u32 buffers = activations + panel_chunks * kChunkBytes + kBuffers * warp * buffer_bytes;
+  const u32 all_buffers = activations + panel_width * tile_chunks * kChunkBytes;
+  const u32 buffers = all_buffers + kBuffers * warp * buffer_bytes;
 
   // Two units are under way: the one that is decoded, and the next one's words and first planes.
   uint4 entry = make_uint4(0, 0, 0, 0), next_entry = entry;
   if (units > 0) entry = __ldg(groups + schedule.index_of(unit));
   // The first activations are asked for before all that has to wait for the entry.
+  const u32 first_of_panel = blockIdx.y * panel_width;
+  const u32 panel_chunks = min(panel_width, tile_columns - first_of_panel) * tile_chunks;
   float values[kLoadsAhead];
   auto load_values = [&](u32 first) {
 #pragma unroll
     for (u32 i = 0; i < kLoadsAhead; ++i) {
-      const u32 chunk = first + i * warps, col = schedule.first_column * tile_cols + chunk * kChunkCols + lane;
+      const u32 chunk = first + i * warps, col = first_of_panel * tile_cols + chunk * kChunkCols + lane;
       values[i] = chunk < panel_chunks && col < cols ? load_activation(x, col) : 0.0f;
     }
   };
   load_values(warp);
-  if (table != nullptr) copy_table(table, shared_table, threadIdx.x, blockDim.x);  // null if no tile has words
+  if (table != nullptr) copy_table(table, shared_table, warp * kLanes + lane, warps * kLanes);  // null if no tile has words
   LaneStart start{KVPACK_STATE_LOW, 0};
   RawStream stream;
   if (units > 0) {
@@ -114,17 +119,20 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       }
     }
   }
+  auto member_sums = [&] { return MemberSums{all_buffers + kBuffers * warps * buffer_bytes, runs}; };
+  if (blockDim.y > 1) member_sums().clear_tickets<Sums<1>::kBytes>(warp * kLanes + lane, warps * kLanes);
   copy_async_wait<0>();
   __syncthreads();
 
-  float sum = 0;
+  Sums<1> sums{};
+  float& sum = sums.of[0];
   for (u32 buffer = 0; units > 0; --units, buffer ^= kBuffers - 1) {
     const Group group = unpack_group(blob, entry);
     const Place place = schedule.place_of(unit, rows, cols, tile_cols);
     const bool mine = group.mode == KVPACK_MODE_RANS ? group.table == table_index : table_index == 0;
     const bool has_outliers = mine && group.num_outliers > 0;
     const u32 planes = raw_planes_unit(group, place);
-    Product product{activations + unit.column * tile_chunks * kChunkBytes, 0, {}};
+    Product product{activations + (threadIdx.y * member_width + unit.column) * tile_chunks * kChunkBytes, 0, {}};
     auto multiply = [&](auto&& decode) {
       const uint2 chunk_head = load_shared_v2(product.activations + kActivationBytes);
       product.sum = static_cast<int>(chunk_head.x);
@@ -204,30 +212,12 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       }
     }
 
-    if (units == 1 || unit.column == 0) {
+    if (unit.column == 0) {
       const u32 row_group = schedule.before(unit).row_group, row = row_group * kLanes + lane;
-      const u32 all_units = tile_columns * num_tables;
-      const Part own = schedule.own_part(row_group, panel_parts);
-      bool finishes = true;
-      if (own.units < all_units) {
-        const u32 padded_rows = row_groups * kLanes, table_parts = ceil_div(tile_columns, panel_width) * panel_parts;
-        partials[(table_index * table_parts + own.index) * padded_rows + row] = sum;
-        finishes = arrives_last(tickets + row_group, own.units, all_units, lane);
-        if (finishes) {
-          sum = 0;
-          float others[kPartsAhead] = {};
-          schedule.each_part<kPartsAhead>(
-              row_group, panel_parts, num_tables,
-              [&](u32 i, u32 part) { others[i] = load_l2_f32(partials + part * padded_rows + row); },
-              [&] {
-#pragma unroll
-                for (u32 i = 0; i < kPartsAhead; ++i) {
-                  sum += others[i];
-                  others[i] = 0;
-                }
-              });
-        }
-      }
+      const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
+      const bool finishes =
+          (members == 1 || join_members(sums, member_sums(), row_group, members, lane)) &&
+          (parts == 1 || join_parts<kPartsAhead>(sums, partials, tickets, row_group, table_index * gridDim.y + blockIdx.y, parts, lane));
       if (finishes && row < rows) {
         float result = sum * scales[row * scale_stride];
         if (bias != nullptr) result += load_activation(bias, row);

@@ -131,6 +131,19 @@ __device__ __forceinline__ float4 load_l2_v4(const float4* global) {
 // consistent accesses too, and takes longer.
 __device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
+// The same for threads of a block.
+__device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
+
+// Atomics in shared memory; the sum returns what was there before.
+__device__ __forceinline__ u32 add_shared_u32(u32 address, u32 value) {
+  u32 before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
+  return before;
+}
+__device__ __forceinline__ void max_shared_u32(u32 address, u32 value) {
+  asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 // 1 / value to within a unit in the last place.
 __device__ __forceinline__ float reciprocal(float value) {
   float result;
@@ -158,7 +171,7 @@ __device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], u32 address) {
 }
 
 // c += a · b: 16 × 16 by 16 × 8, fp16 with fp32 sums.
-__device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+__device__ __forceinline__ void mma_f16(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"

@@ -1,56 +1,48 @@
 // How a product's work is dealt to warps, and how their parts of a sum come together.
 //
-// A unit is a group of 32 rows in a tile column. Tile columns form panels of equal width (the last may be narrower), and a
-// block works in one panel, so that it prepares few activations. The units of a panel are numbered with tile columns innermost
-// and dealt to the panel's warps in runs of equal length, the split of Osama et al., "Stream-K", arXiv:2301.03598; neighbouring
-// runs go to different blocks, so that the longer ones are spread. Rows whose units lie in several runs are put together by
-// whoever finishes last, from partial sums in a fixed order, so that a result does not depend on timing.
+// A unit is a group of 32 rows in a tile column. Tile columns form panels of `panel_width` (the last may be narrower); a block works
+// in one of them, so that it prepares few activations. Its warps form teams: a team takes whole rows of the panel, and each of its
+// members `member_width` tile columns of them.
+//
+//   grid    x: blocks of a panel   y: panels
+//   block   x: lanes   y: members of a team   z: teams
+//
+//   panel_width 4, member_width 2        panel 0              panel 1
+//                                   member 0  member 1   member 0  member 1
+//                    tile columns     0  1      2  3       4  5      6
+//
+// Row groups are dealt to a panel's teams in runs, whose lengths differ by at most one; neighbouring runs go to different blocks, so
+// that the longer ones are spread. Members put their sums together in shared memory, panels (and tables, one launch each) in global
+// memory: whoever arrives last adds all parts in a fixed order, so that a result does not depend on timing.
 #pragma once
 
 #include "tile.cuh"
 
-// Units in runs whose lengths differ by at most one, longer ones first.
+// Runs whose lengths differ by at most one, longer ones first.
 struct Runs {
   u32 quotient, remainder;
-
-  __device__ __forceinline__ Runs(u32 units, u32 workers) : quotient(units / workers), remainder(units % workers) {}
   __device__ __forceinline__ u32 begin(u32 worker) const { return worker * quotient + min(worker, remainder); }
-  __device__ __forceinline__ u32 worker_of(u32 unit) const {
-    const u32 longer = remainder * (quotient + 1);
-    return unit < longer ? unit / (quotient + 1) : remainder + (unit - longer) / quotient;
-  }
+  __device__ __forceinline__ u32 longest() const { return quotient + (remainder > 0); }
 };
 
-// A unit's place: its rows, and its tile column within the panel.
+// A unit's place: its rows, and its tile column among those of the warp.
 struct Unit {
   u32 row_group;
   u32 column;
 };
 
-struct Part {
-  u32 units;
-  u32 index;
-};
-
-// Few members, because they take registers in the kernels' loops; the host works out what does not depend on the warp.
+// Few members, because they take registers in the kernels' loops: what can be had again from the launch is not kept.
 struct Schedule {
-  u32 row_groups, tile_columns;
-  u32 panel_width, panel_blocks;  // of every panel but the last: tile columns; of every panel: thread blocks
-  u32 worker;                     // this warp among those of its panel
-  u32 first_column, width;        // this panel's tile columns
+  u32 tile_columns;
+  u32 first_column, width;  // this warp's tile columns
 
-  __device__ __forceinline__ Schedule(u32 all_row_groups, u32 all_tile_columns, u32 width_of_panels, u32 blocks_of_panels)
-      : row_groups(all_row_groups),
-        tile_columns(all_tile_columns),
-        panel_width(width_of_panels),
-        panel_blocks(blocks_of_panels),
-        worker(blockIdx.x % blocks_of_panels + blocks_of_panels * (threadIdx.x / kLanes)),
-        first_column(blockIdx.x / blocks_of_panels * width_of_panels),
-        width(min(width_of_panels, all_tile_columns - first_column)) {}
-  __device__ __forceinline__ Runs runs(u32 wide) const {
-    return Runs(row_groups * wide, panel_blocks * (blockDim.x / kLanes));
+  __device__ __forceinline__ Schedule(u32 all_tile_columns, u32 panel_width, u32 member_width) : tile_columns(all_tile_columns) {
+    const u32 first_of_panel = blockIdx.y * panel_width;
+    const u32 end = min(first_of_panel + panel_width, tile_columns);
+    first_column = min(first_of_panel + threadIdx.y * member_width, end);
+    width = min(member_width, end - first_column);
   }
-  __device__ __forceinline__ Unit unit(u32 number) const { return {number / width, number % width}; }
+  static __device__ __forceinline__ u32 team() { return blockIdx.x + gridDim.x * threadIdx.z; }
   __device__ __forceinline__ Unit after(Unit unit) const {
     const bool wraps = unit.column + 1 == width;
     return {unit.row_group + wraps, wraps ? 0 : unit.column + 1};
@@ -66,57 +58,132 @@ struct Schedule {
   __device__ __forceinline__ Place place_of(Unit unit, u32 rows, u32 cols, u32 tile_cols) const {
     return ::place_of(unit.row_group, first_column + unit.column, rows, cols, tile_cols);
   }
-  // This warp's part of the sums of a row group: how many units are in it, and where it goes, if a panel may have `parts`.
-  __device__ __forceinline__ Part own_part(u32 row_group, u32 parts) const {
-    const Runs dealt = runs(width);
-    const u32 first = row_group * width, last = first + width;
-    // The worker anew, and in other words than above, so that it does not take a register in the meantime.
-    const u32 panel = first_column / panel_width;
-    const u32 own = blockIdx.x - panel * panel_blocks + panel_blocks * (threadIdx.x / kLanes);
-    return {min(dealt.begin(own + 1), last) - max(dealt.begin(own), first), panel * parts + own - dealt.worker_of(first)};
-  }
-  // Calls take(index) for where all parts of a row group are, `batch` at a time and then done(): panel after panel, and all of it
-  // for each of `tables` tables, whose parts are `panels · parts` apart.
-  template <u32 batch, class Take, class Done>
-  __device__ __forceinline__ void each_part(u32 row_group, u32 parts, u32 tables, Take&& take, Done&& done) const {
-    const u32 panels = ceil_div(tile_columns, panel_width);
-    auto parts_of = [&](u32 wide) {
-      const Runs dealt = runs(wide);
-      return dealt.worker_of((row_group + 1) * wide - 1) - dealt.worker_of(row_group * wide) + 1;
-    };
-    const u32 in_last = parts_of(tile_columns - (panels - 1) * panel_width);
-    const u32 in_others = panels > 1 ? parts_of(panel_width) : 0;
-    u32 left = tables * ((panels - 1) * in_others + in_last), panel = 0, index = 0;
-#pragma unroll 1
-    while (left > 0) {
+};
+
+// What a lane holds of a row group's sums. A warp's lie in memory as `count` floats a lane: 16 bytes of each lane after another, or
+// 4 if there is one.
+template <u32 count>
+struct Sums {
+  float of[count];
+
+  static constexpr u32 kBytes = 4 * count * kLanes;  // of a warp
+  static constexpr u32 kVectors = count / 4;
+  static_assert(count == 1 || count % 4 == 0);
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-      for (u32 i = 0; i < batch; ++i) {
-        if (left > 0) {
-          take(i, panel * parts + index);
-          --left;
-          const bool wraps = ++index == (panel % panels == panels - 1 ? in_last : in_others);
-          panel += wraps;
-          index = wraps ? 0 : index;
-        }
-      }
-      done();
+    for (float& sum : of) sum = 0;
+  }
+  __device__ __forceinline__ void add(const Sums& other) {
+#pragma unroll
+    for (u32 i = 0; i < count; ++i) of[i] += other.of[i];
+  }
+  __device__ __forceinline__ void store_shared(u32 address, u32 lane) const {
+    if constexpr (count == 1) store_shared_u32(address + 4 * lane, __float_as_uint(of[0]));
+#pragma unroll
+    for (u32 i = 0; i < kVectors; ++i) {
+      store_shared_v4(address + 16 * (i * kLanes + lane),
+                      make_uint4(__float_as_uint(of[4 * i]), __float_as_uint(of[4 * i + 1]),
+                                 __float_as_uint(of[4 * i + 2]), __float_as_uint(of[4 * i + 3])));
+    }
+  }
+  __device__ __forceinline__ void add_shared(u32 address, u32 lane) {
+    if constexpr (count == 1) of[0] += __uint_as_float(load_shared_u32(address + 4 * lane));
+#pragma unroll
+    for (u32 i = 0; i < kVectors; ++i) {
+      const uint4 v = load_shared_v4(address + 16 * (i * kLanes + lane));
+      of[4 * i] += __uint_as_float(v.x);
+      of[4 * i + 1] += __uint_as_float(v.y);
+      of[4 * i + 2] += __uint_as_float(v.z);
+      of[4 * i + 3] += __uint_as_float(v.w);
+    }
+  }
+  __device__ __forceinline__ void store_global(float* to, u32 lane) const {
+    if constexpr (count == 1) to[lane] = of[0];
+#pragma unroll
+    for (u32 i = 0; i < kVectors; ++i) {
+      reinterpret_cast<float4*>(to)[i * kLanes + lane] = make_float4(of[4 * i], of[4 * i + 1], of[4 * i + 2], of[4 * i + 3]);
+    }
+  }
+  __device__ __forceinline__ void load_global(const float* from, u32 lane) {
+    if constexpr (count == 1) of[0] = load_l2_f32(from + lane);
+#pragma unroll
+    for (u32 i = 0; i < kVectors; ++i) {
+      const float4 v = load_l2_v4(reinterpret_cast<const float4*>(from) + i * kLanes + lane);
+      of[4 * i] = v.x, of[4 * i + 1] = v.y, of[4 * i + 2] = v.z, of[4 * i + 3] = v.w;
     }
   }
 };
 
-// A warp arrives with the sums of `units` of a row group's `all`: true for the last one to arrive, which sees the others' stores
-// and leaves the ticket at 0 for the next launch. Call it after the warp's own stores.
-__device__ __forceinline__ bool arrives_last(u32* ticket, u32 units, u32 all, u32 lane) {
+// Where members put their sums: for each team and each row group of its run a sum of each member; behind them all, a ticket for each
+// team and row group.
+struct MemberSums {
+  u32 address;  // in shared memory
+  Runs runs;
+
+  __device__ __forceinline__ u32 slot(u32 row_group) const {
+    return threadIdx.z * runs.longest() + row_group - runs.begin(Schedule::team());
+  }
+  template <u32 bytes>
+  __device__ __forceinline__ u32 tickets() const {
+    return address + blockDim.z * runs.longest() * blockDim.y * bytes;
+  }
+  // Before a barrier, and this before any sum.
+  template <u32 bytes>
+  __device__ __forceinline__ void clear_tickets(u32 thread, u32 threads) const {
+    for (u32 i = thread; i < blockDim.z * runs.longest(); i += threads) store_shared_u32(tickets<bytes>() + 4 * i, 0);
+  }
+};
+
+// A member arrives with its sums of a row group: true for the last one, which then has the sum of all `members`.
+template <u32 count>
+__device__ __forceinline__ bool join_members(Sums<count>& sums, const MemberSums& among, u32 row_group, u32 members, u32 lane) {
+  constexpr u32 bytes = Sums<count>::kBytes;
+  const u32 slot = among.slot(row_group), first = among.address + slot * blockDim.y * bytes;
+  sums.store_shared(first + threadIdx.y * bytes, lane);
+  __syncwarp();
+  u32 before = 0;
+  if (lane == 0) {
+    fence_block();
+    before = add_shared_u32(among.tickets<bytes>() + 4 * slot, 1);
+    fence_block();
+  }
+  if (__shfl_sync(kAllLanes, before, 0) + 1 < members) return false;
+  sums.clear();
+#pragma unroll 4
+  for (u32 member = 0; member < members; ++member) sums.add_shared(first + member * bytes, lane);
+  return true;
+}
+
+// A panel arrives with its sums of a row group, as number `part` of `parts`: true for the last one, which then has the sum of all, and
+// leaves the ticket at 0 for the next launch. `ahead` parts are loaded at a time.
+template <u32 ahead, u32 count>
+__device__ __forceinline__ bool join_parts(Sums<count>& sums, float* partials, u32* tickets, u32 row_group, u32 part, u32 parts, u32 lane) {
+  float* first = partials + static_cast<u64>(row_group) * parts * (count * kLanes);
+  sums.store_global(first + part * (count * kLanes), lane);
   __syncwarp();
   u32 before = 0;
   if (lane == 0) {
     fence_device();
-    before = atomicAdd(ticket, units);
-    if (before + units == all) {
+    before = atomicAdd(tickets + row_group, 1u);
+    if (before + 1 == parts) {
       fence_device();
-      atomicExch(ticket, 0u);
+      atomicExch(tickets + row_group, 0u);
     }
   }
   __syncwarp();
-  return __shfl_sync(kAllLanes, before, 0) + units == all;
+  if (__shfl_sync(kAllLanes, before, 0) + 1 < parts) return false;
+  sums.clear();
+#pragma unroll 1
+  for (u32 batch = 0; batch < parts; batch += ahead) {
+    Sums<count> others[ahead];
+#pragma unroll
+    for (u32 i = 0; i < ahead; ++i) {
+      others[i].clear();
+      if (batch + i < parts) others[i].load_global(first + (batch + i) * (count * kLanes), lane);
+    }
+#pragma unroll
+    for (u32 i = 0; i < ahead; ++i) sums.add(others[i]);
+  }
+  return true;
 }

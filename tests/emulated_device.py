@@ -14,9 +14,10 @@ from kvpack.format.blob import Blob
 from kvpack.format.layout import Predictor
 from kvpack.runtime import kernels
 from kvpack.runtime.device_blob import SLACK_BYTES
+from kvpack.runtime.fit import Limits
 from kvpack.runtime.group_table import group_table, max_group_words
 from kvpack.runtime.kernels import Kernel
-from kvpack.runtime.weight_kernels import Coded, Limits
+from kvpack.runtime.weight_kernels import Coded
 
 # Few multiprocessors, so that small tensors meet runs of several tiles and rows that several blocks share.
 LIMITS = Limits(architecture=90, multiprocessors=2, shared_bytes=228 * 1024, shared_block_bytes=227 * 1024)
@@ -25,7 +26,7 @@ LIMITS = Limits(architecture=90, multiprocessors=2, shared_bytes=228 * 1024, sha
 def emulated_launch(
     kernel: Kernel,
     grid: int | tuple[int, ...],
-    block: int,
+    block: int | tuple[int, ...],
     arguments: Sequence[torch.Tensor | np.generic | None],
     *,
     device: torch.device,

@@ -5,7 +5,7 @@
 ``device_blob``, ``group_table``                   a coded tensor on a device, and the index that kernels use
 ``linear``, ``replace``, ``warmup``                ``kvpack.RansLinear``, ``replace_linears``, ``warmup``
 ``ops``                                            ``torch.ops.kvpack``, for CUDA and the CPU
-``weight_kernels``, ``expansion``                  products and decoding: fused, or in slabs beside cuBLAS
+``weight_kernels``, ``fit``, ``expansion``         products and decoding: fused, or in slabs beside cuBLAS
 ``kernels``, ``sources``                           compile and launch what lies in ``cuda/``
 ``streaming``                                      models larger than the device; layers side by side
 ``gpu_encoder``                                    the encoder on a GPU, the same bytes as the CPU's

@@ -12,7 +12,8 @@ import torch
 
 from kvpack.format.layout import TILE_ROWS, align, ceil_div
 from kvpack.runtime import weight_kernels
-from kvpack.runtime.weight_kernels import LOSSLESS_TYPES, OUTPUTS, Coded, Limits
+from kvpack.runtime.fit import Limits
+from kvpack.runtime.weight_kernels import LOSSLESS_TYPES, OUTPUTS, Coded
 
 STAGING_BYTES = 64 << 20  # of one buffer
 # A product is worth splitting into this many parts, so that only the first one's expansion is not hidden.

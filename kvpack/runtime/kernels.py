@@ -181,7 +181,7 @@ def _argument(value: Any) -> Any:
 def launch(
     kernel: Kernel,
     grid: int | tuple[int, ...],
-    block: int,
+    block: int | tuple[int, ...],
     arguments: Sequence[torch.Tensor | np.generic | None],
     *,
     device: torch.device,
@@ -196,14 +196,14 @@ def launch(
     """
     import cupy
 
-    dimensions = grid if isinstance(grid, tuple) else (grid,)
+    dimensions, threads = (size if isinstance(size, tuple) else (size,) for size in (grid, block))
     if math.prod(dimensions) == 0:
         return
     stream = torch.cuda.current_stream(device)
     index = stream.device_index
     values = tuple(map(_argument, arguments))
     with cupy.cuda.Device(index), _external(stream):
-        _function(kernel, index, shared_bytes)(dimensions, (block,), values, shared_mem=shared_bytes)
+        _function(kernel, index, shared_bytes)(dimensions, threads, values, shared_mem=shared_bytes)
 
 
 def _external(stream: torch.cuda.Stream) -> Any:

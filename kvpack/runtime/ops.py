@@ -19,6 +19,7 @@ from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import TILE_ROWS, ElementKind, Layout
 from kvpack.runtime import expansion, weight_kernels
+from kvpack.runtime.fit import device_limits
 from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES, NUMBER_TYPES, Coded
 
 _CODED = "Tensor blob, Tensor groups, Tensor tables, Tensor scales, Tensor status, int[] geometry"
@@ -114,7 +115,7 @@ def _linear_cuda(
     rows, cols = coded.header.rows, coded.header.cols
     tokens = x.reshape(-1, cols).contiguous()
     bias = _bias(bias, x, rows)
-    limits = weight_kernels.device_limits(x.device)
+    limits = device_limits(x.device)
     if len(tokens) == 0:
         out = x.new_empty(0, rows)
     elif len(tokens) <= weight_kernels.MAX_FUSED_TOKENS and weight_kernels.can_multiply(coded.layout):
@@ -175,7 +176,7 @@ def _dequantize_cuda(
     header = coded.header
     out = torch.empty((header.matrices, header.rows, header.cols), dtype=dtype, device=blob.device)
     output = weight_kernels.OUTPUTS[_float_type(dtype)]
-    weight_kernels.decode(coded, output, out, weight_kernels.device_limits(blob.device))
+    weight_kernels.decode(coded, output, out, device_limits(blob.device))
     return out
 
 
@@ -217,7 +218,7 @@ def _numbers_cuda(
     dtype = _number_type(geometry)
     out = torch.empty((header.matrices, header.rows, header.cols), dtype=dtype, device=blob.device)
     output = weight_kernels.number_output(coded)
-    weight_kernels.decode(coded, output, out, weight_kernels.device_limits(blob.device))
+    weight_kernels.decode(coded, output, out, device_limits(blob.device))
     return out
 
 
@@ -244,7 +245,7 @@ def _check_lanes_cuda(
     geometry: list[int],
 ) -> None:
     coded = _coded(blob, groups, tables, scales, status, geometry)
-    weight_kernels.decode(coded, weight_kernels.OUTPUT_NOTHING, None, weight_kernels.device_limits(blob.device))
+    weight_kernels.decode(coded, weight_kernels.OUTPUT_NOTHING, None, device_limits(blob.device))
 
 
 def _check_lanes_cpu(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     ALIGNMENT_BYTES,
     CHUNK_COLS,
-    FREQUENCY_SUM,
     GROUP_LANES,
     ElementKind,
     Layout,
@@ -27,24 +25,12 @@ from kvpack.format.layout import (
     ceil_div,
 )
 from kvpack.runtime import kernels
+from kvpack.runtime.fit import BLOCKS_PER_SM, Limits, fit_decode, fit_gemm, fit_gemv
 from kvpack.runtime.kernels import Kernel
 
-_TABLE_BYTES = 4 * FREQUENCY_SUM
-# What the driver keeps of a multiprocessor's shared memory for each block.
-_RESERVED_BYTES = 1024
-_BLOCKS_PER_SM = 2
-_GEMV_CHUNK_BYTES = 2 * CHUNK_COLS + 16
-_FRAGMENT_BYTES = 16 * GROUP_LANES
-_PASSING_BYTES = 2 * 32 * GROUP_LANES
-# A second buffer for words hides the start of a tile; worth this much of the warps.
-_DOUBLE_BUFFER_GAIN = 1.15
-# What a unit costs besides its chunks, in chunks.
-_UNIT_COST = 1.5
-_REMEMBERED = 4096
-
-# Registers bound the warps of a block: 64, 72, 80, 96, 128 and 168 a thread with 16, 14, 12, 10, 8 and 6 of them. Raw
-# planes are loaded two chunks ahead, so that many raw bits, outliers or wide results leave fewer. How many registers the
-# same source takes differs between GPUs; with these none spills (tests/runtime/test_compile.py).
+# Registers bound the warps of a block: 64, 72, 80, 96, 128, 168 a thread with 16, 14, 12, 10, 8, 6 of them. Raw
+# planes are loaded two chunks ahead, so that many raw bits, outliers or wide results leave fewer. How many registers
+# the same source takes differs between GPUs; with these none spills (tests/runtime/test_compile.py).
 _MANY_RAW_BITS = 5
 # By compute capability's major number: for narrow results, those of four codes a symbol, wide ones, the widest.
 _DECODE_WARPS = {9: (16, 16, 12, 10), 10: (8, 8, 6, 6)}
@@ -74,32 +60,6 @@ NUMBER_TYPES = {
     ElementKind.FP8_E4M3: torch.uint8,
     ElementKind.FP8_E5M2: torch.uint8,
 }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a device gives: multiprocessors, and shared memory of one and of a block.
-
-    Attributes:
-        architecture: its compute capability, as 90 for 9.0.
-    """
-
-    architecture: int
-    multiprocessors: int
-    shared_bytes: int
-    shared_block_bytes: int
-
-
-@cache
-def device_limits(device: torch.device) -> Limits:
-    """Limits of a CUDA device."""
-    found: Any = torch.cuda.get_device_properties(device)  # torch's stubs do not know all of it
-    return Limits(
-        10 * found.major + found.minor,
-        found.multi_processor_count,
-        found.shared_memory_per_multiprocessor,
-        found.shared_memory_per_block_optin,
-    )
 
 
 @dataclass(frozen=True)
@@ -150,41 +110,6 @@ class Coded:
         yield from enumerate(self.tables)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How many warps a block has, how many blocks there are, and how many word buffers a warp has."""
-
-    warps: int
-    buffers: int
-    grid: int
-    shared_bytes: int
-
-
-@dataclass(frozen=True)
-class ProductFit(Fit):
-    """A product's launch, and how its tile columns form panels (``cuda/schedule.cuh``).
-
-    Attributes:
-        panel_width: tile columns of a panel.
-        panel_blocks: thread blocks of a panel.
-        panel_parts: at most how many warps of a panel share a row group's sum; in all, ``parts``.
-    """
-
-    panel_width: int
-    panel_blocks: int
-    panel_parts: int
-    parts: int
-
-
-def _fits(limits: Limits, max_warps: int) -> Iterator[tuple[int, int, int, int]]:
-    """(warps, blocks, buffers, bytes a block may have) of all launches to think of, those preferred first."""
-    options = []
-    for blocks in range(_BLOCKS_PER_SM, 0, -1):
-        available = min(limits.shared_bytes // blocks - _RESERVED_BYTES, limits.shared_block_bytes)
-        options += [(warps, blocks, buffers, available) for buffers in (2, 1) for warps in range(max_warps, 0, -1)]
-    return iter(sorted(options, key=lambda o: -o[0] * o[1] * (_DOUBLE_BUFFER_GAIN if o[2] == 2 else 1)))
-
-
 def gemv_warps(layout: Layout, architecture: int) -> int:
     """At most how many warps a block for one vector has."""
     if layout.raw_bits > _MANY_RAW_BITS:
@@ -201,111 +126,6 @@ def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bo
     if many or fp32 or outliers or predicted:
         return widest if fp32 and many else wide
     return of_four if layout.codes_per_symbol > 2 else narrow
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def fit_decode(word_buffer_bytes: int, limits: Limits, tasks: int, staging_bytes: int, max_warps: int) -> Fit:
-    """The launch of a decode kernel over ``tasks`` groups, with ``staging_bytes`` for each warp."""
-    for warps, blocks, buffers, available in _fits(limits, max_warps):
-        shared = _TABLE_BYTES + warps * (staging_bytes + buffers * word_buffer_bytes)
-        if shared <= available:
-            return Fit(warps, buffers, min(ceil_div(tasks, warps), blocks * limits.multiprocessors), shared)
-    raise AssertionError("one warp with one buffer of 33 KiB fits every GPU since sm_80")
-
-
-def _fit_product(
-    tile_columns: int,
-    row_groups: int,
-    tile_chunks: int,
-    limits: Limits,
-    *,
-    max_warps: int,
-    block_bytes: int,
-    warp_bytes: int,
-    word_buffer_bytes: int,
-    chunk_bytes: int,
-    chunk_cost: float,
-    flush_cost: float,
-    part_cost: float,
-) -> ProductFit:
-    """The preferred launch that fits, with panels for which its longest warp has the least to do.
-
-    Args:
-        block_bytes, warp_bytes: shared memory of a block and of a warp, words and activations aside.
-        chunk_bytes: activations of a chunk.
-        chunk_cost: what it costs to prepare them, in decoded chunks; flush_cost: what it costs to hand on the sums of
-            rows; part_cost: to add one of the parts that rows are shared by.
-    """
-
-    def panels(warps: int, resident: int, available: int) -> Iterator[tuple[float, int, int, int]]:
-        for number in range(1, tile_columns + 1):
-            width = ceil_div(tile_columns, number)
-            if ceil_div(tile_columns, width) != number or number > resident:
-                continue  # another number of panels has this width; or there are not enough blocks
-            units = row_groups * width
-            blocks = min(units, resident // number)
-            shared = width * tile_chunks * chunk_bytes
-            if shared > available:
-                continue
-            run = ceil_div(units, blocks * warps)
-            cost = run * (tile_chunks + _UNIT_COST) + chunk_cost * ceil_div(width * tile_chunks, warps)
-            parts = min(blocks * warps, ceil_div(width - 1, max(1, units // (blocks * warps))) + 1)
-            flushes = ceil_div(run, width) + (parts > 1 and run > 1)
-            cost += (flush_cost * flushes + part_cost * number * parts) * (number * parts > 1)
-            yield cost, number, width, blocks
-
-    for warps, blocks, buffers, available in _fits(limits, max_warps):
-        fixed = block_bytes + warps * (warp_bytes + buffers * word_buffer_bytes) + ALIGNMENT_BYTES
-        found = min(panels(warps, blocks * limits.multiprocessors, available - fixed), default=None)
-        if found is None:
-            continue
-        _, number, width, panel_blocks = found
-        workers, parts = panel_blocks * warps, 1
-        for wide in {width, tile_columns - (number - 1) * width}:
-            parts = max(parts, min(workers, ceil_div(wide - 1, max(1, row_groups * wide // workers)) + 1))
-        shared = fixed + width * tile_chunks * chunk_bytes
-        return ProductFit(warps, buffers, number * panel_blocks, shared, width, panel_blocks, parts, number * parts)
-    raise AssertionError(
-        "one warp with one buffer of 33 KiB and one tile column of activations fits every GPU since sm_80"
-    )
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def fit_gemv(header: BlobHeader, word_buffer_bytes: int, limits: Limits) -> ProductFit:
-    """The launch of the kernel for one vector."""
-    return _fit_product(
-        header.num_tiles_col,
-        ceil_div(header.rows, GROUP_LANES),
-        header.tile_cols // CHUNK_COLS,
-        limits,
-        max_warps=gemv_warps(header.layout, limits.architecture),
-        block_bytes=_TABLE_BYTES,
-        warp_bytes=0,
-        word_buffer_bytes=word_buffer_bytes,
-        chunk_bytes=_GEMV_CHUNK_BYTES,
-        chunk_cost=0.3,
-        flush_cost=1.0,
-        part_cost=0.02,
-    )
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def fit_gemm(header: BlobHeader, word_buffer_bytes: int, limits: Limits, token_tiles: int) -> ProductFit:
-    """The launch of the kernel for a few vectors."""
-    return _fit_product(
-        header.num_tiles_col,
-        ceil_div(header.rows, GROUP_LANES),
-        header.tile_cols // CHUNK_COLS,
-        limits,
-        max_warps=GEMM_WARPS[token_tiles],
-        block_bytes=_TABLE_BYTES + 4 * 8 * token_tiles,
-        warp_bytes=_PASSING_BYTES,
-        word_buffer_bytes=word_buffer_bytes,
-        chunk_bytes=token_tiles * _FRAGMENT_BYTES,
-        chunk_cost=0.5 * token_tiles,
-        flush_cost=1.0 + 0.5 * token_tiles,
-        part_cost=0.1 * token_tiles,
-    )
 
 
 # Tickets count arrivals at a row group (cuda/schedule.cuh). They are 0 between launches, so that one allocation serves
@@ -347,7 +167,7 @@ def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, architect
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
         "KVPACK_MAX_WARPS": gemv_warps(layout, architecture),
-        "KVPACK_BLOCKS_PER_SM": _BLOCKS_PER_SM,
+        "KVPACK_BLOCKS_PER_SM": BLOCKS_PER_SM,
     }
     return Kernel.of("gemv.cu", "gemv", layout, defines)
 
@@ -358,7 +178,7 @@ def gemm_kernel(layout: Layout, activation: torch.dtype, buffers: int, token_til
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
         "KVPACK_MAX_WARPS": GEMM_WARPS[token_tiles],
-        "KVPACK_BLOCKS_PER_SM": _BLOCKS_PER_SM,
+        "KVPACK_BLOCKS_PER_SM": BLOCKS_PER_SM,
         "KVPACK_TOKEN_TILES": token_tiles,
     }
     return Kernel.of("gemm.cu", "gemm", layout, defines)
@@ -372,7 +192,7 @@ def decode_kernel(
         "KVPACK_OUTPUT": output,
         "KVPACK_BUFFERS": buffers,
         "KVPACK_MAX_WARPS": decode_warps(layout, output, architecture, outliers=outliers, predicted=predicted),
-        "KVPACK_BLOCKS_PER_SM": _BLOCKS_PER_SM,
+        "KVPACK_BLOCKS_PER_SM": BLOCKS_PER_SM,
         "KVPACK_OUTLIERS": int(outliers),
         "KVPACK_PREDICTED": int(predicted),
     }
@@ -393,16 +213,16 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: L
     out = torch.empty((tokens, header.rows), dtype=x.dtype, device=x.device)
     last: tuple[np.uint32, ...] = ()
     if tokens == 1:
-        fit = fit_gemv(header, coded.word_buffer_bytes, limits)
+        fit = fit_gemv(header, coded.word_buffer_bytes, limits, gemv_warps(coded.layout, limits.architecture))
         kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, limits.architecture)
         sums = 1
     else:
         token_tiles = next(n for n in GEMM_WARPS if tokens <= 8 * n)
-        fit = fit_gemm(header, coded.word_buffer_bytes, limits, token_tiles)
+        fit = fit_gemm(header, coded.word_buffer_bytes, limits, GEMM_WARPS[token_tiles], token_tiles)
         kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, token_tiles)
         sums, last = 8 * token_tiles, (np.uint32(tokens),)
     num_tables = max(1, len(coded.tables))
-    parts = fit.parts * num_tables
+    parts = fit.panels * num_tables
     partials = tickets = None
     if parts > 1:
         partials = torch.empty(parts * sums * coded.row_groups * GROUP_LANES, dtype=torch.float32, device=x.device)
@@ -410,8 +230,8 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: L
     for index, table in coded.table_launches():
         kernels.launch(
             kernel,
-            fit.grid,
-            fit.warps * GROUP_LANES,
+            (fit.blocks, fit.panels),
+            (GROUP_LANES, fit.members, fit.teams),
             (
                 x,
                 coded.blob,
@@ -427,11 +247,12 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: L
                 np.uint32(header.rows),
                 np.uint32(header.cols),
                 np.uint32(header.tile_cols),
-                np.uint32(coded.row_groups),
                 np.uint32(header.num_tiles_col),
                 np.uint32(fit.panel_width),
-                np.uint32(fit.panel_blocks),
-                np.uint32(fit.panel_parts),
+                np.uint32(fit.member_width),
+                np.uint32(fit.last_members),
+                np.uint32(fit.run_quotient),
+                np.uint32(fit.run_remainder),
                 np.uint32(header.length_bytes),
                 np.uint32(coded.word_buffer_bytes),
                 np.uint32(index),

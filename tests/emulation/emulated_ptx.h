@@ -443,6 +443,18 @@ inline uint4 load_once_v4(const void* global) { return emulated::load_global<uin
 inline float load_l2_f32(const float* global) { return emulated::load_global<float>(global, "load_l2_f32"); }
 inline float4 load_l2_v4(const float4* global) { return emulated::load_global<float4>(global, "load_l2_v4"); }
 inline void fence_device() { emulated::maybe_yield(); }
+inline void fence_block() { emulated::maybe_yield(); }
+inline unsigned int add_shared_u32(unsigned int address, unsigned int value) {
+  emulated::maybe_yield();
+  const unsigned int before = emulated::load_shared<unsigned int>(address, "add_shared_u32");
+  emulated::store_shared(address, before + value, "add_shared_u32");
+  return before;
+}
+inline void max_shared_u32(unsigned int address, unsigned int value) {
+  emulated::maybe_yield();
+  const unsigned int before = emulated::load_shared<unsigned int>(address, "max_shared_u32");
+  if (value > before) emulated::store_shared(address, value, "max_shared_u32");
+}
 inline float reciprocal(float value) { return 1.0f / value; }
 
 namespace emulated {
@@ -461,7 +473,7 @@ inline void load_matrix_x4(unsigned int (&r)[4], unsigned int address) {
 }
 
 // Sums in fp32, in the order of k; the order and the rounding of a tensor core are not documented.
-inline void mma_f16(float (&c)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1) {
+inline void mma_f16(float* c, const unsigned int (&a)[4], unsigned int b0, unsigned int b1) {
   emulated::MatrixProduct product = {c, a, {b0, b1}};
   emulated::warp_operation(emulated::Operation::multiply_matrix, emulated::kAllLanes, 0, 0, 32, &product);
 }

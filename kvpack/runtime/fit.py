@@ -1,0 +1,251 @@
+"""How many blocks, warps and word buffers a launch of the weight kernels has: what should take the least time.
+
+The words of a tile are decoded from shared memory, so that what fits into it decides how many warps share a
+multiprocessor. Costs are in the time that a warp needs for a chunk of 32 × 32 decoded elements; the constants come from
+timings on an H100.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvpack.format.header import BlobHeader
+from kvpack.format.layout import ALIGNMENT_BYTES, CHUNK_COLS, FREQUENCY_SUM, GROUP_LANES, align, ceil_div
+
+_TABLE_BYTES = 4 * FREQUENCY_SUM
+# What the driver keeps of a multiprocessor's shared memory for each block.
+_RESERVED_BYTES = 1024
+BLOCKS_PER_SM = 2
+_GEMV_CHUNK_BYTES = 2 * CHUNK_COLS + 16
+_FRAGMENT_BYTES = 16 * GROUP_LANES
+_PASSING_BYTES = 2 * 32 * GROUP_LANES
+_TICKET_BYTES = 4
+# A second buffer for words hides the start of a tile; worth this much of the warps.
+_DOUBLE_BUFFER_GAIN = 1.15
+# What a unit costs besides its chunks, in chunks.
+_UNIT_COST = 1.5
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device gives: multiprocessors, and shared memory of one and of a block.
+
+    Attributes:
+        architecture: its compute capability, as 90 for 9.0.
+    """
+
+    architecture: int
+    multiprocessors: int
+    shared_bytes: int
+    shared_block_bytes: int
+
+
+@cache
+def device_limits(device: torch.device) -> Limits:
+    """Limits of a CUDA device."""
+    found: Any = torch.cuda.get_device_properties(device)  # torch's stubs do not know all of it
+    return Limits(
+        10 * found.major + found.minor,
+        found.multi_processor_count,
+        found.shared_memory_per_multiprocessor,
+        found.shared_memory_per_block_optin,
+    )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How many warps a block has, how many blocks there are, and how many word buffers a warp has."""
+
+    warps: int
+    buffers: int
+    grid: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class ProductFit:
+    """A product's launch, see ``cuda/schedule.cuh``.
+
+    Attributes:
+        panels: how many panels the tile columns form; blocks: thread blocks of each.
+        panel_width, member_width: tile columns of a panel, and of a member of a team.
+        members, last_members: of a team in a panel, and in the last one.
+        teams: of a block.
+        run_quotient, run_remainder: row groups dealt to the teams of a panel, divided by their number.
+        buffers: word buffers of a warp.
+    """
+
+    panels: int
+    blocks: int
+    panel_width: int
+    member_width: int
+    members: int
+    last_members: int
+    teams: int
+    run_quotient: int
+    run_remainder: int
+    buffers: int
+    shared_bytes: int
+
+
+def _fits(limits: Limits, max_warps: int) -> Iterator[tuple[int, int, int, int]]:
+    """(warps, blocks, buffers, bytes a block may have) of all launches to think of, those preferred first."""
+    options = []
+    for blocks in range(BLOCKS_PER_SM, 0, -1):
+        available = min(limits.shared_bytes // blocks - _RESERVED_BYTES, limits.shared_block_bytes)
+        options += [(warps, blocks, buffers, available) for buffers in (2, 1) for warps in range(max_warps, 0, -1)]
+    return iter(sorted(options, key=lambda o: -o[0] * o[1] * (_DOUBLE_BUFFER_GAIN if o[2] == 2 else 1)))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def fit_decode(word_buffer_bytes: int, limits: Limits, tasks: int, staging_bytes: int, max_warps: int) -> Fit:
+    """The launch of a decode kernel over ``tasks`` groups, with ``staging_bytes`` for each warp."""
+    for warps, blocks, buffers, available in _fits(limits, max_warps):
+        shared = _TABLE_BYTES + warps * (staging_bytes + buffers * word_buffer_bytes)
+        if shared <= available:
+            return Fit(warps, buffers, min(ceil_div(tasks, warps), blocks * limits.multiprocessors), shared)
+    raise AssertionError("one warp with one buffer of 33 KiB fits every GPU since sm_80")
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What a product's parts take, in the time that a warp needs for a decoded chunk of 32 × 32.
+
+    Attributes:
+        chunk: activations of a chunk prepared.
+        members: sums of a team's members put together; panels: those of panels, and part: of each of them.
+    """
+
+    chunk: float
+    members: float
+    panels: float
+    part: float
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Shared memory in bytes: of a block, a warp, a word buffer, the activations of a chunk, the sums of a warp."""
+
+    block: int
+    warp: int
+    word_buffer: int
+    chunk: int
+    sum: int
+
+
+# A chunk takes a warp the time 1 if 32 warps share a multiprocessor: a part of it whatever the others do, the rest for
+# each of them.
+_ALONE = 0.15
+_SHARED = (1 - _ALONE) / 32
+
+
+def _heaviest_multiprocessor(multiprocessors: int, panels: int, blocks: int, teams: int, row_groups: int) -> int:
+    """Row groups of a panel that the busiest multiprocessor has, if blocks are dealt to them in turn."""
+    quotient, remainder = divmod(row_groups, blocks * teams)
+    of_block = teams * quotient + np.maximum(0, remainder - np.arange(blocks) + blocks - 1) // blocks
+    dealt = np.zeros(align(panels * blocks, multiprocessors), np.int64)
+    dealt[: panels * blocks] = np.tile(of_block, panels)
+    return int(dealt.reshape(-1, multiprocessors).sum(0).max())
+
+
+def _product_launches(
+    shape: tuple[int, int, int], limits: Limits, max_warps: int, memory: _Memory, costs: _Costs
+) -> Iterator[tuple[float, ProductFit]]:
+    """All launches that fit, with the time that each should take, in decoded chunks.
+
+    ``shape``: tile columns, groups of rows, chunks of a tile column.
+    """
+    tile_columns, row_groups, tile_chunks = shape
+    for resident, buffers in itertools.product(range(1, BLOCKS_PER_SM + 1), (1, 2)):
+        available = min(limits.shared_bytes // resident - _RESERVED_BYTES, limits.shared_block_bytes)
+        for panel_width, member_width in _widths(tile_columns, max_warps):
+            panels, members = ceil_div(tile_columns, panel_width), ceil_div(panel_width, member_width)
+            if panels > resident * limits.multiprocessors:
+                continue
+            for teams in range(1, min(max_warps // members, row_groups) + 1):
+                blocks = min(resident * limits.multiprocessors // panels, ceil_div(row_groups, teams))
+                quotient, remainder = divmod(row_groups, blocks * teams)
+                run, warps, panel_chunks = quotient + (remainder > 0), teams * members, panel_width * tile_chunks
+                shared_bytes = memory.block + panel_chunks * memory.chunk + ALIGNMENT_BYTES
+                shared_bytes += warps * (memory.warp + buffers * memory.word_buffer)
+                shared_bytes += (members > 1) * teams * run * (members * memory.sum + _TICKET_BYTES)
+                if shared_bytes > available:
+                    break
+                heaviest = _heaviest_multiprocessor(limits.multiprocessors, panels, blocks, teams, row_groups)
+                neighbours = warps * min(resident, ceil_div(panels * blocks, limits.multiprocessors))
+                cost = heaviest * panel_width * (_ALONE / neighbours + _SHARED) + _ALONE * run * member_width
+                cost *= (tile_chunks + _UNIT_COST) * (_DOUBLE_BUFFER_GAIN if buffers == 1 else 1)
+                cost += costs.chunk * ceil_div(panel_chunks, warps)
+                cost += costs.members * (members > 1) + (costs.panels + costs.part * panels) * (panels > 1)
+                last_members = ceil_div(tile_columns - (panels - 1) * panel_width, member_width)
+                panel = (panels, blocks, panel_width, member_width, members, last_members, teams)
+                yield cost, ProductFit(*panel, quotient, remainder, buffers, shared_bytes)
+
+
+def _best(launches: Iterable[tuple[float, ProductFit]]) -> ProductFit:
+    found = min(launches, key=lambda pair: pair[0], default=None)
+    if found is None:
+        raise AssertionError("one warp, one buffer of 33 KiB and one tile column fit every GPU since sm_80")
+    return found[1]
+
+
+def gemv_launches(
+    header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int
+) -> Iterator[tuple[float, ProductFit]]:
+    """All launches of the kernel for one vector, each with the time that it should take."""
+    memory = _Memory(
+        block=_TABLE_BYTES, warp=0, word_buffer=word_buffer_bytes, chunk=_GEMV_CHUNK_BYTES, sum=4 * GROUP_LANES
+    )
+    costs = _Costs(chunk=0.15, members=0.3, panels=2.0, part=0.05)
+    return _product_launches(_shape(header), limits, max_warps, memory, costs)
+
+
+def gemm_launches(
+    header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int, token_tiles: int
+) -> Iterator[tuple[float, ProductFit]]:
+    """All launches of the kernel for a few vectors, each with the time that it should take."""
+    tokens = 8 * token_tiles
+    memory = _Memory(
+        block=_TABLE_BYTES + 4 * tokens,
+        warp=_PASSING_BYTES,
+        word_buffer=word_buffer_bytes,
+        chunk=token_tiles * _FRAGMENT_BYTES,
+        sum=4 * tokens * GROUP_LANES,
+    )
+    costs = _Costs(chunk=0.2 * token_tiles, members=0.5, panels=2.0 + 0.5 * token_tiles, part=0.1 * token_tiles)
+    return _product_launches(_shape(header), limits, max_warps, memory, costs)
+
+
+def _shape(header: BlobHeader) -> tuple[int, int, int]:
+    return header.num_tiles_col, ceil_div(header.rows, GROUP_LANES), header.tile_cols // CHUNK_COLS
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def fit_gemv(header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int) -> ProductFit:
+    """The launch of the kernel for one vector that should take the least time."""
+    return _best(gemv_launches(header, word_buffer_bytes, limits, max_warps))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def fit_gemm(
+    header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int, token_tiles: int
+) -> ProductFit:
+    """The launch of the kernel for a few vectors that should take the least time."""
+    return _best(gemm_launches(header, word_buffer_bytes, limits, max_warps, token_tiles))
+
+
+def _widths(tile_columns: int, warps: int) -> Iterator[tuple[int, int]]:
+    """(tile columns of a panel, of a member) of all ways to split, without those that leave members idle."""
+    for panel_width in sorted({ceil_div(tile_columns, panels) for panels in range(1, tile_columns + 1)}):
+        for member_width in sorted(
+            {ceil_div(panel_width, members) for members in range(1, min(panel_width, warps) + 1)}
+        ):
+            yield panel_width, member_width
