@@ -22,7 +22,7 @@ constexpr u32 kTokens = 8 * kTokenTiles;
 constexpr u32 kFragmentBytes = 16 * kLanes;  // of a chunk and eight tokens
 constexpr u32 kRowsBytes = 32 * kLanes;      // 32 rows of 32 bytes
 constexpr u32 kPartsAhead = kTokenTiles == 1 ? 2 : 1;  // partial sums on their way
-constexpr u32 kFragmentsAhead = 2;
+constexpr u32 kFragmentsAhead = 4;
 constexpr u32 kLoadsAhead = 8;
 constexpr u32 kBias = 0x6400u | (kSigned ? kHalf : 0u);
 
@@ -129,6 +129,23 @@ __device__ __forceinline__ float token_scale(u32 address) {
   return __uint_as_float(usable ? (exponent - 14) << 23 : __float_as_uint(1.0f));
 }
 
+// Columns 8·(lane % 4) … + 7 of a chunk, of token lane / 4, into the fragments at `fragments`.
+__device__ __forceinline__ void store_eight(const Eight& eight, float inverse, u32 fragments, u32 lane) {
+  const u32 j = lane % 4, of_token = fragments + 64 * (lane / 4);
+  auto pair = [&](u32 a, u32 b) { return f16x2_bits(eight.value(a) * inverse, eight.value(b) * inverse); };
+  auto of_slot = [&](u32 slot) { return of_token + 16 * (slot % 4) + 8 * (slot / 4); };
+  if constexpr (kCodesPerSymbol == 1) {  // two slots, all of each
+    store_shared_v2(of_slot(2 * j), make_uint2(pair(0, 1), pair(2, 3)));
+    store_shared_v2(of_slot(2 * j + 1), make_uint2(pair(4, 5), pair(6, 7)));
+  } else if constexpr (kCodesPerSymbol == 2) {  // two slots that alternate
+    store_shared_v2(of_slot(2 * j), make_uint2(pair(0, 2), pair(4, 6)));
+    store_shared_v2(of_slot(2 * j + 1), make_uint2(pair(1, 3), pair(5, 7)));
+  } else {  // the first or the last two bytes of four slots
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k) store_shared_u32(of_slot(j / 2 * 4 + k) + j % 2 * 4, pair(k, 4 + k));
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(KVPACK_MAX_WARPS * 32, KVPACK_BLOCKS_PER_SM)
 gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride, const void* bias,
      void* y, float* partials, u32* tickets, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
@@ -184,31 +201,26 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   __syncthreads();
 #endif
   const u32 fragments_of_panel = panel_chunks * kTokenTiles;
+  const bool aligned = cols % 8 == 0 && reinterpret_cast<u64>(x) % 16 == 0;
   for (u32 first = warp; first < fragments_of_panel; first += kFragmentsAhead * warps) {
-    float values[kFragmentsAhead][8];
+    Eight eights[kFragmentsAhead];
 #pragma unroll
     for (u32 ahead = 0; ahead < kFragmentsAhead; ++ahead) {
       const u32 i = first + ahead * warps, token = i % kTokenTiles * 8 + lane / 4;
-#pragma unroll
-      for (u32 j = 0; j < 8; ++j) {
-        const u32 col = first_col + i / kTokenTiles * kChunkCols + slot_column(lane % 4 + j / 4 * 4, j % 4);
-        const bool is_there = i < fragments_of_panel && token < tokens && col < cols;
-        values[ahead][j] = is_there ? load_activation(x, static_cast<u64>(token) * cols + col) : 0.0f;
-      }
+      const u32 col = first_col + i / kTokenTiles * kChunkCols + lane % 4 * 8;
+      const bool is_there = i < fragments_of_panel && token < tokens && col < cols;
+      eights[ahead].load(x, static_cast<u64>(token) * cols + col, is_there ? min(cols - col, 8) : 0, aligned);
     }
 #pragma unroll
     for (u32 ahead = 0; ahead < kFragmentsAhead; ++ahead) {
       const u32 i = first + ahead * warps;
       if (i >= fragments_of_panel) break;
-      const float(&v)[8] = values[ahead];
 #if KVPACK_ACTIVATION != 0
       const float inverse = 1.0f / token_scale(token_maxima + 4 * (i % kTokenTiles * 8 + lane / 4));
 #else
       const float inverse = 1.0f;
 #endif
-      store_shared_v4(activations + i * kFragmentBytes + 16 * lane,
-                      make_uint4(f16x2_bits(v[0] * inverse, v[1] * inverse), f16x2_bits(v[2] * inverse, v[3] * inverse),
-                                 f16x2_bits(v[4] * inverse, v[5] * inverse), f16x2_bits(v[6] * inverse, v[7] * inverse)));
+      store_eight(eights[ahead], inverse, activations + i * kFragmentBytes, lane);
     }
   }
   auto member_sums = [&] { return MemberSums{all_buffers + kBuffers * warps * buffer_bytes, runs}; };

@@ -1,7 +1,9 @@
 """Products with many tokens: rows are expanded into a staging buffer and multiplied by cuBLAS.
 
-Two buffers of some rows each: while the product with one is under way, the next rows are expanded on a side stream. The
-expanded weights never take more than the two buffers.
+A matrix that fits into one buffer is expanded at once: decoding and cuBLAS's kernels both want a whole multiprocessor's
+shared memory, so that they hardly run beside each other, and parts cost more than their overlap gains
+(docs/PERFORMANCE.md). Larger ones take two buffers: while the product with one is under way, the next rows are expanded
+on a side stream. The expanded weights never take more than the two buffers.
 """
 
 from __future__ import annotations
@@ -16,9 +18,6 @@ from kvpack.runtime.fit import Limits
 from kvpack.runtime.weight_kernels import LOSSLESS_TYPES, OUTPUTS, Coded
 
 STAGING_BYTES = 64 << 20  # of one buffer
-# A product is worth splitting into this many parts, so that only the first one's expansion is not hidden.
-_PARTS = 4
-_MIN_PART_ROWS = 2048
 
 
 @cache
@@ -27,9 +26,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def part_rows(rows: int, cols: int, element_bytes: int) -> int:
-    """Rows that are expanded at a time: a multiple of a tile's."""
-    fitting = max(TILE_ROWS, STAGING_BYTES // (cols * element_bytes) // TILE_ROWS * TILE_ROWS)
-    return min(fitting, max(_MIN_PART_ROWS, align(ceil_div(rows, _PARTS), TILE_ROWS)), align(rows, TILE_ROWS))
+    """Rows that are expanded at a time, of parts of one size: a multiple of a tile's."""
+    parts = ceil_div(rows * cols * element_bytes, STAGING_BYTES)
+    fitting = STAGING_BYTES // (cols * element_bytes) // TILE_ROWS * TILE_ROWS
+    return max(TILE_ROWS, min(fitting, align(ceil_div(rows, parts), TILE_ROWS)))
 
 
 def _expand(coded: Coded, rows: tuple[int, int], out: torch.Tensor, limits: Limits) -> None:
@@ -46,29 +46,41 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: L
     out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
     step = part_rows(rows, cols, dtype.itemsize)
     parts = [(first, min(first + step, rows)) for first in range(0, rows, step)]
-    buffers = [torch.empty((step, cols), dtype=dtype, device=x.device) for _ in parts[:2]]
-    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
-    expanded = [torch.cuda.Event() for _ in parts]
-    multiplied = [torch.cuda.Event() for _ in parts]
+    buffers = [torch.empty((min(step, rows), cols), dtype=dtype, device=x.device) for _ in parts[:2]]
 
     def expand(index: int) -> None:
         first, end = parts[index]
-        with torch.cuda.stream(side):
-            if index >= 2:
-                side.wait_event(multiplied[index - 2])
-            _expand(coded, (first, end), buffers[index % 2][: end - first], limits)
-            expanded[index].record(side)
+        _expand(coded, (first, end), buffers[index % 2][: end - first], limits)
 
-    side.wait_stream(main)  # the buffers' memory, and the coded weights, may still be in use there
-    expand(0)
-    for index, (first, end) in enumerate(parts):
-        if index + 1 < len(parts):
-            expand(index + 1)
-        main.wait_event(expanded[index])
+    def multiply_part(index: int) -> None:
+        first, end = parts[index]
         weights = buffers[index % 2][: end - first].to(x.dtype)
         if bias is None:
             torch.mm(x, weights.T, out=out[:, first:end])
         else:
             torch.addmm(bias[first:end], x, weights.T, out=out[:, first:end])
+
+    if len(parts) == 1:
+        expand(0)
+        multiply_part(0)
+        return out
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    expanded = [torch.cuda.Event() for _ in parts]
+    multiplied = [torch.cuda.Event() for _ in parts]
+
+    def expand_aside(index: int) -> None:
+        with torch.cuda.stream(side):
+            if index >= 2:
+                side.wait_event(multiplied[index - 2])
+            expand(index)
+            expanded[index].record(side)
+
+    side.wait_stream(main)  # the buffers' memory, and the coded weights, may still be in use there
+    expand_aside(0)
+    for index in range(len(parts)):
+        if index + 1 < len(parts):
+            expand_aside(index + 1)
+        main.wait_event(expanded[index])
+        multiply_part(index)
         multiplied[index].record(main)
     return out

@@ -1,17 +1,18 @@
 """How many blocks, warps and word buffers a launch of the weight kernels has: what should take the least time.
 
 The words of a tile are decoded from shared memory, so that what fits into it decides how many warps share a
-multiprocessor. Costs are in the time that a warp needs for a chunk of 32 × 32 decoded elements; the constants come from
-timings on an H100.
+multiprocessor. A launch is chosen by an estimate of its time, a sum of :class:`Terms`; what each costs comes from
+timings on an H100, and holds for other GPUs as far as their proportions are alike.
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,6 +81,7 @@ class ProductFit:
         members, last_members: of a team in a panel, and in the last one.
         teams: of a block.
         run_quotient, run_remainder: row groups dealt to the teams of a panel, divided by their number.
+        resident: blocks that share a multiprocessor.
         buffers: word buffers of a warp.
     """
 
@@ -92,6 +94,7 @@ class ProductFit:
     teams: int
     run_quotient: int
     run_remainder: int
+    resident: int
     buffers: int
     shared_bytes: int
 
@@ -115,19 +118,35 @@ def fit_decode(word_buffer_bytes: int, limits: Limits, tasks: int, staging_bytes
     raise AssertionError("one warp with one buffer of 33 KiB fits every GPU since sm_80")
 
 
-@dataclass(frozen=True)
-class _Costs:
-    """What a product's parts take, in the time that a warp needs for a decoded chunk of 32 × 32.
+class Terms(NamedTuple):
+    """What makes up the time of a product's launch; or what a unit of each takes, in µs on an H100.
 
     Attributes:
-        chunk: activations of a chunk prepared.
-        members: sums of a team's members put together; panels: those of panels, and part: of each of them.
+        heaviest: chunks that the busiest multiprocessor decodes.
+        longest: those of the busiest warp: lanes decode step after step, so that a warp does not get faster alone.
+        unbuffered: the same, where a warp has one word buffer.
+        activations: chunks of activations that a warp prepares.
+        rounds: row groups of a team, besides the first.
+        members: 1 if members put their sums together; panels: 1 if panels do, and parts: how many.
     """
 
-    chunk: float
+    heaviest: float
+    longest: float
+    unbuffered: float
+    activations: float
+    rounds: float
     members: float
     panels: float
-    part: float
+    parts: float
+
+
+# By eights of vectors; 0 for one vector. From benchmarks/launch_costs.py.
+COSTS = {
+    0: Terms(0.031, 0.42, 0.13, 0.19, 1.4, 1.4, 3.1, 0.14),
+    1: Terms(0.035, 0.48, 0.06, 0.60, 4.3, 0.6, 3.5, 0.25),
+    2: Terms(0.034, 0.50, 0.02, 0.70, 6.4, 1.0, 0.5, 0.41),
+    4: Terms(0.034, 0.50, 0.02, 1.20, 9.0, 1.5, 0.5, 0.80),
+}
 
 
 @dataclass(frozen=True)
@@ -141,12 +160,6 @@ class _Memory:
     sum: int
 
 
-# A chunk takes a warp the time 1 if 32 warps share a multiprocessor: a part of it whatever the others do, the rest for
-# each of them.
-_ALONE = 0.15
-_SHARED = (1 - _ALONE) / 32
-
-
 def _heaviest_multiprocessor(multiprocessors: int, panels: int, blocks: int, teams: int, row_groups: int) -> int:
     """Row groups of a panel that the busiest multiprocessor has, if blocks are dealt to them in turn."""
     quotient, remainder = divmod(row_groups, blocks * teams)
@@ -157,20 +170,23 @@ def _heaviest_multiprocessor(multiprocessors: int, panels: int, blocks: int, tea
 
 
 def _product_launches(
-    shape: tuple[int, int, int], limits: Limits, max_warps: int, memory: _Memory, costs: _Costs
-) -> Iterator[tuple[float, ProductFit]]:
-    """All launches that fit, with the time that each should take, in decoded chunks.
+    shape: tuple[int, int, int], limits: Limits, max_warps: int, memory: _Memory
+) -> Iterator[tuple[Terms, ProductFit]]:
+    """All launches that fit, and what their time is made of.
 
-    ``shape``: tile columns, groups of rows, chunks of a tile column.
+    ``shape``: tile columns, groups of rows, chunks of a tile column. ``max_warps``: of a block, if two share a
+    multiprocessor; of one alone twice as many.
     """
     tile_columns, row_groups, tile_chunks = shape
+    unit_chunks = tile_chunks + _UNIT_COST
     for resident, buffers in itertools.product(range(1, BLOCKS_PER_SM + 1), (1, 2)):
         available = min(limits.shared_bytes // resident - _RESERVED_BYTES, limits.shared_block_bytes)
-        for panel_width, member_width in _widths(tile_columns, max_warps):
+        block_warps = max_warps * BLOCKS_PER_SM // resident
+        for panel_width, member_width in _widths(tile_columns, block_warps):
             panels, members = ceil_div(tile_columns, panel_width), ceil_div(panel_width, member_width)
             if panels > resident * limits.multiprocessors:
                 continue
-            for teams in range(1, min(max_warps // members, row_groups) + 1):
+            for teams in range(1, min(block_warps // members, row_groups) + 1):
                 blocks = min(resident * limits.multiprocessors // panels, ceil_div(row_groups, teams))
                 quotient, remainder = divmod(row_groups, blocks * teams)
                 run, warps, panel_chunks = quotient + (remainder > 0), teams * members, panel_width * tile_chunks
@@ -180,38 +196,35 @@ def _product_launches(
                 if shared_bytes > available:
                     break
                 heaviest = _heaviest_multiprocessor(limits.multiprocessors, panels, blocks, teams, row_groups)
-                neighbours = warps * min(resident, ceil_div(panels * blocks, limits.multiprocessors))
-                cost = heaviest * panel_width * (_ALONE / neighbours + _SHARED) + _ALONE * run * member_width
-                cost *= (tile_chunks + _UNIT_COST) * (_DOUBLE_BUFFER_GAIN if buffers == 1 else 1)
-                cost += costs.chunk * ceil_div(panel_chunks, warps)
-                cost += costs.members * (members > 1) + (costs.panels + costs.part * panels) * (panels > 1)
+                terms = Terms(
+                    heaviest=heaviest * panel_width * unit_chunks,
+                    longest=run * member_width * unit_chunks,
+                    unbuffered=run * member_width * unit_chunks * (buffers == 1),
+                    activations=ceil_div(panel_chunks, warps),
+                    rounds=run - 1,
+                    members=members > 1,
+                    panels=panels > 1,
+                    parts=panels * (panels > 1),
+                )
                 last_members = ceil_div(tile_columns - (panels - 1) * panel_width, member_width)
                 panel = (panels, blocks, panel_width, member_width, members, last_members, teams)
-                yield cost, ProductFit(*panel, quotient, remainder, buffers, shared_bytes)
-
-
-def _best(launches: Iterable[tuple[float, ProductFit]]) -> ProductFit:
-    found = min(launches, key=lambda pair: pair[0], default=None)
-    if found is None:
-        raise AssertionError("one warp, one buffer of 33 KiB and one tile column fit every GPU since sm_80")
-    return found[1]
+                yield terms, ProductFit(*panel, quotient, remainder, resident, buffers, shared_bytes)
 
 
 def gemv_launches(
     header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int
-) -> Iterator[tuple[float, ProductFit]]:
-    """All launches of the kernel for one vector, each with the time that it should take."""
+) -> Iterator[tuple[Terms, ProductFit]]:
+    """All launches of the kernel for one vector, and what their time is made of."""
     memory = _Memory(
         block=_TABLE_BYTES, warp=0, word_buffer=word_buffer_bytes, chunk=_GEMV_CHUNK_BYTES, sum=4 * GROUP_LANES
     )
-    costs = _Costs(chunk=0.15, members=0.3, panels=2.0, part=0.05)
-    return _product_launches(_shape(header), limits, max_warps, memory, costs)
+    return _product_launches(_shape(header), limits, max_warps, memory)
 
 
 def gemm_launches(
     header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int, token_tiles: int
-) -> Iterator[tuple[float, ProductFit]]:
-    """All launches of the kernel for a few vectors, each with the time that it should take."""
+) -> Iterator[tuple[Terms, ProductFit]]:
+    """All launches of the kernel for a few vectors, and what their time is made of."""
     tokens = 8 * token_tiles
     memory = _Memory(
         block=_TABLE_BYTES + 4 * tokens,
@@ -220,8 +233,14 @@ def gemm_launches(
         chunk=token_tiles * _FRAGMENT_BYTES,
         sum=4 * tokens * GROUP_LANES,
     )
-    costs = _Costs(chunk=0.2 * token_tiles, members=0.5, panels=2.0 + 0.5 * token_tiles, part=0.1 * token_tiles)
-    return _product_launches(_shape(header), limits, max_warps, memory, costs)
+    return _product_launches(_shape(header), limits, max_warps, memory)
+
+
+def _best(launches: Iterable[tuple[Terms, ProductFit]], costs: Terms) -> ProductFit:
+    found = min(launches, key=lambda launch: sum(map(operator.mul, launch[0], costs)), default=None)
+    if found is None:
+        raise AssertionError("one warp, one buffer of 33 KiB and one tile column fit every GPU since sm_80")
+    return found[1]
 
 
 def _shape(header: BlobHeader) -> tuple[int, int, int]:
@@ -231,7 +250,7 @@ def _shape(header: BlobHeader) -> tuple[int, int, int]:
 @lru_cache(maxsize=_REMEMBERED)
 def fit_gemv(header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int) -> ProductFit:
     """The launch of the kernel for one vector that should take the least time."""
-    return _best(gemv_launches(header, word_buffer_bytes, limits, max_warps))
+    return _best(gemv_launches(header, word_buffer_bytes, limits, max_warps), COSTS[0])
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -239,7 +258,7 @@ def fit_gemm(
     header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int, token_tiles: int
 ) -> ProductFit:
     """The launch of the kernel for a few vectors that should take the least time."""
-    return _best(gemm_launches(header, word_buffer_bytes, limits, max_warps, token_tiles))
+    return _best(gemm_launches(header, word_buffer_bytes, limits, max_warps, token_tiles), COSTS[token_tiles])
 
 
 def _widths(tile_columns: int, warps: int) -> Iterator[tuple[int, int]]:

@@ -25,7 +25,7 @@ from kvpack.format.layout import (
     ceil_div,
 )
 from kvpack.runtime import kernels
-from kvpack.runtime.fit import BLOCKS_PER_SM, Limits, fit_decode, fit_gemm, fit_gemv
+from kvpack.runtime.fit import BLOCKS_PER_SM, Limits, ProductFit, fit_decode, fit_gemm, fit_gemv
 from kvpack.runtime.kernels import Kernel
 
 # Registers bound the warps of a block: 64, 72, 80, 96, 128, 168 a thread with 16, 14, 12, 10, 8, 6 of them. Raw
@@ -161,24 +161,24 @@ def _tickets(count: int, device: torch.device) -> torch.Tensor:
     return found
 
 
-def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, architecture: int) -> Kernel:
-    """One vector times a coded matrix."""
+def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int, architecture: int) -> Kernel:
+    """One vector times a coded matrix; ``buffers``, ``resident``: :class:`kvpack.runtime.fit.ProductFit`."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture),
-        "KVPACK_BLOCKS_PER_SM": BLOCKS_PER_SM,
+        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture) * BLOCKS_PER_SM // resident,
+        "KVPACK_BLOCKS_PER_SM": resident,
     }
     return Kernel.of("gemv.cu", "gemv", layout, defines)
 
 
-def gemm_kernel(layout: Layout, activation: torch.dtype, buffers: int, token_tiles: int) -> Kernel:
+def gemm_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int, token_tiles: int) -> Kernel:
     """A few vectors times a coded matrix, on tensor cores; ``token_tiles`` times 8 of them at most."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": GEMM_WARPS[token_tiles],
-        "KVPACK_BLOCKS_PER_SM": BLOCKS_PER_SM,
+        "KVPACK_MAX_WARPS": GEMM_WARPS[token_tiles] * BLOCKS_PER_SM // resident,
+        "KVPACK_BLOCKS_PER_SM": resident,
         "KVPACK_TOKEN_TILES": token_tiles,
     }
     return Kernel.of("gemm.cu", "gemm", layout, defines)
@@ -199,27 +199,31 @@ def decode_kernel(
     return Kernel.of("decode.cu", "decode", layout, defines)
 
 
-def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits) -> torch.Tensor:
+def multiply(
+    coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits, fit: ProductFit | None = None
+) -> torch.Tensor:
     """x · Wᵀ (+ bias) by a fused kernel.
 
     Args:
         x: contiguous [tokens, cols], tokens at most 32, fp16, bf16 or fp32.
         bias: [rows] of x's type.
+        fit: the launch, instead of the one that should be the fastest.
 
     Returns:
-        [tokens, rows] of x's type. The same bits at each run.
+        [tokens, rows] of x's type. The same bits at each run of the same launch.
     """
     header, tokens = coded.header, x.shape[0]
     out = torch.empty((tokens, header.rows), dtype=x.dtype, device=x.device)
     last: tuple[np.uint32, ...] = ()
+    shape = (header, coded.word_buffer_bytes, limits)
     if tokens == 1:
-        fit = fit_gemv(header, coded.word_buffer_bytes, limits, gemv_warps(coded.layout, limits.architecture))
-        kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, limits.architecture)
+        fit = fit or fit_gemv(*shape, gemv_warps(coded.layout, limits.architecture))
+        kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, limits.architecture)
         sums = 1
     else:
         token_tiles = next(n for n in GEMM_WARPS if tokens <= 8 * n)
-        fit = fit_gemm(header, coded.word_buffer_bytes, limits, GEMM_WARPS[token_tiles], token_tiles)
-        kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, token_tiles)
+        fit = fit or fit_gemm(*shape, GEMM_WARPS[token_tiles], token_tiles)
+        kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, token_tiles)
         sums, last = 8 * token_tiles, (np.uint32(tokens),)
     num_tables = max(1, len(coded.tables))
     parts = fit.panels * num_tables

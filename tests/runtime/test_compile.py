@@ -53,6 +53,7 @@ SIGNED, UNSIGNED = (
 )
 FLOATS = tuple(layout for kind in ElementKind if not kind.is_integer for layout in float_layouts(kind))
 BUFFERS = (1, 2)
+RESIDENT = (1, 2)
 
 
 def selected(layouts: Iterable[Layout], options: Sequence[Any], everything: bool) -> Iterator[tuple[Layout, Any]]:
@@ -64,15 +65,15 @@ def selected(layouts: Iterable[Layout], options: Sequence[Any], everything: bool
 
 
 def gemv_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
-    options = list(itertools.product(weights.ACTIVATIONS, BUFFERS))
-    for layout, (activation, buffers) in selected(SIGNED, options, everything):
-        yield weights.gemv_kernel(layout, activation, buffers, architecture)
+    options = list(itertools.product(weights.ACTIVATIONS, BUFFERS, RESIDENT))
+    for layout, (activation, buffers, resident) in selected(SIGNED, options, everything):
+        yield weights.gemv_kernel(layout, activation, buffers, resident, architecture)
 
 
 def gemm_kernels(everything: bool, _: int) -> Iterator[Kernel]:
-    options = list(itertools.product(weights.ACTIVATIONS, weights.GEMM_WARPS, BUFFERS))
-    for layout, (activation, token_tiles, buffers) in selected(SIGNED, options, everything):
-        yield weights.gemm_kernel(layout, activation, buffers, token_tiles)
+    options = list(itertools.product(weights.ACTIVATIONS, weights.GEMM_WARPS, BUFFERS, RESIDENT))
+    for layout, (activation, token_tiles, buffers, resident) in selected(SIGNED, options, everything):
+        yield weights.gemm_kernel(layout, activation, buffers, resident, token_tiles)
 
 
 def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
@@ -225,7 +226,7 @@ def test_faults_are_reported(tmp_path: Path) -> None:
 
 def test_register_ceilings() -> None:
     layout = SIGNED[0]
-    assert most_registers(weights.gemv_kernel(layout, torch.float16, 1, 90)) == 64
+    assert most_registers(weights.gemv_kernel(layout, torch.float16, 1, 2, 90)) == 64
     defines = (("KVPACK_BLOCKS_PER_SM", 2), ("KVPACK_MAX_WARPS", 12))
     assert most_registers(Kernel("", "", defines)) == 80  # 85 are there, dealt by eights
     assert most_registers(gpu_encoder._PLACE) == 64
