@@ -17,6 +17,7 @@ device.
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -87,6 +88,13 @@ class _Slot:
         if stream.cuda_stream not in self.streams:
             self.streams.add(stream.cuda_stream)
             self.buffer.record_stream(stream)
+
+
+def _whole_pages(size_bytes: int) -> torch.Tensor:
+    """Zeroed host memory that shares no page with any other, since CUDA pins pages, each of them once."""
+    if size_bytes == 0:
+        return torch.zeros(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, size_bytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
 
 def _register(host: torch.Tensor) -> None:
@@ -223,7 +231,7 @@ class LayerStream:
         with Uploader(torch.device("cpu")) as uploader:
             uploads = []
             for layer in self._layers:
-                host = layer.host = torch.zeros(layer.size_bytes, dtype=torch.uint8)
+                host = layer.host = _whole_pages(layer.size_bytes)
                 pieces = []
                 for member in layer.members:
                     target = host[member.offset : member.offset + member.blob_bytes]

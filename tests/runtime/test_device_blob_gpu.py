@@ -60,11 +60,13 @@ def test_products(name: str, bits: int, tile_cols: int) -> None:
         for tokens in (1, 2, 8, 13, 16, 27, 32, 33, 200):
             x = torch.randn(tokens, cols, device="cuda").to(dtype)
             bias = torch.randn(rows, device="cuda").to(dtype)
-            expected = x.double() @ weights.T + bias.double()
+            fused = tokens <= MAX_FUSED_TOKENS
+            # What many tokens meet is expanded to the activations' type first: a dense layer's weights, rounded once.
+            expected = x.double() @ (weights if fused else exact.to(dtype).double()).T + bias.double()
             got = coded.linear(x, bias)
             error = ((got.double() - expected).norm() / expected.norm()).item()
             assert error < (3e-3 if dtype == torch.bfloat16 else 1e-3), (dtype, tokens)
-            if tokens <= MAX_FUSED_TOKENS:
+            if fused:
                 assert torch.equal(got, coded.linear(x, bias))
     coded.check()
 
@@ -110,15 +112,21 @@ def test_damaged_products() -> None:
     assert tiles[0]["mode"] == TileMode.RANS
     rng = np.random.default_rng(3)
     start = Blob(data).header.payload_offset
-    for _ in range(20):
+    seen = 0
+    for _ in range(40):
         damaged = bytearray(data)
         at = start + 32 + int(rng.integers(0, 256 * 5 + 4000))
         damaged[at : at + 40] = rng.integers(0, 256, 40).astype(np.uint8).tobytes()
-        coded = on_device(bytes(damaged), np.ones(1, np.float32))
+        try:
+            coded = on_device(bytes(damaged), np.ones(1, np.float32))
+        except BlobError:
+            continue  # offsets are checked before anything is launched
         for tokens in (1, 8):
             coded.linear(torch.ones(tokens, 600, device="cuda", dtype=torch.float16))
         with pytest.raises(LaneStateError, match="lanes did not end"):
             coded.check()
+        seen += 1
+    assert seen >= 20
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64])

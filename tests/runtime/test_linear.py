@@ -499,10 +499,10 @@ def test_cuda_graph(cuda_state: State) -> None:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_cuda_compile(state: State, mode: str) -> None:
     pytest.importorskip("triton")
-    torch._dynamo.reset()
     model = Two(state).cuda().half()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # torch's own, from importing its compiler on
+        torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, mode=mode)
         for seed in range(4):
             x = activations("quantized", 2, dtype=torch.float16, seed=seed).cuda()

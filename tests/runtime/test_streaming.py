@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import mmap
 import pickle
 import random
 import threading
@@ -117,6 +118,15 @@ def test_same_results(path: Path, source: str, prefetch: int) -> None:
         assert stream.device_bytes >= slots * largest
         if slots < LAYERS:
             assert stream.device_bytes < stream.streamed_bytes + slots * largest
+
+
+def test_pinned_layers_share_no_page(path: Path) -> None:
+    """CUDA pins whole pages and refuses one that is pinned already."""
+    _, stream = streamed(path, "pinned")
+    with stream:
+        hosts = [layer.host for layer in stream._layers]
+        assert len(hosts) == LAYERS
+        assert all(host is not None and host.data_ptr() % mmap.PAGESIZE == 0 for host in hosts)
 
 
 @pytest.mark.parametrize("used", ["inference", "no_grad"])
