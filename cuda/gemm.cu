@@ -223,8 +223,6 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       store_eight(eights[ahead], inverse, activations + i * kFragmentBytes, lane);
     }
   }
-  auto member_sums = [&] { return MemberSums{all_buffers + kBuffers * warps * buffer_bytes, runs}; };
-  if (blockDim.y > 1) member_sums().clear_tickets<TokenSums::kBytes>(warp * kLanes + lane, warps * kLanes);
   copy_async_wait<0>();
   __syncthreads();
 
@@ -318,11 +316,12 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     if (unit.column == 0) {
       const u32 row_group = schedule.before(unit).row_group;
       const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
+      const MemberSums member_sums{all_buffers + kBuffers * warps * buffer_bytes, runs};
 #if KVPACK_ACTIVATION != 0
       each_sum(sums, lane, [&](float& sum, u32, u32 token) { sum *= token_scale(token_maxima + 4 * token); });
 #endif
       const bool finishes =
-          (members == 1 || join_members(sums, member_sums(), row_group, members, lane)) &&
+          (members == 1 || join_members(sums, member_sums, row_group, members, lane)) &&
           (parts == 1 || join_parts<kPartsAhead>(sums, partials, tickets, row_group, table_index * gridDim.y + blockIdx.y, parts, lane));
       if (finishes) {
         each_sum(sums, lane, [&](float sum, u32 row_of_group, u32 token) {

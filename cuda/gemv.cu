@@ -119,8 +119,6 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       }
     }
   }
-  auto member_sums = [&] { return MemberSums{all_buffers + kBuffers * warps * buffer_bytes, runs}; };
-  if (blockDim.y > 1) member_sums().clear_tickets<Sums<1>::kBytes>(warp * kLanes + lane, warps * kLanes);
   copy_async_wait<0>();
   __syncthreads();
 
@@ -215,8 +213,9 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     if (unit.column == 0) {
       const u32 row_group = schedule.before(unit).row_group, row = row_group * kLanes + lane;
       const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
+      const MemberSums member_sums{all_buffers + kBuffers * warps * buffer_bytes, runs};
       const bool finishes =
-          (members == 1 || join_members(sums, member_sums(), row_group, members, lane)) &&
+          (members == 1 || join_members(sums, member_sums, row_group, members, lane)) &&
           (parts == 1 || join_parts<kPartsAhead>(sums, partials, tickets, row_group, table_index * gridDim.y + blockIdx.y, parts, lane));
       if (finishes && row < rows) {
         float result = sum * scales[row * scale_stride];

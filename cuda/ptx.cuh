@@ -135,15 +135,13 @@ __device__ __forceinline__ float4 load_l2_v4(const float4* global) {
 // consistent accesses too, and takes longer.
 __device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-// The same for threads of a block.
-__device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
-
-// Atomics in shared memory; the sum returns what was there before.
-__device__ __forceinline__ u32 add_shared_u32(u32 address, u32 value) {
-  u32 before;
-  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
-  return before;
+// A barrier for some warps of a block: those that call it with the same number, 1 … 15, `threads` in all. It orders their accesses to
+// shared memory as __syncthreads() does, which is number 0.
+__device__ __forceinline__ void sync_warps(u32 number, u32 threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+
+// Atomic, in shared memory.
 __device__ __forceinline__ void max_shared_u32(u32 address, u32 value) {
   asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

@@ -12,8 +12,8 @@
 //                    tile columns     0  1      2  3       4  5      6
 //
 // Row groups are dealt to a panel's teams in runs, whose lengths differ by at most one; neighbouring runs go to different blocks, so
-// that the longer ones are spread. Members put their sums together in shared memory, panels (and tables, one launch each) in global
-// memory: whoever arrives last adds all parts in a fixed order, so that a result does not depend on timing.
+// that the longer ones are spread. Members put their sums together in shared memory; panels (and tables, one launch each) in global
+// memory, by whoever arrives last. Parts are added in a fixed order, so that a result does not depend on timing.
 #pragma once
 
 #include "tile.cuh"
@@ -115,40 +115,24 @@ struct Sums {
   }
 };
 
-// Where members put their sums: for each team and each row group of its run a sum of each member; behind them all, a ticket for each
-// team and row group.
+// Where members put their sums: for each team a sum of each member, and as many again if a run has several row groups, which take
+// turns.
 struct MemberSums {
   u32 address;  // in shared memory
   Runs runs;
-
-  __device__ __forceinline__ u32 slot(u32 row_group) const {
-    return threadIdx.z * runs.longest() + row_group - runs.begin(Schedule::team());
-  }
-  template <u32 bytes>
-  __device__ __forceinline__ u32 tickets() const {
-    return address + blockDim.z * runs.longest() * blockDim.y * bytes;
-  }
-  // Before a barrier, and this before any sum.
-  template <u32 bytes>
-  __device__ __forceinline__ void clear_tickets(u32 thread, u32 threads) const {
-    for (u32 i = thread; i < blockDim.z * runs.longest(); i += threads) store_shared_u32(tickets<bytes>() + 4 * i, 0);
-  }
 };
 
-// A member arrives with its sums of a row group: true for the last one, which then has the sum of all `members`.
+// Members meet with their sums of a row group: true for one of them, which then has the sum of all. It may still be adding when the
+// others are at the next row group, but not when they are at the one after, since all have met in between.
 template <u32 count>
 __device__ __forceinline__ bool join_members(Sums<count>& sums, const MemberSums& among, u32 row_group, u32 members, u32 lane) {
   constexpr u32 bytes = Sums<count>::kBytes;
-  const u32 slot = among.slot(row_group), first = among.address + slot * blockDim.y * bytes;
+  const u32 round = row_group - among.runs.begin(Schedule::team());
+  const u32 slot = among.runs.longest() > 1 ? 2 * threadIdx.z + round % 2 : threadIdx.z;
+  const u32 first = among.address + slot * blockDim.y * bytes;
   sums.store_shared(first + threadIdx.y * bytes, lane);
-  __syncwarp();
-  u32 before = 0;
-  if (lane == 0) {
-    fence_block();
-    before = add_shared_u32(among.tickets<bytes>() + 4 * slot, 1);
-    fence_block();
-  }
-  if (__shfl_sync(kAllLanes, before, 0) + 1 < members) return false;
+  sync_warps(1 + threadIdx.z, members * kLanes);
+  if (threadIdx.y != (round < members ? round : 0)) return false;  // in turn
   sums.clear();
 #pragma unroll 4
   for (u32 member = 0; member < members; ++member) sums.add_shared(first + member * bytes, lane);

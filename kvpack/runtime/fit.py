@@ -27,7 +27,8 @@ BLOCKS_PER_SM = 2
 _GEMV_CHUNK_BYTES = 2 * CHUNK_COLS + 16
 _FRAGMENT_BYTES = 16 * GROUP_LANES
 _PASSING_BYTES = 2 * 32 * GROUP_LANES
-_TICKET_BYTES = 4
+# Hardware has this many barriers for teams, besides that of the whole block.
+_MAX_TEAMS = 15
 # A second buffer for words hides the start of a tile; worth this much of the warps.
 _DOUBLE_BUFFER_GAIN = 1.15
 # What a unit costs besides its chunks, in chunks.
@@ -186,13 +187,14 @@ def _product_launches(
             panels, members = ceil_div(tile_columns, panel_width), ceil_div(panel_width, member_width)
             if panels > resident * limits.multiprocessors:
                 continue
-            for teams in range(1, min(block_warps // members, row_groups) + 1):
+            max_teams = min(block_warps // members, row_groups, _MAX_TEAMS if members > 1 else block_warps)
+            for teams in range(1, max_teams + 1):
                 blocks = min(resident * limits.multiprocessors // panels, ceil_div(row_groups, teams))
                 quotient, remainder = divmod(row_groups, blocks * teams)
                 run, warps, panel_chunks = quotient + (remainder > 0), teams * members, panel_width * tile_chunks
                 shared_bytes = memory.block + panel_chunks * memory.chunk + ALIGNMENT_BYTES
                 shared_bytes += warps * (memory.warp + buffers * memory.word_buffer)
-                shared_bytes += (members > 1) * teams * run * (members * memory.sum + _TICKET_BYTES)
+                shared_bytes += (members > 1) * warps * min(run, 2) * memory.sum
                 if shared_bytes > available:
                     break
                 heaviest = _heaviest_multiprocessor(limits.multiprocessors, panels, blocks, teams, row_groups)

@@ -110,11 +110,11 @@ class Coded:
         yield from enumerate(self.tables)
 
 
-def gemv_warps(layout: Layout, architecture: int) -> int:
+def gemv_warps(layout: Layout) -> int:
     """At most how many warps a block for one vector has."""
     if layout.raw_bits > _MANY_RAW_BITS:
         return 12
-    return 16 if architecture == 90 or layout.raw_bits < _MANY_RAW_BITS - 1 else 14
+    return 16 if layout.raw_bits < _MANY_RAW_BITS - 1 else 14
 
 
 def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bool, predicted: bool) -> int:
@@ -161,12 +161,12 @@ def _tickets(count: int, device: torch.device) -> torch.Tensor:
     return found
 
 
-def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int, architecture: int) -> Kernel:
+def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int) -> Kernel:
     """One vector times a coded matrix; ``buffers``, ``resident``: :class:`kvpack.runtime.fit.ProductFit`."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture) * BLOCKS_PER_SM // resident,
+        "KVPACK_MAX_WARPS": gemv_warps(layout) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
     }
     return Kernel.of("gemv.cu", "gemv", layout, defines)
@@ -217,8 +217,8 @@ def multiply(
     last: tuple[np.uint32, ...] = ()
     shape = (header, coded.word_buffer_bytes, limits)
     if tokens == 1:
-        fit = fit or fit_gemv(*shape, gemv_warps(coded.layout, limits.architecture))
-        kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, limits.architecture)
+        fit = fit or fit_gemv(*shape, gemv_warps(coded.layout))
+        kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, fit.resident)
         sums = 1
     else:
         token_tiles = next(n for n in GEMM_WARPS if tokens <= 8 * n)

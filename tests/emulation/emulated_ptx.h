@@ -443,12 +443,16 @@ inline uint4 load_once_v4(const void* global) { return emulated::load_global<uin
 inline float load_l2_f32(const float* global) { return emulated::load_global<float>(global, "load_l2_f32"); }
 inline float4 load_l2_v4(const float4* global) { return emulated::load_global<float4>(global, "load_l2_v4"); }
 inline void fence_device() { emulated::maybe_yield(); }
-inline void fence_block() { emulated::maybe_yield(); }
-inline unsigned int add_shared_u32(unsigned int address, unsigned int value) {
-  emulated::maybe_yield();
-  const unsigned int before = emulated::load_shared<unsigned int>(address, "add_shared_u32");
-  emulated::store_shared(address, before + value, "add_shared_u32");
-  return before;
+inline void sync_warps(unsigned int number, unsigned int threads) {
+  static unsigned int arrived[16], generation[16];
+  if (number < 1 || number > 15 || threads == 0 || threads % 32 != 0) emulated::fail("sync_warps(%u, %u)", number, threads);
+  __syncwarp();
+  const unsigned int before = generation[number];
+  if (++arrived[number] == threads) {
+    arrived[number] = 0;
+    ++generation[number];
+  }
+  while (generation[number] == before) emulated::yield_thread();
 }
 inline void max_shared_u32(unsigned int address, unsigned int value) {
   emulated::maybe_yield();

@@ -18,6 +18,7 @@ from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
 from kvpack.format.layout import ElementKind, integer_layout  # noqa: E402
 from kvpack.runtime import kernels, weight_kernels  # noqa: E402
+from kvpack.runtime.fit import gemm_launches, gemv_launches  # noqa: E402
 
 GOLDEN = sorted((Path(__file__).parents[1] / "data" / "v1").glob("*.blob"))
 
@@ -144,6 +145,28 @@ PRODUCTS = [
 def test_product(name: str, bits: int, tokens: int) -> None:
     data, scales = quantized(150, 333, name, bits)
     check_product(data, scales, tokens, torch.float16)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_product_by_any_launch(tokens: int) -> None:
+    """Panels, teams, members and runs of every proportion: among them narrower last panels, and long runs of teams."""
+    data, scales = quantized(300, 430, "balanced", 5)
+    coded = coded_tensor(data, scales)
+    shape = (coded.header, coded.word_buffer_bytes, LIMITS, 8)
+    launches = [fit for _, fit in (gemv_launches(*shape) if tokens == 1 else gemm_launches(*shape, 1))]
+    together = [fit for fit in launches if fit.members > 1]
+    narrower = [fit for fit in together if fit.panels > 1 and fit.last_members < fit.members]
+    long = [fit for fit in together if fit.run_quotient > 1]
+    longer_than_teams = [fit for fit in long if fit.run_quotient > fit.members]
+    rng = np.random.default_rng(0)
+    tried = [
+        kind[i] for kind in (launches, together, narrower, long, longer_than_teams) for i in rng.choice(len(kind), 5)
+    ]
+    x = torch.from_numpy(rng.normal(0, 1, (tokens, 430))).to(torch.float16)
+    expected = x.double().numpy() @ dense(data, scales)[0].astype(np.float64).T
+    for fit in tried:
+        got = weight_kernels.multiply(coded, x, None, LIMITS, fit).double().numpy()
+        assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-3, fit
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
