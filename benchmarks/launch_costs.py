@@ -42,10 +42,10 @@ def launches_of(coded_weights: weight_kernels.Coded, tokens: int) -> tuple[int, 
     shape = (coded_weights.header, coded_weights.word_buffer_bytes, limits)
     if tokens == 1:
         eights = 0
-        found = list(fit.gemv_launches(*shape, weight_kernels.gemv_warps(coded_weights.layout)))
+        found = list(fit.gemv_launches(*shape, weight_kernels.gemv_warps(coded_weights.layout, limits.architecture)))
     else:
-        eights = next(n for n in weight_kernels.GEMM_WARPS if tokens <= 8 * n)
-        found = list(fit.gemm_launches(*shape, weight_kernels.GEMM_WARPS[eights], eights))
+        eights = next(n for n in weight_kernels.TOKEN_TILES if tokens <= 8 * n)
+        found = list(fit.gemm_launches(*shape, weight_kernels.gemm_warps(eights, limits.architecture), eights))
     found.sort(key=lambda launch: estimate(launch[0], fit.COSTS[eights]))
     picked: list[tuple[Terms, ProductFit]] = []
     seen: set[tuple[int, ...]] = set()

@@ -35,8 +35,10 @@ _MANY_RAW_BITS = 5
 # By compute capability's major number: for narrow results, those of four codes a symbol, wide ones, the widest.
 _DECODE_WARPS = {9: (16, 16, 12, 10), 10: (8, 8, 6, 6)}
 _OTHER_DECODE_WARPS = (12, 8, 8, 8)
-# 80, 96 and 128 registers a thread for 8, 16 and 32 tokens.
-GEMM_WARPS = {1: 12, 2: 10, 4: 8}
+# For 8, 16 and 32 vectors; on sm_100 and newer, and before.
+_NEWER = 100
+_GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8)}
+TOKEN_TILES = tuple(_GEMM_WARPS)
 MAX_FUSED_TOKENS = 32
 
 ACTIVATIONS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -110,11 +112,16 @@ class Coded:
         yield from enumerate(self.tables)
 
 
-def gemv_warps(layout: Layout) -> int:
-    """At most how many warps a block for one vector has."""
-    if layout.raw_bits > _MANY_RAW_BITS:
+def gemv_warps(layout: Layout, architecture: int) -> int:
+    """At most how many warps a block for one vector has, if two share a multiprocessor."""
+    if architecture >= _NEWER or layout.raw_bits > _MANY_RAW_BITS:
         return 12
     return 16 if layout.raw_bits < _MANY_RAW_BITS - 1 else 14
+
+
+def gemm_warps(token_tiles: int, architecture: int) -> int:
+    """The same for a few vectors."""
+    return _GEMM_WARPS[token_tiles][architecture < _NEWER]
 
 
 def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bool, predicted: bool) -> int:
@@ -161,23 +168,25 @@ def _tickets(count: int, device: torch.device) -> torch.Tensor:
     return found
 
 
-def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int) -> Kernel:
+def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int, architecture: int) -> Kernel:
     """One vector times a coded matrix; ``buffers``, ``resident``: :class:`kvpack.runtime.fit.ProductFit`."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemv_warps(layout) * BLOCKS_PER_SM // resident,
+        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
     }
     return Kernel.of("gemv.cu", "gemv", layout, defines)
 
 
-def gemm_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int, token_tiles: int) -> Kernel:
+def gemm_kernel(
+    layout: Layout, activation: torch.dtype, buffers: int, resident: int, token_tiles: int, architecture: int
+) -> Kernel:
     """A few vectors times a coded matrix, on tensor cores; ``token_tiles`` times 8 of them at most."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": GEMM_WARPS[token_tiles] * BLOCKS_PER_SM // resident,
+        "KVPACK_MAX_WARPS": gemm_warps(token_tiles, architecture) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
         "KVPACK_TOKEN_TILES": token_tiles,
     }
@@ -217,13 +226,13 @@ def multiply(
     last: tuple[np.uint32, ...] = ()
     shape = (header, coded.word_buffer_bytes, limits)
     if tokens == 1:
-        fit = fit or fit_gemv(*shape, gemv_warps(coded.layout))
-        kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, fit.resident)
+        fit = fit or fit_gemv(*shape, gemv_warps(coded.layout, limits.architecture))
+        kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, limits.architecture)
         sums = 1
     else:
-        token_tiles = next(n for n in GEMM_WARPS if tokens <= 8 * n)
-        fit = fit or fit_gemm(*shape, GEMM_WARPS[token_tiles], token_tiles)
-        kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, token_tiles)
+        token_tiles = next(n for n in TOKEN_TILES if tokens <= 8 * n)
+        fit = fit or fit_gemm(*shape, gemm_warps(token_tiles, limits.architecture), token_tiles)
+        kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, token_tiles, limits.architecture)
         sums, last = 8 * token_tiles, (np.uint32(tokens),)
     num_tables = max(1, len(coded.tables))
     parts = fit.panels * num_tables

@@ -64,16 +64,16 @@ def selected(layouts: Iterable[Layout], options: Sequence[Any], everything: bool
             yield layout, option
 
 
-def gemv_kernels(everything: bool, _: int) -> Iterator[Kernel]:
+def gemv_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
     options = list(itertools.product(weights.ACTIVATIONS, BUFFERS, RESIDENT))
     for layout, (activation, buffers, resident) in selected(SIGNED, options, everything):
-        yield weights.gemv_kernel(layout, activation, buffers, resident)
+        yield weights.gemv_kernel(layout, activation, buffers, resident, architecture)
 
 
-def gemm_kernels(everything: bool, _: int) -> Iterator[Kernel]:
-    options = list(itertools.product(weights.ACTIVATIONS, weights.GEMM_WARPS, BUFFERS, RESIDENT))
+def gemm_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
+    options = list(itertools.product(weights.ACTIVATIONS, weights.TOKEN_TILES, BUFFERS, RESIDENT))
     for layout, (activation, token_tiles, buffers, resident) in selected(SIGNED, options, everything):
-        yield weights.gemm_kernel(layout, activation, buffers, resident, token_tiles)
+        yield weights.gemm_kernel(layout, activation, buffers, resident, token_tiles, architecture)
 
 
 def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
@@ -226,7 +226,7 @@ def test_faults_are_reported(tmp_path: Path) -> None:
 
 def test_register_ceilings() -> None:
     layout = SIGNED[0]
-    assert most_registers(weights.gemv_kernel(layout, torch.float16, 1, 2)) == 64
+    assert most_registers(weights.gemv_kernel(layout, torch.float16, 1, 2, 90)) == 64
     defines = (("KVPACK_BLOCKS_PER_SM", 2), ("KVPACK_MAX_WARPS", 12))
     assert most_registers(Kernel("", "", defines)) == 80  # 85 are there, dealt by eights
     assert most_registers(gpu_encoder._PLACE) == 64
