@@ -114,7 +114,9 @@ class Coded:
 
 def gemv_warps(layout: Layout, architecture: int) -> int:
     """At most how many warps a block for one vector has, if two share a multiprocessor."""
-    if architecture >= _NEWER or layout.raw_bits > _MANY_RAW_BITS:
+    if architecture >= _NEWER:
+        return 10
+    if layout.raw_bits > _MANY_RAW_BITS:
         return 12
     return 16 if layout.raw_bits < _MANY_RAW_BITS - 1 else 14
 
