@@ -213,7 +213,8 @@ struct RowWriter {
         const u32 even = (col & 8) != 0 ? columns[2] : columns[0], odd = (col & 8) != 0 ? columns[3] : columns[1];
         const u32 four = (col & 4) != 0 ? odd : even;
         int integer = static_cast<int>((four >> (col % 4 * 8)) & 0xFF) - static_cast<int>(kHalf) + outlier_delta(__ldg(outlier));
-        put_number(rows, lane, col, kScaled ? output_bits(value(static_cast<float>(integer))) : static_cast<u32>(integer));
+        // Damage to their order must not lead out of the row.
+        if (col < kChunkCols) put_number(rows, lane, col, kScaled ? output_bits(value(static_cast<float>(integer))) : static_cast<u32>(integer));
         ++outlier;
         --num_outliers;
         look_ahead();

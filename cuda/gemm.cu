@@ -309,6 +309,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #pragma unroll 1
       for (u32 i = 0; i < again.num_outliers; ++i) {
         const u32 outlier = __ldg(outliers + i);
+        if (outlier_col(outlier) >= place.tile_cols) continue;  // damage must not lead out of the activations
         add_outlier(outlier, unit_fragments + outlier_col(outlier) / kChunkCols * kTokenTiles * kFragmentBytes, lane, sums);
       }
     }

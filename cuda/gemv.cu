@@ -204,7 +204,7 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #pragma unroll 1
       for (u32 i = 0; i < again.num_outliers; ++i) {
         u32 outlier = __ldg(outliers + i);
-        if (outlier_lane(outlier) == lane) {
+        if (outlier_lane(outlier) == lane && outlier_col(outlier) < place.tile_cols) {  // damage must not lead out of x
           sum += static_cast<float>(outlier_delta(outlier)) * load_activation(x, place.first_col + outlier_col(outlier));
         }
       }

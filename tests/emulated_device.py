@@ -31,8 +31,9 @@ def emulated_launch(
     *,
     device: torch.device,
     shared_bytes: int = 0,
+    shuffle_seed: int | None = None,
 ) -> None:
-    """`kernels.launch` for tensors of the CPU."""
+    """`kernels.launch` for tensors of the CPU; with a seed blocks and threads run in a random order."""
     values: list[Any] = []
     for value in arguments:
         if isinstance(value, torch.Tensor):
@@ -47,7 +48,16 @@ def emulated_launch(
         else:
             values.append(value)
     defines = kernels.format_defines() | dict(kernel.defines)
-    emulator.run(kernel.source, kernel.function, grid, block, values, shared_bytes=shared_bytes, defines=defines)
+    emulator.run(
+        kernel.source,
+        kernel.function,
+        grid,
+        block,
+        values,
+        shared_bytes=shared_bytes,
+        defines=defines,
+        shuffle_seed=shuffle_seed,
+    )
 
 
 def coded_tensor(data: bytes, scales: np.ndarray | None = None) -> Coded:

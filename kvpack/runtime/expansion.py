@@ -21,8 +21,9 @@ STAGING_BYTES = 64 << 20  # of one buffer
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
+    """One for each stream that products are on, so that a capture of one leaves the others alone."""
+    return torch.cuda.Stream(main.device)
 
 
 def part_rows(rows: int, cols: int, element_bytes: int) -> int:
@@ -64,7 +65,8 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: L
         expand(0)
         multiply_part(0)
         return out
-    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    main = torch.cuda.current_stream(x.device)
+    side = _side_stream(main)
     expanded = [torch.cuda.Event() for _ in parts]
     multiplied = [torch.cuda.Event() for _ in parts]
 

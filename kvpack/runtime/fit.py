@@ -141,7 +141,8 @@ class Terms(NamedTuple):
     parts: float
 
 
-# By eights of vectors; 0 for one vector. From benchmarks/launch_costs.py.
+# By eights of vectors; 0 for one vector. Found as benchmarks/launch_costs.py does, and rounded; its newest result gives
+# others, which choose no better launches: several sums of costs come equally near to the times.
 COSTS = {
     0: Terms(0.031, 0.42, 0.13, 0.19, 1.4, 1.4, 3.1, 0.14),
     1: Terms(0.035, 0.48, 0.06, 0.60, 4.3, 0.6, 3.5, 0.25),
@@ -161,6 +162,7 @@ class _Memory:
     sum: int
 
 
+@lru_cache(maxsize=1 << 16)  # alike for tensors that differ in their words alone
 def _heaviest_multiprocessor(multiprocessors: int, panels: int, blocks: int, teams: int, row_groups: int) -> int:
     """Row groups of a panel that the busiest multiprocessor has, if blocks are dealt to them in turn."""
     quotient, remainder = divmod(row_groups, blocks * teams)
@@ -185,11 +187,9 @@ def _product_launches(
         block_warps = max_warps * BLOCKS_PER_SM // resident
         for panel_width, member_width in _widths(tile_columns, block_warps):
             panels, members = ceil_div(tile_columns, panel_width), ceil_div(panel_width, member_width)
-            if panels > resident * limits.multiprocessors:
-                continue
             max_teams = min(block_warps // members, row_groups, _MAX_TEAMS if members > 1 else block_warps)
             for teams in range(1, max_teams + 1):
-                blocks = min(resident * limits.multiprocessors // panels, ceil_div(row_groups, teams))
+                blocks = max(1, min(resident * limits.multiprocessors // panels, ceil_div(row_groups, teams)))
                 quotient, remainder = divmod(row_groups, blocks * teams)
                 run, warps, panel_chunks = quotient + (remainder > 0), teams * members, panel_width * tile_chunks
                 shared_bytes = memory.block + panel_chunks * memory.chunk + ALIGNMENT_BYTES

@@ -84,6 +84,8 @@ def _check_product(x: torch.Tensor, scales: torch.Tensor, geometry: list[int]) -
     kind, cols, matrices = ElementKind(geometry[0]), geometry[5], geometry[7]
     if x.dtype not in FLOAT_TYPES:
         raise TypeError(f"activations are {x.dtype}; {', '.join(map(str, FLOAT_TYPES))} are possible")
+    if x.device != scales.device:
+        raise ValueError(f"activations are on {x.device}, the weight on {scales.device}")
     if matrices != 1:
         raise ValueError(f"the blob holds {matrices} matrices; a product takes one")
     if x.shape[-1] != cols:
@@ -97,6 +99,8 @@ def _bias(bias: torch.Tensor | None, x: torch.Tensor, rows: int) -> torch.Tensor
         return None
     if bias.shape != (rows,):
         raise ValueError(f"bias has shape {list(bias.shape)}, the weight {rows} rows")
+    if bias.device != x.device:
+        raise ValueError(f"bias is on {bias.device}, activations are on {x.device}")
     return bias.to(x.dtype).contiguous()
 
 

@@ -241,7 +241,11 @@ def multiply(
     partials = tickets = None
     if parts > 1:
         partials = torch.empty(parts * sums * coded.row_groups * GROUP_LANES, dtype=torch.float32, device=x.device)
-        tickets = _tickets(coded.row_groups, x.device)
+        # Between the launches of several tables tickets are not 0; shared ones would mislead another thread's product.
+        if num_tables > 1:
+            tickets = torch.zeros(coded.row_groups, dtype=torch.int32, device=x.device)
+        else:
+            tickets = _tickets(coded.row_groups, x.device)
     for index, table in coded.table_launches():
         kernels.launch(
             kernel,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from small_models import LAYERS, kernel_eps, layer_file, product_error  # noqa: E402
 
 import kvpack  # noqa: E402
+from kvpack.runtime import ops  # noqa: E402
 from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
 from kvpack.runtime.errors import ModelMismatchError  # noqa: E402
 from kvpack.runtime.linear import RansLinear  # noqa: E402
@@ -538,3 +539,13 @@ def test_cuda_memory_is_the_coded_weights(tmp_path: Path) -> None:
     activations_bytes = 32 * 2 * sum(shape)
     assert torch.cuda.max_memory_allocated() - held <= activations_bytes + 32 * 4 * 32 * shape[0]
     assert torch.cuda.memory_allocated() - held <= activations_bytes + (1 << 20)
+
+
+def test_other_devices_are_refused(state: State) -> None:
+    """A kernel would take the address as its own device's."""
+    blob = copy.deepcopy(state["quantized"]).prepare()
+    x = torch.ones(2, blob.shape[1])
+    with pytest.raises(ValueError, match=r"activations are on meta, the weight on cpu"):
+        ops._check_product(x.to("meta"), blob.scales, blob.geometry)
+    with pytest.raises(ValueError, match=r"bias is on meta, activations are on cpu"):
+        ops._bias(torch.ones(3, device="meta"), x, 3)

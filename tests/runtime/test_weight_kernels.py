@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from pathlib import Path
 
 import emulator
@@ -16,9 +18,10 @@ from emulated_device import LIMITS, coded_tensor, emulated_launch  # noqa: E402
 from kvpack.encode.blob_decoder import decode_integers  # noqa: E402
 from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
-from kvpack.format.layout import ElementKind, integer_layout  # noqa: E402
+from kvpack.format.header import BlobHeader  # noqa: E402
+from kvpack.format.layout import OUTLIER_DELTA_BITS, ElementKind, integer_layout  # noqa: E402
 from kvpack.runtime import kernels, weight_kernels  # noqa: E402
-from kvpack.runtime.fit import gemm_launches, gemv_launches  # noqa: E402
+from kvpack.runtime.fit import Limits, fit_gemm, fit_gemv, gemm_launches, gemv_launches  # noqa: E402
 
 GOLDEN = sorted((Path(__file__).parents[1] / "data" / "v1").glob("*.blob"))
 
@@ -169,6 +172,58 @@ def test_product_by_any_launch(tokens: int) -> None:
         assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-3, fit
 
 
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """The same bits whichever panel comes last, from tickets that each launch leaves at 0."""
+    data, scales = quantized(150, 700, "balanced", 5)
+    coded = coded_tensor(data, scales)
+    shape = (coded.header, coded.word_buffer_bytes, LIMITS, 4)
+    launches = gemv_launches(*shape) if tokens == 1 else gemm_launches(*shape, 2)
+    fit = next(fit for _, fit in launches if fit.panels > 4 and fit.members > 1)
+    x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (tokens, 700))).to(torch.float16)
+    tickets = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(weight_kernels, "_tickets", lambda count, device: tickets)
+    results = []
+    for seed in range(4):
+        monkeypatch.setattr(kernels, "launch", functools.partial(emulated_launch, shuffle_seed=seed))
+        results.append(weight_kernels.multiply(coded, x, None, LIMITS, fit))
+        assert not tickets.any()
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_tables_share_no_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of several tables may be broken off, or meet another thread's, between its launches."""
+    elements = samples.mixed_elements()[1:].copy()
+    elements[:, :256, :32] = samples.gaussian_elements((1, 256, 32), 6, 3.0, 4)
+    data = encode_elements(elements, integer_layout("compact", ElementKind.SIGNED, 6), tile_cols=32)
+    coded = coded_tensor(data, np.full(1, 0.1, np.float32))
+    assert len(coded.tables) > 1
+    monkeypatch.setattr(weight_kernels, "_tickets", lambda count, device: pytest.fail("shared tickets"))
+    weight_kernels.multiply(coded, torch.ones(1, elements.shape[2], dtype=torch.float16), None, LIMITS)
+
+
+@pytest.mark.parametrize(("architecture", "multiprocessors"), [(86, 10), (87, 8), (89, 24), (90, 132), (120, 170)])
+def test_every_gpu_has_a_launch(architecture: int, multiprocessors: int) -> None:
+    """Also where a wide matrix has more panels than blocks are resident."""
+    shared_bytes = 228 << 10 if architecture == 90 else 100 << 10
+    limits = Limits(architecture, multiprocessors, shared_bytes, shared_bytes - 1024)
+    layout = integer_layout("balanced", ElementKind.SIGNED, 8)
+    for cols, tile_cols in itertools.product((128, 4096, 28672), (32, 256, 512)):
+        header = BlobHeader(layout=layout, matrices=1, rows=4096, cols=cols, tile_cols=tile_cols)
+        for word_buffer_bytes in (1024, 17 << 10):
+            shape = (header, word_buffer_bytes, limits)
+            fits = [fit_gemv(*shape, weight_kernels.gemv_warps(layout, architecture))]
+            fits += [
+                fit_gemm(*shape, weight_kernels.gemm_warps(n, architecture), n) for n in weight_kernels.TOKEN_TILES
+            ]
+            for fit in fits:
+                assert fit.members * fit.teams <= 32
+                assert fit.members == 1 or fit.teams <= 15  # barriers
+                assert fit.shared_bytes <= limits.shared_block_bytes
+                assert fit.blocks * fit.teams * fit.run_quotient + fit.run_remainder == 128
+                assert (fit.panels - 1) * fit.panel_width < header.num_tiles_col <= fit.panels * fit.panel_width
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_product_types_and_bias(tokens: int, dtype: torch.dtype) -> None:
@@ -181,6 +236,30 @@ def test_product_types_and_bias(tokens: int, dtype: torch.dtype) -> None:
 def test_product_with_outliers(mode: str, tokens: int) -> None:
     data, scales = outlier_blob(mode)
     check_product(data, scales, tokens, torch.float16)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 0])
+@pytest.mark.parametrize("what", ["columns", "order"])
+def test_outliers_that_change_after_the_check(what: str, tokens: int) -> None:
+    """As in a file that changes under a stream: results are wrong, and nothing out of bounds is touched."""
+    data, scales = outlier_blob("rans")
+    coded, blob = coded_tensor(data, scales), Blob(data)
+    for tile in blob.tiles:
+        at = blob.header.payload_offset + int(tile["data_offset"]) + int(tile["outlier_offset"])
+        outliers = coded.blob.numpy()[at : at + 4 * int(tile["outlier_count"])].view("<u4")
+        if what == "columns":
+            outliers |= 0x1FF << OUTLIER_DELTA_BITS
+        elif len(outliers) > 1:
+            row = outliers[0] >> 24 << 24
+            outliers[:2] = row | 60 << OUTLIER_DELTA_BITS | 5, row | 1 << OUTLIER_DELTA_BITS | 5
+    if tokens == 0:
+        out = poisoned((1, 70, 150), torch.float16)
+        weight_kernels.decode(coded, weight_kernels.OUTPUTS[torch.float16], out, LIMITS)
+    else:
+        x = torch.ones(tokens, 150, dtype=torch.float16)
+        got = weight_kernels.multiply(coded, x, None, LIMITS)
+        assert got.shape == (tokens, 70)
+        assert got.isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
