@@ -98,20 +98,30 @@ def _whole_pages(size_bytes: int) -> torch.Tensor:
 
 
 def _register(host: torch.Tensor) -> None:
-    """Pin memory as it is: torch's own pinned memory is rounded up to powers of two, up to twice the weights."""
-    result = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-    if result:
+    """Pin memory as it is: torch's own pinned memory is rounded up to powers of two, up to twice the weights.
+
+    Through CuPy: what fails through ``torch.cuda.cudart()`` stays CUDA's last error, which torch would take for the
+    next kernel's.
+    """
+    from cupy.cuda import runtime
+
+    try:
+        runtime.hostRegister(host.data_ptr(), host.nbytes, 0)
+    except runtime.CUDARuntimeError as error:
         raise StreamingError(
-            f"CUDA cannot pin {host.nbytes} bytes of host memory (error {result}): use source='disk', or raise the "
-            "limit of locked memory"
-        )
+            f"CUDA cannot pin {host.nbytes} bytes of host memory ({error}): use source='disk', or raise the limit of "
+            "locked memory"
+        ) from None
 
 
-def _unregister(hosts: list[torch.Tensor], stream: torch.cuda.Stream) -> None:
+def _unregister(hosts: list[torch.Tensor], device: torch.device) -> None:
+    from cupy.cuda import runtime
+
     with suppress(RuntimeError):  # when the interpreter ends, CUDA may have ended before
-        stream.synchronize()
+        # Not the copy stream's own wait: torch's sync debug mode refuses that one, and pages would stay pinned.
+        torch.cuda.synchronize(device)
         for host in hosts:
-            torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+            runtime.hostUnregister(host.data_ptr())
     hosts.clear()
 
 
@@ -244,7 +254,7 @@ class LayerStream:
                 upload.wait()
         if self._copy_stream is not None:
             hosts: list[torch.Tensor] = []
-            self._finalizer = weakref.finalize(self, _unregister, hosts, self._copy_stream)
+            self._finalizer = weakref.finalize(self, _unregister, hosts, self.device)
             for layer in self._layers:
                 if layer.host is not None and layer.host.nbytes:
                     _register(layer.host)

@@ -223,7 +223,7 @@ def detecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Detector]:
     monkeypatch.setattr(upload, "pinned_memory", pinned_memory)
     monkeypatch.setattr(upload, "read_exactly", read_exactly)
     monkeypatch.setattr(streaming, "_register", lambda _host: None)
-    monkeypatch.setattr(streaming, "_unregister", lambda _hosts, _stream: None)
+    monkeypatch.setattr(streaming, "_unregister", lambda _hosts, _device: None)
     monkeypatch.setattr(streaming.LayerStream, "_make_slots", watched_slots)
     monkeypatch.setattr(torch.cuda, "stream", found.use)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: found.current)

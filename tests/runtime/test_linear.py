@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,9 @@ from kvpack.runtime.load import State, load  # noqa: E402
 
 CODED = sorted(LAYERS)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# torch's own, from importing Inductor, which torch._dynamo.reset does wherever there is a GPU.
+imports_inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +361,7 @@ class Two(torch.nn.Module):
         return torch.nn.functional.silu(self.up(x)).sum(-1, keepdim=True) * self.down(x)
 
 
+@imports_inductor
 def test_compile(state: State) -> None:
     torch._dynamo.reset()
     model = Two(state)
@@ -370,6 +373,7 @@ def test_compile(state: State) -> None:
     torch.testing.assert_close(compiled(x.half()), model(x.half()), rtol=0, atol=0)
 
 
+@imports_inductor
 def test_compile_after_copies_and_loads(state: State) -> None:
     """Whatever filled the layer has made it ready: nothing is left to derive under fullgraph."""
     layer = state["quantized"]
@@ -381,6 +385,7 @@ def test_compile_after_copies_and_loads(state: State) -> None:
         assert torch.compile(other, fullgraph=True, backend="aot_eager")(x).equal(layer(x))
 
 
+@imports_inductor
 def test_coded_tensors_are_static_inputs(state: State) -> None:
     """Under CUDA graphs, inputs that are not static are copied at each replay: a second copy of the weights."""
     torch._dynamo.reset()
@@ -496,18 +501,17 @@ def test_cuda_graph(cuda_state: State) -> None:
                 )
 
 
+@imports_inductor
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_cuda_compile(state: State, mode: str) -> None:
     pytest.importorskip("triton")
     model = Two(state).cuda().half()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, from importing its compiler on
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, mode=mode)
-        for seed in range(4):
-            x = activations("quantized", 2, dtype=torch.float16, seed=seed).cuda()
-            torch.testing.assert_close(compiled(x).clone(), model(x), rtol=4e-3, atol=4e-3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for seed in range(4):
+        x = activations("quantized", 2, dtype=torch.float16, seed=seed).cuda()
+        torch.testing.assert_close(compiled(x).clone(), model(x), rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 import kvpack  # noqa: E402
+from kvpack.runtime import streaming  # noqa: E402
 from kvpack.runtime import upload as upload_module  # noqa: E402
 from kvpack.runtime.device_blob import SLACK_BYTES  # noqa: E402
 from kvpack.runtime.errors import StreamingError  # noqa: E402
@@ -33,6 +35,9 @@ from kvpack.runtime.streaming import LayerStream, run_concurrently, stream_modul
 
 LAYERS = 7
 WIDTH = 128
+
+# Before a detector puts others in their place.
+REGISTER, UNREGISTER = streaming._register, streaming._unregister
 
 
 class Block(nn.Module):
@@ -280,6 +285,8 @@ def test_what_torch_does_to_a_streamed_model(path: Path) -> None:
             layer.load_state_dict(layer.state_dict())
 
 
+# torch's own, from importing Inductor, which torch._dynamo.reset does wherever there is a GPU.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
 def test_compile_with_graph_breaks(path: Path) -> None:
     torch._dynamo.reset()
     expected = resident(path)
@@ -421,6 +428,66 @@ def test_no_races(path: Path, detector: Detector, source: str, prefetch: int, or
     assert all(memory.write and len(memory.streams) >= 2 for memory in watched)
 
 
+class PageLocks:
+    """CUDA's list of pinned pages: each of them once, and unpinned as they were pinned."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.ranges: dict[int, range] = {}
+
+    @property
+    def pages(self) -> set[int]:
+        return {page for pages in self.ranges.values() for page in pages}
+
+    def register(self, address: int, size: int, flags: int) -> None:
+        from cupy.cuda import runtime
+
+        pages = range(address // mmap.PAGESIZE, (address + size - 1) // mmap.PAGESIZE + 1)
+        if not self.pages.isdisjoint(pages):
+            raise runtime.CUDARuntimeError(712)  # cudaErrorHostMemoryAlreadyRegistered
+        if len(self.pages) + len(pages) > self.limit:
+            raise runtime.CUDARuntimeError(2)  # cudaErrorMemoryAllocation
+        self.ranges[address] = pages
+
+    def unregister(self, address: int) -> None:
+        del self.ranges[address]
+
+
+@pytest.fixture
+def page_locks(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> PageLocks:
+    runtime = pytest.importorskip("cupy").cuda.runtime
+    locks = PageLocks(limit=1000)
+    monkeypatch.setattr(runtime, "hostRegister", locks.register)
+    monkeypatch.setattr(runtime, "hostUnregister", locks.unregister)
+    monkeypatch.setattr(streaming, "_register", REGISTER)
+    monkeypatch.setattr(streaming, "_unregister", UNREGISTER)
+    return locks
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped"])
+def test_pages_are_pinned_for_the_streams_life(path: Path, page_locks: PageLocks, end: str) -> None:
+    model, stream = streamed(path, "pinned")
+    assert page_locks.ranges.keys() == {layer.host.data_ptr() for layer in stream._layers}
+    with torch.no_grad():
+        model(inputs())
+    if end == "closed":
+        stream.close()
+    else:
+        del model, stream
+        gc.collect()
+    assert not page_locks.ranges
+
+
+def test_pages_are_let_go_when_not_all_can_be_pinned(path: Path, page_locks: PageLocks) -> None:
+    page_locks.limit = 3
+    with pytest.raises(
+        StreamingError, match=r"cannot pin \d+ bytes of host memory \(cudaErrorMemoryAllocation: .*disk"
+    ):
+        streamed(path, "pinned")
+    gc.collect()
+    assert not page_locks.ranges
+
+
 def test_the_detector_sees_races(path: Path, detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the two waits is needed."""
 
@@ -457,17 +524,16 @@ def test_run_concurrently_on_the_cpu(path: Path) -> None:
 SLEEP = 20_000_000  # cycles: some 10 ms, long against every copy and kernel here
 
 
-@pytest.fixture
-def no_host_sync() -> Iterator[Callable[[bool], None]]:
-    """Lets a test make every wait of the host for the device an error."""
-
-    def set_mode(on: bool) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-            torch.cuda.set_sync_debug_mode("error" if on else "default")
-
-    yield set_mode
-    set_mode(False)
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Every wait of the host for the device is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def sleep() -> None:
@@ -484,7 +550,6 @@ def test_cuda_timing(
     slow: str,
     prefetch: int,
     monkeypatch: pytest.MonkeyPatch,
-    no_host_sync: Callable[[bool], None],
 ) -> None:
     """With kernels far behind the host, or copies far behind the kernels, each layer meets its own weights."""
     reference = resident(path, "cuda")
@@ -506,9 +571,9 @@ def test_cuda_timing(
     with stream, torch.no_grad():
         model(xs[0])  # compiles
         torch.cuda.synchronize()
-        no_host_sync(source == "pinned")
-        results = [model(x) for x in xs]
-        no_host_sync(False)
+        # From disk, the host waits for the threads that read, and they for their buffers.
+        with no_host_sync() if source == "pinned" else nullcontext():
+            results = [model(x) for x in xs]
         for x, y in zip(xs, results, strict=True):
             torch.testing.assert_close(y, reference(x), rtol=1e-5, atol=1e-5)
         stream.check()
@@ -572,6 +637,17 @@ def test_cuda_pinned_memory(path: Path) -> None:
     model.cuda()
     with torch.no_grad():
         torch.testing.assert_close(model(inputs(0, "cuda")), resident(path, "cuda")(inputs(0, "cuda")))
+
+
+@pytest.mark.gpu
+def test_cuda_memory_that_cannot_be_pinned(path: Path) -> None:
+    """The refusal is an error of its own, not also of the next kernel."""
+    model, stream = streamed(path, "pinned", "cuda")
+    with stream, torch.no_grad():
+        expected = model(inputs(0, "cuda"))
+        with pytest.raises(StreamingError, match=r"cannot pin .*AlreadyRegistered"):
+            streaming._register(stream._layers[0].host)
+        assert model(inputs(0, "cuda")).equal(expected)
 
 
 @pytest.mark.gpu
