@@ -116,9 +116,6 @@ __device__ __forceinline__ uint4 load_once_v4(const void* global) {
   return v;
 }
 
-// Brings the line of an address into L2, without waiting for it.
-__device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
-
 // Loads that another block's stores before its fence are visible to: from L2.
 __device__ __forceinline__ float load_l2_f32(const float* global) {
   float value;

@@ -49,6 +49,10 @@ class Limits:
     shared_bytes: int
     shared_block_bytes: int
 
+    def block_bytes(self, resident: int) -> int:
+        """Shared memory that a block may have, if ``resident`` of them share a multiprocessor."""
+        return min(self.shared_bytes // resident - _RESERVED_BYTES, self.shared_block_bytes)
+
 
 @cache
 def device_limits(device: torch.device) -> Limits:
@@ -104,7 +108,7 @@ def _fits(limits: Limits, max_warps: int) -> Iterator[tuple[int, int, int, int]]
     """(warps, blocks, buffers, bytes a block may have) of all launches to think of, those preferred first."""
     options = []
     for blocks in range(BLOCKS_PER_SM, 0, -1):
-        available = min(limits.shared_bytes // blocks - _RESERVED_BYTES, limits.shared_block_bytes)
+        available = limits.block_bytes(blocks)
         options += [(warps, blocks, buffers, available) for buffers in (2, 1) for warps in range(max_warps, 0, -1)]
     return iter(sorted(options, key=lambda o: -o[0] * o[1] * (_DOUBLE_BUFFER_GAIN if o[2] == 2 else 1)))
 
@@ -183,7 +187,7 @@ def _product_launches(
     tile_columns, row_groups, tile_chunks = shape
     unit_chunks = tile_chunks + _UNIT_COST
     for resident, buffers in itertools.product(range(1, BLOCKS_PER_SM + 1), (1, 2)):
-        available = min(limits.shared_bytes // resident - _RESERVED_BYTES, limits.shared_block_bytes)
+        available = limits.block_bytes(resident)
         block_warps = max_warps * BLOCKS_PER_SM // resident
         for panel_width, member_width in _widths(tile_columns, block_warps):
             panels, members = ceil_div(tile_columns, panel_width), ceil_div(panel_width, member_width)

@@ -418,8 +418,6 @@ inline void store_shared_v2(unsigned int address, uint2 v) { emulated::store_sha
 inline void store_shared_v4(unsigned int address, uint4 v) { emulated::store_shared(address, v, "store_shared_v4"); }
 
 #ifdef KVPACK_STATE_LOW
-inline void prefetch_l2(const void*) {}
-
 inline void refill_state(unsigned int& state, unsigned int& word_address, unsigned int& word) {
   if (state >= KVPACK_STATE_LOW) return;
   state = state << 16 | (word & 0xFFFF);

@@ -79,6 +79,13 @@ def outlier_blob(mode: str) -> tuple[bytes, np.ndarray]:
     return data, np.full(1, 0.37, np.float32)
 
 
+def blob_of_several_tables() -> bytes:
+    """Tiles of every mode; rans ones with different tables."""
+    elements = samples.mixed_elements()[1:].copy()
+    elements[:, :256, :32] = samples.gaussian_elements((1, 256, 32), 6, 3.0, 4)
+    return encode_elements(elements, integer_layout("compact", ElementKind.SIGNED, 6), tile_cols=32)
+
+
 def dense(data: bytes, scales: np.ndarray) -> np.ndarray:
     """The dequantized matrices, fp32, as FORMAT.md §8 says."""
     integers = decode_integers(Blob(data))
@@ -193,13 +200,11 @@ def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, tokens: 
 
 def test_tables_share_no_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product of several tables may be broken off, or meet another thread's, between its launches."""
-    elements = samples.mixed_elements()[1:].copy()
-    elements[:, :256, :32] = samples.gaussian_elements((1, 256, 32), 6, 3.0, 4)
-    data = encode_elements(elements, integer_layout("compact", ElementKind.SIGNED, 6), tile_cols=32)
+    data = blob_of_several_tables()
     coded = coded_tensor(data, np.full(1, 0.1, np.float32))
     assert len(coded.tables) > 1
     monkeypatch.setattr(weight_kernels, "_tickets", lambda count, device: pytest.fail("shared tickets"))
-    weight_kernels.multiply(coded, torch.ones(1, elements.shape[2], dtype=torch.float16), None, LIMITS)
+    weight_kernels.multiply(coded, torch.ones(1, coded.header.cols, dtype=torch.float16), None, LIMITS)
 
 
 @pytest.mark.parametrize(("architecture", "multiprocessors"), [(86, 10), (87, 8), (89, 24), (90, 132), (120, 170)])
@@ -264,9 +269,7 @@ def test_outliers_that_change_after_the_check(what: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_product_of_mixed_tiles(tokens: int) -> None:
-    elements = samples.mixed_elements()[1:].copy()
-    elements[:, :256, :32] = samples.gaussian_elements((1, 256, 32), 6, 3.0, 4)
-    data = encode_elements(elements, integer_layout("compact", ElementKind.SIGNED, 6), tile_cols=32)
+    data = blob_of_several_tables()
     assert Blob(data).header.num_tables > 1
     assert len(set(Blob(data).tiles["mode"].tolist())) == 3
     check_product(data, np.full(1, 0.1, np.float32), tokens, torch.float16)
