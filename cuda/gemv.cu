@@ -24,12 +24,14 @@ constexpr u32 kPartsAhead = 8;
 
 // An activation below this is as good as zero: its reciprocal would not be finite.
 constexpr float kTiniest = 1e-33f;
+// The reciprocal of a float above 2^126 would be flushed to zero: those of fp16 stay below. A power of two, so that no bit changes.
+constexpr float kDownscale = KVPACK_ACTIVATION == 0 ? 1.0f : 0.125f;
 
 // One warp: 32 activations → int16, their scale, and the sum that makes unsigned elements signed: −half · Σ.
 __device__ __forceinline__ void quantize_chunk(float value, u32 lane, u32 activations) {
   float largest = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(value) & 0x7FFFFFFFu));
   bool usable = largest >= kTiniest && largest <= 3.4028234e38f;
-  int q = usable ? __float2int_rn(value * (32767.0f * reciprocal(largest))) : 0;
+  int q = usable ? __float2int_rn(value * kDownscale * (32767.0f * reciprocal(largest * kDownscale))) : 0;
   int sum = static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<u32>(q)));
   constexpr u32 g = kCodesPerSymbol;
   u32 slot = g * (lane / (4 * g)) + lane % g, byte = lane / g % 4;

@@ -131,6 +131,7 @@ __device__ __forceinline__ bool join_members(Sums<count>& sums, const MemberSums
   const u32 slot = among.runs.longest() > 1 ? 2 * threadIdx.z + round % 2 : threadIdx.z;
   const u32 first = among.address + slot * blockDim.y * bytes;
   sums.store_shared(first + threadIdx.y * bytes, lane);
+  __syncwarp();
   sync_warps(1 + threadIdx.z, members * kLanes);
   if (threadIdx.y != (round < members ? round : 0)) return false;  // in turn
   sums.clear();

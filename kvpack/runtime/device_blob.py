@@ -17,7 +17,7 @@ from kvpack.format.layout import ElementKind, Predictor
 from kvpack.runtime import ops
 from kvpack.runtime.group_table import group_table, max_group_words
 from kvpack.runtime.kernels import require_device
-from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES
+from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES, prepare_tickets
 
 # A lane of a damaged blob reads at most a word a step (512) and one ahead, a raw element at most 8 bytes behind its
 # tile.
@@ -73,6 +73,7 @@ class DeviceBlob:
         tables = np.empty((0, 4096), np.uint32)
         if device.type == "cuda":
             require_device(device)
+            prepare_tickets(device)
             groups = group_table(parsed)
             words = max_group_words(groups)
             if parsed.tables:

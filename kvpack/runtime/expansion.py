@@ -78,11 +78,14 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: L
             expanded[index].record(side)
 
     side.wait_stream(main)  # the buffers' memory, and the coded weights, may still be in use there
-    expand_aside(0)
-    for index in range(len(parts)):
-        if index + 1 < len(parts):
-            expand_aside(index + 1)
-        main.wait_event(expanded[index])
-        multiply_part(index)
-        multiplied[index].record(main)
+    try:
+        expand_aside(0)
+        for index in range(len(parts)):
+            if index + 1 < len(parts):
+                expand_aside(index + 1)
+            main.wait_event(expanded[index])
+            multiply_part(index)
+            multiplied[index].record(main)
+    finally:
+        main.wait_stream(side)  # also what has failed must not outlive the buffers
     return out

@@ -29,6 +29,8 @@ _FRAGMENT_BYTES = 16 * GROUP_LANES
 _PASSING_BYTES = 2 * 32 * GROUP_LANES
 # Hardware has this many barriers for teams, besides that of the whole block.
 _MAX_TEAMS = 15
+# Of a launch in its second dimension.
+_MAX_BLOCKS_Y = 65535
 # A second buffer for words hides the start of a tile; worth this much of the warps.
 _DOUBLE_BUFFER_GAIN = 1.15
 # What a unit costs besides its chunks, in chunks.
@@ -177,7 +179,7 @@ def _heaviest_multiprocessor(multiprocessors: int, panels: int, blocks: int, tea
 
 
 def _product_launches(
-    shape: tuple[int, int, int], limits: Limits, max_warps: int, memory: _Memory
+    shape: tuple[int, int, int], limits: Limits, max_warps: int, max_panels: int, memory: _Memory
 ) -> Iterator[tuple[Terms, ProductFit]]:
     """All launches that fit, and what their time is made of.
 
@@ -191,6 +193,8 @@ def _product_launches(
         block_warps = max_warps * BLOCKS_PER_SM // resident
         for panel_width, member_width in _widths(tile_columns, block_warps):
             panels, members = ceil_div(tile_columns, panel_width), ceil_div(panel_width, member_width)
+            if panels > max_panels:
+                continue
             max_teams = min(block_warps // members, row_groups, _MAX_TEAMS if members > 1 else block_warps)
             for teams in range(1, max_teams + 1):
                 blocks = max(1, min(resident * limits.multiprocessors // panels, ceil_div(row_groups, teams)))
@@ -200,7 +204,7 @@ def _product_launches(
                 shared_bytes += warps * (memory.warp + buffers * memory.word_buffer)
                 shared_bytes += (members > 1) * warps * min(run, 2) * memory.sum
                 if shared_bytes > available:
-                    break
+                    continue  # more teams have shorter runs, which need less for sums
                 heaviest = _heaviest_multiprocessor(limits.multiprocessors, panels, blocks, teams, row_groups)
                 terms = Terms(
                     heaviest=heaviest * panel_width * unit_chunks,
@@ -218,17 +222,22 @@ def _product_launches(
 
 
 def gemv_launches(
-    header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int
+    header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int, max_panels: int = _MAX_BLOCKS_Y
 ) -> Iterator[tuple[Terms, ProductFit]]:
     """All launches of the kernel for one vector, and what their time is made of."""
     memory = _Memory(
         block=_TABLE_BYTES, warp=0, word_buffer=word_buffer_bytes, chunk=_GEMV_CHUNK_BYTES, sum=4 * GROUP_LANES
     )
-    return _product_launches(_shape(header), limits, max_warps, memory)
+    return _product_launches(_shape(header), limits, max_warps, max_panels, memory)
 
 
 def gemm_launches(
-    header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int, token_tiles: int
+    header: BlobHeader,
+    word_buffer_bytes: int,
+    limits: Limits,
+    max_warps: int,
+    token_tiles: int,
+    max_panels: int = _MAX_BLOCKS_Y,
 ) -> Iterator[tuple[Terms, ProductFit]]:
     """All launches of the kernel for a few vectors, and what their time is made of."""
     tokens = 8 * token_tiles
@@ -239,7 +248,7 @@ def gemm_launches(
         chunk=token_tiles * _FRAGMENT_BYTES,
         sum=4 * tokens * GROUP_LANES,
     )
-    return _product_launches(_shape(header), limits, max_warps, memory)
+    return _product_launches(_shape(header), limits, max_warps, max_panels, memory)
 
 
 def _best(launches: Iterable[tuple[Terms, ProductFit]], costs: Terms) -> ProductFit:
@@ -254,17 +263,25 @@ def _shape(header: BlobHeader) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def fit_gemv(header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int) -> ProductFit:
+def fit_gemv(
+    header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int, max_panels: int = _MAX_BLOCKS_Y
+) -> ProductFit:
     """The launch of the kernel for one vector that should take the least time."""
-    return _best(gemv_launches(header, word_buffer_bytes, limits, max_warps), COSTS[0])
+    return _best(gemv_launches(header, word_buffer_bytes, limits, max_warps, max_panels), COSTS[0])
 
 
 @lru_cache(maxsize=_REMEMBERED)
 def fit_gemm(
-    header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int, token_tiles: int
+    header: BlobHeader,
+    word_buffer_bytes: int,
+    limits: Limits,
+    max_warps: int,
+    token_tiles: int,
+    max_panels: int = _MAX_BLOCKS_Y,
 ) -> ProductFit:
     """The launch of the kernel for a few vectors that should take the least time."""
-    return _best(gemm_launches(header, word_buffer_bytes, limits, max_warps, token_tiles), COSTS[token_tiles])
+    launches = gemm_launches(header, word_buffer_bytes, limits, max_warps, token_tiles, max_panels)
+    return _best(launches, COSTS[token_tiles])
 
 
 def _widths(tile_columns: int, warps: int) -> Iterator[tuple[int, int]]:

@@ -75,7 +75,7 @@ def _coded(
         blob=blob,
         groups=groups,
         tables=tables,
-        scales=scales,
+        scales=scales.contiguous(),
         status=status,
     )
 

@@ -97,7 +97,7 @@ def _whole_pages(size_bytes: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, size_bytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
 
-def _register(host: torch.Tensor) -> None:
+def _register(host: torch.Tensor, device: torch.device) -> None:
     """Pin memory as it is: torch's own pinned memory is rounded up to powers of two, up to twice the weights.
 
     Through CuPy: what fails through ``torch.cuda.cudart()`` stays CUDA's last error, which torch would take for the
@@ -106,7 +106,8 @@ def _register(host: torch.Tensor) -> None:
     from cupy.cuda import runtime
 
     try:
-        runtime.hostRegister(host.data_ptr(), host.nbytes, 0)
+        with torch.cuda.device(device):  # a context is made where there is none
+            runtime.hostRegister(host.data_ptr(), host.nbytes, runtime.hostAllocPortable)
     except runtime.CUDARuntimeError as error:
         raise StreamingError(
             f"CUDA cannot pin {host.nbytes} bytes of host memory ({error}): use source='disk', or raise the limit of "
@@ -117,10 +118,12 @@ def _register(host: torch.Tensor) -> None:
 def _unregister(hosts: list[torch.Tensor], device: torch.device) -> None:
     from cupy.cuda import runtime
 
-    with suppress(RuntimeError):  # when the interpreter ends, CUDA may have ended before
+    # Errors are those of CUDA that has ended before, when the interpreter ends.
+    with suppress(RuntimeError):
         # Not the copy stream's own wait: torch's sync debug mode refuses that one, and pages would stay pinned.
         torch.cuda.synchronize(device)
-        for host in hosts:
+    for host in hosts:
+        with suppress(RuntimeError):
             runtime.hostUnregister(host.data_ptr())
     hosts.clear()
 
@@ -257,7 +260,7 @@ class LayerStream:
             self._finalizer = weakref.finalize(self, _unregister, hosts, self.device)
             for layer in self._layers:
                 if layer.host is not None and layer.host.nbytes:
-                    _register(layer.host)
+                    _register(layer.host, self.device)
                     hosts.append(layer.host)
 
     def _device_blob(self, layer: _Layer, member: _Member, reader: Reader | None) -> DeviceBlob:

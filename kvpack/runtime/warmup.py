@@ -58,6 +58,6 @@ def warmup(target: nn.Module | State, *, dtypes: Iterable[torch.dtype] = DTYPES,
                 count += 1
     for device in devices:
         if device.type == "cuda":
-            weight_kernels.prepare_graph_tickets(device)
+            weight_kernels.prepare_tickets(device)
             torch.cuda.synchronize(device)
     return count

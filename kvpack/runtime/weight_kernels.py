@@ -7,6 +7,7 @@ many warps share a multiprocessor.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,7 @@ _NEWER = 100
 _GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8)}
 TOKEN_TILES = tuple(_GEMM_WARPS)
 MAX_FUSED_TOKENS = 32
+PARTIALS_BYTES = 64 << 20
 
 ACTIVATIONS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 OUTPUTS = {torch.float16: 3, torch.bfloat16: 4, torch.float32: 5}
@@ -137,37 +139,44 @@ def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bo
     return of_four if layout.codes_per_symbol > 2 else narrow
 
 
-# Tickets count arrivals at a row group (cuda/schedule.cuh). They are 0 between launches, so that one allocation serves
-# all launches of a stream. A launch in a graph gets tickets of its own: the graph may be replayed beside anything.
+# Tickets count arrivals at a row group (cuda/schedule.cuh). They are 0 between launches, so that one slice serves all
+# launches of a stream. A launch in a graph gets a slice of its own: the graph may be replayed beside anything.
+# Slices are of memory made beforehand: what is allocated during a product may be a graph's, as on the streams on which
+# Inductor warms up, and is not ours to keep.
+_ARENA_TICKETS = 1 << 20
+_STREAM_TICKETS = 4096
+_arena: dict[int, torch.Tensor] = {}
 _stream_tickets: dict[tuple[int, int], torch.Tensor] = {}
-_graph_tickets: dict[int, list[torch.Tensor]] = {}
-_GRAPH_TICKETS = 1 << 20
+_arena_lock = threading.Lock()
 
 
-def prepare_graph_tickets(device: torch.device) -> None:
-    """Have tickets ready for launches that will be captured; what a capture does not find it zeroes itself."""
+def prepare_tickets(device: torch.device) -> None:
+    """Have tickets ready for launches to come, captured or not; one that finds none has its own zeroed."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    arena = _graph_tickets.setdefault(index, [])
-    if not arena or len(arena[-1]) < _GRAPH_TICKETS // 2:
-        arena.append(torch.zeros(_GRAPH_TICKETS, dtype=torch.int32, device=device))
+    with _arena_lock:
+        if index not in _arena or len(_arena[index]) < _ARENA_TICKETS // 2:
+            _arena[index] = torch.zeros(_ARENA_TICKETS, dtype=torch.int32, device=device)
+            torch.cuda.synchronize(device)  # other streams take slices
 
 
 def _tickets(count: int, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32)
     stream = torch.cuda.current_stream(device)
-    index = stream.device_index
-    if torch.cuda.is_current_stream_capturing():
-        arena = _graph_tickets.get(index)
-        if not arena or len(arena[-1]) < count:
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        taken, arena[-1] = arena[-1][:count], arena[-1][count:]
-        return taken
-    found = _stream_tickets.get((index, stream.cuda_stream))
-    if found is None or len(found) < count:
-        found = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        _stream_tickets[index, stream.cuda_stream] = found
-    return found
+    key = (stream.device_index, stream.cuda_stream)
+    captured = torch.cuda.is_current_stream_capturing()
+    with _arena_lock:
+        found = None if captured else _stream_tickets.get(key)
+        if found is not None and len(found) >= count:
+            return found
+        rest = _arena.get(stream.device_index)
+        taken = count if captured else max(count, _STREAM_TICKETS)
+        if rest is not None and len(rest) >= taken:
+            found, _arena[stream.device_index] = rest[:taken], rest[taken:]
+            if not captured:
+                _stream_tickets[key] = found
+            return found
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int, architecture: int) -> Kernel:
@@ -210,6 +219,12 @@ def decode_kernel(
     return Kernel.of("decode.cu", "decode", layout, defines)
 
 
+def max_panels(coded: Coded, sums: int) -> int:
+    """Panels whose partial sums, ``sums`` for a row, stay within :data:`PARTIALS_BYTES`; one is always possible."""
+    of_panel = 4 * sums * coded.row_groups * GROUP_LANES * max(1, len(coded.tables))
+    return max(1, min(PARTIALS_BYTES // of_panel, coded.header.num_tiles_col))
+
+
 def multiply(
     coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits, fit: ProductFit | None = None
 ) -> torch.Tensor:
@@ -225,18 +240,19 @@ def multiply(
     """
     header, tokens = coded.header, x.shape[0]
     out = torch.empty((tokens, header.rows), dtype=x.dtype, device=x.device)
+    num_tables = max(1, len(coded.tables))
     last: tuple[np.uint32, ...] = ()
     shape = (header, coded.word_buffer_bytes, limits)
     if tokens == 1:
-        fit = fit or fit_gemv(*shape, gemv_warps(coded.layout, limits.architecture))
+        fit = fit or fit_gemv(*shape, gemv_warps(coded.layout, limits.architecture), max_panels(coded, 1))
         kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, limits.architecture)
         sums = 1
     else:
         token_tiles = next(n for n in TOKEN_TILES if tokens <= 8 * n)
-        fit = fit or fit_gemm(*shape, gemm_warps(token_tiles, limits.architecture), token_tiles)
+        warps = gemm_warps(token_tiles, limits.architecture)
+        fit = fit or fit_gemm(*shape, warps, token_tiles, max_panels(coded, 8 * token_tiles))
         kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, token_tiles, limits.architecture)
         sums, last = 8 * token_tiles, (np.uint32(tokens),)
-    num_tables = max(1, len(coded.tables))
     parts = fit.panels * num_tables
     partials = tickets = None
     if parts > 1:

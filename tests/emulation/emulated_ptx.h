@@ -457,7 +457,11 @@ inline void max_shared_u32(unsigned int address, unsigned int value) {
   const unsigned int before = emulated::load_shared<unsigned int>(address, "max_shared_u32");
   if (value > before) emulated::store_shared(address, value, "max_shared_u32");
 }
-inline float reciprocal(float value) { return 1.0f / value; }
+// Flushes denormals, as the instruction does.
+inline float reciprocal(float value) {
+  const auto flush = [](float f) { return (__float_as_uint(f) & 0x7F800000) == 0 ? 0.0f : f; };
+  return flush(1.0f / flush(value));
+}
 
 namespace emulated {
 inline int dot_2(u32 a, u32 low, u32 high, int c) {

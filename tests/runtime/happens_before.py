@@ -222,7 +222,7 @@ def detecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Detector]:
         monkeypatch.setattr(module, "side_stream", lambda _device: FakeStream(found))
     monkeypatch.setattr(upload, "pinned_memory", pinned_memory)
     monkeypatch.setattr(upload, "read_exactly", read_exactly)
-    monkeypatch.setattr(streaming, "_register", lambda _host: None)
+    monkeypatch.setattr(streaming, "_register", lambda _host, _device: None)
     monkeypatch.setattr(streaming, "_unregister", lambda _hosts, _device: None)
     monkeypatch.setattr(streaming.LayerStream, "_make_slots", watched_slots)
     monkeypatch.setattr(torch.cuda, "stream", found.use)

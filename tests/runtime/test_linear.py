@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from small_models import LAYERS, kernel_eps, layer_file, product_error  # noqa: E402
 
 import kvpack  # noqa: E402
-from kvpack.runtime import ops  # noqa: E402
+from kvpack.runtime import kernels, ops  # noqa: E402
 from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
 from kvpack.runtime.errors import ModelMismatchError  # noqa: E402
 from kvpack.runtime.linear import RansLinear  # noqa: E402
@@ -512,6 +512,33 @@ def test_cuda_compile(state: State, mode: str) -> None:
     for seed in range(4):
         x = activations("quantized", 2, dtype=torch.float16, seed=seed).cuda()
         torch.testing.assert_close(compiled(x).clone(), model(x), rtol=4e-3, atol=4e-3)
+
+
+@imports_inductor
+@pytest.mark.gpu
+def test_cuda_compiled_products_of_several_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels share tickets, which must not lie in the memory of Inductor's graphs."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(0)
+    save_file({"a.weight": torch.randn(64, 8192, generator=generator).half()}, tmp_path / "in.safetensors")
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=4.25)
+    layer = load(tmp_path / "out.safetensors", "cuda")["a"]
+    panels = set()
+    launch = kernels.launch
+
+    def watched(kernel: kernels.Kernel, grid: tuple[int, int], *args: Any, **options: Any) -> None:
+        panels.add(grid[1])
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(kernels, "launch", watched)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: layer(layer(x).repeat(1, 128)), fullgraph=True, mode="reduce-overhead")
+    for tokens in (1, 2):
+        for _ in range(5):
+            x = torch.randn(tokens, 8192, device="cuda", dtype=torch.float16) / 64
+            torch.testing.assert_close(compiled(x).clone(), layer(layer(x).repeat(1, 128)), rtol=4e-3, atol=4e-3)
+            layer(x)  # on the streams' own tickets, which the graphs must have left at zero
+    assert min(panels) > 1
 
 
 @pytest.mark.gpu

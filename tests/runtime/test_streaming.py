@@ -459,6 +459,7 @@ def page_locks(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> PageLocks
     locks = PageLocks(limit=1000)
     monkeypatch.setattr(runtime, "hostRegister", locks.register)
     monkeypatch.setattr(runtime, "hostUnregister", locks.unregister)
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
     monkeypatch.setattr(streaming, "_register", REGISTER)
     monkeypatch.setattr(streaming, "_unregister", UNREGISTER)
     return locks
@@ -646,7 +647,7 @@ def test_cuda_memory_that_cannot_be_pinned(path: Path) -> None:
     with stream, torch.no_grad():
         expected = model(inputs(0, "cuda"))
         with pytest.raises(StreamingError, match=r"cannot pin .*AlreadyRegistered"):
-            streaming._register(stream._layers[0].host)
+            streaming._register(stream._layers[0].host, stream.device)
         assert model(inputs(0, "cuda")).equal(expected)
 
 

@@ -236,6 +236,40 @@ def test_product_types_and_bias(tokens: int, dtype: torch.dtype) -> None:
     check_product(data, scales[:1], tokens, dtype, bias=True)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_largest_activations(tokens: int) -> None:
+    """Near the largest of bf16, where 1/x is a denormal, which the approximate reciprocal flushes to zero.
+
+    Sums are of integers, before scales: the large activation meets 1 and 0, so that none overflows.
+    """
+    elements = samples.gaussian_elements((1, 64, 64), 5, 3, 1)
+    elements[:, :, 3] = 16 + np.arange(64) % 2
+    data = encode_elements(elements, integer_layout("balanced", ElementKind.SIGNED, 5), tile_cols=32)
+    scales = np.full(1, 1 / 64, np.float32)
+    coded, weights = coded_tensor(data, scales), dense(data, scales)[0].astype(np.float64)
+    x = torch.from_numpy(np.random.default_rng(1).normal(0, 1, (tokens, 64))).to(torch.bfloat16)
+    for power in (125, 126, 127):
+        x[:, 3] = 1.9 * 2.0**power
+        expected = x.double().numpy() @ weights.T
+        got = weight_kernels.multiply(coded, x, None, LIMITS).double().numpy()
+        assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 3e-3
+
+
+def test_partial_sums_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, scales = quantized(150, 700, "balanced", 5)
+    coded = coded_tensor(data, scales)
+    panels = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *args, **options: panels.append(grid[1]))
+    x = torch.ones(2, 700, dtype=torch.float16)
+    for limit, bound in ((64 << 20, 11), (3 * 4 * 8 * 160, 3), (0, 1)):
+        monkeypatch.setattr(weight_kernels, "PARTIALS_BYTES", limit)
+        assert weight_kernels.max_panels(coded, 8) == bound
+        weight_kernels.multiply(coded, x, None, LIMITS)
+        assert panels.pop() <= bound
+    header = BlobHeader(layout=coded.layout, matrices=1, rows=32, cols=1 << 22, tile_cols=32)
+    assert fit_gemv(header, 1024, Limits(90, 132, 228 << 10, 227 << 10), 8).panels <= 65535
+
+
 @pytest.mark.parametrize("mode", ["rans", "raw", "constant"])
 @pytest.mark.parametrize("tokens", [1, 11])
 def test_product_with_outliers(mode: str, tokens: int) -> None:
