@@ -125,3 +125,7 @@ class OutlierError(BlobError):
 
 class LimitError(FormatError):
     """The file may be legal, but is larger than the limit this reader was given."""
+
+
+class PageError(FormatError):
+    """A page of a KV cache cannot have the shape, or does not have the size, that was given."""
