@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 from kvpack.format import layout as constants
+from kvpack.format import pages
 from kvpack.format.layout import ElementKind, Layout, Predictor, TileMode
+from kvpack.format.pages import PageFormat, Side
 from kvpack.runtime.errors import DeviceError
 from kvpack.runtime.sources import cuda_source_dir
 
@@ -56,6 +58,9 @@ def format_defines() -> dict[str, int]:
     defines |= {f"KVPACK_MODE_{mode.name}": int(mode) for mode in TileMode}
     defines |= {f"KVPACK_KIND_{kind.name}": int(kind) for kind in ElementKind}
     defines["KVPACK_PREDICTOR_PREVIOUS"] = int(Predictor.PREVIOUS)
+    defines |= {f"KVPACK_{name}": getattr(pages, name) for name in ("PAGE_TOKENS", "GROUP_DIMS", "ENTRY_FORMAT_BITS")}
+    defines |= {f"KVPACK_FORMAT_{page_format.name}": int(page_format) for page_format in PageFormat}
+    defines |= {f"KVPACK_SIDE_{side.name}": int(side) for side in Side}
     return defines
 
 

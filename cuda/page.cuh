@@ -1,0 +1,44 @@
+// Pages of a KV cache: sizes, and where things lie in them. kvpack/format/pages.py draws the layout; docs/KV.md explains it.
+#pragma once
+
+#include "ptx.cuh"
+
+constexpr u32 kAllLanes = 0xFFFFFFFFu;
+constexpr u32 kLanes = 32;
+constexpr u32 kPageTokens = KVPACK_PAGE_TOKENS;
+constexpr u32 kGroupDims = KVPACK_GROUP_DIMS;
+constexpr u32 kHeadDim = KVPACK_HEAD_DIM;
+constexpr u32 kGroups = kHeadDim / kGroupDims;  // of a block
+constexpr u32 kSlices = kPageTokens / 16;
+constexpr u32 kPairs = 4 * kSlices;  // of a lane in a group
+static_assert(kPageTokens == 64 && kGroupDims == 16, "a lane has 16 pairs of a group");
+static_assert(kHeadDim % kGroupDims == 0 && kHeadDim <= 256);
+
+constexpr u32 kScalesBytes = 2 * kGroupDims;  // of a group of K
+constexpr u32 kTokenScalesBytes = 2 * kPageTokens;
+
+__device__ constexpr u32 element_bits(u32 format) {
+  return format <= KVPACK_FORMAT_BF16 ? 16 : format == KVPACK_FORMAT_INT4 ? 4 : format == KVPACK_FORMAT_INT3 ? 3 : format == KVPACK_FORMAT_INT2 ? 2 : 8;
+}
+__device__ constexpr bool is_quantized(u32 format) { return format >= KVPACK_FORMAT_INT8; }
+__device__ constexpr bool is_narrow(u32 format) {
+  return format == KVPACK_FORMAT_INT4 || format == KVPACK_FORMAT_INT3 || format == KVPACK_FORMAT_INT2;
+}
+__device__ constexpr u32 payload_bytes(u32 format) { return kGroupDims * kPageTokens / 8 * element_bits(format); }
+// Of K: scales and centers in front of each group. Of V: scales in front of a block.
+__device__ constexpr u32 group_header_bytes(u32 side, u32 format) {
+  return side == KVPACK_SIDE_K && is_quantized(format) ? kScalesBytes * (1 + is_narrow(format)) : 0;
+}
+__device__ constexpr u32 block_header_bytes(u32 side, u32 format) {
+  return side == KVPACK_SIDE_V && is_quantized(format) ? kTokenScalesBytes : 0;
+}
+__device__ constexpr u32 group_bytes(u32 side, u32 format) { return group_header_bytes(side, format) + payload_bytes(format); }
+__device__ constexpr u32 block_bytes(u32 side, u32 format) {
+  return block_header_bytes(side, format) + kGroups * group_bytes(side, format);
+}
+
+// An entry of a page table: where the page begins, in bytes from `pages` (null on a GPU: then it is the address), and its format.
+__device__ __forceinline__ u32 entry_format(u64 entry) { return static_cast<u32>(entry) & ((1u << KVPACK_ENTRY_FORMAT_BITS) - 1); }
+__device__ __forceinline__ const u8* entry_page(const u8* pages, u64 entry) {
+  return pages + (entry & ~static_cast<u64>((1u << KVPACK_ENTRY_FORMAT_BITS) - 1));
+}
