@@ -98,7 +98,7 @@ app.add_typer(bench_app, name="bench")
 
 Source = Annotated[Path, typer.Argument(metavar="IN", help="A .safetensors file or a model directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, also on failure.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output; other files are never deleted.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores by default.")]
 
 
@@ -134,7 +134,7 @@ def _fail(code: ExitCode, kind: str, message: str, as_json: bool) -> NoReturn:
 @contextmanager
 def _errors(as_json: bool) -> Iterator[None]:
     """Known failures become one sentence (or one JSON object) and an exit code; others stay tracebacks."""
-    from kvpack.encode.pipeline import InputError
+    from kvpack.encode.errors import InputError
     from kvpack.format.errors import FormatError
     from kvpack.runtime.errors import DeviceError
 
@@ -410,7 +410,7 @@ def inspect(
 
         report = describe(source, tensor)
         if plot is not None:
-            from kvpack.encode.pipeline import InputError
+            from kvpack.encode.errors import InputError
 
             try:
                 from kvpack.plot import plot_tensors

@@ -67,11 +67,11 @@ def compress(
         include, exclude: regular expressions for names to code or to keep.
         tensor_bits: regular expression → rate for the tensors whose names match it; the last match counts.
         dry_run: do everything but write.
-        force: replace an existing output.
+        force: replace an existing output; a directory that holds anything else is refused.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        InputError: the input or an option cannot be used.
+        InputError: the input, the output or an option cannot be used.
         DeviceError: the device is not there, or something that it needs is not installed.
         FormatError: the input is damaged.
         OSError: reading or writing failed; no output is left.

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 import kvpack
 from kvpack._version import __version__
 from kvpack.cli import app
+from kvpack.encode.errors import OtherFilesError
+from kvpack.encode.pipeline import Progress
 from kvpack.format.container import Container
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -453,10 +455,76 @@ def test_a_directory_there_and_back(folder: Path, tmp_path: Path) -> None:
 def test_force_replaces_a_directory(folder: Path) -> None:
     output = folder.with_name("tiny-model-kvpack")
     run_json("compress", folder)
-    (output / "stale.txt").write_text("old")
+    before = snapshot(output)
+    (output / "tokenizer.json").write_text("old")
+    (output / "model-00001-of-00002.safetensors").rename(output / "earlier.safetensors")  # of another model, say
     run_json("compress", folder, "--force")
-    assert not (output / "stale.txt").exists()
+    assert snapshot(output) == before
     assert {path.name for path in folder.parent.iterdir()} == {"tiny-model", "tiny-model-kvpack"}
+    back = folder.with_name("back")
+    for force in ([], ["--force"]):
+        run_json("decompress", output, "-o", back, *force)
+
+
+@pytest.mark.parametrize(
+    ("files", "listed"),
+    [
+        (["thesis.tex"], "1 entry that is no part of the output (thesis.tex)"),
+        ([".git/HEAD", ".git/objects/ab"], f"(.git{os.sep})"),
+        (["notes/mine.txt"], "(notes/mine.txt)"),
+        (["tokenizer.json/mine"], f"(tokenizer.json{os.sep})"),
+        (["weights.safetensors"], "(weights.safetensors)"),  # somebody's, not an earlier output
+        ([f"{i}.txt" for i in range(7)], "7 entries that are no part of the output (0.txt, 1.txt, 2.txt, 3.txt, 4.txt"),
+    ],
+)
+def test_force_deletes_nothing_but_an_earlier_output(
+    folder: Path, source: Path, tmp_path: Path, files: list[str], listed: str
+) -> None:
+    output, packed = tmp_path / "mine", tmp_path / "packed"
+    output.mkdir()
+    (output / "model-00001-of-00002.safetensors").write_bytes(source.read_bytes())
+    for file in files:
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        (output / file).write_bytes(source.read_bytes())
+    before = snapshot(tmp_path)
+    refused("compress", folder, "-o", output, "--force", code=USAGE, error="OtherFilesError", message=listed)
+    assert snapshot(tmp_path) == before
+    run_json("compress", folder, "-o", packed)
+    before = snapshot(tmp_path)
+    refused("decompress", packed, "-o", output, "--force", code=USAGE, error="OtherFilesError", message=listed)
+    assert snapshot(tmp_path) == before
+
+
+def test_other_files_are_found_before_the_work_and_behind_it(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run_json("compress", folder, "-o", output)
+    (output / "thesis.tex").write_text("three years")
+    began: list[str] = []
+    progress = Progress(tensor=began.append)
+    with pytest.raises(OtherFilesError, match=r"thesis\.tex"):
+        kvpack.compress(folder, output, force=True, progress=progress)
+    assert began == []
+
+    (output / "thesis.tex").unlink()
+    progress = Progress(tensor=lambda _: (output / "thesis.tex").write_text("three years") and None)
+    with pytest.raises(OtherFilesError, match=rf"^{output} is not replaced.*thesis\.tex"):
+        kvpack.compress(folder, output, force=True, progress=progress)
+    assert (output / "thesis.tex").read_text() == "three years"
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny-model", "out"}
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_the_working_directory_is_no_output(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    output = tmp_path / "out"
+    run_json("compress", folder, "-o", output)
+    monkeypatch.chdir(output if place == "." else output / "notes")
+    before = snapshot(tmp_path)
+    refused("compress", folder, "-o", place, "--force", code=USAGE, error="InputError", message="the working directory")
+    monkeypatch.chdir(folder)
+    refused("compress", folder, "-o", ".", "--force", code=USAGE, error="InputError", message="is the input")
+    assert snapshot(tmp_path) == before
 
 
 def test_an_output_inside_the_input(folder: Path) -> None:

@@ -163,7 +163,7 @@ def test_directories(big_folder: Path, tmp_path: Path, signal_number: signal.Sig
     output = tmp_path / "out"
     if old:
         output.mkdir()
-        (output / "old.safetensors").write_text("the old output")
+        (output / "shard0.safetensors").write_text("the old output")
     with kvpack_process("compress", big_folder, "-o", output, *(["--force"] if old else [])) as process:
         wait_until_midway(process, tmp_path)
         code = stop(process, signal_number)[0]
@@ -171,8 +171,8 @@ def test_directories(big_folder: Path, tmp_path: Path, signal_number: signal.Sig
     visible = [name for name in contents(tmp_path) if not name.startswith(".")]
     assert visible == (["out"] if old else [])
     if old:
-        assert contents(output) == ["old.safetensors"]
-        assert (output / "old.safetensors").read_text() == "the old output"
+        assert contents(output) == ["shard0.safetensors"]
+        assert (output / "shard0.safetensors").read_text() == "the old output"
     if signal_number == signal.SIGINT:
         assert contents(tmp_path) == visible
 
@@ -265,13 +265,13 @@ def test_a_failure_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pla
     folder = small_source(tmp_path)
     old = tmp_path / "old"
     old.mkdir()
-    (old / "precious.safetensors").write_text("1")
+    (old / "a.safetensors").write_text("1")
     monkeypatch.setattr(place, fail)
     for output, force in ((tmp_path / "new", False), (old, True)):
         with pytest.raises(Stop):
             kvpack.compress(folder, output, force=force)
     assert contents(tmp_path) == ["model", "old"]
-    assert contents(old) == ["precious.safetensors"]
+    assert contents(old) == ["a.safetensors"]
     if place not in ("pathlib.Path.write_text", "shutil.copy2"):  # those are for directories
         with pytest.raises(Stop):
             kvpack.compress(folder / "a.safetensors", tmp_path / "out.safetensors")
@@ -284,7 +284,7 @@ def test_an_old_directory_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = small_source(tmp_path)
     old = tmp_path / "old"
     old.mkdir()
-    (old / "precious.safetensors").write_text("1")
+    (old / "a.safetensors").write_text("1")
     rename, calls = Path.rename, []
 
     def failing(self: Path, target: Path) -> Path:
@@ -297,7 +297,7 @@ def test_an_old_directory_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(OSError, match="no"):
         kvpack.compress(folder, old, force=True)
     assert contents(tmp_path) == ["model", "old"]
-    assert contents(old) == ["precious.safetensors"]
+    assert contents(old) == ["a.safetensors"]
 
 
 def test_leftovers_of_another_process_are_no_obstacle(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kvpack.encode.errors import OtherFilesError
 from kvpack.encode.reader import INDEX_NAME
+from kvpack.format.container import VERSION_KEY, Container
 from kvpack.format.errors import DirectoryIndexError
 from kvpack.format.layout import VERSION
 
@@ -25,6 +27,9 @@ ORIGINAL_KEY = "original"
 _WEIGHTS = re.compile(
     r"\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|h5|msgpack|onnx|ot|gguf|tflite)$"
 )
+
+# How many entries a message lists.
+_SHOWN = 5
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -111,12 +116,65 @@ def size_bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in files)
 
 
+def _is_earlier_output(path: Path) -> bool:
+    """Whether a file is one that kvpack made of a model's weights."""
+    if path.name == INDEX_NAME:
+        return True
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with Container(path) as container:
+            return VERSION_KEY in container.metadata
+    except (ValueError, OSError):
+        return False
+
+
+def _other_entries(directory: Path, written: set[Path], folders: set[Path], below: Path) -> Iterator[str]:
+    for entry in sorted((directory / below).iterdir()):
+        relative = entry.relative_to(directory)
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        if is_folder and relative in folders:
+            yield from _other_entries(directory, written, folders, relative)
+        elif is_folder or (relative not in written and (below.parts or not _is_earlier_output(entry))):
+            yield f"{relative}{os.sep if is_folder else ''}"
+
+
+def refuse_other_files(directory: Path, written: Iterable[Path], shown_as: Path | None = None) -> None:
+    """Check that replacing ``directory`` loses nothing but an earlier output.
+
+    Args:
+        directory: the old one; need not exist.
+        written: files of the new one, relative.
+        shown_as: its path in the message, if another.
+
+    Raises:
+        OtherFilesError: it holds something that the new one does not write anew, and that is no weight file of
+            kvpack's.
+    """
+    if not directory.is_dir():
+        return
+    files = set(written)
+    folders = {folder for file in files for folder in file.parents}
+    others = list(_other_entries(directory, files, folders, Path()))
+    if others:
+        rest = len(others) - _SHOWN
+        listed = ", ".join(others[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+        raise OtherFilesError(
+            f"{shown_as or directory} is not replaced: it holds {len(others)} "
+            f"{'entry that is' if len(others) == 1 else 'entries that are'} no part of the output ({listed}); choose "
+            "another output (-o), or move them away"
+        )
+
+
 @contextmanager
 def directory_in_place(target: Path) -> Iterator[Path]:
     """A temporary directory beside ``target`` that takes its place on success and vanishes otherwise.
 
     An existing ``target`` is moved aside first and deleted last; a directory cannot be exchanged in one step, so a
     process killed between the two renames leaves the old one under its hidden name.
+
+    Raises:
+        OtherFilesError: ``target`` holds something that is no part of an output; it stays as it is.
     """
     target = Path(os.path.abspath(target))  # "." has no name
     suffix = secrets.token_hex(4)
@@ -130,6 +188,9 @@ def directory_in_place(target: Path) -> Iterator[Path]:
         previous = target.with_name(f".{target.name}.{suffix}.old")
         target.rename(previous)
         try:
+            # Again, for what came while the output was made; where it lies now, nobody puts anything.
+            written = [file.relative_to(temporary) for file in temporary.rglob("*") if file.is_file()]
+            refuse_other_files(previous, written, shown_as=target)
             temporary.rename(target)
         except BaseException:
             previous.rename(target)

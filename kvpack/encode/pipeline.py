@@ -22,6 +22,7 @@ import numpy as np
 
 from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSY_DTYPES, NUMPY_DTYPES
+from kvpack.encode.errors import InputError
 from kvpack.encode.model_directory import (
     CONFIG_NAME,
     compressed_config,
@@ -30,6 +31,7 @@ from kvpack.encode.model_directory import (
     directory_in_place,
     other_files,
     read_config,
+    refuse_other_files,
     size_bytes,
     write_index,
     write_json,
@@ -76,10 +78,6 @@ _STEP_MARGIN_BITS = 0.005
 
 # A tensor's histogram, and what to do with it if the whole model has one step.
 CommonPlan = tuple[FineHistogram, RatePlan]
-
-
-class InputError(ValueError):
-    """The input, or an option, cannot be used; the message says why and what would do."""
 
 
 @dataclass
@@ -485,6 +483,8 @@ def _check_target(source: Path, target: Path, *, force: bool) -> None:
             raise InputError(f"{target} holds no .safetensors file: it is not replaced, since it may hold other things")
         if target.is_dir() and source.resolve().is_relative_to(target.resolve()):
             raise InputError(f"the output {target} contains the input")
+        if target.is_dir() and Path.cwd().is_relative_to(target.resolve()):
+            raise InputError(f"the output {target} is, or contains, the working directory: -o names another one")
     if not target.resolve().parent.is_dir():
         raise InputError(f"the directory {target.parent} does not exist")
 
@@ -533,6 +533,9 @@ def compress(
         try:
             progress.total(model.total_bytes)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
+            if source.is_dir() and not dry_run:
+                shards = [Path(c.path.name) for c in model.containers]
+                refuse_other_files(target, [Path(CONFIG_NAME), *shards, *carried])
             own = [source / name for name in (CONFIG_NAME, INDEX_NAME) if source.is_dir() and (source / name).exists()]
             input_files = [c.path for c in model.containers] + own + [source / file for file in carried]
             input_bytes = sum(file.stat().st_size for file in input_files)
@@ -690,6 +693,11 @@ def decompress(
         progress.total(sum(t.size_bytes for c in reader.containers for t in c.tensors.values()))
         if source.is_dir():
             carried, _ = other_files(source, target)
+            config = decompressed_config(read_config(source))
+            refuse_other_files(
+                target,
+                [*([Path(CONFIG_NAME)] if config else []), *(Path(c.path.name) for c in reader.containers), *carried],
+            )
             with directory_in_place(target) as temporary:
                 shards = [
                     _decompress_container(reader, container, temporary / container.path.name, dtype, progress)
@@ -697,7 +705,6 @@ def decompress(
                 ]
                 if (source / INDEX_NAME).exists():
                     _write_index(temporary, shards)
-                config = decompressed_config(read_config(source))
                 if config:
                     write_json(temporary / CONFIG_NAME, config)
                 copy_files(source, temporary, carried)
