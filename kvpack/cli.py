@@ -443,7 +443,10 @@ def verify(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Check structure, every CRC and every lane; with --against also the contents."""
+    """Check structure, every CRC and every lane; with --against also the contents.
+
+    Says how many bytes carry no checksum, as kept tensors do in files of early versions and in ordinary ones.
+    """
     with _errors(as_json):
         from kvpack.encode.verify import verify as run
 
@@ -460,10 +463,14 @@ def verify(
         if not result.coded:
             print("kvpack: nothing in it is coded: this is an ordinary safetensors file", file=sys.stderr)
         compared = ", compared with the original" if result.compared else ""
+        unchecked = ""
+        if result.bytes_without_checksum:
+            unchecked = f"; {_size(result.bytes_without_checksum)} carry no checksum"
+            unchecked += "" if result.compared else ": only --against finds damage there"
         verdict = "MISMATCH" if result.mismatches else "ok"
         print(
             f"{verdict}: {result.tensors} tensors, {result.coded} coded, {result.tiles} tiles, "
-            f"{result.elements} weights decoded{compared}"
+            f"{result.elements} weights decoded{compared}{unchecked}"
         )
     if result.mismatches:
         raise typer.Exit(int(ExitCode.MISMATCH))

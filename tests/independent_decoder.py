@@ -322,8 +322,12 @@ def read_container(path: Any) -> dict[str, Array]:
     if "kvpack_tensors" in metadata or "kvpack_version" in metadata:
         _check(kvpack_version=metadata.get("kvpack_version") == "1")
         _check(kvpack_tensors="kvpack_tensors" in metadata)
+    entries = _load_json(metadata.get("kvpack_tensors", "{}"))
+    for name, crc in _load_json(metadata.get("kvpack_crc32", "{}") if "kvpack_version" in metadata else "{}").items():
+        _check(kvpack_crc32=name in tensors and name.removesuffix("_kvpack") not in entries)
+        _check(kvpack_crc32=type(crc) is int and crc == zlib.crc32(tensors[name].tobytes()))
     out: dict[str, Array] = {}
-    for name, entry in _load_json(metadata.get("kvpack_tensors", "{}")).items():
+    for name, entry in entries.items():
         _check(entry=isinstance(entry, dict) and entry.keys() >= {"shape", "dtype"})
         blob, scale = tensors.pop(f"{name}_kvpack", None), tensors.pop(f"{name}_kvpack_scale", None)
         _check(name=name not in tensors, scale=scale is None or scale.dtype == np.float32)

@@ -645,7 +645,7 @@ def test_verify_against(source: Path, tmp_path: Path) -> None:
     report = run_json("verify", packed, "--against", source)
     assert report == {
         "ok": True, "tensors": 6, "coded": 3, "tiles": 2 + 1 + 1, "elements": 2 * 384 * 256 + 128 * 256,
-        "compared": True, "mismatches": {},
+        "bytes_without_checksum": 0, "compared": True, "mismatches": {},
     }  # fmt: skip
     changed = model()
     changed["model.layers.1.mlp.up_proj.weight"] = changed["model.layers.1.mlp.up_proj.weight"] * np.float32(1.01)
@@ -686,6 +686,54 @@ def test_damage_is_found_wherever_it_is(source: Path, tmp_path: Path) -> None:
     refused("inspect", packed, code=CORRUPT, error="TensorTableError", message=str(packed))
     packed.write_bytes(content)
     assert {path.name for path in tmp_path.iterdir()} == {"packed.safetensors", "model.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "steps", "model.layers.1.mlp.up_proj.weight_kvpack_scale"])
+def test_damage_is_found_in_what_is_not_coded(source: Path, tmp_path: Path, name: str) -> None:
+    packed, out = tmp_path / "packed.safetensors", tmp_path / "out.safetensors"
+    run_json("compress", source, "-o", packed, "--bits", 4)
+    content = bytearray(packed.read_bytes())
+    with Container(packed) as container:
+        end = container.tensors[name].end - sum(tensor.size_bytes for tensor in container.tensors.values())
+    content[len(content) + end - 3] ^= 0x04
+    packed.write_bytes(content)
+    refused("verify", packed, code=CORRUPT, error="TensorCrcError", message=f"tensor {name!r}: kvpack_crc32 is 0x")
+    refused("decompress", packed, "-o", out, code=CORRUPT, error="TensorCrcError", message=repr(name))
+    assert not out.exists()
+
+
+def test_bytes_without_a_checksum_are_counted(source: Path, tmp_path: Path) -> None:
+    """A file of a writer that gave no CRCs, or not all of them, and an ordinary one."""
+    packed = tmp_path / "packed.safetensors"
+    run_json("compress", source, "-o", packed, "--bits", 4)
+    assert "checksum" not in run("verify", packed).stdout
+    with Container(packed) as container:
+        sizes = {n: t.size_bytes for n, t in container.tensors.items() if not n.endswith("_kvpack")}
+        metadata, arrays = container.metadata, load_file(packed)
+    assert json.loads(metadata["kvpack_crc32"]).keys() == sizes.keys()
+    fewer = {name: crc for name, crc in json.loads(metadata["kvpack_crc32"]).items() if name != "steps"}
+    save_file(arrays, packed, metadata | {"kvpack_crc32": json.dumps(fewer)})
+    assert run_json("verify", packed)["bytes_without_checksum"] == sizes["steps"] == 40
+    save_file(arrays, packed, {k: v for k, v in metadata.items() if k != "kvpack_crc32"})
+    assert run_json("verify", packed)["bytes_without_checksum"] == sum(sizes.values())
+    size = f"{sum(sizes.values()) / 1000:.2f} KB"
+    assert run("verify", packed).stdout.endswith(
+        f" decoded; {size} carry no checksum: only --against finds damage there\n"
+    )
+    compared = run("verify", packed, "--against", source).stdout
+    assert compared.endswith(f", compared with the original; {size} carry no checksum\n")
+    ordinary = run_json("verify", source)
+    assert ordinary["bytes_without_checksum"] == sum(array.nbytes for array in model().values())
+
+
+def test_an_ordinary_files_own_metadata_stay(tmp_path: Path) -> None:
+    """`kvpack_crc32` means something beside `kvpack_version` alone."""
+    path, back = tmp_path / "in.safetensors", tmp_path / "back.safetensors"
+    save_file({"a": np.arange(5)}, path, {"kvpack_crc32": "mine"})
+    run_json("verify", path)
+    run_json("decompress", path, "-o", back)
+    with Container(back) as container:
+        assert container.metadata == {"kvpack_crc32": "mine"}
 
 
 def test_a_damaged_directory(folder: Path) -> None:

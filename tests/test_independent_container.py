@@ -11,6 +11,8 @@ from independent_decoder import read_container
 from safetensors.numpy import save_file
 
 import kvpack
+from kvpack.format.container import Container
+from kvpack.format.errors import TensorCrcError
 
 
 def model() -> dict[str, np.ndarray]:
@@ -55,3 +57,17 @@ def test_both_decoders_read_the_same(options: dict, tmp_path: Path) -> None:
             assert found[name].tobytes() == ours.tobytes(), name
             if not lossless:
                 assert np.array_equal(reader.dequantize(name), found[name])
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "h.0.attn.c_attn.bias", "brain.weight_kvpack_scale"])
+def test_both_find_damage_in_what_is_not_coded(name: str, tmp_path: Path) -> None:
+    save_file(model(), tmp_path / "m.safetensors")
+    path = Path(str(kvpack.compress(tmp_path / "m.safetensors", bits=4.25).output))
+    content = bytearray(path.read_bytes())
+    with Container(path) as container:
+        content[len(content) + container.tensors[name].end - max(t.end for t in container.tensors.values()) - 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TensorCrcError, match=name):
+        kvpack.verify(path)
+    with pytest.raises(ValueError, match="kvpack_crc32"):
+        read_container(path)

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -58,6 +59,7 @@ from kvpack.encode.threads import default_threads
 from kvpack.format.container import (
     BLOB_SUFFIX,
     CONTAINER_VERSION,
+    CRC_KEY,
     SCALE_SUFFIX,
     TENSORS_KEY,
     VERSION_KEY,
@@ -369,6 +371,7 @@ def _encode_container(
     """Encode one file's tensors into ``writer`` (None: a dry run); returns its metadata and its contents."""
     selection = model.options.selection
     entries: dict[str, dict[str, Any]] = {}
+    crc32: dict[str, int] = {}
     shard = _Shard(container.path.name, [], 0, {})
     kept: list[tuple[StoredTensor, str]] = []
     scales: list[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]] = []
@@ -426,7 +429,9 @@ def _encode_container(
 
     def add_scales() -> None:
         for name, values in scales:
-            add(name, "F32", [len(values)], values.data.cast("B"))
+            data = values.data.cast("B")
+            crc32[name] = zlib.crc32(data)
+            add(name, "F32", [len(values)], data)
         scales.clear()
 
     # Widest dtypes first, so that each tensor stays aligned to its own size behind blobs of 16-byte multiples.
@@ -434,7 +439,9 @@ def _encode_container(
         if _alignment(tensor) <= _SCALE_BYTES:
             add_scales()
         progress.tensor(tensor.name)
-        add(tensor.name, tensor.dtype, list(tensor.shape), container.data(tensor.name))
+        data = container.data(tensor.name)
+        crc32[tensor.name] = zlib.crc32(data)
+        add(tensor.name, tensor.dtype, list(tensor.shape), data)
         elements = math.prod(tensor.shape)
         reports.append(
             TensorReport(
@@ -456,6 +463,7 @@ def _encode_container(
     metadata = dict(container.metadata)
     metadata[VERSION_KEY] = CONTAINER_VERSION
     metadata[TENSORS_KEY] = json.dumps(entries, separators=(",", ":"))
+    metadata[CRC_KEY] = json.dumps(crc32, separators=(",", ":"))
     return metadata, shard
 
 
@@ -739,12 +747,14 @@ def _decompress_container(reader: Reader, container: Container, target: Path, dt
         for name in sorted(container.original_names(), key=lambda name: (-alignment(name), name)):
             progress.tensor(name)
             if name in container.coded:
+                container.check_crc32(name + SCALE_SUFFIX)
                 own = container.coded[name]["dtype"] == stored_dtype(name)
                 values = np.ascontiguousarray(reader.dequantize(name, "original" if own else dtype))
                 data = values.view(np.uint8).reshape(-1).data
                 shape = list(values.shape)
                 done = container.tensors[name + BLOB_SUFFIX].size_bytes
             else:
+                container.check_crc32(name)
                 data = container.data(name)
                 shape = list(container.tensors[name].shape)
                 done = len(data)
@@ -752,5 +762,6 @@ def _decompress_container(reader: Reader, container: Container, target: Path, dt
             shard.stored_names.append(name)
             shard.stored_bytes += len(data)
             progress.advance(done)
-        writer.finish({k: v for k, v in container.metadata.items() if k not in (VERSION_KEY, TENSORS_KEY)})
+        own_keys = (VERSION_KEY, TENSORS_KEY, CRC_KEY) if VERSION_KEY in container.metadata else ()
+        writer.finish({k: v for k, v in container.metadata.items() if k not in own_keys})
     return shard

@@ -1,4 +1,4 @@
-"""``kvpack verify``: check the coded tensors of a model, each byte and lane, and all tensors against the original."""
+"""``kvpack verify``: check the tensors of a model, each byte and lane, and all of them against the original."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kvpack.encode.blob_decoder import check_element_limit, verify_tiles
 from kvpack.encode.dtypes import as_float32
 from kvpack.encode.reader import Reader
 from kvpack.encode.tensor_encoder import noise_db
+from kvpack.format.container import SCALE_SUFFIX
 
 # The recorded noise is rounded to 10^-4 dB.
 NOISE_TOLERANCE_DB = 0.001
@@ -22,12 +23,19 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Verification:
-    """What was checked; ``mismatches`` maps a tensor to what differs from the original."""
+    """What was checked.
+
+    Attributes:
+        bytes_without_checksum: stored bytes in which ``against`` alone finds damage: tensors that are kept as they
+            are, and scales, of a file that gives no CRCs for them (§9.3).
+        mismatches: tensor → what differs from the original.
+    """
 
     tensors: int = 0
     coded: int = 0
     tiles: int = 0
     elements: int = 0
+    bytes_without_checksum: int = 0
     compared: bool = False
     mismatches: dict[str, str] = field(default_factory=dict)
 
@@ -40,8 +48,6 @@ def verify(
     progress: Progress | None = None,
 ) -> Verification:
     """Check structure, CRCs and every lane; with ``against`` also that the original is reproduced.
-
-    Tensors that are kept as they are, and scales, have no checksum: only ``against`` finds a changed bit there.
 
     Lossless and kept tensors must be equal bit for bit; quantized ones must have the noise that was recorded.
 
@@ -56,6 +62,9 @@ def verify(
         for name in reader:
             result.tensors += 1
             container = reader.container(name)
+            plain = name + SCALE_SUFFIX if name in container.coded else name
+            if plain in container.tensors and not container.check_crc32(plain):
+                result.bytes_without_checksum += container.tensors[plain].size_bytes
             if name not in container.coded:
                 if progress:
                     progress(container.tensors[name].size_bytes)

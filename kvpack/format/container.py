@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import struct
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from kvpack.format.errors import (
     LimitError,
     NotAContainerError,
     ScaleError,
+    TensorCrcError,
     TensorTableError,
 )
 from kvpack.format.header import HEADER_BYTES, BlobHeader
@@ -34,6 +36,7 @@ from kvpack.format.header import HEADER_BYTES, BlobHeader
 CONTAINER_VERSION = "1"
 VERSION_KEY = "kvpack_version"
 TENSORS_KEY = "kvpack_tensors"
+CRC_KEY = "kvpack_crc32"
 BLOB_SUFFIX = "_kvpack"
 SCALE_SUFFIX = "_kvpack_scale"
 MAX_HEADER_BYTES = 100_000_000
@@ -130,6 +133,7 @@ class Container:
         tensors: all stored tensors by name, in the order of their offsets.
         metadata: the strings of ``__metadata__``.
         coded: the entries of ``kvpack_tensors`` (empty if the file has none).
+        crc32: what ``kvpack_crc32`` gives for stored tensors that are no blobs (empty if the file has none).
 
     Raises:
         ContainerError: the file breaks a rule of FORMAT.md §9.
@@ -178,6 +182,7 @@ class Container:
             raise TensorTableError(f"the tensors end at {at}, the data at {len(self._data)}")
         self.tensors = {tensor.name: tensor for tensor in tensors}
         self.coded = self._parse_coded()
+        self.crc32 = self._parse_crc32()
 
     def _parse_coded(self) -> dict[str, dict[str, Any]]:
         version, text = self.metadata.get(VERSION_KEY), self.metadata.get(TENSORS_KEY)
@@ -218,6 +223,23 @@ class Container:
             raise ContainerMetadataError(f"{min(extra)!r} has no entry in {TENSORS_KEY}")
         return coded
 
+    def _parse_crc32(self) -> dict[str, int]:
+        text = self.metadata.get(CRC_KEY)
+        if text is None or VERSION_KEY not in self.metadata:  # absent, or an ordinary file's own affair
+            return {}
+        try:
+            given = json.loads(text, object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise ContainerMetadataError(f"{CRC_KEY} is not valid JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise ContainerMetadataError(f"{CRC_KEY} is not a JSON object")
+        for name, crc in given.items():
+            if name not in self.tensors or name.removesuffix(BLOB_SUFFIX) in self.coded:
+                raise ContainerMetadataError(f"{CRC_KEY}: {name!r} is no stored tensor, or a blob, which has its own")
+            if not _is_count(crc) or crc >= 1 << 32:
+                raise ContainerMetadataError(f"{CRC_KEY}: the CRC of {name!r} is {crc!r}")
+        return given
+
     def original_names(self) -> list[str]:
         """Names of the original tensors: coded ones without their suffix, others as they are."""
         parts = {name + suffix for name in self.coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
@@ -227,6 +249,20 @@ class Container:
         """The bytes of a stored tensor, not copied."""
         tensor = self.tensors[name]
         return self._data[tensor.begin : tensor.end]
+
+    def check_crc32(self, name: str) -> bool:
+        """Compare the bytes of a stored tensor that is no blob with their CRC; False if the file gives none.
+
+        Raises:
+            TensorCrcError: they are damaged.
+        """
+        given = self.crc32.get(name)
+        if given is None:
+            return False
+        computed = zlib.crc32(self.data(name))
+        if computed != given:
+            raise TensorCrcError(f"{self.path}, tensor {name!r}: {CRC_KEY} is 0x{given:08X}, computed 0x{computed:08X}")
+        return True
 
     def blob_header(self, name: str) -> BlobHeader:
         """The header alone of a coded tensor's blob, unverified by its CRC."""

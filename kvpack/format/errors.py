@@ -6,8 +6,9 @@
     ├── ContainerError                 the safetensors file around the blobs (§9)
     │   ├── NotAContainerError         no safetensors header where one must be
     │   ├── TensorTableError           dtype, shape, offsets, gaps, overlaps, duplicate names
-    │   ├── ContainerMetadataError     kvpack_version, kvpack_tensors, shapes, missing blobs or scales
+    │   ├── ContainerMetadataError     kvpack_version, kvpack_tensors, kvpack_crc32, shapes, missing blobs or scales
     │   ├── ScaleError                 scales of a wrong number, negative, denormal, infinite or NaN
+    │   ├── TensorCrcError             bytes of a kept tensor, or scales, damaged
     │   └── DirectoryIndexError        model.safetensors.index.json or config.json of a directory
     ├── BlobError                      one coded tensor (§§2–7)
     │   ├── TruncatedError             fewer or more bytes than the header announces
@@ -48,11 +49,15 @@ class TensorTableError(ContainerError):
 
 
 class ContainerMetadataError(ContainerError):
-    """`kvpack_version` or `kvpack_tensors` is missing, malformed or contradicts the blobs."""
+    """`kvpack_version` or `kvpack_tensors` is missing, malformed or contradicts the blobs; or `kvpack_crc32` is."""
 
 
 class ScaleError(ContainerError):
     """Scales are missing, of a wrong number, or of a value that FORMAT.md §8 forbids."""
+
+
+class TensorCrcError(ContainerError):
+    """A tensor that is kept as it is, or scales, do not have the CRC that `kvpack_crc32` gives."""
 
 
 class DirectoryIndexError(ContainerError):

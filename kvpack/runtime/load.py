@@ -14,7 +14,7 @@ import torch
 
 from kvpack.encode.reader import Reader
 from kvpack.encode.threads import map_ordered
-from kvpack.format.container import BLOB_SUFFIX, Container
+from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
 from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob
 from kvpack.runtime.errors import DeviceError
 from kvpack.runtime.kernels import require_device
@@ -113,11 +113,16 @@ def device_blob(reader: Reader, name: str, buffer: torch.Tensor) -> DeviceBlob:
 
 
 def check_crcs(reader: Reader, name: str) -> None:
-    """Every byte of a coded tensor against its CRCs, on the CPU.
+    """Every byte of a tensor against its CRCs, on the CPU; a kept one, and scales, where the file gives CRCs (§9.3).
 
     Raises:
         FormatError
     """
+    container = reader.container(name)
+    if name not in container.coded:
+        container.check_crc32(name)
+        return
+    container.check_crc32(name + SCALE_SUFFIX)
     blob = reader.blob(name)
     with _named(reader, name):
         for _ in map_ordered(blob.tile, range(blob.header.num_tiles), reader._executor):
@@ -203,13 +208,15 @@ def load_tensors(
     with Uploader(device, progress=progress) as uploader:
         upload = uploader.submit(pieces, begin=uploader.after_current_work())
         for number, name in enumerate(order):
-            if name not in pieces_of[name].coded:
-                loaded[name] = buffers[name]
-                continue
-            # Its host side reads the mapped file here and there: behind the readers, it need not wait for the disk.
-            upload.wait_piece(number)
+            coded = name in pieces_of[name].coded
+            if coded or verify:
+                # The host reads the mapped file here and there: behind the readers, it need not wait for the disk.
+                upload.wait_piece(number)
             if verify:
                 check_crcs(reader, name)
+            if not coded:
+                loaded[name] = buffers[name]
+                continue
             loaded[name] = device_blob(reader, name, buffers[name])
         upload.wait()
     # Closing the uploader has waited for its copies, so that no tensor needs record_stream.
@@ -341,7 +348,8 @@ def load(
     Args:
         path: a .safetensors file, or a directory of them.
         device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where torch has it, else the CPU.
-        verify: check the CRC of every byte as well, on the CPU, as ``kvpack.open`` does.
+        verify: check all CRCs as well, on the CPU: those of coded tensors, as ``kvpack.open`` does, and those that the
+            file gives for the others.
         progress: True for a bar, False for none, None for a bar on a terminal; or a function of (bytes done, bytes).
         dtype: convert tensors that are not coded, if they are fp16, bf16, fp32 or fp64, to this type.
 

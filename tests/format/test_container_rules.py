@@ -10,6 +10,7 @@ import json
 import math
 import random
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from kvpack.format.errors import (
     MagicError,
     NotAContainerError,
     ScaleError,
+    TensorCrcError,
     TensorTableError,
     TruncatedError,
 )
@@ -465,6 +467,45 @@ def test_a_malformed_entry(path: Path, breaking: Callable[[File], None]) -> None
     file = base()
     breaking(file)
     expect(path, file.build(), ContainerMetadataError, "the entry of 'w' is malformed")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "kvpack_crc32 is not valid JSON"),
+        ("[" * 100_000, "kvpack_crc32 is not valid JSON"),
+        ('{"bias": 1, "bias": 1}', "'bias' is there twice"),
+        ("[]", "kvpack_crc32 is not a JSON object"),
+        ('{"nothing": 1}', "'nothing' is no stored tensor"),
+        ('{"w": 1}', "'w' is no stored tensor"),
+        ('{"w_kvpack": 1}', "'w_kvpack' is no stored tensor, or a blob"),
+        ('{"bias": -1}', "the CRC of 'bias' is -1"),
+        ('{"bias": 4294967296}', "the CRC of 'bias' is 4294967296"),
+        ('{"bias": "1"}', "the CRC of 'bias' is '1'"),
+        ('{"bias": 1.0}', "the CRC of 'bias' is 1.0"),
+        ('{"bias": true}', "the CRC of 'bias' is True"),
+    ],
+)
+def test_malformed_crcs(path: Path, text: str, match: str) -> None:
+    file = base()
+    file.metadata["kvpack_crc32"] = text
+    expect(path, file.build(), ContainerMetadataError, match)
+
+
+def test_crcs_of_what_is_not_coded(path: Path) -> None:
+    """Of all, some or no tensors; readers that decode do not look at them, and `verify` does."""
+    file = base()
+    crc32 = {name: zlib.crc32(file.tensors[name][2]) for name in ("bias", "empty", "w_kvpack_scale")}
+    for given, unchecked in ((crc32, 0), ({"bias": crc32["bias"]}, 4), ({}, 24)):
+        file.metadata["kvpack_crc32"] = json.dumps(given)
+        path.write_bytes(file.build())
+        assert kvpack.verify(path).bytes_without_checksum == unchecked
+    for name in crc32:
+        file.metadata["kvpack_crc32"] = json.dumps({name: crc32[name] ^ 1})
+        path.write_bytes(file.build())
+        read_all(path)
+        with pytest.raises(TensorCrcError, match=rf"{path}, tensor '{name}': kvpack_crc32 is 0x"):
+            kvpack.verify(path)
 
 
 def test_an_entry_without_its_blob(path: Path) -> None:
@@ -912,11 +953,12 @@ def test_stored_tensors_are_aligned(tmp_path: Path) -> None:
 
 # Mutation fuzzing of whole files
 
-MUTANTS = 3600
+MUTANTS = 4400
 INTERESTING = (0, 1, 2, 3, 7, 8, 31, 32, 63, 64, 65, 255, 256, 350, 4096, 2**31, 2**32, 2**53, 2**62, 2**63, 2**64, -1)
 WORDS = (
     "w", "codes", "half", "bias", "empty", "_kvpack", "_kvpack_scale", "F32", "BF16", "F16", "I8", "U8", "F64", "I64",
     "F4", "F8_E5M2", "BOOL", "C64", "shape", "dtype", "data_offsets", "__metadata__", "kvpack_version", "1", "2", "",
+    "kvpack_crc32",
     "\ud800", "\0", "é",
 )  # fmt: skip
 
@@ -988,6 +1030,7 @@ def test_mutants_of_whole_files(path: Path) -> None:
     # A smaller one, so that mutants are quick to read.
     file.put_blob("w", encoded((6, 40)))
     file.entries["w"]["shape"] = [6, 40]
+    file.metadata["kvpack_crc32"] = json.dumps({"bias": 1, "empty": 0})
     header, data, content = file.header(), file.data, file.build()
     data_start = len(content) - len(data)
     path.write_bytes(content)

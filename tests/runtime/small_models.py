@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 import kvpack
-from kvpack.format.container import CONTAINER_VERSION, TENSORS_KEY, VERSION_KEY, Container, ContainerWriter
+from kvpack.format.container import CONTAINER_VERSION, CRC_KEY, TENSORS_KEY, VERSION_KEY, Container, ContainerWriter
 
 # One layer of each kind: name, outputs × inputs.
 LAYERS = {
@@ -58,12 +58,14 @@ def merge_files(target: Path, *sources: Path) -> Path:
     """All tensors of several compressed files in one."""
     with ContainerWriter(target) as writer:
         coded: dict[str, object] = {}
+        crc32: dict[str, int] = {}
         for source in sources:
             with Container(source) as container:
                 for name, tensor in container.tensors.items():
                     writer.add(name, tensor.dtype, tensor.shape, [bytes(container.data(name))])
                 coded |= container.coded
-        writer.finish({VERSION_KEY: CONTAINER_VERSION, TENSORS_KEY: json.dumps(coded)})
+                crc32 |= container.crc32
+        writer.finish({VERSION_KEY: CONTAINER_VERSION, TENSORS_KEY: json.dumps(coded), CRC_KEY: json.dumps(crc32)})
     return target
 
 

@@ -24,7 +24,13 @@ from small_models import LAYERS, layer_file  # noqa: E402
 import kvpack  # noqa: E402
 from kvpack.encode.model_directory import write_index  # noqa: E402
 from kvpack.format.container import Container  # noqa: E402
-from kvpack.format.errors import FormatError, HeaderCrcError, LaneStateError, PayloadCrcError  # noqa: E402
+from kvpack.format.errors import (  # noqa: E402
+    FormatError,
+    HeaderCrcError,
+    LaneStateError,
+    PayloadCrcError,
+    TensorCrcError,
+)
 from kvpack.runtime import load as load_module  # noqa: E402
 from kvpack.runtime import upload as upload_module  # noqa: E402
 from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
@@ -206,6 +212,14 @@ def test_damaged_payload(path: Path, tmp_path: Path) -> None:
     state = load(broken, "cpu")
     with pytest.raises(FormatError):
         state["quantized"](torch.zeros(1, 416))
+
+
+@pytest.mark.parametrize("name", ["norm", "ids", "rows.weight_kvpack_scale"])
+def test_damage_in_what_is_not_coded(path: Path, tmp_path: Path, name: str) -> None:
+    broken = damaged(path, tmp_path, name, 8)
+    with pytest.raises(TensorCrcError, match=rf"damaged\.safetensors, tensor {name!r}: kvpack_crc32"):
+        load(broken, "cpu", verify=True)
+    load(broken, "cpu")
 
 
 def test_lanes_of_all_tensors(path: Path) -> None:
