@@ -1,8 +1,7 @@
 """The command line: parse, call, print. Data goes to stdout, everything else to stderr.
 
-Exit codes: 0 ok, 1 failed, 2 usage, 3 corrupt file, 4 mismatch, 5 no device,
-130 interrupted. Heavy modules are
-imported inside the commands.
+Exit codes: 0 ok, 1 failed, 2 usage, 3 corrupt file, 4 mismatch, 5 no device or something not installed, 130
+interrupted. Heavy modules are imported inside the commands.
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ def _fail(code: ExitCode, kind: str, message: str, as_json: bool) -> NoReturn:
 @contextmanager
 def _errors(as_json: bool) -> Iterator[None]:
     """Known failures become one sentence (or one JSON object) and an exit code; others stay tracebacks."""
-    from kvpack.encode.errors import InputError
+    from kvpack.encode.errors import InputError, NotInstalledError
     from kvpack.format.errors import FormatError
     from kvpack.runtime.errors import DeviceError
 
@@ -142,7 +141,7 @@ def _errors(as_json: bool) -> Iterator[None]:
         yield
     except InputError as error:
         _fail(ExitCode.USAGE, type(error).__name__, str(error), as_json)
-    except DeviceError as error:
+    except (DeviceError, NotInstalledError) as error:
         _fail(ExitCode.NO_DEVICE, type(error).__name__, str(error), as_json)
     except FormatError as error:
         _fail(ExitCode.CORRUPT, type(error).__name__, str(error), as_json)
@@ -153,9 +152,10 @@ def _errors(as_json: bool) -> Iterator[None]:
     except KeyError as error:
         _fail(ExitCode.USAGE, "KeyError", str(error.args[0]), as_json)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename:
+            _fail(ExitCode.USAGE, "InputError", f"{error.filename} does not exist", as_json)
         where = f": {error.filename}" if error.filename else ""
-        code = ExitCode.USAGE if isinstance(error, FileNotFoundError) else ExitCode.FAILED
-        _fail(code, type(error).__name__, f"{error.strerror or error}{where}", as_json)
+        _fail(ExitCode.FAILED, type(error).__name__, f"{error.strerror or error}{where}", as_json)
     except KeyboardInterrupt:
         _fail(ExitCode.INTERRUPTED, "KeyboardInterrupt", "interrupted; no output was left behind", as_json)
 
@@ -230,6 +230,16 @@ def _parse_tensor_bits(values: list[str] | None) -> dict[str, float]:
         if not separator or not pattern:
             raise typer.BadParameter(f"{value!r} is not REGEX=BITS", param_hint="--tensor-bits")
     return rates
+
+
+def _require_matplotlib() -> None:
+    """For --plot: before the work, not behind it."""
+    from kvpack.encode.errors import NotInstalledError
+
+    try:
+        import kvpack.plot  # noqa: F401
+    except ImportError as error:
+        raise NotInstalledError(f"--plot needs matplotlib ({error}): pip install 'kvpack[plot]'") from None
 
 
 @app.command()
@@ -408,14 +418,13 @@ def inspect(
     with _errors(as_json):
         from kvpack.encode.report import describe
 
+        if plot is not None:
+            _require_matplotlib()
         report = describe(source, tensor)
         if plot is not None:
             from kvpack.encode.errors import InputError
+            from kvpack.plot import plot_tensors
 
-            try:
-                from kvpack.plot import plot_tensors
-            except ImportError as error:
-                raise InputError(f"--plot needs matplotlib ({error}): pip install 'kvpack[plot]'") from None
             if not report["coded"]:
                 raise InputError("no tensor is coded, so there is nothing to draw")
             plot_tensors(report["tensors"], plot, title=source.name)
@@ -558,10 +567,7 @@ def bench_linear(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         if plot is not None:
-            try:
-                from kvpack.plot import plot_linear
-            except ImportError as error:
-                raise typer.BadParameter(f"--plot needs matplotlib ({error}): pip install 'kvpack[plot]'") from None
+            _require_matplotlib()
         from kvpack.runtime.errors import DeviceError
 
         try:
@@ -580,6 +586,8 @@ def bench_linear(
         except DeviceError as error:
             _fail(ExitCode.NO_DEVICE, "DeviceError", str(error), as_json)
         if plot is not None:
+            from kvpack.plot import plot_linear
+
             plot_linear(report, plot)
     wrong = wrong_results(report)
     if as_json:

@@ -25,7 +25,7 @@ from kvpack.encode.pipeline import Progress
 from kvpack.format.container import Container
 
 ROOT = Path(__file__).resolve().parents[1]
-OK, FAILED, USAGE, CORRUPT, MISMATCH = 0, 1, 2, 3, 4
+OK, FAILED, USAGE, CORRUPT, MISMATCH, NO_DEVICE = 0, 1, 2, 3, 4, 5
 REPORT_KEYS = {
     "ok", "input", "output", "input_bytes", "output_bytes", "ratio", "bits_per_weight", "noise_db", "seconds",
     "left_out", "tensors",
@@ -181,7 +181,7 @@ def test_a_round_as_processes(source: Path) -> None:
     assert result.stderr == ""
     result = process("verify", output.with_name("nothing.safetensors"))
     assert result.returncode == USAGE
-    assert "No such file or directory" in result.stderr
+    assert "nothing.safetensors does not exist" in result.stderr
 
 
 def test_usage_as_a_process() -> None:
@@ -317,9 +317,9 @@ def test_inputs_and_outputs_that_cannot_be_used(source: Path, folder: Path, tmp_
     missing = tmp_path / "nothing.safetensors"
     refused("compress", missing, code=USAGE, error="InputError", message=f"{missing} does not exist")
     refused("decompress", missing, "-o", "x", code=USAGE, error="InputError", message="does not exist")
-    refused("inspect", missing, code=USAGE, error="FileNotFoundError", message="No such file")
-    refused("verify", missing, code=USAGE, error="FileNotFoundError", message="No such file")
-    refused("verify", source, "--against", missing, code=USAGE, error="FileNotFoundError", message="No such file")
+    refused("inspect", missing, code=USAGE, error="InputError", message=f"{missing} does not exist")
+    refused("verify", missing, code=USAGE, error="InputError", message=f"{missing} does not exist")
+    refused("verify", source, "--against", missing, code=USAGE, error="InputError", message=f"{missing} does not exist")
     for output, message in (
         (source, "is the input"),
         (folder, "is a directory"),
@@ -333,8 +333,14 @@ def test_inputs_and_outputs_that_cannot_be_used(source: Path, folder: Path, tmp_
     for command in ("compress", "inspect", "verify"):
         refused(command, text, code=CORRUPT, error="NotAContainerError", message=f"{text}: ")
     (tmp_path / "empty").mkdir()
-    refused("compress", tmp_path / "empty", code=USAGE, error="InputError", message="no .safetensors file")
-    refused("inspect", tmp_path / "empty", code=CORRUPT, error="DirectoryIndexError", message="no .safetensors file")
+    for arguments in (
+        ["compress"],
+        ["decompress", "-o", "x"],
+        ["inspect"],
+        ["verify"],
+        ["verify", source, "--against"],
+    ):
+        refused(*arguments, tmp_path / "empty", code=USAGE, error="InputError", message="holds no .safetensors file")
 
 
 def test_an_existing_output_is_not_touched(source: Path) -> None:
@@ -637,6 +643,16 @@ def test_inspect_draws(source: Path, tmp_path: Path) -> None:
     run_json("inspect", packed, "--plot", picture)
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     refused("inspect", source, "--plot", picture, code=USAGE, error="InputError", message="nothing to draw")
+
+
+@pytest.mark.parametrize("command", [["inspect", "in"], ["bench", "linear", "--quick"]])
+def test_drawing_without_matplotlib(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything else is done, and with the code of what is not installed."""
+    monkeypatch.delitem(sys.modules, "kvpack.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(
+        *command, "--plot", "x.png", code=NO_DEVICE, error="NotInstalledError", message="pip install 'kvpack[plot]'"
+    )
 
 
 def test_verify_against(source: Path, tmp_path: Path) -> None:

@@ -475,8 +475,7 @@ def _alignment(tensor: StoredTensor) -> int:
 def _check_target(source: Path, target: Path, *, force: bool) -> None:
     if not source.exists():
         raise InputError(f"{source} does not exist")
-    if source.is_dir() and not any(source.glob("*.safetensors")):
-        raise InputError(f"{source} holds no .safetensors file; other forms of weights must be converted first")
+    shard_paths(source)  # raises where there are none
     if target.exists():
         if target.resolve() == source.resolve():
             raise InputError(f"the output {target} is the input")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES, NUMPY_DTYPES
+from kvpack.encode.errors import InputError
 from kvpack.encode.threads import default_threads
 from kvpack.format.blob import Blob
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
@@ -49,7 +50,8 @@ def shard_paths(path: Path) -> list[Path]:
     """The safetensors files of a file or directory, in order of name.
 
     Raises:
-        DirectoryIndexError: a directory without any, or an index that names a missing one.
+        InputError: a directory without any.
+        DirectoryIndexError: an index that names a missing one.
     """
     if not path.is_dir():
         return [path]
@@ -57,7 +59,7 @@ def shard_paths(path: Path) -> list[Path]:
     if not index.exists():
         found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
         if not found:
-            raise DirectoryIndexError(f"{path}: no .safetensors file in this directory")
+            raise InputError(f"{path} holds no .safetensors file; other forms of weights must be converted first")
         return found
     names = sorted(set(read_weight_map(index).values()))
     missing = [name for name in names if not os.path.isfile(path / name)]
@@ -113,6 +115,7 @@ class Reader:
         max_elements: refuse to decode tensors of more elements (default: max(2^28, 256 × blob bytes)).
 
     Raises:
+        InputError: a directory without a safetensors file.
         FormatError: a file, or the directory's index, breaks a rule of FORMAT.md.
         OSError: a file cannot be read.
     """

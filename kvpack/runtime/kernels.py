@@ -121,7 +121,13 @@ def _check_device(kind: str, index: int | None) -> None:
     if kind != "cuda":
         raise DeviceError(f"kernels run on CUDA devices, not on {kind!r}")
     if not torch.cuda.is_available():
-        raise DeviceError(f"torch {torch.__version__} finds no CUDA device: {advice}")
+        if torch.version.cuda is None:
+            raise DeviceError(f"torch {torch.__version__} is built without CUDA: {advice}")
+        raise DeviceError(
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, but finds no CUDA device: see whether "
+            "`nvidia-smi` lists a GPU (if not, the driver is missing) and whether CUDA_VISIBLE_DEVICES hides it, or "
+            "use device='cpu'"
+        )
     if index is not None and index >= torch.cuda.device_count():
         raise DeviceError(f"there is no device cuda:{index}: torch finds {torch.cuda.device_count()}")
     capability = torch.cuda.get_device_capability(index)

@@ -58,7 +58,11 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
     Raises:
         DeviceError: it cannot be used; the message says what to install.
     """
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(f"{device!r} is no device ({reason}): use 'cuda', 'cuda:1' or 'cpu'") from None
     if chosen.type == "cpu":
         return torch.device("cpu")
     if chosen.type != "cuda":
@@ -354,6 +358,7 @@ def load(
         dtype: convert tensors that are not coded, if they are fp16, bf16, fp32 or fp64, to this type.
 
     Raises:
+        InputError: a directory without a safetensors file.
         FormatError: the file is damaged; the message names the tensor.
         DeviceError: the device cannot be used; the message says what to install.
         OSError: a file cannot be read.

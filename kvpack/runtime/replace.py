@@ -167,7 +167,7 @@ def _plan(groups: list[list[_Place]], reader: Reader, selection: _Selection, rep
             place.source = source
             if source != name:
                 report.tied[place.names[0]] = source
-    return differences
+    return list(dict.fromkeys(differences))  # tied places may differ from one tensor in the same way
 
 
 def _pattern(text: str | None, what: str, names: Iterable[str]) -> re.Pattern[str] | None:
@@ -188,6 +188,20 @@ def _not_ignored(model: nn.Module, what: str, names: Iterable[str]) -> list[str]
     """Names but those that a transformers model says are of no account."""
     ignored = [re.compile(text) for text in getattr(model, f"_keys_to_ignore_on_load_{what}", None) or ()]
     return [name for name in names if not any(pattern.search(name) for pattern in ignored)]
+
+
+def _refuse_coded_model(model: nn.Module, reader: Reader) -> None:
+    """Layers that are coded already have no parameters that a file could have."""
+    coded = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, RansLinear) and (f"{name}.weight" in reader or module.tensor_name in reader)
+    ]
+    if coded:
+        raise ModelMismatchError(
+            f"{reader.path}: {len(coded)} layers of the model are coded already ({_list(coded)}), as replace_linears "
+            "leaves them; it takes plain modules: make the model anew (strict=False loads what fits)"
+        )
 
 
 def _refuse_differences(reader: Reader, differences: list[str], report: Replacement, strict: bool) -> None:
@@ -390,7 +404,8 @@ def replace_linears(
         verify, progress: as of :func:`kvpack.load`.
 
     Raises:
-        ModelMismatchError: names or shapes differ, or a buffer on meta has no values. The model is as it was.
+        ModelMismatchError: names or shapes differ, layers are coded already, or a buffer on meta has no values. The
+            model is as it was.
         ValueError: ``include`` or ``exclude`` matches nothing.
         DeviceError, FormatError, OSError: as of :func:`kvpack.load`.
     """
@@ -399,6 +414,8 @@ def replace_linears(
     on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     home = resolve_device(device) if device is not None or on_meta else None
     with Reader(Path(path)) as reader:
+        if strict:
+            _refuse_coded_model(model, reader)
         coded_names = [name for container in reader.containers for name in container.coded]
         selection = _Selection(_pattern(include, "include", coded_names), _pattern(exclude, "exclude", coded_names))
         differences = _plan(_tied_groups(places), reader, selection, report)

@@ -28,6 +28,7 @@ from safetensors.numpy import load_file
 import kvpack
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.encode.dtypes import NUMPY_DTYPES
+from kvpack.encode.errors import InputError
 from kvpack.format.container import Container
 from kvpack.format.errors import (
     ContainerMetadataError,
@@ -813,7 +814,8 @@ def test_a_directory(tmp_path: Path) -> None:
 
 def test_a_directory_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    refuse_directory(tmp_path, "no .safetensors file")
+    with pytest.raises(InputError, match=r"holds no \.safetensors file"):
+        kvpack.open(tmp_path)
 
 
 def test_an_index_that_names_missing_files(tmp_path: Path) -> None:

@@ -253,12 +253,30 @@ def test_devices(path: Path) -> None:
     if not torch.cuda.is_available():
         assert resolve_device(None) == CPU
         assert load(path).device == CPU
-        with pytest.raises(DeviceError, match=r"pip install 'kvpack\[cuda13\]'.*device='cpu'"):
+        with pytest.raises(DeviceError, match="device='cpu'"):
             load(path, "cuda")
         with pytest.raises(DeviceError, match="device='cpu'"):
             resolve_device("cuda:3")
     with pytest.raises(DeviceError, match="not on 'meta': use device='cpu'"):
         load(path, "meta")
+    for device in ("bogus", "cuda:x", "cuda:-2"):
+        with pytest.raises(DeviceError, match=rf"^'{device}' is no device \([^\n]*\): use 'cuda', 'cuda:1' or 'cpu'$"):
+            load(path, device)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "message"),
+    [
+        (None, r"is built without CUDA: pip install 'kvpack\[cuda13\]'.*device='cpu'"),
+        ("13.0", r"is built for CUDA 13\.0, but finds no CUDA device: see whether `nvidia-smi`.*device='cpu'"),
+    ],
+)
+def test_advice_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch, cuda: str | None, message: str) -> None:
+    """A torch without CUDA, and one with it on a machine without a GPU, lack different things."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=message):
+        resolve_device("cuda:77")
 
 
 # The uploader -------------------------------------------------------------------------------------------------------

@@ -327,6 +327,14 @@ def test_mismatches_change_nothing(tmp_path: Path) -> None:
     refuse(
         nn.ModuleDict({"model": make()}), r"21 of the model are not in the file.*21 of the file are not in the model"
     )
+    model = make()
+    model.embed.weight = model.head.weight = nn.Parameter(torch.zeros(250, 128))
+    refuse(
+        model, r"not the model's; 1 of another shape: embed\.weight is \[200, 128\] in the file, \[250, 128\] in the"
+    )
+    model = make()
+    replace_linears(model, path)
+    refuse(model, r"6 layers of the model are coded already \(blocks\.0\.up, .* and 1 more\).*make the model anew")
     single = nn.Linear(128, 128)
     save_file(single.state_dict(), tmp_path / "in.safetensors")
     kvpack.compress(tmp_path / "in.safetensors", tmp_path / "one.safetensors", bits=5)
