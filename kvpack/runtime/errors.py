@@ -17,7 +17,7 @@ class DeviceError(RuntimeError):
 
 
 class StreamingError(RuntimeError):
-    """A streamed layer is used outside its turn, or in a way that streaming cannot serve."""
+    """A streamed layer is used outside its turn or its stream, or in a way that streaming cannot serve."""
 
 
 class ModelMismatchError(ValueError):

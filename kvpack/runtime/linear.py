@@ -161,7 +161,7 @@ class RansLinear(nn.Module):
         Raises:
             FormatError: the buffers hold no intact blob.
             ModelMismatchError: a blob of another shape.
-            StreamingError: the weights are streamed, and it is not this layer's turn.
+            StreamingError: the weights are streamed, and it is not this layer's turn; or they were left in the file.
             RuntimeError: the layer is on the meta device.
         """
         blob = self._current()
@@ -173,6 +173,12 @@ class RansLinear(nn.Module):
             raise StreamingError(
                 f"the weights of {self.tensor_name or 'this layer'} are streamed, and on the device only while the "
                 "module runs that was given to the stream"
+            )
+        if coded.is_meta and self.tensor_name is not None:
+            raise StreamingError(
+                f"weights of {self.tensor_name} are on the meta device: left in the file by replace_linears(defer=…) "
+                "or by a stream from disk that has ended. Run it inside kvpack.runtime.streaming.stream_modules, "
+                "or load them (load_state_dict, assign=True)"
             )
         if coded.is_meta or (scales is not None and scales.is_meta):
             raise RuntimeError("this RansLinear is on the meta device: load its weights (load_state_dict, assign=True)")

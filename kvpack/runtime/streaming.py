@@ -458,7 +458,13 @@ class LayerStream:
                     member.blob.check()
 
     def close(self) -> None:
-        """Stop, wait for the device, and give the layers back: with their weights in host memory, or without any."""
+        """Stop, wait for the device, and give the layers back.
+
+        From pinned memory they keep their coded weights in host memory, pinned no longer, with their scales: ready for
+        the CPU, for ``model.to(device)`` or for another stream. From disk they have no weights (their buffers are on
+        the meta device) until another stream or ``load_state_dict(…, assign=True)`` brings some; StreamingError says so
+        if they are used. All else of the model stays on the device.
+        """
         if self._closed:
             return
         self._closed = True
@@ -520,7 +526,7 @@ def stream_modules(
         source, path, prefetch, device: as of :class:`LayerStream`.
 
     Returns:
-        The stream; closing it removes the hooks.
+        The stream; closing it removes the hooks, and leaves the modules as :meth:`LayerStream.close` says.
 
     Raises:
         StreamingError: modules without coded weights, nested in each other, or other weights on the meta device.

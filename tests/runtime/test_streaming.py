@@ -205,8 +205,12 @@ def test_closed_disk_stream_leaves_layers_empty(path: Path) -> None:
     with stream, torch.no_grad():
         model(inputs())
     assert model.blocks[2].up.weight_kvpack.is_meta
-    with pytest.raises(RuntimeError, match="on the meta device"):
+    with pytest.raises(
+        StreamingError, match=r"blocks\.0\.up\.weight .* that has ended\. .*stream_modules, or load them"
+    ):
         model(inputs())
+    with stream_modules(model, model.blocks, source="disk", path=path, device="cpu"), torch.no_grad():
+        assert model(inputs()).equal(resident(path)(inputs()))
     state = load(path, "cpu")
     for index in range(LAYERS):
         for name in ("up", "down"):
@@ -214,6 +218,25 @@ def test_closed_disk_stream_leaves_layers_empty(path: Path) -> None:
             layer.load_state_dict(state[f"blocks.{index}.{name}"].state_dict(), assign=True)
     with torch.no_grad():
         assert model(inputs()).equal(resident(path)(inputs()))
+
+
+def test_closed_pinned_stream_leaves_weights_in_host_memory(path: Path) -> None:
+    model, stream = streamed(path, "pinned")
+    stream.close()
+    assert {b.device.type for block in model.blocks for b in block.buffers()} == {"cpu"}
+    with torch.no_grad():
+        assert model(inputs()).equal(resident(path)(inputs()))
+    with stream_modules(model, model.blocks, source="pinned", device="cpu"), torch.no_grad():
+        assert model(inputs()).equal(resident(path)(inputs()))
+
+
+def test_deferred_weights_without_a_stream(path: Path) -> None:
+    model = Model().eval()
+    replace_linears(model, path, device="cpu", defer=model.blocks)
+    advice = r"weights of blocks\.0\.up\.weight .* left in the file by replace_linears\(defer=…\).*stream_modules"
+    for use in (lambda: model(inputs()), lambda: model.blocks[0].up.weight):
+        with pytest.raises(StreamingError, match=advice):
+            use()
 
 
 def test_use_out_of_turn(path: Path) -> None:
