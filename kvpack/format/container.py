@@ -190,7 +190,10 @@ class Container:
         if version is None and text is None:
             if parts:
                 raise ContainerMetadataError(
-                    f"{min(parts)!r} is a name of a coded tensor, but there is no {VERSION_KEY} in __metadata__"
+                    f"{min(parts)!r} is a name of a coded tensor, but there is no {VERSION_KEY} in __metadata__: no "
+                    "file of kvpack's, but a model's state, as save_pretrained writes it after replace_linears. Use "
+                    "the compressed file itself; or load that into a model with replace_linears, and then this with "
+                    "load_state_dict"
                 )
             return {}
         if version != CONTAINER_VERSION:

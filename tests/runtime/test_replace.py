@@ -17,6 +17,7 @@ from small_models import merge_files  # noqa: E402
 from torch import nn  # noqa: E402
 
 import kvpack  # noqa: E402
+from kvpack.format.errors import ContainerMetadataError  # noqa: E402
 from kvpack.runtime.errors import ModelMismatchError  # noqa: E402
 from kvpack.runtime.linear import RansLinear  # noqa: E402
 from kvpack.runtime.load import load  # noqa: E402
@@ -468,6 +469,37 @@ def test_transformers(tmp_path: Path, kind: str, meta: bool) -> None:
         assert model.lm_head.weight is model.get_input_embeddings().weight
     generated = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert generated.shape[1] <= 8
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_state_comes_back(tmp_path: Path, tied: bool) -> None:
+    """As docs/RUNTIME.md shows it: a state dict, and a directory of save_pretrained, which is no compressed one."""
+    path = saved(llama(tied), tmp_path)
+
+    def fresh() -> Any:
+        model = llama(tied, "meta")
+        replace_linears(model, path, device="cpu")
+        return model
+
+    changed = fresh()
+    changed.model.norm.weight.data *= 2
+    expected = logits(changed)
+    assert not logits(fresh()).equal(expected)
+
+    torch.save(changed.state_dict(), tmp_path / "state.pt")
+    model = fresh()
+    model.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert logits(model).equal(expected)
+
+    changed.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ContainerMetadataError, match=r"after replace_linears.*and then this with load_state_dict"):
+        kvpack.open(tmp_path / "saved")
+    with pytest.raises(ContainerMetadataError, match="load_state_dict"):
+        replace_linears(llama(tied, "meta"), tmp_path / "saved", device="cpu")
+    model = fresh()
+    missing, unexpected = model.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"), strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"] if tied else [], [])
+    assert logits(model).equal(expected)
 
 
 @pytest.mark.gpu
