@@ -9,7 +9,7 @@ i + n / 2 first, n the power of two from the count up. With b bits, s the scale 
     V, 8 bits         s·k, a token's largest magnitude / 127
     V, 4, 3, 2 bits   s·(k + ½), largest magnitude / 7.5, / 3.5, / 1.5; of at most 2.2 (3 bits), 1.5 (2 bits) root mean
                       squares
-    fp8               s·x, largest magnitude / 448 (e4m3) or / 57344 (e5m2)
+    fp8               s·x, largest magnitude / 448 (of e5m2, which reaches further, too: scales stay normal fp16)
 
 A scale that fp16 rounds to 0 makes zeros; one that is too large for fp16 is 65504, and values are clamped; values that
 are not finite make the scale NaN, so that what is computed with them is NaN too. bf16 values below 2^-126 count as 0.
@@ -39,7 +39,7 @@ FP16_MAX = F32(65504)
 K_CLIP = {PageFormat.INT2: F32(1.5)}
 V_CLIP = {PageFormat.INT2: F32(1.5), PageFormat.INT3: F32(2.2)}
 FP8_TYPES = {PageFormat.FP8_E4M3: ml_dtypes.float8_e4m3fn, PageFormat.FP8_E5M2: ml_dtypes.float8_e5m2}
-FP8_MAX = {PageFormat.FP8_E4M3: F32(448), PageFormat.FP8_E5M2: F32(57344)}
+FP8_MAX = F32(448)
 FLOAT_TYPES = {PageFormat.FP16: np.dtype(np.float16), PageFormat.BF16: np.dtype(ml_dtypes.bfloat16)}
 
 _Floats = npt.NDArray[np.float32]
@@ -100,9 +100,8 @@ def quantize_blocks(values: npt.NDArray[np.generic], layout: PageLayout) -> npt.
             center = None
         else:
             largest = np.abs(x).max(axis, keepdims=True)
-            scale = _fp16(largest / FP8_MAX[layout.format])
-            limit = FP8_MAX[layout.format]
-            rounded = np.clip(x * _inverse(scale), -limit, limit).astype(FP8_TYPES[layout.format])
+            scale = _fp16(largest / FP8_MAX)
+            rounded = np.clip(x * _inverse(scale), -FP8_MAX, FP8_MAX).astype(FP8_TYPES[layout.format])
             codes, center = rounded.view(np.uint8), None
     scale = np.where(usable, scale, F32(np.nan))
     parts = BlockParts(

@@ -14,10 +14,10 @@ from kvpack.format.blob import Blob
 from kvpack.format.errors import LaneStateError, ScaleError
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind, Predictor
-from kvpack.runtime import ops
+from kvpack.runtime import ops, tickets
 from kvpack.runtime.group_table import group_table, max_group_words
 from kvpack.runtime.kernels import require_device
-from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES, prepare_tickets
+from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES
 
 # A lane of a damaged blob reads at most a word a step (512) and one ahead, a raw element at most 8 bytes behind its
 # tile.
@@ -73,7 +73,7 @@ class DeviceBlob:
         tables = np.empty((0, 4096), np.uint32)
         if device.type == "cuda":
             require_device(device)
-            prepare_tickets(device)
+            tickets.prepare(device)
             groups = group_table(parsed)
             words = max_group_words(groups)
             if parsed.tables:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from kvpack.runtime import weight_kernels
+from kvpack.runtime import tickets
 from kvpack.runtime.device_blob import DeviceBlob
 from kvpack.runtime.linear import RansLinear
 from kvpack.runtime.load import State
@@ -58,6 +58,6 @@ def warmup(target: nn.Module | State, *, dtypes: Iterable[torch.dtype] = DTYPES,
                 count += 1
     for device in devices:
         if device.type == "cuda":
-            weight_kernels.prepare_tickets(device)
+            tickets.prepare(device)
             torch.cuda.synchronize(device)
     return count

@@ -7,7 +7,6 @@ many warps share a multiprocessor.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,7 @@ from kvpack.format.layout import (
     align,
     ceil_div,
 )
-from kvpack.runtime import kernels
+from kvpack.runtime import kernels, tickets
 from kvpack.runtime.fit import BLOCKS_PER_SM, Limits, ProductFit, fit_decode, fit_gemm, fit_gemv
 from kvpack.runtime.kernels import Kernel
 
@@ -139,46 +138,6 @@ def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bo
     return of_four if layout.codes_per_symbol > 2 else narrow
 
 
-# Tickets count arrivals at a row group (cuda/schedule.cuh). They are 0 between launches, so that one slice serves all
-# launches of a stream. A launch in a graph gets a slice of its own: the graph may be replayed beside anything.
-# Slices are of memory made beforehand: what is allocated during a product may be a graph's, as on the streams on which
-# Inductor warms up, and is not ours to keep.
-_ARENA_TICKETS = 1 << 20
-_STREAM_TICKETS = 4096
-_arena: dict[int, torch.Tensor] = {}
-_stream_tickets: dict[tuple[int, int], torch.Tensor] = {}
-_arena_lock = threading.Lock()
-
-
-def prepare_tickets(device: torch.device) -> None:
-    """Have tickets ready for launches to come, captured or not; one that finds none has its own zeroed."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with _arena_lock:
-        if index not in _arena or len(_arena[index]) < _ARENA_TICKETS // 2:
-            _arena[index] = torch.zeros(_ARENA_TICKETS, dtype=torch.int32, device=device)
-            torch.cuda.synchronize(device)  # other streams take slices
-
-
-def _tickets(count: int, device: torch.device) -> torch.Tensor:
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32)
-    stream = torch.cuda.current_stream(device)
-    key = (stream.device_index, stream.cuda_stream)
-    captured = torch.cuda.is_current_stream_capturing()
-    with _arena_lock:
-        found = None if captured else _stream_tickets.get(key)
-        if found is not None and len(found) >= count:
-            return found
-        rest = _arena.get(stream.device_index)
-        taken = count if captured else max(count, _STREAM_TICKETS)
-        if rest is not None and len(rest) >= taken:
-            found, _arena[stream.device_index] = rest[:taken], rest[taken:]
-            if not captured:
-                _stream_tickets[key] = found
-            return found
-    return torch.zeros(count, dtype=torch.int32, device=device)
-
-
 def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int, architecture: int) -> Kernel:
     """One vector times a coded matrix; ``buffers``, ``resident``: :class:`kvpack.runtime.fit.ProductFit`."""
     defines = {
@@ -254,14 +213,14 @@ def multiply(
         kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, token_tiles, limits.architecture)
         sums, last = 8 * token_tiles, (np.uint32(tokens),)
     parts = fit.panels * num_tables
-    partials = tickets = None
+    partials = arrivals = None
     if parts > 1:
         partials = torch.empty(parts * sums * coded.row_groups * GROUP_LANES, dtype=torch.float32, device=x.device)
         # Between the launches of several tables tickets are not 0; shared ones would mislead another thread's product.
         if num_tables > 1:
-            tickets = torch.zeros(coded.row_groups, dtype=torch.int32, device=x.device)
+            arrivals = torch.zeros(coded.row_groups, dtype=torch.int32, device=x.device)
         else:
-            tickets = _tickets(coded.row_groups, x.device)
+            arrivals = tickets.take(coded.row_groups, x.device)
     for index, table in coded.table_launches():
         kernels.launch(
             kernel,
@@ -277,7 +236,7 @@ def multiply(
                 bias,
                 out,
                 partials,
-                tickets,
+                arrivals,
                 coded.status,
                 np.uint32(header.rows),
                 np.uint32(header.cols),

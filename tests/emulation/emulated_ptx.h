@@ -452,6 +452,8 @@ inline void sync_warps(unsigned int number, unsigned int threads) {
   }
   while (generation[number] == before) emulated::yield_thread();
 }
+inline float load_shared_f32(unsigned int address) { return emulated::load_shared<float>(address, "load_shared_f32"); }
+inline void store_shared_f32(unsigned int address, float value) { emulated::store_shared(address, value, "store_shared_f32"); }
 inline void max_shared_u32(unsigned int address, unsigned int value) {
   emulated::maybe_yield();
   const unsigned int before = emulated::load_shared<unsigned int>(address, "max_shared_u32");
@@ -480,9 +482,22 @@ inline void load_matrix_x4(unsigned int (&r)[4], unsigned int address) {
 
 // Sums in fp32, in the order of k; the order and the rounding of a tensor core are not documented.
 inline void mma_f16(float* c, const unsigned int (&a)[4], unsigned int b0, unsigned int b1) {
-  emulated::MatrixProduct product = {c, a, {b0, b1}};
+  emulated::MatrixProduct product = {c, a, {b0, b1}, false};
   emulated::warp_operation(emulated::Operation::multiply_matrix, emulated::kAllLanes, 0, 0, 32, &product);
 }
+
+inline void mma_bf16(float* c, const unsigned int (&a)[4], unsigned int b0, unsigned int b1) {
+  emulated::MatrixProduct product = {c, a, {b0, b1}, true};
+  emulated::warp_operation(emulated::Operation::multiply_matrix, emulated::kAllLanes, 0, 0, 32, &product);
+}
+inline unsigned int transpose_matrix(unsigned int pair) {
+  const unsigned int lane = emulated::current->lane, column = lane / 4, row = lane % 4 * 2;
+  const unsigned int first = __shfl_sync(emulated::kAllLanes, pair, 4 * row + column / 2);
+  const unsigned int second = __shfl_sync(emulated::kAllLanes, pair, 4 * (row + 1) + column / 2);
+  const unsigned int shift = column % 2 * 16;
+  return (first >> shift & 0xFFFF) | (second >> shift & 0xFFFF) << 16;
+}
+inline float exp2_approximate(float x) { return x < -126 ? 0.0f : exp2f(x); }
 
 // Integer arithmetic only: denormals are kept whatever the processor flushes. NaN becomes 0x7FFF.
 inline unsigned int f16_bits(float value) {
@@ -515,6 +530,17 @@ inline float f16_value(unsigned int bits) { return emulated::half_values[bits & 
 inline unsigned int f16x2_bits(float low, float high) { return f16_bits(low) | f16_bits(high) << 16; }
 inline unsigned int bf16x2_bits(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 inline float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
+
+// Products of fp16 are exact in fp32, and their sums with one in fp64.
+inline unsigned int mul_f16x2(unsigned int a, unsigned int b) {
+  return f16x2_bits(f16_value(a & 0xFFFF) * f16_value(b & 0xFFFF), f16_value(a >> 16) * f16_value(b >> 16));
+}
+inline unsigned int fma_f16x2(unsigned int a, unsigned int b, unsigned int c) {
+  const auto fma = [](unsigned int x, unsigned int y, unsigned int z) {
+    return f16_bits(static_cast<float>(static_cast<double>(f16_value(x)) * f16_value(y) + f16_value(z)));
+  };
+  return fma(a & 0xFFFF, b & 0xFFFF, c & 0xFFFF) | fma(a >> 16, b >> 16, c >> 16) << 16;
+}
 
 // A difference of fp16 is exact in fp32 up to one rounding, which does not change the second one (24 >= 2 * 11 + 2).
 inline unsigned int sub_f16x2(unsigned int a, unsigned int b) {

@@ -150,6 +150,9 @@ struct MatrixProduct {
   float* c;
   const u32* a;
   u32 b[2];
+  bool of_bf16;
+
+  float value(u32 bits) const;
 };
 
 struct Copy {
@@ -481,18 +484,26 @@ inline void switch_away() {
 
 inline float half_values[65536];
 
+inline float MatrixProduct::value(u32 bits) const {
+  if (!of_bf16) return half_values[bits];
+  const u32 word = bits << 16;
+  float result;
+  memcpy(&result, &word, 4);
+  return result;
+}
+
 inline void multiply_matrices(Thread* lanes) {
   float a[16][16], b[16][8];
   for (u32 lane = 0; lane < kWarpLanes; ++lane) {
     const MatrixProduct& m = *static_cast<MatrixProduct*>(lanes[lane].operands);
     const u32 group = lane / 4, pair = lane % 4 * 2;
     for (u32 i = 0; i < 4; ++i) {
-      a[group + i % 2 * 8][pair + i / 2 * 8] = half_values[m.a[i] & 0xFFFF];
-      a[group + i % 2 * 8][pair + i / 2 * 8 + 1] = half_values[m.a[i] >> 16];
+      a[group + i % 2 * 8][pair + i / 2 * 8] = m.value(m.a[i] & 0xFFFF);
+      a[group + i % 2 * 8][pair + i / 2 * 8 + 1] = m.value(m.a[i] >> 16);
     }
     for (u32 i = 0; i < 2; ++i) {
-      b[pair + i * 8][group] = half_values[m.b[i] & 0xFFFF];
-      b[pair + i * 8 + 1][group] = half_values[m.b[i] >> 16];
+      b[pair + i * 8][group] = m.value(m.b[i] & 0xFFFF);
+      b[pair + i * 8 + 1][group] = m.value(m.b[i] >> 16);
     }
   }
   for (u32 lane = 0; lane < kWarpLanes; ++lane) {

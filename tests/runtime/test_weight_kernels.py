@@ -20,7 +20,7 @@ from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
 from kvpack.format.header import BlobHeader  # noqa: E402
 from kvpack.format.layout import OUTLIER_DELTA_BITS, ElementKind, integer_layout  # noqa: E402
-from kvpack.runtime import kernels, weight_kernels  # noqa: E402
+from kvpack.runtime import kernels, tickets, weight_kernels  # noqa: E402
 from kvpack.runtime.fit import Limits, fit_gemm, fit_gemv, gemm_launches, gemv_launches  # noqa: E402
 
 GOLDEN = sorted((Path(__file__).parents[1] / "data" / "v1").glob("*.blob"))
@@ -188,13 +188,13 @@ def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, tokens: 
     launches = gemv_launches(*shape) if tokens == 1 else gemm_launches(*shape, 2)
     fit = next(fit for _, fit in launches if fit.panels > 4 and fit.members > 1)
     x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (tokens, 700))).to(torch.float16)
-    tickets = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(weight_kernels, "_tickets", lambda count, device: tickets)
+    arrivals = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(tickets, "take", lambda count, device: arrivals)
     results = []
     for seed in range(4):
         monkeypatch.setattr(kernels, "launch", functools.partial(emulated_launch, shuffle_seed=seed))
         results.append(weight_kernels.multiply(coded, x, None, LIMITS, fit))
-        assert not tickets.any()
+        assert not arrivals.any()
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -203,7 +203,7 @@ def test_tables_share_no_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
     data = blob_of_several_tables()
     coded = coded_tensor(data, np.full(1, 0.1, np.float32))
     assert len(coded.tables) > 1
-    monkeypatch.setattr(weight_kernels, "_tickets", lambda count, device: pytest.fail("shared tickets"))
+    monkeypatch.setattr(tickets, "take", lambda count, device: pytest.fail("shared tickets"))
     weight_kernels.multiply(coded, torch.ones(1, coded.header.cols, dtype=torch.float16), None, LIMITS)
 
 

@@ -1,0 +1,109 @@
+"""Launches of the attention kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvpack.format.layout import ceil_div
+from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, SCALE_BYTES, WARP_LANES, PageFormat
+from kvpack.runtime import kernels, tickets
+from kvpack.runtime.kernels import Kernel
+
+ACTIVATIONS = {torch.float16: 0, torch.bfloat16: 1}
+FLOAT_FORMATS = {torch.float16: PageFormat.FP16, torch.bfloat16: PageFormat.BF16}
+COLUMNS = 8
+DECODE_WARPS = 4
+# What a block has without asking; consumer GPUs share 100 KiB among the blocks of a multiprocessor.
+_SHARED_BYTES = 48 << 10
+_SLOT_BYTES = PAGE_TOKENS * SCALE_BYTES + 1024
+_LOG2_E = math.log2(math.e)
+
+
+def format_set(formats: Iterable[PageFormat]) -> int:
+    return sum(1 << page_format for page_format in set(formats))
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """Shared memory of ``cuda/attention_decode.cu``: ``slots`` of a warp's ring, bytes of a block."""
+
+    slots: int
+    shared_bytes: int
+    blocks_per_sm: int
+
+
+def decode_shape(head_dim: int, dtype: torch.dtype) -> DecodeShape:
+    queries = head_dim // GROUP_DIMS * WARP_LANES * 8 * (2 if dtype == torch.bfloat16 else 1)
+    fixed = max(queries, 4 * COLUMNS * head_dim) + 4 * 2 * COLUMNS * DECODE_WARPS + 4 * COLUMNS
+    slots = (_SHARED_BYTES - fixed) // (DECODE_WARPS * _SLOT_BYTES)
+    return DecodeShape(slots, fixed + DECODE_WARPS * slots * _SLOT_BYTES, 4 if head_dim <= 128 else 3)
+
+
+def decode_kernel(
+    head_dim: int, dtype: torch.dtype, k_formats: Iterable[PageFormat], v_formats: Iterable[PageFormat]
+) -> Kernel:
+    shape = decode_shape(head_dim, dtype)
+    defines = {
+        "KVPACK_HEAD_DIM": head_dim,
+        "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
+        "KVPACK_WARPS": DECODE_WARPS,
+        "KVPACK_SLOTS": shape.slots,
+        "KVPACK_BLOCKS_PER_SM": shape.blocks_per_sm,
+        "KVPACK_K_FORMATS": format_set(k_formats),
+        "KVPACK_V_FORMATS": format_set(v_formats),
+    }
+    return Kernel.of("attention_decode.cu", "attention_decode", defines=defines)
+
+
+def decode(
+    q: torch.Tensor,
+    pages: torch.Tensor | None,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    num_kv_heads: int,
+    k_formats: Iterable[PageFormat],
+    v_formats: Iterable[PageFormat],
+    *,
+    scale: float,
+    blocks: int,
+    window: int = 0,
+    sinks: int = 0,
+) -> torch.Tensor:
+    sequences, num_heads, tokens, head_dim = q.shape
+    out = torch.empty((sequences, num_heads, tokens, head_dim), dtype=q.dtype, device=q.device)
+    columns = num_heads // num_kv_heads * tokens
+    segments = sequences * num_kv_heads * ceil_div(columns, COLUMNS)
+    partials = torch.empty((blocks + segments) * COLUMNS * (head_dim + 2), dtype=torch.float32, device=q.device)
+    kernels.launch(
+        decode_kernel(head_dim, q.dtype, k_formats, v_formats),
+        blocks,
+        DECODE_WARPS * WARP_LANES,
+        (
+            q,
+            np.uint64(q.stride(0)),
+            np.uint64(q.stride(1)),
+            np.uint64(q.stride(2)),
+            out,
+            pages,
+            table,
+            lengths,
+            np.uint32(sequences),
+            np.uint32(table.shape[-1]),
+            np.uint32(num_kv_heads),
+            np.uint32(num_heads // num_kv_heads),
+            np.uint32(tokens),
+            np.uint32(window),
+            np.uint32(sinks),
+            np.float32(scale * _LOG2_E),
+            partials,
+            tickets.take(segments, q.device),
+        ),
+        device=q.device,
+        shared_bytes=decode_shape(head_dim, q.dtype).shared_bytes,
+    )
+    return out

@@ -1,0 +1,121 @@
+"""Pages of random keys and values for tests of attention, and what attention to them should give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
+from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side
+from kvpack.runtime.attention_kernels import FLOAT_FORMATS
+
+NUMPY_TYPES = {torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass
+class Paged:
+    """``pages`` u8, ``table`` i64 [2, sequences, max_pages] and ``lengths`` i32 as kernels take them; ``values`` fp64
+    [sequence][side] → [heads, length, head_dim], dequantized."""
+
+    pages: torch.Tensor
+    table: torch.Tensor
+    lengths: torch.Tensor
+    values: list[tuple[np.ndarray, np.ndarray]]
+
+    def to(self, device: str) -> Paged:
+        """Entries become addresses."""
+        pages = self.pages.to(device)
+        table = torch.where(self.table >= 0, self.table + pages.data_ptr(), self.table)
+        return Paged(pages, table.to(device), self.lengths.to(device), self.values)
+
+
+def paged_values(
+    lengths: Sequence[int],
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    formats: Sequence[tuple[PageFormat, PageFormat]],
+    *,
+    seed: int = 0,
+    size: float = 1.0,
+) -> Paged:
+    """Pages in a random order, whose formats of K and V alternate; the last, partial page of a sequence has 16 bits.
+
+    What lies behind a sequence's end in its last page is large, so that it shows if it is used.
+    """
+    rng = np.random.default_rng(seed)
+    numpy_type = NUMPY_TYPES[dtype]
+    max_pages = max(1, max(-(-length // PAGE_TOKENS) for length in lengths)) + 1
+    places = [(s, page, side) for s, n in enumerate(lengths) for page in range(-(-n // PAGE_TOKENS)) for side in Side]
+    blocks: list[np.ndarray] = [np.zeros(0, np.uint8)] * len(places)
+    values: list[list[list[np.ndarray]]] = [[[], []] for _ in lengths]
+    table = np.full((2, len(lengths), max_pages), -1, np.int64)
+    for number, (sequence, page, side) in enumerate(places):
+        page_format = formats[(page + sequence) % len(formats)][side]
+        filled = min(PAGE_TOKENS, lengths[sequence] - page * PAGE_TOKENS)
+        if filled < PAGE_TOKENS or not page_format.is_quantized:
+            page_format = FLOAT_FORMATS[dtype]
+        layout = PageLayout(side, page_format, head_dim)
+        x = size * rng.normal(0, 1, (num_kv_heads, PAGE_TOKENS, head_dim)) * np.exp(rng.normal(0, 0.5, head_dim))
+        x += rng.normal(0, 0.5, head_dim) * (side == Side.K)
+        x[:, filled:] = 1000
+        x = x.astype(np.float16).astype(numpy_type)
+        blocks[number] = quantize_blocks(x, layout)
+        values[sequence][side].append(dequantize_blocks(blocks[number], layout)[:, :filled].astype(np.float64))
+    pages = np.zeros(0, np.uint8)
+    at = 0
+    pieces = []
+    for number in rng.permutation(len(places)):
+        sequence, page, side = places[number]
+        page_format = formats[(page + sequence) % len(formats)][side]
+        filled = min(PAGE_TOKENS, lengths[sequence] - page * PAGE_TOKENS)
+        if filled < PAGE_TOKENS or not page_format.is_quantized:
+            page_format = FLOAT_FORMATS[dtype]
+        table[side, sequence, page] = at | page_format
+        pieces.append(blocks[number].reshape(-1))
+        at += pieces[-1].size
+    pages = np.concatenate([*pieces, np.zeros(16, np.uint8)])
+    none = np.zeros((num_kv_heads, 0, head_dim))
+    joined = [tuple(np.concatenate([none, *side], axis=1) for side in of_sequence) for of_sequence in values]
+    return Paged(
+        torch.from_numpy(pages),
+        torch.from_numpy(table),
+        torch.tensor(lengths, dtype=torch.int32),
+        joined,  # type: ignore[arg-type]
+    )
+
+
+def expected_attention(q: torch.Tensor, paged: Paged, scale: float, window: int = 0, sinks: int = 0) -> np.ndarray:
+    """fp64 [sequences, heads, tokens, head_dim] by the definition: causal, of the window and the sinks."""
+    out = np.zeros(tuple(q.shape))
+    queries = q.double().cpu().numpy()
+    heads, tokens = q.shape[1], q.shape[2]
+    for sequence, (keys, values) in enumerate(paged.values):
+        length = keys.shape[1]
+        if length < tokens:
+            continue
+        group = heads // len(keys)
+        for head in range(heads):
+            k, v = keys[head // group], values[head // group]
+            for token in range(tokens):
+                limit = length - tokens + token + 1
+                places = np.arange(length)
+                seen = places < limit
+                if window:
+                    seen &= (places >= limit - window) | (places < sinks)
+                scores = (k[seen] @ queries[sequence, head, token]) * scale
+                p = np.exp(scores - scores.max())
+                out[sequence, head, token] = p @ v[seen] / p.sum()
+    return out
+
+
+def attention_error(found: torch.Tensor, expected: np.ndarray) -> float:
+    """Largest error, beyond half a unit of the output's type, over max(1, largest value)."""
+    half_unit = 2.0**-12 if found.dtype == torch.float16 else 2.0**-9
+    largest = np.abs(expected).max()
+    error = np.abs(found.double().cpu().numpy() - expected) - np.abs(expected) * half_unit
+    return float(error.max() / max(1.0, largest))
