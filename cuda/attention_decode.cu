@@ -14,14 +14,18 @@
 // a segment they put their sums together; where several blocks share a segment, the last one to arrive adds up what all of them left in
 // global memory, in the order of the blocks, so that results do not depend on timing.
 //
-// A warp copies what it will need into a ring of its own, kSlots − 1 copies ahead: a group of K or V, or half of one of 16 bits.
+// A warp copies what it will need into a ring of its own, kSlots − 1 *pieces* ahead: two groups of K or V (one, of an odd number), or one of
+// 16 bits.
 //
-// Shared memory: ring of each warp | queries as operands; in their place later the sums | maxima and sums of warps | factors.
+// Shared memory: ring of each warp | barriers of its slots | queries as operands; in their place later the sums | maxima and sums of warps | factors.
 #include "page_operands.cuh"
 
 constexpr u32 kWarps = KVPACK_WARPS;
 constexpr u32 kSlots = KVPACK_SLOTS;
-constexpr u32 kSlotBytes = kTokenScalesBytes + 1024;
+constexpr u32 kPieceGroups = kGroups % 2 == 0 ? 2 : 1;
+constexpr u32 kPieces = kGroups / kPieceGroups;  // of a block that is quantized
+constexpr u32 kSlotBytes = kTokenScalesBytes + 2048;
+constexpr u32 kBarriersBytes = kWarps * kSlots * 8;
 constexpr u32 kRingBytes = kSlots * kSlotBytes;
 constexpr u32 kColumns = 8;
 constexpr bool kBf16 = KVPACK_ACTIVATION == 1;
@@ -30,8 +34,8 @@ constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // as fp16; as bf16 once more
 constexpr u32 kSumsBytes = 4 * kColumns * kHeadDim;
 constexpr u32 kQueryAreaBytes = (kBf16 ? 2 : 1) * kQueryBytes > kSumsBytes ? (kBf16 ? 2 : 1) * kQueryBytes : kSumsBytes;
 constexpr u32 kStatisticsBytes = 4 * 2 * kColumns * kWarps;
-constexpr float kNothing = -1e30f;  // a maximum below all scores: p of it is 0 beside any other
-constexpr float kUnseen = -3e38f;   // p of it is 0 even beside that
+constexpr float kNothing = -1e30f;  // a maximum below all scores, and finite: differences stay numbers
+constexpr float kUnseen = -3e38f;   // a score whose p is 0 even beside that
 
 __device__ __forceinline__ u32 element_bits_of(u32 format) {
   constexpr u64 bits = 0x0808020304081010;
@@ -85,102 +89,98 @@ struct Segment {
   }
 };
 
-// Copies groups of K and V ahead of their use.
-struct Ring {
-  const Work& work;
-  u32 base;
-  u32 lane;
-  u32 unit, end;  // being copied; behind the block's last
-  Segment segment;
-  u64 k_entry, v_entry, next_k, next_v;
+// What is copied of one side of a unit: `left` pieces of `bytes`; the first one of V has the block's scales in front.
+struct Block {
   const u8* source;
-  u32 pieces, bytes;  // left of K or V
-  u32 first_bytes;    // more in the first piece: scales in front of V
-  bool of_v;
-  u32 filled, used;  // slots
+  u32 left, bytes, first_bytes;
+};
 
-  __device__ __forceinline__ Ring(const Work& w, u32 address, u32 l, u32 first_unit, u32 end_unit, const Segment& s)
-      : work(w), base(address), lane(l), unit(first_unit), end(end_unit), segment(s), next_k(0), next_v(0), pieces(0), first_bytes(0),
-        of_v(false), filled(0), used(0) {
-    load_entries(unit);
-    take_unit();
+__device__ __forceinline__ Block block_of(const u8* pages, u32 side, u64 entry, u32 head) {
+  const u32 format = entry_format(entry);
+  const bool quantized = is_quantized(format), of_v = side == KVPACK_SIDE_V;
+  u32 group = kGroupDims * kPageTokens / 8 * element_bits_of(format);
+  if (!of_v && quantized) group += kScalesBytes * (is_narrow(format) ? 2 : 1);
+  const u32 header = of_v && quantized ? kTokenScalesBytes : 0;
+  Block block;
+  block.source = entry_page(pages, entry) + static_cast<u64>(head) * (header + kGroups * group);
+  block.left = quantized ? kPieces : kGroups;
+  block.bytes = quantized ? kPieceGroups * group : group;
+  block.first_bytes = header;
+  return block;
+}
+
+// A warp's copies ahead of their use. K and V of a unit follow each other; kSlots − 1 pieces are on their way, no more than a block
+// has, so that at any time they are of one block and the one after it: `following`, which is to be set when a block's use begins.
+struct Ring {
+  u32 base, lane;
+  Block block, following;
+  u32 filled, used;  // numbers of slots
+#ifdef KVPACK_BULK_COPIES
+  u32 barriers, parity;
+#endif
+
+  __device__ __forceinline__ Ring(u32 ring_address, u32 barriers_address, u32 l, const Block& first)
+      : base(ring_address), lane(l), block(first), filled(0), used(0) {
+    static_assert(kSlots - 1 <= kPieces);
+#ifdef KVPACK_BULK_COPIES
+    barriers = barriers_address, parity = 0;
+    if (lane < kSlots) barrier_init(barriers + 8 * lane);
+    barrier_init_done();
+    __syncwarp();
+#endif
 #pragma unroll 1
     for (u32 i = 0; i + 1 < kSlots; ++i) copy_one();
   }
-
-  __device__ __forceinline__ void load_entries(u32 of) {
-    if (of >= end) return;
-    while (of >= segment.end()) segment.advance(work);
-    const u32 page = work.page_of(of - segment.first, __ldg(work.lengths + segment.sequence));
-    next_k = __ldg(work.entry(KVPACK_SIDE_K, segment.sequence, page));
-    next_v = __ldg(work.entry(KVPACK_SIDE_V, segment.sequence, page));
-  }
-
-  // Begins with K of `unit`, whose entries are there, and loads those of the next one. `segment` may be ahead by then.
-  __device__ __forceinline__ void take_unit() {
-    if (unit >= end) return;
-    const u32 head = segment.part / work.tiles;
-    k_entry = next_k, v_entry = next_v;
-    v_head = head;
-    begin_block(KVPACK_SIDE_K, k_entry, head);
-    load_entries(unit + kWarps);
-  }
-  u32 v_head;
-
-  __device__ __forceinline__ void begin_block(u32 side, u64 entry, u32 head) {
-    const u32 format = entry_format(entry), bits = element_bits_of(format);
-    const bool quantized = is_quantized(format), narrow = is_narrow(format);
-    of_v = side == KVPACK_SIDE_V;
-    const u32 group = kGroupDims * kPageTokens / 8 * bits + (!of_v && quantized ? kScalesBytes * (narrow ? 2 : 1) : 0);
-    first_bytes = of_v && quantized ? kTokenScalesBytes : 0;
-    source = entry_page(work.pages, entry) + static_cast<u64>(head) * (first_bytes + kGroups * group);
-    pieces = quantized ? kGroups : 2 * kGroups;
-    bytes = quantized ? group : group / 2;
-  }
+  static __device__ __forceinline__ u32 after(u32 slot) { return slot + 1 == kSlots ? 0 : slot + 1; }
 
   __device__ __forceinline__ void copy_one() {
-    if (pieces == 0 && unit < end) {
-      if (!of_v) {
-        begin_block(KVPACK_SIDE_V, v_entry, v_head);
-      } else {
-        unit += kWarps;
-        take_unit();
-      }
-    }
-    if (unit < end) {
-      const u32 size = bytes + first_bytes, slot = base + filled * kSlotBytes;
+    const u32 size = block.bytes + block.first_bytes, to = base + filled * kSlotBytes;
+#ifdef KVPACK_BULK_COPIES
+    if (lane == 0 && size > 0) copy_bulk(to, block.source, size, barriers + 8 * filled);
+#else
+    const u8* from = block.source + 16 * lane;
 #pragma unroll
-      for (u32 i = 0; i < (kSlotBytes + 16 * kLanes - 1) / (16 * kLanes); ++i) {
-        const u32 at = 16 * (kLanes * i + lane);
-        if (at < size) copy_async_16(slot + at, source + at);
-      }
-      source += size;
-      first_bytes = 0;
-      --pieces;
+    for (u32 i = 0; i < (kSlotBytes + 16 * kLanes - 1) / (16 * kLanes); ++i) {
+      if (16 * (kLanes * i + lane) < size) copy_async_16(to + 16 * (kLanes * i + lane), from + 16 * kLanes * i);
     }
     copy_async_commit();
-    filled = filled + 1 == kSlots ? 0 : filled + 1;
+#endif
+    block.source += size;
+    block.first_bytes = 0;
+    --block.left;
+    filled = after(filled);
   }
 
   // The address of the next piece, which stays until the call after this one.
   __device__ __forceinline__ u32 next() {
+#ifdef KVPACK_BULK_COPIES
+    barrier_wait(barriers + 8 * used, parity);
+#else
     copy_async_wait<kSlots - 2>();
-    __syncwarp();
-    copy_one();  // into the slot of the piece before
+#endif
+    __syncwarp();  // all lanes are done with the piece before, into whose slot the next copy goes
+    if (block.left == 0) block = following;
+    copy_one();
     const u32 slot = base + used * kSlotBytes;
-    used = used + 1 == kSlots ? 0 : used + 1;
+    used = after(used);
+#ifdef KVPACK_BULK_COPIES
+    parity ^= used == 0;
+#endif
     return slot;
   }
 };
 
 // What a lane has of a segment's softmax, columns 2·c and 2·c + 1.
 struct Softmax {
-  float maximum[2], sum[2], half_sum[2];  // half_sum: Σ p · scale of V, for levels at odd multiples of half a scale
+  float maximum[2], sum[2];
+  float scaled_sum[4];  // Σ p · scale of V, for levels at odd multiples of half a scale; numbers 2 and 3 are 0 and 1 again
   float values[kGroups][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (u32 j = 0; j < 2; ++j) maximum[j] = kNothing, sum[j] = half_sum[j] = 0;
+    for (u32 j = 0; j < 2; ++j) maximum[j] = kNothing, sum[j] = 0;
+#pragma unroll
+    for (float& s : scaled_sum) s = 0;
 #pragma unroll
     for (u32 m = 0; m < kGroups; ++m)
 #pragma unroll
@@ -188,7 +188,7 @@ struct Softmax {
   }
   __device__ __forceinline__ void rescale(float a, float b) {
     sum[0] *= a, sum[1] *= b;
-    half_sum[0] *= a, half_sum[1] *= b;
+    scaled_sum[0] *= a, scaled_sum[1] *= b;
 #pragma unroll
     for (u32 m = 0; m < kGroups; ++m) values[m][0] *= a, values[m][1] *= b, values[m][2] *= a, values[m][3] *= b;
   }
@@ -207,45 +207,54 @@ __device__ __forceinline__ float sum_over_rows(float value) {
 
 typedef float Scores[kSlices][4];
 
+// sums += the rows of a group, four slices, times an operand for each slice.
+template <u32 format, class Sums, class Operand>
+__device__ __forceinline__ void multiply_group(u32 payload, u32 lane, Sums&& sums_of, Operand&& operand_of) {
+  u32 a[4];
+  if constexpr (is_quantized(format)) {
+    GroupOperands<format> operands;
+    operands.load(payload, lane);
+    operands.template slice_operands<0>(a), mma_f16(sums_of(0), a, operand_of(0).x, operand_of(0).y);
+    operands.template slice_operands<1>(a), mma_f16(sums_of(1), a, operand_of(1).x, operand_of(1).y);
+    operands.template slice_operands<2>(a), mma_f16(sums_of(2), a, operand_of(2).x, operand_of(2).y);
+    operands.template slice_operands<3>(a), mma_f16(sums_of(3), a, operand_of(3).x, operand_of(3).y);
+  } else {
+#pragma unroll
+    for (u32 slice = 0; slice < kSlices; ++slice) {
+      const uint4 v = load_shared_v4(payload + slice * 512 + 16 * lane);
+      a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
+      mma_page<format>(sums_of(slice), a, operand_of(slice).x, operand_of(slice).y);
+    }
+  }
+}
+
+// Scores, but for an `offset` that all tokens of a column have.
 template <u32 format>
-__device__ __forceinline__ void multiply_keys(Ring& ring, u32 queries, u32 lane, Scores& scores) {
+__device__ __forceinline__ void multiply_keys(Ring& ring, u32 queries, u32 lane, Scores& scores, float (&offset)[2]) {
+  constexpr u32 piece_groups = is_quantized(format) ? kPieceGroups : 1;
   float centers[4] = {0, 0, 0, 0};
+  u32 operands = queries + (is_quantized(format) || !kBf16 ? 0 : kQueryBytes) + 8 * lane;
 #pragma unroll 1
-  for (u32 group = 0; group < kGroups; ++group) {
-    u32 slot = ring.next();
-    if constexpr (is_quantized(format)) {
-      const uint2 q = load_shared_v2(queries + 8 * (kLanes * group + lane));
-      const uint2 scales = load_shared_v2(slot + 8 * (lane % 4));
-      const u32 q0 = mul_f16x2(q.x, scales.x), q1 = mul_f16x2(q.y, scales.y);
+  for (u32 piece = 0; piece < kGroups / piece_groups; ++piece) {
+    const u32 slot = ring.next();
+#pragma unroll
+    for (u32 i = 0; i < piece_groups; ++i, operands += 8 * kLanes) {
+      const u32 group = slot + i * group_bytes(KVPACK_SIDE_K, format);
+      uint2 q = load_shared_v2(operands);
       if constexpr (is_narrow(format)) {
-        const uint2 center = load_shared_v2(slot + kScalesBytes + 8 * (lane % 4));
+        const uint2 center = load_shared_v2(group + kScalesBytes + 8 * (lane % 4));
         const u32 rows[4] = {center.x, 0, center.y, 0};  // eight rows alike, so that every lane has the product of its columns
         mma_f16(centers, rows, q.x, q.y);
       }
-      GroupOperands<format> operands;
-      operands.load(slot + group_header_bytes(KVPACK_SIDE_K, format), lane);
-      u32 a[4];
-      operands.template slice_operands<0>(a), mma_f16(scores[0], a, q0, q1);
-      operands.template slice_operands<1>(a), mma_f16(scores[1], a, q0, q1);
-      operands.template slice_operands<2>(a), mma_f16(scores[2], a, q0, q1);
-      operands.template slice_operands<3>(a), mma_f16(scores[3], a, q0, q1);
-    } else {
-      const uint2 q = load_shared_v2(queries + (kBf16 ? kQueryBytes : 0) + 8 * (kLanes * group + lane));
-#pragma unroll
-      for (u32 slice = 0; slice < kSlices; ++slice) {
-        if (slice == kSlices / 2) slot = ring.next();
-        const uint4 v = load_shared_v4(slot + slice % 2 * 512 + 16 * lane);
-        const u32 a[4] = {v.x, v.y, v.z, v.w};
-        mma_page<format>(scores[slice], a, q.x, q.y);
+      if constexpr (is_quantized(format)) {
+        const uint2 scales = load_shared_v2(group + 8 * (lane % 4));
+        q = make_uint2(mul_f16x2(q.x, scales.x), mul_f16x2(q.y, scales.y));
       }
+      multiply_group<format>(group + group_header_bytes(KVPACK_SIDE_K, format), lane, [&](u32 slice) { return scores[slice]; },
+                             [&](u32) { return q; });
     }
   }
-  if constexpr (is_narrow(format)) {
-#pragma unroll
-    for (u32 slice = 0; slice < kSlices; ++slice)
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i) scores[slice][i] += centers[i % 2];
-  }
+  offset[0] = centers[0], offset[1] = centers[1];
 }
 
 // `scores` are probabilities by now.
@@ -262,9 +271,13 @@ __device__ __forceinline__ void multiply_values(Ring& ring, u32 lane, const Scor
       for (u32 h = 0; h < 2; ++h) {
         const float scale = f16_value(h == 0 ? of_slice[slice] & 0xFFFF : of_slice[slice] >> 16);
         const float a = scores[slice][2 * h] * scale, b = scores[slice][2 * h + 1] * scale;
-        if constexpr (is_narrow(format)) softmax.half_sum[0] += a, softmax.half_sum[1] += b;
         p[slice][h] = transpose_matrix(f16x2_bits(a, b));
       }
+    if constexpr (is_narrow(format)) {
+      constexpr u32 ones[4] = {both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00)};
+#pragma unroll
+      for (u32 slice = 0; slice < kSlices; ++slice) mma_f16(softmax.scaled_sum, ones, p[slice][0], p[slice][1]);
+    }
   } else {
 #pragma unroll
     for (u32 slice = 0; slice < kSlices; ++slice)
@@ -280,27 +293,17 @@ __device__ __forceinline__ void multiply_values(Ring& ring, u32 lane, const Scor
         }
       }
   }
+  constexpr u32 piece_groups = is_quantized(format) ? kPieceGroups : 1;
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {
-    if (group > 0) slot = ring.next();
+    if (group > 0 && group % piece_groups == 0) slot = ring.next();
+    const u32 header = group < piece_groups ? block_header_bytes(KVPACK_SIDE_V, format) : 0;
+    const u32 payload = slot + header + group % piece_groups * payload_bytes(format);
     float* sums = softmax.values[group];
-    if constexpr (is_quantized(format)) {
-      GroupOperands<format> operands;
-      operands.load(slot + (group == 0 ? kTokenScalesBytes : 0), lane);
-      u32 a[4];
-      operands.template slice_operands<0>(a), mma_f16(sums, a, p[0][0], p[0][1]);
-      operands.template slice_operands<1>(a), mma_f16(sums, a, p[1][0], p[1][1]);
-      operands.template slice_operands<2>(a), mma_f16(sums, a, p[2][0], p[2][1]);
-      operands.template slice_operands<3>(a), mma_f16(sums, a, p[3][0], p[3][1]);
-    } else {
-#pragma unroll
-      for (u32 slice = 0; slice < kSlices; ++slice) {
-        if (slice == kSlices / 2) slot = ring.next();
-        const uint4 v = load_shared_v4(slot + slice % 2 * 512 + 16 * lane);
-        const u32 a[4] = {v.x, v.y, v.z, v.w};
-        mma_page<format>(sums, a, p[slice][0], p[slice][1]);
-        if constexpr (kBf16) mma_page<format>(sums, a, rest[slice][0], rest[slice][1]);
-      }
+    multiply_group<format>(payload, lane, [&](u32) { return sums; }, [&](u32 slice) { return make_uint2(p[slice][0], p[slice][1]); });
+    if constexpr (!is_quantized(format) && kBf16) {
+      multiply_group<format>(payload, lane, [&](u32) { return sums; },
+                             [&](u32 slice) { return make_uint2(rest[slice][0], rest[slice][1]); });
     }
   }
 }
@@ -324,9 +327,10 @@ struct MultiplyKeys {
   Ring& ring;
   u32 queries, lane;
   Scores& scores;
+  float (&offset)[2];
   template <u32 format>
   __device__ __forceinline__ void operator()() {
-    multiply_keys<format>(ring, queries, lane, scores);
+    multiply_keys<format>(ring, queries, lane, scores, offset);
   }
 };
 struct MultiplyValues {
@@ -356,17 +360,19 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
   const u32 parts = work.heads * work.tiles;
 
   const u32 ring_address = shared_address(shared) + warp * kRingBytes;
-  const u32 query_area = shared_address(shared) + kWarps * kRingBytes;
+  const u32 barriers = shared_address(shared) + kWarps * kRingBytes;
+  const u32 query_area = barriers + align_up(kBarriersBytes, 16);
   const u32 statistics = query_area + kQueryAreaBytes;
   const u32 factors = statistics + kStatisticsBytes;
 
-  // All units, and this block's.
+  // All units, and this block's: lanes look at 32 sequences at a time.
   u32 total = 0;
+#pragma unroll 1
   for (u32 sequence = lane; sequence < sequences; sequence += kLanes) total += work.visited_pages(sequence);
   total = __reduce_add_sync(kAllLanes, total) * parts;
   const u32 blocks = min(gridDim.x, total);  // none without a unit, so that all of a segment's arrive
   auto first_unit = [&](u32 block) { return static_cast<u32>(static_cast<u64>(total) * block / blocks); };
-  auto block_of = [&](u32 unit) { return static_cast<u32>((static_cast<u64>(unit + 1) * blocks - 1) / total); };
+  auto block_with = [&](u32 unit) { return static_cast<u32>((static_cast<u64>(unit + 1) * blocks - 1) / total); };
   // Sequences without tokens have no units; their results are 0.
   for (u32 sequence = blockIdx.x; sequence < sequences; sequence += gridDim.x) {
     if (work.visited_pages(sequence) != 0) continue;
@@ -376,28 +382,45 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
   if (blockIdx.x >= blocks) return;
   const u32 begin = first_unit(blockIdx.x), end = first_unit(blockIdx.x + 1);
 
-  Segment segment{0, 0, 0, work.visited_pages(0)};
-  while (segment.units * parts + segment.first <= begin) {  // whole sequences before the block's first unit
-    segment.first += segment.units * parts;
-    segment.units = work.visited_pages(++segment.sequence);
+  Segment segment{0, 0, 0, 0};
+#pragma unroll 1
+  for (u32 first = 0;; first += kLanes) {
+    const u32 units = first + lane < sequences ? work.visited_pages(first + lane) : 0;
+    u32 until = units;  // of this sequence and those before it
+#pragma unroll
+    for (u32 step = 1; step < kLanes; step *= 2) {
+      const u32 before = __shfl_up_sync(kAllLanes, until, step);
+      if (lane >= step) until += before;
+    }
+    const u32 behind = __ballot_sync(kAllLanes, segment.first + until * parts > begin);
+    if (behind != 0) {
+      const u32 found = __ffs(behind) - 1;
+      segment.sequence = first + found;
+      segment.units = __shfl_sync(kAllLanes, units, found);
+      segment.first += (__shfl_sync(kAllLanes, until, found) - segment.units) * parts;
+      break;
+    }
+    segment.first += __shfl_sync(kAllLanes, until, kLanes - 1) * parts;
   }
   segment.part = (begin - segment.first) / segment.units;
   segment.first += segment.part * segment.units;
 
-  Ring ring(work, ring_address, lane, begin + warp, end, segment);
+  // Entries of the unit after the one in use; none behind the last.
+  Segment ahead = segment;
+  u32 unit = begin + warp;
+  u64 next_k = 0, next_v = 0;
+  auto load_entries = [&](u32 of) {
+    if (of >= end) return;
+    while (of >= ahead.end()) ahead.advance(work);
+    const u32 page = work.page_of(of - ahead.first, __ldg(lengths + ahead.sequence));
+    next_k = __ldg(work.entry(KVPACK_SIDE_K, ahead.sequence, page));
+    next_v = __ldg(work.entry(KVPACK_SIDE_V, ahead.sequence, page));
+  };
+  const Block nothing{nullptr, 0xFFFFFFFFu, 0, 0};
+  load_entries(unit);
+  Ring ring(ring_address, barriers + 8 * kSlots * warp, lane, unit < end ? block_of(pages, KVPACK_SIDE_K, next_k, ahead.part / work.tiles) : nothing);
   Softmax softmax;
   Scores scores;
-  u32 unit = begin + warp;
-  u32 k_format = 0, v_format = 0;
-  Segment ahead = segment;  // of the unit whose formats are there
-  auto load_formats = [&] {
-    if (unit >= end) return;
-    while (unit >= ahead.end()) ahead.advance(work);
-    const u32 page = work.page_of(unit - ahead.first, __ldg(lengths + ahead.sequence));
-    k_format = entry_format(__ldg(work.entry(KVPACK_SIDE_K, ahead.sequence, page)));
-    v_format = entry_format(__ldg(work.entry(KVPACK_SIDE_V, ahead.sequence, page)));
-  };
-  load_formats();
 
   for (; segment.first < end; segment.advance(work)) {
     const u32 head = segment.part / work.tiles, tile = segment.part % work.tiles;
@@ -430,65 +453,72 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
     }
     __syncthreads();
     const float factor[2] = {load_shared_f32(factors + 8 * (lane % 4)), load_shared_f32(factors + 8 * (lane % 4) + 4)};
-    u32 limit[2];  // tokens that a column attends to
-#pragma unroll
-    for (u32 j = 0; j < 2; ++j) {
-      const u32 index = tile * kColumns + 2 * (lane % 4) + j;
-      limit[j] = length - tokens + 1 + min(index / heads_per_kv_head, tokens - 1);
-    }
 
     softmax.clear();
     const u32 last = min(segment.end(), end);
     bool any = false;
 #pragma unroll 1
     for (; unit < last; any = true) {
-      const u32 this_k = k_format, this_v = v_format;
+      const u32 k_format = entry_format(next_k), v_format = entry_format(next_v);
       const u32 first_token = work.page_of(unit - segment.first, length) * kPageTokens;
+      ring.following = block_of(pages, KVPACK_SIDE_V, next_v, head);
       unit += kWarps;
-      load_formats();
+      load_entries(unit);
 #pragma unroll
       for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) scores[slice][i] = 0;
-      with_format<KVPACK_K_FORMATS>(this_k, MultiplyKeys{ring, query_area, lane, scores});
+      float offset[2];
+      with_format<KVPACK_K_FORMATS>(k_format, MultiplyKeys{ring, query_area, lane, scores, offset});
 
       const u32 first_limit = length - tokens + 1;
       const bool whole = first_token + kPageTokens <= first_limit && (window == 0 || first_token + window >= length || first_token + kPageTokens <= sinks);
-      float maximum[2] = {softmax.maximum[0], softmax.maximum[1]};
+      if (!whole) {
+        u32 limit[2];  // tokens that a column attends to
 #pragma unroll
-      for (u32 slice = 0; slice < kSlices; ++slice)
+        for (u32 j = 0; j < 2; ++j) {
+          const u32 index = tile * kColumns + 2 * (lane % 4) + j;
+          limit[j] = first_limit + min(index / heads_per_kv_head, tokens - 1);
+        }
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-          float& score = scores[slice][i];
-          score *= factor[i % 2];
-          if (!whole) {
+        for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+          for (u32 i = 0; i < 4; ++i) {
             const u32 token = first_token + 16 * slice + 8 * (i / 2) + lane / 4;
             const bool seen = token < limit[i % 2] && (window == 0 || token + window >= limit[i % 2] || token < sinks);
-            score = seen ? score : kUnseen;
+            if (!seen) scores[slice][i] = kUnseen;
           }
-          maximum[i % 2] = fmaxf(maximum[i % 2], score);
-        }
-      maximum[0] = max_over_rows(maximum[0]), maximum[1] = max_over_rows(maximum[1]);
+      }
+      float maximum[2] = {kUnseen, kUnseen};
+#pragma unroll
+      for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) maximum[i % 2] = fmaxf(maximum[i % 2], scores[slice][i]);
+#pragma unroll
+      for (u32 j = 0; j < 2; ++j) maximum[j] = fmaxf(softmax.maximum[j], max_over_rows(maximum[j]) + offset[j]);
       if (__any_sync(kAllLanes, maximum[0] > softmax.maximum[0] || maximum[1] > softmax.maximum[1])) {
-        softmax.rescale(exp2_approximate(softmax.maximum[0] - maximum[0]), exp2_approximate(softmax.maximum[1] - maximum[1]));
+        softmax.rescale(exp2_approximate((softmax.maximum[0] - maximum[0]) * factor[0]),
+                        exp2_approximate((softmax.maximum[1] - maximum[1]) * factor[1]));
         softmax.maximum[0] = maximum[0], softmax.maximum[1] = maximum[1];
       }
+      const float shift[2] = {(maximum[0] - offset[0]) * factor[0], (maximum[1] - offset[1]) * factor[1]};
 #pragma unroll
       for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
-          const float p = exp2_approximate(scores[slice][i] - maximum[i % 2]);
+          const float p = exp2_approximate(scores[slice][i] * factor[i % 2] - shift[i % 2]);
           softmax.sum[i % 2] += p;
           scores[slice][i] = p;
         }
-      with_format<KVPACK_V_FORMATS>(this_v, MultiplyValues{ring, lane, scores, softmax});
+      ring.following = unit < end ? block_of(pages, KVPACK_SIDE_K, next_k, ahead.part / work.tiles) : nothing;
+      with_format<KVPACK_V_FORMATS>(v_format, MultiplyValues{ring, lane, scores, softmax});
     }
 
+    softmax.maximum[0] *= factor[0], softmax.maximum[1] *= factor[1];
     // The warps put their parts together: maxima first, then in turn their sums, [column, dimension].
 #pragma unroll
     for (u32 j = 0; j < 2; ++j) {
       softmax.sum[j] = sum_over_rows(softmax.sum[j]);
-      softmax.half_sum[j] = 0.5f * sum_over_rows(softmax.half_sum[j]);
       if (lane < 4) store_shared_f32(statistics + 4 * (kColumns * warp + 2 * lane + j), softmax.maximum[j]);
     }
     __syncthreads();
@@ -510,7 +540,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
 #pragma unroll
           for (u32 i = 0; i < 4; ++i) {
             const u32 address = query_area + 4 * ((2 * (lane % 4) + i % 2) * kHeadDim + 16 * m + 8 * (i / 2) + lane / 4);
-            const float mine = (softmax.values[m][i] + softmax.half_sum[i % 2]) * weight[i % 2];
+            const float mine = (softmax.values[m][i] + 0.5f * softmax.scaled_sum[i % 2]) * weight[i % 2];
             store_shared_f32(address, w == 0 ? mine : load_shared_f32(address) + mine);
           }
       }
@@ -551,7 +581,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
         place[kColumns * kHeadDim + 2 * thread + 1] = sum_of(thread);
       }
       __syncthreads();
-      const u32 first_block = block_of(segment.first), arrivals = block_of(segment.end() - 1) - first_block + 1;
+      const u32 first_block = block_with(segment.first), arrivals = block_with(segment.end() - 1) - first_block + 1;
       if (thread == 0) {
         fence_device();
         const u32 before = atomicAdd(tickets + number, 1u);
@@ -569,14 +599,14 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
           float maximum = kNothing, sum = 0, value = 0;
 #pragma unroll 4
           for (u32 part = 0; part < arrivals; ++part) {
-            maximum = fmaxf(maximum, load_l2_f32(places + static_cast<u64>(part) * kPlace + kColumns * kHeadDim + 2 * column));
-          }
-#pragma unroll 4
-          for (u32 part = 0; part < arrivals; ++part) {
             const float* at = places + static_cast<u64>(part) * kPlace;
-            const float w = exp2_approximate(load_l2_f32(at + kColumns * kHeadDim + 2 * column) - maximum);
-            sum += w * load_l2_f32(at + kColumns * kHeadDim + 2 * column + 1);
-            value += w * load_l2_f32(at + i);
+            const float this_maximum = load_l2_f32(at + kColumns * kHeadDim + 2 * column);
+            const float this_sum = load_l2_f32(at + kColumns * kHeadDim + 2 * column + 1), this_value = load_l2_f32(at + i);
+            const float larger = fmaxf(maximum, this_maximum);
+            const float before = exp2_approximate(maximum - larger), now = exp2_approximate(this_maximum - larger);
+            sum = sum * before + this_sum * now;
+            value = value * before + this_value * now;
+            maximum = larger;
           }
           store_out(column, i % kHeadDim, value / sum);
         }

@@ -14,6 +14,8 @@ constexpr u32 kPairs = 4 * kSlices;  // of a lane in a group
 static_assert(kPageTokens == 64 && kGroupDims == 16, "a lane has 16 pairs of a group");
 static_assert(kHeadDim % kGroupDims == 0 && kHeadDim <= 256);
 
+__device__ constexpr u32 align_up(u32 value, u32 multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 constexpr u32 kScalesBytes = 2 * kGroupDims;  // of a group of K
 constexpr u32 kTokenScalesBytes = 2 * kPageTokens;
 

@@ -21,7 +21,7 @@ template <u32 bits, u32 p>
 __device__ __forceinline__ u32 codes_at(u32 word) {
   static_assert(p + bits <= 10);
   constexpr u32 bias = 1u << (bits - 1);
-  const u32 biased = (word & both_halves(((1u << bits) - 1) << p)) | both_halves(0x6400);
+  const u32 biased = and_or(word, both_halves(((1u << bits) - 1) << p), both_halves(0x6400));
   if constexpr (p == 0) return sub_f16x2(biased, both_halves(f16_of_integer(1024 + bias)));
   return fma_f16x2(biased, both_halves(f16_of_inverse_power(p)), both_halves(0x8000 | f16_of_integer((1024 >> p) + bias)));
 }
@@ -57,9 +57,9 @@ struct GroupOperands {
     } else if constexpr (format == KVPACK_FORMAT_FP8_E4M3) {
       // Its exponent has a bit less than fp16's, and is 8 less.
       const u32 high = __byte_perm(words[pair / 2], 0, pair % 2 ? 0x3424 : 0x1404);
-      return mul_f16x2((high & 0x80008000) | ((high & 0x7F007F00) >> 1), both_halves(f16_of_integer(256)));
+      return mul_f16x2(and_or(high, 0x80008000, (high & 0x7F007F00) >> 1), both_halves(f16_of_integer(256)));
     } else if constexpr (kBits == 3 && pair == kPairs - 1) {
-      return codes_at<3, 0>((words[0] >> 15 & both_halves(1)) | (words[1] >> 14 & both_halves(2)) | (words[2] >> 13 & both_halves(4)));
+      return codes_at<3, 0>(and_or(words[0] >> 15, both_halves(1), and_or(words[1] >> 14, both_halves(2), words[2] >> 13 & both_halves(4))));
     } else {
       constexpr u32 per_word = 16 / kBits, first = kBits * (pair % per_word);
       constexpr u32 shift = first + kBits <= 10 ? 0 : kBits == 3 ? 9 : 8;

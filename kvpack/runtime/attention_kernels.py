@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvpack.format.layout import ceil_div
+from kvpack.format.layout import align, ceil_div
 from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, SCALE_BYTES, WARP_LANES, PageFormat
 from kvpack.runtime import kernels, tickets
 from kvpack.runtime.kernels import Kernel
@@ -20,7 +20,7 @@ COLUMNS = 8
 DECODE_WARPS = 4
 # What a block has without asking; consumer GPUs share 100 KiB among the blocks of a multiprocessor.
 _SHARED_BYTES = 48 << 10
-_SLOT_BYTES = PAGE_TOKENS * SCALE_BYTES + 1024
+_SLOT_BYTES = PAGE_TOKENS * SCALE_BYTES + 2048
 _LOG2_E = math.log2(math.e)
 
 
@@ -38,10 +38,13 @@ class DecodeShape:
 
 
 def decode_shape(head_dim: int, dtype: torch.dtype) -> DecodeShape:
-    queries = head_dim // GROUP_DIMS * WARP_LANES * 8 * (2 if dtype == torch.bfloat16 else 1)
+    groups = head_dim // GROUP_DIMS
+    pieces = groups // 2 if groups % 2 == 0 else groups
+    queries = groups * WARP_LANES * 8 * (2 if dtype == torch.bfloat16 else 1)
     fixed = max(queries, 4 * COLUMNS * head_dim) + 4 * 2 * COLUMNS * DECODE_WARPS + 4 * COLUMNS
-    slots = (_SHARED_BYTES - fixed) // (DECODE_WARPS * _SLOT_BYTES)
-    return DecodeShape(slots, fixed + DECODE_WARPS * slots * _SLOT_BYTES, 4 if head_dim <= 128 else 3)
+    slots = min((_SHARED_BYTES - fixed) // (DECODE_WARPS * (_SLOT_BYTES + 8)), pieces + 1)
+    shared_bytes = fixed + DECODE_WARPS * slots * _SLOT_BYTES + align(8 * DECODE_WARPS * slots, 16)
+    return DecodeShape(slots, shared_bytes, (16 if head_dim <= 128 else 12) // DECODE_WARPS)
 
 
 def decode_kernel(

@@ -531,6 +531,8 @@ inline unsigned int f16x2_bits(float low, float high) { return f16_bits(low) | f
 inline unsigned int bf16x2_bits(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 inline float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
 
+inline unsigned int and_or(unsigned int a, unsigned int mask, unsigned int bits) { return (a & mask) | bits; }
+
 // Products of fp16 are exact in fp32, and their sums with one in fp64.
 inline unsigned int mul_f16x2(unsigned int a, unsigned int b) {
   return f16x2_bits(f16_value(a & 0xFFFF) * f16_value(b & 0xFFFF), f16_value(a >> 16) * f16_value(b >> 16));
