@@ -1,4 +1,4 @@
-"""Which page of a KV cache gets how many bits, so that all of them fit a budget (docs/KV.md §4).
+"""Which page of a KV cache gets how many bits, so that all of them fit a budget (docs/KV.md).
 
 Pages begin in 16 bits, are quantized once, and can only lose bits afterwards: to a page of 16 bits every width is open,
 to a quantized one its own and those below. Each page begins at the lowest width, and upgrades are bought in the order
@@ -261,35 +261,17 @@ class ImportanceEMA:
     Args:
         layers, sequences, pages: the shape of what is averaged; ``pages`` is the most that a sequence can have.
         decay: of what was known, per step, 0 … 1.
-        head_importance: [layers, query heads], ≥ 0; masses then come by head, and are averaged with these weights.
 
     Raises:
-        AllocationError: a decay or a head's importance out of range.
+        AllocationError: a decay out of range.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        sequences: int,
-        pages: int,
-        *,
-        decay: float = 0.98,
-        head_importance: npt.NDArray[np.floating] | None = None,
-    ) -> None:
+    def __init__(self, layers: int, sequences: int, pages: int, *, decay: float = 0.98) -> None:
         if not 0 <= decay < 1:
             raise AllocationError(f"decay is {decay}; it must be at least 0 and less than 1")
         self.decay = decay
         self._average = np.zeros((layers, sequences, pages))
         self._weight = np.zeros((layers, sequences, pages))  # 1 − decay^steps
-        self._head_weights: _Floats | None = None
-        if head_importance is not None:
-            weights = head_importance.astype(np.float64)
-            if weights.ndim != 2 or len(weights) != layers or (weights < 0).any() or not (weights.sum(1) > 0).all():
-                raise AllocationError(
-                    f"head_importance of shape {weights.shape} must be [{layers} layers, heads], not negative, "
-                    "and of each layer not 0 altogether"
-                )
-            self._head_weights = weights / weights.sum(1, keepdims=True)
 
     def update(
         self, layer: int, mass: npt.NDArray[np.floating], pages: npt.NDArray[np.integer], *, steps: int = 1
@@ -297,19 +279,16 @@ class ImportanceEMA:
         """Take in the mean attention mass of ``steps`` decoding steps.
 
         Args:
-            mass: [sequences, pages], or [sequences, query heads, pages] if there is a head importance.
+            mass: [sequences, pages], of all query heads, each weighted by its importance.
             pages: [sequences], how many pages each has; others do not change.
 
         Raises:
             AllocationError: another shape, or masses that are negative or not finite. Nothing has changed.
         """
-        _, sequences, most = self._average.shape
-        heads = () if self._head_weights is None else (self._head_weights.shape[1],)
-        if mass.shape != (sequences, *heads, most):
-            raise AllocationError(f"mass has shape {mass.shape}; expected {(sequences, *heads, most)}")
-        present = np.arange(most) < np.asarray(pages)[:, None]
-        if self._head_weights is not None:
-            mass = np.einsum("shp,h->sp", mass, self._head_weights[layer])
+        _, *shape = self._average.shape
+        if mass.shape != tuple(shape):
+            raise AllocationError(f"mass has shape {mass.shape}; expected {tuple(shape)}")
+        present = np.arange(shape[1]) < np.asarray(pages)[:, None]
         seen = mass[present]
         if not (np.isfinite(seen) & (seen >= 0)).all():
             raise AllocationError("mass has values that are negative or not finite")
@@ -322,9 +301,8 @@ class ImportanceEMA:
         self._average[:, sequence] = 0
         self._weight[:, sequence] = 0
 
-    @property
-    def values(self) -> _Floats:
-        """[layers, sequences, pages]; pages that have not been seen count as the mean of those that have."""
-        seen = self._weight > 0
-        known = np.divide(self._average, self._weight, out=np.zeros_like(self._average), where=seen)
+    def values(self, layer: int) -> _Floats:
+        """[sequences, pages]; pages that have not been seen count as the mean of those of the layer that have."""
+        seen = self._weight[layer] > 0
+        known = np.divide(self._average[layer], self._weight[layer], out=np.zeros(seen.shape), where=seen)
         return np.where(seen, known, known[seen].mean() if seen.any() else 1.0)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from pool_dump import dump
 
 from kvpack.encode.page_coder import quantize_blocks
 from kvpack.format.pages import ENTRY_FORMAT_BITS, PageFormat, PageLayout, Side, scale_index, split_block
@@ -27,19 +28,6 @@ FORMAT_MASK = (1 << ENTRY_FORMAT_BITS) - 1
 
 def small_pools(device: str = "cpu", **options: Any) -> PagePools:
     return PagePools(HEADS, HEAD_DIM, device, **{"max_bytes": 1 << 20, "slab_bytes": 1 << 10, **options})
-
-
-def dump(pools: PagePools) -> dict[str, Any]:
-    """All that pools know, for comparing."""
-    return {
-        "bytes": (pools.bytes_allocated, pools.bytes_in_use, pools._arena_end),
-        "bases": list(pools._bases),
-        "pools": {
-            kind: (list(pool.free), pool.in_use, [slab.base for slab in pool.slabs])
-            for kind, pool in pools._pools.items()
-        },
-        "pages": [(slab.owners.tolist(), slab.references.tolist()) for slab in pools._slab_at.values()],
-    }
 
 
 class Pools(RuleBasedStateMachine):
