@@ -44,3 +44,12 @@ __device__ __forceinline__ u32 entry_format(u64 entry) { return static_cast<u32>
 __device__ __forceinline__ const u8* entry_page(const u8* pages, u64 entry) {
   return pages + (entry & ~static_cast<u64>((1u << KVPACK_ENTRY_FORMAT_BITS) - 1));
 }
+__device__ __forceinline__ u8* entry_page(u8* pages, u64 entry) {
+  return const_cast<u8*>(entry_page(static_cast<const u8*>(pages), entry));
+}
+
+// What could not be done is counted in status[0]; the complement of the least index is the largest, so that the first one stays.
+__device__ __forceinline__ void report_left_out(u32* status, u32 index, u32 count) {
+  atomicAdd(status, count);
+  atomicMax(status + 1, ~index);
+}

@@ -294,4 +294,51 @@ __device__ __forceinline__ u32 bf16x2_bits(float low, float high) {
 // One IEEE product: not contracted with a sum. Denormal results become 0, as everywhere under -ftz.
 __device__ __forceinline__ float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
 
+// IEEE operations with denormals, which -ftz does not touch, and never contracted: what NumPy does.
+#define KVPACK_IEEE(name, instruction)                                             \
+  __device__ __forceinline__ float name(float a, float b) {                        \
+    float result;                                                                  \
+    asm(instruction ".f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));           \
+    return result;                                                                 \
+  }
+KVPACK_IEEE(add_ieee, "add.rn")
+KVPACK_IEEE(subtract_ieee, "sub.rn")
+KVPACK_IEEE(multiply_ieee, "mul.rn")
+KVPACK_IEEE(divide_ieee, "div.rn")
+KVPACK_IEEE(add_down_ieee, "add.rm")  // rounded down
+// A number where the other one is NaN.
+KVPACK_IEEE(min_ieee, "min")
+KVPACK_IEEE(max_ieee, "max")
+// NaN where one of them is.
+KVPACK_IEEE(min_nan, "min.NaN")
+KVPACK_IEEE(max_nan, "max.NaN")
+#undef KVPACK_IEEE
+__device__ __forceinline__ float square_root_ieee(float a) {
+  float result;
+  asm("sqrt.rn.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+// Denormals and -0 become 0.
+__device__ __forceinline__ float without_denormals(float a) {
+  float result;
+  asm("add.rn.ftz.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+// Of each half; NaN where one of them is.
+#define KVPACK_HALVES(name, instruction)                                           \
+  __device__ __forceinline__ u32 name(u32 a, u32 b) {                              \
+    u32 result;                                                                    \
+    asm(instruction " %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));               \
+    return result;                                                                 \
+  }
+KVPACK_HALVES(min_nan_f16x2, "min.NaN.f16x2")
+KVPACK_HALVES(max_nan_f16x2, "max.NaN.f16x2")
+KVPACK_HALVES(min_nan_bf16x2, "min.NaN.bf16x2")
+KVPACK_HALVES(max_nan_bf16x2, "max.NaN.bf16x2")
+#undef KVPACK_HALVES
+
+// What is computed from a value behind this is computed again, not kept from before it.
+__device__ __forceinline__ void forget(u32& value) { asm volatile("" : "+r"(value)); }
+
 #endif

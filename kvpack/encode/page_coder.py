@@ -122,7 +122,7 @@ def _around_centers(x: _Floats, page_format: PageFormat, axis: int) -> tuple[npt
         mean = tree_sum(x, axis) / count
         around = x - mean
         reach = clip * np.sqrt(tree_sum(around * around, axis) / count)
-        low, high = np.maximum(low, mean - reach), np.minimum(high, mean + reach)
+        low, high = np.fmax(low, mean - reach), np.fmin(high, mean + reach)  # sums that overflow clip nothing
     scale = _fp16((high - low) / (2 * half - 1))
     center = _fp16(low + half * scale)
     k = np.clip(np.rint((x - center) * _inverse(scale)), -half, half - 1)

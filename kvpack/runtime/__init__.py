@@ -1,4 +1,4 @@
-"""Coded weights on a device: loading, decoding, multiplying, streaming, and coding them there (docs/RUNTIME.md).
+"""The device side (docs/RUNTIME.md): weights loaded, decoded, multiplied, streamed and coded there; KV caches.
 
 =================================================  ==========================================================
 ``load``, ``upload``                               ``kvpack.load``: file → pinned memory → device
@@ -9,6 +9,8 @@
 ``kernels``, ``sources``                           compile and launch what lies in ``cuda/``
 ``streaming``                                      models larger than the device; layers side by side
 ``gpu_encoder``                                    the encoder on a GPU, the same bytes as the CPU's
+``kv_cache``, ``page_pools``, ``page_allocator``   a paged KV cache: tables, memory, who gets how many bits
+``page_kernels``                                   tokens into pages, pages into narrower ones, and back
 ``bench_*``, ``int8_gemv_triton``                  ``kvpack bench linear``
 ``errors``                                         what can go wrong, besides a damaged file
 =================================================  ==========================================================

@@ -544,6 +544,72 @@ inline unsigned int fma_f16x2(unsigned int a, unsigned int b, unsigned int c) {
   return fma(a & 0xFFFF, b & 0xFFFF, c & 0xFFFF) | fma(a >> 16, b >> 16, c >> 16) << 16;
 }
 
+// The processor flushes denormals (launch.h), but not while one of these lives.
+namespace emulated {
+class Denormals {
+ public:
+#if defined(__x86_64__)
+  Denormals() : control(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(control & ~0x8040u); }
+  ~Denormals() { __builtin_ia32_ldmxcsr(control); }
+
+ private:
+  unsigned int control;
+#else
+  Denormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(control));
+    asm volatile("msr fpcr, %0" ::"r"(control & ~(u64{1} << 24)));
+  }
+  ~Denormals() { asm volatile("msr fpcr, %0" ::"r"(control)); }
+
+ private:
+  u64 control;
+#endif
+};
+}  // namespace emulated
+// What is volatile stays between the changes of the processor's mode.
+#define KVPACK_EMULATED_IEEE(name, result)                \
+  inline float name(float first, float second) {          \
+    const emulated::Denormals denormals;                  \
+    volatile float volatile_a = first, volatile_b = second; \
+    const float a = volatile_a, b = volatile_b;           \
+    volatile float found = result;                        \
+    return found;                                         \
+  }
+KVPACK_EMULATED_IEEE(add_ieee, a + b)
+KVPACK_EMULATED_IEEE(subtract_ieee, a - b)
+KVPACK_EMULATED_IEEE(multiply_ieee, a * b)
+KVPACK_EMULATED_IEEE(divide_ieee, a / b)
+// -0 is less than 0, as PTX says.
+KVPACK_EMULATED_IEEE(min_ieee, a == b ? (signbit(a) ? a : b) : fminf(a, b))
+KVPACK_EMULATED_IEEE(max_ieee, a == b ? (signbit(a) ? b : a) : fmaxf(a, b))
+#undef KVPACK_EMULATED_IEEE
+inline float add_down_ieee(float a, float b) {
+  fesetround(FE_DOWNWARD);
+  const float sum = add_ieee(a, b);
+  fesetround(FE_TONEAREST);
+  return sum;
+}
+inline float square_root_ieee(float a) {
+  const emulated::Denormals denormals;
+  volatile float radicand = a;
+  volatile float found = sqrtf(radicand);
+  return found;
+}
+inline float min_nan(float a, float b) { return a != a || b != b ? __uint_as_float(0x7FFFFFFF) : min_ieee(a, b); }
+inline float max_nan(float a, float b) { return a != a || b != b ? __uint_as_float(0x7FFFFFFF) : max_ieee(a, b); }
+inline float without_denormals(float a) { return fabsf(a) < 1.17549435e-38f ? 0.0f : a; }
+inline float bf16_value(unsigned int bits) { return __uint_as_float(bits << 16); }
+#define KVPACK_EMULATED_HALVES(name, operation, value, bits)                                          \
+  inline unsigned int name(unsigned int a, unsigned int b) {                                          \
+    return bits(operation(value(a & 0xFFFF), value(b & 0xFFFF))) | bits(operation(value(a >> 16), value(b >> 16))) << 16; \
+  }
+KVPACK_EMULATED_HALVES(min_nan_f16x2, min_nan, f16_value, f16_bits)
+KVPACK_EMULATED_HALVES(max_nan_f16x2, max_nan, f16_value, f16_bits)
+KVPACK_EMULATED_HALVES(min_nan_bf16x2, min_nan, bf16_value, bf16_bits)
+KVPACK_EMULATED_HALVES(max_nan_bf16x2, max_nan, bf16_value, bf16_bits)
+#undef KVPACK_EMULATED_HALVES
+inline void forget(unsigned int&) {}
+
 // A difference of fp16 is exact in fp32 up to one rounding, which does not change the second one (24 >= 2 * 11 + 2).
 inline unsigned int sub_f16x2(unsigned int a, unsigned int b) {
   return f16x2_bits(f16_value(a & 0xFFFF) - f16_value(b & 0xFFFF), f16_value(a >> 16) - f16_value(b >> 16));

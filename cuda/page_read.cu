@@ -1,0 +1,106 @@
+// Tokens of pages of any format as numbers: what dequantize_blocks of kvpack/encode/page_coder.py gives, rounded once.
+#include "page_codes.cuh"
+
+typedef long long s64;
+
+constexpr u32 kSide = KVPACK_SIDE;
+constexpr bool kKeys = kSide == KVPACK_SIDE_K;
+static_assert(KVPACK_MAX_WARPS == kSlices, "a warp has a slice");
+
+#if KVPACK_ACTIVATION == 2
+typedef float Output;
+__device__ __forceinline__ Output output_of(float value) { return value; }
+__device__ __forceinline__ void store_two(Output* out, Two x) { *reinterpret_cast<float2*>(out) = make_float2(x.first, x.second); }
+#else
+typedef u16 Output;
+__device__ __forceinline__ Output output_of(float value) {
+  return static_cast<Output>(KVPACK_ACTIVATION == 0 ? f16_bits(value) : bf16_bits(value));
+}
+__device__ __forceinline__ void store_two(Output* out, Two x) {
+  *reinterpret_cast<u32*>(out) = KVPACK_ACTIVATION == 0 ? f16x2_bits(x.first, x.second) : bf16x2_bits(x.first, x.second);
+}
+#endif
+
+// Where a warp's tokens go: rows of head_dim elements for those from `first` to `last` of the page; zeros from `valid` on.
+struct Rows {
+  Output* out;  // the page's token 0, which need not be among them
+  s32 first, last, valid;
+
+  __device__ __forceinline__ bool has(u32 token) const { return static_cast<s32>(token) >= first && static_cast<s32>(token) < last; }
+  __device__ __forceinline__ bool is_zero(u32 token) const { return static_cast<s32>(token) >= valid; }
+  __device__ __forceinline__ Output* at(u32 token, u32 dim) const { return out + token * kHeadDim + dim; }
+};
+
+template <u32 format>
+__device__ __forceinline__ void read_slice(const u8* block, const Rows& rows, u32 s, u32 lane) {
+  const u32 g = lane / 4, c = lane % 4;
+  Columns<kSide, format> columns;
+  for (u32 group = 0; group < kGroups; ++group) {
+    if (kKeys || group == 0) columns.load(block, group, s, lane);
+    const u8* payload = block + block_header_bytes(kSide, format) + group * group_bytes(kSide, format) + group_header_bytes(kSide, format);
+    const Slice<format> slice = load_slice<format>(payload, s, lane);
+#pragma unroll
+    for (u32 r = 0; r < kRowPairs; ++r) {
+      const Two x = columns.pair(slice, r);
+      const u32 row = g + 8 * (r & 1), column = 2 * c + 8 * (r >> 1);
+      if constexpr (kKeys) {
+        const u32 token = 16 * s + row;
+        if (rows.has(token)) store_two(rows.at(token, kGroupDims * group + column), rows.is_zero(token) ? Two{0.0f, 0.0f} : x);
+      } else {
+#pragma unroll
+        for (u32 e = 0; e < 2; ++e) {
+          const u32 token = 16 * s + column + e;
+          if (rows.has(token)) *rows.at(token, kGroupDims * group + row) = output_of(rows.is_zero(token) ? 0.0f : e == 0 ? x.first : x.second);
+        }
+      }
+    }
+  }
+}
+
+// pages: what entries count from; null if they are addresses. table: [gridDim.y, max_pages] of one side.
+// starts, ends: [gridDim.y]: row i of a sequence is its token starts + i, or zeros from ends on.
+// out: [gridDim.y, num_heads, num_tokens, head_dim].
+// status: i32 [2], see report_left_out; tokens whose pages are not there, which are read as zeros, and the sequence.
+// blockIdx: x: page from that of the first token, times num_heads, plus head; y: sequence.
+extern "C" __global__ void __launch_bounds__(kLanes * KVPACK_MAX_WARPS, KVPACK_BLOCKS_PER_SM)
+page_read(const u8* pages, const u64* table, const s32* starts, const s32* ends, Output* out, u32* status, u32 num_heads,
+          u32 num_tokens, u32 max_pages) {
+  const u32 head = blockIdx.x % num_heads, sequence = blockIdx.y;
+  const u32 lane = threadIdx.x % kLanes, s = threadIdx.x / kLanes;
+  const s32 start = max(__ldg(starts + sequence), 0), end = __ldg(ends + sequence);
+  const u32 page = static_cast<u32>(start) / kPageTokens + blockIdx.x / num_heads;
+  const s64 page_start = static_cast<s64>(page) * kPageTokens;
+  Rows rows;
+  rows.first = static_cast<s32>(max(start - page_start, s64{0}));
+  rows.last = static_cast<s32>(min(start + static_cast<s64>(num_tokens) - page_start, s64{kPageTokens}));
+  if (rows.first >= rows.last) return;
+  rows.valid = static_cast<s32>(max(min(end - page_start, s64{kPageTokens}), s64{0}));
+  out += (static_cast<u64>(sequence) * num_heads + head) * num_tokens * kHeadDim;
+  rows.out = out + (page_start - start) * static_cast<s64>(kHeadDim);
+
+  const u64 entry = page < max_pages ? __ldg(table + static_cast<u64>(sequence) * max_pages + page) : 0;
+  const u8* block = entry_page(pages, entry);
+  const u32 format = entry_format(entry);
+  if (rows.valid <= rows.first || page >= max_pages || block == nullptr || format > KVPACK_FORMAT_FP8_E5M2) {
+    if (rows.valid > rows.first && head == 0 && threadIdx.x == 0) {
+      report_left_out(status, sequence, static_cast<u32>(min(rows.valid, rows.last) - rows.first));
+    }
+    for (u32 i = threadIdx.x + rows.first * kHeadDim; i < rows.last * kHeadDim; i += kLanes * KVPACK_MAX_WARPS) rows.out[i] = 0;
+    return;
+  }
+#define KVPACK_READ(name)                                                                                    \
+  case KVPACK_FORMAT_##name:                                                                                 \
+    read_slice<KVPACK_FORMAT_##name>(block + static_cast<u64>(head) * block_bytes(kSide, KVPACK_FORMAT_##name), rows, s, lane); \
+    break;
+  switch (format) {
+    KVPACK_READ(FP16)
+    KVPACK_READ(BF16)
+    KVPACK_READ(INT8)
+    KVPACK_READ(INT4)
+    KVPACK_READ(INT3)
+    KVPACK_READ(INT2)
+    KVPACK_READ(FP8_E4M3)
+    KVPACK_READ(FP8_E5M2)
+  }
+#undef KVPACK_READ
+}

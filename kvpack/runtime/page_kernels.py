@@ -1,0 +1,454 @@
+"""Filling and reading pages of a KV cache: the same bytes from CUDA kernels and, on the CPU, from the page coder.
+
+A *page table* is i64 and holds *entries*: where a page begins, a multiple of 16, with its
+:class:`~kvpack.format.pages.PageFormat` in the low 4 bits. Pages begin at ``entry & ~15`` bytes from the first byte of
+``pages_base``; on a GPU that may be None, and then entries are addresses. The layout of a page is said in
+:mod:`kvpack.format.pages`. An entry of another format, -1 for one, stands for no page; so does the address 0.
+
+What cannot be done because of a table's contents is left out and counted in ``status``, i32 [2], zeros at first: the
+count, and the bitwise complement of the least index concerned, which :func:`left_out` reads. Nothing here waits for the
+device, so all functions can be captured in CUDA graphs. What Python sees at once (types, shapes, devices) is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks
+from kvpack.format.errors import PageError
+from kvpack.format.layout import ceil_div
+from kvpack.format.pages import (
+    ENTRY_FORMAT_BITS,
+    GROUP_DIMS,
+    PAGE_TOKENS,
+    WARP_LANES,
+    PageFormat,
+    PageLayout,
+    Side,
+    split_block,
+    unpack_codes,
+)
+from kvpack.runtime import kernels
+from kvpack.runtime.kernels import Kernel
+from kvpack.runtime.weight_kernels import ACTIVATIONS
+
+PAGE_FORMATS = {torch.float16: PageFormat.FP16, torch.bfloat16: PageFormat.BF16}
+
+_FORMAT_MASK = (1 << ENTRY_FORMAT_BITS) - 1
+_SLICES = PAGE_TOKENS // 16
+_MAX_SEQUENCES = 65535  # of a grid
+# Warps of a block that writes or reads a page's head, and how many of these blocks shall share a multiprocessor.
+_WRITE_WARPS, _WRITE_BLOCKS = 4, 8
+_READ_BLOCKS = 8
+# How many threads that quantize shall at least share a multiprocessor, so that none spills: of K, of K at 2 bits, where
+# sums are taken, and of V, where a thread holds a slice's share of all dimensions.
+_K_THREADS, _K_SUM_THREADS, _V_THREADS, _WIDE_V_THREADS = 1024, 768, 512, 256
+_WIDE_HEAD_DIM = 128
+
+
+def write_kernel(head_dim: int) -> Kernel:
+    """New tokens into pages of 16 bits."""
+    defines = {"KVPACK_HEAD_DIM": head_dim, "KVPACK_MAX_WARPS": _WRITE_WARPS, "KVPACK_BLOCKS_PER_SM": _WRITE_BLOCKS}
+    return Kernel.of("page_write.cu", "page_write", defines=defines)
+
+
+def quantize_kernel(side: Side, source: PageFormat, target: PageFormat, head_dim: int) -> Kernel:
+    """Pages of one format into a quantized one."""
+    if side == Side.K:
+        warps = head_dim // GROUP_DIMS
+        threads = _K_SUM_THREADS if target == PageFormat.INT2 else _K_THREADS
+    else:
+        warps = _SLICES
+        threads = _WIDE_V_THREADS if head_dim > _WIDE_HEAD_DIM else _V_THREADS
+    defines = {
+        "KVPACK_SIDE": int(side),
+        "KVPACK_SOURCE_FORMAT": int(source),
+        "KVPACK_TARGET_FORMAT": int(target),
+        "KVPACK_HEAD_DIM": head_dim,
+        "KVPACK_MAX_WARPS": warps,
+        "KVPACK_BLOCKS_PER_SM": max(1, threads // (warps * WARP_LANES)),
+    }
+    return Kernel.of("page_quantize.cu", "page_quantize", defines=defines)
+
+
+def read_kernel(side: Side, head_dim: int, dtype: torch.dtype) -> Kernel:
+    """Pages of any format into numbers."""
+    defines = {
+        "KVPACK_SIDE": int(side),
+        "KVPACK_HEAD_DIM": head_dim,
+        "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
+        "KVPACK_MAX_WARPS": _SLICES,
+        "KVPACK_BLOCKS_PER_SM": _READ_BLOCKS,
+    }
+    return Kernel.of("page_read.cu", "page_read", defines=defines)
+
+
+def new_status(device: torch.device | str) -> torch.Tensor:
+    """A status of nothing left out."""
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def left_out(status: torch.Tensor) -> tuple[int, int] | None:
+    """(how much was left out, the least index concerned), or None if nothing was; waits for the device."""
+    count, complement = status.tolist()
+    return (count & 0xFFFFFFFF, ~complement & 0xFFFFFFFF) if count else None
+
+
+def write_tokens(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    positions: torch.Tensor,
+    status: torch.Tensor,
+    pages_base: torch.Tensor | None = None,
+) -> None:
+    """Append tokens to sequences, in pages of 16 bits.
+
+    Token i of sequence b goes to place ``positions[b] + i``. Where it is a page's first, the rest of the page becomes
+    zero. Tokens without a page are not written but counted: those whose place is negative or beyond ``max_pages``
+    pages, or whose page is not of k's and v's type. The count is of a side's tokens; the index is the sequence.
+
+    Args:
+        k, v: [batch, num_kv_heads, tokens, head_dim], fp16 or bf16, of any strides; rows that do not lie each
+            in one piece and at a multiple of 16 bytes are copied first.
+        table: i64 [2, batch, max_pages], contiguous: entries for K and for V. Sequences share no page written to.
+        positions: i32 [batch]: how many tokens each sequence has; it is not advanced here.
+        status: i32 [2].
+        pages_base: u8, on k's device; see the module. On the CPU it must be given.
+
+    Raises:
+        PageError: a tensor of another shape, type or device.
+    """
+    _check_tokens(k, v)
+    batch = k.shape[0]
+    if table.dim() != 3 or table.shape[:2] != (2, batch):
+        raise PageError(f"table has shape {tuple(table.shape)}; [2, {batch}, pages] is wanted for a batch of {batch}")
+    _check("table", table, torch.int64, k.device)
+    _check("positions", positions, torch.int32, k.device, (batch,))
+    _check("status", status, torch.int32, k.device, (2,))
+    _check_base(pages_base, k.device)
+    if k.numel() == 0:
+        return
+    write = _write_by_kernel if _runs_kernels(k.device) else _write_on_cpu
+    write(k, v, table, positions, status, pages_base)
+
+
+def quantize_pages(
+    jobs: torch.Tensor,
+    side: Side,
+    source_format: PageFormat,
+    target_format: PageFormat,
+    head_dim: int,
+    num_kv_heads: int,
+    status: torch.Tensor,
+    pages_base: torch.Tensor | None = None,
+) -> None:
+    """Quantize pages, into others.
+
+    A page that is quantized already is dequantized first. Jobs whose entries have other formats are left out and
+    counted; the index is the job.
+
+    Args:
+        jobs: i64 [n, 2], contiguous: entries of a source and of a target each. No target overlaps a source or another
+            target.
+        side: of all these pages.
+        source_format: of all sources.
+        target_format: of all targets, a quantized one.
+        status: i32 [2].
+        pages_base: u8, on the jobs' device; see the module. On the CPU it must be given.
+
+    Raises:
+        PageError: a tensor of another shape, type or device, a target of 16 bits, a head_dim that pages cannot have.
+    """
+    source, target = (PageLayout(side, page_format, head_dim) for page_format in (source_format, target_format))
+    if not target_format.is_quantized:
+        raise PageError(f"pages are quantized to 8 bits or fewer, not to {target_format.name}")
+    if num_kv_heads < 1:
+        raise PageError(f"num_kv_heads is {num_kv_heads}; at least 1 is wanted")
+    if jobs.dim() != 2 or jobs.shape[1] != 2:
+        raise PageError(f"jobs have shape {tuple(jobs.shape)}; [jobs, 2] is wanted")
+    _check("jobs", jobs, torch.int64, jobs.device)
+    _check("status", status, torch.int32, jobs.device, (2,))
+    _check_base(pages_base, jobs.device)
+    if not len(jobs):
+        return
+    if not _runs_kernels(jobs.device):
+        _quantize_on_cpu(jobs, source, target, num_kv_heads, status, pages_base)
+        return
+    kernel = quantize_kernel(side, source_format, target_format, head_dim)
+    # Of V, codes in shared memory: each lane's ``Slice`` (cuda/page_codes.cuh) of each group and slice.
+    shared = 0
+    if side == Side.V:
+        shared = target.groups * _SLICES * WARP_LANES * (8 if target_format.element_bits == 8 else 4)
+    kernels.launch(
+        kernel,
+        len(jobs) * num_kv_heads,
+        dict(kernel.defines)["KVPACK_MAX_WARPS"] * WARP_LANES,
+        (pages_base, jobs, np.uint32(num_kv_heads), status),
+        device=jobs.device,
+        shared_bytes=shared,
+    )
+
+
+def read_tokens(
+    table: torch.Tensor,
+    side: Side,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    num_tokens: int,
+    head_dim: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    status: torch.Tensor,
+    pages_base: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Some tokens of each sequence, dequantized and rounded once to ``dtype``.
+
+    Args:
+        table: i64 [batch, max_pages], contiguous: one side's half of what :func:`write_tokens` takes.
+        starts: i32 [batch], not negative: each sequence's first token.
+        ends: i32 [batch]: behind its last one.
+        num_tokens: rows of the result; row i is token ``starts + i``, or zeros from ``ends`` on.
+        dtype: fp16, bf16 or fp32.
+        status: i32 [2]. Tokens without a page are zeros and are counted; the index is the sequence.
+        pages_base: u8, on the table's device; see the module. On the CPU it must be given.
+
+    Returns:
+        [batch, num_kv_heads, num_tokens, head_dim].
+
+    Raises:
+        PageError: a tensor of another shape, type or device, a head_dim that pages cannot have.
+    """
+    PageLayout(side, PageFormat.FP16, head_dim)
+    if dtype not in ACTIVATIONS:
+        raise PageError(f"tokens cannot be read as {dtype}; fp16, bf16 and fp32 are possible")
+    if num_kv_heads < 1 or num_tokens < 0:
+        raise PageError(f"num_kv_heads is {num_kv_heads}, num_tokens is {num_tokens}")
+    if table.dim() != 2 or len(table) > _MAX_SEQUENCES:
+        raise PageError(f"table has shape {tuple(table.shape)}; [batch, pages] is wanted, a batch of at most 65535")
+    batch = len(table)
+    _check("table", table, torch.int64, table.device)
+    _check("starts", starts, torch.int32, table.device, (batch,))
+    _check("ends", ends, torch.int32, table.device, (batch,))
+    _check("status", status, torch.int32, table.device, (2,))
+    _check_base(pages_base, table.device)
+    if not _runs_kernels(table.device):
+        return _read_on_cpu(table, side, starts, ends, num_tokens, head_dim, num_kv_heads, dtype, status, pages_base)
+    out = torch.empty((batch, num_kv_heads, num_tokens, head_dim), dtype=dtype, device=table.device)
+    if out.numel():
+        kernels.launch(
+            read_kernel(side, head_dim, dtype),
+            (_most_pages(num_tokens) * num_kv_heads, batch),
+            _SLICES * WARP_LANES,
+            (
+                pages_base,
+                table,
+                starts,
+                ends,
+                out,
+                status,
+                np.uint32(num_kv_heads),
+                np.uint32(num_tokens),
+                np.uint32(table.shape[1]),
+            ),
+            device=table.device,
+        )
+    return out
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _most_pages(tokens: int) -> int:
+    """How many pages some neighbouring tokens, at least one, may touch."""
+    return ceil_div(tokens - 1, PAGE_TOKENS) + 1
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] | None = None
+) -> None:
+    if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        kind = "contiguous" if tensor.is_contiguous() else "not contiguous"
+        raise PageError(f"{name} is {kind} {tensor.dtype} on {tensor.device}; contiguous {dtype} on {device} is wanted")
+    if shape is not None and tensor.shape != shape:
+        raise PageError(f"{name} has shape {tuple(tensor.shape)}; {shape} is wanted")
+
+
+def _check_base(pages_base: torch.Tensor | None, device: torch.device) -> None:
+    if pages_base is not None:
+        _check("pages_base", pages_base, torch.uint8, device)
+    elif device.type != "cuda":
+        raise PageError(f"entries are addresses on CUDA devices alone; on {device.type} pages_base must be given")
+
+
+def _check_tokens(k: torch.Tensor, v: torch.Tensor) -> None:
+    if k.dim() != 4 or k.shape != v.shape:
+        raise PageError(
+            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; the same [batch, heads, tokens, head_dim] is wanted"
+        )
+    if k.dtype not in PAGE_FORMATS or k.dtype != v.dtype or k.device != v.device:
+        raise PageError(
+            f"k is {k.dtype} on {k.device} and v {v.dtype} on {v.device}; the same type, float16 or bfloat16, and the "
+            "same device are wanted"
+        )
+    PageLayout(Side.K, PAGE_FORMATS[k.dtype], k.shape[3])
+    if len(k) > _MAX_SEQUENCES:
+        raise PageError(f"k has a batch of {len(k)}; at most {_MAX_SEQUENCES} sequences are written at once")
+
+
+# GPU -----------------------------------------------------------------------------------------------------------------
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, with rows in one piece at multiples of 16 bytes."""
+    steps = [step for size, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
+    if tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _write_by_kernel(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    positions: torch.Tensor,
+    status: torch.Tensor,
+    pages_base: torch.Tensor | None,
+) -> None:
+    batch, heads, tokens, head_dim = k.shape
+    k, v = _aligned(k), _aligned(v)
+    kernels.launch(
+        write_kernel(head_dim),
+        (_most_pages(tokens) * heads, batch, len(Side)),
+        _WRITE_WARPS * WARP_LANES,
+        (
+            k,
+            *map(np.uint64, k.stride()[:3]),
+            v,
+            *map(np.uint64, v.stride()[:3]),
+            pages_base,
+            table,
+            positions,
+            status,
+            np.uint32(heads),
+            np.uint32(tokens),
+            np.uint32(table.shape[2]),
+            np.uint32(PAGE_FORMATS[k.dtype]),
+        ),
+        device=k.device,
+    )
+
+
+# CPU -----------------------------------------------------------------------------------------------------------------
+
+
+def _leave_out(status: torch.Tensor, index: int, count: int) -> None:
+    """What ``report_left_out`` of cuda/page.cuh does."""
+    words = status.numpy().view(np.uint32)
+    words[0] += count
+    words[1] = max(int(words[1]), ~index & 0xFFFFFFFF)
+
+
+def _blocks(pages: npt.NDArray[np.uint8], entry: int, layout: PageLayout, heads: int) -> npt.NDArray[np.uint8]:
+    """A page as [heads, block_bytes], to be written to."""
+    first, size = entry & ~_FORMAT_MASK, heads * layout.block_bytes
+    if not 0 <= first <= len(pages) - size:
+        raise PageError(f"a page of {size} bytes begins at byte {first}; pages_base has {len(pages)}")
+    return pages[first : first + size].reshape(heads, layout.block_bytes)
+
+
+def _numbers(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+    """16-bit floats for NumPy, bit for bit."""
+    return tensor.contiguous().view(torch.int16).numpy().view(FLOAT_TYPES[PAGE_FORMATS[tensor.dtype]])
+
+
+def _write_on_cpu(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    positions: torch.Tensor,
+    status: torch.Tensor,
+    pages_base: torch.Tensor | None,
+) -> None:
+    assert pages_base is not None
+    pages, tokens, heads = pages_base.numpy(), k.shape[2], k.shape[1]
+    page_format = PAGE_FORMATS[k.dtype]
+    for side, values in zip(Side, (_numbers(k), _numbers(v)), strict=True):
+        layout = PageLayout(side, page_format, k.shape[3])
+        for b, start in enumerate(positions.tolist()):
+            if start < 0:
+                _leave_out(status, b, tokens)
+                continue
+            for first, last, page in _pieces(start, start + tokens):
+                entry = int(table[side, b, page]) if page < table.shape[2] else -1
+                if entry & _FORMAT_MASK != page_format:
+                    _leave_out(status, b, last - first)
+                    continue
+                blocks = _blocks(pages, entry, layout, heads)
+                held = np.zeros((heads, PAGE_TOKENS, layout.head_dim), np.uint16)
+                if first % PAGE_TOKENS:
+                    held = unpack_codes(split_block(blocks, layout).payload, layout)
+                at = first - page * PAGE_TOKENS
+                held[:, at : at + last - first] = values[b, :, first - start : last - start].view(np.uint16)
+                blocks[:] = quantize_blocks(held.view(FLOAT_TYPES[page_format]), layout)
+
+
+def _pieces(start: int, end: int) -> Sequence[tuple[int, int, int]]:
+    """(first, last, page) of the tokens from ``start`` to ``end``, for each page."""
+    pages = range(start // PAGE_TOKENS, ceil_div(end, PAGE_TOKENS)) if start < end else ()
+    return [(max(start, page * PAGE_TOKENS), min(end, (page + 1) * PAGE_TOKENS), page) for page in pages]
+
+
+def _quantize_on_cpu(
+    jobs: torch.Tensor,
+    source: PageLayout,
+    target: PageLayout,
+    heads: int,
+    status: torch.Tensor,
+    pages_base: torch.Tensor | None,
+) -> None:
+    assert pages_base is not None
+    pages = pages_base.numpy()
+    for index, (from_entry, to_entry) in enumerate(jobs.tolist()):
+        if from_entry & _FORMAT_MASK != source.format or to_entry & _FORMAT_MASK != target.format:
+            _leave_out(status, index, 1)
+            continue
+        values = dequantize_blocks(_blocks(pages, from_entry, source, heads), source)
+        _blocks(pages, to_entry, target, heads)[:] = quantize_blocks(values, target)
+
+
+def _read_on_cpu(
+    table: torch.Tensor,
+    side: Side,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    num_tokens: int,
+    head_dim: int,
+    heads: int,
+    dtype: torch.dtype,
+    status: torch.Tensor,
+    pages_base: torch.Tensor | None,
+) -> torch.Tensor:
+    assert pages_base is not None
+    pages = pages_base.numpy()
+    out = torch.zeros((len(table), heads, num_tokens, head_dim), dtype=dtype)
+    for b, (given, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        start = max(given, 0)
+        for first, last, page in _pieces(start, min(start + num_tokens, end)):
+            entry = int(table[b, page]) if page < table.shape[1] else -1
+            if entry & _FORMAT_MASK >= len(PageFormat):
+                _leave_out(status, b, last - first)
+                continue
+            layout = PageLayout(side, PageFormat(entry & _FORMAT_MASK), head_dim)
+            values = torch.from_numpy(dequantize_blocks(_blocks(pages, entry, layout, heads), layout))
+            at = first - page * PAGE_TOKENS
+            out[b, :, first - start : last - start] = values[:, at : at + last - first].to(dtype)
+    return out

@@ -1,0 +1,332 @@
+"""The memory of a paged KV cache: a pool for each side and format, so that kernels find pages of one kind side by side.
+
+A pool hands out pages of one size from slabs. It grows by a slab when it has no free page left; slabs are never moved
+nor given back while the pools live, since captured CUDA graphs hold their addresses. A freed page is the next to be
+handed out: on CUDA that is right only behind what still reads it, so all that uses the pages must be enqueued on one
+stream.
+
+A page is known by its *entry*, what page tables hold: where it begins, with its format in the low bits. On CUDA that is
+an address. On the CPU it counts bytes from :attr:`PagePools.pages`, a tensor over as much address space as the pools
+can ever need, of which the system provides what has been written to. No page begins at 0, so 0 is no entry.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from bisect import bisect_right, insort
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvpack.format.pages import ENTRY_FORMAT_BITS, GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
+from kvpack.runtime.errors import CacheFullError, PageEntryError
+
+SLAB_BYTES = 4 << 20
+_LEAST_SLAB_PAGES = 8
+_ENTRY_FORMATS = (1 << ENTRY_FORMAT_BITS) - 1
+# Where the first slab begins on the CPU.
+_ARENA_START = 64
+
+
+@dataclass(frozen=True)
+class PageOwner:
+    """Where a page belongs: its layer, its sequence, and which page of the sequence it is."""
+
+    layer: int
+    sequence: int
+    index: int
+
+
+@dataclass(frozen=True)
+class PageInfo:
+    """What the pools know of a page in use."""
+
+    side: Side
+    format: PageFormat
+    owner: PageOwner
+    references: int
+
+
+@dataclass(frozen=True)
+class PageViews:
+    """Views of pages of one kind, without copies; of a slab with ``pages`` in front, of one page without.
+
+    Attributes:
+        payload: u8 [pages, heads, groups, payload_bytes].
+        scales: fp16 [pages, heads, groups, 16] of K, [pages, heads, 64] of V, in the order of ``scale_index``; None of
+            16 bits.
+        centers: fp16 [pages, heads, groups, 16] of K in 4 bits or fewer, else None.
+    """
+
+    payload: torch.Tensor
+    scales: torch.Tensor | None
+    centers: torch.Tensor | None
+
+    def page(self, number: int) -> PageViews:
+        """One page of a slab's."""
+        return PageViews(
+            self.payload[number],
+            None if self.scales is None else self.scales[number],
+            None if self.centers is None else self.centers[number],
+        )
+
+
+class _Slab:
+    """Pages of one kind in one piece of memory. Of pages not in use, ``references`` is 0."""
+
+    def __init__(self, memory: torch.Tensor, base: int, layout: PageLayout, num_kv_heads: int) -> None:
+        self.memory, self.base, self.layout = memory, base, layout
+        self.page_bytes = num_kv_heads * layout.block_bytes
+        self.page_count = memory.numel() // self.page_bytes
+        self.owners: npt.NDArray[np.int32] = np.full((self.page_count, 3), -1, np.int32)
+        self.references: npt.NDArray[np.int32] = np.zeros(self.page_count, np.int32)
+        self.views = _views(memory, layout, num_kv_heads)
+
+    def entry(self, number: int) -> int:
+        return self.base + number * self.page_bytes | int(self.layout.format)
+
+
+def _views(memory: torch.Tensor, layout: PageLayout, num_kv_heads: int) -> PageViews:
+    block, group, groups = layout.block_bytes, layout.group_bytes, layout.groups
+    pages = memory.numel() // (num_kv_heads * block)
+    start = memory.storage_offset()
+
+    def strided(first: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = dtype.itemsize
+        steps = [stride // size for stride in (num_kv_heads * block, block, *strides)]
+        return memory.view(dtype).as_strided((pages, num_kv_heads, *shape), steps, (start + first) // size)
+
+    first = layout.block_header_bytes + layout.group_header_bytes
+    payload = strided(first, (groups, layout.payload_bytes), (group, 1), torch.uint8)
+    if not layout.format.is_quantized:
+        return PageViews(payload, None, None)
+    if layout.side == Side.V:
+        return PageViews(payload, strided(0, (PAGE_TOKENS,), (2,), torch.float16), None)
+    of_group = ((groups, GROUP_DIMS), (group, 2))
+    scales = strided(0, *of_group, torch.float16)
+    return PageViews(payload, scales, strided(2 * GROUP_DIMS, *of_group, torch.float16) if layout.has_centers else None)
+
+
+class _Pool:
+    def __init__(self, layout: PageLayout, page_bytes: int, slab_bytes: int) -> None:
+        self.layout, self.page_bytes = layout, page_bytes
+        self.slab_pages = max(_LEAST_SLAB_PAGES, slab_bytes // page_bytes)
+        self.slabs: list[_Slab] = []
+        self.free: list[int] = []  # entries; the last is the next
+        self.in_use = 0
+
+    @property
+    def slab_bytes(self) -> int:
+        return self.slab_pages * self.page_bytes
+
+
+class PagePools:
+    """Pages of a KV cache on one device, for one number of heads and one head dimension.
+
+    Args:
+        num_kv_heads, head_dim: of a page.
+        device: where the pages lie.
+        max_bytes: of all slabs. On the CPU, without it, as much as the machine has.
+        slab_bytes: by how much a pool grows; by 8 pages, if they are larger.
+
+    Attributes:
+        pages: what entries count from: u8, on the CPU alone; None on CUDA.
+
+    Raises:
+        PageError: a head_dim that pages cannot have.
+        CacheFullError: the system does not provide the address space.
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        *,
+        max_bytes: int | None = None,
+        slab_bytes: int = SLAB_BYTES,
+    ) -> None:
+        self.num_kv_heads, self.head_dim, self.device = num_kv_heads, head_dim, torch.device(device)
+        self._pools = {
+            (side, page_format): _Pool(layout, num_kv_heads * layout.block_bytes, slab_bytes)
+            for side in Side
+            for page_format in PageFormat
+            for layout in [PageLayout(side, page_format, head_dim)]
+        }
+        self.pages: torch.Tensor | None = None
+        self._arena_end = _ARENA_START
+        if self.device.type == "cpu":
+            if max_bytes is None:
+                max_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - _ARENA_START
+            self.pages = _address_space(_ARENA_START + max_bytes)
+        self.max_bytes = max_bytes
+        self._bytes_allocated = self._bytes_in_use = 0
+        # All slabs, by where they begin.
+        self._bases: list[int] = []
+        self._slab_at: dict[int, _Slab] = {}
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Of all slabs."""
+        return self._bytes_allocated
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Of the pages that have been handed out."""
+        return self._bytes_in_use
+
+    def page_bytes(self, side: Side, page_format: PageFormat) -> int:
+        """One page, of all heads."""
+        return self._pools[side, page_format].page_bytes
+
+    def pages_in_use(self, side: Side, page_format: PageFormat) -> int:
+        return self._pools[side, page_format].in_use
+
+    def reserve(self, counts: Mapping[tuple[Side, PageFormat], int]) -> None:
+        """Grow until so many pages can be allocated, of all pools that are named: all of it or nothing.
+
+        Raises:
+            CacheFullError: the slabs would take more than ``max_bytes``, or than the device has. Nothing has changed.
+        """
+        missing = [
+            pool
+            for kind, count in counts.items()
+            for pool in [self._pools[kind]]
+            for _ in range(-(-max(0, count - len(pool.free)) // pool.slab_pages))
+        ]
+        needed = sum(pool.slab_bytes for pool in missing)
+        if self.max_bytes is not None and self._bytes_allocated + needed > self.max_bytes:
+            raise CacheFullError(
+                f"{sum(counts.values())} pages need {needed} bytes in new slabs; {self._bytes_allocated} of at most "
+                f"{self.max_bytes} bytes are allocated"
+            )
+        arena_end = self._arena_end
+        try:
+            slabs = [self._new_slab(pool) for pool in missing]
+        except torch.OutOfMemoryError as error:
+            self._arena_end = arena_end
+            raise CacheFullError(
+                f"{self.device} has no memory for {needed} bytes in new slabs, beside the {self._bytes_allocated} "
+                f"that are allocated: {error}"
+            ) from None
+        for slab in slabs:
+            pool = self._pools[slab.layout.side, slab.layout.format]
+            pool.slabs.append(slab)
+            # In front of the free pages, so that slabs in use are filled first.
+            pool.free[:0] = [slab.entry(number) for number in reversed(range(slab.page_count))]
+            insort(self._bases, slab.base)
+            self._slab_at[slab.base] = slab
+        self._bytes_allocated += needed
+
+    def _new_slab(self, pool: _Pool) -> _Slab:
+        if self.pages is None:
+            memory = torch.zeros(pool.slab_bytes, dtype=torch.uint8, device=self.device)
+            return _Slab(memory, memory.data_ptr(), pool.layout, self.num_kv_heads)
+        base = self._arena_end
+        self._arena_end += pool.slab_bytes
+        return _Slab(self.pages[base : self._arena_end], base, pool.layout, self.num_kv_heads)
+
+    def allocate(self, side: Side, page_format: PageFormat, owner: PageOwner) -> int:
+        """A page's entry. What the page holds is what it held before; zeros if it has never been used.
+
+        Raises:
+            CacheFullError: as :meth:`reserve`.
+        """
+        pool = self._pools[side, page_format]
+        if not pool.free:
+            self.reserve({(side, page_format): 1})
+        entry = pool.free.pop()
+        slab, number = self._find(entry)
+        slab.references[number] = 1
+        slab.owners[number] = owner.layer, owner.sequence, owner.index
+        pool.in_use += 1
+        self._bytes_in_use += pool.page_bytes
+        return entry
+
+    def retain(self, entry: int) -> None:
+        """One more holds the page: it must be freed once more.
+
+        Raises:
+            PageEntryError: no page in use.
+        """
+        slab, number = self._in_use(entry)
+        slab.references[number] += 1
+
+    def free(self, entry: int) -> None:
+        """One fewer holds the page; behind the last one's work on the stream, it may be handed out again.
+
+        Raises:
+            PageEntryError: no page in use: freed before, or never handed out by these pools.
+        """
+        slab, number = self._in_use(entry)
+        slab.references[number] -= 1
+        if slab.references[number] == 0:
+            pool = self._pools[slab.layout.side, slab.layout.format]
+            slab.owners[number] = -1
+            pool.free.append(entry)
+            pool.in_use -= 1
+            self._bytes_in_use -= pool.page_bytes
+
+    def info(self, entry: int) -> PageInfo:
+        """What is known of a page in use.
+
+        Raises:
+            PageEntryError: no page in use.
+        """
+        slab, number = self._in_use(entry)
+        owner = PageOwner(*slab.owners[number].tolist())
+        return PageInfo(slab.layout.side, slab.layout.format, owner, int(slab.references[number]))
+
+    def blocks(self, entry: int) -> torch.Tensor:
+        """u8 [heads, block_bytes], a view of a page in use.
+
+        Raises:
+            PageEntryError: no page in use.
+        """
+        slab, number = self._in_use(entry)
+        first = number * slab.page_bytes
+        return slab.memory[first : first + slab.page_bytes].view(self.num_kv_heads, slab.layout.block_bytes)
+
+    def page_views(self, entry: int) -> PageViews:
+        """Payload and scales of a page in use.
+
+        Raises:
+            PageEntryError: no page in use.
+        """
+        slab, number = self._in_use(entry)
+        return slab.views.page(number)
+
+    def slab_views(self, side: Side, page_format: PageFormat) -> list[PageViews]:
+        """Payload and scales of all pages of a kind, in use or not, slab by slab in the order in which they came."""
+        return [slab.views for slab in self._pools[side, page_format].slabs]
+
+    def _find(self, entry: int) -> tuple[_Slab, int]:
+        """The slab and the page in it."""
+        place = bisect_right(self._bases, entry & ~_ENTRY_FORMATS) - 1
+        if place >= 0:
+            slab = self._slab_at[self._bases[place]]
+            number, rest = divmod((entry & ~_ENTRY_FORMATS) - slab.base, slab.page_bytes)
+            if not rest and number < slab.page_count and entry & _ENTRY_FORMATS == slab.layout.format:
+                return slab, number
+        raise PageEntryError(f"{entry:#x} is the entry of no page of these pools")
+
+    def _in_use(self, entry: int) -> tuple[_Slab, int]:
+        slab, number = self._find(entry)
+        if not slab.references[number]:
+            kind = f"{slab.layout.side.name} in {slab.layout.format.name}"
+            raise PageEntryError(f"{entry:#x}, a page of {kind}, is not in use: it has been freed, or not handed out")
+        return slab, number
+
+
+def _address_space(size_bytes: int) -> torch.Tensor:
+    """Zeros that take no memory before they are written to."""
+    try:
+        return torch.frombuffer(mmap.mmap(-1, size_bytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    except OSError as error:
+        raise CacheFullError(
+            f"the system does not provide {size_bytes} bytes of address space ({error}): pass a smaller max_bytes"
+        ) from None

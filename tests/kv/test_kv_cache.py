@@ -1,0 +1,481 @@
+"""The cache against a model of it: every token, every page's bytes, whose pages they are, and what they may take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pool_dump import dump
+
+from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks
+from kvpack.format.pages import PageFormat, PageLayout, Side
+from kvpack.runtime.errors import CacheFullError, CacheInputError, PageEntryError
+
+torch = pytest.importorskip("torch")
+
+from kvpack.runtime.kv_cache import KVCache  # noqa: E402
+from kvpack.runtime.page_allocator import POLICIES, Outcome, Policy  # noqa: E402
+from kvpack.runtime.page_pools import PageInfo, PageOwner  # noqa: E402
+
+LAYERS, HEADS, HEAD_DIM, SEQUENCES, MAX_TOKENS = 2, 2, 16, 3, 64 * 12
+FULL = HEADS * HEAD_DIM * 64 * 2
+Place = tuple[int, int, int, int]  # layer, side, sequence, index
+
+
+def make_cache(device: str = "cpu", **options: Any) -> KVCache:
+    # Slabs of 8 pages.
+    defaults = {"max_sequences": SEQUENCES, "device": device, "slab_bytes": 1}
+    return KVCache(LAYERS, HEADS, HEAD_DIM, MAX_TOKENS, **(defaults | options))
+
+
+def random_tokens(cache: KVCache, batch: int, count: int, seed: int) -> tuple[Any, Any]:
+    """Of tokens and channels that differ in size, as those of models do."""
+    rng = np.random.default_rng(seed)
+    size = np.exp(rng.normal(0, 1, (2, 1, HEADS, 1, HEAD_DIM)))
+    both = torch.from_numpy(rng.normal(0, 1, (2, batch, HEADS, count, HEAD_DIM)) * size)
+    k, v = both.to(cache.dtype).to(cache.device)
+    return k, v
+
+
+def bits(tensor: Any) -> np.ndarray:
+    """Values as NumPy has them, bit for bit."""
+    numpy_type = FLOAT_TYPES[PageFormat.FP16 if tensor.dtype == torch.float16 else PageFormat.BF16]
+    return tensor.cpu().contiguous().view(torch.int16).numpy().view(numpy_type)
+
+
+def state(cache: KVCache) -> dict[str, Any]:
+    return {
+        "entries": cache.entries.tolist(),
+        "page_table": cache.page_table.tolist(),
+        "lengths": (cache._lengths.tolist(), cache.lengths.tolist()),
+        "mass": (cache.mass.tolist(), list(cache._observed_steps)),
+        "shares": cache.shares.tolist(),
+        "pools": dump(cache.pools),
+        "pages": [cache.pools.blocks(entry).cpu().numpy().tobytes() for entry in cache.entries[cache.entries >= 0]],
+    }
+
+
+def open_end(cache: KVCache, tokens: int) -> int:
+    return max(0, (tokens - cache.recent_tokens) // 64)
+
+
+def is_pinned(cache: KVCache, tokens: int, index: int) -> bool:
+    return index < -(-cache.sinks // 64) or index >= open_end(cache, tokens)
+
+
+def layer_bytes(cache: KVCache, layer: int) -> dict[str, float]:
+    """What the pages take, what they may take, and what they would take with all that is open at 2 bits."""
+    used = full = pinned = least = 0
+    for (side, sequence, index), page_format in np.ndenumerate(cache.precision_map(layer)):
+        if page_format < 0:
+            continue
+        size = cache.pools.page_bytes(Side(side), PageFormat(page_format))
+        full += FULL
+        used += size
+        if is_pinned(cache, cache.length(layer, sequence), index):
+            pinned += size
+            least += size
+        else:
+            least += cache.pools.page_bytes(Side(side), PageFormat.INT2)
+    share = float(cache.shares[layer])
+    return {"used": used, "may": max(share * full, pinned + 0.75 * share * (full - pinned)), "least": least}
+
+
+class CacheMachine(RuleBasedStateMachine):
+    device = "cpu"
+
+    @initialize(
+        bits_of=st.one_of(
+            st.floats(0.15, 0.7),
+            st.just(1.0),
+            st.none(),
+            st.sampled_from([PageFormat.INT8, PageFormat.INT3, PageFormat.FP8_E4M3]),
+            st.just([(PageFormat.INT8, PageFormat.INT4), (PageFormat.INT2, PageFormat.INT2)]),
+        ),
+        policy=st.sampled_from(POLICIES),
+        recent_tokens=st.sampled_from([0, 64, 100]),
+        sinks=st.sampled_from([0, 4, 65]),
+        dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+        limited=st.booleans(),
+    )
+    def begin(self, bits_of: Any, policy: Policy, recent_tokens: int, sinks: int, dtype: Any, limited: bool) -> None:
+        self.limited = limited
+        self.cache = make_cache(
+            self.device,
+            budget=bits_of if isinstance(bits_of, float) else None,
+            widths=None if isinstance(bits_of, float) else bits_of,
+            policy=policy,
+            recent_tokens=recent_tokens,
+            sinks=sinks,
+            dtype=dtype,
+            max_bytes=40 * FULL if limited else 1 << 24,
+        )
+        self.tokens = {
+            (layer, side, sequence): np.empty((HEADS, 0, HEAD_DIM), FLOAT_TYPES[self.cache.full_format])
+            for layer in range(LAYERS)
+            for side in Side
+            for sequence in range(SEQUENCES)
+        }
+        # What each complete page must hold.
+        self.pages: dict[Place, tuple[PageFormat, np.ndarray]] = {}
+
+    def full_page(self, place: Place) -> np.ndarray:
+        *where, index = place
+        layout = PageLayout(Side(place[1]), self.cache.full_format, HEAD_DIM)
+        return quantize_blocks(self.tokens[tuple(where)][:, 64 * index : 64 * index + 64], layout)
+
+    def follow(self) -> None:
+        """Take over new formats, each of which must be allowed, and compare what the pages hold."""
+        found: dict[Place, PageFormat] = {}
+        for layer in range(LAYERS):
+            for (side, sequence, index), page_format in np.ndenumerate(self.cache.precision_map(layer)):
+                if page_format >= 0:
+                    found[layer, side, sequence, index] = PageFormat(page_format)
+        pages: dict[Place, tuple[PageFormat, np.ndarray]] = {}
+        for place, page_format in found.items():
+            layer, side, sequence, index = place
+            tokens = self.tokens[layer, side, sequence]
+            if tokens.shape[1] < 64 * (index + 1):
+                assert page_format == self.cache.full_format
+                continue
+            held_format, held = self.pages.get(place, (self.cache.full_format, None))
+            held = self.full_page(place) if held is None else held
+            if page_format != held_format:
+                assert page_format.element_bits < held_format.element_bits
+                assert not is_pinned(self.cache, tokens.shape[1], index)
+                values = dequantize_blocks(held, PageLayout(Side(side), held_format, HEAD_DIM))
+                held = quantize_blocks(values, PageLayout(Side(side), page_format, HEAD_DIM))
+            if page_format != held_format or place not in self.pages:
+                entry = int(self.cache.entries[place])
+                assert self.cache.pools.blocks(entry).cpu().numpy().tobytes() == held.tobytes()
+            pages[place] = page_format, held
+        self.pages = pages
+
+    @rule(
+        layers=st.sampled_from([[0, 1], [0, 1], [0, 1], [1]]),
+        sequences=st.sampled_from([[0, 1, 2], [0, 1], [2], [2, 0]]),
+        count=st.sampled_from([1, 3, 60, 64, 100, 200]),
+        seed=st.integers(0, 99),
+    )
+    def append(self, layers: list[int], sequences: list[int], count: int, seed: int) -> None:
+        for layer in layers:
+            k, v = random_tokens(self.cache, len(sequences), count, seed + layer)
+            before = state(self.cache)
+            try:
+                self.cache.append(layer, k, v, sequences)
+            except CacheFullError:
+                assert state(self.cache) == before
+                too_long = max(self.cache.length(layer, s) for s in sequences) + count > MAX_TOKENS
+                assert too_long or self.limited
+                return
+            for side, given in zip(Side, (k, v), strict=True):
+                for sequence, new in zip(sequences, bits(given), strict=True):
+                    place = layer, side, sequence
+                    self.tokens[place] = np.concatenate([self.tokens[place], new], axis=1)
+            self.follow()
+
+    @rule(sequence=st.integers(0, SEQUENCES - 1))
+    def free(self, sequence: int) -> None:
+        self.cache.free(sequence)
+        for place in self.tokens:
+            if place[2] == sequence:
+                self.tokens[place] = self.tokens[place][:, :0]
+        self.pages = {place: page for place, page in self.pages.items() if place[2] != sequence}
+        self.follow()
+
+    @rule(layer=st.integers(0, LAYERS - 1), seed=st.integers(0, 99))
+    def observe(self, layer: int, seed: int) -> None:
+        pages = self.cache.mass.shape[2]
+        mass = np.random.default_rng(seed).dirichlet(np.full(pages, 0.1), (SEQUENCES, 4))
+        self.cache.observe(layer, torch.from_numpy(mass).to(self.cache.device))
+
+    @rule()
+    def reallocate(self) -> None:
+        before = state(self.cache)
+        try:
+            outcome = self.cache.reallocate()
+        except CacheInputError:
+            assert (self.cache._lengths != self.cache._lengths[0]).any()
+            assert state(self.cache) == before
+            return
+        except CacheFullError:
+            assert self.limited
+            after = state(self.cache)
+            after["mass"] = before["mass"]  # what was observed has been taken in
+            assert after == before
+            return
+        assert not self.cache.mass.any()
+        assert self.cache.shares.mean() <= (self.cache.budget or 1) + 1e-9
+        sizes = [layer_bytes(self.cache, layer) for layer in range(LAYERS)]
+        assert outcome == Outcome.HELD or any(size["used"] == size["least"] for size in sizes)
+        self.follow()
+
+    @rule(
+        bad=st.sampled_from(
+            [
+                {"dtype": torch.float32},
+                {"shape": (1, HEADS, 1, 32)},
+                {"shape": (1, HEADS + 1, 1, HEAD_DIM)},
+                {"shape": (2, HEADS, 1, HEAD_DIM)},
+                {"sequences": [SEQUENCES]},
+                {"sequences": [-1]},
+                {"shape": (2, HEADS, 1, HEAD_DIM), "sequences": [1, 1]},
+                {"layer": LAYERS},
+                {"layer": -1},
+                {"shape": (1, HEADS, MAX_TOKENS + 1, HEAD_DIM)},
+            ]
+        )
+    )
+    def refuse(self, bad: dict[str, Any]) -> None:
+        before = state(self.cache)
+        k = torch.ones(
+            bad.get("shape", (1, HEADS, 1, HEAD_DIM)),
+            dtype=bad.get("dtype", self.cache.dtype),
+            device=self.cache.device,
+        )
+        with pytest.raises((CacheInputError, CacheFullError)):
+            self.cache.append(bad.get("layer", 0), k, k, bad.get("sequences", [0]))
+        assert state(self.cache) == before
+
+    @invariant()
+    def tables_agree(self) -> None:
+        cache = self.cache
+        assert (cache.page_table.cpu().numpy() == cache.entries).all()
+        lengths = [[self.tokens[layer, 0, s].shape[1] for s in range(SEQUENCES)] for layer in range(LAYERS)]
+        assert cache._lengths.tolist() == lengths == cache.lengths.tolist()
+        cache.check()
+
+    @invariant()
+    def every_page_is_of_one_place(self) -> None:
+        cache = self.cache
+        held = cache.entries[cache.entries >= 0]
+        assert len(np.unique(held)) == len(held)
+        counts: dict[tuple[Side, PageFormat], int] = {}
+        for layer in range(LAYERS):
+            formats = cache.precision_map(layer)
+            for (side, sequence, index), page_format in np.ndenumerate(formats):
+                tokens = self.tokens[layer, side, sequence].shape[1]
+                assert (page_format >= 0) == (64 * index < tokens)
+                if page_format >= 0:
+                    kind = Side(side), PageFormat(page_format)
+                    counts[kind] = counts.get(kind, 0) + 1
+                    info = cache.pools.info(int(cache.entries[layer, side, sequence, index]))
+                    assert info == PageInfo(*kind, PageOwner(layer, sequence, index), 1)
+                    if is_pinned(cache, tokens, index):
+                        assert page_format == cache.full_format
+        for side in Side:
+            for page_format in PageFormat:
+                assert cache.pools.pages_in_use(side, page_format) == counts.get((side, page_format), 0)
+        size = sum(count * cache.pools.page_bytes(*kind) for kind, count in counts.items())
+        assert cache.pools.bytes_in_use == size
+        tables = cache.entries.nbytes + 4 * cache._lengths.size + 4 * cache.mass.numel() + 8
+        assert cache.estimate_memory_mb() == (cache.pools.bytes_allocated + tables) / 1e6
+        elements = 2 * HEADS * HEAD_DIM * int(cache._lengths.sum())
+        assert cache.average_bits() == (8 * size / elements if elements else 0)
+
+    @precondition(lambda self: self.cache.budget is not None and not self.limited)
+    @invariant()
+    def budget_is_held(self) -> None:
+        for layer in range(LAYERS):
+            size = layer_bytes(self.cache, layer)
+            assert size["used"] <= max(size["may"] + 1, size["least"])
+
+    @precondition(lambda self: self.cache.budget is None)
+    @invariant()
+    def widths_are_those_given(self) -> None:
+        for layer in range(LAYERS):
+            formats = self.cache.precision_map(layer)
+            for (side, sequence, index), page_format in np.ndenumerate(formats):
+                tokens = self.tokens[layer, side, sequence].shape[1]
+                if page_format >= 0 and not is_pinned(self.cache, tokens, index):
+                    assert page_format == self.cache._widths[layer, side]
+
+    @invariant()
+    def buckets_are_the_pages(self) -> None:
+        cache = self.cache
+        for layer in range(LAYERS):
+            for sequence in range(SEQUENCES):
+                found = np.full((2, cache.entries.shape[3]), -1)
+                for bucket in cache.layer(layer).buckets(sequence):
+                    found[bucket.side, bucket.indices] = bucket.format
+                    for entry, view in zip(bucket.entries.tolist(), bucket.views, strict=True):
+                        first = PageLayout(bucket.side, bucket.format, HEAD_DIM)
+                        ahead = first.block_header_bytes + first.group_header_bytes
+                        assert view.payload.data_ptr() == cache.pools.blocks(entry).data_ptr() + ahead
+                assert (found == cache.precision_map(layer)[:, sequence]).all()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        cache = self.cache
+        for layer in range(LAYERS):
+            for sequence in range(SEQUENCES):
+                for side, found in zip(Side, cache.read(layer, sequence), strict=True):
+                    expected = self.tokens[layer, side, sequence].astype(np.float32)
+                    for place, (page_format, held) in self.pages.items():
+                        if place[:3] == (layer, side, sequence):
+                            index = place[3]
+                            expected[:, 64 * index : 64 * index + 64] = dequantize_blocks(
+                                held, PageLayout(side, page_format, HEAD_DIM)
+                            )
+                    assert torch.equal(found.cpu(), torch.from_numpy(expected).to(cache.dtype))
+        for sequence in range(SEQUENCES):
+            cache.free(sequence)
+        assert cache.pools.bytes_in_use == 0
+        assert (cache.entries == -1).all()
+
+
+TestCache = CacheMachine.TestCase
+TestCache.settings = settings(max_examples=40, stateful_step_count=25)
+
+
+class GpuCacheMachine(CacheMachine):
+    device = "cuda"
+
+
+TestCacheOnGpu = pytest.mark.gpu(GpuCacheMachine.TestCase)
+TestCacheOnGpu.settings = settings(max_examples=8, stateful_step_count=15)
+
+
+def fill(cache: KVCache, count: int, step: int, seed: int = 0) -> None:
+    for first in range(0, count, step):
+        for layer in range(cache.num_layers):
+            cache.append(layer, *random_tokens(cache, cache.max_sequences, min(step, count - first), seed + first))
+
+
+@pytest.mark.parametrize("step", [32, 768])
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
+def test_budget_is_used(budget: float, step: int) -> None:
+    """Token by token or at once: what open pages may have, they have, up to a page a sequence and layer."""
+    cache = make_cache(budget=budget)
+    fill(cache, MAX_TOKENS, step)
+    for layer in range(LAYERS):
+        size = layer_bytes(cache, layer)
+        assert size["may"] - size["used"] <= max(FULL, 0.01 * size["may"])
+    assert cache.reallocate() == Outcome.HELD
+
+
+def test_what_is_looked_at_keeps_its_bits() -> None:
+    """Pages that are attended to, and layers whose heads count, have more bits."""
+    cache = make_cache(budget=0.3, max_sequences=1)
+    fill(cache, 64, 64)
+    heads = torch.tensor([1.0, 0.0])
+    for _ in range(11):
+        for layer in range(LAYERS):
+            mass = torch.zeros(1, 2, 12)
+            mass[0, 0, :12:3] = 0.2
+            mass[0, 1] = 1  # a head that does not count
+            for _ in range(20):
+                cache.observe(layer, mass, head_importance=heads if layer == 0 else 0.01 * heads)
+        cache.reallocate()
+        fill(cache, 64, 64)
+    first, second = (
+        np.vectorize(lambda f: PageFormat(f).element_bits)(cache.precision_map(layer)[:, 0, 1:11]) for layer in (0, 1)
+    )
+    looked_at = np.arange(1, 11) % 3 == 0
+    assert first[:, looked_at].mean() > first[:, ~looked_at].mean() + 1
+    assert first.mean() > second.mean()
+    assert cache.shares[0] > cache.shares[1]
+    assert cache.shares.mean() <= 0.3 + 1e-9
+
+
+def test_kernels_that_fail_leave_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(widths=PageFormat.INT4, recent_tokens=100)
+    fill(cache, 130, 130)
+    before = state(cache)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    for name in ("write_tokens", "quantize_pages"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kvpack.runtime.kv_cache.{name}", fail)
+            with pytest.raises(RuntimeError, match="no compiler"):
+                cache.append(0, *random_tokens(cache, SEQUENCES, 126, 5))
+        after = state(cache)
+        assert after["entries"] == before["entries"] == after["page_table"]
+        assert after["lengths"] == before["lengths"]
+        assert after["pools"]["bytes"][1] == before["pools"]["bytes"][1]
+    k_before, _ = cache.read(0, 1)
+    cache.append(0, *random_tokens(cache, SEQUENCES, 126, 5))
+    assert torch.equal(cache.read(0, 1)[0][:, 128:130], k_before[:, 128:130])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.0}, r"budget is 0\.0; it is a fraction, more than 0 and at most 1"),
+        ({"budget": 1.5}, r"budget is 1\.5"),
+        ({"budget": float("nan")}, "budget is nan"),
+        ({"budget": 0.5, "widths": PageFormat.INT4}, "either a budget or widths"),
+        ({"policy": "best"}, "policy is 'best'; there are uniform, importance, per-layer, position"),
+        ({"dtype": torch.float32}, r"dtype is torch\.float32"),
+        ({"widths": [(PageFormat.INT4, PageFormat.INT4)]}, "widths are 1 pairs; there are 2 layers"),
+        ({"widths": PageFormat.BF16}, r"pages of torch\.float16 cannot become BF16"),
+        ({"recent_tokens": -1}, "recent_tokens is -1"),
+        ({"max_sequences": 0}, "max_sequences is 0"),
+    ],
+)
+def test_options_that_are_none(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CacheInputError, match=message):
+        make_cache(**options)
+
+
+def test_messages_state_the_values() -> None:
+    cache = make_cache(max_bytes=1 << 16)
+    k, v = random_tokens(cache, 3, 1, 0)
+    with pytest.raises(CacheInputError, match=r"k has shape \[3, 2, 1, 16\] and v \[3, 2, 1, 8\]; this cache takes"):
+        cache.append(0, k, v[..., :8])
+    with pytest.raises(CacheInputError, match=r"v is torch\.bfloat16 on cpu; this cache is torch\.float16 on cpu"):
+        cache.append(0, k, v.bfloat16())
+    with pytest.raises(CacheInputError, match="2 sequences are named for a batch of 3"):
+        cache.append(0, k, v, [0, 1])
+    with pytest.raises(CacheInputError, match=r"sequences are \[0, 1, 3\]; there are 3"):
+        cache.append(0, k, v, [0, 1, 3])
+    with pytest.raises(CacheInputError, match="layer is 2; there are 2"):
+        cache.read(2, 0)
+    with pytest.raises(CacheFullError, match="769 tokens behind 0 are more than the 768 of max_tokens"):
+        cache.append(0, *random_tokens(cache, 3, 769, 0))
+    with pytest.raises(CacheFullError, match=r"pages need \d+ bytes in new slabs; 0 of at most 65536 bytes"):
+        cache.append(0, *random_tokens(cache, 3, 768, 0))
+    with pytest.raises(CacheInputError, match=r"mass has shape \[1, 2, 13\]; 1 sequences have at most 12 pages"):
+        cache.observe(0, torch.zeros(1, 2, 13))
+    with pytest.raises(CacheInputError, match=r"head_importance has shape \[3\]; mass has 2 heads"):
+        cache.observe(0, torch.zeros(1, 2, 12), head_importance=torch.ones(3))
+
+
+def test_a_table_that_was_written_to_is_noticed() -> None:
+    cache = make_cache()
+    fill(cache, 1, 1)
+    cache.page_table[:] = -1
+    cache.append(0, *random_tokens(cache, 3, 1, 0))
+    with pytest.raises(PageEntryError, match="6 tokens or pages were left out, the first of them at 0"):
+        cache.check()
+    cache.check()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_thousand_steps_take_no_more_than_pages(device: str) -> None:
+    steps = 1000 if device == "cuda" else 200
+    cache = KVCache(2, HEADS, HEAD_DIM, 64 + steps, max_sequences=2, device=device, budget=0.3)
+    fill(cache, 64, 64)
+    k, v = random_tokens(cache, 2, 1, 0)
+    mass = torch.rand(2, 4, cache.mass.shape[2], device=cache.device)
+
+    def allocated() -> int:
+        return torch.cuda.memory_allocated() if device == "cuda" else cache.pools.bytes_allocated
+
+    others = allocated() - cache.pools.bytes_allocated
+    for step in range(steps):
+        for layer in range(2):
+            cache.append(layer, k, v)
+            cache.observe(layer, mass)
+        if step % 64 == 0:
+            cache.reallocate()
+    assert 0 <= allocated() - cache.pools.bytes_allocated - others < 1 << 16
+    assert cache.length(1, 1) == 64 + steps
+    cache.check()
