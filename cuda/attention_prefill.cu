@@ -21,9 +21,10 @@ constexpr u32 kListBytes = 16 * kListed;
 constexpr u32 kBarriersBytes = align_up(8 * kSlots, 16);
 constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // of eight columns
 
-// Groups of a piece: as many as lie in 4 KiB, scales not counted.
-__device__ constexpr u32 groups_of_piece(u32 bits) { return 32 / (bits < 4 ? 4 : bits); }
-__device__ constexpr u32 pieces_of_block(u32 bits) { return (kGroups + groups_of_piece(bits) - 1) / groups_of_piece(bits); }
+// Groups of a piece: as many as lie in 4 KiB, scales not counted, and at most eight. Without a division, which would be a function.
+__device__ constexpr u32 log2_groups_of_piece(u32 bits) { return bits > 8 ? 1 : bits > 4 ? 2 : 3; }
+__device__ constexpr u32 groups_of_piece(u32 bits) { return 1u << log2_groups_of_piece(bits); }
+__device__ constexpr u32 pieces_of_block(u32 bits) { return (kGroups + groups_of_piece(bits) - 1) >> log2_groups_of_piece(bits); }
 static_assert(2 * pieces_of_block(16) <= kListed / 2);
 static_assert(groups_of_piece(4) * group_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT4) <= kSlotBytes);
 static_assert(groups_of_piece(8) * group_bytes(KVPACK_SIDE_V, KVPACK_FORMAT_INT8) + kTokenScalesBytes <= kSlotBytes);
@@ -77,12 +78,9 @@ struct Pieces {
 #ifdef KVPACK_BULK_COPIES
     if (size > 0) copy_bulk(slots + to * kSlotBytes, source, size, barriers + 8 * to);
 #else
-    const u32 address = slots + to * kSlotBytes + 16 * thread;
-    source += 16 * thread;
-#pragma unroll
-    for (u32 i = 0; i < kSlotBytes; i += 16 * kWarps * kLanes) {
-      if (i + 16 * thread < size) copy_async_16(address + i, source + i);
-    }
+    // A loop, not unrolled: otherwise ptxas moves loads of a whole piece to before it, and has no registers for them.
+#pragma unroll 1
+    for (u32 i = 16 * thread; i < size; i += 16 * kWarps * kLanes) copy_async_16(slots + to * kSlotBytes + i, source + i);
     copy_async_commit();
 #endif
   }
@@ -285,6 +283,7 @@ __device__ __forceinline__ void multiply_values(Pieces& pieces, u32 lane, const 
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {
     if (group > 0 && group % piece_groups == 0) slot = pieces.next();
+    if constexpr (!is_quantized(format) && kBf16) __syncwarp();  // loads of later groups stay behind it, and out of registers
     const u32 header = group < piece_groups ? block_header_bytes(KVPACK_SIDE_V, format) : 0;
     for_slices<format>(slot + header + group % piece_groups * payload_bytes(format), lane, [&](u32 slice, const u32 (&a)[4]) {
 #pragma unroll
@@ -458,7 +457,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
 #pragma unroll
   for (u32 tile = 0; tile < kTiles; ++tile) {
     Softmax& s = softmax[tile];
-    const float inverse[2] = {1.0f / sum_over_rows(s.sum[0]), 1.0f / sum_over_rows(s.sum[1])};
+    const float inverse[2] = {reciprocal(sum_over_rows(s.sum[0])), reciprocal(sum_over_rows(s.sum[1]))};
     const u32 column = warp_column + 8 * tile + lane / 4;
     u32* to = reinterpret_cast<u32*>(results + place_of(column, static_cast<u64>(tokens) * kHeadDim, kHeadDim));
 #pragma unroll

@@ -131,7 +131,7 @@ class PrefillShape:
 
 def prefill_shape(head_dim: int) -> PrefillShape:
     # 128 registers for values at most.
-    column_tiles = 4 if head_dim <= 64 else 3 if head_dim <= 128 else 2
+    column_tiles = 3 if head_dim <= 128 else 2
     # Eight groups of 4 bits with scales and centers.
     slot_bytes = 8 * PageLayout(Side.K, PageFormat.INT4, head_dim).group_bytes
     columns = COLUMNS * column_tiles * PREFILL_WARPS
