@@ -1,5 +1,4 @@
-// What the kernels of attention share: formats of pages, masks, sums over rows. In fragments of mma.m16n8k16, with lane = 4·g + c, rows are
-// g and g + 8, columns 2·c and 2·c + 1.
+// What the attention kernels share. In sums of mma.m16n8k16, with lane = 4·g + c, rows are g and g + 8, columns 2·c and 2·c + 1.
 #pragma once
 
 #include "page_operands.cuh"

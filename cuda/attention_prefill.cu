@@ -1,13 +1,14 @@
 // Attention of many query tokens to the pages of a KV cache, in place: softmax(q · Kᵀ) · V for each sequence and head, causal.
 //
-// A block takes a *tile* of columns (a query token and head of one KV head's, token after token) of a sequence, each of its warps kTiles
-// times the eight columns of mma.m16n8k16. Operands are as in attention_decode.cu; each one of a page serves kTiles products. K is read
-// with all scores of the page held in registers, V with the probabilities in their place.
+// A block takes a *tile* of columns (a query token and head of one KV head's, token after token) of a sequence, each of its warps
+// kTiles times the eight columns of mma.m16n8k16. Operands are as in attention_decode.cu; each one of a page serves kTiles products,
+// K's with all scores of the page held in registers, V's with the probabilities in their place.
 //
-// Pages that some column of the tile sees are visited in order. They come to all warps through shared memory in *pieces* of up to kSlotBytes,
-// kSlots − 1 ahead. The first warp lists them: where they lie and how long they are, a visit ahead of their use.
+// Pages that some column of the tile sees are visited in order. They come to all warps through shared memory in *pieces* of up to
+// kSlotBytes, kSlots − 1 ahead. The first warp lists them: where they lie and how long they are, a visit ahead of their use.
 //
-// Shared memory: slots of pieces | list | barriers of the slots | factors of columns | queries as operands, of each warp.
+// Shared memory: slots of pieces | list | barriers of the slots | of each warp: queries as operands; of each two columns, their
+// factors of scores, then their maxima so far (here, since registers are scarce).
 #include "attention.cuh"
 
 constexpr u32 kWarps = KVPACK_WARPS;
@@ -25,41 +26,44 @@ constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // of eight columns
 __device__ constexpr u32 log2_groups_of_piece(u32 bits) { return bits > 8 ? 1 : bits > 4 ? 2 : 3; }
 __device__ constexpr u32 groups_of_piece(u32 bits) { return 1u << log2_groups_of_piece(bits); }
 __device__ constexpr u32 pieces_of_block(u32 bits) { return (kGroups + groups_of_piece(bits) - 1) >> log2_groups_of_piece(bits); }
+// Of a visit. Formats: K's, and V's times 256.
+__device__ __forceinline__ u32 pieces_of(u32 formats) {
+  return pieces_of_block(element_bits_of(formats & 0xFF)) + pieces_of_block(element_bits_of(formats >> 8));
+}
 static_assert(2 * pieces_of_block(16) <= kListed / 2);
 static_assert(groups_of_piece(4) * group_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT4) <= kSlotBytes);
 static_assert(groups_of_piece(8) * group_bytes(KVPACK_SIDE_V, KVPACK_FORMAT_INT8) + kTokenScalesBytes <= kSlotBytes);
 
 // The pages that a tile's columns see: those of the sinks, then those from the first one in the window of its first token.
 struct Visits {
-  u32 first_limit, last_limit;  // tokens that the first and the last column attend to
-  u32 window, sinks;
-  u32 sink_pages, skipped;  // pages between sinks and window
+  u32 sinks;
+  u32 count;
+  u32 skipped;               // pages between sinks and window
+  u32 whole_from, whole_to;  // tokens that all columns see, but for sinks
 
-  __device__ __forceinline__ Visits(u32 first, u32 last, u32 w, u32 s) : first_limit(first), last_limit(last), window(w), sinks(s) {
-    const u32 window_page = window == 0 || first <= window ? 0 : (first - window) / kPageTokens;
-    sink_pages = (sinks + kPageTokens - 1) / kPageTokens;
-    skipped = window_page > sink_pages ? window_page - sink_pages : 0;
+  // Limits: tokens up to the one of the first and the last column.
+  __device__ __forceinline__ Visits(u32 first_limit, u32 last_limit, u32 window, u32 s) : sinks(s), whole_to(first_limit) {
+    const u32 window_page = window == 0 || first_limit <= window ? 0 : (first_limit - window) / kPageTokens;
+    skipped = window_page > sink_pages() ? window_page - sink_pages() : 0;
+    count = (last_limit + kPageTokens - 1) / kPageTokens - skipped;
+    whole_from = window == 0 || last_limit <= window ? 0 : last_limit - window;
   }
-  __device__ __forceinline__ u32 count() const { return (last_limit + kPageTokens - 1) / kPageTokens - skipped; }
-  __device__ __forceinline__ u32 page_of(u32 visit) const { return visit < sink_pages ? visit : visit + skipped; }
+  __device__ __forceinline__ u32 sink_pages() const { return (sinks + kPageTokens - 1) / kPageTokens; }
+  __device__ __forceinline__ u32 page_of(u32 visit) const { return visit < sink_pages() ? visit : visit + skipped; }
   // Whether all columns see all tokens of a page.
   __device__ __forceinline__ bool whole(u32 first_token) const {
     const u32 end = first_token + kPageTokens;
-    return end <= first_limit && (window == 0 || first_token + window >= last_limit || end <= sinks);
+    return end <= whole_to && (first_token >= whole_from || end <= sinks);
   }
 };
 
 // The pieces of all visits in turn. `number` is that of the next one to use.
 struct Pieces {
-  u32 slots, list, barriers, thread;
-  u32 number, slot;
-#ifdef KVPACK_BULK_COPIES
-  u32 parity;
-#endif
+  u32 slots, list, barriers, thread, number;
 
-  __device__ __forceinline__ Pieces(u32 shared, u32 t) : slots(shared), list(slots + kSlots * kSlotBytes), barriers(list + kListBytes), thread(t), number(0), slot(0) {
+  __device__ __forceinline__ Pieces(u32 shared, u32 t)
+      : slots(shared), list(slots + kSlots * kSlotBytes), barriers(list + kListBytes), thread(t), number(0) {
 #ifdef KVPACK_BULK_COPIES
-    parity = 0;
     if (thread == 0) {
       for (u32 i = 0; i < kSlots; ++i) barrier_init(barriers + 8 * i);
       barrier_init_done();
@@ -91,25 +95,21 @@ struct Pieces {
     for (u32 i = 0; i < kSlots - 1; ++i) copy(i, i);
   }
 
-  // Formats of K and V of the visit whose first piece comes next.
+  // Formats of the visit whose first piece comes next.
   __device__ __forceinline__ u32 formats() const { return load_shared_u32(listed(number) + 12); }
 
   // The address of the next piece, which stays until the call after this one.
   __device__ __forceinline__ u32 next() {
+    const u32 slot = number % kSlots;
 #ifdef KVPACK_BULK_COPIES
-    barrier_wait(barriers + 8 * slot, parity);
+    barrier_wait(barriers + 8 * slot, number / kSlots % 2);
 #else
     copy_async_wait<kSlots - 2>();
 #endif
     __syncthreads();  // all have copied their parts, and are done with the piece before, into whose slot the next copy goes
     copy(number + kSlots - 1, slot == 0 ? kSlots - 1 : slot - 1);
-    const u32 address = slots + slot * kSlotBytes;
     ++number;
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
-#ifdef KVPACK_BULK_COPIES
-    parity ^= slot == 0;
-#endif
-    return address;
+    return slots + slot * kSlotBytes;
   }
 };
 
@@ -119,44 +119,44 @@ struct Lister {
   const u64* k_entries;
   const u64* v_entries;
   u32 list, lane, head;
-  u32 number;  // pieces listed
 
-  // A visit's pieces; behind the last one: some of no bytes.
-  __device__ __forceinline__ void add(const Visits& seen, u32 visit) {
+  // A visit's pieces, of which the first one has a number; behind the last visit: some of no bytes.
+  __device__ __forceinline__ void add(const Visits& seen, u32 visit, u32 number) const {
     u32 here = kSlots - 1, size = 0, formats = 0;
     u64 address = 0;
-    if (visit < seen.count()) {
+    if (visit < seen.count) {
       const u32 page = seen.page_of(visit);
       const u64 k_entry = __ldg(k_entries + page), v_entry = __ldg(v_entries + page);
       const u32 of_k = pieces_of_block(element_bits_of(entry_format(k_entry)));
-      here = of_k + pieces_of_block(element_bits_of(entry_format(v_entry)));
       formats = entry_format(k_entry) | entry_format(v_entry) << 8;
+      here = pieces_of(formats);
 
       const bool of_v = lane >= of_k;
       const u64 entry = of_v ? v_entry : k_entry;
       const u32 format = entry_format(entry), bits = element_bits_of(format), piece = of_v ? lane - of_k : lane;
       const u32 header = of_v && is_quantized(format) ? kTokenScalesBytes : 0;
-      const u32 group = kGroupDims * kPageTokens / 8 * bits + (of_v || !is_quantized(format) ? 0 : is_narrow(format) ? 2 * kScalesBytes : kScalesBytes);
+      const u32 scales = of_v || !is_quantized(format) ? 0 : is_narrow(format) ? 2 * kScalesBytes : kScalesBytes;
+      const u32 group = kGroupDims * kPageTokens / 8 * bits + scales;
       const u32 groups = groups_of_piece(bits), in_front = piece == 0 ? 0 : header + piece * groups * group;
       address = reinterpret_cast<u64>(entry_page(pages, entry)) + static_cast<u64>(head) * (header + kGroups * group) + in_front;
       size = (piece == 0 ? header : 0) + min(groups, kGroups - piece * groups) * group;
     }
     if (lane < here) {
-      store_shared_v4(list + 16 * ((number + lane) % kListed), make_uint4(static_cast<u32>(address), static_cast<u32>(address >> 32), size, formats));
+      const uint4 v = make_uint4(static_cast<u32>(address), static_cast<u32>(address >> 32), size, formats);
+      store_shared_v4(list + 16 * ((number + lane) % kListed), v);
     }
-    number += here;
   }
 };
 
 // What a lane has of eight columns, 2·c and 2·c + 1 of them.
 struct Softmax {
-  float maximum[2], sum[2];
+  float sum[2];
   float scaled_sum[2];  // Σ p · scale of V, for levels at odd multiples of half a scale
   float values[kGroups][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (u32 j = 0; j < 2; ++j) maximum[j] = kNothing, sum[j] = 0, scaled_sum[j] = 0;
+    for (u32 j = 0; j < 2; ++j) sum[j] = 0, scaled_sum[j] = 0;
 #pragma unroll
     for (u32 m = 0; m < kGroups; ++m)
 #pragma unroll
@@ -186,7 +186,7 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
 #pragma unroll 1
   for (u32 first = 0; first < kGroups; first += piece_groups) {
     u32 group = pieces.next();
-    const u32 end = queries + 8 * kLanes * min(first + piece_groups, kGroups);
+    const u32 begin = queries + 8 * kLanes * first, end = queries + 8 * kLanes * min(first + piece_groups, kGroups);
     if constexpr (is_narrow(format)) {
       // Scores begin with what the centers give, the same for all tokens: rows alike.
       float centers[kTiles][4];
@@ -196,7 +196,7 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
         for (u32 i = 0; i < 4; ++i) centers[tile][i] = 0;
       u32 at = group + kScalesBytes + 8 * (lane % 4);
 #pragma unroll 1
-      for (u32 operands = queries + 8 * kLanes * first; operands < end; operands += 8 * kLanes, at += group_bytes(KVPACK_SIDE_K, format)) {
+      for (u32 operands = begin; operands < end; operands += 8 * kLanes, at += group_bytes(KVPACK_SIDE_K, format)) {
         const uint2 center = load_shared_v2(at);
         const u32 rows[4] = {center.x, center.x, center.y, center.y};
 #pragma unroll
@@ -213,17 +213,17 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
           for (u32 i = 0; i < 4; ++i) scores[tile][slice][i] += centers[tile][i];
     }
 #pragma unroll 1
-    for (u32 operands = queries + 8 * kLanes * first; operands < end; operands += 8 * kLanes, group += group_bytes(KVPACK_SIDE_K, format)) {
+    for (u32 operands = begin; operands < end; operands += 8 * kLanes, group += group_bytes(KVPACK_SIDE_K, format)) {
       uint2 q[kTiles];
 #pragma unroll
       for (u32 tile = 0; tile < kTiles; ++tile) q[tile] = load_shared_v2(operands + tile * kQueryBytes + 8 * lane);
       if constexpr (is_quantized(format)) {
         const uint2 scales = load_shared_v2(group + 8 * (lane % 4));
 #pragma unroll
-        for (u32 tile = 0; tile < kTiles; ++tile) q[tile] = make_uint2(mul_f16x2(q[tile].x, scales.x), mul_f16x2(q[tile].y, scales.y));
+        for (uint2& operand : q) operand = make_uint2(mul_f16x2(operand.x, scales.x), mul_f16x2(operand.y, scales.y));
       } else if constexpr (kBf16) {
 #pragma unroll
-        for (u32 tile = 0; tile < kTiles; ++tile) q[tile] = make_uint2(bf16_of_f16(q[tile].x), bf16_of_f16(q[tile].y));
+        for (uint2& operand : q) operand = make_uint2(bf16_of_f16(operand.x), bf16_of_f16(operand.y));
       }
       for_slices<format>(group + group_header_bytes(KVPACK_SIDE_K, format), lane, [&](u32 slice, const u32 (&a)[4]) {
 #pragma unroll
@@ -273,7 +273,8 @@ __device__ __forceinline__ void multiply_values(Pieces& pieces, u32 lane, const 
           if constexpr (kBf16) {
             const u32 rounded = bf16x2_bits(a, b);
             p[tile][slice][h] = transpose_matrix(rounded);
-            rest[tile][slice][h] = transpose_matrix(bf16x2_bits(a - __uint_as_float(rounded << 16), b - __uint_as_float(rounded & 0xFFFF0000)));
+            const float of_a = a - __uint_as_float(rounded << 16), of_b = b - __uint_as_float(rounded & 0xFFFF0000);
+            rest[tile][slice][h] = transpose_matrix(bf16x2_bits(of_a, of_b));
           } else {
             p[tile][slice][h] = transpose_matrix(f16x2_bits(a, b));
           }
@@ -287,10 +288,14 @@ __device__ __forceinline__ void multiply_values(Pieces& pieces, u32 lane, const 
     const u32 header = group < piece_groups ? block_header_bytes(KVPACK_SIDE_V, format) : 0;
     for_slices<format>(slot + header + group % piece_groups * payload_bytes(format), lane, [&](u32 slice, const u32 (&a)[4]) {
 #pragma unroll
-      for (u32 tile = 0; tile < kTiles; ++tile) mma_page<format>(softmax[tile].values[group], a, p[tile][slice][0], p[tile][slice][1]);
+      for (u32 tile = 0; tile < kTiles; ++tile) {
+        mma_page<format>(softmax[tile].values[group], a, p[tile][slice][0], p[tile][slice][1]);
+      }
       if constexpr (!is_quantized(format) && kBf16) {
 #pragma unroll
-        for (u32 tile = 0; tile < kTiles; ++tile) mma_page<format>(softmax[tile].values[group], a, rest[tile][slice][0], rest[tile][slice][1]);
+        for (u32 tile = 0; tile < kTiles; ++tile) {
+          mma_page<format>(softmax[tile].values[group], a, rest[tile][slice][0], rest[tile][slice][1]);
+        }
       }
     });
   }
@@ -322,9 +327,9 @@ __device__ __forceinline__ float2 pair_of_floats(u32 pair) {
 }
 
 extern "C" __global__ void __launch_bounds__(kWarps * 32, KVPACK_BLOCKS_PER_SM)
-attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_token_stride, u16* out, const u8* pages, const u64* table,
-                  const u32* lengths, u32 sequences, u32 max_pages, u32 heads, u32 heads_per_kv_head, u32 tokens, u32 window, u32 sinks,
-                  float scale) {
+attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_token_stride, u16* out, const u8* pages,
+                  const u64* table, const u32* lengths, u32 sequences, u32 max_pages, u32 heads, u32 heads_per_kv_head, u32 tokens,
+                  u32 window, u32 sinks, float scale) {
   KVPACK_DYNAMIC_SHARED(shared);
   const u32 thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes;
   const u32 columns = heads_per_kv_head * tokens;
@@ -334,38 +339,45 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
   const u32 first_column = tile_of_block * kColumns, warp_column = first_column + warp * kWarpColumns;
   const u32 length = __ldg(lengths + sequence);
 
-  const u32 factors = shared_address(shared) + kSlots * kSlotBytes + kListBytes + kBarriersBytes + 4 * warp * kWarpColumns;
-  const u32 queries = factors - 4 * warp * kWarpColumns + 4 * kColumns + warp * kTiles * kQueryBytes;
-  // Of a column: the head and token of its query, or of its result, in `strides` of elements.
+  const u32 of_warps = shared_address(shared) + kSlots * kSlotBytes + kListBytes + kBarriersBytes;
+  const u32 queries = of_warps + warp * (kTiles * kQueryBytes + 8 * kWarpColumns);
+  const u32 statistics = queries + kTiles * kQueryBytes;
+  // Where a column's query or result begins, in elements.
   auto place_of = [&](u32 column, u64 head_stride, u64 token_stride) {
     const u32 token = column / heads_per_kv_head, of_group = column - token * heads_per_kv_head;
     return (head * heads_per_kv_head + of_group) * head_stride + token * token_stride;
   };
-  u16* results = out + static_cast<u64>(sequence) * heads * columns * kHeadDim;
+  auto result_of = [&](u32 column) {
+    u16* of_sequence = out + static_cast<u64>(sequence) * heads * columns * kHeadDim;
+    return reinterpret_cast<u32*>(of_sequence + place_of(column, static_cast<u64>(tokens) * kHeadDim, kHeadDim));
+  };
   if (length < tokens) {
-    for (u32 i = thread; i < kColumns * kHeadDim / 2; i += kWarps * kLanes) {
-      const u32 column = first_column + i / (kHeadDim / 2);
-      if (column < columns) reinterpret_cast<u32*>(results + place_of(column, static_cast<u64>(tokens) * kHeadDim, kHeadDim))[i % (kHeadDim / 2)] = 0;
+    constexpr u32 kPairsOfRow = kHeadDim / 2;
+    for (u32 i = thread; i < kColumns * kPairsOfRow; i += kWarps * kLanes) {
+      const u32 column = first_column + i / kPairsOfRow;
+      if (column < columns) result_of(column)[i % kPairsOfRow] = 0;
     }
     return;
   }
 
   const u32 all_but_new = length - tokens;
-  const Visits seen(all_but_new + first_column / heads_per_kv_head + 1, all_but_new + (min(first_column + kColumns, columns) - 1) / heads_per_kv_head + 1,
-                    window, sinks);
+  // Tokens that a column attends to, but for a window.
+  auto limit_of = [&](u32 column) { return all_but_new + column / heads_per_kv_head + 1; };
+  const Visits seen(limit_of(first_column), limit_of(min(first_column + kColumns, columns) - 1), window, sinks);
   const u64* k_entries = table + static_cast<u64>(KVPACK_SIDE_K * sequences + sequence) * max_pages;
   const u64* v_entries = table + static_cast<u64>(KVPACK_SIDE_V * sequences + sequence) * max_pages;
   Pieces pieces(shared_address(shared), thread);
-  Lister lister{pages, k_entries, v_entries, pieces.list, lane, head, 0};
-  if (warp == 0) lister.add(seen, 0);
+  const Lister lister{pages, k_entries, v_entries, pieces.list, lane, head};
+  if (warp == 0) lister.add(seen, 0, 0);
   __syncthreads();
   pieces.start();
 
-  // Queries as operands, divided by a power of two for each column, so that with scales they fit fp16. A lane's are those of column g.
+  // Queries as operands, divided by a power of two for each column, so that with scales they fit fp16. A lane has column g's.
 #pragma unroll 1
   for (u32 tile = 0; tile < kTiles; ++tile) {
     const u32 column = warp_column + 8 * tile + lane / 4;
-    const u32* from = reinterpret_cast<const u32*>(q + sequence * q_sequence_stride + place_of(min(column, columns - 1), q_head_stride, q_token_stride));
+    const u64 place = sequence * q_sequence_stride + place_of(min(column, columns - 1), q_head_stride, q_token_stride);
+    const u32* from = reinterpret_cast<const u32*>(q + place);
     u32 pairs[kGroups][2];
     float largest = 0;
 #pragma unroll
@@ -393,7 +405,11 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
       }
       store_shared_v2(queries + tile * kQueryBytes + 8 * (kLanes * m + lane), make_uint2(operand[0], operand[1]));
     }
-    if (lane % 4 == 0) store_shared_f32(factors + 4 * (8 * tile + lane / 4), power * scale);
+    if (lane % 4 == 0) {
+      const u32 address = statistics + 64 * tile + lane / 8 * 16 + lane / 4 % 2 * 4;
+      store_shared_f32(address, power * scale);
+      store_shared_f32(address + 8, kNothing);
+    }
   }
   __syncwarp();
 
@@ -401,9 +417,9 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
 #pragma unroll
   for (Softmax& s : softmax) s.clear();
 #pragma unroll 1
-  for (u32 visit = 0; visit < seen.count(); ++visit) {
+  for (u32 visit = 0; visit < seen.count; ++visit) {
     const u32 formats = pieces.formats(), first_token = seen.page_of(visit) * kPageTokens;
-    if (warp == 0) lister.add(seen, visit + 1);
+    if (warp == 0) lister.add(seen, visit + 1, pieces.number + pieces_of(formats));
     Scores scores;
     with_format<KVPACK_K_FORMATS>(formats & 0xFF, MultiplyKeys{pieces, queries, lane, scores});
 
@@ -412,8 +428,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
       for (u32 tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (u32 j = 0; j < 2; ++j) {
-          const u32 column = min(warp_column + 8 * tile + 2 * (lane % 4) + j, columns - 1);
-          const u32 limit = all_but_new + column / heads_per_kv_head + 1;  // tokens that it attends to
+          const u32 limit = limit_of(min(warp_column + 8 * tile + 2 * (lane % 4) + j, columns - 1));
           const u32 begin = window == 0 || limit <= window ? 0 : limit - window;
 #pragma unroll
           for (u32 slice = 0; slice < kSlices; ++slice)
@@ -427,20 +442,23 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
 #pragma unroll
     for (u32 tile = 0; tile < kTiles; ++tile) {
       Softmax& s = softmax[tile];
-      const uint2 bits = load_shared_v2(factors + 32 * tile + 8 * (lane % 4));
+      const u32 address = statistics + 64 * tile + 16 * (lane % 4);
+      const uint4 bits = load_shared_v4(address);
       const float factor[2] = {__uint_as_float(bits.x), __uint_as_float(bits.y)};
-      float maximum[2] = {s.maximum[0], s.maximum[1]};
+      const float before[2] = {__uint_as_float(bits.z), __uint_as_float(bits.w)};
+      float maximum[2] = {before[0], before[1]};
 #pragma unroll
       for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) maximum[i % 2] = fmaxf(maximum[i % 2], scores[tile][slice][i]);
-      if (__any_sync(kAllLanes, maximum[0] > s.maximum[0] || maximum[1] > s.maximum[1])) {
+      if (__any_sync(kAllLanes, maximum[0] > before[0] || maximum[1] > before[1])) {
 #pragma unroll
         for (float& m : maximum) m = max_over_rows(m);
-        s.rescale(exp2_approximate((s.maximum[0] - maximum[0]) * factor[0]), exp2_approximate((s.maximum[1] - maximum[1]) * factor[1]));
-        s.maximum[0] = maximum[0], s.maximum[1] = maximum[1];
+        s.rescale(exp2_approximate((before[0] - maximum[0]) * factor[0]), exp2_approximate((before[1] - maximum[1]) * factor[1]));
+        __syncwarp();  // all have loaded
+        if (lane < 4) store_shared_v2(address + 8, make_uint2(__float_as_uint(maximum[0]), __float_as_uint(maximum[1])));
       }
-      const float shift[2] = {s.maximum[0] * factor[0], s.maximum[1] * factor[1]};
+      const float shift[2] = {maximum[0] * factor[0], maximum[1] * factor[1]};
 #pragma unroll
       for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
@@ -459,7 +477,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
     Softmax& s = softmax[tile];
     const float inverse[2] = {reciprocal(sum_over_rows(s.sum[0])), reciprocal(sum_over_rows(s.sum[1]))};
     const u32 column = warp_column + 8 * tile + lane / 4;
-    u32* to = reinterpret_cast<u32*>(results + place_of(column, static_cast<u64>(tokens) * kHeadDim, kHeadDim));
+    u32* to = result_of(column);
 #pragma unroll
     for (u32 m = 0; m < kGroups; ++m)
 #pragma unroll

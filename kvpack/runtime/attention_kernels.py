@@ -130,13 +130,13 @@ class PrefillShape:
 
 
 def prefill_shape(head_dim: int) -> PrefillShape:
-    # 128 registers for values at most.
+    # As many as registers allow, with the scores of a page and the values of all dimensions in them.
     column_tiles = 3 if head_dim <= 128 else 2
     # Eight groups of 4 bits with scales and centers.
     slot_bytes = 8 * PageLayout(Side.K, PageFormat.INT4, head_dim).group_bytes
     columns = COLUMNS * column_tiles * PREFILL_WARPS
     barriers = align(8 * _PREFILL_SLOTS, 16)
-    shared_bytes = _PREFILL_SLOTS * slot_bytes + _PREFILL_LIST_BYTES + barriers + columns * (4 + 2 * head_dim)
+    shared_bytes = _PREFILL_SLOTS * slot_bytes + _PREFILL_LIST_BYTES + barriers + columns * (8 + 2 * head_dim)
     return PrefillShape(column_tiles, slot_bytes, shared_bytes, 2)
 
 
