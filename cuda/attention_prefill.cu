@@ -1,7 +1,7 @@
 // Attention of many query tokens to the pages of a KV cache, in place: softmax(q · Kᵀ) · V for each sequence and head, causal.
 //
 // A block takes a *tile* of columns (a query token and head of one KV head's, token after token) of a sequence, each of its warps
-// kTiles times the eight columns of mma.m16n8k16. Operands are as in attention_decode.cu; each one of a page serves kTiles products,
+// kTiles times the eight columns of mma.m16n8k16. Operands are as in attention_decode.cu; each of a page serves kTiles products:
 // K's with all scores of the page held in registers, V's with the probabilities in their place.
 //
 // Pages that some column of the tile sees are visited in order. They come to all warps through shared memory in *pieces* of up to
