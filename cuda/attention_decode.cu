@@ -18,7 +18,7 @@
 // 16 bits.
 //
 // Shared memory: ring of each warp | barriers of its slots | queries as operands; in their place later the sums | maxima and sums of warps | factors.
-#include "page_operands.cuh"
+#include "attention.cuh"
 
 constexpr u32 kWarps = KVPACK_WARPS;
 constexpr u32 kSlots = KVPACK_SLOTS;
@@ -28,20 +28,10 @@ constexpr u32 kSlotBytes = kTokenScalesBytes + 2048;
 constexpr u32 kBarriersBytes = kWarps * kSlots * 8;
 constexpr u32 kRingBytes = kSlots * kSlotBytes;
 constexpr u32 kColumns = 8;
-constexpr bool kBf16 = KVPACK_ACTIVATION == 1;
-constexpr u32 kFloatFormat = kBf16 ? KVPACK_FORMAT_BF16 : KVPACK_FORMAT_FP16;
 constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // as fp16; as bf16 once more
 constexpr u32 kSumsBytes = 4 * kColumns * kHeadDim;
 constexpr u32 kQueryAreaBytes = (kBf16 ? 2 : 1) * kQueryBytes > kSumsBytes ? (kBf16 ? 2 : 1) * kQueryBytes : kSumsBytes;
 constexpr u32 kStatisticsBytes = 4 * 2 * kColumns * kWarps;
-constexpr float kNothing = -1e30f;  // a maximum below all scores, and finite: differences stay numbers
-constexpr float kUnseen = -3e38f;   // a score whose p is 0 even beside that
-
-__device__ __forceinline__ u32 element_bits_of(u32 format) {
-  constexpr u64 bits = 0x0808020304081010;
-  return static_cast<u32>(bits >> (8 * format)) & 0xFF;
-}
-
 // What a launch works on.
 struct Work {
   const u8* pages;
@@ -194,39 +184,7 @@ struct Softmax {
   }
 };
 
-__device__ __forceinline__ float max_over_rows(float value) {
-#pragma unroll
-  for (u32 step = 4; step < kLanes; step *= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
-  return value;
-}
-__device__ __forceinline__ float sum_over_rows(float value) {
-#pragma unroll
-  for (u32 step = 4; step < kLanes; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
 typedef float Scores[kSlices][4];
-
-// sums += the rows of a group, four slices, times an operand for each slice.
-template <u32 format, class Sums, class Operand>
-__device__ __forceinline__ void multiply_group(u32 payload, u32 lane, Sums&& sums_of, Operand&& operand_of) {
-  u32 a[4];
-  if constexpr (is_quantized(format)) {
-    GroupOperands<format> operands;
-    operands.load(payload, lane);
-    operands.template slice_operands<0>(a), mma_f16(sums_of(0), a, operand_of(0).x, operand_of(0).y);
-    operands.template slice_operands<1>(a), mma_f16(sums_of(1), a, operand_of(1).x, operand_of(1).y);
-    operands.template slice_operands<2>(a), mma_f16(sums_of(2), a, operand_of(2).x, operand_of(2).y);
-    operands.template slice_operands<3>(a), mma_f16(sums_of(3), a, operand_of(3).x, operand_of(3).y);
-  } else {
-#pragma unroll
-    for (u32 slice = 0; slice < kSlices; ++slice) {
-      const uint4 v = load_shared_v4(payload + slice * 512 + 16 * lane);
-      a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
-      mma_page<format>(sums_of(slice), a, operand_of(slice).x, operand_of(slice).y);
-    }
-  }
-}
 
 // Scores, but for an `offset` that all tokens of a column have.
 template <u32 format>
@@ -250,8 +208,8 @@ __device__ __forceinline__ void multiply_keys(Ring& ring, u32 queries, u32 lane,
         const uint2 scales = load_shared_v2(group + 8 * (lane % 4));
         q = make_uint2(mul_f16x2(q.x, scales.x), mul_f16x2(q.y, scales.y));
       }
-      multiply_group<format>(group + group_header_bytes(KVPACK_SIDE_K, format), lane, [&](u32 slice) { return scores[slice]; },
-                             [&](u32) { return q; });
+      for_slices<format>(group + group_header_bytes(KVPACK_SIDE_K, format), lane,
+                         [&](u32 slice, const u32 (&a)[4]) { mma_page<format>(scores[slice], a, q.x, q.y); });
     }
   }
   offset[0] = centers[0], offset[1] = centers[1];
@@ -300,26 +258,10 @@ __device__ __forceinline__ void multiply_values(Ring& ring, u32 lane, const Scor
     const u32 header = group < piece_groups ? block_header_bytes(KVPACK_SIDE_V, format) : 0;
     const u32 payload = slot + header + group % piece_groups * payload_bytes(format);
     float* sums = softmax.values[group];
-    multiply_group<format>(payload, lane, [&](u32) { return sums; }, [&](u32 slice) { return make_uint2(p[slice][0], p[slice][1]); });
+    for_slices<format>(payload, lane, [&](u32 slice, const u32 (&a)[4]) { mma_page<format>(sums, a, p[slice][0], p[slice][1]); });
     if constexpr (!is_quantized(format) && kBf16) {
-      multiply_group<format>(payload, lane, [&](u32) { return sums; },
-                             [&](u32 slice) { return make_uint2(rest[slice][0], rest[slice][1]); });
+      for_slices<format>(payload, lane, [&](u32 slice, const u32 (&a)[4]) { mma_page<format>(sums, a, rest[slice][0], rest[slice][1]); });
     }
-  }
-}
-
-// One case for each format that KVPACK_K_FORMATS or KVPACK_V_FORMATS, sets of bits, has.
-template <u32 formats, u32 format = 0, class Body>
-__device__ __forceinline__ void with_format(u32 of_page, Body&& body) {
-  if constexpr (format < 8) {
-    constexpr bool possible = (formats >> format & 1) && (is_quantized(format) || format == kFloatFormat);
-    if constexpr (possible) {
-      if (of_page == format) {
-        body.template operator()<format>();
-        return;
-      }
-    }
-    with_format<formats, format + 1>(of_page, body);
   }
 }
 

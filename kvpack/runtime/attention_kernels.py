@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kvpack.format.layout import align, ceil_div
-from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, SCALE_BYTES, WARP_LANES, PageFormat
+from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, SCALE_BYTES, WARP_LANES, PageFormat, PageLayout, Side
 from kvpack.runtime import kernels, tickets
 from kvpack.runtime.kernels import Kernel
 
@@ -21,6 +21,8 @@ DECODE_WARPS = 4
 # What a block has without asking; consumer GPUs share 100 KiB among the blocks of a multiprocessor.
 _SHARED_BYTES = 48 << 10
 _SLOT_BYTES = PAGE_TOKENS * SCALE_BYTES + 2048
+PREFILL_WARPS = 4
+_PREFILL_SLOTS, _PREFILL_LIST_BYTES = 3, 512
 _LOG2_E = math.log2(math.e)
 
 
@@ -108,5 +110,95 @@ def decode(
         ),
         device=q.device,
         shared_bytes=decode_shape(head_dim, q.dtype).shared_bytes,
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class PrefillShape:
+    """What a block of ``cuda/attention_prefill.cu`` takes: ``column_tiles`` times eight columns for each of its warps,
+    bytes of a slot for pieces of pages, shared memory."""
+
+    column_tiles: int
+    slot_bytes: int
+    shared_bytes: int
+    blocks_per_sm: int
+
+    @property
+    def columns(self) -> int:
+        return COLUMNS * self.column_tiles * PREFILL_WARPS
+
+
+def prefill_shape(head_dim: int) -> PrefillShape:
+    # As many as registers allow, with the scores of a page and the values of all dimensions in them.
+    column_tiles = 3 if head_dim <= 128 else 2
+    # Eight groups of 4 bits with scales and centers.
+    slot_bytes = 8 * PageLayout(Side.K, PageFormat.INT4, head_dim).group_bytes
+    columns = COLUMNS * column_tiles * PREFILL_WARPS
+    barriers = align(8 * _PREFILL_SLOTS, 16)
+    shared_bytes = _PREFILL_SLOTS * slot_bytes + _PREFILL_LIST_BYTES + barriers + columns * (8 + 2 * head_dim)
+    return PrefillShape(column_tiles, slot_bytes, shared_bytes, 2)
+
+
+def prefill_kernel(
+    head_dim: int, dtype: torch.dtype, k_formats: Iterable[PageFormat], v_formats: Iterable[PageFormat]
+) -> Kernel:
+    shape = prefill_shape(head_dim)
+    defines = {
+        "KVPACK_HEAD_DIM": head_dim,
+        "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
+        "KVPACK_WARPS": PREFILL_WARPS,
+        "KVPACK_COLUMN_TILES": shape.column_tiles,
+        "KVPACK_SLOT_BYTES": shape.slot_bytes,
+        "KVPACK_BLOCKS_PER_SM": shape.blocks_per_sm,
+        "KVPACK_K_FORMATS": format_set(k_formats),
+        "KVPACK_V_FORMATS": format_set(v_formats),
+    }
+    return Kernel.of("attention_prefill.cu", "attention_prefill", defines=defines)
+
+
+def prefill(
+    q: torch.Tensor,
+    pages: torch.Tensor | None,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    num_kv_heads: int,
+    k_formats: Iterable[PageFormat],
+    v_formats: Iterable[PageFormat],
+    *,
+    scale: float,
+    window: int = 0,
+    sinks: int = 0,
+) -> torch.Tensor:
+    """What :func:`decode` computes, for many query tokens: each tile of them is one block's."""
+    sequences, num_heads, tokens, head_dim = q.shape
+    if q.data_ptr() % 4 or any(stride % 2 for stride in q.stride()[:3]):  # pairs are loaded
+        q = q.clone(memory_format=torch.contiguous_format)
+    out = torch.empty((sequences, num_heads, tokens, head_dim), dtype=q.dtype, device=q.device)
+    shape = prefill_shape(head_dim)
+    kernels.launch(
+        prefill_kernel(head_dim, q.dtype, k_formats, v_formats),
+        ceil_div(num_heads // num_kv_heads * tokens, shape.columns) * num_kv_heads * sequences,
+        PREFILL_WARPS * WARP_LANES,
+        (
+            q,
+            np.uint64(q.stride(0)),
+            np.uint64(q.stride(1)),
+            np.uint64(q.stride(2)),
+            out,
+            pages,
+            table,
+            lengths,
+            np.uint32(sequences),
+            np.uint32(table.shape[-1]),
+            np.uint32(num_kv_heads),
+            np.uint32(num_heads // num_kv_heads),
+            np.uint32(tokens),
+            np.uint32(window),
+            np.uint32(sinks),
+            np.float32(scale * _LOG2_E),
+        ),
+        device=q.device,
+        shared_bytes=shape.shared_bytes,
     )
     return out

@@ -114,8 +114,8 @@ def expected_attention(q: torch.Tensor, paged: Paged, scale: float, window: int 
 
 
 def attention_error(found: torch.Tensor, expected: np.ndarray) -> float:
-    """Largest error, beyond half a unit of the output's type, over max(1, largest value)."""
-    half_unit = 2.0**-12 if found.dtype == torch.float16 else 2.0**-9
-    largest = np.abs(expected).max()
-    error = np.abs(found.double().cpu().numpy() - expected) - np.abs(expected) * half_unit
-    return float(error.max() / max(1.0, largest))
+    """Largest error, beyond half a unit in the last place of the output's type, over max(1, largest value)."""
+    binade = np.exp2(np.floor(np.log2(np.maximum(np.abs(expected), 2.0**-14))))
+    half_unit = binade * torch.finfo(found.dtype).eps / 2
+    error = np.abs(found.double().cpu().numpy() - expected) - half_unit
+    return float(error.max() / max(1.0, np.abs(expected).max()))

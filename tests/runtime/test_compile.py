@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -21,6 +21,8 @@ import nvrtc  # noqa: E402
 from nvrtc import compile_for  # noqa: E402
 
 from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layout  # noqa: E402
+from kvpack.format.pages import PageFormat  # noqa: E402
+from kvpack.runtime import attention_kernels as attention  # noqa: E402
 from kvpack.runtime import gpu_encoder  # noqa: E402
 from kvpack.runtime import weight_kernels as weights  # noqa: E402
 from kvpack.runtime.kernels import Kernel, layout_defines  # noqa: E402
@@ -46,6 +48,7 @@ _ENCODER_BLOCKS = {
     "crc32": (256, 5),
 }
 
+T = TypeVar("T")
 SIGNED, UNSIGNED = (
     # Some names mean the same layout.
     tuple(dict.fromkeys(integer_layout(name, kind, bits) for bits in range(2, 9) for name in LAYOUT_NAMES))
@@ -54,9 +57,16 @@ SIGNED, UNSIGNED = (
 FLOATS = tuple(layout for kind in ElementKind if not kind.is_integer for layout in float_layouts(kind))
 BUFFERS = (1, 2)
 RESIDENT = (1, 2)
+HEAD_DIMS = (64, 80, 96, 128, 256)
+# What a cache has pages of beside those of 16 bits.
+PAGE_FORMATS = (
+    (),
+    (PageFormat.INT8, PageFormat.INT4, PageFormat.INT3, PageFormat.INT2),
+    tuple(page_format for page_format in PageFormat if page_format.is_quantized),
+)
 
 
-def selected(layouts: Iterable[Layout], options: Sequence[Any], everything: bool) -> Iterator[tuple[Layout, Any]]:
+def selected(layouts: Iterable[T], options: Sequence[Any], everything: bool) -> Iterator[tuple[T, Any]]:
     """All pairs, or so many that each layout and each option is in one."""
     every = min(_EVERY, len(options))
     for (i, layout), (j, option) in itertools.product(enumerate(layouts), enumerate(options)):
@@ -94,6 +104,12 @@ def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
             yield weights.decode_kernel(layout, output, buffers, architecture, outliers=outliers, predicted=predicted)
 
 
+def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
+    options = list(itertools.product(PAGE_FORMATS, attention.FLOAT_FORMATS.items()))
+    for head_dim, (formats, (dtype, float_format)) in selected(HEAD_DIMS, options, everything):
+        yield attention.prefill_kernel(head_dim, dtype, {float_format, *formats}, {float_format, *formats})
+
+
 def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
     """Of each layout: they have no options."""
     return lambda _everything, _architecture: (
@@ -113,6 +129,7 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
         gpu_encoder._quantize_kernel(kind) for kind in gpu_encoder._WEIGHT_KINDS.values()
     ],
     "crc32": lambda _everything, _architecture: [gpu_encoder._CRC],
+    "attention_prefill": prefill_kernels,
 }
 
 
@@ -122,7 +139,8 @@ def most_registers(kernel: Kernel) -> int:
         threads, blocks = _ENCODER_BLOCKS[kernel.function]
     else:
         defines = dict(kernel.defines)
-        threads, blocks = 32 * defines["KVPACK_MAX_WARPS"], defines["KVPACK_BLOCKS_PER_SM"]
+        warps = defines["KVPACK_WARPS" if "KVPACK_WARPS" in defines else "KVPACK_MAX_WARPS"]
+        threads, blocks = 32 * warps, defines["KVPACK_BLOCKS_PER_SM"]
     return min(_MOST_REGISTERS, _REGISTERS // (threads * blocks) // _REGISTER_UNIT * _REGISTER_UNIT)
 
 

@@ -1,0 +1,491 @@
+// Attention of many query tokens to the pages of a KV cache, in place: softmax(q · Kᵀ) · V for each sequence and head, causal.
+//
+// A block takes a *tile* of columns (a query token and head of one KV head's, token after token) of a sequence, each of its warps
+// kTiles times the eight columns of mma.m16n8k16. Operands are as in attention_decode.cu; each of a page serves kTiles products:
+// K's with all scores of the page held in registers, V's with the probabilities in their place.
+//
+// Pages that some column of the tile sees are visited in order. They come to all warps through shared memory in *pieces* of up to
+// kSlotBytes, kSlots − 1 ahead. The first warp lists them: where they lie and how long they are, a visit ahead of their use.
+//
+// Shared memory: slots of pieces | list | barriers of the slots | of each warp: queries as operands; of each two columns, their
+// factors of scores, then their maxima so far (here, since registers are scarce).
+#include "attention.cuh"
+
+constexpr u32 kWarps = KVPACK_WARPS;
+constexpr u32 kTiles = KVPACK_COLUMN_TILES;
+constexpr u32 kWarpColumns = 8 * kTiles;
+constexpr u32 kColumns = kWarps * kWarpColumns;  // of a block
+constexpr u32 kSlots = 3;
+constexpr u32 kSlotBytes = KVPACK_SLOT_BYTES;
+constexpr u32 kListed = 32;  // pieces of two visits
+constexpr u32 kListBytes = 16 * kListed;
+constexpr u32 kBarriersBytes = align_up(8 * kSlots, 16);
+constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // of eight columns
+
+// Groups of a piece: as many as lie in 4 KiB, scales not counted, and at most eight. Without a division, which would be a function.
+__device__ constexpr u32 log2_groups_of_piece(u32 bits) { return bits > 8 ? 1 : bits > 4 ? 2 : 3; }
+__device__ constexpr u32 groups_of_piece(u32 bits) { return 1u << log2_groups_of_piece(bits); }
+__device__ constexpr u32 pieces_of_block(u32 bits) { return (kGroups + groups_of_piece(bits) - 1) >> log2_groups_of_piece(bits); }
+// Of a visit. Formats: K's, and V's times 256.
+__device__ __forceinline__ u32 pieces_of(u32 formats) {
+  return pieces_of_block(element_bits_of(formats & 0xFF)) + pieces_of_block(element_bits_of(formats >> 8));
+}
+static_assert(2 * pieces_of_block(16) <= kListed / 2);
+static_assert(groups_of_piece(4) * group_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT4) <= kSlotBytes);
+static_assert(groups_of_piece(8) * group_bytes(KVPACK_SIDE_V, KVPACK_FORMAT_INT8) + kTokenScalesBytes <= kSlotBytes);
+
+// The pages that a tile's columns see: those of the sinks, then those from the first one in the window of its first token.
+struct Visits {
+  u32 sinks;
+  u32 count;
+  u32 skipped;               // pages between sinks and window
+  u32 whole_from, whole_to;  // tokens that all columns see, but for sinks
+
+  // Limits: tokens up to the one of the first and the last column.
+  __device__ __forceinline__ Visits(u32 first_limit, u32 last_limit, u32 window, u32 s) : sinks(s), whole_to(first_limit) {
+    const u32 window_page = window == 0 || first_limit <= window ? 0 : (first_limit - window) / kPageTokens;
+    skipped = window_page > sink_pages() ? window_page - sink_pages() : 0;
+    count = (last_limit + kPageTokens - 1) / kPageTokens - skipped;
+    whole_from = window == 0 || last_limit <= window ? 0 : last_limit - window;
+  }
+  __device__ __forceinline__ u32 sink_pages() const { return (sinks + kPageTokens - 1) / kPageTokens; }
+  __device__ __forceinline__ u32 page_of(u32 visit) const { return visit < sink_pages() ? visit : visit + skipped; }
+  // Whether all columns see all tokens of a page.
+  __device__ __forceinline__ bool whole(u32 first_token) const {
+    const u32 end = first_token + kPageTokens;
+    return end <= whole_to && (first_token >= whole_from || end <= sinks);
+  }
+};
+
+// The pieces of all visits in turn. `number` is that of the next one to use.
+struct Pieces {
+  u32 slots, list, barriers, thread, number;
+
+  __device__ __forceinline__ Pieces(u32 shared, u32 t)
+      : slots(shared), list(slots + kSlots * kSlotBytes), barriers(list + kListBytes), thread(t), number(0) {
+#ifdef KVPACK_BULK_COPIES
+    if (thread == 0) {
+      for (u32 i = 0; i < kSlots; ++i) barrier_init(barriers + 8 * i);
+      barrier_init_done();
+    }
+#endif
+  }
+  __device__ __forceinline__ u32 listed(u32 piece) const { return list + 16 * (piece % kListed); }
+
+  __device__ __forceinline__ void copy(u32 piece, u32 to) const {
+#ifdef KVPACK_BULK_COPIES
+    if (thread != 0) return;
+#endif
+    const uint4 v = load_shared_v4(listed(piece));
+    const u8* source = reinterpret_cast<const u8*>(static_cast<u64>(v.y) << 32 | v.x);
+    const u32 size = v.z;
+#ifdef KVPACK_BULK_COPIES
+    if (size > 0) copy_bulk(slots + to * kSlotBytes, source, size, barriers + 8 * to);
+#else
+    // A loop, not unrolled: otherwise ptxas moves loads of a whole piece to before it, and has no registers for them.
+#pragma unroll 1
+    for (u32 i = 16 * thread; i < size; i += 16 * kWarps * kLanes) copy_async_16(slots + to * kSlotBytes + i, source + i);
+    copy_async_commit();
+#endif
+  }
+
+  // The first copies; the list is there.
+  __device__ __forceinline__ void start() const {
+#pragma unroll
+    for (u32 i = 0; i < kSlots - 1; ++i) copy(i, i);
+  }
+
+  // Formats of the visit whose first piece comes next.
+  __device__ __forceinline__ u32 formats() const { return load_shared_u32(listed(number) + 12); }
+
+  // The address of the next piece, which stays until the call after this one.
+  __device__ __forceinline__ u32 next() {
+    const u32 slot = number % kSlots;
+#ifdef KVPACK_BULK_COPIES
+    barrier_wait(barriers + 8 * slot, number / kSlots % 2);
+#else
+    copy_async_wait<kSlots - 2>();
+#endif
+    __syncthreads();  // all have copied their parts, and are done with the piece before, into whose slot the next copy goes
+    copy(number + kSlots - 1, slot == 0 ? kSlots - 1 : slot - 1);
+    ++number;
+    return slots + slot * kSlotBytes;
+  }
+};
+
+// The first warp's part: writes the list.
+struct Lister {
+  const u8* pages;
+  const u64* k_entries;
+  const u64* v_entries;
+  u32 list, lane, head;
+
+  // A visit's pieces, of which the first one has a number; behind the last visit: some of no bytes.
+  __device__ __forceinline__ void add(const Visits& seen, u32 visit, u32 number) const {
+    u32 here = kSlots - 1, size = 0, formats = 0;
+    u64 address = 0;
+    if (visit < seen.count) {
+      const u32 page = seen.page_of(visit);
+      const u64 k_entry = __ldg(k_entries + page), v_entry = __ldg(v_entries + page);
+      const u32 of_k = pieces_of_block(element_bits_of(entry_format(k_entry)));
+      formats = entry_format(k_entry) | entry_format(v_entry) << 8;
+      here = pieces_of(formats);
+
+      const bool of_v = lane >= of_k;
+      const u64 entry = of_v ? v_entry : k_entry;
+      const u32 format = entry_format(entry), bits = element_bits_of(format), piece = of_v ? lane - of_k : lane;
+      const u32 header = of_v && is_quantized(format) ? kTokenScalesBytes : 0;
+      const u32 scales = of_v || !is_quantized(format) ? 0 : is_narrow(format) ? 2 * kScalesBytes : kScalesBytes;
+      const u32 group = kGroupDims * kPageTokens / 8 * bits + scales;
+      const u32 groups = groups_of_piece(bits), in_front = piece == 0 ? 0 : header + piece * groups * group;
+      address = reinterpret_cast<u64>(entry_page(pages, entry)) + static_cast<u64>(head) * (header + kGroups * group) + in_front;
+      size = (piece == 0 ? header : 0) + min(groups, kGroups - piece * groups) * group;
+    }
+    if (lane < here) {
+      const uint4 v = make_uint4(static_cast<u32>(address), static_cast<u32>(address >> 32), size, formats);
+      store_shared_v4(list + 16 * ((number + lane) % kListed), v);
+    }
+  }
+};
+
+// What a lane has of eight columns, 2·c and 2·c + 1 of them.
+struct Softmax {
+  float sum[2];
+  float scaled_sum[2];  // Σ p · scale of V, for levels at odd multiples of half a scale
+  float values[kGroups][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (u32 j = 0; j < 2; ++j) sum[j] = 0, scaled_sum[j] = 0;
+#pragma unroll
+    for (u32 m = 0; m < kGroups; ++m)
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) values[m][i] = 0;
+  }
+  __device__ __forceinline__ void rescale(float a, float b) {
+    sum[0] *= a, sum[1] *= b;
+    scaled_sum[0] *= a, scaled_sum[1] *= b;
+#pragma unroll
+    for (u32 m = 0; m < kGroups; ++m) values[m][0] *= a, values[m][1] *= b, values[m][2] *= a, values[m][3] *= b;
+  }
+};
+
+typedef float Scores[kTiles][kSlices][4];
+
+__device__ __forceinline__ u32 bf16_of_f16(u32 pair) { return bf16x2_bits(f16_value(pair & 0xFFFF), f16_value(pair >> 16)); }
+
+template <u32 format>
+__device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 lane, Scores& scores) {
+  constexpr u32 piece_groups = groups_of_piece(element_bits(format));
+#pragma unroll
+  for (u32 tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) scores[tile][slice][i] = 0;
+#pragma unroll 1
+  for (u32 first = 0; first < kGroups; first += piece_groups) {
+    u32 group = pieces.next();
+    const u32 begin = queries + 8 * kLanes * first, end = queries + 8 * kLanes * min(first + piece_groups, kGroups);
+    if constexpr (is_narrow(format)) {
+      // Scores begin with what the centers give, the same for all tokens: rows alike.
+      float centers[kTiles][4];
+#pragma unroll
+      for (u32 tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) centers[tile][i] = 0;
+      u32 at = group + kScalesBytes + 8 * (lane % 4);
+#pragma unroll 1
+      for (u32 operands = begin; operands < end; operands += 8 * kLanes, at += group_bytes(KVPACK_SIDE_K, format)) {
+        const uint2 center = load_shared_v2(at);
+        const u32 rows[4] = {center.x, center.x, center.y, center.y};
+#pragma unroll
+        for (u32 tile = 0; tile < kTiles; ++tile) {
+          const uint2 q = load_shared_v2(operands + tile * kQueryBytes + 8 * lane);
+          mma_f16(centers[tile], rows, q.x, q.y);
+        }
+      }
+#pragma unroll
+      for (u32 tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+          for (u32 i = 0; i < 4; ++i) scores[tile][slice][i] += centers[tile][i];
+    }
+#pragma unroll 1
+    for (u32 operands = begin; operands < end; operands += 8 * kLanes, group += group_bytes(KVPACK_SIDE_K, format)) {
+      uint2 q[kTiles];
+#pragma unroll
+      for (u32 tile = 0; tile < kTiles; ++tile) q[tile] = load_shared_v2(operands + tile * kQueryBytes + 8 * lane);
+      if constexpr (is_quantized(format)) {
+        const uint2 scales = load_shared_v2(group + 8 * (lane % 4));
+#pragma unroll
+        for (uint2& operand : q) operand = make_uint2(mul_f16x2(operand.x, scales.x), mul_f16x2(operand.y, scales.y));
+      } else if constexpr (kBf16) {
+#pragma unroll
+        for (uint2& operand : q) operand = make_uint2(bf16_of_f16(operand.x), bf16_of_f16(operand.y));
+      }
+      for_slices<format>(group + group_header_bytes(KVPACK_SIDE_K, format), lane, [&](u32 slice, const u32 (&a)[4]) {
+#pragma unroll
+        for (u32 tile = 0; tile < kTiles; ++tile) mma_page<format>(scores[tile][slice], a, q[tile].x, q[tile].y);
+      });
+    }
+  }
+}
+
+// `scores` are probabilities by now.
+template <u32 format>
+__device__ __forceinline__ void multiply_values(Pieces& pieces, u32 lane, const Scores& scores, Softmax (&softmax)[kTiles]) {
+  u32 slot = pieces.next();
+  u32 p[kTiles][kSlices][2], rest[kTiles][kSlices][2];  // rest: what bf16 leaves of a probability
+  if constexpr (is_quantized(format)) {
+    const uint4 scales = load_shared_v4(slot + 16 * (lane / 4));
+    const u32 of_slice[kSlices] = {scales.x, scales.y, scales.z, scales.w};
+#pragma unroll
+    for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+      for (u32 h = 0; h < 2; ++h) {
+        const float scale = f16_value(h == 0 ? of_slice[slice] & 0xFFFF : of_slice[slice] >> 16);
+#pragma unroll
+        for (u32 tile = 0; tile < kTiles; ++tile) {
+          const float a = scores[tile][slice][2 * h] * scale, b = scores[tile][slice][2 * h + 1] * scale;
+          p[tile][slice][h] = transpose_matrix(f16x2_bits(a, b));
+        }
+      }
+    if constexpr (is_narrow(format)) {
+      constexpr u32 ones[4] = {both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00)};
+#pragma unroll
+      for (u32 tile = 0; tile < kTiles; ++tile) {
+        float sums[4] = {softmax[tile].scaled_sum[0], softmax[tile].scaled_sum[1], 0, 0};
+#pragma unroll
+        for (u32 slice = 0; slice < kSlices; ++slice) mma_f16(sums, ones, p[tile][slice][0], p[tile][slice][1]);
+        softmax[tile].scaled_sum[0] = sums[0], softmax[tile].scaled_sum[1] = sums[1];
+      }
+    }
+  } else {
+#pragma unroll
+    for (u32 tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+          const float a = scores[tile][slice][2 * h], b = scores[tile][slice][2 * h + 1];
+          if constexpr (kBf16) {
+            const u32 rounded = bf16x2_bits(a, b);
+            p[tile][slice][h] = transpose_matrix(rounded);
+            const float of_a = a - __uint_as_float(rounded << 16), of_b = b - __uint_as_float(rounded & 0xFFFF0000);
+            rest[tile][slice][h] = transpose_matrix(bf16x2_bits(of_a, of_b));
+          } else {
+            p[tile][slice][h] = transpose_matrix(f16x2_bits(a, b));
+          }
+        }
+  }
+  constexpr u32 piece_groups = groups_of_piece(element_bits(format));
+#pragma unroll
+  for (u32 group = 0; group < kGroups; ++group) {
+    if (group > 0 && group % piece_groups == 0) slot = pieces.next();
+    if constexpr (!is_quantized(format) && kBf16) __syncwarp();  // loads of later groups stay behind it, and out of registers
+    const u32 header = group < piece_groups ? block_header_bytes(KVPACK_SIDE_V, format) : 0;
+    for_slices<format>(slot + header + group % piece_groups * payload_bytes(format), lane, [&](u32 slice, const u32 (&a)[4]) {
+#pragma unroll
+      for (u32 tile = 0; tile < kTiles; ++tile) {
+        mma_page<format>(softmax[tile].values[group], a, p[tile][slice][0], p[tile][slice][1]);
+      }
+      if constexpr (!is_quantized(format) && kBf16) {
+#pragma unroll
+        for (u32 tile = 0; tile < kTiles; ++tile) {
+          mma_page<format>(softmax[tile].values[group], a, rest[tile][slice][0], rest[tile][slice][1]);
+        }
+      }
+    });
+  }
+}
+
+struct MultiplyKeys {
+  Pieces& pieces;
+  u32 queries, lane;
+  Scores& scores;
+  template <u32 format>
+  __device__ __forceinline__ void operator()() {
+    multiply_keys<format>(pieces, queries, lane, scores);
+  }
+};
+struct MultiplyValues {
+  Pieces& pieces;
+  u32 lane;
+  const Scores& scores;
+  Softmax (&softmax)[kTiles];
+  template <u32 format>
+  __device__ __forceinline__ void operator()() {
+    multiply_values<format>(pieces, lane, scores, softmax);
+  }
+};
+
+__device__ __forceinline__ float2 pair_of_floats(u32 pair) {
+  if constexpr (kBf16) return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000));
+  return make_float2(f16_value(pair & 0xFFFF), f16_value(pair >> 16));
+}
+
+extern "C" __global__ void __launch_bounds__(kWarps * 32, KVPACK_BLOCKS_PER_SM)
+attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_token_stride, u16* out, const u8* pages,
+                  const u64* table, const u32* lengths, u32 sequences, u32 max_pages, u32 heads, u32 heads_per_kv_head, u32 tokens,
+                  u32 window, u32 sinks, float scale) {
+  KVPACK_DYNAMIC_SHARED(shared);
+  const u32 thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes;
+  const u32 columns = heads_per_kv_head * tokens;
+  // Late tiles, which see the most, first.
+  const u32 tile_of_block = (columns - 1) / kColumns - blockIdx.x / (heads * sequences);
+  const u32 head = blockIdx.x % heads, sequence = blockIdx.x / heads % sequences;
+  const u32 first_column = tile_of_block * kColumns, warp_column = first_column + warp * kWarpColumns;
+  const u32 length = __ldg(lengths + sequence);
+
+  const u32 of_warps = shared_address(shared) + kSlots * kSlotBytes + kListBytes + kBarriersBytes;
+  const u32 queries = of_warps + warp * (kTiles * kQueryBytes + 8 * kWarpColumns);
+  const u32 statistics = queries + kTiles * kQueryBytes;
+  // Where a column's query or result begins, in elements.
+  auto place_of = [&](u32 column, u64 head_stride, u64 token_stride) {
+    const u32 token = column / heads_per_kv_head, of_group = column - token * heads_per_kv_head;
+    return (head * heads_per_kv_head + of_group) * head_stride + token * token_stride;
+  };
+  auto result_of = [&](u32 column) {
+    u16* of_sequence = out + static_cast<u64>(sequence) * heads * columns * kHeadDim;
+    return reinterpret_cast<u32*>(of_sequence + place_of(column, static_cast<u64>(tokens) * kHeadDim, kHeadDim));
+  };
+  if (length < tokens) {
+    constexpr u32 kPairsOfRow = kHeadDim / 2;
+    for (u32 i = thread; i < kColumns * kPairsOfRow; i += kWarps * kLanes) {
+      const u32 column = first_column + i / kPairsOfRow;
+      if (column < columns) result_of(column)[i % kPairsOfRow] = 0;
+    }
+    return;
+  }
+
+  const u32 all_but_new = length - tokens;
+  // Tokens that a column attends to, but for a window.
+  auto limit_of = [&](u32 column) { return all_but_new + column / heads_per_kv_head + 1; };
+  const Visits seen(limit_of(first_column), limit_of(min(first_column + kColumns, columns) - 1), window, sinks);
+  const u64* k_entries = table + static_cast<u64>(KVPACK_SIDE_K * sequences + sequence) * max_pages;
+  const u64* v_entries = table + static_cast<u64>(KVPACK_SIDE_V * sequences + sequence) * max_pages;
+  Pieces pieces(shared_address(shared), thread);
+  const Lister lister{pages, k_entries, v_entries, pieces.list, lane, head};
+  if (warp == 0) lister.add(seen, 0, 0);
+  __syncthreads();
+  pieces.start();
+
+  // Queries as operands, divided by a power of two for each column, so that with scales they fit fp16. A lane has column g's.
+#pragma unroll 1
+  for (u32 tile = 0; tile < kTiles; ++tile) {
+    const u32 column = warp_column + 8 * tile + lane / 4;
+    const u64 place = sequence * q_sequence_stride + place_of(min(column, columns - 1), q_head_stride, q_token_stride);
+    const u32* from = reinterpret_cast<const u32*>(q + place);
+    u32 pairs[kGroups][2];
+    float largest = 0;
+#pragma unroll
+    for (u32 m = 0; m < kGroups; ++m)
+#pragma unroll
+      for (u32 h = 0; h < 2; ++h) pairs[m][h] = __ldg(from + 8 * m + 4 * h + lane % 4);
+#pragma unroll
+    for (u32 m = 0; m < kGroups; ++m)
+#pragma unroll
+      for (u32 h = 0; h < 2; ++h) {
+        const float2 v = pair_of_floats(pairs[m][h]);
+        largest = fmaxf(largest, fmaxf(fabsf(v.x), fabsf(v.y)));
+      }
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+    const u32 bounded = min(max(__float_as_uint(largest) >> 23, 32u), 222u);
+    const float power = __uint_as_float((bounded + 1) << 23), inverse = __uint_as_float((253 - bounded) << 23);
+#pragma unroll
+    for (u32 m = 0; m < kGroups; ++m) {
+      u32 operand[2];
+#pragma unroll
+      for (u32 h = 0; h < 2; ++h) {
+        const float2 v = pair_of_floats(pairs[m][h]);
+        operand[h] = f16x2_bits(v.x * inverse, v.y * inverse);
+      }
+      store_shared_v2(queries + tile * kQueryBytes + 8 * (kLanes * m + lane), make_uint2(operand[0], operand[1]));
+    }
+    if (lane % 4 == 0) {
+      const u32 address = statistics + 64 * tile + lane / 8 * 16 + lane / 4 % 2 * 4;
+      store_shared_f32(address, power * scale);
+      store_shared_f32(address + 8, kNothing);
+    }
+  }
+  __syncwarp();
+
+  Softmax softmax[kTiles];
+#pragma unroll
+  for (Softmax& s : softmax) s.clear();
+#pragma unroll 1
+  for (u32 visit = 0; visit < seen.count; ++visit) {
+    const u32 formats = pieces.formats(), first_token = seen.page_of(visit) * kPageTokens;
+    if (warp == 0) lister.add(seen, visit + 1, pieces.number + pieces_of(formats));
+    Scores scores;
+    with_format<KVPACK_K_FORMATS>(formats & 0xFF, MultiplyKeys{pieces, queries, lane, scores});
+
+    if (!seen.whole(first_token)) {
+#pragma unroll
+      for (u32 tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (u32 j = 0; j < 2; ++j) {
+          const u32 limit = limit_of(min(warp_column + 8 * tile + 2 * (lane % 4) + j, columns - 1));
+          const u32 begin = window == 0 || limit <= window ? 0 : limit - window;
+#pragma unroll
+          for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) {
+              const u32 token = first_token + 16 * slice + 8 * h + lane / 4;
+              if (token >= limit || (token < begin && token >= sinks)) scores[tile][slice][2 * h + j] = kUnseen;
+            }
+        }
+    }
+#pragma unroll
+    for (u32 tile = 0; tile < kTiles; ++tile) {
+      Softmax& s = softmax[tile];
+      const u32 address = statistics + 64 * tile + 16 * (lane % 4);
+      const uint4 bits = load_shared_v4(address);
+      const float factor[2] = {__uint_as_float(bits.x), __uint_as_float(bits.y)};
+      const float before[2] = {__uint_as_float(bits.z), __uint_as_float(bits.w)};
+      float maximum[2] = {before[0], before[1]};
+#pragma unroll
+      for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) maximum[i % 2] = fmaxf(maximum[i % 2], scores[tile][slice][i]);
+      if (__any_sync(kAllLanes, maximum[0] > before[0] || maximum[1] > before[1])) {
+#pragma unroll
+        for (float& m : maximum) m = max_over_rows(m);
+        s.rescale(exp2_approximate((before[0] - maximum[0]) * factor[0]), exp2_approximate((before[1] - maximum[1]) * factor[1]));
+        __syncwarp();  // all have loaded
+        if (lane < 4) store_shared_v2(address + 8, make_uint2(__float_as_uint(maximum[0]), __float_as_uint(maximum[1])));
+      }
+      const float shift[2] = {maximum[0] * factor[0], maximum[1] * factor[1]};
+#pragma unroll
+      for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+          const float p = exp2_approximate(scores[tile][slice][i] * factor[i % 2] - shift[i % 2]);
+          s.sum[i % 2] += p;
+          scores[tile][slice][i] = p;
+        }
+    }
+    with_format<KVPACK_V_FORMATS>(formats >> 8, MultiplyValues{pieces, lane, scores, softmax});
+  }
+
+  // Results of two columns and one dimension become those of one column, g, and two dimensions.
+#pragma unroll
+  for (u32 tile = 0; tile < kTiles; ++tile) {
+    Softmax& s = softmax[tile];
+    const float inverse[2] = {reciprocal(sum_over_rows(s.sum[0])), reciprocal(sum_over_rows(s.sum[1]))};
+    const u32 column = warp_column + 8 * tile + lane / 4;
+    u32* to = result_of(column);
+#pragma unroll
+    for (u32 m = 0; m < kGroups; ++m)
+#pragma unroll
+      for (u32 h = 0; h < 2; ++h) {
+        const float a = (s.values[m][2 * h] + 0.5f * s.scaled_sum[0]) * inverse[0];
+        const float b = (s.values[m][2 * h + 1] + 0.5f * s.scaled_sum[1]) * inverse[1];
+        const u32 pair = transpose_matrix(kBf16 ? bf16x2_bits(a, b) : f16x2_bits(a, b));
+        if (column < columns) to[8 * m + 4 * h + lane % 4] = pair;
+      }
+  }
+}

@@ -1,0 +1,240 @@
+"""Attention of many query tokens to pages: on the emulator, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import emulator  # noqa: E402
+from emulated_device import emulated_launch  # noqa: E402
+from paged_values import Paged, attention_error, expected_attention, paged_values  # noqa: E402
+
+from kvpack.format.pages import PageFormat as F  # noqa: E402
+from kvpack.format.pages import Side  # noqa: E402
+from kvpack.runtime import attention_kernels, kernels, tickets  # noqa: E402
+from kvpack.runtime.attention_kernels import FLOAT_FORMATS  # noqa: E402
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
+QUANTIZED = tuple(f for f in F if f.is_quantized)
+EVERY = tuple((f, f) for f in QUANTIZED)
+MOST_ERROR = 1e-3
+Formats = Sequence[tuple[F, F]]
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    if emulator.compiler() is None:
+        pytest.skip("no C++ compiler")
+    empty = torch.empty
+
+    def poisoned(*args: object, **options: object) -> torch.Tensor:
+        made = empty(*args, **options)  # type: ignore[call-overload]
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+    return monkeypatch
+
+
+def queries(sequences: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """Of sizes from 1/8 to 8, since each column is divided by a power of two of its own."""
+    rng = np.random.default_rng(1)
+    q = rng.normal(0, 1, (sequences, heads, tokens, head_dim)) * 2.0 ** rng.integers(-3, 2, (1, heads, tokens, 1))
+    return torch.from_numpy(q).to(dtype)
+
+
+def compiled_formats(dtype: torch.dtype, formats: Formats, side: Side) -> set[F]:
+    return {FLOAT_FORMATS[dtype], *(pair[side] for pair in formats if pair[side].is_quantized)}
+
+
+def prefill(q: torch.Tensor, paged: Paged, num_kv_heads: int, formats: Formats, **options: int) -> torch.Tensor:
+    return attention_kernels.prefill(
+        q,
+        None if q.is_cuda else paged.pages,
+        paged.table,
+        paged.lengths,
+        num_kv_heads,
+        compiled_formats(q.dtype, formats, Side.K),
+        compiled_formats(q.dtype, formats, Side.V),
+        scale=1 / math.sqrt(q.shape[-1]),
+        **options,
+    )
+
+
+def check(
+    lengths: Sequence[int],
+    heads: tuple[int, int],
+    tokens: int,
+    head_dim: int = 64,
+    dtype: torch.dtype = HALF,
+    formats: Formats = EVERY,
+    device: str = "cpu",
+    **options: int,
+) -> torch.Tensor:
+    paged = paged_values(lengths, heads[1], head_dim, dtype, formats)
+    q = queries(len(lengths), heads[0], tokens, head_dim, dtype)
+    placed = paged if device == "cpu" else paged.to(device)
+    out = prefill(q.to(device), placed, heads[1], formats, **options)
+    expected = expected_attention(q, paged, 1 / math.sqrt(head_dim), **options)
+    assert out.isfinite().all()
+    assert attention_error(out, expected) < MOST_ERROR
+    return out
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("page_format", [None, *QUANTIZED], ids=lambda f: f.name if f else "16 bits")
+def test_formats(emulated: object, page_format: F | None, dtype: torch.dtype) -> None:
+    page_format = page_format or FLOAT_FORMATS[dtype]
+    check([192], (2, 1), 70, dtype=dtype, formats=[(page_format, page_format)])
+
+
+@pytest.mark.parametrize("ratio", [1, 4, 7, 8, 32])
+def test_head_ratios(emulated: object, ratio: int) -> None:
+    check([64 * 7 + 3], (2 * ratio, 2), 256 // ratio + 1)
+
+
+def test_lengths(emulated: object) -> None:
+    """Each sequence of a batch has its own; those shorter than the queries give zeros."""
+    lengths = [1, 63, 64, 65, 0, 333, 128]
+    for tokens in (1, 64):
+        out = check(lengths, (4, 2), tokens)
+        for sequence, length in enumerate(lengths):
+            assert (length < tokens) == (not out[sequence].any())
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("head_dim", [16, 80, 96, 128, 256])
+def test_head_dims(emulated: object, head_dim: int, dtype: torch.dtype) -> None:
+    formats = [(F.INT4, F.INT2), (F.INT8, F.INT8), (F.INT3, F.FP8_E4M3), (FLOAT_FORMATS[dtype], F.INT4)]
+    check([64 * 5 + 30], (2, 1), 60, head_dim, dtype, formats)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (64, 0), (100, 0), (100, 4), (100, 70), (150, 64), (5000, 4)])
+def test_window(emulated: object, window: int, sinks: int) -> None:
+    check([600, 120], (4, 2), 60, window=window, sinks=sinks)
+
+
+def test_pages_outside_the_window_are_not_read(emulated: object) -> None:
+    paged = paged_values([640], 1, 64, HALF, EVERY)
+    q = queries(1, 2, 50, 64, HALF)
+    options = {"window": 100, "sinks": 4}
+    # The first query attends to tokens 491 … 590, the last one to 540 … 639.
+    paged.table[:, :, 1:7] = -1
+    expected = expected_attention(q, paged, 1 / 8, **options)
+    assert attention_error(prefill(q, paged, 1, EVERY, **options), expected) < MOST_ERROR
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize(("size", "query_size"), [(1e-3, 500), (100, 1 / 64)])
+def test_sizes(emulated: object, dtype: torch.dtype, size: float, query_size: float) -> None:
+    paged = paged_values([200], 1, 64, dtype, EVERY, size=size)
+    q = queries(1, 4, 30, 64, dtype) * query_size
+    assert attention_error(prefill(q, paged, 1, EVERY), expected_attention(q, paged, 1 / 8)) < MOST_ERROR
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+def test_scores_in_the_hundreds(emulated: object, dtype: torch.dtype) -> None:
+    """One token has all of a query's attention. In 16 bits: rounded scales times queries would show."""
+    paged = paged_values([200], 1, 64, dtype, [(FLOAT_FORMATS[dtype],) * 2])
+    q = queries(1, 4, 30, 64, dtype) * 100
+    assert attention_error(prefill(q, paged, 1, []), expected_attention(q, paged, 1 / 8)) < MOST_ERROR
+
+
+def test_queries_of_zeros_average(emulated: object) -> None:
+    paged = paged_values([100], 1, 64, HALF, EVERY)
+    q = torch.zeros(1, 1, 40, 64, dtype=HALF)
+    found = prefill(q, paged, 1, EVERY)
+    assert attention_error(found, expected_attention(q, paged, 1 / 8)) < MOST_ERROR
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+def test_equals_decode(emulated: object, dtype: torch.dtype) -> None:
+    lengths, formats = [333, 65, 7, 200], [(F.INT8, F.INT4), (F.INT3, F.INT2), (FLOAT_FORMATS[dtype],) * 2]
+    paged = paged_values(lengths, 2, 80, dtype, formats)
+    for tokens in (1, 5):
+        q = queries(len(lengths), 14, tokens, 80, dtype)
+        for options in ({}, {"window": 70, "sinks": 4}):
+            decoded = attention_kernels.decode(
+                q,
+                paged.pages,
+                paged.table,
+                paged.lengths,
+                2,
+                compiled_formats(dtype, formats, Side.K),
+                compiled_formats(dtype, formats, Side.V),
+                scale=1 / math.sqrt(80),
+                blocks=5,
+                **options,
+            )
+            found = prefill(q, paged, 2, formats, **options)
+            torch.testing.assert_close(found, decoded, rtol=2 * torch.finfo(dtype).eps, atol=2e-4)
+
+
+def test_order_of_blocks_and_threads(emulated: pytest.MonkeyPatch) -> None:
+    paged = paged_values([64 * 8 + 5, 100], 2, 64, HALF, EVERY)
+    q = queries(2, 4, 90, 64, HALF)
+    results = []
+    for seed in (None, 1, 2):
+        emulated.setattr(kernels, "launch", partial(emulated_launch, shuffle_seed=seed))
+        results.append(prefill(q, paged, 2, EVERY))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_queries_that_are_not_aligned(emulated: object) -> None:
+    paged = paged_values([100], 1, 64, HALF, EVERY)
+    q = queries(1, 2, 40, 64, HALF)
+    odd = torch.zeros(1, 2, 40, 65, dtype=HALF)[..., 1:]
+    odd.copy_(q)
+    assert odd.stride(2) % 2
+    assert torch.equal(prefill(odd, paged, 1, EVERY), prefill(q, paged, 1, EVERY))
+
+
+def test_shared_memory() -> None:
+    """A block needs no opt-in at any head dimension."""
+    assert max(attention_kernels.prefill_shape(head_dim).shared_bytes for head_dim in range(16, 257, 16)) <= 48 << 10
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_dims_on_a_gpu(head_dim: int, dtype: torch.dtype) -> None:
+    check([1500, 777, 65, 64, 63, 1, 0], (8, 2), 60, head_dim, dtype, device="cuda")
+    check([64 * 20], (4, 1), 100, head_dim, dtype, [(FLOAT_FORMATS[dtype],) * 2], device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ratio", [1, 4, 7, 8, 32])
+def test_head_ratios_on_a_gpu(ratio: int) -> None:
+    check([700, 1300], (2 * ratio, 2), 512 // ratio + 1, 128, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (64, 0), (100, 4), (150, 64), (1000, 4)])
+def test_window_on_a_gpu(window: int, sinks: int) -> None:
+    check([1600, 320], (4, 2), 130, 128, BFLOAT, device="cuda", window=window, sinks=sinks)
+
+
+@pytest.mark.gpu
+def test_same_results_each_time_and_as_decode_on_a_gpu() -> None:
+    paged = paged_values([3000, 1111], 4, 128, HALF, EVERY).to("cuda")
+    q = queries(2, 16, 512, 128, HALF).cuda()
+    first = prefill(q, paged, 4, EVERY)
+    for _ in range(5):
+        assert torch.equal(prefill(q, paged, 4, EVERY), first)
+    tickets.prepare(q.device)
+    last = q[:, :, -4:]
+    formats = [compiled_formats(HALF, EVERY, side) for side in Side]
+    decoded = attention_kernels.decode(
+        last, None, paged.table, paged.lengths, 4, *formats, scale=1 / math.sqrt(128), blocks=200
+    )
+    torch.testing.assert_close(first[:, :, -4:], decoded, rtol=2 * torch.finfo(HALF).eps, atol=2e-4)
