@@ -268,7 +268,7 @@ def quantize_matrix(
     check_shape(tuple(x.shape))
     matrix = x.detach().contiguous()
     if x.device.type == "cpu":
-        done = _on_threads(lambda executor: reference.quantize_matrix(_array(matrix), page_format, wanted, executor))
+        done = _on_threads(lambda executor: reference.quantize_matrix(as_array(matrix), page_format, wanted, executor))
         codes, scales = torch.from_numpy(done.codes), torch.from_numpy(done.scales)
     else:
         kernels.require_device(x.device)
@@ -294,7 +294,7 @@ def dequantize_matrix(
     check_sizes(tuple(codes.shape), tuple(scales.shape), page_format, axis, columns)
     if codes.device.type == "cpu":
         host = reference.QuantizedMatrix(codes.numpy(), scales.numpy(), page_format, axis, columns)
-        return _tensor(_on_threads(lambda executor: reference.dequantize_matrix(host, _NUMPY[wanted], executor)))
+        return as_tensor(_on_threads(lambda executor: reference.dequantize_matrix(host, _NUMPY[wanted], executor)))
     kernels.require_device(codes.device)
     return matrix_values(codes, scales, page_format, axis, columns, wanted, chosen)
 
@@ -335,14 +335,14 @@ def matrix_values(
 _NUMPY = {torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16, torch.float32: np.float32}
 
 
-def _array(matrix: torch.Tensor) -> Any:
+def as_array(matrix: torch.Tensor) -> Any:
     """The same memory for NumPy, which has no bf16 of its own."""
     if matrix.dtype == torch.bfloat16:
         return matrix.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return matrix.numpy()
 
 
-def _tensor(array: Any) -> torch.Tensor:
+def as_tensor(array: Any) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

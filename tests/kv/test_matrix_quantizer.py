@@ -213,13 +213,13 @@ def same_bytes(x: np.ndarray, device: str, page_format: PageFormat, axis: Axis, 
     """Scales, codes and values of the kernels are those of the CPU."""
     expected = quantize_matrix(x, page_format, axis)
     dtype = TORCH_DTYPES[x.dtype.type]
-    matrix = runtime._tensor(x).to(device)
+    matrix = runtime.as_tensor(x).to(device)
     scales = runtime.matrix_scales(matrix, page_format, axis, variant)
     assert np.array_equal(scales.cpu().numpy().view(np.uint32), expected.scales.view(np.uint32))
     codes = runtime.matrix_codes(matrix, scales, page_format, axis, variant)
     assert np.array_equal(codes.cpu().numpy(), expected.codes)
     values = runtime.matrix_values(codes, scales, page_format, axis, x.shape[1], dtype, variant)
-    assert_same_values(runtime._array(values.cpu()), dequantize_matrix(expected, x.dtype))
+    assert_same_values(runtime.as_array(values.cpu()), dequantize_matrix(expected, x.dtype))
 
 
 def emulated_cases() -> Iterator[tuple[Variant, Axis, PageFormat, Any]]:
@@ -260,13 +260,13 @@ def test_every_format_and_variant_is_emulated_with_each_axis_and_type() -> None:
 @pytest.mark.parametrize("axis", Axis)
 def test_tensors_of_the_cpu_take_the_reference(axis: Axis, dtype: Any) -> None:
     x = strange(20, 13, dtype)
-    quantized = runtime.quantize_matrix(runtime._tensor(x).T.contiguous().T, "int3", axis)
+    quantized = runtime.quantize_matrix(runtime.as_tensor(x).T.contiguous().T, "int3", axis)
     expected = quantize_matrix(x, 3, axis)
     assert np.array_equal(quantized.codes.numpy(), expected.codes)
     assert quantized.nbytes == expected.codes.nbytes + expected.scales.nbytes
     values = runtime.dequantize_matrix(quantized)
     assert values.dtype == TORCH_DTYPES[dtype]
-    assert_same_values(runtime._array(values), dequantize_matrix(expected, dtype))
+    assert_same_values(runtime.as_array(values), dequantize_matrix(expected, dtype))
     assert runtime.dequantize_matrix(quantized, torch.float32).dtype == torch.float32
 
 
@@ -308,13 +308,13 @@ def test_a_gpu_takes_any_strides_and_rows_of_codes(axis: Axis) -> None:
     x = strange(257, 96, np.float16)
     base = torch.zeros(258 * 96 + 1, dtype=torch.float16, device="cuda")
     view = base[1 : 1 + 257 * 96].view(257, 96)  # not from a multiple of 16 bytes
-    view.copy_(runtime._tensor(x))
+    view.copy_(runtime.as_tensor(x))
     for matrix in (view, view.T.contiguous().T):
         quantized = runtime.quantize_matrix(matrix, 3, axis)
         expected = quantize_matrix(x, 3, axis)
         assert np.array_equal(quantized.codes.cpu().numpy(), expected.codes)
         assert_same_values(
-            runtime._array(runtime.dequantize_matrix(quantized).cpu()), dequantize_matrix(expected, np.float16)
+            runtime.as_array(runtime.dequantize_matrix(quantized).cpu()), dequantize_matrix(expected, np.float16)
         )
 
 
