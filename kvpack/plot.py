@@ -78,3 +78,29 @@ def plot_linear(report: dict[str, Any], path: Path) -> None:
     figure.supylabel("times as fast as FP16 cuBLAS", fontsize=9)
     figure.suptitle(f"{report['device']['name']}: products with coded weights (Gaussian integers)", fontsize=11)
     figure.savefig(path, dpi=120, format="png")
+
+
+def plot_kv_quant(report: dict[str, Any], path: Path) -> None:
+    """Draw a report of ``kvpack bench kv-quant`` into a PNG: the share of a copy's bandwidth over the sizes."""
+    from kvpack.runtime.bench_kv_quant_report import VARIANTS, fractions
+
+    works = ("quantize", "dequantize")
+    drawn = {(work, variant): fractions(report, variant, work) for work in works for variant in VARIANTS}
+    sizes = list(dict.fromkeys(size for points in drawn.values() for size, _ in points))
+    if not sizes:
+        raise ValueError("no matrix was measured, so there is nothing to draw")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, work in zip(panels, works, strict=True):
+        for variant, marker in zip(VARIANTS, "vs^o", strict=True):
+            points = drawn[work, variant]
+            places = [sizes.index(size) for size, _ in points]
+            panel.plot(places, [100 * fraction for _, fraction in points], f"{marker}-", ms=4, label=variant)
+        panel.set_xticks(range(len(sizes)), [size.label for size in sizes], rotation=45, ha="right", fontsize=7)
+        panel.set_title(work, fontsize=10)
+        panel.grid(True, alpha=0.3)
+    panels[0].set_ylabel("% of the bandwidth of a copy", fontsize=9)
+    panels[0].legend(fontsize=8)
+    title = f"{report['device']['name']}: fp16 matrices and INT8, a scale for each channel"
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=120, format="png")

@@ -324,7 +324,8 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def _number(value: float | None, digits: int = 2, suffix: str = "") -> str:
+def number(value: float | None, digits: int = 2, suffix: str = "") -> str:
+    """A cell of a table; a dash for what was not measured."""
     return "–" if value is None else f"{value:.{digits}f}{suffix}"
 
 
@@ -332,7 +333,7 @@ def _us(row: Row | None) -> str:
     if row is None:
         return "–"
     star = "" if row["timing"] == "graph" else "*"
-    return _number(row["us"], 1 if row["us"] < 1000 else 0) + star
+    return number(row["us"], 1 if row["us"] < 1000 else 0) + star
 
 
 def _batch_1(report: Report) -> Table:
@@ -345,8 +346,8 @@ def _batch_1(report: Report) -> Table:
         cells = [shape, *(_us(find_linear(report, shape, 1, name)) for name in ("fp16", "int8", "int4"))]
         for layout in layouts:
             row = find_linear(report, shape, 1, "kvpack", layout)
-            cells += [_us(row), _number(row["bits_per_weight"] if row else None)]
-            cells += [_number(ratio(report, shape, 1, layout, over=over)) for over in ("fp16", "int4")]
+            cells += [_us(row), number(row["bits_per_weight"] if row else None)]
+            cells += [number(ratio(report, shape, 1, layout, over=over)) for over in ("fp16", "int4")]
         rows.append(cells)
     return Table("Product with one activation vector", headings, rows)
 
@@ -361,8 +362,8 @@ def _batches(report: Report) -> Table:
             if not any((row["shape"], row["m"]) == (shape, m) for row in report["linear"]):
                 continue
             cells = [shape, str(m), _us(find_linear(report, shape, m, "fp16"))]
-            cells.append(_number(ratio(report, shape, m, None, name="int4")))
-            cells += [_number(ratio(report, shape, m, layout)) for layout in layouts]
+            cells.append(number(ratio(report, shape, m, None, name="int4")))
+            cells += [number(ratio(report, shape, m, layout)) for layout in layouts]
             cells += [_us(find_linear(report, shape, m, "kvpack", layout)) for layout in layouts]
             rows.append(cells)
     return Table("Product by number of activation vectors", headings, rows)
@@ -374,9 +375,9 @@ def _tiles(report: Report) -> Table:
         if row["name"] == "kvpack" and row["m"] == 1:
             base = find_linear(report, row["shape"], 1, "fp16")
             speed = base["us"] / row["us"] if base and row["us"] else None
-            cells = [row["shape"], row["layout"], str(row["tile_cols"]), _number(row["bits_per_weight"], 3)]
+            cells = [row["shape"], row["layout"], str(row["tile_cols"]), number(row["bits_per_weight"], 3)]
             failed = row["us"] is None
-            cells += ["failed" if failed else _us(row), _number(speed), "yes" if row["best"] else ""]
+            cells += ["failed" if failed else _us(row), number(speed), "yes" if row["best"] else ""]
             rows.append(cells)
     headings = ["out × in", "layout", "tile columns", "bits a weight", "µs", "× FP16", "chosen"]
     return Table("Columns of a tile, M = 1", headings, rows)
@@ -393,9 +394,9 @@ def _decode(report: Report) -> Table:
                 row["layout"],
                 row["to"],
                 _us(row) if row["us"] is not None else "failed",
-                _number(rate and rate / 1e12),
-                _number(row["bound_us"], 1),
-                _number(None if share is None else 100 * share, 0),
+                number(rate and rate / 1e12),
+                number(row["bound_us"], 1),
+                number(None if share is None else 100 * share, 0),
             ]
         )
     headings = ["out × in", "layout", "to", "µs", "10¹² elements/s", "byte bound, µs", "% of the bound"]
@@ -406,8 +407,8 @@ def _codecs(report: Report) -> Table:
     rows = []
     for row in report.get("codecs", ()):
         decode, encode = row.get("elements_per_s"), row.get("encode_elements_per_s")
-        cells = [row["name"], row["source"], _number(row.get("bits_per_element"), 3)]
-        cells += [_number(decode and decode / 1e9, 0), _number(encode and encode / 1e9, 0), row.get("error") or ""]
+        cells = [row["name"], row["source"], number(row.get("bits_per_element"), 3)]
+        cells += [number(decode and decode / 1e9, 0), number(encode and encode / 1e9, 0), row.get("error") or ""]
         rows.append(cells)
     headings = ["coder", "source", "bits", "decode, 10⁹ elements/s", "encode, 10⁹ elements/s", "remark"]
     return Table("Other entropy coders", headings, rows)
@@ -422,8 +423,8 @@ def _streams(report: Report) -> Table:
     rows = []
     for row in report.get("streams", ()):
         cells = [names[row["work"]], row["layout"], "–" if row["m"] is None else str(row["m"])]
-        cells += [_number(row[kind]["us"], 1) for kind in ("serial", "parallel")]
-        rows.append([*cells, _number(row["speedup"])])
+        cells += [number(row[kind]["us"], 1) for kind in ("serial", "parallel")]
+        rows.append([*cells, number(row["speedup"])])
     title = f"Five layers of {SPECIFICATION_SHAPE.label}"
     return Table(title, ["work", "layout", "M", "one after another, µs", "on streams, µs", "×"], rows)
 
@@ -433,8 +434,8 @@ def _encode(report: Report) -> Table:
     for row in report.get("encode", ()):
         where = f"CPU, {row['threads']} threads" if row["where"] == "cpu" else "GPU"
         rate = row["elements_per_s"]
-        cells = [row["shape"], row["layout"], where, _number(row["ms"], 2)]
-        rows.append([*cells, _number(rate and rate / 1e9), row["error"] or ""])
+        cells = [row["shape"], row["layout"], where, number(row["ms"], 2)]
+        rows.append([*cells, number(rate and rate / 1e9), row["error"] or ""])
     headings = ["out × in", "layout", "where", "ms", "10⁹ elements/s", "remark"]
     return Table("Encoding: integers in, finished blob out", headings, rows)
 

@@ -20,8 +20,10 @@ torch = pytest.importorskip("torch")
 import nvrtc  # noqa: E402
 from nvrtc import compile_for  # noqa: E402
 
+from kvpack.encode.matrix_quantizer import FORMATS, Axis  # noqa: E402
 from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layout  # noqa: E402
 from kvpack.runtime import gpu_encoder  # noqa: E402
+from kvpack.runtime import matrix_quantizer as matrices  # noqa: E402
 from kvpack.runtime import weight_kernels as weights  # noqa: E402
 from kvpack.runtime.kernels import Kernel, layout_defines  # noqa: E402
 
@@ -56,7 +58,7 @@ BUFFERS = (1, 2)
 RESIDENT = (1, 2)
 
 
-def selected(layouts: Iterable[Layout], options: Sequence[Any], everything: bool) -> Iterator[tuple[Layout, Any]]:
+def selected(layouts: Iterable[Any], options: Sequence[Any], everything: bool) -> Iterator[tuple[Any, Any]]:
     """All pairs, or so many that each layout and each option is in one."""
     every = min(_EVERY, len(options))
     for (i, layout), (j, option) in itertools.product(enumerate(layouts), enumerate(options)):
@@ -101,6 +103,17 @@ def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
     )
 
 
+def matrix_kernels(of: Callable[..., Kernel], *choices: Iterable[Any]) -> Callable[[bool, int], Iterator[Kernel]]:
+    """Of types, the given choices, axes and variants: all, or some that have each."""
+
+    def of_all(everything: bool, _architecture: int) -> Iterator[Kernel]:
+        options = list(itertools.product(*choices, Axis, matrices.Variant))
+        for dtype, option in selected(weights.ACTIVATIONS, options, everything or not choices):
+            yield of(dtype, *option)
+
+    return of_all
+
+
 KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemv": gemv_kernels,
     "gemm": gemm_kernels,
@@ -113,6 +126,9 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
         gpu_encoder._quantize_kernel(kind) for kind in gpu_encoder._WEIGHT_KINDS.values()
     ],
     "crc32": lambda _everything, _architecture: [gpu_encoder._CRC],
+    "matrix_scales": matrix_kernels(matrices.scales_kernel),
+    "matrix_quantize": matrix_kernels(matrices.quantize_kernel, FORMATS),
+    "matrix_dequantize": matrix_kernels(matrices.dequantize_kernel, FORMATS),
 }
 
 
