@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from kvpack.encode import matrix_quantizer as reference
+from kvpack.encode.errors import InputError
 from kvpack.encode.matrix_quantizer import Axis, parse_axis, parse_format
-from kvpack.encode.pipeline import InputError
 from kvpack.encode.provenance import environment, kvpack_command
 from kvpack.encode.threads import default_threads
 from kvpack.runtime import bench_linear

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvpack.runtime.bench_report import Report, Row, Table, number
+from kvpack.runtime.bench_report import Report, Row, Table, copy_table, number
 
 SCHEMA = 1
 VARIANTS = ("naive", "tiled", "coarsened", "vectorized")
@@ -229,11 +229,6 @@ def _quality(report: Report) -> Table:
     return Table("Errors", [*headings, "mean |Q·K − Q·K̃|"], cells)
 
 
-def _copy(report: Report) -> Table:
-    cells = [[f"{row['bytes'] / 1e9:.2f}", f"{row['us']:.0f}", f"{row['gb_per_s']:.0f}"] for row in report["copy"]]
-    return Table("Device copy", ["GB copied", "µs", "GB/s, read plus written"], cells)
-
-
 def tables(report: Report) -> dict[str, Table]:
     """The report's tables by name; those without rows are left out."""
     found = {
@@ -241,7 +236,7 @@ def tables(report: Report) -> dict[str, Table]:
         "formats": _formats(report),
         "cpu": _cpu(report),
         "quality": _quality(report),
-        "copy": _copy(report),
+        "copy": copy_table(report),
     }
     return {name: table for name, table in found.items() if table.rows}
 
