@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvpack.runtime import bench_kv_quant_report, bench_report
+from kvpack.runtime import bench_attention_report, bench_kv_quant_report, bench_report
 from kvpack.runtime.bench_report import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,6 +217,10 @@ def kv_quant(*names: str) -> Callable[[], str]:
     return printed("bench-kv-quant", bench_kv_quant_report.tables, *names)
 
 
+def attention(*names: str) -> Callable[[], str]:
+    return printed("bench-attention", bench_attention_report.tables, *names)
+
+
 def books_generate() -> str:
     result = newest("books-generate")
     rows = [
@@ -329,6 +333,15 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quant-classic": kv_quant("classic", "cpu"),
     "kv-quant-formats": kv_quant("formats"),
     "kv-quant-quality": kv_quant("quality"),
+    "attention-times": attention("times"),
+    "attention-speeds": attention("speeds", "copy"),
+    "attention-rates": attention("rates"),
+    "attention-bytes": attention("bytes"),
+    "attention-mixtures": attention("mixtures"),
+    "attention-shares": attention("shares"),
+    "attention-grids": attention("grids"),
+    "attention-skipped": attention("skipped"),
+    "attention-targets": attention("targets"),
     "books-generate": books_generate,
     "runtime-load": runtime_load,
     "runtime-memory": runtime_memory,

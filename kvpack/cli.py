@@ -633,6 +633,56 @@ def bench_kv_quant(
     _show_bench(report, tables(report), wrong_results(report), as_json)
 
 
+@bench_app.command("attention")
+def bench_attention(
+    models: Annotated[
+        str | None,
+        typer.Option("--models", metavar="LIST", help="HEADS:KV_HEADSxHEAD_DIM. Default: 32:8x128,8:8x64."),
+    ] = None,
+    sequences: Annotated[
+        str | None, typer.Option("--sequences", metavar="LIST", help="Sequences of a batch. Default: 1,16.")
+    ] = None,
+    contexts: Annotated[
+        str | None, typer.Option("--contexts", metavar="LIST", help="Tokens of a sequence. Default: 1k, 2k, … 128k.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two contexts and budgets, less than a minute.")] = False,
+    time_limit_s: Annotated[
+        float | None, typer.Option("--time-limit-s", min=1, help="Stop after so long and report what there is.")
+    ] = None,
+    report_path: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report here after each step.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw speed against FP16.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Speed of decode attention to pages of all formats and mixtures on a GPU, against FP16; results are checked."""
+    with _errors(as_json):
+        from kvpack.runtime.bench_attention_report import parse_options, tables, wrong_results
+        from kvpack.runtime.bench_report import write_report
+
+        try:
+            options = parse_options(
+                models=models, sequences=sequences, contexts=contexts, quick=quick, time_limit_s=time_limit_s
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if plot is not None:
+            _require_matplotlib()
+        with _needs_device(as_json):
+            from kvpack.runtime.bench_attention import bench_attention as run
+
+            report = run(
+                options,
+                publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),
+                say=_say_stage,
+            )
+        if plot is not None:
+            from kvpack.plot import plot_attention
+
+            plot_attention(report, plot)
+    _show_bench(report, tables(report), wrong_results(report), as_json)
+
+
 @contextmanager
 def _needs_device(as_json: bool) -> Iterator[None]:
     """Without torch, CuPy or a GPU the exit code says that there is no device."""

@@ -104,3 +104,39 @@ def plot_kv_quant(report: dict[str, Any], path: Path) -> None:
     title = f"{report['device']['name']}: fp16 matrices and INT8, a scale for each channel"
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=120, format="png")
+
+
+def plot_attention(report: dict[str, Any], path: Path) -> None:
+    """Draw a report of ``kvpack bench attention`` into a PNG: speed against FP16 over contexts, a panel for a model."""
+    from kvpack.runtime.bench_attention_report import UNIFORM, cases_of, mixed, speed
+
+    cases = cases_of(report)
+    models = list(dict.fromkeys(case.model for case in cases))
+    if not models:
+        raise ValueError("no case was measured, so there is nothing to draw")
+    series = [(name, name, "o-") for name in UNIFORM]
+    series += [(mixed(budget), f"8/4/3/2 at {budget:g}", "s--") for budget in report["options"]["budgets"]]
+    columns = min(2, len(models))
+    lines = -(-len(models) // columns)
+    figure = Figure(figsize=(5.5 * columns, 1.2 + 3.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel, model in zip(panels, models, strict=False):
+        of_model = [case for case in cases if case.model == model]
+        for name, label, style in series:
+            found = [(case.context, speed(report, case, name)) for case in of_model]
+            points = [(context, value) for context, value in found if value is not None]
+            # Without points too, so that all panels have the same colors and one legend serves them.
+            panel.plot([context for context, _ in points], [value for _, value in points], style, ms=4, label=label)
+        panel.axhline(1, color="0.5", lw=0.8)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.set_xlabel("tokens of a sequence", fontsize=8)
+        panel.set_title(model, fontsize=10)
+        panel.grid(True, alpha=0.3)
+    for panel in panels[len(models) :]:
+        panel.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.supylabel("times as fast as the best SDPA on fp16", fontsize=9)
+    figure.suptitle(f"{report['device']['name']}: decode attention to pages", fontsize=11)
+    figure.savefig(path, dpi=120, format="png")
