@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvpack.runtime.bench_report import tables
+from kvpack.runtime import bench_attention_report, bench_kv_quant_report, bench_report
+from kvpack.runtime.bench_report import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -194,18 +195,30 @@ def gpu_origin(result: dict[str, Any]) -> str:
     )
 
 
-def linear(*names: str) -> Callable[[], str]:
-    """Tables of `kvpack bench linear`, as the command prints them."""
+def printed(benchmark: str, tables_of: Callable[[dict[str, Any]], dict[str, Table]], *names: str) -> Callable[[], str]:
+    """Tables of a benchmark of the command line, as it prints them."""
 
     def render() -> str:
-        result = newest("bench-linear")
-        found = tables(result)
+        result = newest(benchmark)
+        found = tables_of(result)
         shown = [found[name] for name in names if name in found]
         if not shown:
-            raise NoResult("`bench-linear` did not measure this.")
+            raise NoResult(f"`{benchmark}` did not measure this.")
         return "\n".join(table(one.headings, one.rows) for one in shown) + gpu_origin(result)
 
     return render
+
+
+def linear(*names: str) -> Callable[[], str]:
+    return printed("bench-linear", bench_report.tables, *names)
+
+
+def kv_quant(*names: str) -> Callable[[], str]:
+    return printed("bench-kv-quant", bench_kv_quant_report.tables, *names)
+
+
+def attention(*names: str) -> Callable[[], str]:
+    return printed("bench-attention", bench_attention_report.tables, *names)
 
 
 def books_generate() -> str:
@@ -317,6 +330,18 @@ FIGURES: dict[str, Callable[[], str]] = {
     "linear-encode": linear("encode"),
     "linear-targets": linear("targets"),
     "linear-specification": linear("specification"),
+    "kv-quant-classic": kv_quant("classic", "cpu"),
+    "kv-quant-formats": kv_quant("formats"),
+    "kv-quant-quality": kv_quant("quality"),
+    "attention-times": attention("times"),
+    "attention-speeds": attention("speeds", "copy"),
+    "attention-rates": attention("rates"),
+    "attention-bytes": attention("bytes"),
+    "attention-mixtures": attention("mixtures"),
+    "attention-shares": attention("shares"),
+    "attention-grids": attention("grids"),
+    "attention-skipped": attention("skipped"),
+    "attention-targets": attention("targets"),
     "books-generate": books_generate,
     "runtime-load": runtime_load,
     "runtime-memory": runtime_memory,

@@ -568,39 +568,153 @@ def bench_linear(
             raise typer.BadParameter(str(error)) from None
         if plot is not None:
             _require_matplotlib()
-        from kvpack.runtime.errors import DeviceError
-
-        try:
+        with _needs_device(as_json):
             from kvpack.runtime.bench_linear import bench_linear as run
 
             report = run(
                 options,
                 publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),
-                say=lambda stage: print(f"kvpack: {stage} …", file=sys.stderr),
+                say=_say_stage,
             )
-        except ModuleNotFoundError as error:
-            if error.name not in ("torch", "cupy"):
-                raise
-            message = f"no device: {error.name} is not installed: pip install 'kvpack[cuda13]' or 'kvpack[cuda12]'"
-            _fail(ExitCode.NO_DEVICE, "DeviceError", message, as_json)
-        except DeviceError as error:
-            _fail(ExitCode.NO_DEVICE, "DeviceError", str(error), as_json)
         if plot is not None:
             from kvpack.plot import plot_linear
 
             plot_linear(report, plot)
-    wrong = wrong_results(report)
+    _show_bench(report, tables(report), wrong_results(report), as_json)
+
+
+@bench_app.command("kv-quant")
+def bench_kv_quant(
+    sizes: Annotated[
+        str | None,
+        typer.Option("--sizes", metavar="LIST", help="TxD, several by commas. Default: the ten classic ones."),
+    ] = None,
+    kv: Annotated[
+        Path | None,
+        typer.Option(
+            "--kv", metavar="NPZ", help="Arrays K [..., T, D] of a model, for the errors; else of random data."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two sizes, less than a minute.")] = False,
+    time_limit_s: Annotated[
+        float | None, typer.Option("--time-limit-s", min=1, help="Stop after so long and report what there is.")
+    ] = None,
+    report_path: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report here after each step.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw speed against a copy's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Speed of quantizing whole matrices on a GPU, in four variants, against the CPU; all bytes are checked first."""
+    with _errors(as_json):
+        from kvpack.runtime.bench_kv_quant_report import parse_options, tables, wrong_results
+        from kvpack.runtime.bench_report import write_report
+
+        try:
+            options = parse_options(
+                sizes=sizes, quick=quick, kv=None if kv is None else str(kv), time_limit_s=time_limit_s
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if plot is not None:
+            _require_matplotlib()
+        with _needs_device(as_json):
+            from kvpack.runtime.bench_kv_quant import bench_kv_quant as run
+
+            report = run(
+                options,
+                publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),
+                say=_say_stage,
+            )
+        if plot is not None:
+            from kvpack.plot import plot_kv_quant
+
+            plot_kv_quant(report, plot)
+    _show_bench(report, tables(report), wrong_results(report), as_json)
+
+
+@bench_app.command("attention")
+def bench_attention(
+    models: Annotated[
+        str | None,
+        typer.Option("--models", metavar="LIST", help="HEADS:KV_HEADSxHEAD_DIM. Default: 32:8x128,8:8x64."),
+    ] = None,
+    sequences: Annotated[
+        str | None, typer.Option("--sequences", metavar="LIST", help="Sequences of a batch. Default: 1,16.")
+    ] = None,
+    contexts: Annotated[
+        str | None, typer.Option("--contexts", metavar="LIST", help="Tokens of a sequence. Default: 1k, 2k, … 128k.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two contexts and budgets, less than a minute.")] = False,
+    time_limit_s: Annotated[
+        float | None, typer.Option("--time-limit-s", min=1, help="Stop after so long and report what there is.")
+    ] = None,
+    report_path: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report here after each step.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw speed against FP16.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Speed of decode attention to pages of all formats and mixtures on a GPU, against FP16; results are checked."""
+    with _errors(as_json):
+        from kvpack.runtime.bench_attention_report import parse_options, tables, wrong_results
+        from kvpack.runtime.bench_report import write_report
+
+        try:
+            options = parse_options(
+                models=models, sequences=sequences, contexts=contexts, quick=quick, time_limit_s=time_limit_s
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if plot is not None:
+            _require_matplotlib()
+        with _needs_device(as_json):
+            from kvpack.runtime.bench_attention import bench_attention as run
+
+            report = run(
+                options,
+                publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),
+                say=_say_stage,
+            )
+        if plot is not None:
+            from kvpack.plot import plot_attention
+
+            plot_attention(report, plot)
+    _show_bench(report, tables(report), wrong_results(report), as_json)
+
+
+@contextmanager
+def _needs_device(as_json: bool) -> Iterator[None]:
+    """Without torch, CuPy or a GPU the exit code says that there is no device."""
+    from kvpack.runtime.errors import DeviceError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "cupy"):
+            raise
+        message = f"no device: {error.name} is not installed: pip install 'kvpack[cuda13]' or 'kvpack[cuda12]'"
+        _fail(ExitCode.NO_DEVICE, "DeviceError", message, as_json)
+    except DeviceError as error:
+        _fail(ExitCode.NO_DEVICE, "DeviceError", str(error), as_json)
+
+
+def _say_stage(stage: str) -> None:
+    print(f"kvpack: {stage} …", file=sys.stderr)
+
+
+def _show_bench(report: dict[str, Any], found: dict[str, Any], wrong: list[str], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"ok": not wrong, **report}, allow_nan=False))
     else:
-        _print_bench_linear(report, list(tables(report).values()))
+        _print_bench(report, list(found.values()))
         for line in wrong:
             print(f"kvpack: {line}", file=sys.stderr)
     if wrong:
         raise typer.Exit(int(ExitCode.MISMATCH))
 
 
-def _print_bench_linear(report: dict[str, Any], found: list[Any]) -> None:
+def _print_bench(report: dict[str, Any], found: list[Any]) -> None:
     from rich import box
     from rich.table import Table
 

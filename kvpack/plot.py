@@ -78,3 +78,65 @@ def plot_linear(report: dict[str, Any], path: Path) -> None:
     figure.supylabel("times as fast as FP16 cuBLAS", fontsize=9)
     figure.suptitle(f"{report['device']['name']}: products with coded weights (Gaussian integers)", fontsize=11)
     figure.savefig(path, dpi=120, format="png")
+
+
+def plot_kv_quant(report: dict[str, Any], path: Path) -> None:
+    """Draw a report of ``kvpack bench kv-quant`` into a PNG: the share of a copy's bandwidth over the sizes."""
+    from kvpack.runtime.bench_kv_quant_report import VARIANTS, fractions
+
+    works = ("quantize", "dequantize")
+    drawn = {(work, variant): fractions(report, variant, work) for work in works for variant in VARIANTS}
+    sizes = list(dict.fromkeys(size for points in drawn.values() for size, _ in points))
+    if not sizes:
+        raise ValueError("no matrix was measured, so there is nothing to draw")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, work in zip(panels, works, strict=True):
+        for variant, marker in zip(VARIANTS, "vs^o", strict=True):
+            points = drawn[work, variant]
+            places = [sizes.index(size) for size, _ in points]
+            panel.plot(places, [100 * fraction for _, fraction in points], f"{marker}-", ms=4, label=variant)
+        panel.set_xticks(range(len(sizes)), [size.label for size in sizes], rotation=45, ha="right", fontsize=7)
+        panel.set_title(work, fontsize=10)
+        panel.grid(True, alpha=0.3)
+    panels[0].set_ylabel("% of the bandwidth of a copy", fontsize=9)
+    panels[0].legend(fontsize=8)
+    title = f"{report['device']['name']}: fp16 matrices and INT8, a scale for each channel"
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def plot_attention(report: dict[str, Any], path: Path) -> None:
+    """Draw a report of ``kvpack bench attention`` into a PNG: speed against FP16 over contexts, a panel for a model."""
+    from kvpack.runtime.bench_attention_report import UNIFORM, cases_of, mixed, speed
+
+    cases = cases_of(report)
+    models = list(dict.fromkeys(case.model for case in cases))
+    if not models:
+        raise ValueError("no case was measured, so there is nothing to draw")
+    series = [(name, name, "o-") for name in UNIFORM]
+    series += [(mixed(budget), f"8/4/3/2 at {budget:g}", "s--") for budget in report["options"]["budgets"]]
+    columns = min(2, len(models))
+    lines = -(-len(models) // columns)
+    figure = Figure(figsize=(5.5 * columns, 1.2 + 3.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel, model in zip(panels, models, strict=False):
+        of_model = [case for case in cases if case.model == model]
+        for name, label, style in series:
+            found = [(case.context, speed(report, case, name)) for case in of_model]
+            points = [(context, value) for context, value in found if value is not None]
+            # Without points too, so that all panels have the same colors and one legend serves them.
+            panel.plot([context for context, _ in points], [value for _, value in points], style, ms=4, label=label)
+        panel.axhline(1, color="0.5", lw=0.8)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.set_xlabel("tokens of a sequence", fontsize=8)
+        panel.set_title(model, fontsize=10)
+        panel.grid(True, alpha=0.3)
+    for panel in panels[len(models) :]:
+        panel.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.supylabel("times as fast as the best SDPA on fp16", fontsize=9)
+    figure.suptitle(f"{report['device']['name']}: decode attention to pages", fontsize=11)
+    figure.savefig(path, dpi=120, format="png")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kvpack.cli import ExitCode, app
 from kvpack.format.layout import ElementKind, integer_layout
-from kvpack.runtime import bench_report
+from kvpack.runtime import bench_report, bench_run
 from kvpack.runtime.bench_report import (
     LAYOUTS,
     MS,
@@ -388,7 +388,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(bench_linear, "DeviceBlob", FakeBlob)
     monkeypatch.setattr(bench_linear, "measure", fake_measure)
     monkeypatch.setattr(bench_linear, "device_report", lambda: device)
-    monkeypatch.setattr(bench_linear, "require_cuda", lambda: None)
+    monkeypatch.setattr(bench_linear, "require_cuda", lambda command: None)
     monkeypatch.setattr(bench_linear, "synchronize_or_stop", lambda: None)
     monkeypatch.setattr(bench_linear, "COPY_BYTES", (1 << 10,))
     monkeypatch.setattr(bench_linear, "CODEC_BYTES", 1 << 16)
@@ -466,7 +466,7 @@ def test_copies_lie_elsewhere(bench: Any) -> None:
 
 def test_a_time_limit_leaves_what_there_is(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**6, 10))
-    monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(bench_run.time, "monotonic", lambda: next(clock))
     report = bench.bench_linear(small(time_limit_s=120))
     assert report["complete"] is False
     assert "time limit" in report["stopped"]

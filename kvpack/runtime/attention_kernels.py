@@ -24,6 +24,10 @@ _SLOT_BYTES = PAGE_TOKENS * SCALE_BYTES + 2048
 PREFILL_WARPS = 4
 _PREFILL_SLOTS, _PREFILL_LIST_BYTES = 3, 512
 _LOG2_E = math.log2(math.e)
+# A warp's time for a page, over the warps of a block and over the time to add up what one block left of a segment (a
+# part); and how many parts a segment may have before fewer blocks are better. `kvpack bench attention` tries others.
+_PAGE_OVER_PART = 3
+_FEW_PARTS = 32
 
 
 def format_set(formats: Iterable[PageFormat]) -> int:
@@ -63,6 +67,38 @@ def decode_kernel(
         "KVPACK_V_FORMATS": format_set(v_formats),
     }
     return Kernel.of("attention_decode.cu", "attention_decode", defines=defines)
+
+
+def decode_blocks(
+    sequences: int,
+    num_kv_heads: int,
+    tiles: int,
+    max_pages: int,
+    multiprocessors: int,
+    *,
+    blocks_per_sm: int = 16 // DECODE_WARPS,
+) -> int:
+    """How many blocks a launch of :func:`decode` shall have: all of them are resident at once.
+
+    Args:
+        tiles: of eight columns, for a KV head.
+        max_pages: that a sequence attends to.
+        blocks_per_sm: that fit on a multiprocessor (:class:`DecodeShape`).
+
+    >>> decode_blocks(16, 8, 1, 256, 132)
+    512
+    """
+    segments = sequences * num_kv_heads * tiles
+    resident = multiprocessors * blocks_per_sm
+    # More blocks have fewer pages each, at least one for every warp, but leave more parts of a segment, which one of
+    # them adds up: the sum of both times is least at the root. Beyond few parts, the third and fourth block of a
+    # multiprocessor cost more than they bring.
+    parts = min(ceil_div(max_pages, DECODE_WARPS), math.isqrt(_PAGE_OVER_PART * max_pages))
+    most = max(2 * multiprocessors, _FEW_PARTS * segments)
+    blocks = max(1, min(resident, most, segments * max(1, parts)))
+    # Even parts that end where segments do leave less to add up.
+    even = blocks // segments * segments if segments else 0
+    return even if even >= 0.9 * blocks else blocks
 
 
 def decode(

@@ -13,9 +13,8 @@ import gc
 import math
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
@@ -44,6 +43,7 @@ from kvpack.runtime.bench_report import (
     evaluate_targets,
     finite,
 )
+from kvpack.runtime.bench_run import BenchRun, Publish
 from kvpack.runtime.bench_timing import (
     Result,
     Timed,
@@ -70,12 +70,6 @@ COPY_BYTES = (1 << 30, 1 << 32)
 CODEC_BYTES = 1 << 29
 STAGED_M = 512
 _ENCODE_REPEATS = 5
-
-Publish = Callable[[Report], None]
-
-
-class TimeIsUp(Exception):
-    """The time limit has passed."""
 
 
 @dataclass
@@ -144,10 +138,10 @@ def device_report() -> Row:
     }
 
 
-def require_cuda() -> None:
+def require_cuda(command: str) -> None:
     """Raises DeviceError, which says what is missing, where nothing can be measured."""
     if not torch.cuda.is_available():
-        raise DeviceError("no CUDA device: `kvpack bench linear` measures on a GPU (`kvpack bench codec` is the CPU's)")
+        raise DeviceError(f"no CUDA device: `{command}` measures on a GPU (`kvpack bench codec` is the CPU's)")
     try:
         import_module("cupy")
     except ImportError as error:
@@ -171,31 +165,25 @@ def copies_of(blob: DeviceBlob, count: int) -> list[DeviceBlob]:
     return several
 
 
-class LinearBench:
+class LinearBench(BenchRun):
     """One run; :meth:`run` returns its report."""
 
     def __init__(self, options: LinearBenchOptions, publish: Publish | None, say: Callable[[str], None]) -> None:
         self.options = options
-        self.publish = publish
-        self.say = say
-        self.began = time.monotonic()
         self.threads = default_threads()
         self.executor = ThreadPoolExecutor(self.threads)
         self.streams: list[torch.cuda.Stream] = []
         self.generator = torch.Generator(device=DEVICE)
         self.generator.manual_seed(0)
         packages = ["torch", "cupy-cuda13x", "cupy-cuda12x", "triton", "nvidia-nvcomp-cu13", "entropack"]
-        self.report: Report = {
+        report: Report = {
             "what": "bench-linear",
             "schema": SCHEMA,
-            "complete": False,
-            "stopped": None,
             "note": NOTE,
             "command": kvpack_command(),
             **environment(packages),
             "device": device_report(),
             "options": options.as_dict(),
-            "seconds": {},
             "copy": [],
             "tensors": [],
             "linear": [],
@@ -206,62 +194,36 @@ class LinearBench:
             "targets": [],
             "specification": [],
         }
+        super().__init__(report, options.time_limit_s, publish, say)
 
-    # --- bookkeeping ---------------------------------------------------------
-
-    def _check_time(self, what: str) -> None:
-        limit = self.options.time_limit_s
-        if limit is not None and time.monotonic() - self.began > limit:
-            raise TimeIsUp(f"time limit of {limit:g} s reached before {what}")
-
-    def _hand_out(self) -> None:
+    def _evaluate(self) -> None:
         self.report["targets"] = evaluate_targets(self.report)
         self.report["specification"] = evaluate_specification(self.report)
-        if self.publish is not None:
-            self.publish(finite(self.report))
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        self._check_time(name)
-        self.say(name)
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.report["seconds"][name] = round(time.monotonic() - began, 2)
-            self._hand_out()
 
     def run(self) -> Report:
         """Measure everything; what time or the device did not allow is missing from the report."""
         try:
-            with self._stage("copy"):
-                self.report["copy"] = [copy_bandwidth(size) for size in COPY_BYTES]
-            with self._stage("encode"):
-                self._encode()
-            for shape in self.options.shapes:
-                with self._stage(shape.label):
-                    self._shape(shape)
-                gc.collect()
-                torch.cuda.empty_cache()
-            with self._stage("streams"):
-                self._streams()
-            if self.options.peers and not self.options.quick:
-                with self._stage("codecs"):
-                    self._codecs()
-            self.report["complete"] = True
-        except TimeIsUp as error:
-            self.report["stopped"] = str(error)
-        except (KeyboardInterrupt, SystemExit):
-            self.report["stopped"] = "interrupted"
-            raise
-        except Exception as error:  # the device is gone, or a mistake in here: what was measured stays measured
-            self.report["stopped"] = f"{type(error).__name__}: {error}"
-            raise
+            with self._running():
+                self._all()
         finally:
-            self.report["seconds"]["total"] = round(time.monotonic() - self.began, 2)
-            self._hand_out()
             self.executor.shutdown(cancel_futures=True)
         return self.report
+
+    def _all(self) -> None:
+        with self._stage("copy"):
+            self.report["copy"] = [copy_bandwidth(size) for size in COPY_BYTES]
+        with self._stage("encode"):
+            self._encode()
+        for shape in self.options.shapes:
+            with self._stage(shape.label):
+                self._shape(shape)
+            gc.collect()
+            torch.cuda.empty_cache()
+        with self._stage("streams"):
+            self._streams()
+        if self.options.peers and not self.options.quick:
+            with self._stage("codecs"):
+                self._codecs()
 
     def _measure(self, works: list[Work]) -> list[Timed]:
         options = self.options
@@ -669,7 +631,7 @@ def bench_linear(
     Raises:
         DeviceError: there is no CUDA device, or no CuPy.
     """
-    require_cuda()
+    require_cuda("kvpack bench linear")
     with torch.no_grad():
         report: Report = finite(LinearBench(options, publish, say).run())
         return report

@@ -198,9 +198,11 @@ MAX_BITS = {"balanced": 7.3, "fast": 4.6}
 BATCH_1_TARGETS = {"balanced": (1.0, 1.3), "fast": (1.35, 1.7)}
 
 
-def _target(
+def target_row(
     what: str, measured: float | None, unit: str, target: float | None, then: float | None = None, *, most: bool = False
 ) -> Row:
+    """What is aimed at, first and then, beside what was measured."""
+
     def met(goal: float | None) -> bool | None:
         if goal is None or measured is None:
             return None
@@ -237,46 +239,50 @@ def evaluate_targets(report: Report) -> list[Row]:
         for shape in shapes:
             first, then = BATCH_1_TARGETS[layout]
             speed = ratio(report, shape, 1, layout)
-            rows.append(_target(f"{layout} {shape}, M = 1, against FP16 cuBLAS", speed, "×", first, then))
+            rows.append(target_row(f"{layout} {shape}, M = 1, against FP16 cuBLAS", speed, "×", first, then))
             row = find_linear(report, shape, 1, "kvpack", layout)
             bits = row["bits_per_weight"] if row else None
-            rows.append(_target(f"{layout} {shape}, size", bits, "bits a weight", MAX_BITS[layout], most=True))
+            rows.append(target_row(f"{layout} {shape}, size", bits, "bits a weight", MAX_BITS[layout], most=True))
             if layout == "fast":
                 speed = ratio(report, shape, 1, layout, over="int4")
-                rows.append(_target(f"{layout} {shape}, M = 1, against torch INT4", speed, "×", None, 1.0))
+                rows.append(target_row(f"{layout} {shape}, M = 1, against torch INT4", speed, "×", None, 1.0))
     for layout in layouts:
         for m in (8, 16):
             if m in report["options"]["ms"]:
                 for shape in shapes:
                     speed = ratio(report, shape, m, layout)
-                    rows.append(_target(f"{layout} {shape}, M = {m}, against FP16 cuBLAS", speed, "×", 0.8, 1.0))
+                    rows.append(target_row(f"{layout} {shape}, M = {m}, against FP16 cuBLAS", speed, "×", 0.8, 1.0))
     for layout in layouts:
         for shape in shapes:
             if 2048 in report["options"]["ms"]:
                 speed = ratio(report, shape, 2048, layout)
-                rows.append(_target(f"{layout} {shape}, prefill M = 2048", speed, "×", 0.85, 0.95))
+                rows.append(target_row(f"{layout} {shape}, prefill M = 2048", speed, "×", 0.85, 0.95))
     for layout in layouts:
         of_layout = [row for row in report.get("decode", ()) if row["layout"] == layout and row["shape"] in shapes]
         to_int8 = [row for row in of_layout if row["to"] == "int8"]
         to_fp16 = [row for row in of_layout if row["to"] == "fp16"]
         rate = _slowest(to_int8, "elements_per_s")
         slowest = "slowest shape"
-        rows.append(_target(f"{layout}, decode to int8, {slowest}", rate and rate / 1e12, "10¹² elements/s", 1.5, None))
+        rows.append(
+            target_row(f"{layout}, decode to int8, {slowest}", rate and rate / 1e12, "10¹² elements/s", 1.5, None)
+        )
         for to, found, first_goal in (("int8", to_int8, None), ("fp16", to_fp16, 0.7)):
             share = _slowest(found, "fraction_of_bound")
-            rows.append(_target(f"{layout}, decode to {to}, {slowest}", share, "of the byte bound", first_goal, 0.85))
+            rows.append(
+                target_row(f"{layout}, decode to {to}, {slowest}", share, "of the byte bound", first_goal, 0.85)
+            )
     for row in report.get("streams", ()):
         if row["work"] == "staged":
             what = f"five layers {SPECIFICATION_SHAPE.label} ({row['layout']}), staged on streams against in turn"
-            rows.append(_target(what, row["speedup"], "×", 1.3, 1.7))
+            rows.append(target_row(what, row["speedup"], "×", 1.3, 1.7))
     for row in report.get("encode", ()):
         rate = row["elements_per_s"]
         if row["where"] == "cuda":
             what = f"GPU encode, {row['layout']} {row['shape']}"
-            rows.append(_target(what, rate and rate / 1e9, "10⁹ elements/s", 50, 250))
+            rows.append(target_row(what, rate and rate / 1e9, "10⁹ elements/s", 50, 250))
         elif row["threads"] == 1:
             what = f"CPU encode, {row['layout']}, one core"
-            rows.append(_target(what, rate and rate / 1e6, "10⁶ weights/s", 250, 350))
+            rows.append(target_row(what, rate and rate / 1e6, "10⁶ weights/s", 250, 350))
     return rows
 
 
@@ -292,26 +298,26 @@ def evaluate_specification(report: Report) -> list[Row]:
             continue
         tensor = tensors[0]
         elements = SPECIFICATION_SHAPE.rows * SPECIFICATION_SHAPE.cols
-        rows.append(_target(f"{layout}: ratio over INT8", 8 / tensor["bits_per_weight"], "×", 1.4))
+        rows.append(target_row(f"{layout}: ratio over INT8", 8 / tensor["bits_per_weight"], "×", 1.4))
         share = 100 * tensor["device_bytes"] / elements
-        rows.append(_target(f"{layout}: device memory over FP16", share / 2, "%", 30, most=True))
-        rows.append(_target(f"{layout}: device memory over INT8", share, "%", None, most=True))
+        rows.append(target_row(f"{layout}: device memory over FP16", share / 2, "%", 30, most=True))
+        rows.append(target_row(f"{layout}: device memory over INT8", share, "%", None, most=True))
         exact = None if tensor["bit_exact"] is None else float(tensor["bit_exact"])
-        rows.append(_target(f"{layout}: decoded bit for bit", exact, "1 = yes", 1))
+        rows.append(target_row(f"{layout}: decoded bit for bit", exact, "1 = yes", 1))
         worst = tensor["dequantize_max_error"]
-        rows.append(_target(f"{layout}: dequantization error", worst, "absolute", 1e-4, most=True))
+        rows.append(target_row(f"{layout}: dequantization error", worst, "absolute", 1e-4, most=True))
         for row in report.get("encode", ()):
             if row["layout"] == layout and row["where"] == "cpu" and row["threads"] != 1 and row["shape"] == label:
                 what = f"{layout}: encode, CPU, {row['threads']} threads"
-                rows.append(_target(what, row["ms"], "ms", 50, most=True))
+                rows.append(target_row(what, row["ms"], "ms", 50, most=True))
         for row in report.get("decode", ()):
             if (row["shape"], row["layout"]) == (label, layout):
                 ms = row["us"] and row["us"] / 1e3
-                rows.append(_target(f"{layout}: decode to {row['to']}", ms, "ms", 1.0, most=True))
+                rows.append(target_row(f"{layout}: decode to {row['to']}", ms, "ms", 1.0, most=True))
         for row in report.get("streams", ()):
             if row["layout"] == layout and row["work"] == "decode":
                 us = row["parallel"]["us"]
-                rows.append(_target(f"{layout}: five layers on streams", us and us / 1e3, "ms", 1.5, most=True))
+                rows.append(target_row(f"{layout}: five layers on streams", us and us / 1e3, "ms", 1.5, most=True))
     return rows
 
 
@@ -324,15 +330,17 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def _number(value: float | None, digits: int = 2, suffix: str = "") -> str:
+def number(value: float | None, digits: int = 2, suffix: str = "") -> str:
+    """A cell of a table; a dash for what was not measured."""
     return "–" if value is None else f"{value:.{digits}f}{suffix}"
 
 
-def _us(row: Row | None) -> str:
+def microseconds(row: Row | None) -> str:
+    """The time of a measurement; with a star where no graph was captured."""
     if row is None:
         return "–"
     star = "" if row["timing"] == "graph" else "*"
-    return _number(row["us"], 1 if row["us"] < 1000 else 0) + star
+    return number(row["us"], 1 if row["us"] < 1000 else 0) + star
 
 
 def _batch_1(report: Report) -> Table:
@@ -342,11 +350,11 @@ def _batch_1(report: Report) -> Table:
         headings += [f"{layout}, µs", "bits", "× FP16", "× INT4"]
     rows = []
     for shape in _shapes_of(report):
-        cells = [shape, *(_us(find_linear(report, shape, 1, name)) for name in ("fp16", "int8", "int4"))]
+        cells = [shape, *(microseconds(find_linear(report, shape, 1, name)) for name in ("fp16", "int8", "int4"))]
         for layout in layouts:
             row = find_linear(report, shape, 1, "kvpack", layout)
-            cells += [_us(row), _number(row["bits_per_weight"] if row else None)]
-            cells += [_number(ratio(report, shape, 1, layout, over=over)) for over in ("fp16", "int4")]
+            cells += [microseconds(row), number(row["bits_per_weight"] if row else None)]
+            cells += [number(ratio(report, shape, 1, layout, over=over)) for over in ("fp16", "int4")]
         rows.append(cells)
     return Table("Product with one activation vector", headings, rows)
 
@@ -360,10 +368,10 @@ def _batches(report: Report) -> Table:
         for m in report["options"]["ms"]:
             if not any((row["shape"], row["m"]) == (shape, m) for row in report["linear"]):
                 continue
-            cells = [shape, str(m), _us(find_linear(report, shape, m, "fp16"))]
-            cells.append(_number(ratio(report, shape, m, None, name="int4")))
-            cells += [_number(ratio(report, shape, m, layout)) for layout in layouts]
-            cells += [_us(find_linear(report, shape, m, "kvpack", layout)) for layout in layouts]
+            cells = [shape, str(m), microseconds(find_linear(report, shape, m, "fp16"))]
+            cells.append(number(ratio(report, shape, m, None, name="int4")))
+            cells += [number(ratio(report, shape, m, layout)) for layout in layouts]
+            cells += [microseconds(find_linear(report, shape, m, "kvpack", layout)) for layout in layouts]
             rows.append(cells)
     return Table("Product by number of activation vectors", headings, rows)
 
@@ -374,9 +382,9 @@ def _tiles(report: Report) -> Table:
         if row["name"] == "kvpack" and row["m"] == 1:
             base = find_linear(report, row["shape"], 1, "fp16")
             speed = base["us"] / row["us"] if base and row["us"] else None
-            cells = [row["shape"], row["layout"], str(row["tile_cols"]), _number(row["bits_per_weight"], 3)]
+            cells = [row["shape"], row["layout"], str(row["tile_cols"]), number(row["bits_per_weight"], 3)]
             failed = row["us"] is None
-            cells += ["failed" if failed else _us(row), _number(speed), "yes" if row["best"] else ""]
+            cells += ["failed" if failed else microseconds(row), number(speed), "yes" if row["best"] else ""]
             rows.append(cells)
     headings = ["out × in", "layout", "tile columns", "bits a weight", "µs", "× FP16", "chosen"]
     return Table("Columns of a tile, M = 1", headings, rows)
@@ -392,10 +400,10 @@ def _decode(report: Report) -> Table:
                 row["shape"],
                 row["layout"],
                 row["to"],
-                _us(row) if row["us"] is not None else "failed",
-                _number(rate and rate / 1e12),
-                _number(row["bound_us"], 1),
-                _number(None if share is None else 100 * share, 0),
+                microseconds(row) if row["us"] is not None else "failed",
+                number(rate and rate / 1e12),
+                number(row["bound_us"], 1),
+                number(None if share is None else 100 * share, 0),
             ]
         )
     headings = ["out × in", "layout", "to", "µs", "10¹² elements/s", "byte bound, µs", "% of the bound"]
@@ -406,8 +414,8 @@ def _codecs(report: Report) -> Table:
     rows = []
     for row in report.get("codecs", ()):
         decode, encode = row.get("elements_per_s"), row.get("encode_elements_per_s")
-        cells = [row["name"], row["source"], _number(row.get("bits_per_element"), 3)]
-        cells += [_number(decode and decode / 1e9, 0), _number(encode and encode / 1e9, 0), row.get("error") or ""]
+        cells = [row["name"], row["source"], number(row.get("bits_per_element"), 3)]
+        cells += [number(decode and decode / 1e9, 0), number(encode and encode / 1e9, 0), row.get("error") or ""]
         rows.append(cells)
     headings = ["coder", "source", "bits", "decode, 10⁹ elements/s", "encode, 10⁹ elements/s", "remark"]
     return Table("Other entropy coders", headings, rows)
@@ -422,8 +430,8 @@ def _streams(report: Report) -> Table:
     rows = []
     for row in report.get("streams", ()):
         cells = [names[row["work"]], row["layout"], "–" if row["m"] is None else str(row["m"])]
-        cells += [_number(row[kind]["us"], 1) for kind in ("serial", "parallel")]
-        rows.append([*cells, _number(row["speedup"])])
+        cells += [number(row[kind]["us"], 1) for kind in ("serial", "parallel")]
+        rows.append([*cells, number(row["speedup"])])
     title = f"Five layers of {SPECIFICATION_SHAPE.label}"
     return Table(title, ["work", "layout", "M", "one after another, µs", "on streams, µs", "×"], rows)
 
@@ -433,8 +441,8 @@ def _encode(report: Report) -> Table:
     for row in report.get("encode", ()):
         where = f"CPU, {row['threads']} threads" if row["where"] == "cpu" else "GPU"
         rate = row["elements_per_s"]
-        cells = [row["shape"], row["layout"], where, _number(row["ms"], 2)]
-        rows.append([*cells, _number(rate and rate / 1e9), row["error"] or ""])
+        cells = [row["shape"], row["layout"], where, number(row["ms"], 2)]
+        rows.append([*cells, number(rate and rate / 1e9), row["error"] or ""])
     headings = ["out × in", "layout", "where", "ms", "10⁹ elements/s", "remark"]
     return Table("Encoding: integers in, finished blob out", headings, rows)
 
@@ -451,7 +459,8 @@ def _compact(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def _goals(title: str, rows: Sequence[Row], *, then: bool) -> Table:
+def goals_table(title: str, rows: Sequence[Row], *, then: bool) -> Table:
+    """Rows of :func:`target_row`; with the second aim if there is one."""
     cells = []
     for row in rows:
         sign = "≤" if row["direction"] == "at most" else "≥"
@@ -463,7 +472,7 @@ def _goals(title: str, rows: Sequence[Row], *, then: bool) -> Table:
     return Table(title, [*headings, "then", "met"] if then else headings, cells)
 
 
-def _copy(report: Report) -> Table:
+def copy_table(report: Report) -> Table:
     rows = [[f"{row['bytes'] / 1e9:.2f}", f"{row['us']:.0f}", f"{row['gb_per_s']:.0f}"] for row in report["copy"]]
     return Table("Device copy", ["GB copied", "µs", "GB/s, read plus written"], rows)
 
@@ -478,9 +487,9 @@ def tables(report: Report) -> dict[str, Table]:
         "codecs": _codecs(report),
         "streams": _streams(report),
         "encode": _encode(report),
-        "copy": _copy(report),
-        "targets": _goals("Targets", report["targets"], then=True),
-        "specification": _goals("The specification's figures", report["specification"], then=False),
+        "copy": copy_table(report),
+        "targets": goals_table("Targets", report["targets"], then=True),
+        "specification": goals_table("The specification's figures", report["specification"], then=False),
     }
     return {name: table for name, table in found.items() if table.rows}
 

@@ -20,10 +20,12 @@ torch = pytest.importorskip("torch")
 import nvrtc  # noqa: E402
 from nvrtc import compile_for  # noqa: E402
 
+from kvpack.encode.matrix_quantizer import FORMATS, Axis  # noqa: E402
 from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layout  # noqa: E402
 from kvpack.format.pages import PageFormat  # noqa: E402
 from kvpack.runtime import attention_kernels as attention  # noqa: E402
 from kvpack.runtime import gpu_encoder  # noqa: E402
+from kvpack.runtime import matrix_quantizer as matrices  # noqa: E402
 from kvpack.runtime import weight_kernels as weights  # noqa: E402
 from kvpack.runtime.kernels import Kernel, layout_defines  # noqa: E402
 
@@ -117,6 +119,17 @@ def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
     )
 
 
+def matrix_kernels(of: Callable[..., Kernel], *choices: Iterable[Any]) -> Callable[[bool, int], Iterator[Kernel]]:
+    """Of types, the given choices, axes and variants: all, or some that have each."""
+
+    def of_all(everything: bool, _architecture: int) -> Iterator[Kernel]:
+        options = list(itertools.product(*choices, Axis, matrices.Variant))
+        for dtype, option in selected(weights.ACTIVATIONS, options, everything or not choices):
+            yield of(dtype, *option)
+
+    return of_all
+
+
 KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemv": gemv_kernels,
     "gemm": gemm_kernels,
@@ -130,6 +143,9 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     ],
     "crc32": lambda _everything, _architecture: [gpu_encoder._CRC],
     "attention_prefill": prefill_kernels,
+    "matrix_scales": matrix_kernels(matrices.scales_kernel),
+    "matrix_quantize": matrix_kernels(matrices.quantize_kernel, FORMATS),
+    "matrix_dequantize": matrix_kernels(matrices.dequantize_kernel, FORMATS),
 }
 
 

@@ -1,0 +1,502 @@
+"""``kvpack bench attention`` where there is no GPU: pages, budgets, grids, options, tables, the picture, and a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import emulator
+import numpy as np
+import pytest
+from conftest import cuda_available
+from typer.testing import CliRunner
+
+torch = pytest.importorskip("torch")
+
+import paged_values  # noqa: E402
+from emulated_device import emulated_launch  # noqa: E402
+from test_bench_linear import fake_measure, render_docs  # noqa: E402
+
+from kvpack.cli import ExitCode, app  # noqa: E402
+from kvpack.encode.page_coder import dequantize_blocks  # noqa: E402
+from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
+from kvpack.runtime import bench_attention, bench_linear, bench_pages  # noqa: E402
+from kvpack.runtime.attention_kernels import decode_blocks  # noqa: E402
+from kvpack.runtime.bench_attention_report import (  # noqa: E402
+    BUDGETS,
+    CONTEXTS,
+    LARGE,
+    MIXED_NAMES,
+    MODELS,
+    PEERS,
+    QUICK_CONTEXTS,
+    SMALL,
+    UNIFORM,
+    Case,
+    best_sdpa,
+    cases_of,
+    evaluate_targets,
+    find,
+    gain,
+    mixed,
+    parse_options,
+    speed,
+    tables,
+    wrong_results,
+)
+from kvpack.runtime.bench_pages import MIXED_FORMATS, PageCache, mixture, page_importance, pair_bytes, random_cache  # noqa: E402
+from kvpack.runtime.bench_report import write_report  # noqa: E402
+
+TOP_KEYS = {
+    "what", "schema", "complete", "stopped", "note", "command", "kvpack", "date", "commit",
+    "package_changed_since_commit", "cpu", "cores", "load_at_start", "python", "versions", "device", "options",
+    "seconds", "copy", "decode", "grids", "skipped", "targets",
+}  # fmt: skip
+DEVICE = {"name": "a GPU", "driver": "1", "cuda": "13.0"}
+LATENCY_US = 2.0
+FORMATS = [page_format for page_format in PageFormat if page_format != PageFormat.BF16]
+
+
+def generator() -> Any:
+    return torch.Generator().manual_seed(0)
+
+
+# --- mixtures ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("pages", [16, 77, 4096])
+def test_budgets_are_met_within_a_page(pages: int, head_dim: int) -> None:
+    importance = page_importance(pages)
+    whole = pages * pair_bytes(PageFormat.FP16, head_dim)
+    largest_step = pair_bytes(PageFormat.INT8, head_dim) - pair_bytes(PageFormat.INT4, head_dim)
+    for budget in BUDGETS:
+        formats = mixture(importance, budget, head_dim)
+        spent = sum(pair_bytes(PageFormat(number), head_dim) for number in formats)
+        assert 0 <= budget * whole - spent < largest_step
+    formats = mixture(importance, 0.3, head_dim)
+    if pages == 4096:
+        assert set(formats.tolist()) == set(MIXED_FORMATS)
+
+
+def test_pages_keep_their_order_at_all_budgets() -> None:
+    importance = page_importance(500)
+    assert np.array_equal(importance, page_importance(500))
+    assert not np.array_equal(importance, np.sort(importance))
+    bits = {
+        budget: np.array([PageFormat(number).element_bits for number in mixture(importance, budget, 128)])
+        for budget in BUDGETS
+    }
+    for found in bits.values():
+        assert (np.diff(found[np.argsort(importance)]) >= 0).all()
+    for smaller, larger in pairwise(BUDGETS):
+        assert (bits[smaller] <= bits[larger]).all()
+
+
+def test_a_budget_below_two_bits_is_refused_and_a_large_one_leaves_eight() -> None:
+    with pytest.raises(ValueError, match="2 bits"):
+        mixture(page_importance(10), 0.1, 64)
+    assert (mixture(page_importance(10), 1.0, 64) == PageFormat.INT8).all()
+
+
+# --- random pages ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", Side)
+@pytest.mark.parametrize("page_format", FORMATS)
+def test_random_blocks_mean_what_the_page_coder_says(page_format: PageFormat, side: Side) -> None:
+    for head_dim in (64, 80):
+        layout = PageLayout(side, page_format, head_dim)
+        blocks = torch.zeros(20, layout.block_bytes, dtype=torch.uint8)
+        bench_pages.fill_blocks(blocks, layout, 3.0, generator())
+        expected = dequantize_blocks(blocks.numpy(), layout)
+        assert np.array_equal(bench_pages.dequantize_blocks(blocks, layout).numpy(), expected)
+        assert 1.5 < expected.std() < 5
+        assert np.abs(expected).max() < 30
+
+
+def test_a_cache_has_every_page_once() -> None:
+    formats = mixture(page_importance(24), 0.3, 64).reshape(2, 12)
+    cache = random_cache(formats, 3, 64, {Side.K: 1.0, Side.V: 2.0}, generator())
+    table = cache.table.numpy()
+    assert np.array_equal(table & 15, np.stack([formats, formats]))
+    sizes = {
+        (side, number): 3 * PageLayout(side, PageFormat(number), 64).block_bytes
+        for side in Side
+        for number in np.unique(formats)
+    }
+    pages = sorted(
+        (int(entry) & ~15, sizes[side, int(entry) & 15]) for side in Side for entry in table[side].reshape(-1)
+    )
+    ends = np.cumsum([size for _, size in pages])
+    assert [at for at, _ in pages] == [0, *ends[:-1]]
+    assert ends[-1] == len(cache.pages)
+    assert not np.array_equal(np.sort(table[0], axis=None), table[0].reshape(-1))
+
+    layout = PageLayout(Side.K, PageFormat(formats[1, 5]), 64)
+    first = (table[Side.K, 1, 5] & ~15) + 2 * layout.block_bytes
+    block = cache.pages[first : first + layout.block_bytes].numpy()
+    found = cache.values(Side.K, 1, 2)[5 * 64 : 6 * 64].numpy()
+    assert np.array_equal(found, dequantize_blocks(block, layout))
+    twin = cache.copy()
+    assert torch.equal(twin.pages, cache.pages)
+    assert twin.pages.data_ptr() != cache.pages.data_ptr()
+    assert twin.table.data_ptr() != cache.table.data_ptr()
+
+
+def test_the_error_is_that_of_the_tests() -> None:
+    expected = torch.randn(2, 4, 64, dtype=torch.float64, generator=generator()) * 3
+    out = torch.zeros(3, 8, 1, 64, dtype=torch.float16)
+    out[0, :4, 0], out[2, 4:, 0] = expected[0].half(), expected[1].half()
+    error = bench_attention.attention_error(expected, [(0, 0), (2, 1)])
+    assert 0 <= error(out) < 3e-4
+    out[2, 5, 0, 3] += 0.1
+    picked = torch.stack([out[0, :4, 0], out[2, 4:, 0]])
+    assert error(out) == pytest.approx(paged_values.attention_error(picked, expected.numpy()), rel=1e-6)
+    out[1, 0, 0, 0] = math.nan  # of a head that is not looked at: poison that is still there
+    assert error(out) == math.inf
+
+
+# --- blocks of the grid ------------------------------------------------------------
+
+SMS = 132
+
+
+@pytest.mark.parametrize(
+    ("sequences", "pages", "low", "high"),
+    [(16, 256, 512, 512), (16, 32, 384, 512), (1, 256, 200, 264), (1, 2048, 250, 280)],
+)
+def test_as_many_blocks_as_were_fastest_on_an_h100(sequences: int, pages: int, low: int, high: int) -> None:
+    assert low <= decode_blocks(sequences, 8, 1, pages, SMS) <= high
+
+
+def test_blocks_are_resident_even_and_have_pages() -> None:
+    for sequences in (1, 2, 3, 7, 16, 64, 600):
+        for kv_heads in (1, 2, 8):
+            for tiles in (1, 4):
+                for pages in (0, 1, 5, 16, 100, 3000):
+                    for multiprocessors in (10, 78, SMS):
+                        for per_sm in (3, 4):
+                            shape = sequences, kv_heads, tiles, pages, multiprocessors
+                            blocks = decode_blocks(*shape, blocks_per_sm=per_sm)
+                            segments = sequences * kv_heads * tiles
+                            assert 1 <= blocks <= multiprocessors * per_sm
+                            assert blocks <= segments * max(1, -(-pages // 4))
+                            lost = 1 - (blocks // segments * segments) / blocks
+                            assert lost == 0 or lost > 0.1 or blocks < segments
+    assert decode_blocks(300, 1, 1, 100, SMS) == 4 * SMS  # 300 would leave too many idle
+    assert decode_blocks(1, 1, 1, 2048, SMS) < SMS  # the sums of one segment are added up by one block
+
+
+# --- options -----------------------------------------------------------------------
+
+
+def test_options_have_the_defaults_of_a_full_and_of_a_quick_run() -> None:
+    full, quick = parse_options(), parse_options(quick=True)
+    assert (full.models, full.sequences, full.contexts, full.budgets) == (MODELS, (1, 16), CONTEXTS, BUDGETS)
+    assert (CONTEXTS[0], CONTEXTS[-1], len(full.cases)) == (1024, 131072, 32)
+    assert quick.contexts == QUICK_CONTEXTS
+    assert {LARGE, SMALL} <= set(quick.cases) <= set(full.cases)
+    assert full.as_dict().keys() == quick.as_dict().keys()
+    mine = parse_options(models="14:2×80", sequences="3", contexts="64,1k,1024")
+    assert mine.cases == [Case(3, 14, 2, 80, 64), Case(3, 14, 2, 80, 1024)]
+    assert mine.cases[0].label == "B3 14:2 D80 S64"
+    assert full.cases[0].fp16_bytes == 1024 * 8 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"models": "32x128"}, {"models": "7:2x64"}, {"models": "8:8x72"}, {"sequences": "0"}, {"contexts": "100"}],
+)
+def test_wrong_options_are_named(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+        parse_options(**wrong)
+
+
+# --- reports -------------------------------------------------------------------------
+
+
+def measurement(us: float | None) -> dict[str, Any]:
+    error = None if us else "WrongResult: 1"
+    return {
+        "us": us, "us_low": us, "us_high": us, "samples": 9, "launches": 3, "timing": "graph", "relative_error": 1e-4,
+        "error": error,
+    }  # fmt: skip
+
+
+def synthetic_report() -> dict[str, Any]:
+    """All cases: times in proportion to the bytes and 2 µs, SDPA's at 3 TB/s."""
+    options = parse_options()
+    report: dict[str, Any] = {
+        "what": "bench-attention", "schema": 1, "complete": True, "stopped": None, "note": "", "command": "kvpack",
+        "kvpack": "0", "date": "today", "commit": "abc", "package_changed_since_commit": False, "cpu": "a CPU",
+        "cores": 1, "load_at_start": 0, "python": "3", "versions": {"torch": "2"}, "device": DEVICE,
+        "options": options.as_dict(), "seconds": {"total": 1.0}, "decode": [], "grids": [], "skipped": [],
+        "copy": [{"bytes": 4e9, "us": 2666.0, "gb_per_s": 3000.0}],
+    }  # fmt: skip
+    bits = {name: PageFormat[name.upper()].element_bits for name in UNIFORM}
+    for case in options.cases:
+        if case.context == 131072 and case.sequences == 16:
+            report["skipped"].append(case._asdict() | {"bytes": 7e10, "limit_bytes": 6e10})
+            continue
+        sizes = dict.fromkeys(PEERS, case.fp16_bytes)
+        sizes |= {name: case.fp16_bytes * bits[name] // 16 for name in UNIFORM}
+        sizes |= {mixed(budget): int(case.fp16_bytes * budget) for budget in BUDGETS}
+        for name, size in sizes.items():
+            bound = size / 3e6
+            us = bound + (0 if name == "sdpa_cudnn" else LATENCY_US)
+            report["decode"].append(
+                case._asdict()
+                | {"name": name, "budget": None, "bytes": size, "copies": 2, "blocks": 512, "bound_us": bound}
+                | {"shares": dict.fromkeys(MIXED_NAMES, 0.25), "fraction_of_bound": bound / us}
+                | measurement(us)
+            )
+        report["grids"] += [
+            case._asdict() | {"blocks": blocks, "chosen": blocks == 512} | measurement(10.0) for blocks in (512, 256)
+        ]
+    report["targets"] = evaluate_targets(report)
+    return report
+
+
+def check_tables(report: dict[str, Any]) -> dict[str, Any]:
+    found = tables(report)
+    for table in found.values():
+        assert all(len(row) == len(table.headings) for row in table.rows), table.title
+        assert all(isinstance(cell, str) for row in table.rows for cell in row), table.title
+    return found
+
+
+def test_ratios() -> None:
+    report = synthetic_report()
+    fp16_us = LARGE.fp16_bytes / 3e6
+    best = best_sdpa(report, LARGE)
+    assert best is not None
+    assert best["name"] == "sdpa_cudnn"
+    assert speed(report, LARGE, "int4") == pytest.approx(fp16_us / (fp16_us / 4 + LATENCY_US))
+    found = gain(report, LARGE, 0.2)
+    assert found is not None
+    assert found.bytes == pytest.approx(2.5, rel=1e-6)
+    assert found.share == pytest.approx((fp16_us / 2 + LATENCY_US) / (fp16_us / 5 + LATENCY_US) / 2.5, rel=1e-6)
+    find(report, LARGE, "int8").update(us=None)  # type: ignore[union-attr]
+    assert gain(report, LARGE, 0.2) is None
+    assert speed(report, LARGE, "int8") is None
+    assert speed(report, Case(1, 1, 1, 64, 64), "int8") is None
+
+
+def test_targets_are_computed_from_the_rows() -> None:
+    report = synthetic_report()
+    found = {row["what"]: row for row in evaluate_targets(report)}
+    assert len(found) == len(report["targets"])
+    large = found["int4, B16 32:8 D128 S16384, against the best SDPA"]
+    assert (large["target"], large["met"], large["then"], large["then_met"]) == (2.5, True, 3.3, True)
+    assert found["int4, B16 32:8 D128 S16384, of the byte roofline"]["met"] is True
+    small = found["int4, B16 8:8 D64 S2048"]
+    assert (small["direction"], small["target"], small["met"], small["then"], small["then_met"]) == (
+        "at most", 10.0, True, 6.0, False,
+    )  # fmt: skip
+    assert found["int8, B16 8:8 D64 S2048"]["then"] is None
+    least = found["8/4/3/2 at 0.5 of fp16, B1 8:8 D64, slowest context to 16384: against int8"]
+    assert (least["measured"], least["target"], least["met"]) == (pytest.approx(1.0), 0.97, True)
+    share = found["8/4/3/2 at 0.2 of fp16, B1 8:8 D64, slowest context to 16384: of what bytes promise"]
+    assert (share["target"], share["then"], share["then_met"]) == (None, 0.8, False)
+
+    find(report, Case(1, 8, 8, 64, 4096), mixed(0.2)).update(us=None, error="wrong")  # type: ignore[union-attr]
+    again = {row["what"]: row for row in evaluate_targets(report)}
+    assert again[share["what"]]["measured"] is None
+    assert evaluate_targets(report | {"decode": []}) == []
+
+
+def test_tables_pictures_and_documents(tmp_path: Path) -> None:
+    report = synthetic_report()
+    found = check_tables(report)
+    assert list(found) == [
+        "times", "speeds", "rates", "bytes", "mixtures", "shares", "grids", "skipped", "copy", "targets",
+    ]  # fmt: skip
+    assert len(found["times"].rows) == len(cases_of(report)) == 30
+    assert [row[3] for row in found["times"].rows[:3]] == ["1024", "2048", "4096"]
+    assert found["grids"].rows[0][-1] == "256: 10.0"
+    assert len(found["shares"].rows) == 2 * len(BUDGETS)
+    assert wrong_results(report) == []
+
+    write_report(tmp_path / "2026-11-25-bench-attention.json", report)
+    module = render_docs()
+    module.RESULTS = tmp_path
+    names = [name for name in module.FIGURES if name.startswith("attention-")]
+    assert len(names) == 9
+    for name in names:
+        assert "a GPU" in module.figures(name)
+    module.RESULTS = tmp_path / "none"
+    assert all("`bench-attention`" in module.figures(name) for name in names)
+
+    for row in report["decode"][:40]:
+        row.update(us=None, error="failed", timing=None)
+    report["grids"][0].update(us=None, error="failed")
+    check_tables(report)
+    failed = sum(row["name"] not in PEERS for row in report["decode"][:40])
+    assert len(wrong_results(report)) == failed + 1
+    check_tables(report | {"decode": [], "grids": []})
+
+    plot = pytest.importorskip("kvpack.plot")
+    plot.plot_attention(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot.plot_attention(report | {"decode": []}, tmp_path / "none.png")
+
+
+# --- a run with stand-ins for the device ---------------------------------------------
+
+
+def decode_with_torch(
+    q: Any, pages: Any, table: Any, lengths: Any, num_kv_heads: int, k_formats: Any, v_formats: Any, **options: Any
+) -> Any:
+    cache = PageCache(pages, table, frozenset(k_formats), num_kv_heads, q.shape[-1])
+    group = q.shape[1] // num_kv_heads
+    out = torch.empty_like(q)
+    for sequence in range(len(q)):
+        for head in range(num_kv_heads):
+            of_head = slice(head * group, (head + 1) * group)
+            out[sequence, of_head, 0] = bench_pages.expected_attention(
+                q[sequence, of_head, 0],
+                cache.values(Side.K, sequence, head),
+                cache.values(Side.V, sequence, head),
+                options["scale"],
+            )
+    return out
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small tensors: threads that wait for each other take most of the time
+    backend = bench_attention.SDPBackend.MATH
+    monkeypatch.setattr(bench_attention, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_attention, "measure", fake_measure)
+    monkeypatch.setattr(bench_attention, "BACKENDS", dict.fromkeys(PEERS, backend))
+    monkeypatch.setattr(bench_attention, "MAX_COPIES", 2)
+    monkeypatch.setattr(bench_attention, "free_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(bench_attention, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(bench_attention.tickets, "prepare", lambda device: None)
+    monkeypatch.setattr(bench_linear, "device_report", lambda: DEVICE)
+    monkeypatch.setattr(bench_linear, "require_cuda", lambda command: None)
+    monkeypatch.setattr(
+        bench_attention, "copy_bandwidth", lambda size: {"bytes": float(size), "us": 1.0, "gb_per_s": 4000.0}
+    )
+    monkeypatch.setattr(bench_attention.attention_kernels, "decode", decode_with_torch)
+    yield bench_attention
+    torch.set_num_threads(threads)
+
+
+def small(**options: Any) -> Any:
+    return parse_options(models="4:2x64", sequences="1,3", contexts="128,576", quick=True, **options)
+
+
+def test_a_run_measures_everything_and_reports_as_it_goes(bench: Any) -> None:
+    seen: list[str] = []
+    stages: list[str] = []
+    report = bench.bench_attention(small(), lambda so_far: seen.append(json.dumps(so_far)), stages.append)
+    assert report.keys() == TOP_KEYS
+    assert (report["complete"], report["stopped"], wrong_results(report)) == (True, None, [])
+    assert stages == ["copy", "B1 4:2 D64 S128", "B3 4:2 D64 S128", "B1 4:2 D64 S576", "B3 4:2 D64 S576"]
+    assert len(seen) > 5
+    names = [*PEERS, *UNIFORM, mixed(0.2), mixed(0.4)]
+    assert [row["name"] for row in report["decode"]] == 4 * names
+    last = Case(3, 4, 2, 64, 576)
+    for name in names:
+        row = find(report, last, name)
+        assert row is not None, name
+        assert row["relative_error"] <= 1e-3
+        assert row["bound_us"] == pytest.approx(row["bytes"] / 4e6)
+        assert row["fraction_of_bound"] == pytest.approx(row["bound_us"] / row["us"])
+        assert row["copies"] == 2
+    mixture_row, whole = find(report, last, mixed(0.4)), find(report, last, "fp16")
+    assert mixture_row is not None
+    assert whole is not None
+    assert 0.35 < mixture_row["bytes"] / whole["bytes"] <= 0.4
+    assert sum(mixture_row["shares"].values()) == pytest.approx(1)
+    assert whole["bytes"] == last.fp16_bytes
+    assert sum(row["chosen"] for row in report["grids"]) == 4
+    assert all(row["blocks"] >= 1 for row in report["grids"])
+    check_tables(report)
+
+
+@pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
+def test_the_kernel_is_right_with_these_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention.attention_kernels.kernels, "launch", emulated_launch)
+    case = Case(2, 4, 2, 64, 192)
+    monkeypatch.setattr(bench_attention, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_linear, "device_report", lambda: DEVICE)
+    run = bench_attention.AttentionBench(parse_options(), None, lambda stage: None)
+    q = torch.randn(2, 4, 1, 64, generator=generator()).half()
+    cycle = np.array([PageFormat.INT8, PageFormat.FP8_E4M3, PageFormat.INT3, PageFormat.FP16, PageFormat.INT2])
+    formats = np.resize(cycle, (2, 3)).astype(np.uint8)
+    for work in run._pages(case, q, formats, 1, [1, 5]):
+        assert 0 < work.error(work.calls[0]()) < bench_attention.TOLERANCE
+
+
+def test_wrong_results_are_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(*arguments: Any, **options: Any) -> Any:
+        return 2 * decode_with_torch(*arguments, **options)
+
+    monkeypatch.setattr(bench.attention_kernels, "decode", doubled)
+    report = bench.bench_attention(parse_options(models="4:2x64", sequences="1", contexts="128"))
+    mine = [row for row in report["decode"] if row["name"] not in PEERS]
+    assert mine
+    assert all(row["us"] is None and "WrongResult" in row["error"] for row in mine)
+    assert len(wrong_results(report)) == len(mine) + len(report["grids"])
+    check_tables(report)
+
+
+def test_what_does_not_fit_is_left_out_and_named(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "free_bytes", lambda: 3_000_000)
+    report = bench.bench_attention(small())
+    assert report["complete"] is True
+    assert report["skipped"]
+    assert {row["context"] for row in report["skipped"]} == {576}
+    assert all(row["bytes"] > row["limit_bytes"] == 2_700_000 for row in report["skipped"])
+    assert check_tables(report)["skipped"].rows
+
+
+def test_a_time_limit_leaves_what_there_is(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvpack.runtime import bench_run
+
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(bench_run.time, "monotonic", lambda: next(clock))
+    report = bench.bench_attention(small(time_limit_s=60))
+    assert (report["complete"], bool(report["decode"])) == (False, True)
+    assert "time limit" in report["stopped"]
+
+
+# --- the command ---------------------------------------------------------------------
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", "attention", *arguments])
+
+
+@pytest.mark.skipif(cuda_available(), reason="there is a device")
+def test_without_a_device_it_says_so() -> None:
+    plain = run("--quick")
+    assert (plain.exit_code, plain.stdout) == (ExitCode.NO_DEVICE, "")
+    assert "no CUDA device: `kvpack bench attention`" in plain.stderr
+    as_json = json.loads(run("--quick", "--json").stdout)
+    assert (as_json["ok"], as_json["error"], as_json["exit_code"]) == (False, "DeviceError", ExitCode.NO_DEVICE)
+
+
+def test_wrong_usage_is_seen_before_the_device() -> None:
+    assert run("--contexts", "100").exit_code == ExitCode.USAGE
+    assert json.loads(run("--models", "7", "--json").stdout)["exit_code"] == ExitCode.USAGE
+
+
+def test_the_command_prints_writes_and_draws(bench: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = tmp_path / "report.json", tmp_path / "plot.png"
+    arguments = ("--models", "4:2x64", "--sequences", "2", "--contexts", "128", "--quick")
+    plain = run(*arguments, "--report", str(files[0]), "--plot", str(files[1]))
+    assert plain.exit_code == ExitCode.OK, plain.output
+    assert "Decode attention, µs" in plain.stdout
+    assert all(file.stat().st_size for file in files)
+    assert json.loads(run(*arguments, "--json").stdout)["ok"] is True
