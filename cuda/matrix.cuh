@@ -6,7 +6,7 @@
 //   naive        a thread an element (of quantization: a byte of codes); of scales: a column or a row
 //   tiled        a block a tile of 32 × 64 elements, staged in shared memory
 //   coarsened    a thread an element, or a byte of codes, in several rows: what belongs to the column is loaded once
-//   vectorized   a thread an octet of a row, 16 bytes of fp16, in several rows
+//   vectorized   a thread an octet of a row, 16 bytes of fp16, in several rows; quantizing by token, some lanes a row, read once
 #pragma once
 
 #include "activations.cuh"
@@ -37,6 +37,12 @@ __device__ __forceinline__ float scale_of(u32 largest, float limit) {
   if (largest >= kInfinity) return __uint_as_float(kNaN);
   const float scale = __fdiv_rn(__uint_as_float(largest), limit);
   return scale < __uint_as_float(KVPACK_MIN_SCALE_BITS) ? 0.0f : fminf(scale, __uint_as_float(KVPACK_MAX_SCALE_BITS));
+}
+
+// Largest of a power of two of neighbouring lanes.
+__device__ __forceinline__ u32 max_of_lanes(u32 value, u32 lanes) {
+  for (u32 distance = lanes / 2; distance > 0; distance /= 2) value = max(value, __shfl_xor_sync(kAllLanes, value, distance));
+  return value;
 }
 
 // A thread's octet of a row, and the rows it goes through: blocks take strips of columns (y) and chunks of rows (x), the last
@@ -138,6 +144,19 @@ __device__ __forceinline__ void store_octet(u8* codes, u64 index, const Codes& o
   if constexpr (kBits == 3) {
 #pragma unroll
     for (u32 i = 0; i < 3; ++i) at[i] = static_cast<u8>(octet.low >> (8 * i));
+  }
+}
+
+// The same by neighbouring threads for neighbouring octets, if a row has a multiple of four (`quads`): at 3 bits four threads have
+// twelve bytes, three words, of which each of the first three writes one. All threads of a warp call it, with the place of their
+// octet among its four as in the warp.
+__device__ __forceinline__ void store_octets(u8* codes, u64 index, const Codes& octet, bool quads, bool inside) {
+  if (kBits == 3 && quads) {
+    const u32 next = __shfl_down_sync(kAllLanes, octet.low, 1), place = threadIdx.x % 4;
+    u32* words = reinterpret_cast<u32*>(codes) + index / 4 * 3;
+    if (inside && place < 3) __stcs(words + place, octet.low >> (8 * place) | next << (24 - 8 * place));
+  } else if (inside) {
+    store_octet(codes, index, octet);
   }
 }
 

@@ -75,12 +75,11 @@ matrix_quantize(const void* x, u32 rows, u32 cols, u32 chunk_rows, u32 aligned, 
   store_octet(codes, static_cast<u64>(first_row + row) * octets + first_col / kOctet + octet, packed);
 
 #else
+  static_assert(!kByToken, "matrix_quantize_rows.cu");
   const Octets mine(rows, cols, chunk_rows, true);
   float inverse[kOctet];
-  if constexpr (!kByToken) {
 #pragma unroll
-    for (u32 i = 0; i < kOctet; ++i) inverse[i] = i < mine.count ? inverse_of(__ldg(scales + mine.octet * kOctet + i)) : 0.0f;
-  }
+  for (u32 i = 0; i < kOctet; ++i) inverse[i] = i < mine.count ? inverse_of(__ldg(scales + mine.octet * kOctet + i)) : 0.0f;
   const u32 block_end = min(mine.first_row + chunk_rows, rows);
   // All threads go through the same steps, since those of a warp exchange codes of 3 bits.
   for (u32 first = mine.first_row; first < block_end; first += kBatch * mine.row_step) {
@@ -94,23 +93,10 @@ matrix_quantize(const void* x, u32 rows, u32 cols, u32 chunk_rows, u32 aligned, 
     for (u32 k = 0; k < kBatch; ++k) {
       const u32 row = first + k * mine.row_step + mine.lane_row;
       const bool inside = row < mine.end_row;
-      if constexpr (kByToken) {
-        const float of_row = inside ? inverse_of(__ldg(scales + row)) : 0.0f;
-#pragma unroll
-        for (float& each : inverse) each = of_row;
-      }
       Codes packed;
 #pragma unroll
       for (u32 i = 0; i < kOctet; ++i) packed.set(i, code_of(elements[k].value(i), inverse[i]));
-      const u64 index = static_cast<u64>(row) * octets + mine.octet;
-      if (kBits == 3 && octets % 4 == 0) {
-        // Four neighbouring threads have twelve bytes: three words, of which each of the first three writes one.
-        const u32 next = __shfl_down_sync(kAllLanes, packed.low, 1), place = thread % 4;
-        u32* words = reinterpret_cast<u32*>(codes) + index / 4 * 3;
-        if (inside && place < 3) __stcs(words + place, packed.low >> (8 * place) | next << (24 - 8 * place));
-      } else if (inside) {
-        store_octet(codes, index, packed);
-      }
+      store_octets(codes, static_cast<u64>(row) * octets + mine.octet, packed, octets % 4 == 0, inside);
     }
   }
 #endif

@@ -16,18 +16,12 @@ __device__ __forceinline__ void finish_strip(u32 first, u32 end, float limit, co
   for (u32 col = first + threadIdx.x; col < end; col += kThreads) scales[col] = scale_of(__ldcg(maxima + col), limit);
 }
 
-// Largest of a power of two of neighbouring lanes.
-__device__ __forceinline__ u32 max_of_lanes(u32 value, u32 lanes) {
-  for (u32 distance = lanes / 2; distance > 0; distance /= 2) value = max(value, __shfl_xor_sync(kAllLanes, value, distance));
-  return value;
-}
-
 // x: [rows, cols]; scales: [cols], or [rows] by token. Blocks are one-dimensional.
 // By channel, other than naive: the grid is (chunks of chunk_rows rows, strips of columns); maxima u32 [cols] and tickets
 // u32 [strips] are 0 before.
-// aligned: rows begin at multiples of 16 bytes and consist of octets. lanes: of a row, vectorized and by token; a power of two.
+// aligned: rows begin at multiples of 16 bytes and consist of octets.
 extern "C" __global__ void __launch_bounds__(kThreads, KVPACK_BLOCKS_PER_SM)
-matrix_scales(const void* x, u32 rows, u32 cols, u32 chunk_rows, u32 aligned, u32 lanes, float limit, u32* maxima, u32* tickets,
+matrix_scales(const void* x, u32 rows, u32 cols, u32 chunk_rows, u32 aligned, float limit, u32* maxima, u32* tickets,
               float* scales) {
   const u32 thread = threadIdx.x;
 #if KVPACK_VARIANT == KVPACK_VARIANT_NAIVE
@@ -95,57 +89,44 @@ matrix_scales(const void* x, u32 rows, u32 cols, u32 chunk_rows, u32 aligned, u3
     const u32 first_col = blockIdx.y * kThreads, col = first_col + thread, end_row = min((blockIdx.x + 1) * chunk_rows, rows);
     if (col < cols) {
 #pragma unroll 4
-      for (u32 row = blockIdx.x * chunk_rows; row < end_row; ++row) largest = max(largest, magnitude(load_element(x, row, cols, col)));
+      for (u32 row = blockIdx.x * chunk_rows; row < end_row; ++row) {
+        largest = max(largest, magnitude(load_element(x, row, cols, col)));
+      }
       atomicMax(maxima + col, largest);
     }
     finish_strip(first_col, min(first_col + kThreads, cols), limit, maxima, tickets + blockIdx.y, scales);
   }
 
 #else
-  if constexpr (kByToken) {
-    const u32 row = blockIdx.x * (kThreads / lanes) + thread / lanes;
-    u32 largest = 0;
-    if (row < rows) {
-#pragma unroll 4
-      for (u32 col = thread % lanes * kOctet; col < cols; col += lanes * kOctet) {
-        Eight elements;
-        elements.load(x, static_cast<u64>(row) * cols + col, min(cols - col, kOctet), aligned);
+  static_assert(!kByToken, "matrix_quantize_rows.cu");
+  // Maximum i of the strip's octet c: place i · kThreads + c, so that neighbouring threads meet no bank twice.
+  __shared__ u32 maximum[kOctet * kThreads];
 #pragma unroll
-        for (u32 i = 0; i < kOctet; ++i) largest = max(largest, magnitude(elements.value(i)));
-      }
+  for (u32 i = 0; i < kOctet; ++i) maximum[i * kThreads + thread] = 0;
+  __syncthreads();
+  const Octets mine(rows, cols, chunk_rows, false);
+  u32 largest[kOctet] = {};
+  for (u32 row = mine.first_row + mine.lane_row; row < mine.end_row; row += kBatch * mine.row_step) {
+    Eight elements[kBatch];
+#pragma unroll
+    for (u32 k = 0; k < kBatch; ++k) {
+      const u32 at = row + k * mine.row_step;
+      elements[k].load(x, static_cast<u64>(at) * cols + mine.octet * kOctet, at < mine.end_row ? mine.count : 0, aligned);
     }
-    largest = max_of_lanes(largest, lanes);
-    if (thread % lanes == 0 && row < rows) scales[row] = scale_of(largest, limit);
-  } else {
-    // Maximum i of the strip's octet c: place i · kThreads + c, so that neighbouring threads meet no bank twice.
-    __shared__ u32 maximum[kOctet * kThreads];
 #pragma unroll
-    for (u32 i = 0; i < kOctet; ++i) maximum[i * kThreads + thread] = 0;
-    __syncthreads();
-    const Octets mine(rows, cols, chunk_rows, false);
-    u32 largest[kOctet] = {};
-    for (u32 row = mine.first_row + mine.lane_row; row < mine.end_row; row += kBatch * mine.row_step) {
-      Eight elements[kBatch];
+    for (u32 k = 0; k < kBatch; ++k) {
 #pragma unroll
-      for (u32 k = 0; k < kBatch; ++k) {
-        const u32 at = row + k * mine.row_step;
-        elements[k].load(x, static_cast<u64>(at) * cols + mine.octet * kOctet, at < mine.end_row ? mine.count : 0, aligned);
-      }
-#pragma unroll
-      for (u32 k = 0; k < kBatch; ++k) {
-#pragma unroll
-        for (u32 i = 0; i < kOctet; ++i) largest[i] = max(largest[i], magnitude(elements[k].value(i)));
-      }
+      for (u32 i = 0; i < kOctet; ++i) largest[i] = max(largest[i], magnitude(elements[k].value(i)));
     }
-    const u32 first_octet = blockIdx.y * kThreads;
-#pragma unroll
-    for (u32 i = 0; i < kOctet; ++i) max_shared_u32(shared_address(&maximum[i * kThreads + mine.octet - first_octet]), largest[i]);
-    __syncthreads();
-    const u32 first = first_octet * kOctet, end = min(first + kThreads * kOctet, cols);
-    for (u32 i = thread; first + i < end; i += kThreads) {
-      atomicMax(maxima + first + i, maximum[i % kOctet * kThreads + i / kOctet]);
-    }
-    finish_strip(first, end, limit, maxima, tickets + blockIdx.y, scales);
   }
+  const u32 first_octet = blockIdx.y * kThreads;
+#pragma unroll
+  for (u32 i = 0; i < kOctet; ++i) max_shared_u32(shared_address(&maximum[i * kThreads + mine.octet - first_octet]), largest[i]);
+  __syncthreads();
+  const u32 first = first_octet * kOctet, end = min(first + kThreads * kOctet, cols);
+  for (u32 i = thread; first + i < end; i += kThreads) {
+    atomicMax(maxima + first + i, maximum[i % kOctet * kThreads + i / kOctet]);
+  }
+  finish_strip(first, end, limit, maxima, tickets + blockIdx.y, scales);
 #endif
 }

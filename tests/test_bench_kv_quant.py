@@ -103,6 +103,10 @@ def test_a_run_measures_everything_and_reports_as_it_goes(bench: Any, tmp_path: 
     assert first["quantize"]["relative_error"] == first["dequantize"]["relative_error"] == 0
     least_bytes = 64 * 21 * 2 + 64 * 24 + 21 * 4
     assert first["quantize_fraction"] == pytest.approx(least_bytes / 4e6 / first["quantize"]["us"])
+    moved = {(row["axis"], row["variant"]): row["quantize_moved_fraction"] / row["quantize_fraction"]
+             for row in report["matrices"] if row["format"] == "int8"}  # fmt: skip
+    assert moved["token", "vectorized"] == 1
+    assert all(ratio > 1.5 for case, ratio in moved.items() if case != ("token", "vectorized"))
     assert first["total_ms"] == pytest.approx((first["quantize"]["us"] + first["dequantize"]["us"]) / 1e3)
     assert first["quantize_speedup"] > 0
     assert {row["source"] for row in report["quality"]} == {RANDOM_SOURCE}

@@ -1,7 +1,7 @@
 """Quantizers of a whole matrix on the GPU, in four variants that give the same bytes; on the CPU the reference.
 
 :mod:`kvpack.encode.matrix_quantizer` says what scales and codes are and how they lie, ``cuda/matrix.cuh`` what the
-variants are. Quantizing is two launches: scales, then codes.
+variants are. Quantizing is two launches, scales and codes; vectorized and by token it is one.
 """
 
 from __future__ import annotations
@@ -140,6 +140,11 @@ def quantize_kernel(dtype: torch.dtype, page_format: PageFormat, axis: Axis, var
     return _kernel("matrix_quantize", dtype, page_format, axis, variant)
 
 
+def quantize_rows_kernel(dtype: torch.dtype, page_format: PageFormat) -> Kernel:
+    """Scales and codes at once: vectorized, by token."""
+    return _kernel("matrix_quantize_rows", dtype, page_format, Axis.TOKEN, Variant.VECTORIZED)
+
+
 def dequantize_kernel(dtype: torch.dtype, page_format: PageFormat, axis: Axis, variant: Variant) -> Kernel:
     """Codes and scales to a matrix of ``dtype``."""
     return _kernel("matrix_dequantize", dtype, page_format, axis, variant)
@@ -175,11 +180,10 @@ def _is_aligned(matrix: torch.Tensor) -> bool:
 
 
 def matrix_scales(x: torch.Tensor, page_format: PageFormat, axis: Axis, variant: Variant) -> torch.Tensor:
-    """Scales of the columns or rows of a contiguous matrix on a GPU."""
+    """Scales of the columns or rows of a contiguous matrix on a GPU; of rows not vectorized."""
     rows, columns = x.shape
     by_token = axis == Axis.TOKEN
     octets = ceil_div(columns, OCTET)
-    lanes = min(GROUP_LANES, 1 << (octets - 1).bit_length())
     strip_columns = {Variant.TILED: _TILE_COLS, Variant.COARSENED: _THREADS, Variant.VECTORIZED: OCTET * _THREADS}
     grid: tuple[int, int]
     chunk_rows = 0
@@ -187,12 +191,7 @@ def matrix_scales(x: torch.Tensor, page_format: PageFormat, axis: Axis, variant:
     if variant == Variant.NAIVE:
         grid = (ceil_div(rows if by_token else columns, _THREADS), 1)
     elif by_token:
-        lanes_of_row = {
-            Variant.TILED: _THREADS // _TILE_ROWS,
-            Variant.COARSENED: GROUP_LANES,
-            Variant.VECTORIZED: lanes,
-        }
-        grid = (ceil_div(rows, _THREADS // lanes_of_row[variant]), 1)
+        grid = (ceil_div(rows, _TILE_ROWS if variant == Variant.TILED else _THREADS // GROUP_LANES), 1)
     else:
         strips = ceil_div(columns, strip_columns[variant])
         unit = _batch(x.dtype, None) * max(1, _THREADS // octets) if variant == Variant.VECTORIZED else _TILE_ROWS
@@ -210,7 +209,6 @@ def matrix_scales(x: torch.Tensor, page_format: PageFormat, axis: Axis, variant:
             np.uint32(columns),
             np.uint32(chunk_rows),
             np.uint32(_is_aligned(x)),
-            np.uint32(lanes),
             np.float32(LIMITS[page_format]),
             None if counters is None else counters[:columns],
             None if counters is None else counters[columns:],
@@ -224,7 +222,7 @@ def matrix_scales(x: torch.Tensor, page_format: PageFormat, axis: Axis, variant:
 def matrix_codes(
     x: torch.Tensor, scales: torch.Tensor, page_format: PageFormat, axis: Axis, variant: Variant
 ) -> torch.Tensor:
-    """Codes of a contiguous matrix on a GPU whose scales are known."""
+    """Codes of a contiguous matrix on a GPU whose scales are known; by token not vectorized."""
     rows, columns = x.shape
     width = row_bytes(columns, page_format)
     codes = torch.empty((rows, width), dtype=torch.uint8, device=x.device)
@@ -245,6 +243,37 @@ def matrix_codes(
         device=x.device,
     )
     return codes
+
+
+def scales_and_codes(
+    x: torch.Tensor, page_format: PageFormat, axis: Axis, variant: Variant
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both, of a contiguous matrix on a GPU."""
+    if axis == Axis.CHANNEL or variant != Variant.VECTORIZED:
+        scales = matrix_scales(x, page_format, axis, variant)
+        return scales, matrix_codes(x, scales, page_format, axis, variant)
+    rows, columns = x.shape
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    codes = torch.empty((rows, row_bytes(columns, page_format)), dtype=torch.uint8, device=x.device)
+    octets = ceil_div(columns, OCTET)
+    lanes = min(GROUP_LANES, 1 << (octets - 1).bit_length())
+    kernels.launch(
+        quantize_rows_kernel(x.dtype, page_format),
+        ceil_div(rows, _THREADS // lanes),
+        _THREADS,
+        (
+            x,
+            np.uint32(rows),
+            np.uint32(columns),
+            np.uint32(_is_aligned(x)),
+            np.uint32(lanes),
+            np.float32(LIMITS[page_format]),
+            scales,
+            codes,
+        ),
+        device=x.device,
+    )
+    return scales, codes
 
 
 def quantize_matrix(
@@ -272,8 +301,7 @@ def quantize_matrix(
         codes, scales = torch.from_numpy(done.codes), torch.from_numpy(done.scales)
     else:
         kernels.require_device(x.device)
-        scales = matrix_scales(matrix, page_format, wanted, chosen)
-        codes = matrix_codes(matrix, scales, page_format, wanted, chosen)
+        scales, codes = scales_and_codes(matrix, page_format, wanted, chosen)
     return QuantizedMatrix(codes, scales, page_format, wanted, x.shape[1], x.dtype)
 
 

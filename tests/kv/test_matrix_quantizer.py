@@ -214,9 +214,8 @@ def same_bytes(x: np.ndarray, device: str, page_format: PageFormat, axis: Axis, 
     expected = quantize_matrix(x, page_format, axis)
     dtype = TORCH_DTYPES[x.dtype.type]
     matrix = runtime.as_tensor(x).to(device)
-    scales = runtime.matrix_scales(matrix, page_format, axis, variant)
+    scales, codes = runtime.scales_and_codes(matrix, page_format, axis, variant)
     assert np.array_equal(scales.cpu().numpy().view(np.uint32), expected.scales.view(np.uint32))
-    codes = runtime.matrix_codes(matrix, scales, page_format, axis, variant)
     assert np.array_equal(codes.cpu().numpy(), expected.codes)
     values = runtime.matrix_values(codes, scales, page_format, axis, x.shape[1], dtype, variant)
     assert_same_values(runtime.as_array(values.cpu()), dequantize_matrix(expected, x.dtype))

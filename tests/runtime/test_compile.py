@@ -119,12 +119,18 @@ def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
     )
 
 
-def matrix_kernels(of: Callable[..., Kernel], *choices: Iterable[Any]) -> Callable[[bool, int], Iterator[Kernel]]:
-    """Of types, the given choices, axes and variants: all, or some that have each."""
+def matrix_kernels(
+    of: Callable[..., Kernel], *choices: Iterable[Any], rows_apart: bool = False
+) -> Callable[[bool, int], Iterator[Kernel]]:
+    """Of types and the given choices; `rows_apart`: vectorized kernels for tokens are another file's."""
 
     def of_all(everything: bool, _architecture: int) -> Iterator[Kernel]:
-        options = list(itertools.product(*choices, Axis, matrices.Variant))
-        for dtype, option in selected(weights.ACTIVATIONS, options, everything or not choices):
+        options = [
+            option
+            for option in itertools.product(*choices)
+            if not (rows_apart and option[-2:] == (Axis.TOKEN, matrices.Variant.VECTORIZED))
+        ]
+        for dtype, option in selected(weights.ACTIVATIONS, options, everything or len(options) < len(SIGNED)):
             yield of(dtype, *option)
 
     return of_all
@@ -146,6 +152,10 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "matrix_scales": matrix_kernels(matrices.scales_kernel),
     "matrix_quantize": matrix_kernels(matrices.quantize_kernel, FORMATS),
     "matrix_dequantize": matrix_kernels(matrices.dequantize_kernel, FORMATS),
+    "matrix_scales": matrix_kernels(matrices.scales_kernel, Axis, matrices.Variant, rows_apart=True),
+    "matrix_quantize": matrix_kernels(matrices.quantize_kernel, FORMATS, Axis, matrices.Variant, rows_apart=True),
+    "matrix_quantize_rows": matrix_kernels(matrices.quantize_rows_kernel, FORMATS),
+    "matrix_dequantize": matrix_kernels(matrices.dequantize_kernel, FORMATS, Axis, matrices.Variant),
 }
 
 
