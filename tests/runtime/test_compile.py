@@ -21,7 +21,8 @@ import nvrtc  # noqa: E402
 from nvrtc import compile_for  # noqa: E402
 
 from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layout  # noqa: E402
-from kvpack.runtime import gpu_encoder  # noqa: E402
+from kvpack.format.pages import PageFormat, Side  # noqa: E402
+from kvpack.runtime import gpu_encoder, page_kernels  # noqa: E402
 from kvpack.runtime import weight_kernels as weights  # noqa: E402
 from kvpack.runtime.kernels import Kernel, layout_defines  # noqa: E402
 
@@ -52,11 +53,12 @@ SIGNED, UNSIGNED = (
     for kind in (ElementKind.SIGNED, ElementKind.UNSIGNED)
 )
 FLOATS = tuple(layout for kind in ElementKind if not kind.is_integer for layout in float_layouts(kind))
+HEAD_DIMS = (64, 80, 96, 128, 256)
 BUFFERS = (1, 2)
 RESIDENT = (1, 2)
 
 
-def selected(layouts: Iterable[Layout], options: Sequence[Any], everything: bool) -> Iterator[tuple[Layout, Any]]:
+def selected(layouts: Iterable[Any], options: Sequence[Any], everything: bool) -> Iterator[tuple[Any, Any]]:
     """All pairs, or so many that each layout and each option is in one."""
     every = min(_EVERY, len(options))
     for (i, layout), (j, option) in itertools.product(enumerate(layouts), enumerate(options)):
@@ -101,6 +103,19 @@ def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
     )
 
 
+def quantize_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
+    targets = [page_format for page_format in PageFormat if page_format.is_quantized]
+    options = list(itertools.product(Side, PageFormat, targets))
+    for head_dim, (side, source, target) in selected(HEAD_DIMS, options, everything):
+        yield page_kernels.quantize_kernel(side, source, target, head_dim)
+
+
+def read_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
+    options = list(itertools.product(Side, weights.ACTIVATIONS))
+    for head_dim, (side, dtype) in selected(HEAD_DIMS, options, everything):
+        yield page_kernels.read_kernel(side, head_dim, dtype)
+
+
 KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemv": gemv_kernels,
     "gemm": gemm_kernels,
@@ -113,6 +128,9 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
         gpu_encoder._quantize_kernel(kind) for kind in gpu_encoder._WEIGHT_KINDS.values()
     ],
     "crc32": lambda _everything, _architecture: [gpu_encoder._CRC],
+    "page_write": lambda _everything, _architecture: map(page_kernels.write_kernel, HEAD_DIMS),
+    "page_quantize": quantize_kernels,
+    "page_read": read_kernels,
 }
 
 
