@@ -31,83 +31,97 @@ typedef Slice<kSource> Source;
 typedef Slice<kTarget> Target;
 typedef Columns<kSide, kSource> SourceColumns;
 
-__device__ __forceinline__ float over_lanes(float value, float (*joined)(float, float)) {
-#pragma unroll
-  for (u32 distance = 16; distance >= 4; distance /= 2) value = joined(value, __shfl_xor_sync(kAllLanes, value, distance));
-  return value;
+// Of a lane's four columns, to one that it keeps, 2·(lane's bit 4) + (bit 3): joined over all lanes of the same columns, those of
+// rows 4, 2 and 1 apart in turn. So there is half as much to join after each step, and what follows is computed by two lanes, not
+// eight.
+template <typename Join>
+__device__ __forceinline__ float joined_column(const float (&values)[kColumns], const Join& join, u32 lane) {
+  const bool upper = lane & 16, second = lane & 8;
+  const float a = join(upper ? values[2] : values[0], __shfl_xor_sync(kAllLanes, upper ? values[0] : values[2], 16));
+  const float b = join(upper ? values[3] : values[1], __shfl_xor_sync(kAllLanes, upper ? values[1] : values[3], 16));
+  const float c = join(second ? b : a, __shfl_xor_sync(kAllLanes, second ? a : b, 8));
+  return join(c, __shfl_xor_sync(kAllLanes, c, 4));
+}
+// Back: column `column` from a lane that keeps it.
+template <typename T>
+__device__ __forceinline__ T of_column(T kept, u32 column, u32 lane) {
+  return __shfl_sync(kAllLanes, kept, (column >> 1) * 16 + (column & 1) * 8 + lane % 4);
 }
 
-// The least (with centers) and the largest of each column, of magnitudes without centers; NaN if one of its values is.
+__device__ __forceinline__ u32 larger_halves(u32 a, u32 b) {
+  return kSource == KVPACK_FORMAT_FP16 ? max_nan_f16x2(a, b) : max_nan_bf16x2(a, b);
+}
+__device__ __forceinline__ u32 smaller_halves(u32 a, u32 b) {
+  return kSource == KVPACK_FORMAT_FP16 ? min_nan_f16x2(a, b) : min_nan_bf16x2(a, b);
+}
+// joined_column of two columns to a word.
+template <typename Join>
+__device__ __forceinline__ float joined_halves(const u32 (&words)[2], const Join& join, u32 lane) {
+  const bool upper = lane & 16;
+  u32 joined = join(upper ? words[1] : words[0], __shfl_xor_sync(kAllLanes, upper ? words[0] : words[1], 16));
+  joined = join(joined, __shfl_xor_sync(kAllLanes, joined, 8));
+  joined = join(joined, __shfl_xor_sync(kAllLanes, joined, 4));
+  const Two both = halves<kSource>(joined);
+  return lane & 8 ? both.second : both.first;
+}
+
+// Of the column that the lane keeps: the largest value and, with centers, the least; without them the largest magnitude. NaN if one
+// of the values is.
 struct Extremes {
-  float low[kColumns], high[kColumns];
+  float low, high;
 
-  __device__ __forceinline__ void find(const Source (&parts)[kParts], const SourceColumns& columns) {
+  __device__ __forceinline__ Extremes(const Source (&parts)[kParts], const SourceColumns& columns, u32 lane) : low(0.0f) {
     if constexpr (is_quantized(kSource)) {
+      float lows[kColumns], highs[kColumns];
 #pragma unroll
-      for (u32 part = 0; part < kParts; ++part) {
+      for (u32 i = 0; i < 2 * kParts; ++i) {
 #pragma unroll
-        for (u32 r = 0; r < kRowPairs; ++r) {
-          const Two x = columns.pair(parts[part], r);
-          const u32 column = 2 * (r >> 1);
-          add(column, x.first, part == 0 && r % 2 == 0);
-          add(column + 1, x.second, part == 0 && r % 2 == 0);
+        for (u32 h = 0; h < 2; ++h) {
+          Two x = columns.pair(parts[i / 2], 2 * h + i % 2);
+          if constexpr (!kCentered) x = {fabsf(x.first), fabsf(x.second)};
+          highs[2 * h] = i == 0 ? x.first : max_nan(highs[2 * h], x.first);
+          highs[2 * h + 1] = i == 0 ? x.second : max_nan(highs[2 * h + 1], x.second);
+          if constexpr (kCentered) {
+            lows[2 * h] = i == 0 ? x.first : min_nan(lows[2 * h], x.first);
+            lows[2 * h + 1] = i == 0 ? x.second : min_nan(lows[2 * h + 1], x.second);
+          }
         }
       }
-#pragma unroll
-      for (u32 column = 0; column < kColumns; ++column) {
-        high[column] = over_lanes(high[column], max_nan);
-        if constexpr (kCentered) low[column] = over_lanes(low[column], min_nan);
-      }
+      high = joined_column(highs, max_nan, lane);
+      if constexpr (kCentered) low = joined_column(lows, min_nan, lane);
     } else {
-      // Two columns at once.
+      u32 lows[2], highs[2];
 #pragma unroll
-      for (u32 h = 0; h < 2; ++h) {
-        u32 most = magnitudes(parts[0].words[2 * h]), least = most;
+      for (u32 i = 0; i < 2 * kParts; ++i) {
 #pragma unroll
-        for (u32 i = 1; i < 2 * kParts; ++i) {
-          const u32 word = magnitudes(parts[i / 2].words[2 * h + i % 2]);
-          most = larger(most, word);
-          if constexpr (kCentered) least = smaller(least, word);
+        for (u32 h = 0; h < 2; ++h) {
+          const u32 word = parts[i / 2].words[2 * h + i % 2] & (kCentered ? 0xFFFFFFFF : 0x7FFF7FFF);
+          highs[h] = i == 0 ? word : larger_halves(highs[h], word);
+          if constexpr (kCentered) lows[h] = i == 0 ? word : smaller_halves(lows[h], word);
         }
-#pragma unroll
-        for (u32 distance = 16; distance >= 4; distance /= 2) {
-          most = larger(most, __shfl_xor_sync(kAllLanes, most, distance));
-          if constexpr (kCentered) least = smaller(least, __shfl_xor_sync(kAllLanes, least, distance));
-        }
-        const Two highs = halves<kSource>(most), lows = halves<kSource>(least);
-        high[2 * h] = highs.first, high[2 * h + 1] = highs.second;
-        low[2 * h] = lows.first, low[2 * h + 1] = lows.second;
       }
+      high = joined_halves(highs, larger_halves, lane);
+      if constexpr (kCentered) low = joined_halves(lows, smaller_halves, lane);
     }
-#pragma unroll
-    for (u32 column = 0; column < kColumns; ++column) {
-      high[column] = without_denormals(high[column]);
-      if constexpr (kCentered) low[column] = without_denormals(low[column]);
-    }
+    high = without_denormals(high);
+    if constexpr (kCentered) low = without_denormals(low);
   }
 
-  __device__ __forceinline__ bool is_finite(u32 column) const {
+  __device__ __forceinline__ bool is_finite() const {
     const float infinity = __uint_as_float(0x7F800000);
-    return fabsf(high[column]) < infinity && (!kCentered || fabsf(low[column]) < infinity);
+    return fabsf(high) < infinity && fabsf(low) < infinity;
   }
-
- private:
-  __device__ __forceinline__ void add(u32 column, float x, bool is_first) {
-    if constexpr (!kCentered) x = fabsf(x);
-    high[column] = is_first ? x : max_nan(high[column], x);
-    if constexpr (kCentered) low[column] = is_first ? x : min_nan(low[column], x);
-  }
-  static __device__ __forceinline__ u32 magnitudes(u32 word) { return kCentered ? word : word & 0x7FFF7FFF; }
-  static __device__ __forceinline__ u32 larger(u32 a, u32 b) {
-    return kSource == KVPACK_FORMAT_FP16 ? max_nan_f16x2(a, b) : max_nan_bf16x2(a, b);
-  }
-  static __device__ __forceinline__ u32 smaller(u32 a, u32 b) {
-    return kSource == KVPACK_FORMAT_FP16 ? min_nan_f16x2(a, b) : min_nan_bf16x2(a, b);
+  // A scale, before it is rounded.
+  __device__ __forceinline__ float range() const {
+    if constexpr (kCentered) return divide_ieee(subtract_ieee(high, low), 2.0f * kHalf - 1.0f);
+    return divide_ieee(high, kLargestLevel);
   }
 };
 
+// Values below 2^-126 count as 0; of fp16 and quantized pages there are none. -0 is 0, but that only shows in a code of fp8.
 __device__ __forceinline__ Two values(const Source (&parts)[kParts], const SourceColumns& columns, u32 part, u32 r) {
   const Two x = columns.pair(parts[part], r);
+  if constexpr (kInteger && kSource != KVPACK_FORMAT_BF16) return x;
   return {without_denormals(x.first), without_denormals(x.second)};
 }
 
@@ -134,20 +148,26 @@ __device__ __forceinline__ Two sum_of_parts(const Terms& terms, u32 first, u32 s
     return {add_ieee(a.first, b.first), add_ieee(a.second, b.second)};
   }
 }
+// Divided by how many there are, of the column that the lane keeps.
 template <typename Terms>
-__device__ __forceinline__ void column_sums(float (&sums)[kColumns], const Terms& terms) {
+__device__ __forceinline__ float column_mean(const Terms& terms, u32 lane) {
+  float sums[kColumns];
 #pragma unroll
   for (u32 h = 0; h < 2; ++h) {
     const Two upper = sum_of_parts<power_of_two_from(kParts)>(terms, 0, 1, 2 * h);
     const Two lower = sum_of_parts<power_of_two_from(kParts)>(terms, 0, 1, 2 * h + 1);
-    sums[2 * h] = over_lanes(add_ieee(upper.first, lower.first), add_ieee);
-    sums[2 * h + 1] = over_lanes(add_ieee(upper.second, lower.second), add_ieee);
+    sums[2 * h] = add_ieee(upper.first, lower.first);
+    sums[2 * h + 1] = add_ieee(upper.second, lower.second);
   }
+  const float sum = joined_column(sums, add_ieee, lane);
+  constexpr float kCount = static_cast<float>(kRows);
+  return (kRows & (kRows - 1)) == 0 ? multiply_ieee(sum, 1.0f / kCount) : divide_ieee(sum, kCount);
 }
 
 __device__ __forceinline__ u32 saturated_f16(float value) { return f16_bits(max_ieee(min_ieee(value, kMaxF16), -kMaxF16)); }
 
-// Rounded to nearest even; |value| is at most what the format holds. The spacing of denormals is that of fp32 at `kDenormal`.
+// Rounded to nearest even; |value| is at most what the format holds. Between numbers of fp32's exponent in kDenormal lies
+// what lies between denormals.
 __device__ __forceinline__ u32 fp8_code(float value) {
   constexpr u32 kFraction = kE4M3 ? 3 : 2, kBias = kE4M3 ? 7 : 15;
   constexpr u32 kShift = 23 - kFraction;
@@ -186,6 +206,34 @@ __device__ __forceinline__ void load_shared(Slice<format>& slice, u32 address) {
     slice.words[0] = v.x, slice.words[1] = v.y;
   }
 }
+
+// Where a pair's codes lie in a slice of the target. The second byte of each is 0.
+__device__ constexpr u32 word_of_pair(u32 r) { return kNarrow ? 0 : r / 2; }
+__device__ constexpr u32 bit_of_pair(u32 r) { return kNarrow ? kBits * r : 16 * (r % 2); }
+__device__ __forceinline__ u32 pair_of_codes(u32 first, u32 second) {
+  return kNarrow ? __byte_perm(first, second, 0x5410) : __byte_perm(first, second, 0x1140);
+}
+
+// Columns with values that are not finite have the codes of zeros.
+struct CodesOfZero {
+  u32 keep[Target::kWords], fill[Target::kWords];
+
+  __device__ __forceinline__ CodesOfZero(const bool (&usable)[kColumns]) {
+    constexpr u32 kMask = (1u << kBits) - 1, kZero = kInteger ? 1u << (kBits - 1) : 0;
+#pragma unroll
+    for (u32 i = 0; i < Target::kWords; ++i) keep[i] = fill[i] = 0;
+#pragma unroll
+    for (u32 r = 0; r < kRowPairs; ++r) {
+      const bool first = usable[2 * (r >> 1)], second = usable[2 * (r >> 1) + 1];
+      keep[word_of_pair(r)] |= pair_of_codes(first ? kMask : 0, second ? kMask : 0) << bit_of_pair(r);
+      fill[word_of_pair(r)] |= pair_of_codes(first ? 0 : kZero, second ? 0 : kZero) << bit_of_pair(r);
+    }
+  }
+  __device__ __forceinline__ void replace(Target& codes) const {
+#pragma unroll
+    for (u32 i = 0; i < Target::kWords; ++i) codes.words[i] = (codes.words[i] & keep[i]) | fill[i];
+  }
+};
 
 // Templates, so that what is of the other side is not compiled.
 template <u32 count>
@@ -257,52 +305,43 @@ page_quantize(u8* pages, const u64* jobs, u32 num_heads, u32* status) {
   columns.load(source, warp, warp, lane);
   load_parts(parts, source, warp, lane);
 
-  Extremes extremes;
-  extremes.find(parts, columns);
-  float low[kColumns], high[kColumns];
-#pragma unroll
-  for (u32 i = 0; i < kColumns; ++i) low[i] = extremes.low[i], high[i] = extremes.high[i];
+  Extremes extremes(parts, columns, lane);
+  const bool finite = extremes.is_finite();
   if constexpr (kClipped) {
     forget_numbers(parts);
-    float sums[kColumns], means[kColumns];
-#pragma unroll
-    for (u32 i = 0; i < kColumns; ++i) means[i] = 0.0f;
+    float mean = 0.0f, means[kColumns];
     if constexpr (kKeys) {
-      column_sums(sums, [&](u32 part, u32 r) { return values(parts, columns, part, r); });
+      mean = column_mean([&](u32 part, u32 r) { return values(parts, columns, part, r); }, lane);
 #pragma unroll
-      for (u32 i = 0; i < kColumns; ++i) means[i] = divide_ieee(sums[i], static_cast<float>(kRows));
+      for (u32 i = 0; i < kColumns; ++i) means[i] = of_column(mean, i, lane);
     }
-    column_sums(sums, [&](u32 part, u32 r) {
-      Two x = values(parts, columns, part, r);
-      if constexpr (kKeys) x = {subtract_ieee(x.first, means[2 * (r >> 1)]), subtract_ieee(x.second, means[2 * (r >> 1) + 1])};
-      return Two{multiply_ieee(x.first, x.first), multiply_ieee(x.second, x.second)};
-    });
-#pragma unroll
-    for (u32 i = 0; i < kColumns; ++i) {
-      const float reach = multiply_ieee(kClip, square_root_ieee(divide_ieee(sums[i], static_cast<float>(kRows))));
-      high[i] = min_ieee(high[i], add_ieee(means[i], reach));
-      if constexpr (kCentered) low[i] = max_ieee(low[i], subtract_ieee(means[i], reach));
-    }
+    const float square = column_mean(
+        [&](u32 part, u32 r) {
+          Two x = values(parts, columns, part, r);
+          if constexpr (kKeys) x = {subtract_ieee(x.first, means[2 * (r >> 1)]), subtract_ieee(x.second, means[2 * (r >> 1) + 1])};
+          return Two{multiply_ieee(x.first, x.first), multiply_ieee(x.second, x.second)};
+        },
+        lane);
+    const float reach = multiply_ieee(kClip, square_root_ieee(square));
+    extremes.high = min_ieee(extremes.high, add_ieee(mean, reach));
+    if constexpr (kCentered) extremes.low = max_ieee(extremes.low, subtract_ieee(mean, reach));
   }
 
+  const u32 scale_bits = saturated_f16(extremes.range());
+  const float scale = f16_value(scale_bits), inverse = scale == 0.0f ? 0.0f : divide_ieee(1.0f, scale);
+  u32 center_bits = 0;
+  if constexpr (kCentered) center_bits = finite ? saturated_f16(add_ieee(extremes.low, multiply_ieee(kHalf, scale))) : 0;
+  const u32 both = (finite ? scale_bits : kNaNF16) | center_bits << 16;
   u32 scales[kColumns], centers[kColumns];
-  float inverses[kColumns], middles[kColumns];
-  bool finite[kColumns];
+  float inverses[kColumns];
+  bool usable[kColumns];
 #pragma unroll
   for (u32 i = 0; i < kColumns; ++i) {
-    finite[i] = extremes.is_finite(i);
-    const float range = kCentered ? divide_ieee(subtract_ieee(high[i], low[i]), 2.0f * kHalf - 1.0f) : divide_ieee(high[i], kLargestLevel);
-    scales[i] = saturated_f16(range);
-    const float scale = f16_value(scales[i]);
-    inverses[i] = scale == 0.0f ? 0.0f : divide_ieee(1.0f, scale);
-    if constexpr (kCentered) {
-      centers[i] = finite[i] ? saturated_f16(add_ieee(low[i], multiply_ieee(kHalf, scale))) : 0;
-      middles[i] = f16_value(centers[i]);
-    } else {
-      middles[i] = 0.0f;
-    }
-    if (!finite[i]) scales[i] = kNaNF16;
+    const u32 bits = of_column(both, i, lane);
+    scales[i] = bits & 0xFFFF, centers[i] = bits >> 16, usable[i] = scales[i] != kNaNF16;
+    inverses[i] = of_column(inverse, i, lane);
   }
+  const CodesOfZero zero(usable);
 
   forget_numbers(parts);
   Target codes[kParts];
@@ -314,15 +353,11 @@ page_quantize(u8* pages, const u64* jobs, u32 num_heads, u32* status) {
     for (u32 r = 0; r < kRowPairs; ++r) {
       const u32 i = 2 * (r >> 1);
       const Two x = values(parts, columns, part, r);
-      const u32 first = code_of(finite[i] ? x.first : 0.0f, inverses[i], middles[i]);
-      const u32 second = code_of(finite[i + 1] ? x.second : 0.0f, inverses[i + 1], middles[i + 1]);
-      if constexpr (kNarrow) {
-        codes[part].words[0] |= __byte_perm(first, second, 0x5410) << kBits * r;
-      } else {
-        codes[part].words[r / 2] |= (__byte_perm(first, second, 0x0040) & 0xFFFF) << 16 * (r % 2);
-      }
+      const u32 first = code_of(x.first, inverses[i], f16_value(centers[i]));
+      const u32 second = code_of(x.second, inverses[i + 1], f16_value(centers[i + 1]));
+      codes[part].words[word_of_pair(r)] |= pair_of_codes(first, second) << bit_of_pair(r);
     }
+    zero.replace(codes[part]);
   }
-
   store_parts(target, scales, centers, codes, warp, lane);
 }

@@ -26,7 +26,9 @@ struct Rows {
   Output* out;  // the page's token 0, which need not be among them
   s32 first, last, valid;
 
-  __device__ __forceinline__ bool has(u32 token) const { return static_cast<s32>(token) >= first && static_cast<s32>(token) < last; }
+  __device__ __forceinline__ bool has(u32 token) const {
+    return static_cast<s32>(token) >= first && static_cast<s32>(token) < last;
+  }
   __device__ __forceinline__ bool is_zero(u32 token) const { return static_cast<s32>(token) >= valid; }
   __device__ __forceinline__ Output* at(u32 token, u32 dim) const { return out + token * kHeadDim + dim; }
 };
@@ -37,8 +39,8 @@ __device__ __forceinline__ void read_slice(const u8* block, const Rows& rows, u3
   Columns<kSide, format> columns;
   for (u32 group = 0; group < kGroups; ++group) {
     if (kKeys || group == 0) columns.load(block, group, s, lane);
-    const u8* payload = block + block_header_bytes(kSide, format) + group * group_bytes(kSide, format) + group_header_bytes(kSide, format);
-    const Slice<format> slice = load_slice<format>(payload, s, lane);
+    const u8* start = block + block_header_bytes(kSide, format) + group * group_bytes(kSide, format);
+    const Slice<format> slice = load_slice<format>(start + group_header_bytes(kSide, format), s, lane);
 #pragma unroll
     for (u32 r = 0; r < kRowPairs; ++r) {
       const Two x = columns.pair(slice, r);
@@ -50,7 +52,8 @@ __device__ __forceinline__ void read_slice(const u8* block, const Rows& rows, u3
 #pragma unroll
         for (u32 e = 0; e < 2; ++e) {
           const u32 token = 16 * s + column + e;
-          if (rows.has(token)) *rows.at(token, kGroupDims * group + row) = output_of(rows.is_zero(token) ? 0.0f : e == 0 ? x.first : x.second);
+          const float value = rows.is_zero(token) ? 0.0f : e == 0 ? x.first : x.second;
+          if (rows.has(token)) *rows.at(token, kGroupDims * group + row) = output_of(value);
         }
       }
     }

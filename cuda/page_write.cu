@@ -58,7 +58,8 @@ __device__ __forceinline__ void write_all(u8* block, bool keys, const u16* rows,
                          load_shared_u32(at + 8 * kRowStride + 16));
     } else {
       const u32 at = slice + 2 * c * kRowStride + 2 * g;
-      pairs = make_uint4(token_pair(at), token_pair(at + 16), token_pair(at + 8 * kRowStride), token_pair(at + 8 * kRowStride + 16));
+      pairs = make_uint4(token_pair(at), token_pair(at + 16), token_pair(at + 8 * kRowStride),
+                         token_pair(at + 8 * kRowStride + 16));
     }
     *reinterpret_cast<uint4*>(block + 16 * i) = pairs;
   }
@@ -94,7 +95,8 @@ page_write(const u16* k, u64 k_batch, u64 k_head, u64 k_token, const u16* v, u64
   block += static_cast<u64>(head) * block_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_FP16);
   const bool keys = side == KVPACK_SIDE_K;
   const u64 stride = keys ? k_token : v_token;
-  const u16* rows = (keys ? k + sequence * k_batch + head * k_head : v + sequence * v_batch + head * v_head) + (first - start) * stride;
+  const u16* rows = keys ? k + sequence * k_batch + head * k_head : v + sequence * v_batch + head * v_head;
+  rows += (first - start) * stride;
   if (first == page_start) write_all(block, keys, rows, stride, count);
   else write_some(block, keys, rows, stride, static_cast<u32>(first - page_start), count);
 }

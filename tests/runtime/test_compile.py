@@ -22,9 +22,9 @@ from nvrtc import compile_for  # noqa: E402
 
 from kvpack.encode.matrix_quantizer import FORMATS, Axis  # noqa: E402
 from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layout  # noqa: E402
-from kvpack.format.pages import PageFormat  # noqa: E402
+from kvpack.format.pages import PageFormat, Side  # noqa: E402
 from kvpack.runtime import attention_kernels as attention  # noqa: E402
-from kvpack.runtime import gpu_encoder  # noqa: E402
+from kvpack.runtime import gpu_encoder, page_kernels  # noqa: E402
 from kvpack.runtime import matrix_quantizer as matrices  # noqa: E402
 from kvpack.runtime import weight_kernels as weights  # noqa: E402
 from kvpack.runtime.kernels import Kernel, layout_defines  # noqa: E402
@@ -57,6 +57,7 @@ SIGNED, UNSIGNED = (
     for kind in (ElementKind.SIGNED, ElementKind.UNSIGNED)
 )
 FLOATS = tuple(layout for kind in ElementKind if not kind.is_integer for layout in float_layouts(kind))
+HEAD_DIMS = (64, 80, 96, 128, 256)
 BUFFERS = (1, 2)
 RESIDENT = (1, 2)
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -136,6 +137,19 @@ def matrix_kernels(
     return of_all
 
 
+def quantize_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
+    targets = [page_format for page_format in PageFormat if page_format.is_quantized]
+    options = list(itertools.product(Side, PageFormat, targets))
+    for head_dim, (side, source, target) in selected(HEAD_DIMS, options, everything):
+        yield page_kernels.quantize_kernel(side, source, target, head_dim)
+
+
+def read_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
+    options = list(itertools.product(Side, weights.ACTIVATIONS))
+    for head_dim, (side, dtype) in selected(HEAD_DIMS, options, everything):
+        yield page_kernels.read_kernel(side, head_dim, dtype)
+
+
 KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemv": gemv_kernels,
     "gemm": gemm_kernels,
@@ -149,13 +163,13 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     ],
     "crc32": lambda _everything, _architecture: [gpu_encoder._CRC],
     "attention_prefill": prefill_kernels,
-    "matrix_scales": matrix_kernels(matrices.scales_kernel),
-    "matrix_quantize": matrix_kernels(matrices.quantize_kernel, FORMATS),
-    "matrix_dequantize": matrix_kernels(matrices.dequantize_kernel, FORMATS),
     "matrix_scales": matrix_kernels(matrices.scales_kernel, Axis, matrices.Variant, rows_apart=True),
     "matrix_quantize": matrix_kernels(matrices.quantize_kernel, FORMATS, Axis, matrices.Variant, rows_apart=True),
     "matrix_quantize_rows": matrix_kernels(matrices.quantize_rows_kernel, FORMATS),
     "matrix_dequantize": matrix_kernels(matrices.dequantize_kernel, FORMATS, Axis, matrices.Variant),
+    "page_write": lambda _everything, _architecture: map(page_kernels.write_kernel, HEAD_DIMS),
+    "page_quantize": quantize_kernels,
+    "page_read": read_kernels,
 }
 
 
