@@ -8,6 +8,10 @@
 ``weight_kernels``, ``fit``, ``expansion``         products and decoding: fused, or in slabs beside cuBLAS
 ``kernels``, ``sources``                           compile and launch what lies in ``cuda/``
 ``streaming``                                      models larger than the device; layers side by side
+``page_kernels``, ``page_pools``                   KV pages: filled and read; where they lie (docs/KV.md)
+``kv_cache``, ``page_allocator``                   a paged cache of mixed precision; which pages get how many bits
+``attention_kernels``, ``tickets``                 attention to pages in place; counters of blocks that add up
+``matrix_quantizer``                               whole matrices quantized, the classic way
 ``gpu_encoder``                                    the encoder on a GPU, the same bytes as the CPU's
 ``kv_cache``, ``page_pools``, ``page_allocator``   a paged KV cache: tables, memory, who gets how many bits
 ``page_kernels``                                   tokens into pages, pages into narrower ones, and back
