@@ -13,9 +13,7 @@
 ``attention_kernels``, ``tickets``                 attention to pages in place; counters of blocks that add up
 ``matrix_quantizer``                               whole matrices quantized, the classic way
 ``gpu_encoder``                                    the encoder on a GPU, the same bytes as the CPU's
-``kv_cache``, ``page_pools``, ``page_allocator``   a paged KV cache: tables, memory, who gets how many bits
-``page_kernels``                                   tokens into pages, pages into narrower ones, and back
-``bench_*``, ``int8_gemv_triton``                  ``kvpack bench linear``
+``bench_*``, ``int8_gemv_triton``                  ``kvpack bench linear``, ``attention`` and ``kv-quant``
 ``errors``                                         what can go wrong, besides a damaged file
 =================================================  ==========================================================
 

@@ -79,7 +79,7 @@ def multiprocessors() -> int:
 
 
 def attention_error(expected: torch.Tensor, places: Sequence[tuple[int, int]]) -> Error:
-    """Largest error, beyond half a unit of fp16, over max(1, largest value); infinite where any output is NaN.
+    """Largest error, beyond half a unit in the last place of fp16, over max(1, largest value); infinite where any output is NaN.
 
     Args:
         expected: fp64 [places, query heads of a KV head, head_dim].
@@ -87,10 +87,11 @@ def attention_error(expected: torch.Tensor, places: Sequence[tuple[int, int]]) -
     """
     queries = expected.shape[1]
     largest = max(1.0, expected.abs().max().item())
+    half_unit = expected.abs().clamp(min=2.0**-14).log2().floor().exp2() * 2.0**-11
 
     def error(out: torch.Tensor) -> float:
         found = torch.stack([out[sequence, head * queries : (head + 1) * queries, 0] for sequence, head in places])
-        beyond = (found.double() - expected).abs() - expected.abs() * 2.0**-12
+        beyond = (found.double() - expected).abs() - half_unit
         # 0 times what was not written, or is infinite, is NaN.
         value = (beyond.max().clamp(min=0) / largest + 0 * out.sum(dtype=torch.float32)).item()
         return value if math.isfinite(value) else math.inf
