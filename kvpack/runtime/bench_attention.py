@@ -79,7 +79,8 @@ def multiprocessors() -> int:
 
 
 def attention_error(expected: torch.Tensor, places: Sequence[tuple[int, int]]) -> Error:
-    """Largest error, beyond half a unit in the last place of fp16, over max(1, largest value); infinite where any output is NaN.
+    """Largest error beyond half a unit in the last place of fp16, over max(1, largest value); infinite if any output
+    is NaN.
 
     Args:
         expected: fp64 [places, query heads of a KV head, head_dim].

@@ -13,7 +13,8 @@ import torch
 
 _ARENA_TICKETS = 1 << 20
 _STREAM_TICKETS = 4096
-_arena: dict[int, torch.Tensor] = {}
+_arena: dict[int, torch.Tensor] = {}  # what is left of the newest
+_arenas: list[torch.Tensor] = []  # all of them: graphs hold addresses
 _stream_tickets: dict[tuple[int, int], torch.Tensor] = {}
 _arena_lock = threading.Lock()
 
@@ -24,6 +25,7 @@ def prepare(device: torch.device) -> None:
     with _arena_lock:
         if index not in _arena or len(_arena[index]) < _ARENA_TICKETS // 2:
             _arena[index] = torch.zeros(_ARENA_TICKETS, dtype=torch.int32, device=device)
+            _arenas.append(_arena[index])
             torch.cuda.synchronize(device)  # other streams take slices
 
 
