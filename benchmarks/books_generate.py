@@ -157,7 +157,7 @@ def synchronize(device: torch.device) -> None:
 
 def device_record(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
-        from kvpack.runtime.bench_linear import device_report
+        from kvpack.runtime.bench_run import device_report
 
         return device_report()
     return {"name": "CPU", "driver": None, "cuda": None}

@@ -99,6 +99,12 @@ Source = Annotated[Path, typer.Argument(metavar="IN", help="A .safetensors file 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, also on failure.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output; other files are never deleted.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores by default.")]
+TimeLimit = Annotated[
+    float | None, typer.Option("--time-limit-s", min=1, help="Stop after so long and report what there is.")
+]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report here after each step.")
+]
 
 
 def _print_version(value: bool) -> None:
@@ -547,39 +553,20 @@ def bench_linear(
         typer.Option("--tile-cols", metavar="LIST", help="Tile columns to choose from; default 128,256,512."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes, less than a minute.")] = False,
-    time_limit_s: Annotated[
-        float | None, typer.Option("--time-limit-s", min=1, help="Stop after so long and report what there is.")
-    ] = None,
-    report_path: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report here after each step.")
-    ] = None,
+    time_limit_s: TimeLimit = None,
+    report_path: ReportFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw speed against FP16.")] = None,
     as_json: Json = False,
 ) -> None:
     """Speed of products with coded weights on a GPU, against FP16, INT8 and INT4; every result is checked first."""
     with _errors(as_json):
-        from kvpack.runtime.bench_report import parse_options, tables, write_report, wrong_results
+        from kvpack.runtime.bench_report import parse_options, tables, wrong_results
 
-        try:
+        with _usage():
             options = parse_options(
                 shapes=shapes, ms=m, layouts=layouts, tile_cols=tile_cols, quick=quick, time_limit_s=time_limit_s
             )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        if plot is not None:
-            _require_matplotlib()
-        with _needs_device(as_json):
-            from kvpack.runtime.bench_linear import bench_linear as run
-
-            report = run(
-                options,
-                publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),
-                say=_say_stage,
-            )
-        if plot is not None:
-            from kvpack.plot import plot_linear
-
-            plot_linear(report, plot)
+        report = _run_bench("bench_linear", options, report_path, "plot_linear", plot, as_json)
     _show_bench(report, tables(report), wrong_results(report), as_json)
 
 
@@ -596,40 +583,20 @@ def bench_kv_quant(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two sizes, less than a minute.")] = False,
-    time_limit_s: Annotated[
-        float | None, typer.Option("--time-limit-s", min=1, help="Stop after so long and report what there is.")
-    ] = None,
-    report_path: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report here after each step.")
-    ] = None,
+    time_limit_s: TimeLimit = None,
+    report_path: ReportFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw speed against a copy's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Speed of quantizing whole matrices on a GPU, in four variants, against the CPU; all bytes are checked first."""
     with _errors(as_json):
         from kvpack.runtime.bench_kv_quant_report import parse_options, tables, wrong_results
-        from kvpack.runtime.bench_report import write_report
 
-        try:
+        with _usage():
             options = parse_options(
                 sizes=sizes, quick=quick, kv=None if kv is None else str(kv), time_limit_s=time_limit_s
             )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        if plot is not None:
-            _require_matplotlib()
-        with _needs_device(as_json):
-            from kvpack.runtime.bench_kv_quant import bench_kv_quant as run
-
-            report = run(
-                options,
-                publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),
-                say=_say_stage,
-            )
-        if plot is not None:
-            from kvpack.plot import plot_kv_quant
-
-            plot_kv_quant(report, plot)
+        report = _run_bench("bench_kv_quant", options, report_path, "plot_kv_quant", plot, as_json)
     _show_bench(report, tables(report), wrong_results(report), as_json)
 
 
@@ -646,40 +613,20 @@ def bench_attention(
         str | None, typer.Option("--contexts", metavar="LIST", help="Tokens of a sequence. Default: 1k, 2k, … 128k.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two contexts and budgets, less than a minute.")] = False,
-    time_limit_s: Annotated[
-        float | None, typer.Option("--time-limit-s", min=1, help="Stop after so long and report what there is.")
-    ] = None,
-    report_path: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report here after each step.")
-    ] = None,
+    time_limit_s: TimeLimit = None,
+    report_path: ReportFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw speed against FP16.")] = None,
     as_json: Json = False,
 ) -> None:
     """Speed of decode attention to pages of all formats and mixtures on a GPU, against FP16; results are checked."""
     with _errors(as_json):
         from kvpack.runtime.bench_attention_report import parse_options, tables, wrong_results
-        from kvpack.runtime.bench_report import write_report
 
-        try:
+        with _usage():
             options = parse_options(
                 models=models, sequences=sequences, contexts=contexts, quick=quick, time_limit_s=time_limit_s
             )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        if plot is not None:
-            _require_matplotlib()
-        with _needs_device(as_json):
-            from kvpack.runtime.bench_attention import bench_attention as run
-
-            report = run(
-                options,
-                publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),
-                say=_say_stage,
-            )
-        if plot is not None:
-            from kvpack.plot import plot_attention
-
-            plot_attention(report, plot)
+        report = _run_bench("bench_attention", options, report_path, "plot_attention", plot, as_json)
     _show_bench(report, tables(report), wrong_results(report), as_json)
 
 
@@ -699,8 +646,36 @@ def _needs_device(as_json: bool) -> Iterator[None]:
         _fail(ExitCode.NO_DEVICE, "DeviceError", str(error), as_json)
 
 
-def _say_stage(stage: str) -> None:
-    print(f"kvpack: {stage} …", file=sys.stderr)
+@contextmanager
+def _usage() -> Iterator[None]:
+    """Around the parsing of options."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _run_bench(
+    name: str, options: Any, report_path: Path | None, plot_name: str, plot: Path | None, as_json: bool
+) -> dict[str, Any]:
+    """The report of the benchmark ``kvpack.runtime.<name>``, written and drawn as asked for."""
+    import importlib
+
+    from kvpack.runtime.bench_report import write_report
+
+    if plot is not None:
+        _require_matplotlib()
+    with _needs_device(as_json):
+        report: dict[str, Any] = getattr(importlib.import_module(f"kvpack.runtime.{name}"), name)(
+            options,
+            publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),
+            say=lambda stage: print(f"kvpack: {stage} …", file=sys.stderr),
+        )
+    if plot is not None:
+        from kvpack import plot as plots
+
+        getattr(plots, plot_name)(report, plot)
+    return report
 
 
 def _show_bench(report: dict[str, Any], found: dict[str, Any], wrong: list[str], as_json: bool) -> None:

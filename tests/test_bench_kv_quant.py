@@ -60,12 +60,12 @@ def test_wrong_sizes_are_named(wrong: str) -> None:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("torch")
-    from kvpack.runtime import bench_kv_quant, bench_linear
+    from kvpack.runtime import bench_kv_quant, bench_run
 
     monkeypatch.setattr(bench_kv_quant, "DEVICE", "cpu")
     monkeypatch.setattr(bench_kv_quant, "measure", fake_measure)
-    monkeypatch.setattr(bench_linear, "device_report", lambda: DEVICE)
-    monkeypatch.setattr(bench_linear, "require_cuda", lambda command: None)
+    monkeypatch.setattr(bench_run, "device_report", lambda: DEVICE)
+    monkeypatch.setattr(bench_run, "require_cuda", lambda command: None)
     monkeypatch.setattr(bench_kv_quant, "MAX_COPIES", 2)
     monkeypatch.setattr(bench_kv_quant, "CPU_ELEMENTS", 4000)
     monkeypatch.setattr(

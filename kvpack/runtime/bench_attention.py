@@ -18,10 +18,9 @@ import numpy.typing as npt
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvpack.encode.provenance import environment, kvpack_command
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
-from kvpack.runtime import attention_kernels, bench_linear, tickets
+from kvpack.runtime import attention_kernels, bench_run, tickets
 from kvpack.runtime.bench_attention_report import (
     GRID_FORMAT,
     NOTE,
@@ -47,6 +46,7 @@ from kvpack.runtime.bench_run import BenchRun, Publish
 from kvpack.runtime.bench_timing import Timed, Work, copy_bandwidth, measure
 
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
+SECTIONS = ("copy", "decode", "grids", "skipped", "targets")
 COPY_BYTES = 1 << 32
 MAX_COPIES = 1024
 TOLERANCE = 1e-3
@@ -107,20 +107,7 @@ class AttentionBench(BenchRun):
         self.options = options
         self.generator = torch.Generator(device=DEVICE)
         self.generator.manual_seed(0)
-        report: Report = {
-            "what": "bench-attention",
-            "schema": SCHEMA,
-            "note": NOTE,
-            "command": kvpack_command(),
-            **environment(["torch", "cupy-cuda13x", "cupy-cuda12x"]),
-            "device": bench_linear.device_report(),
-            "options": options.as_dict(),
-            "copy": [],
-            "decode": [],
-            "grids": [],
-            "skipped": [],
-            "targets": [],
-        }
+        report = bench_run.new_report("bench-attention", SCHEMA, NOTE, options.as_dict(), SECTIONS)
         super().__init__(report, options.time_limit_s, publish, say)
 
     def _evaluate(self) -> None:
@@ -292,7 +279,7 @@ def bench_attention(
     Raises:
         DeviceError: there is no CUDA device, or no CuPy.
     """
-    bench_linear.require_cuda("kvpack bench attention")
+    bench_run.require_cuda("kvpack bench attention")
     with torch.no_grad():
         report: Report = finite(AttentionBench(options, publish, say).run())
         return report

@@ -23,9 +23,8 @@ import torch
 from kvpack.encode import matrix_quantizer as reference
 from kvpack.encode.errors import InputError
 from kvpack.encode.matrix_quantizer import Axis, parse_axis, parse_format
-from kvpack.encode.provenance import environment, kvpack_command
 from kvpack.encode.threads import default_threads
-from kvpack.runtime import bench_linear
+from kvpack.runtime import bench_run
 from kvpack.runtime.bench_kv_quant_report import (
     NOTE,
     OTHER_WAYS,
@@ -48,6 +47,7 @@ from kvpack.runtime.matrix_quantizer import (
 )
 
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
+SECTIONS = ("copy", "processor", "matrices", "quality")
 COPY_BYTES = 1 << 32
 # What is worked on in turn, together, unless that takes too many copies.
 ROTATE_BYTES = 1_000_000_000
@@ -67,19 +67,7 @@ class KvQuantBench(BenchRun):
         self.kv = None if options.kv is None else load_matrices(Path(options.kv))
         self.generator = torch.Generator(device=DEVICE)
         self.generator.manual_seed(0)
-        report: Report = {
-            "what": "bench-kv-quant",
-            "schema": SCHEMA,
-            "note": NOTE,
-            "command": kvpack_command(),
-            **environment(["torch", "cupy-cuda13x", "cupy-cuda12x"]),
-            "device": bench_linear.device_report(),
-            "options": options.as_dict(),
-            "copy": [],
-            "processor": [],
-            "matrices": [],
-            "quality": [],
-        }
+        report = bench_run.new_report("bench-kv-quant", SCHEMA, NOTE, options.as_dict(), SECTIONS)
         super().__init__(report, options.time_limit_s, publish, say)
 
     def run(self) -> Report:
@@ -311,7 +299,7 @@ def bench_kv_quant(
         DeviceError: there is no CUDA device, or no CuPy.
         InputError: ``options.kv`` is no file of keys.
     """
-    bench_linear.require_cuda("kvpack bench kv-quant")
+    bench_run.require_cuda("kvpack bench kv-quant")
     with torch.no_grad():
         report: Report = finite(KvQuantBench(options, publish, say).run())
         return report

@@ -11,24 +11,21 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 
 from kvpack.encode.blob_encoder import encode_elements
-from kvpack.encode.provenance import environment, kvpack_command
 from kvpack.encode.threads import default_threads
 from kvpack.format.errors import FormatError
 from kvpack.format.layout import ElementKind, Layout, integer_layout
-from kvpack.runtime import bench_peers
+from kvpack.runtime import bench_peers, bench_run
 from kvpack.runtime.bench_report import (
     MAX_BITS,
     NOTE,
@@ -55,9 +52,10 @@ from kvpack.runtime.bench_timing import (
     synchronize_or_stop,
 )
 from kvpack.runtime.device_blob import DeviceBlob
-from kvpack.runtime.errors import DeviceError
 
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
+SECTIONS = ("copy", "tensors", "linear", "decode", "streams", "codecs", "encode", "targets", "specification")
+PEERS = ("triton", "nvidia-nvcomp-cu13", "entropack")
 # layout → (bits of an element, standard deviation of the integers)
 SOURCES = {"balanced": (8, 30.0), "fast": (5, 3.9)}
 WEIGHT_DEVIATION = 0.02  # of the dequantized weights, as in a trained layer
@@ -118,36 +116,6 @@ class Contestant:
         return PEER_MAX_M.get(self.name)
 
 
-def device_report() -> Row:
-    """The GPU and the software that drives it."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        driver = done.stdout.split("\n")[0].strip() or None
-    except (OSError, subprocess.SubprocessError):
-        driver = None
-    return {
-        "name": properties.name,
-        "driver": driver,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "l2_bytes": getattr(properties, "L2_cache_size", None),
-        "cuda": torch.version.cuda,
-    }
-
-
-def require_cuda(command: str) -> None:
-    """Raises DeviceError, which says what is missing, where nothing can be measured."""
-    if not torch.cuda.is_available():
-        raise DeviceError(f"no CUDA device: `{command}` measures on a GPU (`kvpack bench codec` is the CPU's)")
-    try:
-        import_module("cupy")
-    except ImportError as error:
-        raise DeviceError(f"CuPy is needed ({error}): pip install 'kvpack[cuda13]' or 'kvpack[cuda12]'") from None
-
-
 def rotated(size_bytes: int, rotate_bytes: int) -> int:
     """How many copies of ``size_bytes`` are worked on in turn."""
     return max(MIN_COPIES, min(MAX_COPIES, math.ceil(rotate_bytes / size_bytes)))
@@ -175,25 +143,7 @@ class LinearBench(BenchRun):
         self.streams: list[torch.cuda.Stream] = []
         self.generator = torch.Generator(device=DEVICE)
         self.generator.manual_seed(0)
-        packages = ["torch", "cupy-cuda13x", "cupy-cuda12x", "triton", "nvidia-nvcomp-cu13", "entropack"]
-        report: Report = {
-            "what": "bench-linear",
-            "schema": SCHEMA,
-            "note": NOTE,
-            "command": kvpack_command(),
-            **environment(packages),
-            "device": device_report(),
-            "options": options.as_dict(),
-            "copy": [],
-            "tensors": [],
-            "linear": [],
-            "decode": [],
-            "streams": [],
-            "codecs": [],
-            "encode": [],
-            "targets": [],
-            "specification": [],
-        }
+        report = bench_run.new_report("bench-linear", SCHEMA, NOTE, options.as_dict(), SECTIONS, PEERS)
         super().__init__(report, options.time_limit_s, publish, say)
 
     def _evaluate(self) -> None:
@@ -631,7 +581,7 @@ def bench_linear(
     Raises:
         DeviceError: there is no CUDA device, or no CuPy.
     """
-    require_cuda("kvpack bench linear")
+    bench_run.require_cuda("kvpack bench linear")
     with torch.no_grad():
         report: Report = finite(LinearBench(options, publish, say).run())
         return report

@@ -1,4 +1,4 @@
-"""Pages of random bits for benchmarks: made on the device, and dequantized there with torch.
+"""Pages of random bits for benchmarks, made on the device.
 
 Codes are random, scales and centers are drawn around a constant. Such pages take as long as those of a model, and say
 nothing about errors of quantization.
@@ -15,23 +15,18 @@ import numpy.typing as npt
 import torch
 
 from kvpack.format.pages import (
-    ENTRY_FORMAT_BITS,
     GROUP_DIMS,
     PAGE_TOKENS,
-    PAIRS,
     SCALE_BYTES,
-    WARP_LANES,
     PageFormat,
     PageLayout,
     Side,
-    element_index,
-    scale_index,
 )
+from kvpack.runtime.page_kernels import new_status, read_tokens
 
 # Spread of importance among pages: the standard deviation of its logarithm.
 IMPORTANCE_SIGMA = 2.0
 MIXED_FORMATS = (PageFormat.INT2, PageFormat.INT3, PageFormat.INT4, PageFormat.INT8)
-_FP8_TYPES = {PageFormat.FP8_E4M3: torch.float8_e4m3fn, PageFormat.FP8_E5M2: torch.float8_e5m2}
 # Of fp8 codes all but the highest bit of the exponent: neither infinities nor NaN, and less than 2.
 _FP8_FINITE = 0xBF
 _FP8_DEVIATION = 0.6
@@ -95,17 +90,13 @@ class PageCache:
 
     def values(self, side: Side, sequence: int, head: int) -> torch.Tensor:
         """fp32 [tokens, head_dim] of a head, dequantized."""
-        entries = self.table[side, sequence]
-        formats = entries & ((1 << ENTRY_FORMAT_BITS) - 1)
-        found = torch.empty(len(entries), PAGE_TOKENS, self.head_dim, device=entries.device)
-        words = self.pages.view(torch.int32)
-        for page_format in formats.unique().tolist():
-            layout = PageLayout(side, PageFormat(page_format), self.head_dim)
-            which = (formats == page_format).nonzero()[:, 0]
-            first = (entries[which] - page_format + head * layout.block_bytes) // 4
-            places = first[:, None] + torch.arange(layout.block_bytes // 4, device=entries.device)
-            found[which] = dequantize_blocks(words[places].view(torch.uint8), layout)
-        return found.reshape(-1, self.head_dim)
+        table = self.table[side, sequence : sequence + 1]
+        tokens = table.shape[1] * PAGE_TOKENS
+        starts = torch.zeros(1, dtype=torch.int32, device=table.device)
+        status = new_status(table.device)
+        size = self.head_dim, self.num_kv_heads
+        found = read_tokens(table, side, starts, starts + tokens, tokens, *size, torch.float32, status, self.pages)
+        return found[0, head]
 
 
 def random_cache(
@@ -162,60 +153,6 @@ def fill_blocks(blocks: torch.Tensor, layout: PageLayout, deviation: float, gene
         centers = deviation / 2 * torch.randn(count, layout.head_dim, device=blocks.device, generator=generator)
         stored = centers.half().view(torch.uint8).view(count, layout.groups, -1)
         groups[..., GROUP_DIMS * SCALE_BYTES : layout.group_header_bytes] = stored
-
-
-def _pairs(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Words i32 [..., lane, words of a lane] → codes [..., lane, pair, half]."""
-    halves = torch.stack([words, words >> 16], dim=-1) & 0xFFFF
-    per_word = 16 // bits
-    found = [halves[..., pair // per_word, :] >> bits * (pair % per_word) for pair in range(PAIRS - (bits == 3))]
-    if bits == 3:
-        tops = halves[..., :3, :] >> 15
-        found.append(tops[..., 0, :] | tops[..., 1, :] << 1 | tops[..., 2, :] << 2)
-    return torch.stack(found, dim=-2) & ((1 << bits) - 1)
-
-
-def unpack_codes(payload: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """Payloads u8 [n, groups, payload_bytes] → codes i32 [n, 64 tokens, head_dim]."""
-    count, bits = len(payload), layout.format.element_bits
-    loads = payload.contiguous().view(torch.int32).view(count, layout.groups, -1, WARP_LANES, layout.words_per_load)
-    words = loads.transpose(2, 3).reshape(count, layout.groups, WARP_LANES, -1)
-    if bits == 8:  # bytes of a word are of two pairs
-        bytes_ = torch.stack([words >> 8 * place & 0xFF for place in range(4)], dim=-1)
-        pairs = bytes_.view(count, layout.groups, WARP_LANES, PAIRS, 2)
-    else:
-        pairs = _pairs(words, bits)
-    token, dim = (torch.from_numpy(index).to(payload.device) for index in element_index(layout.side))
-    groups = torch.empty(count, PAGE_TOKENS, layout.groups, GROUP_DIMS, dtype=torch.int32, device=payload.device)
-    groups[:, token, :, dim] = pairs.permute(2, 3, 4, 0, 1)
-    return groups.view(count, PAGE_TOKENS, layout.head_dim)
-
-
-def dequantize_blocks(blocks: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """Blocks u8 [n, block_bytes] → fp32 [n, 64 tokens, head_dim], as :mod:`kvpack.encode.page_coder` says."""
-    count, head = len(blocks), layout.block_header_bytes
-    groups = blocks[:, head:].reshape(count, layout.groups, layout.group_bytes)
-    codes = unpack_codes(groups[..., layout.group_header_bytes :], layout)
-    if not layout.format.is_quantized:
-        return codes.to(torch.int16).view(torch.float16).float()
-    order = torch.from_numpy(scale_index(layout.side)).to(blocks.device)
-
-    def in_order(stored: torch.Tensor) -> torch.Tensor:
-        found = torch.empty(stored.shape[:-1] + order.shape, device=blocks.device)
-        found[..., order] = stored.contiguous().view(torch.float16).float()
-        return found
-
-    header = GROUP_DIMS * SCALE_BYTES
-    if layout.side == Side.V:
-        scales = in_order(blocks[:, :head])[:, :, None]
-    else:
-        scales = in_order(groups[..., :header]).view(count, 1, layout.head_dim)
-    if not layout.format.is_integer:
-        return codes.to(torch.uint8).view(_FP8_TYPES[layout.format]).float() * scales
-    k = codes.float() - (1 << layout.format.element_bits - 1)
-    if layout.has_centers:
-        return in_order(groups[..., header : 2 * header]).view(count, 1, layout.head_dim) + scales * k
-    return scales * (k + 0.5 if layout.is_mid_rise else k)
 
 
 def expected_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:

@@ -1,14 +1,71 @@
-"""A run of a benchmark: stages, a time limit, and a report that is handed out as it grows."""
+"""A run of a benchmark: a device, stages, a time limit, and a report that is handed out as it grows."""
 
 from __future__ import annotations
 
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
-from kvpack.runtime.bench_report import Report, finite
+import torch
+
+from kvpack.encode.provenance import environment, kvpack_command
+from kvpack.runtime.bench_report import Report, Row, finite
+from kvpack.runtime.errors import DeviceError
 
 Publish = Callable[[Report], None]
+
+
+def device_report() -> Row:
+    """The GPU and the software that drives it."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        driver = done.stdout.split("\n")[0].strip() or None
+    except (OSError, subprocess.SubprocessError):
+        driver = None
+    return {
+        "name": properties.name,
+        "driver": driver,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+    }
+
+
+def require_cuda(command: str) -> None:
+    """Raises DeviceError, which says what is missing, where nothing can be measured."""
+    if not torch.cuda.is_available():
+        raise DeviceError(f"no CUDA device: `{command}` measures on a GPU (`kvpack bench codec` is the CPU's)")
+    try:
+        import_module("cupy")
+    except ImportError as error:
+        raise DeviceError(f"CuPy is needed ({error}): pip install 'kvpack[cuda13]' or 'kvpack[cuda12]'") from None
+
+
+def new_report(
+    what: str, schema: int, note: str, options: Mapping[str, Any], sections: Sequence[str], peers: Sequence[str] = ()
+) -> Report:
+    """What a report begins with: where and with what it is measured, and empty sections.
+
+    Args:
+        peers: packages whose versions matter, besides torch and CuPy.
+    """
+    return {
+        "what": what,
+        "schema": schema,
+        "note": note,
+        "command": kvpack_command(),
+        **environment(["torch", "cupy-cuda13x", "cupy-cuda12x", *peers]),
+        "device": device_report(),
+        "options": options,
+        **{section: [] for section in sections},
+    }
 
 
 class TimeIsUp(Exception):

@@ -24,7 +24,7 @@ from test_bench_linear import fake_measure, render_docs  # noqa: E402
 from kvpack.cli import ExitCode, app  # noqa: E402
 from kvpack.encode.page_coder import dequantize_blocks  # noqa: E402
 from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
-from kvpack.runtime import bench_attention, bench_linear, bench_pages  # noqa: E402
+from kvpack.runtime import bench_attention, bench_pages, bench_run  # noqa: E402
 from kvpack.runtime.attention_kernels import decode_blocks  # noqa: E402
 from kvpack.runtime.bench_attention_report import (  # noqa: E402
     BUDGETS,
@@ -114,7 +114,11 @@ def test_random_blocks_mean_what_the_page_coder_says(page_format: PageFormat, si
         blocks = torch.zeros(20, layout.block_bytes, dtype=torch.uint8)
         bench_pages.fill_blocks(blocks, layout, 3.0, generator())
         expected = dequantize_blocks(blocks.numpy(), layout)
-        assert np.array_equal(bench_pages.dequantize_blocks(blocks, layout).numpy(), expected)
+        entries = torch.arange(20) * layout.block_bytes + int(page_format)
+        cache = bench_pages.PageCache(
+            blocks.view(-1), entries.expand(2, 1, -1).contiguous(), frozenset([page_format]), 1, head_dim
+        )
+        assert np.array_equal(cache.values(side, 0, 0).view(20, 64, head_dim).numpy(), expected)
         assert 1.5 < expected.std() < 5
         assert np.abs(expected).max() < 30
 
@@ -380,8 +384,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(bench_attention, "free_bytes", lambda: 1 << 40)
     monkeypatch.setattr(bench_attention, "multiprocessors", lambda: 3)
     monkeypatch.setattr(bench_attention.tickets, "prepare", lambda device: None)
-    monkeypatch.setattr(bench_linear, "device_report", lambda: DEVICE)
-    monkeypatch.setattr(bench_linear, "require_cuda", lambda command: None)
+    monkeypatch.setattr(bench_run, "device_report", lambda: DEVICE)
+    monkeypatch.setattr(bench_run, "require_cuda", lambda command: None)
     monkeypatch.setattr(
         bench_attention, "copy_bandwidth", lambda size: {"bytes": float(size), "us": 1.0, "gb_per_s": 4000.0}
     )
@@ -428,7 +432,7 @@ def test_the_kernel_is_right_with_these_pages(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(bench_attention.attention_kernels.kernels, "launch", emulated_launch)
     case = Case(2, 4, 2, 64, 192)
     monkeypatch.setattr(bench_attention, "DEVICE", "cpu")
-    monkeypatch.setattr(bench_linear, "device_report", lambda: DEVICE)
+    monkeypatch.setattr(bench_run, "device_report", lambda: DEVICE)
     run = bench_attention.AttentionBench(parse_options(), None, lambda stage: None)
     q = torch.randn(2, 4, 1, 64, generator=generator()).half()
     cycle = np.array([PageFormat.INT8, PageFormat.FP8_E4M3, PageFormat.INT3, PageFormat.FP16, PageFormat.INT2])
@@ -461,8 +465,6 @@ def test_what_does_not_fit_is_left_out_and_named(bench: Any, monkeypatch: pytest
 
 
 def test_a_time_limit_leaves_what_there_is(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvpack.runtime import bench_run
-
     clock = iter(range(0, 10**6, 10))
     monkeypatch.setattr(bench_run.time, "monotonic", lambda: next(clock))
     report = bench.bench_attention(small(time_limit_s=60))
