@@ -8,10 +8,28 @@ constexpr u32 kFloatFormat = kBf16 ? KVPACK_FORMAT_BF16 : KVPACK_FORMAT_FP16;
 constexpr float kNothing = -1e30f;  // a maximum below all scores, and finite: differences stay numbers
 constexpr float kUnseen = -3e38f;   // a score whose p is 0 even beside that
 
-__device__ __forceinline__ u32 element_bits_of(u32 format) {
-  constexpr u64 bits = 0x0808020304081010;
-  return static_cast<u32>(bits >> (8 * format)) & 0xFF;
-}
+// The pages that some queries see: those of the sinks, then those from the first one in the window of the first query.
+struct Visits {
+  u32 sinks;
+  u32 count;
+  u32 skipped;               // pages between sinks and window
+  u32 whole_from, whole_to;  // tokens that all queries see, but for sinks
+
+  // Limits: tokens up to the one of the first and the last query.
+  __device__ __forceinline__ Visits(u32 first_limit, u32 last_limit, u32 window, u32 s) : sinks(s), whole_to(first_limit) {
+    const u32 window_page = window == 0 || first_limit <= window ? 0 : (first_limit - window) / kPageTokens;
+    skipped = window_page > sink_pages() ? window_page - sink_pages() : 0;
+    count = ceil_div(last_limit, kPageTokens) - skipped;
+    whole_from = window == 0 || last_limit <= window ? 0 : last_limit - window;
+  }
+  __device__ __forceinline__ u32 sink_pages() const { return ceil_div(sinks, kPageTokens); }
+  __device__ __forceinline__ u32 page_of(u32 visit) const { return visit < sink_pages() ? visit : visit + skipped; }
+  // Whether all queries see all tokens of a page.
+  __device__ __forceinline__ bool whole(u32 first_token) const {
+    const u32 end = first_token + kPageTokens;
+    return end <= whole_to && (first_token >= whole_from || end <= sinks);
+  }
+};
 
 __device__ __forceinline__ float max_over_rows(float value) {
 #pragma unroll
@@ -22,6 +40,61 @@ __device__ __forceinline__ float sum_over_rows(float value) {
 #pragma unroll
   for (u32 step = 4; step < kLanes; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
   return value;
+}
+
+// What a lane has of eight columns, 2·c and 2·c + 1 of them, but for the maxima of their scores.
+struct Softmax {
+  float sum[2];
+  float scaled_sum[2];  // Σ p · scale of V, for levels at odd multiples of half a scale
+  float values[kGroups][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (u32 j = 0; j < 2; ++j) sum[j] = 0, scaled_sum[j] = 0;
+#pragma unroll
+    for (u32 m = 0; m < kGroups; ++m)
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) values[m][i] = 0;
+  }
+  __device__ __forceinline__ void rescale(float a, float b) {
+    sum[0] *= a, sum[1] *= b;
+    scaled_sum[0] *= a, scaled_sum[1] *= b;
+#pragma unroll
+    for (u32 m = 0; m < kGroups; ++m) values[m][0] *= a, values[m][1] *= b, values[m][2] *= a, values[m][3] *= b;
+  }
+};
+
+typedef float Scores[kSlices][4];  // of a page and eight columns
+typedef u32 Operands[kSlices][2];
+
+// Probabilities as operands for V: multiplied with its scales, a lane's eight, if the format has some; `rest`: what bf16 leaves of one.
+template <u32 format>
+__device__ __forceinline__ void to_operands(const Scores& probabilities, const uint4& scales, Operands& p, Operands& rest,
+                                            float (&scaled_sum)[2]) {
+  const u32 of_slice[kSlices] = {scales.x, scales.y, scales.z, scales.w};
+#pragma unroll
+  for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+      const float a = probabilities[slice][2 * h], b = probabilities[slice][2 * h + 1];
+      if constexpr (is_quantized(format)) {
+        const float scale = f16_value(h == 0 ? of_slice[slice] & 0xFFFF : of_slice[slice] >> 16);
+        p[slice][h] = transpose_matrix(f16x2_bits(a * scale, b * scale));
+      } else if constexpr (kBf16) {
+        const u32 rounded = bf16x2_bits(a, b);
+        p[slice][h] = transpose_matrix(rounded);
+        rest[slice][h] = transpose_matrix(bf16x2_bits(a - __uint_as_float(rounded << 16), b - __uint_as_float(rounded & 0xFFFF0000)));
+      } else {
+        p[slice][h] = transpose_matrix(f16x2_bits(a, b));
+      }
+    }
+  if constexpr (is_narrow(format)) {
+    constexpr u32 ones[4] = {both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00)};
+    float sums[4] = {scaled_sum[0], scaled_sum[1], 0, 0};
+#pragma unroll
+    for (u32 slice = 0; slice < kSlices; ++slice) mma_f16(sums, ones, p[slice][0], p[slice][1]);
+    scaled_sum[0] = sums[0], scaled_sum[1] = sums[1];
+  }
 }
 
 // `product(slice, a)` for each of a group's four slices, with its operand.

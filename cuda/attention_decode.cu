@@ -32,6 +32,7 @@ constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // as fp16; as bf16 once more
 constexpr u32 kSumsBytes = 4 * kColumns * kHeadDim;
 constexpr u32 kQueryAreaBytes = (kBf16 ? 2 : 1) * kQueryBytes > kSumsBytes ? (kBf16 ? 2 : 1) * kQueryBytes : kSumsBytes;
 constexpr u32 kStatisticsBytes = 4 * 2 * kColumns * kWarps;
+
 // What a launch works on.
 struct Work {
   const u8* pages;
@@ -42,22 +43,11 @@ struct Work {
   u32 tokens;        // of a query
   u32 window, sinks;
 
-  __device__ __forceinline__ u32 sink_pages() const { return (sinks + kPageTokens - 1) / kPageTokens; }
-  // The first page of the window of a sequence's first query token.
-  __device__ __forceinline__ u32 window_page(u32 length) const {
-    const u32 seen = length - tokens + 1;
-    return window == 0 || seen <= window ? 0 : (seen - window) / kPageTokens;
-  }
+  // Of a sequence that has as many tokens as there are queries, or more.
+  __device__ __forceinline__ Visits visits(u32 length) const { return {length - tokens + 1, length, window, sinks}; }
   __device__ __forceinline__ u32 visited_pages(u32 sequence) const {
     const u32 length = __ldg(lengths + sequence);
-    if (length < tokens) return 0;
-    const u32 all = (length + kPageTokens - 1) / kPageTokens, first = window_page(length);
-    return first <= sink_pages() ? all : all - first + sink_pages();
-  }
-  // The page of a visit, from 0.
-  __device__ __forceinline__ u32 page_of(u32 visit, u32 length) const {
-    const u32 first = window_page(length);
-    return visit < sink_pages() || first <= sink_pages() ? visit : visit - sink_pages() + first;
+    return length < tokens ? 0 : visits(length).count;
   }
   __device__ __forceinline__ const u64* entry(u32 side, u32 sequence, u32 page) const {
     return table + (static_cast<u64>(side) * sequences + sequence) * max_pages + page;
@@ -87,10 +77,8 @@ struct Block {
 
 __device__ __forceinline__ Block block_of(const u8* pages, u32 side, u64 entry, u32 head) {
   const u32 format = entry_format(entry);
-  const bool quantized = is_quantized(format), of_v = side == KVPACK_SIDE_V;
-  u32 group = kGroupDims * kPageTokens / 8 * element_bits_of(format);
-  if (!of_v && quantized) group += kScalesBytes * (is_narrow(format) ? 2 : 1);
-  const u32 header = of_v && quantized ? kTokenScalesBytes : 0;
+  const bool quantized = is_quantized(format);
+  const u32 header = block_header_bytes(side, format), group = group_bytes(side, format);
   Block block;
   block.source = entry_page(pages, entry) + static_cast<u64>(head) * (header + kGroups * group);
   block.left = quantized ? kPieces : kGroups;
@@ -160,32 +148,6 @@ struct Ring {
   }
 };
 
-// What a lane has of a segment's softmax, columns 2·c and 2·c + 1.
-struct Softmax {
-  float maximum[2], sum[2];
-  float scaled_sum[4];  // Σ p · scale of V, for levels at odd multiples of half a scale; numbers 2 and 3 are 0 and 1 again
-  float values[kGroups][4];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (u32 j = 0; j < 2; ++j) maximum[j] = kNothing, sum[j] = 0;
-#pragma unroll
-    for (float& s : scaled_sum) s = 0;
-#pragma unroll
-    for (u32 m = 0; m < kGroups; ++m)
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i) values[m][i] = 0;
-  }
-  __device__ __forceinline__ void rescale(float a, float b) {
-    sum[0] *= a, sum[1] *= b;
-    scaled_sum[0] *= a, scaled_sum[1] *= b;
-#pragma unroll
-    for (u32 m = 0; m < kGroups; ++m) values[m][0] *= a, values[m][1] *= b, values[m][2] *= a, values[m][3] *= b;
-  }
-};
-
-typedef float Scores[kSlices][4];
-
 // Scores, but for an `offset` that all tokens of a column have.
 template <u32 format>
 __device__ __forceinline__ void multiply_keys(Ring& ring, u32 queries, u32 lane, Scores& scores, float (&offset)[2]) {
@@ -219,49 +181,21 @@ __device__ __forceinline__ void multiply_keys(Ring& ring, u32 queries, u32 lane,
 template <u32 format>
 __device__ __forceinline__ void multiply_values(Ring& ring, u32 lane, const Scores& scores, Softmax& softmax) {
   u32 slot = ring.next();
-  u32 p[kSlices][2], rest[kSlices][2];  // rest: what bf16 leaves of a probability
-  if constexpr (is_quantized(format)) {
-    const uint4 scales = load_shared_v4(slot + 16 * (lane / 4));
-    const u32 of_slice[kSlices] = {scales.x, scales.y, scales.z, scales.w};
-#pragma unroll
-    for (u32 slice = 0; slice < kSlices; ++slice)
-#pragma unroll
-      for (u32 h = 0; h < 2; ++h) {
-        const float scale = f16_value(h == 0 ? of_slice[slice] & 0xFFFF : of_slice[slice] >> 16);
-        const float a = scores[slice][2 * h] * scale, b = scores[slice][2 * h + 1] * scale;
-        p[slice][h] = transpose_matrix(f16x2_bits(a, b));
-      }
-    if constexpr (is_narrow(format)) {
-      constexpr u32 ones[4] = {both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00)};
-#pragma unroll
-      for (u32 slice = 0; slice < kSlices; ++slice) mma_f16(softmax.scaled_sum, ones, p[slice][0], p[slice][1]);
-    }
-  } else {
-#pragma unroll
-    for (u32 slice = 0; slice < kSlices; ++slice)
-#pragma unroll
-      for (u32 h = 0; h < 2; ++h) {
-        const float a = scores[slice][2 * h], b = scores[slice][2 * h + 1];
-        if constexpr (kBf16) {
-          const u32 rounded = bf16x2_bits(a, b);
-          p[slice][h] = transpose_matrix(rounded);
-          rest[slice][h] = transpose_matrix(bf16x2_bits(a - __uint_as_float(rounded << 16), b - __uint_as_float(rounded & 0xFFFF0000)));
-        } else {
-          p[slice][h] = transpose_matrix(f16x2_bits(a, b));
-        }
-      }
-  }
+  Operands p, rest;
+  const uint4 scales = is_quantized(format) ? load_shared_v4(slot + 16 * (lane / 4)) : make_uint4(0, 0, 0, 0);
+  to_operands<format>(scores, scales, p, rest, softmax.scaled_sum);
   constexpr u32 piece_groups = is_quantized(format) ? kPieceGroups : 1;
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {
     if (group > 0 && group % piece_groups == 0) slot = ring.next();
+    if constexpr (!is_quantized(format) && kBf16) __syncwarp();  // loads of later groups stay behind it, and out of registers
     const u32 header = group < piece_groups ? block_header_bytes(KVPACK_SIDE_V, format) : 0;
     const u32 payload = slot + header + group % piece_groups * payload_bytes(format);
     float* sums = softmax.values[group];
-    for_slices<format>(payload, lane, [&](u32 slice, const u32 (&a)[4]) { mma_page<format>(sums, a, p[slice][0], p[slice][1]); });
-    if constexpr (!is_quantized(format) && kBf16) {
-      for_slices<format>(payload, lane, [&](u32 slice, const u32 (&a)[4]) { mma_page<format>(sums, a, rest[slice][0], rest[slice][1]); });
-    }
+    for_slices<format>(payload, lane, [&](u32 slice, const u32 (&a)[4]) {
+      mma_page<format>(sums, a, p[slice][0], p[slice][1]);
+      if constexpr (!is_quantized(format) && kBf16) mma_page<format>(sums, a, rest[slice][0], rest[slice][1]);
+    });
   }
 }
 
@@ -298,7 +232,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
   KVPACK_DYNAMIC_SHARED(shared);
   const u32 thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes;
   const u32 columns = heads_per_kv_head * tokens;
-  const Work work{pages, table, lengths, sequences, max_pages, (columns + kColumns - 1) / kColumns, heads, tokens, window, sinks};
+  const Work work{pages, table, lengths, sequences, max_pages, ceil_div(columns, kColumns), heads, tokens, window, sinks};
   const u32 parts = work.heads * work.tiles;
 
   const u32 ring_address = shared_address(shared) + warp * kRingBytes;
@@ -354,7 +288,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
   auto load_entries = [&](u32 of) {
     if (of >= end) return;
     while (of >= ahead.end()) ahead.advance(work);
-    const u32 page = work.page_of(of - ahead.first, __ldg(lengths + ahead.sequence));
+    const u32 page = work.visits(__ldg(lengths + ahead.sequence)).page_of(of - ahead.first);
     next_k = __ldg(work.entry(KVPACK_SIDE_K, ahead.sequence, page));
     next_v = __ldg(work.entry(KVPACK_SIDE_V, ahead.sequence, page));
   };
@@ -397,12 +331,12 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
     const float factor[2] = {load_shared_f32(factors + 8 * (lane % 4)), load_shared_f32(factors + 8 * (lane % 4) + 4)};
 
     softmax.clear();
+    float maximum[2] = {kNothing, kNothing};
     const u32 last = min(segment.end(), end);
-    bool any = false;
 #pragma unroll 1
-    for (; unit < last; any = true) {
+    while (unit < last) {
       const u32 k_format = entry_format(next_k), v_format = entry_format(next_v);
-      const u32 first_token = work.page_of(unit - segment.first, length) * kPageTokens;
+      const u32 first_token = work.visits(length).page_of(unit - segment.first) * kPageTokens;
       ring.following = block_of(pages, KVPACK_SIDE_V, next_v, head);
       unit += kWarps;
       load_entries(unit);
@@ -413,35 +347,32 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       float offset[2];
       with_format<KVPACK_K_FORMATS>(k_format, MultiplyKeys{ring, query_area, lane, scores, offset});
 
-      const u32 first_limit = length - tokens + 1;
-      const bool whole = first_token + kPageTokens <= first_limit && (window == 0 || first_token + window >= length || first_token + kPageTokens <= sinks);
-      if (!whole) {
+      if (const Visits seen = work.visits(length); !seen.whole(first_token)) {  // made anew, since registers are scarce
         u32 limit[2];  // tokens that a column attends to
 #pragma unroll
         for (u32 j = 0; j < 2; ++j) {
           const u32 index = tile * kColumns + 2 * (lane % 4) + j;
-          limit[j] = first_limit + min(index / heads_per_kv_head, tokens - 1);
+          limit[j] = seen.whole_to + min(index / heads_per_kv_head, tokens - 1);
         }
 #pragma unroll
         for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
           for (u32 i = 0; i < 4; ++i) {
             const u32 token = first_token + 16 * slice + 8 * (i / 2) + lane / 4;
-            const bool seen = token < limit[i % 2] && (window == 0 || token + window >= limit[i % 2] || token < sinks);
-            if (!seen) scores[slice][i] = kUnseen;
+            const bool visible = token < limit[i % 2] && (window == 0 || token + window >= limit[i % 2] || token < sinks);
+            if (!visible) scores[slice][i] = kUnseen;
           }
       }
-      float maximum[2] = {kUnseen, kUnseen};
+      float larger[2] = {kUnseen, kUnseen};
 #pragma unroll
       for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) maximum[i % 2] = fmaxf(maximum[i % 2], scores[slice][i]);
+        for (u32 i = 0; i < 4; ++i) larger[i % 2] = fmaxf(larger[i % 2], scores[slice][i]);
 #pragma unroll
-      for (u32 j = 0; j < 2; ++j) maximum[j] = fmaxf(softmax.maximum[j], max_over_rows(maximum[j]) + offset[j]);
-      if (__any_sync(kAllLanes, maximum[0] > softmax.maximum[0] || maximum[1] > softmax.maximum[1])) {
-        softmax.rescale(exp2_approximate((softmax.maximum[0] - maximum[0]) * factor[0]),
-                        exp2_approximate((softmax.maximum[1] - maximum[1]) * factor[1]));
-        softmax.maximum[0] = maximum[0], softmax.maximum[1] = maximum[1];
+      for (u32 j = 0; j < 2; ++j) larger[j] = fmaxf(maximum[j], max_over_rows(larger[j]) + offset[j]);
+      if (__any_sync(kAllLanes, larger[0] > maximum[0] || larger[1] > maximum[1])) {
+        softmax.rescale(exp2_approximate((maximum[0] - larger[0]) * factor[0]), exp2_approximate((maximum[1] - larger[1]) * factor[1]));
+        maximum[0] = larger[0], maximum[1] = larger[1];
       }
       const float shift[2] = {(maximum[0] - offset[0]) * factor[0], (maximum[1] - offset[1]) * factor[1]};
 #pragma unroll
@@ -456,27 +387,29 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       with_format<KVPACK_V_FORMATS>(v_format, MultiplyValues{ring, lane, scores, softmax});
     }
 
-    softmax.maximum[0] *= factor[0], softmax.maximum[1] *= factor[1];
+    maximum[0] *= factor[0], maximum[1] *= factor[1];
     // The warps put their parts together: maxima first, then in turn their sums, [column, dimension].
 #pragma unroll
     for (u32 j = 0; j < 2; ++j) {
       softmax.sum[j] = sum_over_rows(softmax.sum[j]);
-      if (lane < 4) store_shared_f32(statistics + 4 * (kColumns * warp + 2 * lane + j), softmax.maximum[j]);
+      if (lane < 4) store_shared_f32(statistics + 4 * (kColumns * warp + 2 * lane + j), maximum[j]);
     }
     __syncthreads();
+    auto maximum_of = [&](u32 column) {
+      float largest = kNothing;
+#pragma unroll
+      for (u32 w = 0; w < kWarps; ++w) largest = fmaxf(largest, load_shared_f32(statistics + 4 * (kColumns * w + column)));
+      return largest;
+    };
     float weight[2];
 #pragma unroll
     for (u32 j = 0; j < 2; ++j) {
-      float maximum = kNothing;
-#pragma unroll
-      for (u32 w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, load_shared_f32(statistics + 4 * (kColumns * w + 2 * (lane % 4) + j)));
-      weight[j] = exp2_approximate(softmax.maximum[j] - maximum);
-      softmax.maximum[j] = maximum;
+      weight[j] = exp2_approximate(maximum[j] - maximum_of(2 * (lane % 4) + j));
       if (lane < 4) store_shared_f32(statistics + 4 * (kColumns * (kWarps + warp) + 2 * lane + j), softmax.sum[j] * weight[j]);
     }
 #pragma unroll 1
     for (u32 w = 0; w < kWarps; ++w) {
-      if (w == warp && (any || w == 0)) {
+      if (w == warp) {
 #pragma unroll
         for (u32 m = 0; m < kGroups; ++m)
 #pragma unroll
@@ -492,12 +425,6 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
     const bool alone = segment.first >= begin && segment.end() <= end;
     const u32 number = segment.sequence * parts + segment.part;
     const u32 here = min(kColumns, columns - tile * kColumns);  // columns of this tile
-    auto maximum_of = [&](u32 column) {
-      float maximum = kNothing;
-#pragma unroll
-      for (u32 w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, load_shared_f32(statistics + 4 * (kColumns * w + column)));
-      return maximum;
-    };
     auto sum_of = [&](u32 column) {
       float sum = 0;
 #pragma unroll

@@ -28,34 +28,11 @@ __device__ constexpr u32 groups_of_piece(u32 bits) { return 1u << log2_groups_of
 __device__ constexpr u32 pieces_of_block(u32 bits) { return (kGroups + groups_of_piece(bits) - 1) >> log2_groups_of_piece(bits); }
 // Of a visit. Formats: K's, and V's times 256.
 __device__ __forceinline__ u32 pieces_of(u32 formats) {
-  return pieces_of_block(element_bits_of(formats & 0xFF)) + pieces_of_block(element_bits_of(formats >> 8));
+  return pieces_of_block(element_bits(formats & 0xFF)) + pieces_of_block(element_bits(formats >> 8));
 }
 static_assert(2 * pieces_of_block(16) <= kListed / 2);
 static_assert(groups_of_piece(4) * group_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT4) <= kSlotBytes);
 static_assert(groups_of_piece(8) * group_bytes(KVPACK_SIDE_V, KVPACK_FORMAT_INT8) + kTokenScalesBytes <= kSlotBytes);
-
-// The pages that a tile's columns see: those of the sinks, then those from the first one in the window of its first token.
-struct Visits {
-  u32 sinks;
-  u32 count;
-  u32 skipped;               // pages between sinks and window
-  u32 whole_from, whole_to;  // tokens that all columns see, but for sinks
-
-  // Limits: tokens up to the one of the first and the last column.
-  __device__ __forceinline__ Visits(u32 first_limit, u32 last_limit, u32 window, u32 s) : sinks(s), whole_to(first_limit) {
-    const u32 window_page = window == 0 || first_limit <= window ? 0 : (first_limit - window) / kPageTokens;
-    skipped = window_page > sink_pages() ? window_page - sink_pages() : 0;
-    count = (last_limit + kPageTokens - 1) / kPageTokens - skipped;
-    whole_from = window == 0 || last_limit <= window ? 0 : last_limit - window;
-  }
-  __device__ __forceinline__ u32 sink_pages() const { return (sinks + kPageTokens - 1) / kPageTokens; }
-  __device__ __forceinline__ u32 page_of(u32 visit) const { return visit < sink_pages() ? visit : visit + skipped; }
-  // Whether all columns see all tokens of a page.
-  __device__ __forceinline__ bool whole(u32 first_token) const {
-    const u32 end = first_token + kPageTokens;
-    return end <= whole_to && (first_token >= whole_from || end <= sinks);
-  }
-};
 
 // The pieces of all visits in turn. `number` is that of the next one to use.
 struct Pieces {
@@ -127,16 +104,15 @@ struct Lister {
     if (visit < seen.count) {
       const u32 page = seen.page_of(visit);
       const u64 k_entry = __ldg(k_entries + page), v_entry = __ldg(v_entries + page);
-      const u32 of_k = pieces_of_block(element_bits_of(entry_format(k_entry)));
+      const u32 of_k = pieces_of_block(element_bits(entry_format(k_entry)));
       formats = entry_format(k_entry) | entry_format(v_entry) << 8;
       here = pieces_of(formats);
 
       const bool of_v = lane >= of_k;
       const u64 entry = of_v ? v_entry : k_entry;
-      const u32 format = entry_format(entry), bits = element_bits_of(format), piece = of_v ? lane - of_k : lane;
-      const u32 header = of_v && is_quantized(format) ? kTokenScalesBytes : 0;
-      const u32 scales = of_v || !is_quantized(format) ? 0 : is_narrow(format) ? 2 * kScalesBytes : kScalesBytes;
-      const u32 group = kGroupDims * kPageTokens / 8 * bits + scales;
+      const u32 format = entry_format(entry), bits = element_bits(format), piece = of_v ? lane - of_k : lane;
+      const u32 side = of_v ? KVPACK_SIDE_V : KVPACK_SIDE_K;
+      const u32 header = block_header_bytes(side, format), group = group_bytes(side, format);
       const u32 groups = groups_of_piece(bits), in_front = piece == 0 ? 0 : header + piece * groups * group;
       address = reinterpret_cast<u64>(entry_page(pages, entry)) + static_cast<u64>(head) * (header + kGroups * group) + in_front;
       size = (piece == 0 ? header : 0) + min(groups, kGroups - piece * groups) * group;
@@ -148,34 +124,12 @@ struct Lister {
   }
 };
 
-// What a lane has of eight columns, 2·c and 2·c + 1 of them.
-struct Softmax {
-  float sum[2];
-  float scaled_sum[2];  // Σ p · scale of V, for levels at odd multiples of half a scale
-  float values[kGroups][4];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (u32 j = 0; j < 2; ++j) sum[j] = 0, scaled_sum[j] = 0;
-#pragma unroll
-    for (u32 m = 0; m < kGroups; ++m)
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i) values[m][i] = 0;
-  }
-  __device__ __forceinline__ void rescale(float a, float b) {
-    sum[0] *= a, sum[1] *= b;
-    scaled_sum[0] *= a, scaled_sum[1] *= b;
-#pragma unroll
-    for (u32 m = 0; m < kGroups; ++m) values[m][0] *= a, values[m][1] *= b, values[m][2] *= a, values[m][3] *= b;
-  }
-};
-
-typedef float Scores[kTiles][kSlices][4];
+typedef Scores TileScores[kTiles];
 
 __device__ __forceinline__ u32 bf16_of_f16(u32 pair) { return bf16x2_bits(f16_value(pair & 0xFFFF), f16_value(pair >> 16)); }
 
 template <u32 format>
-__device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 lane, Scores& scores) {
+__device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 lane, TileScores& scores) {
   constexpr u32 piece_groups = groups_of_piece(element_bits(format));
 #pragma unroll
   for (u32 tile = 0; tile < kTiles; ++tile)
@@ -235,51 +189,12 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
 
 // `scores` are probabilities by now.
 template <u32 format>
-__device__ __forceinline__ void multiply_values(Pieces& pieces, u32 lane, const Scores& scores, Softmax (&softmax)[kTiles]) {
+__device__ __forceinline__ void multiply_values(Pieces& pieces, u32 lane, const TileScores& scores, Softmax (&softmax)[kTiles]) {
   u32 slot = pieces.next();
-  u32 p[kTiles][kSlices][2], rest[kTiles][kSlices][2];  // rest: what bf16 leaves of a probability
-  if constexpr (is_quantized(format)) {
-    const uint4 scales = load_shared_v4(slot + 16 * (lane / 4));
-    const u32 of_slice[kSlices] = {scales.x, scales.y, scales.z, scales.w};
+  Operands p[kTiles], rest[kTiles];
+  const uint4 scales = is_quantized(format) ? load_shared_v4(slot + 16 * (lane / 4)) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-    for (u32 slice = 0; slice < kSlices; ++slice)
-#pragma unroll
-      for (u32 h = 0; h < 2; ++h) {
-        const float scale = f16_value(h == 0 ? of_slice[slice] & 0xFFFF : of_slice[slice] >> 16);
-#pragma unroll
-        for (u32 tile = 0; tile < kTiles; ++tile) {
-          const float a = scores[tile][slice][2 * h] * scale, b = scores[tile][slice][2 * h + 1] * scale;
-          p[tile][slice][h] = transpose_matrix(f16x2_bits(a, b));
-        }
-      }
-    if constexpr (is_narrow(format)) {
-      constexpr u32 ones[4] = {both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00)};
-#pragma unroll
-      for (u32 tile = 0; tile < kTiles; ++tile) {
-        float sums[4] = {softmax[tile].scaled_sum[0], softmax[tile].scaled_sum[1], 0, 0};
-#pragma unroll
-        for (u32 slice = 0; slice < kSlices; ++slice) mma_f16(sums, ones, p[tile][slice][0], p[tile][slice][1]);
-        softmax[tile].scaled_sum[0] = sums[0], softmax[tile].scaled_sum[1] = sums[1];
-      }
-    }
-  } else {
-#pragma unroll
-    for (u32 tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (u32 slice = 0; slice < kSlices; ++slice)
-#pragma unroll
-        for (u32 h = 0; h < 2; ++h) {
-          const float a = scores[tile][slice][2 * h], b = scores[tile][slice][2 * h + 1];
-          if constexpr (kBf16) {
-            const u32 rounded = bf16x2_bits(a, b);
-            p[tile][slice][h] = transpose_matrix(rounded);
-            const float of_a = a - __uint_as_float(rounded << 16), of_b = b - __uint_as_float(rounded & 0xFFFF0000);
-            rest[tile][slice][h] = transpose_matrix(bf16x2_bits(of_a, of_b));
-          } else {
-            p[tile][slice][h] = transpose_matrix(f16x2_bits(a, b));
-          }
-        }
-  }
+  for (u32 tile = 0; tile < kTiles; ++tile) to_operands<format>(scores[tile], scales, p[tile], rest[tile], softmax[tile].scaled_sum);
   constexpr u32 piece_groups = groups_of_piece(element_bits(format));
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {
@@ -304,7 +219,7 @@ __device__ __forceinline__ void multiply_values(Pieces& pieces, u32 lane, const 
 struct MultiplyKeys {
   Pieces& pieces;
   u32 queries, lane;
-  Scores& scores;
+  TileScores& scores;
   template <u32 format>
   __device__ __forceinline__ void operator()() {
     multiply_keys<format>(pieces, queries, lane, scores);
@@ -313,7 +228,7 @@ struct MultiplyKeys {
 struct MultiplyValues {
   Pieces& pieces;
   u32 lane;
-  const Scores& scores;
+  const TileScores& scores;
   Softmax (&softmax)[kTiles];
   template <u32 format>
   __device__ __forceinline__ void operator()() {
@@ -420,7 +335,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
   for (u32 visit = 0; visit < seen.count; ++visit) {
     const u32 formats = pieces.formats(), first_token = seen.page_of(visit) * kPageTokens;
     if (warp == 0) lister.add(seen, visit + 1, pieces.number + pieces_of(formats));
-    Scores scores;
+    TileScores scores;
     with_format<KVPACK_K_FORMATS>(formats & 0xFF, MultiplyKeys{pieces, queries, lane, scores});
 
     if (!seen.whole(first_token)) {

@@ -16,5 +16,5 @@ constexpr u32 kTableSlots = 1u << KVPACK_PROBABILITY_BITS;
 constexpr u32 kAllLanes = 0xFFFFFFFFu;
 constexpr u32 kGroupOffsetsBytes = 4 * kGroupsPerTile;
 
-__device__ __forceinline__ u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
-__device__ __forceinline__ u32 align_up(u32 value, u32 multiple) { return ceil_div(value, multiple) * multiple; }
+__device__ constexpr u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
+__device__ constexpr u32 align_up(u32 value, u32 multiple) { return ceil_div(value, multiple) * multiple; }

@@ -1,10 +1,8 @@
 // Pages of a KV cache: sizes, and where things lie in them. kvpack/format/pages.py draws the layout; docs/KV.md explains it.
 #pragma once
 
-#include "ptx.cuh"
+#include "common.cuh"
 
-constexpr u32 kAllLanes = 0xFFFFFFFFu;
-constexpr u32 kLanes = 32;
 constexpr u32 kPageTokens = KVPACK_PAGE_TOKENS;
 constexpr u32 kGroupDims = KVPACK_GROUP_DIMS;
 constexpr u32 kHeadDim = KVPACK_HEAD_DIM;
@@ -14,13 +12,11 @@ constexpr u32 kPairs = 4 * kSlices;  // of a lane in a group
 static_assert(kPageTokens == 64 && kGroupDims == 16, "a lane has 16 pairs of a group");
 static_assert(kHeadDim % kGroupDims == 0 && kHeadDim <= 256);
 
-__device__ constexpr u32 align_up(u32 value, u32 multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 constexpr u32 kScalesBytes = 2 * kGroupDims;  // of a group of K
 constexpr u32 kTokenScalesBytes = 2 * kPageTokens;
 
 __device__ constexpr u32 element_bits(u32 format) {
-  return format <= KVPACK_FORMAT_BF16 ? 16 : format == KVPACK_FORMAT_INT4 ? 4 : format == KVPACK_FORMAT_INT3 ? 3 : format == KVPACK_FORMAT_INT2 ? 2 : 8;
+  return static_cast<u32>(u64{KVPACK_FORMAT_BITS} >> (8 * format)) & 0xFF;
 }
 __device__ constexpr bool is_quantized(u32 format) { return format >= KVPACK_FORMAT_INT8; }
 __device__ constexpr bool is_narrow(u32 format) {

@@ -19,10 +19,10 @@ constexpr bool kCentered = kKeys && kNarrow;
 constexpr bool kMidRise = !kKeys && kNarrow;
 constexpr bool kE4M3 = kTarget == KVPACK_FORMAT_FP8_E4M3;
 // In root mean squares from the mean (K) or from 0 (V).
-constexpr bool kClipped = kTarget == KVPACK_FORMAT_INT2 || (kMidRise && kTarget == KVPACK_FORMAT_INT3);
-constexpr float kClip = kTarget == KVPACK_FORMAT_INT2 ? 1.5f : 2.2f;
+constexpr bool kClipped = KVPACK_CLIP_TENTHS != 0;
+constexpr float kClip = KVPACK_CLIP_TENTHS / 10.0f;
 constexpr float kMaxF16 = 65504.0f;
-constexpr float kLargestLevel = kMidRise ? kHalf - 0.5f : kInteger ? kHalf - 1.0f : 448.0f;
+constexpr float kLargestLevel = kMidRise ? kHalf - 0.5f : kInteger ? kHalf - 1.0f : KVPACK_FP8_MAX;
 
 static_assert(is_quantized(kTarget), "pages of 16 bits hold what is written to them");
 static_assert(kWarps == KVPACK_MAX_WARPS);

@@ -36,10 +36,10 @@ from kvpack.format.pages import (
 
 F32 = np.float32
 FP16_MAX = F32(65504)
-K_CLIP = {PageFormat.INT2: F32(1.5)}
-V_CLIP = {PageFormat.INT2: F32(1.5), PageFormat.INT3: F32(2.2)}
+# In tenths of root mean squares, since kernels are given integers.
+CLIP_TENTHS = {(Side.K, PageFormat.INT2): 15, (Side.V, PageFormat.INT2): 15, (Side.V, PageFormat.INT3): 22}
 FP8_TYPES = {PageFormat.FP8_E4M3: ml_dtypes.float8_e4m3fn, PageFormat.FP8_E5M2: ml_dtypes.float8_e5m2}
-FP8_MAX = F32(448)
+FP8_MAX = 448
 FLOAT_TYPES = {PageFormat.FP16: np.dtype(np.float16), PageFormat.BF16: np.dtype(ml_dtypes.bfloat16)}
 
 _Floats = npt.NDArray[np.float32]
@@ -64,6 +64,11 @@ def _fp16(values: _Floats) -> _Floats:
 
 def _inverse(scale: _Floats) -> _Floats:
     return np.divide(F32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+
+
+def _clip(side: Side, page_format: PageFormat) -> np.float32 | None:
+    tenths = CLIP_TENTHS.get((side, page_format))
+    return None if tenths is None else F32(tenths) / F32(10)
 
 
 def _scale_axis(layout: PageLayout) -> int:
@@ -100,7 +105,7 @@ def quantize_blocks(values: npt.NDArray[np.generic], layout: PageLayout) -> npt.
             center = None
         else:
             largest = np.abs(x).max(axis, keepdims=True)
-            scale = _fp16(largest / FP8_MAX)
+            scale = _fp16(largest / F32(FP8_MAX))
             rounded = np.clip(x * _inverse(scale), -FP8_MAX, FP8_MAX).astype(FP8_TYPES[layout.format])
             codes, center = rounded.view(np.uint8), None
     scale = np.where(usable, scale, F32(np.nan))
@@ -116,7 +121,7 @@ def _around_centers(x: _Floats, page_format: PageFormat, axis: int) -> tuple[npt
     """(codes, scales, centers)"""
     half = F32(1 << (page_format.element_bits - 1))
     low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
-    clip = K_CLIP.get(page_format)
+    clip = _clip(Side.K, page_format)
     if clip is not None:
         count = F32(x.shape[axis])
         mean = tree_sum(x, axis) / count
@@ -137,7 +142,7 @@ def _around_zero(x: _Floats, layout: PageLayout, axis: int) -> tuple[npt.NDArray
         scale = _fp16(largest / (half - 1))
         k = np.clip(np.rint(x * _inverse(scale)), 1 - half, half - 1)
         return (k + half).astype(np.uint8), scale
-    clip = V_CLIP.get(layout.format)
+    clip = _clip(Side.V, layout.format)
     if clip is not None:
         largest = np.minimum(largest, clip * np.sqrt(tree_sum(x * x, axis) / F32(x.shape[axis])))
     scale = _fp16(largest / (half - F32(0.5)))

@@ -83,6 +83,7 @@ class PageFormat(IntEnum):
 _ELEMENT_BITS = (16, 16, 8, 4, 3, 2, 8, 8)
 # Entries of page tables: where a page begins, a multiple of 16, and its format in the low bits.
 ENTRY_FORMAT_BITS = 4
+ENTRY_FORMAT_MASK = (1 << ENTRY_FORMAT_BITS) - 1
 INTEGER_FORMATS = {8: PageFormat.INT8, 4: PageFormat.INT4, 3: PageFormat.INT3, 2: PageFormat.INT2}
 
 

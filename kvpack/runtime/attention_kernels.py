@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvpack.format.errors import PageError
 from kvpack.format.layout import align, ceil_div
 from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, SCALE_BYTES, WARP_LANES, PageFormat, PageLayout, Side
 from kvpack.runtime import kernels, tickets
 from kvpack.runtime.kernels import Kernel
+from kvpack.runtime.page_kernels import PAGE_FORMATS
+from kvpack.runtime.weight_kernels import ACTIVATIONS
 
-ACTIVATIONS = {torch.float16: 0, torch.bfloat16: 1}
-FLOAT_FORMATS = {torch.float16: PageFormat.FP16, torch.bfloat16: PageFormat.BF16}
 COLUMNS = 8
 DECODE_WARPS = 4
 # What a block has without asking; consumer GPUs share 100 KiB among the blocks of a multiprocessor.
@@ -30,8 +31,49 @@ _PAGE_OVER_PART = 3
 _FEW_PARTS = 32
 
 
-def format_set(formats: Iterable[PageFormat]) -> int:
-    return sum(1 << page_format for page_format in set(formats))
+def _defines(
+    head_dim: int, dtype: torch.dtype, k_formats: Iterable[PageFormat], v_formats: Iterable[PageFormat]
+) -> dict[str, int]:
+    """What both kernels are told of queries and pages."""
+    if dtype not in PAGE_FORMATS:
+        raise PageError(f"queries are {dtype}; float16 and bfloat16 are possible")
+    return {
+        "KVPACK_HEAD_DIM": head_dim,
+        "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
+        "KVPACK_K_FORMATS": sum(1 << page_format for page_format in set(k_formats)),
+        "KVPACK_V_FORMATS": sum(1 << page_format for page_format in set(v_formats)),
+    }
+
+
+def _arguments(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    pages: torch.Tensor | None,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    sinks: int,
+) -> tuple[torch.Tensor | np.generic | None, ...]:
+    """What both kernels begin with."""
+    sequences, num_heads, tokens, _ = q.shape
+    return (
+        q,
+        *map(np.uint64, q.stride()[:3]),
+        out,
+        pages,
+        table,
+        lengths,
+        np.uint32(sequences),
+        np.uint32(table.shape[-1]),
+        np.uint32(num_kv_heads),
+        np.uint32(num_heads // num_kv_heads),
+        np.uint32(tokens),
+        np.uint32(window),
+        np.uint32(sinks),
+        np.float32(scale * _LOG2_E),
+    )
 
 
 @dataclass(frozen=True)
@@ -57,14 +99,10 @@ def decode_kernel(
     head_dim: int, dtype: torch.dtype, k_formats: Iterable[PageFormat], v_formats: Iterable[PageFormat]
 ) -> Kernel:
     shape = decode_shape(head_dim, dtype)
-    defines = {
-        "KVPACK_HEAD_DIM": head_dim,
-        "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
+    defines = _defines(head_dim, dtype, k_formats, v_formats) | {
         "KVPACK_WARPS": DECODE_WARPS,
         "KVPACK_SLOTS": shape.slots,
         "KVPACK_BLOCKS_PER_SM": shape.blocks_per_sm,
-        "KVPACK_K_FORMATS": format_set(k_formats),
-        "KVPACK_V_FORMATS": format_set(v_formats),
     }
     return Kernel.of("attention_decode.cu", "attention_decode", defines=defines)
 
@@ -125,22 +163,7 @@ def decode(
         blocks,
         DECODE_WARPS * WARP_LANES,
         (
-            q,
-            np.uint64(q.stride(0)),
-            np.uint64(q.stride(1)),
-            np.uint64(q.stride(2)),
-            out,
-            pages,
-            table,
-            lengths,
-            np.uint32(sequences),
-            np.uint32(table.shape[-1]),
-            np.uint32(num_kv_heads),
-            np.uint32(num_heads // num_kv_heads),
-            np.uint32(tokens),
-            np.uint32(window),
-            np.uint32(sinks),
-            np.float32(scale * _LOG2_E),
+            *_arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks),
             partials,
             tickets.take(segments, q.device),
         ),
@@ -180,15 +203,11 @@ def prefill_kernel(
     head_dim: int, dtype: torch.dtype, k_formats: Iterable[PageFormat], v_formats: Iterable[PageFormat]
 ) -> Kernel:
     shape = prefill_shape(head_dim)
-    defines = {
-        "KVPACK_HEAD_DIM": head_dim,
-        "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
+    defines = _defines(head_dim, dtype, k_formats, v_formats) | {
         "KVPACK_WARPS": PREFILL_WARPS,
         "KVPACK_COLUMN_TILES": shape.column_tiles,
         "KVPACK_SLOT_BYTES": shape.slot_bytes,
         "KVPACK_BLOCKS_PER_SM": shape.blocks_per_sm,
-        "KVPACK_K_FORMATS": format_set(k_formats),
-        "KVPACK_V_FORMATS": format_set(v_formats),
     }
     return Kernel.of("attention_prefill.cu", "attention_prefill", defines=defines)
 
@@ -216,24 +235,7 @@ def prefill(
         prefill_kernel(head_dim, q.dtype, k_formats, v_formats),
         ceil_div(num_heads // num_kv_heads * tokens, shape.columns) * num_kv_heads * sequences,
         PREFILL_WARPS * WARP_LANES,
-        (
-            q,
-            np.uint64(q.stride(0)),
-            np.uint64(q.stride(1)),
-            np.uint64(q.stride(2)),
-            out,
-            pages,
-            table,
-            lengths,
-            np.uint32(sequences),
-            np.uint32(table.shape[-1]),
-            np.uint32(num_kv_heads),
-            np.uint32(num_heads // num_kv_heads),
-            np.uint32(tokens),
-            np.uint32(window),
-            np.uint32(sinks),
-            np.float32(scale * _LOG2_E),
-        ),
+        _arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks),
         device=q.device,
         shared_bytes=shape.shared_bytes,
     )

@@ -60,6 +60,8 @@ def format_defines() -> dict[str, int]:
     defines["KVPACK_PREDICTOR_PREVIOUS"] = int(Predictor.PREVIOUS)
     defines |= {f"KVPACK_{name}": getattr(pages, name) for name in ("PAGE_TOKENS", "GROUP_DIMS", "ENTRY_FORMAT_BITS")}
     defines |= {f"KVPACK_FORMAT_{page_format.name}": int(page_format) for page_format in PageFormat}
+    # Of format f in bits 8·f … .
+    defines["KVPACK_FORMAT_BITS"] = sum(page_format.element_bits << 8 * page_format for page_format in PageFormat)
     defines |= {f"KVPACK_SIDE_{side.name}": int(side) for side in Side}
     return defines
 

@@ -37,7 +37,7 @@ import torch
 
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
 from kvpack.format.layout import ceil_div
-from kvpack.format.pages import ENTRY_FORMAT_BITS, PAGE_TOKENS, PageFormat, PageLayout, Side
+from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, PageLayout, Side
 from kvpack.runtime.errors import CacheFullError, CacheInputError, PageEntryError
 from kvpack.runtime.load import resolve_device
 from kvpack.runtime.page_allocator import (
@@ -60,7 +60,6 @@ NO_PAGE = -1
 # How much of their bytes open pages yield at most to pinned ones.
 _YIELDED = 0.25
 
-_ENTRY_FORMATS = (1 << ENTRY_FORMAT_BITS) - 1
 _Ints = npt.NDArray[np.int64]
 
 
@@ -92,7 +91,7 @@ class BucketedCacheLayer:
         found = []
         for side in Side:
             entries = self.cache.entries[self.layer, side, sequence]
-            formats = np.where(entries == NO_PAGE, -1, entries & _ENTRY_FORMATS)
+            formats = np.where(entries == NO_PAGE, -1, entries & ENTRY_FORMAT_MASK)
             for page_format in PageFormat:
                 indices = np.flatnonzero(formats == page_format)
                 if len(indices):
@@ -381,7 +380,7 @@ class KVCache:
         self.page_table.view(-1)[where] = values
 
     def _quantize(self, sides: _Ints, sources: _Ints, targets: _Ints) -> None:
-        kinds = np.stack([sides, sources & _ENTRY_FORMATS, targets & _ENTRY_FORMATS], axis=1)
+        kinds = np.stack([sides, sources & ENTRY_FORMAT_MASK, targets & ENTRY_FORMAT_MASK], axis=1)
         for kind in np.unique(kinds, axis=0):
             chosen = (kinds == kind).all(axis=1)
             jobs = self._upload(np.stack([sources[chosen], targets[chosen]], axis=1))
@@ -623,7 +622,7 @@ class KVCache:
     def _formats(self, places: _Places) -> npt.NDArray[np.uint8]:
         """Of pages that are there, and of those to come."""
         entries = self.entries[places.where]
-        return np.where(entries == NO_PAGE, self.full_format, entries & _ENTRY_FORMATS).astype(np.uint8)
+        return np.where(entries == NO_PAGE, self.full_format, entries & ENTRY_FORMAT_MASK).astype(np.uint8)
 
     def _open_end(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """How many pages of each sequence have left the recent window."""
@@ -658,7 +657,7 @@ class KVCache:
     def precision_map(self, layer: int) -> npt.NDArray[np.int8]:
         """[2, max_sequences, max_pages]: each page's :class:`PageFormat`, or -1 of no page."""
         entries = self.entries[layer]
-        return np.where(entries == NO_PAGE, -1, entries & _ENTRY_FORMATS).astype(np.int8)
+        return np.where(entries == NO_PAGE, -1, entries & ENTRY_FORMAT_MASK).astype(np.int8)
 
     def average_bits(self) -> float:
         """Bits of pages in use per element of K and V held: scales, and what is empty of last pages, counted; 0.0 of

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks
+from kvpack.encode.page_coder import CLIP_TENTHS, FLOAT_TYPES, FP8_MAX, dequantize_blocks, quantize_blocks
 from kvpack.format.errors import PageError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import (
-    ENTRY_FORMAT_BITS,
+    ENTRY_FORMAT_MASK,
     GROUP_DIMS,
     PAGE_TOKENS,
     WARP_LANES,
@@ -38,7 +38,6 @@ from kvpack.runtime.weight_kernels import ACTIVATIONS
 
 PAGE_FORMATS = {torch.float16: PageFormat.FP16, torch.bfloat16: PageFormat.BF16}
 
-_FORMAT_MASK = (1 << ENTRY_FORMAT_BITS) - 1
 _SLICES = PAGE_TOKENS // 16
 _MAX_SEQUENCES = 65535  # of a grid
 # Warps of a block that writes or reads a page's head, and how many of these blocks shall share a multiprocessor.
@@ -68,6 +67,8 @@ def quantize_kernel(side: Side, source: PageFormat, target: PageFormat, head_dim
         "KVPACK_SIDE": int(side),
         "KVPACK_SOURCE_FORMAT": int(source),
         "KVPACK_TARGET_FORMAT": int(target),
+        "KVPACK_CLIP_TENTHS": CLIP_TENTHS.get((side, target), 0),
+        "KVPACK_FP8_MAX": FP8_MAX,
         "KVPACK_HEAD_DIM": head_dim,
         "KVPACK_MAX_WARPS": warps,
         "KVPACK_BLOCKS_PER_SM": max(1, threads // (warps * WARP_LANES)),
@@ -359,7 +360,7 @@ def _leave_out(status: torch.Tensor, index: int, count: int) -> None:
 
 def _blocks(pages: npt.NDArray[np.uint8], entry: int, layout: PageLayout, heads: int) -> npt.NDArray[np.uint8]:
     """A page as [heads, block_bytes], to be written to."""
-    first, size = entry & ~_FORMAT_MASK, heads * layout.block_bytes
+    first, size = entry & ~ENTRY_FORMAT_MASK, heads * layout.block_bytes
     if not 0 <= first <= len(pages) - size:
         raise PageError(f"a page of {size} bytes begins at byte {first}; pages_base has {len(pages)}")
     return pages[first : first + size].reshape(heads, layout.block_bytes)
@@ -389,7 +390,7 @@ def _write_on_cpu(
                 continue
             for first, last, page in _pieces(start, start + tokens):
                 entry = int(table[side, b, page]) if page < table.shape[2] else -1
-                if entry & _FORMAT_MASK != page_format:
+                if entry & ENTRY_FORMAT_MASK != page_format:
                     _leave_out(status, b, last - first)
                     continue
                 blocks = _blocks(pages, entry, layout, heads)
@@ -418,7 +419,7 @@ def _quantize_on_cpu(
     assert pages_base is not None
     pages = pages_base.numpy()
     for index, (from_entry, to_entry) in enumerate(jobs.tolist()):
-        if from_entry & _FORMAT_MASK != source.format or to_entry & _FORMAT_MASK != target.format:
+        if from_entry & ENTRY_FORMAT_MASK != source.format or to_entry & ENTRY_FORMAT_MASK != target.format:
             _leave_out(status, index, 1)
             continue
         values = dequantize_blocks(_blocks(pages, from_entry, source, heads), source)
@@ -444,10 +445,10 @@ def _read_on_cpu(
         start = max(given, 0)
         for first, last, page in _pieces(start, min(start + num_tokens, end)):
             entry = int(table[b, page]) if page < table.shape[1] else -1
-            if entry & _FORMAT_MASK >= len(PageFormat):
+            if entry & ENTRY_FORMAT_MASK >= len(PageFormat):
                 _leave_out(status, b, last - first)
                 continue
-            layout = PageLayout(side, PageFormat(entry & _FORMAT_MASK), head_dim)
+            layout = PageLayout(side, PageFormat(entry & ENTRY_FORMAT_MASK), head_dim)
             values = torch.from_numpy(dequantize_blocks(_blocks(pages, entry, layout, heads), layout))
             at = first - page * PAGE_TOKENS
             out[b, :, first - start : last - start] = values[:, at : at + last - first].to(dtype)

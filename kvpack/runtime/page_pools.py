@@ -22,12 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpack.format.pages import ENTRY_FORMAT_BITS, GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
+from kvpack.format.pages import ENTRY_FORMAT_MASK, GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
 from kvpack.runtime.errors import CacheFullError, PageEntryError
 
 SLAB_BYTES = 4 << 20
 _LEAST_SLAB_PAGES = 8
-_ENTRY_FORMATS = (1 << ENTRY_FORMAT_BITS) - 1
 # Where the first slab begins on the CPU.
 _ARENA_START = 64
 
@@ -306,11 +305,11 @@ class PagePools:
 
     def _find(self, entry: int) -> tuple[_Slab, int]:
         """The slab and the page in it."""
-        place = bisect_right(self._bases, entry & ~_ENTRY_FORMATS) - 1
+        place = bisect_right(self._bases, entry & ~ENTRY_FORMAT_MASK) - 1
         if place >= 0:
             slab = self._slab_at[self._bases[place]]
-            number, rest = divmod((entry & ~_ENTRY_FORMATS) - slab.base, slab.page_bytes)
-            if not rest and number < slab.page_count and entry & _ENTRY_FORMATS == slab.layout.format:
+            number, rest = divmod((entry & ~ENTRY_FORMAT_MASK) - slab.base, slab.page_bytes)
+            if not rest and number < slab.page_count and entry & ENTRY_FORMAT_MASK == slab.layout.format:
                 return slab, number
         raise PageEntryError(f"{entry:#x} is the entry of no page of these pools")
 

@@ -11,7 +11,7 @@ import torch
 
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side
-from kvpack.runtime.attention_kernels import FLOAT_FORMATS
+from kvpack.runtime.page_kernels import PAGE_FORMATS
 
 NUMPY_TYPES = {torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
 
@@ -58,7 +58,7 @@ def paged_values(
         page_format = formats[(page + sequence) % len(formats)][side]
         filled = min(PAGE_TOKENS, lengths[sequence] - page * PAGE_TOKENS)
         if filled < PAGE_TOKENS or not page_format.is_quantized:
-            page_format = FLOAT_FORMATS[dtype]
+            page_format = PAGE_FORMATS[dtype]
         layout = PageLayout(side, page_format, head_dim)
         x = size * rng.normal(0, 1, (num_kv_heads, PAGE_TOKENS, head_dim)) * np.exp(rng.normal(0, 0.5, head_dim))
         x += rng.normal(0, 0.5, head_dim) * (side == Side.K)
@@ -74,7 +74,7 @@ def paged_values(
         page_format = formats[(page + sequence) % len(formats)][side]
         filled = min(PAGE_TOKENS, lengths[sequence] - page * PAGE_TOKENS)
         if filled < PAGE_TOKENS or not page_format.is_quantized:
-            page_format = FLOAT_FORMATS[dtype]
+            page_format = PAGE_FORMATS[dtype]
         table[side, sequence, page] = at | page_format
         pieces.append(blocks[number].reshape(-1))
         at += pieces[-1].size

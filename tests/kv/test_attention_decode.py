@@ -14,7 +14,7 @@ from emulated_device import emulated_launch  # noqa: E402
 from paged_values import Paged, attention_error, expected_attention, paged_values  # noqa: E402
 
 from kvpack.format.pages import PageFormat  # noqa: E402
-from kvpack.runtime import attention_kernels, kernels  # noqa: E402
+from kvpack.runtime import attention_kernels, kernels, page_kernels  # noqa: E402
 
 FP16, BF16, INT8, INT4, INT3, INT2, E4M3, E5M2 = PageFormat
 ALL = [(page_format, page_format) for page_format in (FP16, INT8, INT4, INT3, INT2, E4M3, E5M2)]
@@ -39,7 +39,7 @@ def attend(name: str, device: str) -> tuple[torch.Tensor, Paged, torch.Tensor]:
     paged = paged_values(lengths, kv_heads, head_dim, dtype, formats)
     q = torch.randn(len(lengths), heads, tokens, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     there = paged.to(device) if device == "cuda" else paged
-    own = attention_kernels.FLOAT_FORMATS[dtype]
+    own = page_kernels.PAGE_FORMATS[dtype]
     out = attention_kernels.decode(
         q.to(device),
         None if device == "cuda" else there.pages,

@@ -18,7 +18,7 @@ from paged_values import Paged, attention_error, expected_attention, paged_value
 from kvpack.format.pages import PageFormat as F  # noqa: E402
 from kvpack.format.pages import Side  # noqa: E402
 from kvpack.runtime import attention_kernels, kernels, tickets  # noqa: E402
-from kvpack.runtime.attention_kernels import FLOAT_FORMATS  # noqa: E402
+from kvpack.runtime.page_kernels import PAGE_FORMATS  # noqa: E402
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 QUANTIZED = tuple(f for f in F if f.is_quantized)
@@ -50,7 +50,7 @@ def queries(sequences: int, heads: int, tokens: int, head_dim: int, dtype: torch
 
 
 def compiled_formats(dtype: torch.dtype, formats: Formats, side: Side) -> set[F]:
-    return {FLOAT_FORMATS[dtype], *(pair[side] for pair in formats if pair[side].is_quantized)}
+    return {PAGE_FORMATS[dtype], *(pair[side] for pair in formats if pair[side].is_quantized)}
 
 
 def prefill(q: torch.Tensor, paged: Paged, num_kv_heads: int, formats: Formats, **options: int) -> torch.Tensor:
@@ -90,7 +90,7 @@ def check(
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
 @pytest.mark.parametrize("page_format", [None, *QUANTIZED], ids=lambda f: f.name if f else "16 bits")
 def test_formats(emulated: object, page_format: F | None, dtype: torch.dtype) -> None:
-    page_format = page_format or FLOAT_FORMATS[dtype]
+    page_format = page_format or PAGE_FORMATS[dtype]
     check([192], (2, 1), 70, dtype=dtype, formats=[(page_format, page_format)])
 
 
@@ -111,7 +111,7 @@ def test_lengths(emulated: object) -> None:
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
 @pytest.mark.parametrize("head_dim", [16, 80, 96, 128, 256])
 def test_head_dims(emulated: object, head_dim: int, dtype: torch.dtype) -> None:
-    formats = [(F.INT4, F.INT2), (F.INT8, F.INT8), (F.INT3, F.FP8_E4M3), (FLOAT_FORMATS[dtype], F.INT4)]
+    formats = [(F.INT4, F.INT2), (F.INT8, F.INT8), (F.INT3, F.FP8_E4M3), (PAGE_FORMATS[dtype], F.INT4)]
     check([64 * 5 + 30], (2, 1), 60, head_dim, dtype, formats)
 
 
@@ -141,7 +141,7 @@ def test_sizes(emulated: object, dtype: torch.dtype, size: float, query_size: fl
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
 def test_scores_in_the_hundreds(emulated: object, dtype: torch.dtype) -> None:
     """One token has all of a query's attention. In 16 bits: rounded scales times queries would show."""
-    paged = paged_values([200], 1, 64, dtype, [(FLOAT_FORMATS[dtype],) * 2])
+    paged = paged_values([200], 1, 64, dtype, [(PAGE_FORMATS[dtype],) * 2])
     q = queries(1, 4, 30, 64, dtype) * 100
     assert attention_error(prefill(q, paged, 1, []), expected_attention(q, paged, 1 / 8)) < MOST_ERROR
 
@@ -155,7 +155,7 @@ def test_queries_of_zeros_average(emulated: object) -> None:
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
 def test_equals_decode(emulated: object, dtype: torch.dtype) -> None:
-    lengths, formats = [333, 65, 7, 200], [(F.INT8, F.INT4), (F.INT3, F.INT2), (FLOAT_FORMATS[dtype],) * 2]
+    lengths, formats = [333, 65, 7, 200], [(F.INT8, F.INT4), (F.INT3, F.INT2), (PAGE_FORMATS[dtype],) * 2]
     paged = paged_values(lengths, 2, 80, dtype, formats)
     for tokens in (1, 5):
         q = queries(len(lengths), 14, tokens, 80, dtype)
@@ -209,7 +209,7 @@ def test_shared_memory() -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_head_dims_on_a_gpu(head_dim: int, dtype: torch.dtype) -> None:
     check([1500, 777, 65, 64, 63, 1, 0], (8, 2), 60, head_dim, dtype, device="cuda")
-    check([64 * 20], (4, 1), 100, head_dim, dtype, [(FLOAT_FORMATS[dtype],) * 2], device="cuda")
+    check([64 * 20], (4, 1), 100, head_dim, dtype, [(PAGE_FORMATS[dtype],) * 2], device="cuda")
 
 
 @pytest.mark.gpu

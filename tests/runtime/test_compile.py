@@ -108,7 +108,7 @@ def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
 
 
 def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
-    options = list(itertools.product(PAGE_FORMATS, attention.FLOAT_FORMATS.items()))
+    options = list(itertools.product(PAGE_FORMATS, page_kernels.PAGE_FORMATS.items()))
     for head_dim, (formats, (dtype, float_format)) in selected(HEAD_DIMS, options, everything):
         yield attention.prefill_kernel(head_dim, dtype, {float_format, *formats}, {float_format, *formats})
 
