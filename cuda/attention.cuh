@@ -5,6 +5,7 @@
 
 constexpr bool kBf16 = KVPACK_ACTIVATION == 1;
 constexpr u32 kFloatFormat = kBf16 ? KVPACK_FORMAT_BF16 : KVPACK_FORMAT_FP16;
+constexpr bool kCausal = KVPACK_CAUSAL;
 constexpr float kNothing = -1e30f;  // a maximum below all scores, and finite: differences stay numbers
 constexpr float kUnseen = -3e38f;   // a score whose p is 0 even beside that
 

@@ -1,4 +1,5 @@
-// Attention of a few query tokens to the pages of a KV cache, in place: softmax(q · Kᵀ) · V for each sequence and head.
+// Attention of a few query tokens to the pages of a KV cache, in place: softmax(q · Kᵀ) · V for each sequence and head. Queries are
+// the last tokens of a sequence and see those up to their own (kCausal), or see all.
 //
 // All query heads of a KV head are multiplied at once. A *column* is a query head and token, eight of them a *tile* (of the queries):
 // the eight columns of mma.m16n8k16, whose rows are tokens for K and dimensions for V, so that a lane's part of a page is its own
@@ -13,6 +14,10 @@
 // segments, are cut into as many even parts as there are blocks; the warps of a block take the pages of its part in turn. At the end of
 // a segment they put their sums together; where several blocks share a segment, the last one to arrive adds up what all of them left in
 // global memory, in the order of the blocks, so that results do not depend on timing.
+//
+// How much of the attention a page has (kObserve): for each unit and column, a warp leaves log2 of the sum of p in global memory.
+// Whoever finishes a segment knows what the sums are to be divided by, and adds each page's share to its mass. Masses are integers,
+// in units of 2^-KVPACK_MASS_FRACTION_BITS: their sums over heads do not depend on the order of the atomic additions.
 //
 // A warp copies what it will need into a ring of its own, kSlots − 1 *pieces* ahead: two groups of K or V (one, of an odd number), or one of
 // 16 bits.
@@ -32,6 +37,8 @@ constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // as fp16; as bf16 once more
 constexpr u32 kSumsBytes = 4 * kColumns * kHeadDim;
 constexpr u32 kQueryAreaBytes = (kBf16 ? 2 : 1) * kQueryBytes > kSumsBytes ? (kBf16 ? 2 : 1) * kQueryBytes : kSumsBytes;
 constexpr u32 kStatisticsBytes = 4 * 2 * kColumns * kWarps;
+constexpr bool kObserve = KVPACK_OBSERVE;
+constexpr float kMassUnits = u64{1} << KVPACK_MASS_FRACTION_BITS;  // of a mass of 1
 
 // What a launch works on.
 struct Work {
@@ -43,11 +50,11 @@ struct Work {
   u32 tokens;        // of a query
   u32 window, sinks;
 
-  // Of a sequence that has as many tokens as there are queries, or more.
-  __device__ __forceinline__ Visits visits(u32 length) const { return {length - tokens + 1, length, window, sinks}; }
+  // Of a sequence that is long enough: that has all tokens of the query, or any token.
+  __device__ __forceinline__ Visits visits(u32 length) const { return {kCausal ? length - tokens + 1 : length, length, window, sinks}; }
   __device__ __forceinline__ u32 visited_pages(u32 sequence) const {
     const u32 length = __ldg(lengths + sequence);
-    return length < tokens ? 0 : visits(length).count;
+    return length < (kCausal ? tokens : 1) ? 0 : visits(length).count;
   }
   __device__ __forceinline__ const u64* entry(u32 side, u32 sequence, u32 page) const {
     return table + (static_cast<u64>(side) * sequences + sequence) * max_pages + page;
@@ -225,10 +232,51 @@ __device__ __forceinline__ float query_value(const u16* q) {
   return kBf16 ? __uint_as_float(bits << 16) : f16_value(bits);
 }
 
+// log2 of a sum over rows and lanes, of `a` in lanes that are not `odd` (lane / 4 is even), of `b` in the others.
+__device__ __forceinline__ float log2_of_sum(float a, float b, bool odd) {
+  float sum = (odd ? b : a) + __shfl_xor_sync(kAllLanes, odd ? a : b, 4);
+  sum += __shfl_xor_sync(kAllLanes, sum, 8);
+  sum += __shfl_xor_sync(kAllLanes, sum, 16);
+  return __log2f(sum);
+}
+
+// A segment's units, each to the mass of its page: Σ of columns, 2^(log - maximum) · worth. Maxima and worths are in shared memory.
+__device__ __forceinline__ void add_masses(const Work& work, const Segment& segment, u32 totals, const float* page_logs, u64* mass) {
+  constexpr u32 kBatch = 4;  // loads of so many units are under way at once
+  const Visits seen = work.visits(__ldg(work.lengths + segment.sequence));
+  const float4* logs = reinterpret_cast<const float4*>(page_logs) + static_cast<u64>(segment.first) * (kColumns / 4);
+#pragma unroll 1
+  for (u32 first = threadIdx.x; first < segment.units; first += kBatch * kWarps * kLanes) {
+    float4 of_units[kBatch][2];
+#pragma unroll
+    for (u32 i = 0; i < kBatch; ++i) {
+      const u32 visit = min(first + i * kWarps * kLanes, segment.units - 1);
+#pragma unroll
+      for (u32 j = 0; j < 2; ++j) of_units[i][j] = load_l2_v4(logs + 2 * visit + j);
+    }
+#pragma unroll
+    for (u32 i = 0; i < kBatch; ++i) {
+      const u32 visit = first + i * kWarps * kLanes;
+      float sum = 0;
+#pragma unroll
+      for (u32 j = 0; j < 2; ++j) {
+        const float4 log = of_units[i][j];
+        const uint4 maximum = load_shared_v4(totals + 16 * j), worth = load_shared_v4(totals + 4 * kColumns + 16 * j);
+        sum += exp2_approximate(log.x - __uint_as_float(maximum.x)) * __uint_as_float(worth.x);
+        sum += exp2_approximate(log.y - __uint_as_float(maximum.y)) * __uint_as_float(worth.y);
+        sum += exp2_approximate(log.z - __uint_as_float(maximum.z)) * __uint_as_float(worth.z);
+        sum += exp2_approximate(log.w - __uint_as_float(maximum.w)) * __uint_as_float(worth.w);
+      }
+      if (visit < segment.units && sum > 0) atomicAdd(mass + seen.page_of(visit), __float2ull_rn(sum));  // what is NaN would be 2^63
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(kWarps * 32, KVPACK_BLOCKS_PER_SM)
 attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_token_stride, u16* out, const u8* pages, const u64* table,
                  const u32* lengths, u32 sequences, u32 max_pages, u32 heads, u32 heads_per_kv_head, u32 tokens, u32 window, u32 sinks,
-                 float scale, float* partials, u32* tickets) {
+                 float scale, float* partials, u32* tickets, float* page_logs, u64* mass, u64 mass_sequence_stride, u32* steps,
+                 const float* weights) {
   KVPACK_DYNAMIC_SHARED(shared);
   const u32 thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes;
   const u32 columns = heads_per_kv_head * tokens;
@@ -249,9 +297,14 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
   const u32 blocks = min(gridDim.x, total);  // none without a unit, so that all of a segment's arrive
   auto first_unit = [&](u32 block) { return static_cast<u32>(static_cast<u64>(total) * block / blocks); };
   auto block_with = [&](u32 unit) { return static_cast<u32>((static_cast<u64>(unit + 1) * blocks - 1) / total); };
-  // Sequences without tokens have no units; their results are 0.
+  // Sequences that are too short have no units; their results are 0.
   for (u32 sequence = blockIdx.x; sequence < sequences; sequence += gridDim.x) {
-    if (work.visited_pages(sequence) != 0) continue;
+    if (work.visited_pages(sequence) != 0) {
+      if constexpr (kObserve) {
+        if (thread == 0) atomicAdd(steps + sequence, 1u);
+      }
+      continue;
+    }
     const u64 size = static_cast<u64>(heads) * columns * kHeadDim;
     for (u64 i = thread; i < size; i += kWarps * kLanes) out[sequence * size + i] = 0;
   }
@@ -352,7 +405,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
 #pragma unroll
         for (u32 j = 0; j < 2; ++j) {
           const u32 index = tile * kColumns + 2 * (lane % 4) + j;
-          limit[j] = seen.whole_to + min(index / heads_per_kv_head, tokens - 1);
+          limit[j] = seen.whole_to + (kCausal ? min(index / heads_per_kv_head, tokens - 1) : 0);
         }
 #pragma unroll
         for (u32 slice = 0; slice < kSlices; ++slice)
@@ -375,6 +428,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
         maximum[0] = larger[0], maximum[1] = larger[1];
       }
       const float shift[2] = {(maximum[0] - offset[0]) * factor[0], (maximum[1] - offset[1]) * factor[1]};
+      const float sum_before[2] = {softmax.sum[0], softmax.sum[1]};
 #pragma unroll
       for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
@@ -383,6 +437,14 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
           softmax.sum[i % 2] += p;
           scores[slice][i] = p;
         }
+      if constexpr (kObserve) {
+        // The page's sum as a difference: sums of its own would be an addition more for each p, or round softmax.sum otherwise. Of a lane's
+        // eight p, it is off by at most 2^-21 of all the lane has summed; 0, thus -inf, if no token is seen.
+        const bool odd = lane / 4 % 2 != 0;
+        const float log = log2_of_sum(softmax.sum[0] - sum_before[0], softmax.sum[1] - sum_before[1], odd);
+        const float exponent = odd ? maximum[1] * factor[1] : maximum[0] * factor[0];
+        if (lane < kColumns) page_logs[(unit - kWarps) * kColumns + lane] = exponent + log;  // 2^32 of them would be 16 GiB
+      }
       ring.following = unit < end ? block_of(pages, KVPACK_SIDE_K, next_k, ahead.part / work.tiles) : nothing;
       with_format<KVPACK_V_FORMATS>(v_format, MultiplyValues{ring, lane, scores, softmax});
     }
@@ -425,6 +487,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
     const bool alone = segment.first >= begin && segment.end() <= end;
     const u32 number = segment.sequence * parts + segment.part;
     const u32 here = min(kColumns, columns - tile * kColumns);  // columns of this tile
+    bool complete = alone;                                      // this block has the segment's sums
     auto sum_of = [&](u32 column) {
       float sum = 0;
 #pragma unroll
@@ -435,6 +498,14 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       const u32 index = tile * kColumns + column;
       const u64 row = (static_cast<u64>(segment.sequence) * heads + head) * heads_per_kv_head + index % heads_per_kv_head;
       out[(row * tokens + index / heads_per_kv_head) * kHeadDim + dim] = static_cast<u16>(kBf16 ? bf16_bits(value) : f16_bits(value));
+    };
+    // In the place of the warps' statistics: of each column the maximum, then what p relative to it is worth in units of mass.
+    auto keep_total = [&](u32 column, float largest, float sum) {
+      const u32 index = tile * kColumns + column, of_group = index % heads_per_kv_head;
+      const float of_head = weights == nullptr ? 1.0f / (heads * heads_per_kv_head) : __ldg(weights + head * heads_per_kv_head + of_group);
+      const u32 place = statistics + 4 * (column / 2 + column % 2 * 4);
+      store_shared_f32(place, largest);
+      store_shared_f32(place + 4 * kColumns, kMassUnits * of_head / (sum * tokens));
     };
     if (alone) {
       for (u32 i = thread; i < here * kHeadDim; i += kWarps * kLanes) {
@@ -461,7 +532,8 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
         store_shared_u32(factors, before + 1 == arrivals);
       }
       __syncthreads();
-      if (load_shared_u32(factors) != 0) {
+      complete = load_shared_u32(factors) != 0;
+      if (complete) {
         const float* places = partials + static_cast<u64>(first_block + number) * kPlace;
         for (u32 i = thread; i < here * kHeadDim; i += kWarps * kLanes) {
           const u32 column = i / kHeadDim;
@@ -478,7 +550,22 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
             maximum = larger;
           }
           store_out(column, i % kHeadDim, value / sum);
+          if constexpr (kObserve) {
+            if (i % kHeadDim == 0) keep_total(column, maximum, sum);
+          }
         }
+      }
+    }
+    if constexpr (kObserve) {
+      if (complete) {
+        if (alone) {
+          const float largest = maximum_of(thread % kColumns), sum = sum_of(thread % kColumns);
+          __syncthreads();  // all have loaded what totals take the place of
+          if (thread < here) keep_total(thread, largest, sum);
+        }
+        if (thread >= here && thread < kColumns) keep_total(thread, 0, __uint_as_float(0x7F800000));  // of no column: worth nothing
+        __syncthreads();
+        add_masses(work, segment, statistics, page_logs, mass + segment.sequence * mass_sequence_stride);
       }
     }
     __syncthreads();  // queries of the next segment go where the sums are

@@ -1,4 +1,5 @@
-// Attention of many query tokens to the pages of a KV cache, in place: softmax(q · Kᵀ) · V for each sequence and head, causal.
+// Attention of many query tokens to the pages of a KV cache, in place: softmax(q · Kᵀ) · V for each sequence and head. Queries are
+// the last tokens of a sequence and see those up to their own (kCausal), or see all.
 //
 // A block takes a *tile* of columns (a query token and head of one KV head's, token after token) of a sequence, each of its warps
 // kTiles times the eight columns of mma.m16n8k16. Operands are as in attention_decode.cu; each of a page serves kTiles products:
@@ -266,7 +267,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
     u16* of_sequence = out + static_cast<u64>(sequence) * heads * columns * kHeadDim;
     return reinterpret_cast<u32*>(of_sequence + place_of(column, static_cast<u64>(tokens) * kHeadDim, kHeadDim));
   };
-  if (length < tokens) {
+  if (length < (kCausal ? tokens : 1)) {
     constexpr u32 kPairsOfRow = kHeadDim / 2;
     for (u32 i = thread; i < kColumns * kPairsOfRow; i += kWarps * kLanes) {
       const u32 column = first_column + i / kPairsOfRow;
@@ -277,7 +278,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
 
   const u32 all_but_new = length - tokens;
   // Tokens that a column attends to, but for a window.
-  auto limit_of = [&](u32 column) { return all_but_new + column / heads_per_kv_head + 1; };
+  auto limit_of = [&](u32 column) { return kCausal ? all_but_new + column / heads_per_kv_head + 1 : length; };
   const Visits seen(limit_of(first_column), limit_of(min(first_column + kColumns, columns) - 1), window, sinks);
   const u64* k_entries = table + static_cast<u64>(KVPACK_SIDE_K * sequences + sequence) * max_pages;
   const u64* v_entries = table + static_cast<u64>(KVPACK_SIDE_V * sequences + sequence) * max_pages;

@@ -517,6 +517,9 @@ def test_float_to_int(kernel: Kernel) -> None:
     out = np.zeros(7, np.int32)
     kernel("const float* v, int* out", "if (thread < 7) out[thread] = __float2int_rn(v[thread]);", [values, out])
     assert out.tolist() == [0, 2, -2, 2**31 - 1, -(2**31), 0, 8]
+    wide = np.zeros(7, np.uint64)
+    kernel("const float* v, u64* out", "if (thread < 7) out[thread] = __float2ull_rn(v[thread]);", [values, wide])
+    assert wide.tolist() == [0, 2, 0, 10**10, 0, 2**63, 8]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

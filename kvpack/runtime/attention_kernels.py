@@ -18,8 +18,9 @@ from kvpack.runtime.page_kernels import PAGE_FORMATS
 from kvpack.runtime.weight_kernels import ACTIVATIONS
 
 COLUMNS = 8
-MASS_FRACTION_BITS = 32
 DECODE_WARPS = 4
+# Of the units that masses are counted in.
+MASS_FRACTION_BITS = 32
 # What a block has without asking; consumer GPUs share 100 KiB among the blocks of a multiprocessor.
 _SHARED_BYTES = 48 << 10
 _SLOT_BYTES = PAGE_TOKENS * SCALE_BYTES + 2048
@@ -33,7 +34,11 @@ _FEW_PARTS = 32
 
 
 def _defines(
-    head_dim: int, dtype: torch.dtype, k_formats: Iterable[PageFormat], v_formats: Iterable[PageFormat]
+    head_dim: int,
+    dtype: torch.dtype,
+    k_formats: Iterable[PageFormat],
+    v_formats: Iterable[PageFormat],
+    causal: bool,
 ) -> dict[str, int]:
     """What both kernels are told of queries and pages."""
     if dtype not in PAGE_FORMATS:
@@ -43,6 +48,7 @@ def _defines(
         "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
         "KVPACK_K_FORMATS": sum(1 << page_format for page_format in set(k_formats)),
         "KVPACK_V_FORMATS": sum(1 << page_format for page_format in set(v_formats)),
+        "KVPACK_CAUSAL": int(causal),
     }
 
 
@@ -56,8 +62,11 @@ def _arguments(
     scale: float,
     window: int,
     sinks: int,
+    causal: bool,
 ) -> tuple[torch.Tensor | np.generic | None, ...]:
     """What both kernels begin with."""
+    if window and not causal:
+        raise PageError(f"a window of {window} tokens ends at the query's own; with causal=False there is no such end")
     sequences, num_heads, tokens, _ = q.shape
     return (
         q,
@@ -86,6 +95,26 @@ class DecodeShape:
     blocks_per_sm: int
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Where :func:`decode` adds up how much of the attention each page had.
+
+    A page's share is the mean over query tokens of Σ over heads of weight · softmax probability of the page's tokens:
+    those of all pages of a sequence sum to Σ weights in each step. Integers, since sums of floats would depend on the
+    order in which blocks end.
+
+    Attributes:
+        mass: i64 [sequences, pages], at least as many pages as the table; rows may lie apart, elements of a row not.
+            Shares are added, in units of 2^-:data:`MASS_FRACTION_BITS`.
+        steps: i32 [sequences]. 1 is added for each sequence that is attended to.
+        weights: fp32 [query heads], none negative; ``None``: 1 / number of heads each.
+    """
+
+    mass: torch.Tensor
+    steps: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
 def decode_shape(head_dim: int, dtype: torch.dtype) -> DecodeShape:
     groups = head_dim // GROUP_DIMS
     pieces = groups // 2 if groups % 2 == 0 else groups
@@ -97,10 +126,18 @@ def decode_shape(head_dim: int, dtype: torch.dtype) -> DecodeShape:
 
 
 def decode_kernel(
-    head_dim: int, dtype: torch.dtype, k_formats: Iterable[PageFormat], v_formats: Iterable[PageFormat]
+    head_dim: int,
+    dtype: torch.dtype,
+    k_formats: Iterable[PageFormat],
+    v_formats: Iterable[PageFormat],
+    *,
+    causal: bool = True,
+    observe: bool = False,
 ) -> Kernel:
     shape = decode_shape(head_dim, dtype)
-    defines = _defines(head_dim, dtype, k_formats, v_formats) | {
+    defines = _defines(head_dim, dtype, k_formats, v_formats, causal) | {
+        "KVPACK_OBSERVE": int(observe),
+        "KVPACK_MASS_FRACTION_BITS": MASS_FRACTION_BITS,
         "KVPACK_WARPS": DECODE_WARPS,
         "KVPACK_SLOTS": shape.slots,
         "KVPACK_BLOCKS_PER_SM": shape.blocks_per_sm,
@@ -140,15 +177,6 @@ def decode_blocks(
     return even if even >= 0.9 * blocks else blocks
 
 
-@dataclass(frozen=True)
-class Observed:
-    """Where attention masses are added."""
-
-    mass: torch.Tensor
-    steps: torch.Tensor
-    weights: torch.Tensor | None
-
-
 def decode(
     q: torch.Tensor,
     pages: torch.Tensor | None,
@@ -165,21 +193,45 @@ def decode(
     causal: bool = True,
     observed: Observed | None = None,
 ) -> torch.Tensor:
-    if observed is not None or not causal:
-        raise PageError("decode cannot do this yet")
+    """softmax(q · Kᵀ · scale) · V over the pages of each sequence, [sequences, query heads, tokens, head_dim].
+
+    Args:
+        q: fp16 or bf16 [sequences, query heads, tokens, head_dim]; the last dimension is contiguous.
+        pages: u8, what entries are offsets into; ``None`` on a GPU, where they are addresses.
+        table: i64 [2, sequences, max_pages].
+        lengths: i32 [sequences], in tokens, those of the queries included.
+        blocks: of the launch (:func:`decode_blocks`).
+        window: tokens that a query sees, up to its own; 0: all of them.
+        sinks: first tokens that are seen beside the window.
+        causal: queries are the last tokens of a sequence, and see none behind their own; a sequence shorter than them
+            gives zeros. Otherwise each query token sees all tokens, and only an empty sequence gives zeros.
+        observed: where to add the pages' shares of the attention.
+
+    Raises:
+        PageError: ``q`` has another dtype, or there is a window without ``causal``.
+    """
     sequences, num_heads, tokens, head_dim = q.shape
     out = torch.empty((sequences, num_heads, tokens, head_dim), dtype=q.dtype, device=q.device)
     columns = num_heads // num_kv_heads * tokens
     segments = sequences * num_kv_heads * ceil_div(columns, COLUMNS)
     partials = torch.empty((blocks + segments) * COLUMNS * (head_dim + 2), dtype=torch.float32, device=q.device)
+    observation: tuple[torch.Tensor | np.generic | None, ...] = (None, None, np.uint64(0), None, None)
+    if observed is not None:
+        page_logs = torch.empty(segments * table.shape[-1] * COLUMNS, dtype=torch.float32, device=q.device)
+        mass = observed.mass
+        observation = (page_logs, mass, np.uint64(mass.stride(0)), observed.steps, observed.weights)
     kernels.launch(
-        decode_kernel(head_dim, q.dtype, k_formats, v_formats),
+        # One query token is the last one, which sees all: one kernel less to compile.
+        decode_kernel(
+            head_dim, q.dtype, k_formats, v_formats, causal=causal or tokens == 1, observe=observed is not None
+        ),
         blocks,
         DECODE_WARPS * WARP_LANES,
         (
-            *_arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks),
+            *_arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks, causal),
             partials,
             tickets.take(segments, q.device),
+            *observation,
         ),
         device=q.device,
         shared_bytes=decode_shape(head_dim, q.dtype).shared_bytes,
@@ -214,10 +266,15 @@ def prefill_shape(head_dim: int) -> PrefillShape:
 
 
 def prefill_kernel(
-    head_dim: int, dtype: torch.dtype, k_formats: Iterable[PageFormat], v_formats: Iterable[PageFormat]
+    head_dim: int,
+    dtype: torch.dtype,
+    k_formats: Iterable[PageFormat],
+    v_formats: Iterable[PageFormat],
+    *,
+    causal: bool = True,
 ) -> Kernel:
     shape = prefill_shape(head_dim)
-    defines = _defines(head_dim, dtype, k_formats, v_formats) | {
+    defines = _defines(head_dim, dtype, k_formats, v_formats, causal) | {
         "KVPACK_WARPS": PREFILL_WARPS,
         "KVPACK_COLUMN_TILES": shape.column_tiles,
         "KVPACK_SLOT_BYTES": shape.slot_bytes,
@@ -247,10 +304,10 @@ def prefill(
     out = torch.empty((sequences, num_heads, tokens, head_dim), dtype=q.dtype, device=q.device)
     shape = prefill_shape(head_dim)
     kernels.launch(
-        prefill_kernel(head_dim, q.dtype, k_formats, v_formats),
+        prefill_kernel(head_dim, q.dtype, k_formats, v_formats, causal=causal),
         ceil_div(num_heads // num_kv_heads * tokens, shape.columns) * num_kv_heads * sequences,
         PREFILL_WARPS * WARP_LANES,
-        _arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks),
+        _arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks, causal),
         device=q.device,
         shared_bytes=shape.shared_bytes,
     )

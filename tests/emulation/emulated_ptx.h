@@ -173,13 +173,17 @@ inline float __logf(float a) { return logf(a); }
 inline float __log2f(float a) { return log2f(a); }
 inline float __saturatef(float a) { return a > 0.0f ? (a < 1.0f ? a : 1.0f) : 0.0f; }
 
-// Conversions to integers saturate; NaN becomes 0.
+// Conversions to integers saturate; NaN becomes 0, of 64 bits the highest one.
 namespace emulated {
 inline int to_int(float x) {
   return x != x ? 0 : x >= 2147483648.0f ? 0x7FFFFFFF : x < -2147483648.0f ? -0x7FFFFFFF - 1 : static_cast<int>(x);
 }
 inline unsigned int to_uint(float x) {
   return !(x > 0.0f) ? 0u : x >= 4294967296.0f ? 0xFFFFFFFFu : static_cast<unsigned int>(x);
+}
+inline unsigned long long to_ulong(float x) {
+  if (x != x) return 1ull << 63;
+  return !(x > 0.0f) ? 0u : x >= 0x1p64f ? ~0ull : static_cast<unsigned long long>(x);
 }
 }  // namespace emulated
 inline int __float2int_rn(float x) { return emulated::to_int(rintf(x)); }
@@ -190,6 +194,7 @@ inline unsigned int __float2uint_rn(float x) { return emulated::to_uint(rintf(x)
 inline unsigned int __float2uint_rz(float x) { return emulated::to_uint(x); }
 inline unsigned int __float2uint_rd(float x) { return emulated::to_uint(floorf(x)); }
 inline unsigned int __float2uint_ru(float x) { return emulated::to_uint(ceilf(x)); }
+inline unsigned long long __float2ull_rn(float x) { return emulated::to_ulong(rintf(x)); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline float __uint2float_rn(unsigned int x) { return static_cast<float>(x); }
 inline float __ull2float_rn(unsigned long long x) { return static_cast<float>(x); }

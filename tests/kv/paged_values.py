@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -89,28 +89,57 @@ def paged_values(
     )
 
 
-def expected_attention(q: torch.Tensor, paged: Paged, scale: float, window: int = 0, sinks: int = 0) -> np.ndarray:
-    """fp64 [sequences, heads, tokens, head_dim] by the definition: causal, of the window and the sinks."""
-    out = np.zeros(tuple(q.shape))
+def probabilities(
+    q: torch.Tensor, paged: Paged, scale: float, window: int, sinks: int, causal: bool
+) -> Iterator[tuple[tuple[int, int, int], np.ndarray]]:
+    """((sequence, head, token), fp64 [length]) by the definition, for sequences that have something to attend to."""
     queries = q.double().cpu().numpy()
     heads, tokens = q.shape[1], q.shape[2]
-    for sequence, (keys, values) in enumerate(paged.values):
+    for sequence, (keys, _) in enumerate(paged.values):
         length = keys.shape[1]
-        if length < tokens:
+        if length < (tokens if causal else 1):
             continue
         group = heads // len(keys)
         for head in range(heads):
-            k, v = keys[head // group], values[head // group]
             for token in range(tokens):
-                limit = length - tokens + token + 1
+                limit = length - tokens + token + 1 if causal else length
                 places = np.arange(length)
                 seen = places < limit
                 if window:
                     seen &= (places >= limit - window) | (places < sinks)
-                scores = (k[seen] @ queries[sequence, head, token]) * scale
+                scores = np.where(seen, (keys[head // group] @ queries[sequence, head, token]) * scale, -np.inf)
                 p = np.exp(scores - scores.max())
-                out[sequence, head, token] = p @ v[seen] / p.sum()
+                yield (sequence, head, token), p / p.sum()
+
+
+def expected_attention(
+    q: torch.Tensor, paged: Paged, scale: float, window: int = 0, sinks: int = 0, causal: bool = True
+) -> np.ndarray:
+    """fp64 [sequences, heads, tokens, head_dim] by the definition: of the window and the sinks."""
+    out = np.zeros(tuple(q.shape))
+    for (sequence, head, token), p in probabilities(q, paged, scale, window, sinks, causal):
+        values = paged.values[sequence][Side.V]
+        out[sequence, head, token] = p @ values[head * len(values) // q.shape[1]]
     return out
+
+
+def expected_mass(
+    q: torch.Tensor,
+    paged: Paged,
+    scale: float,
+    window: int = 0,
+    sinks: int = 0,
+    causal: bool = True,
+    weights: torch.Tensor | None = None,
+) -> np.ndarray:
+    """fp64 [sequences, max_pages]: mean over query tokens of Σ of heads, weight · probability of a page's tokens."""
+    heads, tokens = q.shape[1], q.shape[2]
+    of_heads = np.full(heads, 1 / heads) if weights is None else weights.double().cpu().numpy()
+    mass = np.zeros(tuple(paged.table.shape[1:]))
+    for (sequence, head, _), p in probabilities(q, paged, scale, window, sinks, causal):
+        of_pages = np.add.reduceat(p, np.arange(0, len(p), PAGE_TOKENS))
+        mass[sequence, : len(of_pages)] += of_heads[head] / tokens * of_pages
+    return mass
 
 
 def attention_error(found: torch.Tensor, expected: np.ndarray) -> float:

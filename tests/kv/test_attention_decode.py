@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import emulator
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from emulated_device import emulated_launch  # noqa: E402
-from paged_values import Paged, attention_error, expected_attention, paged_values  # noqa: E402
+from paged_values import Paged, attention_error, expected_attention, expected_mass, paged_values  # noqa: E402
 
+from kvpack.format.errors import PageError  # noqa: E402
 from kvpack.format.pages import PageFormat  # noqa: E402
 from kvpack.runtime import attention_kernels, kernels, page_kernels  # noqa: E402
+from kvpack.runtime.attention_kernels import MASS_FRACTION_BITS, Observed  # noqa: E402
 
 FP16, BF16, INT8, INT4, INT3, INT2, E4M3, E5M2 = PageFormat
 ALL = [(page_format, page_format) for page_format in (FP16, INT8, INT4, INT3, INT2, E4M3, E5M2)]
@@ -27,15 +31,30 @@ CASES = {
     "32 heads to one": ([130, 70], 32, 1, 128, torch.float16, [(INT4, INT4)], 1, 7, 0, 0),
     "one to one": ([130, 70], 3, 3, 64, torch.float16, [(INT3, INT8)], 1, 7, 0, 0),
     "several tokens": ([300, 129, 4], 8, 4, 64, torch.float16, MIXED, 5, 4, 0, 0),
+    "tokens of two pages": ([66, 130], 4, 2, 64, torch.float16, MIXED, 5, 5, 0, 0),
     "window and sinks": ([700], 8, 4, 64, torch.float16, MIXED, 3, 4, 150, 4),
     "wide": ([300], 2, 1, 256, torch.bfloat16, MIXED, 1, 4, 0, 0),
     "a block a page": ([300], 2, 1, 96, torch.bfloat16, MIXED, 1, 1000, 0, 0),
+    "many pages": ([64 * 600], 2, 1, 16, torch.float16, [(FP16, FP16)], 1, 3, 0, 0),
 }
+NOT_CAUSAL = ("all formats", "lengths of a batch", "several tokens", "tokens of two pages", "a block a page")
+# Of a page's mass. Queries times K's scales are rounded to fp16, which is 4e-5 of a mass here. With pages of 16 bits
+# fp32 remains; and the sum over pages is that of the weights whatever the scores are.
+MASS_ERROR, FP32_MASS_ERROR = 1e-4, 5e-7
+OF_16_BITS = {
+    f"{name}, 16 bits": (*case[:5], [(page_kernels.PAGE_FORMATS[case[4]],) * 2], *case[6:])
+    for name, case in CASES.items()
+    if name not in PageFormat.__members__
+}
+MASS_CASES = CASES | OF_16_BITS
+EMULATED = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
 
 
-def attend(name: str, device: str) -> tuple[torch.Tensor, Paged, torch.Tensor]:
+def attend(
+    name: str, device: str, *, causal: bool = True, observed: Observed | None = None
+) -> tuple[torch.Tensor, Paged, torch.Tensor]:
     """(result, what was attended to, queries)"""
-    lengths, heads, kv_heads, head_dim, dtype, formats, tokens, blocks, window, sinks = CASES[name]
+    lengths, heads, kv_heads, head_dim, dtype, formats, tokens, blocks, window, sinks = MASS_CASES[name]
     paged = paged_values(lengths, kv_heads, head_dim, dtype, formats)
     q = torch.randn(len(lengths), heads, tokens, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     there = paged.to(device) if device == "cuda" else paged
@@ -52,30 +71,130 @@ def attend(name: str, device: str) -> tuple[torch.Tensor, Paged, torch.Tensor]:
         blocks=blocks,
         window=window,
         sinks=sinks,
+        causal=causal,
+        observed=observed,
     )
     return out, paged, q
 
 
-def error_of(name: str, out: torch.Tensor, paged: Paged, q: torch.Tensor) -> float:
-    head_dim, window, sinks = CASES[name][3], CASES[name][8], CASES[name][9]
-    return attention_error(out, expected_attention(q, paged, 1 / math.sqrt(head_dim), window, sinks))
+def definition(name: str, **options: Any) -> dict[str, Any]:
+    """What the definitions take of a case."""
+    case = MASS_CASES[name]
+    return {"scale": 1 / math.sqrt(case[3]), "window": case[8], "sinks": case[9]} | options
 
 
-@pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
-@pytest.mark.parametrize("name", CASES)
-def test_decode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def error_of(name: str, out: torch.Tensor, paged: Paged, q: torch.Tensor, causal: bool = True) -> float:
+    return attention_error(out, expected_attention(q, paged, **definition(name, causal=causal)))
+
+
+def observers(name: str, device: str, weights: torch.Tensor | None = None) -> Observed:
+    """Rows that lie apart, with room behind the table's pages that is to stay as it is."""
+    lengths = MASS_CASES[name][0]
+    sequences, pages = len(lengths), -(-max(lengths) // 64) + 2
+    mass = torch.zeros((sequences, pages + 5), dtype=torch.int64, device=device)[:, :pages]
+    steps = torch.zeros(sequences, dtype=torch.int32, device=device)
+    return Observed(mass, steps, None if weights is None else weights.to(device))
+
+
+def check_observed(name: str, device: str, *, causal: bool = True, weights: torch.Tensor | None = None) -> None:
+    """Two launches: masses of both, and results as without."""
+    observed = observers(name, device, weights)
+    out, paged, q = attend(name, device, causal=causal, observed=observed)
+    assert torch.equal(out, attend(name, device, causal=causal)[0])
+    once = observed.mass.cpu().clone()
+    expected = expected_mass(q, paged, **definition(name, causal=causal, weights=weights))
+    found = once.double().numpy() / 2**MASS_FRACTION_BITS
+    assert not found[:, expected.shape[1] :].any()
+    found = found[:, : expected.shape[1]]
+    assert not found[expected == 0].any()
+    total = 1.0 if weights is None else float(weights.double().sum())
+    quantized = any(page_format.is_quantized for pair in MASS_CASES[name][5] for page_format in pair)
+    assert np.abs(found - expected).max() < total * (MASS_ERROR if quantized else FP32_MASS_ERROR)
+    attended = expected.sum(1) > 0
+    assert np.abs(found.sum(1) - total * attended).max() < total * FP32_MASS_ERROR
+    assert observed.steps.tolist() == attended.astype(int).tolist()
+
+    attend(name, device, causal=causal, observed=observed)
+    assert torch.equal(observed.mass.cpu(), 2 * once)
+    assert observed.steps.tolist() == (2 * attended).tolist()
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """What is read before it is written shows."""
+    empty = torch.empty
+
+    def poisoned(*arguments: Any, **options: Any) -> torch.Tensor:
+        return empty(*arguments, **options).fill_(math.nan)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(kernels, "launch", emulated_launch)
+    return monkeypatch
+
+
+@EMULATED
+@pytest.mark.parametrize("name", CASES)
+def test_decode(name: str, emulated: object) -> None:
     out, paged, q = attend(name, "cpu")
     assert error_of(name, out, paged, q) < 1e-3
 
 
-@pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
-def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = []
+@EMULATED
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_not_causal(name: str, emulated: object) -> None:
+    out, paged, q = attend(name, "cpu", causal=False)
+    assert error_of(name, out, paged, q, causal=False) < 1e-3
+    if CASES[name][6] > 1:
+        assert error_of(name, out, paged, q) > 1e-2
+
+
+def test_a_window_has_no_end_without_causal(emulated: object) -> None:
+    with pytest.raises(PageError, match="causal=False"):
+        attend("window and sinks", "cpu", causal=False)
+
+
+@EMULATED
+@pytest.mark.parametrize("name", MASS_CASES)
+def test_masses(name: str, emulated: object) -> None:
+    check_observed(name, "cpu")
+
+
+@EMULATED
+def test_masses_not_causal(emulated: object) -> None:
+    check_observed("tokens of two pages", "cpu", causal=False)
+
+
+def some_weights(name: str) -> torch.Tensor:
+    """The first of several heads of a KV head weighs nothing, the second one a lot."""
+    weights = torch.linspace(0.05, 0.4, CASES[name][1])
+    weights[0], weights[1] = 0, 3
+    return weights
+
+
+@EMULATED
+@pytest.mark.parametrize("name", ["all formats", "32 heads to one", "several tokens"])
+def test_weights_of_heads(name: str, emulated: object) -> None:
+    check_observed(name, "cpu", weights=some_weights(name))
+
+
+@EMULATED
+def test_a_head_without_weight_does_not_show(emulated: object) -> None:
+    weights = torch.zeros(CASES["several tokens"][1])
+    observed = observers("several tokens", "cpu", weights)
+    attend("several tokens", "cpu", observed=observed)
+    assert not observed.mass.any()
+    assert observed.steps.tolist() == [1, 1, 0]
+
+
+@EMULATED
+def test_order_of_blocks_does_not_show(emulated: pytest.MonkeyPatch) -> None:
+    results, observations = [], []
     for seed in range(3):
-        monkeypatch.setattr(kernels, "launch", functools.partial(emulated_launch, shuffle_seed=seed))
-        results.append(attend("all formats", "cpu")[0])
+        emulated.setattr(kernels, "launch", functools.partial(emulated_launch, shuffle_seed=seed))
+        observations.append(observers("all formats", "cpu"))
+        results.append(attend("all formats", "cpu", observed=observations[-1])[0])
     assert all(torch.equal(result, results[0]) for result in results)
+    assert all(torch.equal(observed.mass, observations[0].mass) for observed in observations)
 
 
 @pytest.mark.gpu
@@ -84,3 +203,27 @@ def test_cuda_decode(name: str) -> None:
     out, paged, q = attend(name, "cuda")
     assert error_of(name, out, paged, q) < 1e-3
     assert torch.equal(out, attend(name, "cuda")[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_cuda_not_causal(name: str) -> None:
+    out, paged, q = attend(name, "cuda", causal=False)
+    assert error_of(name, out, paged, q, causal=False) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MASS_CASES)
+def test_cuda_masses(name: str) -> None:
+    check_observed(name, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["all formats", "32 heads to one", "several tokens"])
+def test_cuda_weights_of_heads(name: str) -> None:
+    check_observed(name, "cuda", weights=some_weights(name))
+
+
+@pytest.mark.gpu
+def test_cuda_masses_not_causal() -> None:
+    check_observed("tokens of two pages", "cuda", causal=False)

@@ -15,6 +15,7 @@ import emulator  # noqa: E402
 from emulated_device import emulated_launch  # noqa: E402
 from paged_values import Paged, attention_error, expected_attention, paged_values  # noqa: E402
 
+from kvpack.format.errors import PageError  # noqa: E402
 from kvpack.format.pages import PageFormat as F  # noqa: E402
 from kvpack.format.pages import Side  # noqa: E402
 from kvpack.runtime import attention_kernels, kernels, tickets  # noqa: E402
@@ -120,6 +121,24 @@ def test_window(emulated: object, window: int, sinks: int) -> None:
     check([600, 120], (4, 2), 60, window=window, sinks=sinks)
 
 
+def check_not_causal(dtype: torch.dtype, device: str) -> None:
+    """Of more tiles than one, whose queries see the last pages too; of fewer tokens than queries; of none."""
+    lengths, tokens = [64 * 5 + 30, 128, 7, 0], 150
+    out = check(lengths, (4, 2), tokens, dtype=dtype, device=device, causal=False)
+    for sequence, length in enumerate(lengths):
+        assert (length == 0) == (not out[sequence].any())
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+def test_not_causal(emulated: object, dtype: torch.dtype) -> None:
+    check_not_causal(dtype, "cpu")
+
+
+def test_a_window_has_no_end_without_causal(emulated: object) -> None:
+    with pytest.raises(PageError, match="causal=False"):
+        check([128], (2, 1), 60, window=100, causal=False)
+
+
 def test_pages_outside_the_window_are_not_read(emulated: object) -> None:
     paged = paged_values([640], 1, 64, HALF, EVERY)
     q = queries(1, 2, 50, 64, HALF)
@@ -222,6 +241,12 @@ def test_head_ratios_on_a_gpu(ratio: int) -> None:
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (64, 0), (100, 4), (150, 64), (1000, 4)])
 def test_window_on_a_gpu(window: int, sinks: int) -> None:
     check([1600, 320], (4, 2), 130, 128, BFLOAT, device="cuda", window=window, sinks=sinks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+def test_not_causal_on_a_gpu(dtype: torch.dtype) -> None:
+    check_not_causal(dtype, "cuda")
 
 
 @pytest.mark.gpu

@@ -108,9 +108,10 @@ def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
 
 
 def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
-    options = list(itertools.product(PAGE_FORMATS, page_kernels.PAGE_FORMATS.items()))
-    for head_dim, (formats, (dtype, float_format)) in selected(HEAD_DIMS, options, everything):
-        yield attention.prefill_kernel(head_dim, dtype, {float_format, *formats}, {float_format, *formats})
+    options = list(itertools.product(PAGE_FORMATS, page_kernels.PAGE_FORMATS.items(), (True, False)))
+    for head_dim, (formats, (dtype, float_format), causal) in selected(HEAD_DIMS, options, everything):
+        read = {float_format, *formats}
+        yield attention.prefill_kernel(head_dim, dtype, read, read, causal=causal)
 
 
 def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
