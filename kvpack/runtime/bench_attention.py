@@ -247,7 +247,7 @@ class AttentionBench(BenchRun):
             self.report["few_tokens"].append(row | found.as_dict())
 
     def _observed(self, case: Case) -> None:
-        """Decode with and without the sums of the probabilities of each page."""
+        """Decode that adds up how much of the attention each page has, and that does not."""
         plans = self._plans(case, OBSERVED_FORMATS, [])
         if not self._fits(case, plans, results=2):
             return

@@ -11,7 +11,7 @@ command, kvpack.encode.provenance.environment, device, options, seconds, copy: s
                 + a measurement
     few_tokens  both kernels on few query tokens: sequences, …, tokens, name (decode, prefill), blocks (decode's grid),
                 bytes, copies, + a measurement
-    observed    decode that adds up what each page gets of the probabilities, and that does not: sequences, …, tokens,
+    observed    decode that adds up how much of the attention each page has, and that does not: sequences, …, tokens,
                 name (a format), observed, blocks, bytes, copies, + a measurement
     decode      one query token to pages: sequences, …, tokens, name, budget, shares, bytes, blocks, copies, bound_us,
                 fraction_of_bound, + a measurement
@@ -516,7 +516,7 @@ def _observed(report: Report) -> Table:
             percent = number(None if overhead is None else 100 * (overhead - 1), 1)
             rows.append([*_case_cells(case), name, *map(microseconds, found), percent])
     headings = [*_CASE_HEADINGS, "pages", "decode, µs", "observed, µs", "overhead, %"]
-    return Table("Decode that adds up what each page gets of the probabilities", headings, rows)
+    return Table("Decode that adds up how much of the attention each page has", headings, rows)
 
 
 def _skipped(report: Report) -> Table:
