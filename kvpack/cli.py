@@ -604,21 +604,35 @@ def bench_kv_quant(
 def bench_attention(
     models: Annotated[
         str | None,
-        typer.Option("--models", metavar="LIST", help="HEADS:KV_HEADSxHEAD_DIM. Default: 32:8x128,8:8x64."),
+        typer.Option(
+            "--models",
+            metavar="LIST",
+            help="HEADS:KV_HEADSxHEAD_DIM. Default: 32:8x128,8:8x64. The fixed cases of other models are left out.",
+        ),
     ] = None,
     sequences: Annotated[
-        str | None, typer.Option("--sequences", metavar="LIST", help="Sequences of a batch. Default: 1,16.")
+        str | None, typer.Option("--sequences", metavar="LIST", help="Decode: sequences of a batch. Default: 1,16.")
     ] = None,
     contexts: Annotated[
-        str | None, typer.Option("--contexts", metavar="LIST", help="Tokens of a sequence. Default: 1k, 2k, … 128k.")
+        str | None,
+        typer.Option("--contexts", metavar="LIST", help="Decode: tokens of a sequence. Default: 1k, 2k, … 128k."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two contexts and budgets, less than a minute.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Decode at two contexts and budgets, two cases of prefill; less than a minute."),
+    ] = False,
     time_limit_s: TimeLimit = None,
     report_path: ReportFile = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw speed against FP16.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="PNG", help="Draw decode's speed against FP16.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Speed of decode attention to pages of all formats and mixtures on a GPU, against FP16; results are checked."""
+    """Speed of attention to pages of all formats and mixtures on a GPU, against FP16; results are checked.
+
+    Decode at all models, sequences and contexts; fixed cases of prefill, of both kernels on few query tokens, and of
+    decode that adds up how much of the attention each page has.
+    """
     with _errors(as_json):
         from kvpack.runtime.bench_attention_report import parse_options, tables, wrong_results
 

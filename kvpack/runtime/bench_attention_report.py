@@ -1,36 +1,50 @@
 """The report of ``kvpack bench attention``: what is asked for, what is aimed at, and tables of it. Needs no torch.
 
-A report is one JSON object (``schema`` 1) with the fields of every benchmark (what, schema, complete, stopped, note,
+A report is one JSON object (``schema`` 2) with the fields of every benchmark (what, schema, complete, stopped, note,
 command, kvpack.encode.provenance.environment, device, options, seconds, copy: see
 :mod:`kvpack.runtime.bench_report`) and::
 
-    decode    one query token to pages: sequences, heads, kv_heads, head_dim, context; name (sdpa_flash, sdpa_cudnn;
-              formats; mixed_BUDGET), budget, shares {format: share of the pages}, bytes (of K and V, everything
-              counted), blocks (of the grid), copies (worked on in turn), bound_us, fraction_of_bound, + a measurement
-    grids     INT4 pages with other grids: sequences, …, context, blocks, chosen, + a measurement
-    skipped   cases that did not fit: sequences, …, context, bytes, limit_bytes
-    targets   what was aimed at: what, measured, unit, direction, target, met, then, then_met
+    prefill     a chunk of query tokens to cached pages and to itself: sequences, heads, kv_heads, head_dim, context
+                (with the chunk), tokens (of the chunk); name (sdpa_flash, sdpa_cudnn; formats; mixed_BUDGET), budget,
+                shares {format: share of the pages}, bytes (of K and V, everything counted), copies (worked on in turn),
+                causal (or every token sees all), mask (what told SDPA so), tiles (visited), flop, tflop_per_s,
+                + a measurement
+    few_tokens  both kernels on few query tokens: sequences, …, tokens, name (decode, prefill), blocks (decode's grid),
+                bytes, copies, + a measurement
+    observed    decode that adds up how much of the attention each page has, and that does not: sequences, …, tokens,
+                name (a format), observed, blocks, bytes, copies, + a measurement
+    decode      one query token to pages: sequences, …, tokens, name, budget, shares, bytes, blocks, copies, bound_us,
+                fraction_of_bound, + a measurement
+    grids       INT4 pages with other grids: sequences, …, tokens, blocks, chosen, + a measurement
+    skipped     cases that did not fit: sequences, …, tokens, bytes, limit_bytes
+    targets     what was aimed at: what, measured, unit, direction, target, met, then, then_met
+
+Schema 1 had decode, grids, skipped and targets only, and no ``tokens``.
+
+``flop`` are four for each dimension of a head and each pair of a query token and a token that it sees. A *tile* is the
+columns (query tokens times heads) of a block of the prefill kernel times a page of which it sees something.
 
 ``bound_us`` is the byte roofline: the bytes of all pages, each read once, at the bandwidth of a device copy in the same
 run, where bytes read and bytes written both count. A kernel that only reads may be a little faster than that.
-``relative_error`` is that of tests/kv/paged_values.py: the largest error of the heads looked at, beyond half a unit of
-fp16, over max(1, largest value), against fp64 attention to the dequantized pages.
+``relative_error`` is that of tests/kv/paged_values.py: the largest error of the tokens and heads looked at, beyond half
+a unit of fp16, over max(1, largest value) of each, against fp64 attention to the dequantized pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from kvpack.format.pages import PAGE_TOKENS
 from kvpack.runtime.bench_report import Report, Row, Table, copy_table, goals_table, microseconds, number, target_row
 
-SCHEMA = 1
+SCHEMA = 2
 NOTE = (
-    "Decode attention: one query token for each sequence, fp16 queries and K/V (SDPA) or pages of K and V. Codes of "
-    "pages are random: for speed, they say nothing about errors of quantization. 100 % of the roofline: every page is "
-    "read once, at the bandwidth of a device copy, which counts what it reads and what it writes."
+    "Attention of fp16 queries to fp16 K/V (SDPA) or pages of K and V; decode: one query token for each sequence, "
+    "prefill: a chunk of them, causal. Codes of pages are random: for speed, they say nothing about errors of "
+    "quantization. 100 % of the roofline: every page is read once, at the bandwidth of a device copy, which counts "
+    "what it reads and what it writes."
 )
 UNIFORM = ("fp16", "int8", "int4", "int3", "int2", "fp8_e4m3")
 PEERS = ("sdpa_flash", "sdpa_cudnn")
@@ -40,26 +54,37 @@ GRID_FORMAT = "int4"
 
 
 class Case(NamedTuple):
-    """Sequences of equal length that one token each attends to."""
+    """Sequences of equal length, to which their last tokens attend."""
 
     sequences: int
     heads: int
     kv_heads: int
     head_dim: int
-    context: int
+    context: int  # tokens of a sequence
+    tokens: int = 1  # of them, those that attend
 
     @property
     def model(self) -> str:
-        """All but the context."""
+        """All but the tokens."""
         return f"B{self.sequences} {self.heads}:{self.kv_heads} D{self.head_dim}"
 
     @property
     def label(self) -> str:
-        return f"{self.model} S{self.context}"
+        return f"{self.model} S{self.context}" + (f" T{self.tokens}" if self.tokens > 1 else "")
 
     @property
     def fp16_bytes(self) -> int:
         return 4 * self.sequences * self.kv_heads * self.head_dim * self.context
+
+    @property
+    def query_bytes(self) -> int:
+        """Of the queries, and of what comes out."""
+        return 2 * self.sequences * self.heads * self.head_dim * self.tokens
+
+    def flop(self, causal: bool = True) -> int:
+        """Of both products, of what is seen."""
+        pairs = self.tokens * self.context - causal * self.tokens * (self.tokens - 1) // 2
+        return 4 * pairs * self.head_dim * self.heads * self.sequences
 
 
 MODELS = ((32, 8, 128), (8, 8, 64))
@@ -67,6 +92,21 @@ SEQUENCES = (1, 16)
 CONTEXTS = tuple(1024 << i for i in range(8))
 QUICK_CONTEXTS = (2048, 16384)
 QUICK_BUDGETS = (0.2, 0.4)
+# Whole prompts, and a chunk behind cached tokens.
+PREFILL_CASES = (
+    Case(1, 32, 8, 128, 2048, 2048),
+    Case(1, 32, 8, 128, 16384, 1024),
+    Case(4, 8, 8, 64, 2048, 2048),
+    Case(1, 32, 8, 128, 8192, 8192),
+)
+QUICK_PREFILL_CASES = PREFILL_CASES[:2]
+PREFILL_FORMATS = ("fp16", "int8", "int4")
+PREFILL_BUDGETS = (0.3,)
+FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+FEW_TOKENS_FORMAT = "int8"
+FEW_TOKENS_CASES = (Case(1, 32, 8, 128, 4096), Case(16, 32, 8, 128, 4096))
+OBSERVED_FORMATS = ("int8", "int4")
+OBSERVED_CASES = tuple(Case(sequences, 32, 8, 128, context) for context in (1024, 4096, 16384) for sequences in (1, 16))
 _MAX_CONTEXT = 1 << 22
 _MAX_SEQUENCES = 1024
 _MAX_HEADS = 1024
@@ -79,12 +119,15 @@ def mixed(budget: float) -> str:
 
 @dataclass(frozen=True)
 class AttentionBenchOptions:
-    """What ``kvpack bench attention`` measures."""
+    """What ``kvpack bench attention`` measures. Models, sequences, contexts and budgets are decode's."""
 
     models: tuple[tuple[int, int, int], ...] = MODELS
     sequences: tuple[int, ...] = SEQUENCES
     contexts: tuple[int, ...] = CONTEXTS
     budgets: tuple[float, ...] = BUDGETS
+    prefill: tuple[Case, ...] = PREFILL_CASES
+    few_tokens: tuple[Case, ...] = FEW_TOKENS_CASES
+    observed: tuple[Case, ...] = OBSERVED_CASES
     samples: int = 11
     sample_ms: float = 0.5
     case_ms: float = 400.0
@@ -110,6 +153,9 @@ class AttentionBenchOptions:
             "contexts": list(self.contexts),
             "formats": list(UNIFORM),
             "budgets": list(self.budgets),
+            "prefill": [case._asdict() for case in self.prefill],
+            "few_tokens": [case._asdict() for case in self.few_tokens],
+            "observed": [case._asdict() for case in self.observed],
             "samples": self.samples,
             "rotate_bytes": self.rotate_bytes,
             "memory_bytes": self.memory_bytes,
@@ -153,6 +199,8 @@ def parse_options(
 ) -> AttentionBenchOptions:
     """Options from comma-separated lists; what is left out has the default of a full or a quick run.
 
+    The cases of the other sections are fixed: those of the chosen models.
+
     >>> parse_options(models="32:8x128", contexts="1k,4096").contexts
     (1024, 4096)
 
@@ -167,45 +215,62 @@ def parse_options(
         for length in lengths:
             if length % PAGE_TOKENS:
                 raise ValueError(f"context {length} is not a multiple of {PAGE_TOKENS}, the tokens of a page")
+    prefill, few_tokens, observed = (
+        tuple(case for case in cases if (case.heads, case.kv_heads, case.head_dim) in chosen)
+        for cases in (QUICK_PREFILL_CASES if quick else PREFILL_CASES, FEW_TOKENS_CASES, OBSERVED_CASES)
+    )
+    whole = AttentionBenchOptions(
+        chosen, batches, lengths, BUDGETS, prefill, few_tokens, observed, time_limit_s=time_limit_s
+    )
     if quick:
-        return AttentionBenchOptions(
-            chosen, batches, lengths, QUICK_BUDGETS, 7, 0.3, 100.0, quick=True, time_limit_s=time_limit_s
-        )
-    return AttentionBenchOptions(chosen, batches, lengths, time_limit_s=time_limit_s)
+        return replace(whole, budgets=QUICK_BUDGETS, samples=7, sample_ms=0.3, case_ms=100.0, quick=True)
+    return whole
 
 
 # --- finding rows ------------------------------------------------------------
 
 
 def case_of(row: Row) -> Case:
-    return Case(*(row[name] for name in Case._fields))
+    return Case(*(row[name] for name in Case._fields if name in row))
 
 
-def cases_of(report: Report) -> list[Case]:
+def cases_of(report: Report, section: str = "decode") -> list[Case]:
     """The cases that were measured, those of a model together."""
-    found = dict.fromkeys(case_of(row) for row in report["decode"])
+    found = dict.fromkeys(case_of(row) for row in report.get(section, ()))
     models = list(dict.fromkeys(case.model for case in found))
-    return sorted(found, key=lambda case: (models.index(case.model), case.context))
+    return sorted(found, key=lambda case: (models.index(case.model), case.context, case.tokens))
 
 
-def find(report: Report, case: Case, name: str) -> Row | None:
-    """A measurement of ``decode``; None if it failed or was not made."""
-    for row in report["decode"]:
-        if row["name"] == name and case_of(row) == case:
+def find(report: Report, case: Case, name: str, section: str = "decode", **fields: Any) -> Row | None:
+    """A measurement with these fields; None if it failed or was not made."""
+    for row in report.get(section, ()):
+        if row["name"] == name and case_of(row) == case and all(row[key] == value for key, value in fields.items()):
             return row if row["us"] is not None else None
     return None
 
 
-def best_sdpa(report: Report, case: Case) -> Row | None:
+def best_sdpa(report: Report, case: Case, section: str = "decode") -> Row | None:
     """The faster one of torch's kernels."""
-    found = [row for name in PEERS if (row := find(report, case, name)) is not None]
+    found = [row for name in PEERS if (row := find(report, case, name, section)) is not None]
     return min(found, key=lambda row: row["us"], default=None)
 
 
-def speed(report: Report, case: Case, name: str) -> float | None:
+def speed(report: Report, case: Case, name: str, section: str = "decode", **fields: Any) -> float | None:
     """How many times faster than the best SDPA."""
-    mine, other = find(report, case, name), best_sdpa(report, case)
+    mine, other = find(report, case, name, section, **fields), best_sdpa(report, case, section)
     return other["us"] / mine["us"] if mine and other else None
+
+
+def causal_overhead(report: Report, case: Case, name: str) -> float | None:
+    """Prefill's time for a visited tile, causal over not causal."""
+    causal, whole = (find(report, case, name, "prefill", causal=causal) for causal in (True, False))
+    return causal["us"] / causal["tiles"] / (whole["us"] / whole["tiles"]) if causal and whole else None
+
+
+def observed_overhead(report: Report, case: Case, name: str) -> float | None:
+    """Decode's time with the sums of each page over that without."""
+    observed, plain = (find(report, case, name, "observed", observed=observed) for observed in (True, False))
+    return observed["us"] / plain["us"] if observed and plain else None
 
 
 class Gain(NamedTuple):
@@ -230,12 +295,16 @@ def gain(report: Report, case: Case, budget: float) -> Gain | None:
 LARGE = Case(16, 32, 8, 128, 16384)
 SMALL = Case(16, 8, 8, 64, 2048)
 MIXED_CONTEXTS = (1024, 16384)  # from, to
+PREFILL_NAMES = (*PREFILL_FORMATS, *map(mixed, PREFILL_BUDGETS))
 
 
-def _least(found: Sequence[float | None]) -> float | None:
-    """The smallest value, or None if one is missing."""
-    known = [one for one in found if one is not None]
-    return min(known) if known and len(known) == len(found) else None
+def _worst(found: Mapping[str, float | None], choose: Callable[..., str]) -> tuple[str, float | None]:
+    """What has the largest or smallest value, and that; nothing, if one is missing."""
+    known = {what: value for what, value in found.items() if value is not None}
+    if not known or len(known) < len(found):
+        return "not all measured", None
+    what = choose(known, key=known.__getitem__)
+    return f"worst: {what}", known[what]
 
 
 def evaluate_targets(report: Report) -> list[Row]:
@@ -249,22 +318,41 @@ def evaluate_targets(report: Report) -> list[Row]:
         row = find(report, LARGE, "int4")
         share = 100 * row["fraction_of_bound"] if row else None
         rows.append(target_row(f"int4, {LARGE.label}, of the byte roofline", share, "%", 68, 90))
-    models = list(dict.fromkeys(case.model for case in measured))
-    for model in models:
-        low, high = MIXED_CONTEXTS
-        within = [case for case in measured if case.model == model and low <= case.context <= high]
-        for budget in report["options"]["budgets"] if within else ():
-            gains = [gain(report, case, budget) for case in within]
-            where = f"8/4/3/2 at {budget:g} of fp16, {model}, slowest context to {within[-1].context}"
-            least = _least([one and one.speed for one in gains])
-            rows.append(target_row(f"{where}: against int8", least, "×", 0.97))
-            least = _least([one and one.share for one in gains])
-            rows.append(target_row(f"{where}: of what bytes promise", least, "share", None, 0.8))
+    low, high = MIXED_CONTEXTS
+    for sequences in dict.fromkeys(case.sequences for case in measured):
+        gains = {
+            f"{budget:g} of fp16, {case.label}": gain(report, case, budget)
+            for case in measured
+            if case.sequences == sequences and low <= case.context <= high
+            for budget in report["options"]["budgets"]
+        }
+        if gains:
+            where = f"8/4/3/2, B{sequences}, contexts to {high}"
+            worst, least = _worst({what: one and one.speed for what, one in gains.items()}, min)
+            rows.append(target_row(f"{where}: against int8; {worst}", least, "×", 0.97))
+            worst, least = _worst({what: one and one.share for what, one in gains.items()}, min)
+            rows.append(target_row(f"{where}: of what bytes promise; {worst}", least, "share", None, 0.8))
     if SMALL in measured:
         for name, goal in (("int8", None), ("fp8_e4m3", None), ("int4", 6.0)):
             row = find(report, SMALL, name)
             us = row["us"] if row else None
             rows.append(target_row(f"{name}, {SMALL.label}", us, "µs", 10.0, goal, most=True))
+    for case in cases_of(report, "prefill"):
+        overheads = {name: causal_overhead(report, case, name) for name in PREFILL_NAMES}
+        worst, most = _worst(overheads, max)
+        what = f"prefill, {case.label}: causal over not causal, a visited tile; {worst}"
+        rows.append(target_row(what, most, "×", 1.05, most=True))
+    observed = cases_of(report, "observed")
+    for sequences in dict.fromkeys(case.sequences for case in observed):
+        overheads = {
+            f"{name}, {case.label}": observed_overhead(report, case, name)
+            for case in observed
+            if case.sequences == sequences
+            for name in OBSERVED_FORMATS
+        }
+        worst, most = _worst(overheads, max)
+        what = f"decode, B{sequences}: observed over not observed; {worst}"
+        rows.append(target_row(what, most, "×", 1.03, most=True))
     return rows
 
 
@@ -273,8 +361,15 @@ def evaluate_targets(report: Report) -> list[Row]:
 _CASE_HEADINGS = ["B", "heads", "D", "context"]
 
 
+_CHUNK_HEADINGS = [*_CASE_HEADINGS, "query tokens"]
+
+
 def _case_cells(case: Case) -> list[str]:
     return [str(case.sequences), f"{case.heads}:{case.kv_heads}", str(case.head_dim), str(case.context)]
+
+
+def _chunk_cells(case: Case) -> list[str]:
+    return [*_case_cells(case), str(case.tokens)]
 
 
 def _names(report: Report) -> list[str]:
@@ -373,17 +468,72 @@ def _grids(report: Report) -> Table:
     return Table("Blocks of the grid, INT4", [*_CASE_HEADINGS, "chosen", "µs", "others: µs"], rows)
 
 
+def _prefill(report: Report) -> Table:
+    rows = []
+    for case in cases_of(report, "prefill"):
+        for row in report["prefill"]:
+            if case_of(row) == case and row["causal"]:
+                name = row["name"]
+                measured = find(report, case, name, "prefill", causal=True)
+                cells = [_heading(name), microseconds(measured), number(row["tflop_per_s"], 0)]
+                cells.append("–" if name in PEERS else number(speed(report, case, name, "prefill", causal=True)))
+                remark = ": ".join(one for one in (row["mask"], row["error"]) if one)
+                rows.append([*_chunk_cells(case), *cells, remark])
+    headings = [*_CHUNK_HEADINGS, "pages or SDPA", "µs", "TFLOP/s", "× best SDPA", "remark"]
+    return Table("Prefill attention, causal", headings, rows)
+
+
+def _causal(report: Report) -> Table:
+    rows = []
+    for case in cases_of(report, "prefill"):
+        for name in PREFILL_NAMES:
+            cells = [_heading(name)]
+            for causal in (True, False):
+                row = find(report, case, name, "prefill", causal=causal)
+                cells += [microseconds(row), str(row["tiles"]) if row else "–"]
+                cells.append(number(1e3 * row["us"] / row["tiles"] if row else None))
+            rows.append([*_chunk_cells(case), *cells, number(causal_overhead(report, case, name), 3)])
+    headings = [*_CHUNK_HEADINGS, "pages", "causal, µs", "tiles", "ns a tile", "every token sees all, µs", "tiles"]
+    return Table("Prefill's time for a visited tile", [*headings, "ns a tile", "causal over that"], rows)
+
+
+def _few_tokens(report: Report) -> Table:
+    rows = []
+    for case in cases_of(report, "few_tokens"):
+        decode, prefill = (find(report, case, name, "few_tokens") for name in ("decode", "prefill"))
+        ratio = decode["us"] / prefill["us"] if decode and prefill else None
+        rows.append([*_chunk_cells(case), microseconds(decode), microseconds(prefill), number(ratio)])
+    headings = [*_CHUNK_HEADINGS, "decode, µs", "prefill, µs", "decode over prefill"]
+    return Table(f"Few query tokens by both kernels, {FEW_TOKENS_FORMAT}", headings, rows)
+
+
+def _observed(report: Report) -> Table:
+    rows = []
+    for case in cases_of(report, "observed"):
+        for name in OBSERVED_FORMATS:
+            found = [find(report, case, name, "observed", observed=observed) for observed in (False, True)]
+            overhead = observed_overhead(report, case, name)
+            percent = number(None if overhead is None else 100 * (overhead - 1), 1)
+            rows.append([*_case_cells(case), name, *map(microseconds, found), percent])
+    headings = [*_CASE_HEADINGS, "pages", "decode, µs", "observed, µs", "overhead, %"]
+    return Table("Decode that adds up how much of the attention each page has", headings, rows)
+
+
 def _skipped(report: Report) -> Table:
     rows = [
-        [*_case_cells(case_of(row)), number(row["bytes"] / 1e9, 1), number(row["limit_bytes"] / 1e9, 1)]
+        [*_chunk_cells(case_of(row)), number(row["bytes"] / 1e9, 1), number(row["limit_bytes"] / 1e9, 1)]
         for row in report["skipped"]
     ]
-    return Table("Left out: too large", [*_CASE_HEADINGS, "GB", "GB at most"], rows)
+    return Table("Left out: too large", [*_CHUNK_HEADINGS, "GB", "GB at most"], rows)
 
 
 def tables(report: Report) -> dict[str, Table]:
     """The report's tables by name; those without rows are left out."""
     found = {
+        "prefill": _prefill(report),
+        "causal": _causal(report),
+        "few-tokens": _few_tokens(report),
+        "observed": _observed(report),
         "times": _times(report),
         "speeds": _speeds(report),
         "rates": _rates(report),
@@ -401,8 +551,9 @@ def tables(report: Report) -> dict[str, Table]:
 def wrong_results(report: Report) -> list[str]:
     """Launches of kvpack's that failed, or were wrong."""
     lines = [
-        f"{case_of(row).label}, {row['name']}: {row['error']}"
-        for row in report["decode"]
+        f"{section}, {case_of(row).label}, {row['name']}: {row['error']}"
+        for section in ("prefill", "few_tokens", "observed", "decode")
+        for row in report[section]
         if row["us"] is None and row["name"] not in PEERS
     ]
     lines += [

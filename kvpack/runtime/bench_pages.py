@@ -74,19 +74,17 @@ class PageCache:
     Args:
         pages: u8 on the device.
         table: i64 [2, sequences, pages], entries with offsets into ``pages`` in them.
-        formats: those of the pages, the same for K and V.
         num_kv_heads, head_dim: of each page.
     """
 
     pages: torch.Tensor
     table: torch.Tensor
-    formats: frozenset[PageFormat]
     num_kv_heads: int
     head_dim: int
 
     def copy(self) -> PageCache:
         """The same at other addresses."""
-        return PageCache(self.pages.clone(), self.table.clone(), self.formats, self.num_kv_heads, self.head_dim)
+        return PageCache(self.pages.clone(), self.table.clone(), self.num_kv_heads, self.head_dim)
 
     def values(self, side: Side, sequence: int, head: int) -> torch.Tensor:
         """fp32 [tokens, head_dim] of a head, dequantized."""
@@ -125,7 +123,7 @@ def random_cache(
             blocks = pages[at : at + count * page_bytes].view(-1, layout.block_bytes)
             fill_blocks(blocks, layout, deviations[side], generator)
             at += count * page_bytes
-    return PageCache(pages, torch.from_numpy(table).to(device), frozenset(found), num_kv_heads, head_dim)
+    return PageCache(pages, torch.from_numpy(table).to(device), num_kv_heads, head_dim)
 
 
 def fill_blocks(blocks: torch.Tensor, layout: PageLayout, deviation: float, generator: torch.Generator) -> None:
