@@ -290,13 +290,33 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
   const u32 factors = statistics + kStatisticsBytes;
 
   // All units, and this block's: lanes look at 32 sequences at a time.
-  u32 total = 0;
+  auto scan = [&](u32 first, u32& units, u32& until) {
+    units = first + lane < sequences ? work.visited_pages(first + lane) : 0;
+    until = units;  // of this sequence and those before it
+#pragma unroll
+    for (u32 step = 1; step < kLanes; step *= 2) {
+      const u32 before = __shfl_up_sync(kAllLanes, until, step);
+      if (lane >= step) until += before;
+    }
+  };
+  u32 units, until;
+  scan(0, units, until);
+  u32 total = __shfl_sync(kAllLanes, until, kLanes - 1);
 #pragma unroll 1
-  for (u32 sequence = lane; sequence < sequences; sequence += kLanes) total += work.visited_pages(sequence);
-  total = __reduce_add_sync(kAllLanes, total) * parts;
+  for (u32 first = kLanes; first < sequences; first += kLanes) {
+    total += __reduce_add_sync(kAllLanes, first + lane < sequences ? work.visited_pages(first + lane) : 0);
+  }
+  total *= parts;
   const u32 blocks = min(gridDim.x, total);  // none without a unit, so that all of a segment's arrive
-  auto first_unit = [&](u32 block) { return static_cast<u32>(static_cast<u64>(total) * block / blocks); };
-  auto block_with = [&](u32 unit) { return static_cast<u32>((static_cast<u64>(unit + 1) * blocks - 1) / total); };
+  // total · block / blocks without 64-bit division: block < blocks < 2^16.
+  const u32 quotient = blocks == 0 ? 0 : total / blocks, remainder = total - quotient * blocks;
+  auto first_unit = [&](u32 block) { return quotient * block + remainder * block / blocks; };
+  auto block_with = [&](u32 unit) {
+    u32 block = static_cast<u32>(static_cast<float>(unit) * blocks / total);  // or a neighbour
+    while (first_unit(block) > unit) --block;
+    while (first_unit(block + 1) <= unit) ++block;
+    return block;
+  };
   // Sequences that are too short have no units; their results are 0.
   for (u32 sequence = blockIdx.x; sequence < sequences; sequence += gridDim.x) {
     if (work.visited_pages(sequence) != 0) {
@@ -314,13 +334,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
   Segment segment{0, 0, 0, 0};
 #pragma unroll 1
   for (u32 first = 0;; first += kLanes) {
-    const u32 units = first + lane < sequences ? work.visited_pages(first + lane) : 0;
-    u32 until = units;  // of this sequence and those before it
-#pragma unroll
-    for (u32 step = 1; step < kLanes; step *= 2) {
-      const u32 before = __shfl_up_sync(kAllLanes, until, step);
-      if (lane >= step) until += before;
-    }
+    if (first > 0) scan(first, units, until);
     const u32 behind = __ballot_sync(kAllLanes, segment.first + until * parts > begin);
     if (behind != 0) {
       const u32 found = __ffs(behind) - 1;
@@ -345,8 +359,24 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
     next_k = __ldg(work.entry(KVPACK_SIDE_K, ahead.sequence, page));
     next_v = __ldg(work.entry(KVPACK_SIDE_V, ahead.sequence, page));
   };
+  // A column of the queries, a lane's dimensions.
+  constexpr u32 kLaneDims = (kHeadDim + kLanes - 1) / kLanes;
+  float query[kLaneDims];
+  auto load_query = [&](const Segment& of, u32 column) {
+    const u32 index = of.part % work.tiles * kColumns + column;
+    const u16* from = q + of.sequence * q_sequence_stride +
+                      (of.part / work.tiles * heads_per_kv_head + index % heads_per_kv_head) * q_head_stride +
+                      index / heads_per_kv_head * q_token_stride;
+#pragma unroll
+    for (u32 i = 0; i < kLaneDims; ++i) {
+      const u32 dim = kLanes * i + lane;
+      query[i] = index < columns && dim < kHeadDim ? query_value(from + dim) : 0.0f;
+    }
+  };
   const Block nothing{nullptr, 0xFFFFFFFFu, 0, 0};
   load_entries(unit);
+  load_query(segment, warp);  // before copies of pages, behind which it would have to wait
+  bool query_is_loaded = true;
   Ring ring(ring_address, barriers + 8 * kSlots * warp, lane, unit < end ? block_of(pages, KVPACK_SIDE_K, next_k, ahead.part / work.tiles) : nothing);
   Softmax softmax;
   Scores scores;
@@ -356,27 +386,22 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
     const u32 length = __ldg(lengths + segment.sequence);
     // Queries as operands, divided by a power of two for each column, so that with scales they fit fp16.
     for (u32 column = warp; column < kColumns; column += kWarps) {
-      const u32 index = tile * kColumns + column;
-      const u16* from = q + segment.sequence * q_sequence_stride + (head * heads_per_kv_head + index % heads_per_kv_head) * q_head_stride +
-                        index / heads_per_kv_head * q_token_stride;
-      float values[(kHeadDim + kLanes - 1) / kLanes], largest = 0;
+      if (!query_is_loaded) load_query(segment, column);
+      query_is_loaded = false;
+      float largest = 0;
 #pragma unroll
-      for (u32 i = 0; i < (kHeadDim + kLanes - 1) / kLanes; ++i) {
-        const u32 dim = kLanes * i + lane;
-        values[i] = index < columns && dim < kHeadDim ? query_value(from + dim) : 0.0f;
-        largest = fmaxf(largest, fabsf(values[i]));
-      }
+      for (u32 i = 0; i < kLaneDims; ++i) largest = fmaxf(largest, fabsf(query[i]));
       const u32 exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
       const u32 bounded = min(max(exponent, 32u), 222u);
       const float power = __uint_as_float((bounded + 1) << 23), inverse = __uint_as_float((253 - bounded) << 23);
 #pragma unroll
-      for (u32 i = 0; i < (kHeadDim + kLanes - 1) / kLanes; ++i) {
+      for (u32 i = 0; i < kLaneDims; ++i) {
         const u32 dim = kLanes * i + lane;
         if (dim >= kHeadDim) break;
         const u32 place = kLanes * (dim / 16) + 4 * column + dim % 8 / 2;
         const u32 address = query_area + 8 * place + dim % 16 / 8 * 4 + dim % 2 * 2;
-        store_shared_u16(address, f16_bits(values[i] * inverse));
-        if constexpr (kBf16) store_shared_u16(address + kQueryBytes, bf16_bits(values[i] * inverse));
+        store_shared_u16(address, f16_bits(query[i] * inverse));
+        if constexpr (kBf16) store_shared_u16(address + kQueryBytes, bf16_bits(query[i] * inverse));
       }
       if (lane == 0) store_shared_f32(factors + 4 * column, power * scale);
     }
@@ -449,8 +474,24 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       with_format<KVPACK_V_FORMATS>(v_format, MultiplyValues{ring, lane, scores, softmax});
     }
 
+    const bool alone = segment.first >= begin && segment.end() <= end;
+    const u32 number = segment.sequence * parts + segment.part;
+    const u32 here = min(kColumns, columns - tile * kColumns), pairs = ceil_div(here, 2);  // columns of this tile
+    // A place in global memory for each block and segment that meet: 8 · head_dim sums, columns 2·c and 2·c + 1 side by side as
+    // float4 [groups][c][g]; maximum and sum of each column.
+    constexpr u32 kPlace = kColumns * (kHeadDim + 2);
+    float4* place = reinterpret_cast<float4*>(partials + static_cast<u64>(blockIdx.x + number) * kPlace);
+    // In the place of the warps' statistics: of each column the maximum, then what p relative to it is worth in units of mass.
+    auto keep_total = [&](u32 column, float largest, float sum) {
+      const u32 index = tile * kColumns + column, of_group = index % heads_per_kv_head;
+      const float of_head = weights == nullptr ? 1.0f / (heads * heads_per_kv_head) : __ldg(weights + head * heads_per_kv_head + of_group);
+      const u32 at = statistics + 4 * (column / 2 + column % 2 * 4);
+      store_shared_f32(at, column < here ? largest : 0.0f);
+      store_shared_f32(at + 4 * kColumns, column < here ? kMassUnits * of_head / (sum * tokens) : 0.0f);
+    };
+
+    // The warps put their parts together: maxima first, then in turn their sums, as they lie in registers.
     maximum[0] *= factor[0], maximum[1] *= factor[1];
-    // The warps put their parts together: maxima first, then in turn their sums, [column, dimension].
 #pragma unroll
     for (u32 j = 0; j < 2; ++j) {
       softmax.sum[j] = sum_over_rows(softmax.sum[j]);
@@ -472,56 +513,49 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
 #pragma unroll 1
     for (u32 w = 0; w < kWarps; ++w) {
       if (w == warp) {
+        constexpr u32 kBatch = kGroups % 4 == 0 ? 4 : kGroups % 3 == 0 ? 3 : kGroups % 2 == 0 ? 2 : 1;  // loads under way at once
 #pragma unroll
-        for (u32 m = 0; m < kGroups; ++m)
+        for (u32 first = 0; first < kGroups; first += kBatch) {
+          float4 sums[kBatch];
 #pragma unroll
-          for (u32 i = 0; i < 4; ++i) {
-            const u32 address = query_area + 4 * ((2 * (lane % 4) + i % 2) * kHeadDim + 16 * m + 8 * (i / 2) + lane / 4);
-            const float mine = (softmax.values[m][i] + 0.5f * softmax.scaled_sum[i % 2]) * weight[i % 2];
-            store_shared_f32(address, w == 0 ? mine : load_shared_f32(address) + mine);
+          for (u32 i = 0; i < kBatch; ++i) {
+            sums[i] = w == 0 ? make_float4(0, 0, 0, 0) : load_shared_f32x4(query_area + 16 * (kLanes * (first + i) + lane));
           }
+#pragma unroll
+          for (u32 i = 0; i < kBatch; ++i) {
+            const float* values = softmax.values[first + i];
+            const float half[2] = {0.5f * softmax.scaled_sum[0], 0.5f * softmax.scaled_sum[1]};
+            sums[i].x += (values[0] + half[0]) * weight[0], sums[i].y += (values[1] + half[1]) * weight[1];
+            sums[i].z += (values[2] + half[0]) * weight[0], sums[i].w += (values[3] + half[1]) * weight[1];
+            if (w + 1 < kWarps || alone) {
+              store_shared_f32x4(query_area + 16 * (kLanes * (first + i) + lane), sums[i]);
+            } else if (lane % 4 < pairs) {
+              place[kLanes * (first + i) + 8 * (lane % 4) + lane / 4] = sums[i];
+            }
+          }
+        }
       }
       __syncthreads();
+      if (w == 0 && thread < kColumns) {  // all sums of p are there; this warp's turn is over
+        const float largest = maximum_of(thread);
+        float sum = 0;
+#pragma unroll
+        for (u32 v = 0; v < kWarps; ++v) sum += load_shared_f32(statistics + 4 * (kColumns * (kWarps + v) + thread));
+        if (alone) store_shared_f32(factors + 4 * thread, 1.0f / sum);
+        else if (thread < here) reinterpret_cast<float2*>(place + kGroups * kLanes)[thread] = make_float2(largest, sum);
+        if constexpr (kObserve) {
+          __syncwarp(0xFF);
+          if (alone) keep_total(thread, largest, sum);
+        }
+      }
     }
 
-    const bool alone = segment.first >= begin && segment.end() <= end;
-    const u32 number = segment.sequence * parts + segment.part;
-    const u32 here = min(kColumns, columns - tile * kColumns);  // columns of this tile
-    bool complete = alone;                                      // this block has the segment's sums
-    auto sum_of = [&](u32 column) {
-      float sum = 0;
-#pragma unroll
-      for (u32 w = 0; w < kWarps; ++w) sum += load_shared_f32(statistics + 4 * (kColumns * (kWarps + w) + column));
-      return sum;
-    };
-    auto store_out = [&](u32 column, u32 dim, float value) {
-      const u32 index = tile * kColumns + column;
-      const u64 row = (static_cast<u64>(segment.sequence) * heads + head) * heads_per_kv_head + index % heads_per_kv_head;
-      out[(row * tokens + index / heads_per_kv_head) * kHeadDim + dim] = static_cast<u16>(kBf16 ? bf16_bits(value) : f16_bits(value));
-    };
-    // In the place of the warps' statistics: of each column the maximum, then what p relative to it is worth in units of mass.
-    auto keep_total = [&](u32 column, float largest, float sum) {
-      const u32 index = tile * kColumns + column, of_group = index % heads_per_kv_head;
-      const float of_head = weights == nullptr ? 1.0f / (heads * heads_per_kv_head) : __ldg(weights + head * heads_per_kv_head + of_group);
-      const u32 place = statistics + 4 * (column / 2 + column % 2 * 4);
-      store_shared_f32(place, largest);
-      store_shared_f32(place + 4 * kColumns, kMassUnits * of_head / (sum * tokens));
-    };
-    if (alone) {
-      for (u32 i = thread; i < here * kHeadDim; i += kWarps * kLanes) {
-        store_out(i / kHeadDim, i % kHeadDim, load_shared_f32(query_area + 4 * i) / sum_of(i / kHeadDim));
-      }
-    } else {
-      // A place in global memory for each block and segment that meet: columns · (head_dim values, maximum, sum).
-      constexpr u32 kPlace = kColumns * (kHeadDim + 2);
-      float* place = partials + static_cast<u64>(blockIdx.x + number) * kPlace;
-      for (u32 i = thread; i < here * kHeadDim; i += kWarps * kLanes) place[i] = load_shared_f32(query_area + 4 * i);
-      if (thread < here) {
-        place[kColumns * kHeadDim + 2 * thread] = maximum_of(thread);
-        place[kColumns * kHeadDim + 2 * thread + 1] = sum_of(thread);
-      }
-      __syncthreads();
+    // Parts of the sums that lie side by side in shared memory: four pairs of columns, or parts of fewer pairs.
+    u32 shares = 1;
+    bool complete = alone;  // this block has the segment's sums
+    if (!alone) {
       const u32 first_block = block_with(segment.first), arrivals = block_with(segment.end() - 1) - first_block + 1;
+      const u32 is_last = statistics + kStatisticsBytes - 4;
       if (thread == 0) {
         fence_device();
         const u32 before = atomicAdd(tickets + number, 1u);
@@ -529,44 +563,89 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
           fence_device();
           atomicExch(tickets + number, 0u);
         }
-        store_shared_u32(factors, before + 1 == arrivals);
+        store_shared_u32(is_last, before + 1 == arrivals);
       }
       __syncthreads();
-      complete = load_shared_u32(factors) != 0;
+      complete = load_shared_u32(is_last) != 0;
       if (complete) {
-        const float* places = partials + static_cast<u64>(first_block + number) * kPlace;
-        for (u32 i = thread; i < here * kHeadDim; i += kWarps * kLanes) {
-          const u32 column = i / kHeadDim;
-          float maximum = kNothing, sum = 0, value = 0;
-#pragma unroll 4
-          for (u32 part = 0; part < arrivals; ++part) {
-            const float* at = places + static_cast<u64>(part) * kPlace;
-            const float this_maximum = load_l2_f32(at + kColumns * kHeadDim + 2 * column);
-            const float this_sum = load_l2_f32(at + kColumns * kHeadDim + 2 * column + 1), this_value = load_l2_f32(at + i);
-            const float larger = fmaxf(maximum, this_maximum);
-            const float before = exp2_approximate(maximum - larger), now = exp2_approximate(this_maximum - larger);
-            sum = sum * before + this_sum * now;
-            value = value * before + this_value * now;
-            maximum = larger;
+        shares = 4 / pairs;
+        constexpr u32 kMine = (kGroups + kWarps - 1) / kWarps, kBatch = kMine == 1 ? 8 : 4;
+        const u32 c = lane % 4, pair = c % pairs, share = c / pairs;
+        const float4* places = reinterpret_cast<const float4*>(partials + static_cast<u64>(first_block + number) * kPlace);
+        float larger[2] = {kNothing, kNothing}, sum[2] = {0, 0};
+        float4 value[kMine];
+#pragma unroll
+        for (u32 i = 0; i < kMine; ++i) value[i] = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+        for (u32 part = share; part < arrivals && share < shares; part += shares * kBatch) {
+          float4 of_part[kBatch], values[kBatch][kMine];  // maximum and sum of two columns; sums
+#pragma unroll
+          for (u32 b = 0; b < kBatch; ++b) {
+            const float4* at = places + static_cast<u64>(min(part + b * shares, arrivals - 1)) * (kPlace / 4);
+            of_part[b] = load_l2_v4(at + kGroups * kLanes + pair);
+#pragma unroll
+            for (u32 i = 0; i < kMine; ++i) {
+              values[b][i] = load_l2_v4(at + kLanes * min(warp + i * kWarps, kGroups - 1) + 8 * pair + lane / 4);
+            }
           }
-          store_out(column, i % kHeadDim, value / sum);
-          if constexpr (kObserve) {
-            if (i % kHeadDim == 0) keep_total(column, maximum, sum);
+          const float before[2] = {larger[0], larger[1]};
+#pragma unroll
+          for (u32 b = 0; b < kBatch; ++b) {
+            if (part + b * shares >= arrivals) of_part[b] = make_float4(kUnseen, 0, kUnseen, 0);
+            larger[0] = fmaxf(larger[0], of_part[b].x), larger[1] = fmaxf(larger[1], of_part[b].z);
+          }
+          const float kept[2] = {exp2_approximate(before[0] - larger[0]), exp2_approximate(before[1] - larger[1])};
+          sum[0] *= kept[0], sum[1] *= kept[1];
+#pragma unroll
+          for (u32 i = 0; i < kMine; ++i) value[i].x *= kept[0], value[i].y *= kept[1], value[i].z *= kept[0], value[i].w *= kept[1];
+#pragma unroll
+          for (u32 b = 0; b < kBatch; ++b) {
+            const float now[2] = {exp2_approximate(of_part[b].x - larger[0]), exp2_approximate(of_part[b].z - larger[1])};
+            sum[0] += of_part[b].y * now[0], sum[1] += of_part[b].w * now[1];
+#pragma unroll
+            for (u32 i = 0; i < kMine; ++i) {
+              value[i].x += values[b][i].x * now[0], value[i].y += values[b][i].y * now[1];
+              value[i].z += values[b][i].z * now[0], value[i].w += values[b][i].w * now[1];
+            }
           }
         }
+#pragma unroll
+        for (u32 i = 0; i < kMine; ++i) {
+          if (warp + i * kWarps < kGroups) store_shared_f32x4(query_area + 16 * (kLanes * (warp + i * kWarps) + lane), value[i]);
+        }
+        if (warp == 0) {
+#pragma unroll
+          for (u32 j = 0; j < 2; ++j) {
+            float largest = larger[j];
+            for (u32 step = pairs; shares > 1 && step < 4; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+            const float of_share = exp2_approximate(larger[j] - largest);
+            float all = sum[j] * of_share;
+            for (u32 step = pairs; shares > 1 && step < 4; step *= 2) all += __shfl_xor_sync(kAllLanes, all, step);
+            if (lane < 4) {
+              store_shared_f32(factors + 4 * (2 * lane + j), of_share / all);
+              if constexpr (kObserve) keep_total(2 * lane + j, largest, all);
+            }
+          }
+        }
+        __syncthreads();
       }
     }
-    if constexpr (kObserve) {
-      if (complete) {
-        if (alone) {
-          const float largest = maximum_of(thread % kColumns), sum = sum_of(thread % kColumns);
-          __syncthreads();  // all have loaded what totals take the place of
-          if (thread < here) keep_total(thread, largest, sum);
+    if (complete) {
+      for (u32 i = thread; i < here * (kHeadDim / 2); i += kWarps * kLanes) {
+        const u32 column = i / (kHeadDim / 2), dim = 2 * (i % (kHeadDim / 2));
+        const u32 at = query_area + 16 * (kLanes * (dim / 16) + 4 * (dim % 8) + column / 2) + 4 * (column % 2 + dim % 16 / 8 * 2);
+        float value[2] = {0, 0};
+        for (u32 share = 0; share < shares; ++share) {
+          const float of_share = load_shared_f32(factors + 4 * (2 * (share * pairs + column / 2) + column % 2));
+          value[0] += of_share * load_shared_f32(at + 16 * share * pairs);
+          value[1] += of_share * load_shared_f32(at + 16 * share * pairs + 64);  // four lanes on
         }
-        if (thread >= here && thread < kColumns) keep_total(thread, 0, __uint_as_float(0x7F800000));  // of no column: worth nothing
-        __syncthreads();
-        add_masses(work, segment, statistics, page_logs, mass + segment.sequence * mass_sequence_stride);
+        const u32 index = tile * kColumns + column;
+        const u64 row = (static_cast<u64>(segment.sequence) * heads + head) * heads_per_kv_head + index % heads_per_kv_head;
+        u32* to = reinterpret_cast<u32*>(out + (row * tokens + index / heads_per_kv_head) * kHeadDim + dim);
+        *to = kBf16 ? bf16x2_bits(value[0], value[1]) : f16x2_bits(value[0], value[1]);
       }
+      if constexpr (kObserve) add_masses(work, segment, statistics, page_logs, mass + segment.sequence * mass_sequence_stride);
     }
     __syncthreads();  // queries of the next segment go where the sums are
   }

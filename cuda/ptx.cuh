@@ -189,6 +189,15 @@ __device__ __forceinline__ void store_shared_f32(u32 address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
+__device__ __forceinline__ float4 load_shared_f32x4(u32 address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ void store_shared_f32x4(u32 address, const float4& v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+
 // Two products of i16 (a) with two unsigned bytes of b, the lower or the upper ones, added to c.
 __device__ __forceinline__ int dp2a_low(u32 a, u32 b, int c) {
   int d;

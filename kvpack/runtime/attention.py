@@ -237,8 +237,10 @@ def _attend_once(
     found: list[torch.Tensor] = []
     attend = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
 
+    queries = q.detach() if q.stride(-1) == 1 else q.detach().contiguous()
+
     def of_tokens(table: torch.Tensor, lengths: torch.Tensor) -> None:
-        found.append(attend(q.detach(), table, lengths, cache, call, head_importance))
+        found.append(attend(queries, table, lengths, cache, call, head_importance))
 
     enter = cache.append if call.update_cache else cache.try_tokens
     enter(call.layer, k, v, call.sequences, of_tokens)

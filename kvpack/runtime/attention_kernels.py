@@ -19,6 +19,7 @@ from kvpack.runtime.weight_kernels import ACTIVATIONS
 
 COLUMNS = 8
 DECODE_WARPS = 4
+_MAX_BLOCKS = (1 << 16) - 1  # the kernel multiplies two numbers of blocks in 32 bits
 # Of the units that masses are counted in.
 MASS_FRACTION_BITS = 32
 # What a block has without asking; consumer GPUs share 100 KiB among the blocks of a multiprocessor.
@@ -208,8 +209,10 @@ def decode(
         observed: where to add the pages' shares of the attention.
 
     Raises:
-        PageError: ``q`` has another dtype, or there is a window without ``causal``.
+        PageError: ``q`` has another dtype, there is a window without ``causal``, or too many blocks are asked for.
     """
+    if not 1 <= blocks <= _MAX_BLOCKS:
+        raise PageError(f"blocks is {blocks}; a launch has at least 1 and at most {_MAX_BLOCKS}")
     sequences, num_heads, tokens, head_dim = q.shape
     out = torch.empty((sequences, num_heads, tokens, head_dim), dtype=q.dtype, device=q.device)
     columns = num_heads // num_kv_heads * tokens

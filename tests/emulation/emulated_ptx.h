@@ -458,6 +458,10 @@ inline void sync_warps(unsigned int number, unsigned int threads) {
   while (generation[number] == before) emulated::yield_thread();
 }
 inline float load_shared_f32(unsigned int address) { return emulated::load_shared<float>(address, "load_shared_f32"); }
+inline float4 load_shared_f32x4(unsigned int address) { return emulated::load_shared<float4>(address, "load_shared_f32x4"); }
+inline void store_shared_f32x4(unsigned int address, const float4& v) {
+  emulated::store_shared(address, v, "store_shared_f32x4");
+}
 inline void store_shared_f32(unsigned int address, float value) { emulated::store_shared(address, value, "store_shared_f32"); }
 inline void max_shared_u32(unsigned int address, unsigned int value) {
   emulated::maybe_yield();
