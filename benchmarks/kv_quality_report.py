@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from kvpack.runtime.bench_report import Row, Table, number
@@ -13,7 +14,7 @@ CLEAR = 2.0
 def verdict(difference: float, standard_error: float | None) -> str:
     """Of a difference that is positive where the mixture is better."""
     if not standard_error:
-        return "–"
+        return "equal" if difference == 0 else "–"
     errors = difference / standard_error
     return "no difference" if abs(errors) < CLEAR else ("wins" if errors > 0 else "loses")
 
@@ -50,14 +51,33 @@ def _configurations(result: dict[str, Any]) -> Table:
 def _equal_bytes(result: dict[str, Any]) -> Table:
     rows = []
     for row in result["equal_bytes"]:
-        cells = [row["name"], row["against"], number(100 * row["bytes_ratio"])]
+        cells = [row["name"], row["against"], number(100 * row["bytes_ratio"]), number(100 * row["mean_bits_ratio"])]
         for measure in ("kl", "log_likelihood"):
             gain, error = row[f"{measure}_gain"], row[f"{measure}_standard_error"]
             cells += [_milli(gain, "+"), _milli(error), _in_errors(gain, error), verdict(gain, error)]
         rows.append(cells)
-    headings = ["mixture", "against", "its bytes, %", "KL saved, mnat", "± s.e.", "in s.e.", "by KL"]
+    headings = [
+        "mixture",
+        "against",
+        "its bytes at the end, %",
+        "its mean bits, %",
+        "KL saved, mnat",
+        "± s.e.",
+        "in s.e.",
+        "by KL",
+    ]
     headings += ["log-likelihood gained, mnat", "± s.e.", "in s.e.", "by log-likelihood"]
     return Table("Mixtures against one width at equal bytes", headings, rows)
+
+
+def verdicts(result: dict[str, Any]) -> str:
+    """How often mixtures win and lose, in a sentence."""
+    rows = result["equal_bytes"]
+    parts = []
+    for measure, name in (("kl", "KL"), ("log_likelihood", "log-likelihood")):
+        found = Counter(verdict(row[f"{measure}_gain"], row[f"{measure}_standard_error"]) for row in rows)
+        parts.append(f"{found['wins']} win and {found['loses']} lose by {name}")
+    return f"Of {len(rows)} mixtures at equal bytes, {' and '.join(parts)}, by {CLEAR:g} standard errors or more."
 
 
 def tables(result: dict[str, Any]) -> dict[str, Table]:
