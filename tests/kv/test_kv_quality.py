@@ -21,7 +21,7 @@ from kvpack.runtime.kv_cache import KVCache  # noqa: E402
 
 # With the sinks' page and the recent window, two of four pages are quantized in the end.
 TOKENS, SEQUENCES, HEAD_DIM, KV_HEADS = 256, 2, 16, 1
-NAMES = ["fp16", "int8", "int3", "int2", "k4v2", "importance@int3", "importance@int2"]
+NAMES = ["fp16", "int8", "int3", "int2", "importance@int3"]
 
 
 def parsed(name: str) -> Any:
@@ -45,7 +45,12 @@ def result() -> dict[str, Any]:
     )
     model = transformers.LlamaForCausalLM(config).eval()
     tokens = torch.randint(0, config.vocab_size, (SEQUENCES, TOKENS + 1))
-    *_, last = kv_quality.measure(model, tokens, [parsed(name) for name in NAMES])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products are tiny, and threads that wait for one another make them slow
+    try:
+        *_, last = kv_quality.measure(model, tokens, [parsed(name) for name in NAMES])
+    finally:
+        torch.set_num_threads(threads)
     return last
 
 
@@ -67,24 +72,20 @@ def test_reference_against_itself(result: dict[str, Any]) -> None:
 def test_fewer_bits_are_worse(result: dict[str, Any]) -> None:
     found = rows(result)
     assert list(found) == ["reference", *NAMES]
-    assert 0 < found["int8"]["kl"] < found["k4v2"]["kl"] < found["int2"]["kl"]
+    assert 0 < found["int8"]["kl"] < found["int3"]["kl"] < found["int2"]["kl"]
     assert found["int2"]["same_top"] < 1
     assert found["int8"]["page_bytes"] > found["int2"]["page_bytes"]
     assert all(row["mean_bits"] > row["end_bits"] for row in found.values())
 
 
 def test_mixtures_at_equal_bytes(result: dict[str, Any]) -> None:
-    compared = {row["name"]: row for row in result["equal_bytes"]}
-    assert list(compared) == ["k4v2", "importance@int3", "importance@int2"]
-    found = rows(result)
-    for name, row in compared.items():
-        other = found[row["against"]]
-        assert 0.9 < row["bytes_ratio"] <= 1
-        assert 0.9 < row["mean_bits_ratio"] <= 1
-        assert row["kl_gain"] == pytest.approx(other["kl"] - found[name]["kl"])
-        assert row["log_likelihood_gain"] == pytest.approx(other["loss"] - found[name]["loss"])
-    # There is nothing to mix at the bytes of the lowest width.
-    assert (compared["importance@int2"]["kl_gain"], compared["importance@int2"]["bytes_ratio"]) == (0, 1)
+    (row,) = result["equal_bytes"]
+    mine, other = (rows(result)[row[key]] for key in ("name", "against"))
+    assert (mine["name"], other["name"]) == ("importance@int3", "int3")
+    assert 0.9 < row["bytes_ratio"] <= 1
+    assert 0.9 < row["mean_bits_ratio"] <= 1
+    assert row["kl_gain"] == pytest.approx(other["kl"] - mine["kl"])
+    assert row["log_likelihood_gain"] == pytest.approx(other["loss"] - mine["loss"])
 
 
 def test_results_are_rendered(result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +99,8 @@ def test_results_are_rendered(result: dict[str, Any], tmp_path: Path, monkeypatc
     (tmp_path / "2026-11-26-kv-quality.json").write_text(json.dumps(about | result, allow_nan=False))
     text = {name: render_docs.figures(name) for name in names}
     assert "| importance@int3 |" in text["kv-quality-configurations"]
-    assert "| k4v2 | int3 | 100.00 |" in text["kv-quality-equal-bytes"]
-    assert text["kv-quality-verdicts"].startswith("Of 3 mixtures")
+    assert "| importance@int3 | int3 |" in text["kv-quality-equal-bytes"]
+    assert text["kv-quality-verdicts"].startswith("Of 1 mixtures")
     plot = pytest.importorskip("kvpack.plot")
     plot.plot_kv_quality(about | result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -135,7 +136,7 @@ def test_standard_errors_are_of_blocks() -> None:
 
 
 @pytest.mark.parametrize("tokens", [256, 2048])
-@pytest.mark.parametrize("name", kv_quality.EQUAL_BYTES)
+@pytest.mark.parametrize("name", ["int4", "int3", "int2"])
 def test_equal_budgets_allow_equal_bytes(name: str, tokens: int) -> None:
     """By the pages that a budgeted cache has in the end."""
     chosen = kv_quality.parse_configuration(f"importance@{name}", tokens, 1, 16)
@@ -149,6 +150,8 @@ def test_equal_budgets_allow_equal_bytes(name: str, tokens: int) -> None:
         used[key] = cache.pools.bytes_in_use
     page = cache.pools.page_bytes(Side.K, cache.full_format)
     assert used["one"] - page < used["mixed"] <= used["one"]
+    # At the bytes of the lowest width there is nothing to mix.
+    assert name != "int2" or used["mixed"] == used["one"]
 
 
 def test_names() -> None:
