@@ -1,8 +1,21 @@
 """kvpack: LLM weights and KV caches, entropy-coded and computed on in place.
 
 >>> import kvpack
->>> sorted(kvpack.__all__)
-['RansLinear', 'Reader', '__version__', 'compress', 'decompress', 'load', 'open', 'replace_linears', 'verify', 'warmup']
+>>> for name in sorted(kvpack.__all__):
+...     print(name)
+KVCache
+PageFormat
+RansLinear
+Reader
+__version__
+attention_with_kv_cache
+compress
+decompress
+load
+open
+replace_linears
+verify
+warmup
 
 Names are loaded when first used, so that ``import kvpack`` costs nothing.
 """
@@ -19,15 +32,21 @@ if TYPE_CHECKING:
     from kvpack.encode.reader import Reader
     from kvpack.encode.reader import Reader as open  # noqa: N813
     from kvpack.encode.verify import verify
+    from kvpack.format.pages import PageFormat
+    from kvpack.runtime.attention import attention_with_kv_cache
+    from kvpack.runtime.kv_cache import KVCache
     from kvpack.runtime.linear import RansLinear
     from kvpack.runtime.load import load
     from kvpack.runtime.replace import replace_linears
     from kvpack.runtime.warmup import warmup
 
 __all__ = [
+    "KVCache",
+    "PageFormat",
     "RansLinear",
     "Reader",
     "__version__",
+    "attention_with_kv_cache",
     "compress",
     "decompress",
     "load",
@@ -38,10 +57,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "attention_with_kv_cache": ("kvpack.runtime.attention", "attention_with_kv_cache"),
     "compress": ("kvpack.compression", "compress"),
     "decompress": ("kvpack.encode.pipeline", "decompress"),
     "load": ("kvpack.runtime.load", "load"),
     "open": ("kvpack.encode.reader", "Reader"),
+    "KVCache": ("kvpack.runtime.kv_cache", "KVCache"),
+    "PageFormat": ("kvpack.format.pages", "PageFormat"),
     "RansLinear": ("kvpack.runtime.linear", "RansLinear"),
     "Reader": ("kvpack.encode.reader", "Reader"),
     "replace_linears": ("kvpack.runtime.replace", "replace_linears"),

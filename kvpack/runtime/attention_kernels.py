@@ -18,6 +18,7 @@ from kvpack.runtime.page_kernels import PAGE_FORMATS
 from kvpack.runtime.weight_kernels import ACTIVATIONS
 
 COLUMNS = 8
+MASS_FRACTION_BITS = 32
 DECODE_WARPS = 4
 # What a block has without asking; consumer GPUs share 100 KiB among the blocks of a multiprocessor.
 _SHARED_BYTES = 48 << 10
@@ -139,6 +140,15 @@ def decode_blocks(
     return even if even >= 0.9 * blocks else blocks
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Where attention masses are added."""
+
+    mass: torch.Tensor
+    steps: torch.Tensor
+    weights: torch.Tensor | None
+
+
 def decode(
     q: torch.Tensor,
     pages: torch.Tensor | None,
@@ -152,7 +162,11 @@ def decode(
     blocks: int,
     window: int = 0,
     sinks: int = 0,
+    causal: bool = True,
+    observed: Observed | None = None,
 ) -> torch.Tensor:
+    if observed is not None or not causal:
+        raise PageError("decode cannot do this yet")
     sequences, num_heads, tokens, head_dim = q.shape
     out = torch.empty((sequences, num_heads, tokens, head_dim), dtype=q.dtype, device=q.device)
     columns = num_heads // num_kv_heads * tokens
@@ -224,6 +238,7 @@ def prefill(
     scale: float,
     window: int = 0,
     sinks: int = 0,
+    causal: bool = True,
 ) -> torch.Tensor:
     """What :func:`decode` computes, for many query tokens: each tile of them is one block's."""
     sequences, num_heads, tokens, head_dim = q.shape

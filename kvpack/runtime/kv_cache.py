@@ -19,17 +19,22 @@ shares between layers.
 
 **Streams.** The host decides and enqueues; it waits for the device in :meth:`KVCache.reallocate`, and once a layer to
 measure what each width spoils. Freed pages are handed out again at once, which is right where all that uses the cache
-is enqueued on one stream. A CUDA graph cannot repeat an append; it can repeat what reads pages through the page table.
+is enqueued on one stream.
+
+**CUDA graphs.** What is decided cannot be repeated by a graph, what is enqueued can: an append that is captured writes
+tokens and advances the lengths on the device, and nothing else. Before each replay :meth:`KVCache.plan` does the rest.
 
 **Failures.** An operation that raises leaves the cache as it was.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +43,8 @@ import torch
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, PageLayout, Side
+from kvpack.runtime import tickets
+from kvpack.runtime.attention_kernels import MASS_FRACTION_BITS
 from kvpack.runtime.errors import CacheFullError, CacheInputError, PageEntryError
 from kvpack.runtime.load import resolve_device
 from kvpack.runtime.page_allocator import (
@@ -55,12 +62,31 @@ from kvpack.runtime.page_pools import SLAB_BYTES, PageOwner, PagePools, PageView
 
 Widths = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
 
+# Called with a batch's page table, i64 [2, batch, pages], and its lengths, i32 [batch], new tokens included.
+Attend = Callable[[torch.Tensor, torch.Tensor], None]
+
 # In page tables, of no page.
 NO_PAGE = -1
+# Of attention mass, which is counted in integers so that sums do not depend on their order.
+MASS_UNIT = 2.0**-MASS_FRACTION_BITS
 # How much of their bytes open pages yield at most to pinned ones.
 _YIELDED = 0.25
 
 _Ints = npt.NDArray[np.int64]
+
+_numbers = itertools.count()
+_caches: WeakValueDictionary[int, KVCache] = WeakValueDictionary()
+
+
+def cache_of(number: int) -> KVCache:
+    """The cache that has a number.
+
+    Raises:
+        CacheInputError: it is no more.
+    """
+    if (found := _caches.get(number)) is None:
+        raise CacheInputError(f"cache number {number} is no more: what was compiled for it must be compiled anew")
+    return found
 
 
 @dataclass(frozen=True)
@@ -162,13 +188,16 @@ class KVCache:
         page_table: i64 [layers, 2, max_sequences, max_pages] on the device: entries, or -1. Its address stays.
         entries: the same on the host.
         lengths: i32 [layers, max_sequences] on the device: tokens. Its address stays.
-        mass: fp32 [layers, max_sequences, max_pages] on the device: what :meth:`observe` has summed up since
-            :meth:`reallocate`.
+        mass: i64 [layers, max_sequences, max_pages] on the device, in :data:`MASS_UNIT`: attention that pages have
+            received since :meth:`reallocate`, summed over steps.
+        observed_steps: i32 [layers, max_sequences] on the device: how many steps those are.
         errors: fp64 [layers, 2, widths of the ladder]: mean squared error of each width relative to the values' mean
             square. NaN until it has been measured, on the first page that is open to be quantized; values from
             elsewhere may be put in before.
         importance: what :meth:`reallocate` knows of the pages.
         shares: fp64 [layers]: the budget of each; their mean is at most that of all.
+        number: what compiled graphs name the cache by (:func:`cache_of`).
+        calls: i32 [1] on the host, which operators of compiled graphs pretend to change, so that they keep their order.
 
     Raises:
         CacheInputError: an argument is not what it must be.
@@ -225,13 +254,25 @@ class KVCache:
         self.page_table = torch.from_numpy(self.entries).to(self.device, copy=True)
         self._lengths: npt.NDArray[np.int32] = np.zeros((num_layers, max_sequences), np.int32)
         self.lengths = torch.zeros((num_layers, max_sequences), dtype=torch.int32, device=self.device)
-        self.mass = torch.zeros((num_layers, max_sequences, max_pages), dtype=torch.float32, device=self.device)
-        self._observed_steps = [0] * num_layers
+        self.mass = torch.zeros((num_layers, max_sequences, max_pages), dtype=torch.int64, device=self.device)
+        self.observed_steps = torch.zeros_like(self.lengths)
         self.status = new_status(self.device)
         self.errors = np.full((num_layers, len(Side), len(self.ladder)), np.nan)
         self.importance = ImportanceEMA(num_layers, max_sequences, max_pages)
         self.shares = np.full(num_layers, 1.0 if budget is None else budget)
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
+        self._captured_rows: list[torch.Tensor] = []  # graphs hold their addresses
+        self.number = next(_numbers)
+        _caches[self.number] = self
+        self.calls = torch.zeros(1, dtype=torch.int32)
+        if self.device.type == "cuda":
+            tickets.prepare(self.device)
+
+    def possible_formats(self, layer: int, side: Side) -> frozenset[PageFormat]:
+        """What a layer's pages can come to have, so that one kernel serves all that the cache becomes."""
+        if self.budget is not None:
+            return frozenset(self.ladder)
+        return frozenset({self.full_format, PageFormat(self._widths[layer, side])})
 
     def _checked_widths(self, widths: Widths | None) -> npt.NDArray[np.uint8]:
         """[layers, 2]"""
@@ -247,14 +288,24 @@ class KVCache:
 
     # Tokens ----------------------------------------------------------------------------------------------------------
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, sequences: Sequence[int] | None = None) -> None:
+    def append(
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sequences: Sequence[int] | None = None,
+        attend: Attend | None = None,
+    ) -> None:
         """Write new tokens behind a layer's last ones, and quantize pages that have left the recent window.
 
         Until then all of the new tokens take 16 bits: give long prompts in pieces.
 
+        In a CUDA graph's capture only what is on the device changes; before each replay, :meth:`plan` is to be called.
+
         Args:
             k, v: [batch, num_kv_heads, tokens, head_dim], of the cache's dtype and device.
             sequences: which ones the batch is, each once; None is 0, 1, ….
+            attend: called when the tokens are written, and nothing has been quantized for their sake yet.
 
         Raises:
             CacheInputError: a wrong layer, sequence, shape, dtype or device.
@@ -264,42 +315,133 @@ class KVCache:
         k, v, count = k.detach(), v.detach(), k.shape[2]
         if not ids or count == 0:
             return
-        before = self._lengths[layer, ids]
-        if (longest := int(before.max())) + count > self.max_tokens:
-            raise CacheFullError(
-                f"layer {layer}: {count} tokens behind {longest} are more than the {self.max_tokens} of max_tokens"
-            )
-        after = before + count
-        lengths = self._lengths[layer].copy()
-        lengths[ids] = after
-        spans = [range(ceil_div(b, PAGE_TOKENS), ceil_div(b + count, PAGE_TOKENS)) for b in before.tolist()]
-        new = _places([(layer, side, s, i) for s, span in zip(ids, spans, strict=True) for i in span for side in Side])
-        changes = None
-        # A sequence's beginning, and pages that leave the window, are what the budget is sensitive to: the pages that
-        # come until the next one leaves are counted beforehand.
-        if (before == 0).any() or (self._open_end(before) != self._open_end(after)).any():
-            changes = self._planned(layer, lengths, _Tokens(k, v, ids, before.tolist()))
+        rows = self._row_index(ids)
 
         def write() -> None:
-            table, positions = self.page_table[layer], self.lengths[layer]
-            rows = self._row_index(ids)
-            if rows is not None:
-                table, positions = table[:, rows], positions[rows]
-            write_tokens(k, v, table, positions, self.status, self.pools.pages)
+            self._write(layer, k, v, rows, attend)
 
-        if len(new) or changes is not None:
-            self._commit(new, changes, write)
-        else:
+        if self._is_captured():
             write()
-        self._lengths[layer, ids] = after
-        rows = self._row_index(ids)
+        else:
+            before = self._lengths[layer, ids]
+            self._commit(*self._planned_for([layer], ids, count, _Tokens(k, v, ids, before.tolist())), write)
+            self._lengths[layer, ids] += count
         if rows is None:
             self.lengths[layer] += count
         else:
             self.lengths[layer].index_add_(0, rows, torch.full_like(rows, count, dtype=torch.int32))
 
-    def read(self, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def try_tokens(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, sequences: Sequence[int] | None, attend: Attend
+    ) -> None:
+        """As :meth:`append`, but afterwards the cache holds what it did before.
+
+        Raises:
+            CacheInputError: as of :meth:`append`; also in a CUDA graph's capture, which cannot allocate pages.
+            CacheFullError: as of :meth:`append`.
+        """
+        ids = self._checked_input(layer, k, v, sequences)
+        k, v, count = k.detach(), v.detach(), k.shape[2]
+        if not ids or count == 0:
+            return
+        if self._is_captured():
+            raise CacheInputError("tokens that are not kept need pages, which a CUDA graph's capture cannot allocate")
+        rows = self._row_index(ids)
+        new = self._new_pages([layer], ids, count)
+        self._commit(new, None, lambda: self._write(layer, k, v, rows, attend, keep=False))
+        self._forget_pages(new)
+
+    def plan(self, tokens: int = 1, sequences: Sequence[int] | None = None) -> None:
+        """Make room in every layer for tokens that a replayed CUDA graph appends next, once.
+
+        The graph has been captured from calls of :meth:`append` with as many tokens of these sequences, one a layer.
+        The host counts the tokens from here on; the device does when the graph has run, which is to be enqueued before
+        anything else that uses the cache.
+
+        Raises:
+            CacheInputError: a wrong sequence; layers that have different numbers of tokens; more tokens than the recent
+                window has, of which some would have to be quantized before they are written.
+            CacheFullError: a sequence would exceed ``max_tokens``, or pages ``max_bytes`` or the device's memory.
+        """
+        ids = list(range(self.max_sequences) if sequences is None else sequences)
+        self._check_place(0, ids)
+        quantizes = self.budget is not None or (self._widths != self.full_format).any()
+        if tokens < 1 or (quantizes and tokens > self.recent_tokens):
+            raise CacheInputError(f"{tokens} tokens cannot be planned for; at most recent_tokens, {self.recent_tokens}")
+        if (self._lengths[:, ids] != self._lengths[0, ids]).any():
+            raise CacheInputError("plan() in the midst of a step: layers have different numbers of tokens")
+        if not ids:
+            return
+        self._commit(*self._planned_for(range(self.num_layers), ids, tokens, None), lambda: None)
+        self._lengths[:, ids] += tokens
+
+    def _is_captured(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _write(
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: torch.Tensor | None,
+        attend: Attend | None,
+        *,
+        keep: bool = True,
+    ) -> None:
+        """Into pages that are there. Lengths are not advanced."""
+        table, positions = self.page_table[layer], self.lengths[layer]
+        if rows is not None:
+            table, positions = table[:, rows], positions[rows]
+        write_tokens(k, v, table, positions, self.status, self.pools.pages)
+        if attend is None:
+            return
+        kept = False
+        try:
+            attend(table, positions + k.shape[2])
+            kept = keep
+        finally:
+            if not kept:  # what may be no number must not stay behind a sequence's end
+                none = torch.zeros_like(k[:, :, : PAGE_TOKENS - 1])
+                write_tokens(none, none, table, positions, self.status, self.pools.pages)
+
+    def _new_pages(self, layers: Sequence[int], ids: list[int], count: int) -> _Places:
+        """Pages that sequences need for so many more tokens.
+
+        Raises:
+            CacheFullError: a sequence would exceed ``max_tokens``.
+        """
+        rows = []
+        for layer in layers:
+            for sequence, before in zip(ids, self._lengths[layer, ids].tolist(), strict=True):
+                if before + count > self.max_tokens:
+                    raise CacheFullError(
+                        f"layer {layer}, sequence {sequence}: {count} tokens behind {before} are more than the "
+                        f"{self.max_tokens} of max_tokens"
+                    )
+                for index in range(ceil_div(before, PAGE_TOKENS), ceil_div(before + count, PAGE_TOKENS)):
+                    rows += [(layer, int(side), sequence, index) for side in Side]
+        return _places(rows)
+
+    def _planned_for(
+        self, layers: Sequence[int], ids: list[int], count: int, tokens: _Tokens | None
+    ) -> tuple[_Places, _Changes | None]:
+        """New pages, and pages that change, when so many tokens are appended."""
+        new = self._new_pages(layers, ids, count)
+        plans = []
+        for layer in layers:
+            before, lengths = self._lengths[layer, ids], self._lengths[layer].copy()
+            lengths[ids] += count
+            # A sequence's beginning, and pages that leave the window, are what the budget is sensitive to: the pages
+            # that come until the next one leaves are counted beforehand.
+            if (before == 0).any() or (self._open_end(before) != self._open_end(before + count)).any():
+                plans.append(self._planned(layer, lengths, tokens))
+        return new, _joined(plans) if plans else None
+
+    def read(self, layer: int, sequence: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values that a sequence has in a layer, dequantized: [num_kv_heads, tokens, head_dim] each.
+
+        Args:
+            dtype: fp16, bf16 or fp32, to which values are rounded once; None is the cache's.
 
         Raises:
             CacheInputError: a wrong layer or sequence.
@@ -316,7 +458,7 @@ class KVCache:
                 count,
                 self.head_dim,
                 self.num_kv_heads,
-                self.dtype,
+                self.dtype if dtype is None else dtype,
                 self.status,
                 self.pools.pages,
             )[0]
@@ -338,6 +480,7 @@ class KVCache:
         self._lengths[:, sequence] = 0
         self.lengths[:, sequence] = 0
         self.mass[:, sequence] = 0
+        self.observed_steps[:, sequence] = 0
         self.importance.forget(sequence)
         # Freeing must not fail for want of memory; who appends next will be told.
         with suppress(CacheFullError):
@@ -347,6 +490,9 @@ class KVCache:
 
     def _commit(self, new: _Places, changes: _Changes | None, write: Callable[[], None]) -> None:
         """Allocate new pages, write, quantize: all or nothing."""
+        if not len(new) and changes is None:
+            write()
+            return
         places, formats = (_places([]), np.empty(0, np.uint8)) if changes is None else (changes.places, changes.formats)
         wanted = [(Side(side), self.full_format) for side in new.side.tolist()]
         wanted += [(Side(side), PageFormat(f)) for side, f in zip(places.side.tolist(), formats.tolist(), strict=True)]
@@ -369,6 +515,11 @@ class KVCache:
         self._set_entries(places, targets)
         for entry in sources.tolist():
             self.pools.free(entry)
+
+    def _forget_pages(self, places: _Places) -> None:
+        for entry in self.entries[places.where].tolist():
+            self.pools.free(entry)
+        self._set_entries(places, np.full(len(places), NO_PAGE))
 
     def _set_entries(self, places: _Places, entries: _Ints) -> None:
         """On the host and, behind what is enqueued, on the device."""
@@ -400,10 +551,14 @@ class KVCache:
         """On the device; None if they are all, in order."""
         if sequences == list(range(self.max_sequences)):
             return None
-        key = tuple(sequences)
+        key, captured = tuple(sequences), self._is_captured()
         if key not in self._rows:
+            if captured:
+                raise CacheInputError(f"sequences {sequences} are captured in a CUDA graph: use them once before")
             self._rows.clear()
             self._rows[key] = self._upload(np.array(sequences, np.int64))
+        if captured:
+            self._captured_rows.append(self._rows[key])
         return self._rows[key]
 
     def _upload(self, values: _Ints) -> torch.Tensor:
@@ -450,7 +605,8 @@ class KVCache:
 
         Args:
             mass: [batch, query heads, pages], softmax probabilities summed over each page's tokens; pages may be fewer
-                than a page table has room for.
+                than a page table has room for. All that is observed of a page until :meth:`reallocate` is less than
+                2^31.
             sequences: as of :meth:`append`.
             head_importance: [query heads], how much each counts, compared with those of other layers as well.
 
@@ -469,13 +625,21 @@ class KVCache:
             by_page = by_page * head_importance.float()[:, None]
         elif head_importance is not None:
             raise CacheInputError(f"head_importance has shape {list(head_importance.shape)}; mass has {heads} heads")
-        by_page = by_page.mean(1)
+        units = (by_page.mean(1).double() / MASS_UNIT).round().long()
+        self.add_observed(layer, units, torch.ones(batch, dtype=torch.int32, device=self.device), ids)
+
+    def add_observed(
+        self, layer: int, mass: torch.Tensor, steps: torch.Tensor, sequences: Sequence[int] | None = None
+    ) -> None:
+        """What an attention kernel has observed: ``mass`` i64 [batch, pages], ``steps`` i32 [batch]."""
+        ids = list(range(len(mass)) if sequences is None else sequences)
         rows = self._row_index(ids)
         if rows is None:
-            self.mass[layer, :, :pages] += by_page
+            self.mass[layer, :, : mass.shape[1]] += mass
+            self.observed_steps[layer] += steps
         else:
-            self.mass[layer, :, :pages].index_add_(0, rows, by_page)
-        self._observed_steps[layer] += 1
+            self.mass[layer, :, : mass.shape[1]].index_add_(0, rows, mass)
+            self.observed_steps[layer].index_add_(0, rows, steps)
 
     def reallocate(self) -> Outcome:
         """Move the budget's bytes between layers, by what has been observed; waits for the device.
@@ -535,12 +699,12 @@ class KVCache:
 
     def _take_in_observed(self, lengths: npt.NDArray[np.int32]) -> None:
         counts = -(-lengths // PAGE_TOKENS)
-        mass = self.mass.cpu().numpy()
-        for layer, steps in enumerate(self._observed_steps):
-            if steps:
-                self.importance.update(layer, mass[layer] / steps, counts, steps=steps)
+        steps = self.observed_steps.cpu().numpy()
+        mass = self.mass.cpu().numpy() * MASS_UNIT / np.maximum(steps, 1)[:, :, None]
+        for layer in np.flatnonzero(steps.any(axis=1)).tolist():
+            self.importance.update(layer, mass[layer], counts, steps=steps[layer])
         self.mass.zero_()
-        self._observed_steps = [0] * self.num_layers
+        self.observed_steps.zero_()
 
     def _planned(self, layer: int, lengths: npt.NDArray[np.int32], tokens: _Tokens | None = None) -> _Changes:
         """What changes in a layer that has these numbers of tokens, so that it holds its share."""
@@ -645,6 +809,12 @@ class KVCache:
         """Tokens, as the host knows them."""
         return int(self._lengths[layer, sequence])
 
+    def longest_pages(self, layer: int, tokens: int) -> int:
+        """Of the longest sequence with so many more tokens; in a CUDA graph's capture, of the longest possible."""
+        if self._is_captured():
+            return self.entries.shape[3]
+        return ceil_div(int(self._lengths[layer].max()) + tokens, PAGE_TOKENS)
+
     def layer(self, layer: int) -> BucketedCacheLayer:
         """A layer's pages by kind.
 
@@ -667,7 +837,7 @@ class KVCache:
 
     def estimate_memory_mb(self) -> float:
         """Device memory in MB (10^6 bytes): the slabs that are allocated, and the tables."""
-        tables = (self.page_table, self.lengths, self.mass, self.status)
+        tables = (self.page_table, self.lengths, self.mass, self.observed_steps, self.status)
         return (self.pools.bytes_allocated + sum(table.nbytes for table in tables)) / 1e6
 
     def check(self) -> None:

@@ -274,13 +274,19 @@ class ImportanceEMA:
         self._weight = np.zeros((layers, sequences, pages))  # 1 − decay^steps
 
     def update(
-        self, layer: int, mass: npt.NDArray[np.floating], pages: npt.NDArray[np.integer], *, steps: int = 1
+        self,
+        layer: int,
+        mass: npt.NDArray[np.floating],
+        pages: npt.NDArray[np.integer],
+        *,
+        steps: int | npt.NDArray[np.integer] = 1,
     ) -> None:
         """Take in the mean attention mass of ``steps`` decoding steps.
 
         Args:
             mass: [sequences, pages], of all query heads, each weighted by its importance.
             pages: [sequences], how many pages each has; others do not change.
+            steps: of all sequences, or [sequences]; one of none does not change.
 
         Raises:
             AllocationError: another shape, or masses that are negative or not finite. Nothing has changed.
@@ -292,7 +298,7 @@ class ImportanceEMA:
         seen = mass[present]
         if not (np.isfinite(seen) & (seen >= 0)).all():
             raise AllocationError("mass has values that are negative or not finite")
-        kept = self.decay**steps
+        kept = np.broadcast_to(self.decay ** np.reshape(steps, (-1, 1)), present.shape)[present]
         self._average[layer][present] = kept * self._average[layer][present] + (1 - kept) * seen
         self._weight[layer][present] = kept * self._weight[layer][present] + (1 - kept)
 

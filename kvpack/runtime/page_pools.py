@@ -178,6 +178,15 @@ class PagePools:
         """Of the pages that have been handed out."""
         return self._bytes_in_use
 
+    def free_bytes(self) -> int:
+        """What new slabs can take, for all that is known now."""
+        limited = None if self.max_bytes is None else self.max_bytes - self._bytes_allocated
+        if self.device.type != "cuda":
+            assert limited is not None
+            return limited
+        free = torch.cuda.mem_get_info(self.device)[0]
+        return free if limited is None else min(free, limited)
+
     def page_bytes(self, side: Side, page_format: PageFormat) -> int:
         """One page, of all heads."""
         return self._pools[side, page_format].page_bytes

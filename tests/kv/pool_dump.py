@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvpack.runtime.kv_cache import KVCache
     from kvpack.runtime.page_pools import PagePools
 
 
@@ -17,4 +18,17 @@ def dump(pools: PagePools) -> dict[str, Any]:
             for kind, pool in pools._pools.items()
         },
         "pages": [(slab.owners.tolist(), slab.references.tolist()) for slab in pools._slab_at.values()],
+    }
+
+
+def cache_state(cache: KVCache) -> dict[str, Any]:
+    """Everything that callers can notice of a cache."""
+    return {
+        "entries": cache.entries.tolist(),
+        "page_table": cache.page_table.tolist(),
+        "lengths": (cache._lengths.tolist(), cache.lengths.tolist()),
+        "mass": (cache.mass.tolist(), cache.observed_steps.tolist()),
+        "shares": cache.shares.tolist(),
+        "pools": dump(cache.pools),
+        "pages": [cache.pools.blocks(entry).cpu().numpy().tobytes() for entry in cache.entries[cache.entries >= 0]],
     }

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from pool_dump import dump
+from pool_dump import cache_state as state
 
 from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks
 from kvpack.format.pages import PageFormat, PageLayout, Side
@@ -45,18 +45,6 @@ def bits(tensor: Any) -> np.ndarray:
     """Values as NumPy has them, bit for bit."""
     numpy_type = FLOAT_TYPES[PageFormat.FP16 if tensor.dtype == torch.float16 else PageFormat.BF16]
     return tensor.cpu().contiguous().view(torch.int16).numpy().view(numpy_type)
-
-
-def state(cache: KVCache) -> dict[str, Any]:
-    return {
-        "entries": cache.entries.tolist(),
-        "page_table": cache.page_table.tolist(),
-        "lengths": (cache._lengths.tolist(), cache.lengths.tolist()),
-        "mass": (cache.mass.tolist(), list(cache._observed_steps)),
-        "shares": cache.shares.tolist(),
-        "pools": dump(cache.pools),
-        "pages": [cache.pools.blocks(entry).cpu().numpy().tobytes() for entry in cache.entries[cache.entries >= 0]],
-    }
 
 
 def open_end(cache: KVCache, tokens: int) -> int:
@@ -288,7 +276,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert cache.pools.pages_in_use(side, page_format) == counts.get((side, page_format), 0)
         size = sum(count * cache.pools.page_bytes(*kind) for kind, count in counts.items())
         assert cache.pools.bytes_in_use == size
-        tables = cache.entries.nbytes + 4 * cache._lengths.size + 4 * cache.mass.numel() + 8
+        tables = cache.entries.nbytes + 8 * cache._lengths.size + 8 * cache.mass.numel() + 8
         assert cache.estimate_memory_mb() == (cache.pools.bytes_allocated + tables) / 1e6
         elements = 2 * HEADS * HEAD_DIM * int(cache._lengths.sum())
         assert cache.average_bits() == (8 * size / elements if elements else 0)
@@ -468,7 +456,7 @@ def test_messages_state_the_values() -> None:
         cache.append(0, k, v, [0, 1, 3])
     with pytest.raises(CacheInputError, match="layer is 2; there are 2"):
         cache.read(2, 0)
-    with pytest.raises(CacheFullError, match="1281 tokens behind 0 are more than the 1280 of max_tokens"):
+    with pytest.raises(CacheFullError, match="sequence 0: 1281 tokens behind 0 are more than the 1280 of max_tokens"):
         cache.append(0, *random_tokens(cache, 3, 1281, 0))
     with pytest.raises(CacheFullError, match=r"pages need \d+ bytes in new slabs; 0 of at most 65536 bytes"):
         cache.append(0, *random_tokens(cache, 3, 768, 0))

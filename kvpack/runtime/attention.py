@@ -1,0 +1,413 @@
+"""Attention of new tokens to a paged KV cache of mixed precision, in one call (docs/KV.md).
+
+>>> import torch
+>>> from kvpack import KVCache, PageFormat, attention_with_kv_cache
+>>> cache = KVCache(num_layers=1, num_kv_heads=2, head_dim=64, max_tokens=1024, device="cpu", widths=PageFormat.INT4)
+>>> prompt, token = torch.randn(1, 12, 300, 64).half(), torch.randn(1, 12, 1, 64).half()
+>>> for x in (prompt, token):  # eight query heads, two of keys and of values
+...     out, cache = attention_with_kv_cache(x[:, :8], x[:, 8:10], x[:, 10:], cache)
+>>> out.shape, cache.length(layer=0, sequence=0)
+(torch.Size([1, 8, 1, 64]), 301)
+
+On CUDA the kernels of :mod:`kvpack.runtime.attention_kernels` read pages in place: one that splits pages over all
+multiprocessors for few query tokens, one that shares pages among many. On the CPU keys and values are dequantized to
+fp32 and given to torch: the same results, slowly.
+
+``torch.compile`` sees one operator, ``torch.ops.kvpack.attention_with_kv_cache``, which names the cache by a number and
+runs as it does without. CUDA graphs: see :meth:`KVCache.plan`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvpack.format.layout import ceil_div
+from kvpack.format.pages import PAGE_TOKENS, Side
+from kvpack.runtime import attention_kernels
+from kvpack.runtime.attention_kernels import COLUMNS, Observed
+from kvpack.runtime.errors import CacheInputError
+from kvpack.runtime.fit import device_limits
+from kvpack.runtime.kv_cache import KVCache, cache_of
+from kvpack.runtime.page_kernels import read_tokens
+
+# Of a cache that is made here; a page table takes a quarter of a byte a token.
+_MAX_TOKENS = 1 << 17
+# Query heads of a KV head times tokens, up to which pages are split over the GPU. Of a longer prompt, as many of the
+# last ones show which pages are looked at.
+_DECODE_COLUMNS = 2 * COLUMNS
+_CHUNK_TOKENS, _LEAST_CHUNK_TOKENS = 2048, 512
+
+
+def attention_with_kv_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past_key_value: KVCache | None = None,
+    update_cache: bool = True,
+    causal: bool = True,
+    *,
+    layer: int = 0,
+    sequences: Sequence[int] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    observe: bool = False,
+    head_importance: torch.Tensor | None = None,
+    chunk_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[torch.Tensor, KVCache]:
+    """softmax(q · Kᵀ · scale) · V, where K and V are what the cache holds of each sequence and, behind it, k and v.
+
+    New tokens are written to the cache in 16 bits and attended to in 16 bits, older ones in what their pages have.
+    Pages that leave the recent window are quantized afterwards. A long prompt is taken in chunks, each of which attends
+    to the ones before it as the cache then holds them.
+
+    Args:
+        q: [batch, query heads, tokens, head_dim], fp16 or bf16, positions already applied.
+        k, v: [batch, KV heads, tokens, head_dim], of q's dtype and device. Query heads are a multiple of KV heads; the
+            first ones belong to the first.
+        past_key_value: whose tokens come before these. None makes one with a single layer, in 16 bits, for up to
+            131,072 tokens a sequence.
+        update_cache: whether the cache keeps the new tokens.
+        causal: whether a token sees none of those behind it. Without, all of a call's tokens are written before the
+            first is attended to: no chunks.
+        layer: of the cache.
+        sequences: which ones of the cache the batch is, each once; None is 0, 1, ….
+        scale: None is 1 / √head_dim.
+        window: how many tokens each one sees, itself included; None is all.
+        sinks: how many of a sequence's first tokens are seen beyond the window.
+        observe: whether the attention that pages receive is added to the cache's ``mass``, of the last few tokens of
+            each chunk: what :meth:`KVCache.reallocate` divides bits by.
+        head_importance: fp32 [query heads], how much each counts in that, compared with those of other layers as well.
+        chunk_tokens: None is 2,048, or fewer where a chunk's pages would take more than a quarter of the free memory.
+        progress: called behind each chunk with how many tokens are done and how many there are. What it raises ends
+            the call between two chunks; the cache holds the chunks that are done.
+
+    Returns:
+        The result, like q, and the cache.
+
+    Raises:
+        CacheInputError: shapes, dtypes, devices, a layer or sequences that do not fit; a gradient is wanted.
+        CacheFullError: a sequence would exceed ``max_tokens``, or pages ``max_bytes`` or the device's memory.
+
+    With either, the cache is as it was before the chunk that failed, the first one if there is only one.
+    """
+    if past_key_value is None:
+        past_key_value = _new_cache(q, k)
+    if not isinstance(past_key_value, KVCache):
+        raise CacheInputError(f"past_key_value is a {type(past_key_value).__name__}; a kvpack.KVCache is wanted")
+    cache = past_key_value
+    call = _Call(
+        layer,
+        None if sequences is None else tuple(sequences),
+        1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        0 if window is None else window,
+        sinks,
+        causal,
+        update_cache,
+        observe,
+        chunk_tokens,
+    )
+    _check(q, k, v, cache, call, window)
+    if torch.compiler.is_compiling():
+        if progress is not None:
+            raise CacheInputError("torch.compile cannot call progress")
+        out = torch.ops.kvpack.attention_with_kv_cache(
+            q,
+            k,
+            v,
+            head_importance,
+            cache.calls,
+            cache.number,
+            call.layer,
+            call.sequences,
+            call.scale,
+            call.window,
+            call.sinks,
+            call.causal,
+            call.update_cache,
+            call.observe,
+            call.chunk_tokens,
+        )
+        return out, cache
+    return _attend_in_chunks(q, k, v, cache, call, head_importance, progress), cache
+
+
+@dataclass(frozen=True)
+class _Call:
+    layer: int
+    sequences: tuple[int, ...] | None
+    scale: float
+    window: int  # 0: all
+    sinks: int
+    causal: bool
+    update_cache: bool
+    observe: bool
+    chunk_tokens: int | None
+
+
+def _new_cache(q: torch.Tensor, k: torch.Tensor) -> KVCache:
+    if k.dim() != 4:
+        raise CacheInputError(f"k has shape {list(k.shape)}; [batch, KV heads, tokens, head_dim] is wanted")
+    batch, num_kv_heads, tokens, head_dim = k.shape
+    max_tokens = max(tokens, _MAX_TOKENS)
+    return KVCache(1, num_kv_heads, head_dim, max_tokens, max_sequences=batch, dtype=q.dtype, device=q.device)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, call: _Call, window: int | None) -> None:
+    """What the cache itself does not check."""
+    if q.dim() != 4 or q.shape[-1] != cache.head_dim:
+        raise CacheInputError(
+            f"q has shape {list(q.shape)}; this cache takes [batch, query heads, tokens, {cache.head_dim}]"
+        )
+    heads = q.shape[1]
+    if heads == 0 or heads % cache.num_kv_heads != 0:
+        raise CacheInputError(f"{heads} query heads are no multiple of {cache.num_kv_heads} KV heads")
+    if k.dim() == 4 and (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+        raise CacheInputError(
+            f"q has shape {list(q.shape)} and k {list(k.shape)}; both are of the same sequences and tokens"
+        )
+    if q.dtype != cache.dtype or q.device != cache.device:
+        raise CacheInputError(f"q is {q.dtype} on {q.device}; this cache is {cache.dtype} on {cache.device}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise CacheInputError("attention to a cache has no gradient: call it under torch.no_grad()")
+    if not math.isfinite(call.scale):
+        raise CacheInputError(f"scale is {call.scale}; it must be finite")
+    if window is not None and window < 1:
+        raise CacheInputError(f"window is {window}; it is at least 1, or None")
+    if call.sinks < 0:
+        raise CacheInputError(f"sinks is {call.sinks}; it must not be negative")
+    if call.window and not call.causal:
+        raise CacheInputError("a window ends at each token, so attention with one is causal")
+    if call.chunk_tokens is not None and call.chunk_tokens < 1:
+        raise CacheInputError(f"chunk_tokens is {call.chunk_tokens}; it must be at least 1")
+
+
+def _attend_in_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KVCache,
+    call: _Call,
+    head_importance: torch.Tensor | None,
+    progress: Callable[[int, int], None] | None,
+) -> torch.Tensor:
+    if head_importance is not None:
+        head_importance = _checked_importance(head_importance, q)
+    tokens = q.shape[2]
+    if q.numel() == 0:
+        cache.append(call.layer, k, v, call.sequences)
+        return torch.empty_like(q)
+    whole = not call.causal or not call.update_cache
+    step = tokens if whole else call.chunk_tokens or _chunk_tokens(cache, q.shape[0])
+    found = []
+    for first in range(0, tokens, step):
+        part = slice(first, first + step)
+        found.append(_attend_once(q[:, :, part], k[:, :, part], v[:, :, part], cache, call, head_importance))
+        if progress is not None:
+            progress(min(first + step, tokens), tokens)
+    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+
+def _checked_importance(head_importance: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    if head_importance.shape != (q.shape[1],) or head_importance.device != q.device:
+        raise CacheInputError(
+            f"head_importance has shape {list(head_importance.shape)} on {head_importance.device}; q has {q.shape[1]} "
+            f"heads on {q.device}"
+        )
+    return head_importance.detach().float()
+
+
+def _chunk_tokens(cache: KVCache, batch: int) -> int:
+    token_bytes = batch * len(Side) * cache.pools.page_bytes(Side.K, cache.full_format) // PAGE_TOKENS
+    free, chunk = cache.pools.free_bytes(), _CHUNK_TOKENS
+    while chunk > _LEAST_CHUNK_TOKENS and 4 * chunk * token_bytes > free:
+        chunk //= 2
+    return chunk
+
+
+def _attend_once(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
+) -> torch.Tensor:
+    found: list[torch.Tensor] = []
+    attend = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
+
+    def of_tokens(table: torch.Tensor, lengths: torch.Tensor) -> None:
+        found.append(attend(q.detach(), table, lengths, cache, call, head_importance))
+
+    enter = cache.append if call.update_cache else cache.try_tokens
+    enter(call.layer, k, v, call.sequences, of_tokens)
+    return found[0]
+
+
+def _attend_by_kernel(
+    q: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    cache: KVCache,
+    call: _Call,
+    head_importance: torch.Tensor | None,
+) -> torch.Tensor:
+    pages: dict[str, Any] = {  # entries are addresses, so that nothing lies in front of them
+        "pages": None,
+        "table": table,
+        "lengths": lengths,
+        "num_kv_heads": cache.num_kv_heads,
+        "k_formats": cache.possible_formats(call.layer, Side.K),
+        "v_formats": cache.possible_formats(call.layer, Side.V),
+        "scale": call.scale,
+        "window": call.window,
+        "sinks": call.sinks,
+        "causal": call.causal,
+    }
+    observed = _new_observed(q, table, cache, call, head_importance) if call.observe else None
+    few = _few_tokens(q, cache)
+    if q.shape[2] <= few:
+        out = attention_kernels.decode(q, **pages, blocks=_decode_blocks(q, cache, call), observed=observed)
+    else:
+        out = attention_kernels.prefill(q, **pages)
+        if observed is not None:
+            last = q[:, :, -few:]
+            attention_kernels.decode(last, **pages, blocks=_decode_blocks(last, cache, call), observed=observed)
+    if observed is not None and not _is_whole(call, q, cache):
+        cache.add_observed(call.layer, observed.mass, observed.steps, call.sequences)
+    return out
+
+
+def _few_tokens(q: torch.Tensor, cache: KVCache) -> int:
+    return max(1, _DECODE_COLUMNS * cache.num_kv_heads // q.shape[1])
+
+
+def _is_whole(call: _Call, q: torch.Tensor, cache: KVCache) -> bool:
+    """Whether the batch is all of the cache's sequences, in order."""
+    everything = range(cache.max_sequences)
+    return list(range(len(q)) if call.sequences is None else call.sequences) == list(everything)
+
+
+def _new_observed(
+    q: torch.Tensor, table: torch.Tensor, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
+) -> Observed:
+    """Where the kernel adds: to the cache itself, if it can."""
+    weights = None if head_importance is None else head_importance / q.shape[1]
+    if _is_whole(call, q, cache):
+        return Observed(cache.mass[call.layer], cache.observed_steps[call.layer], weights)
+    mass = torch.zeros((len(q), table.shape[-1]), dtype=torch.int64, device=q.device)
+    return Observed(mass, torch.zeros(len(q), dtype=torch.int32, device=q.device), weights)
+
+
+def _decode_blocks(q: torch.Tensor, cache: KVCache, call: _Call) -> int:
+    """For the longest sequence; in a CUDA graph, which may be replayed with longer ones, for the longest possible."""
+    shape = attention_kernels.decode_shape(cache.head_dim, q.dtype)
+    pages = cache.longest_pages(call.layer, q.shape[2])
+    if call.window:
+        pages = min(pages, ceil_div(call.sinks, PAGE_TOKENS) + ceil_div(call.window + q.shape[2], PAGE_TOKENS) + 1)
+    columns = q.shape[1] // cache.num_kv_heads * q.shape[2]
+    return attention_kernels.decode_blocks(
+        len(q),
+        cache.num_kv_heads,
+        ceil_div(columns, COLUMNS),
+        pages,
+        device_limits(q.device).multiprocessors,
+        blocks_per_sm=shape.blocks_per_sm,
+    )
+
+
+def _attend_on_cpu(
+    q: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    cache: KVCache,
+    call: _Call,
+    head_importance: torch.Tensor | None,
+) -> torch.Tensor:
+    tokens, longest = q.shape[2], int(lengths.max())
+    k, v = (
+        read_tokens(
+            table[side].contiguous(),
+            side,
+            torch.zeros_like(lengths),
+            lengths,
+            longest,
+            cache.head_dim,
+            cache.num_kv_heads,
+            torch.float32,
+            cache.status,
+            cache.pools.pages,
+        )
+        for side in Side
+    )
+    place = torch.arange(longest)
+    # [batch, tokens]: how many tokens each one sees.
+    limit = lengths[:, None] + (torch.arange(1 - tokens, 1) if call.causal else torch.zeros(tokens, dtype=torch.int64))
+    seen = place < limit[..., None]
+    if call.window:
+        seen &= (place + call.window >= limit[..., None]) | (place < call.sinks)
+    q32 = q.float()
+    if call.observe:
+        few = _few_tokens(q, cache)
+        _observe_on_cpu(q32[:, :, -few:], k, seen[:, -few:], cache, call, head_importance)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q32, k, v, attn_mask=seen[:, None], scale=call.scale, enable_gqa=q.shape[1] != cache.num_kv_heads
+    )
+    return out.to(q.dtype)
+
+
+def _observe_on_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    seen: torch.Tensor,
+    cache: KVCache,
+    call: _Call,
+    head_importance: torch.Tensor | None,
+) -> None:
+    """q [batch, heads, tokens, head_dim], k [batch, KV heads, places, head_dim], seen [batch, tokens, places]."""
+    grouped = q.unflatten(1, (cache.num_kv_heads, -1))
+    scores = torch.einsum("bhgtd,bhpd->bhgtp", grouped, k).flatten(1, 2) * call.scale
+    p = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    rest = -p.shape[-1] % PAGE_TOKENS
+    by_page = torch.nn.functional.pad(p, (0, rest)).unflatten(-1, (-1, PAGE_TOKENS)).sum(-1)
+    cache.observe(call.layer, by_page.mean(2), call.sequences, head_importance)
+
+
+def _operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    head_importance: torch.Tensor | None,
+    calls: torch.Tensor,
+    cache: int,
+    layer: int,
+    sequences: list[int] | None,
+    scale: float,
+    window: int,
+    sinks: int,
+    causal: bool,
+    update_cache: bool,
+    observe: bool,
+    chunk_tokens: int | None,
+) -> torch.Tensor:
+    named = None if sequences is None else tuple(sequences)
+    call = _Call(layer, named, scale, window, sinks, causal, update_cache, observe, chunk_tokens)
+    return _attend_in_chunks(q, k, v, cache_of(cache), call, head_importance, None).contiguous()
+
+
+_LIBRARY = torch.library.Library("kvpack", "FRAGMENT")
+# The cache is found by its number. That the operator changes it is told by `calls`: declared as changed are neither
+# lengths nor tables, of which a compiler might hand over copies, to be copied back afterwards.
+_LIBRARY.define(
+    "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? head_importance, Tensor(a!) calls, int cache, "
+    "int layer, int[]? sequences, float scale, int window, int sinks, bool causal, bool update_cache, bool observe, "
+    "int? chunk_tokens) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_LIBRARY.impl("attention_with_kv_cache", _operator, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("kvpack::attention_with_kv_cache", lib=_LIBRARY)
+def _(q: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

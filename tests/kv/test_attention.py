@@ -1,0 +1,433 @@
+"""``attention_with_kv_cache``: on the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from paged_values import attention_error
+from pool_dump import cache_state
+
+from kvpack.format.pages import PageFormat
+from kvpack.runtime.errors import CacheFullError, CacheInputError
+
+torch = pytest.importorskip("torch")
+
+from kvpack.runtime.attention import attention_with_kv_cache  # noqa: E402
+from kvpack.runtime.kv_cache import MASS_UNIT, KVCache  # noqa: E402
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+FP16, BF16, INT8, INT4, INT3, INT2, E4M3, E5M2 = PageFormat
+KV_HEADS = {1: 3, 2: 2, 4: 2, 7: 2, 8: 1, 32: 1}
+
+
+def make_cache(device: str, num_kv_heads: int = 2, head_dim: int = 64, **options: Any) -> KVCache:
+    defaults = {"num_layers": 1, "max_tokens": 2048, "max_sequences": 1, "slab_bytes": 1}
+    return KVCache(num_kv_heads=num_kv_heads, head_dim=head_dim, device=device, **(defaults | options))
+
+
+def random_qkv(
+    cache: KVCache, heads: int, tokens: int, *, batch: int | None = None, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of channels that differ in size; keys are not centered."""
+    rng = np.random.default_rng(seed)
+    batch = cache.max_sequences if batch is None else batch
+    q = rng.normal(0, 1, (batch, heads, tokens, cache.head_dim))
+    k, v = rng.normal(0, 1, (2, batch, cache.num_kv_heads, tokens, cache.head_dim))
+    k = k * np.exp(rng.normal(0, 0.5, cache.head_dim)) + rng.normal(0, 0.5, cache.head_dim)
+    return tuple(torch.from_numpy(x).to(cache.dtype).to(cache.device) for x in (q, k, v))  # type: ignore[return-value]
+
+
+def held(cache: KVCache, layer: int, sequence: int) -> list[np.ndarray]:
+    return [x.double().cpu().numpy() for x in cache.read(layer, sequence, torch.float32)]
+
+
+def defined(
+    q: torch.Tensor, k: np.ndarray, v: np.ndarray, *, causal: bool = True, window: int | None = None, sinks: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """fp64 results [heads, tokens, head_dim] and probabilities [heads, tokens, places], of one sequence."""
+    queries = q.double().cpu().numpy()
+    heads, tokens, head_dim = queries.shape
+    places = np.arange(k.shape[1])
+    limit = (np.arange(tokens) if causal else np.full(tokens, tokens - 1))[:, None] + k.shape[1] - tokens + 1
+    seen = places < limit
+    if window is not None:
+        seen &= (places >= limit - window) | (places < sinks)
+    group = heads // len(k)
+    scores = np.einsum("htd,hpd->htp", queries, np.repeat(k, group, 0)) / math.sqrt(head_dim)
+    scores = np.where(seen, scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return p @ np.repeat(v, group, 0), p
+
+
+def attend_and_compare(
+    cache: KVCache, heads: int, tokens: int, seed: int, *, sequences: list[int] | None = None, **options: Any
+) -> float:
+    """The largest error of a call, against what the cache held before it and the new tokens."""
+    ids = list(range(cache.max_sequences)) if sequences is None else sequences
+    before = [held(cache, 0, sequence) for sequence in ids]
+    q, k, v = random_qkv(cache, heads, tokens, batch=len(ids), seed=seed)
+    out, same = attention_with_kv_cache(q, k, v, cache, sequences=sequences, **options)
+    assert same is cache
+    masks = {name: value for name, value in options.items() if name in ("causal", "window", "sinks")}
+    errors = []
+    for row, (old_k, old_v) in enumerate(before):
+        new_k, new_v = (x[row].double().cpu().numpy() for x in (k, v))
+        expected, _ = defined(q[row], np.concatenate([old_k, new_k], 1), np.concatenate([old_v, new_v], 1), **masks)
+        errors.append(attention_error(out[row], expected))
+    return max(errors)
+
+
+LENGTHS = [1, 63, 64, 65, 193]
+WIDTHS = {
+    **{page_format.name: page_format for page_format in (FP16, INT8, INT4, INT3, INT2, E4M3, E5M2)},
+    "INT8 and INT2": [(INT8, INT2)],
+    "INT3 and INT4": [(INT3, INT4)],
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("ratio", KV_HEADS)
+def test_prompts_then_steps(ratio: int, widths: str, device: str) -> None:
+    """Sequences of different lengths begin one after another and go on together."""
+    heads = ratio * KV_HEADS[ratio]
+    cache = make_cache(device, KV_HEADS[ratio], max_sequences=len(LENGTHS), widths=WIDTHS[widths], sinks=0)
+    errors = [attend_and_compare(cache, heads, n, i, sequences=[i]) for i, n in enumerate(LENGTHS)]
+    errors += [attend_and_compare(cache, heads, tokens, 10 + tokens) for tokens in (1, 1, 3, 65, 1)]
+    assert max(errors) < 1e-3
+    assert [cache.length(0, i) for i in range(len(LENGTHS))] == [n + 71 for n in LENGTHS]
+    quantized = cache.precision_map(0)[:, 4, :3]
+    wanted = WIDTHS[widths]
+    assert quantized.tolist() == [[f] * 3 for f in (wanted if isinstance(wanted, PageFormat) else 0, 0)[:1] * 2] or (
+        isinstance(wanted, list) and quantized.tolist() == [[f] * 3 for f in wanted[0]]
+    )
+    cache.check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_dimensions_and_types(head_dim: int, dtype: torch.dtype, device: str) -> None:
+    cache = make_cache(device, 2, head_dim, dtype=dtype, budget=0.35)
+    assert max(attend_and_compare(cache, 4, tokens, tokens) for tokens in (250, 1, 200, 1, 1)) < 1e-3
+    assert len(np.unique(cache.precision_map(0)[:, 0, 1:6])) > 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 1}, {"window": 64, "sinks": 4}, {"window": 100, "sinks": 70}, {"window": 5000}, {"causal": False}],
+    ids=str,
+)
+def test_masks(options: dict[str, Any], ratio: int, device: str) -> None:
+    cache = make_cache(device, widths=INT8)
+    errors = [attend_and_compare(cache, 2 * ratio, tokens, tokens, **options) for tokens in (1, 330, 1, 4, 100)]
+    assert max(errors) < 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_long_prompt_is_taken_in_chunks(device: str) -> None:
+    whole, pieces = (make_cache(device, budget=0.3, max_tokens=4096) for _ in range(2))
+    q, k, v = random_qkv(whole, 4, 700)
+    done: list[tuple[int, int]] = []
+    out, _ = attention_with_kv_cache(q, k, v, whole, chunk_tokens=256, progress=lambda *counts: done.append(counts))
+    parts = [slice(0, 256), slice(256, 512), slice(512, 700)]
+    expected = [attention_with_kv_cache(q[:, :, p], k[:, :, p], v[:, :, p], pieces)[0] for p in parts]
+    assert torch.equal(out, torch.cat(expected, dim=2))
+    assert done == [(256, 700), (512, 700), (700, 700)]
+    assert torch.equal(whole.read(0, 0)[0], pieces.read(0, 0)[0])
+    # By itself: two thousand tokens at a time, fewer where memory is scarce.
+    for limit, first in ((None, 2048), (4 * 1024 * 4 * 64 * 2, 1024)):
+        cache = make_cache(device, max_tokens=4096, max_bytes=limit)
+        seen: list[int] = []
+
+        def stop(count: int, of: int, seen: list[int] = seen) -> None:
+            seen.append(count)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            attention_with_kv_cache(*random_qkv(cache, 2, 2500), cache, progress=stop)
+        assert seen == [first]
+        assert cache.length(0, 0) == first
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 40, 200])
+def test_tokens_that_are_not_kept(tokens: int, device: str) -> None:
+    """The result is the same, and the cache is as it was, also where the tokens were no numbers."""
+    cache, other = (make_cache(device, max_sequences=2, budget=0.4) for _ in range(2))
+    for each in (cache, other):
+        attention_with_kv_cache(*random_qkv(each, 4, 300), each)
+        attention_with_kv_cache(*random_qkv(each, 4, 25, batch=1), each, sequences=[1])
+    before = cache_state(cache)
+    q, k, v = random_qkv(cache, 4, tokens, seed=7)
+    out, _ = attention_with_kv_cache(q, k, v, cache, update_cache=False)
+    kept, _ = attention_with_kv_cache(q, k, v, other)
+    assert torch.equal(out, kept)
+    attention_with_kv_cache(q, k * math.inf, v * math.nan, cache, update_cache=False)
+    after = cache_state(cache)
+    assert after.pop("pools")["bytes"][1] == before.pop("pools")["bytes"][1]  # slabs may have been added
+    assert after == before
+    assert attend_and_compare(cache, 4, 1, 3) < 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("heads", "tokens", "sequences"), [(2, 1, None), (8, 3, None), (4, 90, None), (4, 2, [2, 0])])
+def test_attention_is_observed(
+    heads: int, tokens: int, sequences: list[int] | None, window: int | None, device: str
+) -> None:
+    cache = make_cache(device, max_sequences=3, widths=INT4)
+    for sequence, count in enumerate([200, 64, 131]):
+        attention_with_kv_cache(*random_qkv(cache, heads, count, batch=1), cache, sequences=[sequence])
+    ids = [0, 1, 2] if sequences is None else sequences
+    importance = torch.arange(heads, device=device) / 2
+    expected = np.zeros((3, cache.mass.shape[2]))
+    before = [held(cache, 0, sequence)[0] for sequence in ids]
+    q, k, v = random_qkv(cache, heads, tokens, batch=len(ids), seed=3)
+    plain, _ = attention_with_kv_cache(q, k, v, cache, sequences=sequences, window=window, update_cache=False)
+    out, _ = attention_with_kv_cache(
+        q, k, v, cache, sequences=sequences, window=window, observe=True, head_importance=importance
+    )
+    assert torch.equal(out, plain)
+    few = min(tokens, max(1, 16 * 2 // heads))  # of a prompt, the last ones are looked at
+    for row, (sequence, old) in enumerate(zip(ids, before, strict=True)):
+        keys = np.concatenate([old, k[row].double().cpu().numpy()], 1)
+        _, p = defined(q[row], keys, np.zeros_like(keys), window=window)
+        by_place = (p[:, -few:] * importance.cpu().numpy()[:, None, None]).sum(0).mean(0) / heads
+        for page in range(-(-len(by_place) // 64)):
+            expected[sequence, page] = by_place[64 * page : 64 * page + 64].sum()
+    found = cache.mass[0].cpu().numpy() * MASS_UNIT
+    assert np.abs(found - expected).max() < 1e-5 * max(1, importance.mean().item())
+    assert cache.observed_steps[0].tolist() == [int(sequence in ids) for sequence in range(3)]
+    cache.reallocate()
+    weights = cache.importance.values(0)
+    assert weights[ids[0], 0] == pytest.approx(expected[ids[0], 0], abs=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_attended_to_keeps_its_bits(device: str) -> None:
+    """Queries that look at one page of many, step after step: that page is wider afterwards."""
+    cache = make_cache(device, 1, max_tokens=2048, budget=0.3)
+    direction = torch.zeros(64, device=device).half()
+    direction[0] = 8
+    q, k, v = random_qkv(cache, 1, 64)
+    for page in range(20):
+        keys = k.clone()
+        keys[..., 0] = 0
+        if page == 5:
+            keys += direction
+        queries = torch.zeros_like(q) + direction
+        for token in range(64):
+            part = slice(token, token + 1)
+            attention_with_kv_cache(queries[:, :, part], keys[:, :, part], v[:, :, part], cache, observe=True)
+        cache.reallocate()
+    element_bits = np.vectorize(lambda f: PageFormat(f).element_bits)(cache.precision_map(0)[:, 0, 1:18])
+    assert element_bits[:, 4].min() > np.median(element_bits)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{"widths": FP16}, {"widths": INT4}, {"budget": 0.3}], ids=str)
+def test_a_thousand_steps(options: dict[str, Any], device: str) -> None:
+    """No memory but that of pages, and errors that do not grow."""
+    steps = 1000 if device == "cuda" else 260
+    cache = make_cache(device, num_layers=2, max_sequences=2, **options)
+    q, k, v = random_qkv(cache, 4, 100)
+    for layer in range(2):
+        attention_with_kv_cache(q, k, v, cache, layer=layer)
+
+    def others() -> int:
+        allocated = torch.cuda.memory_allocated() if device == "cuda" else cache.pools.bytes_allocated
+        return allocated - cache.pools.bytes_allocated
+
+    before, errors = None, []
+    for step in range(steps):
+        if step % 100 == 99:
+            errors.append(attend_and_compare(cache, 4, 1, step, observe=True))
+        else:
+            attention_with_kv_cache(*random_qkv(cache, 4, 1, seed=step), cache, observe=True)
+        attention_with_kv_cache(*random_qkv(cache, 4, 1, seed=-step % 1000), cache, layer=1, observe=True)
+        if step % 64 == 0:
+            cache.reallocate()
+        before = others() if before is None else before
+    assert 0 <= others() - before < 1 << 16
+    assert max(errors) < 1e-3
+    assert cache.length(1, 1) == 100 + steps
+    cache.check()
+
+
+# Graphs --------------------------------------------------------------------------------------------------------------
+
+
+def two_layers(cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    first, _ = attention_with_kv_cache(q, k, v, cache, layer=0, **options)
+    group = q.shape[1] // k.shape[1]
+    second, _ = attention_with_kv_cache(first + q, k + first[:, ::group], v, cache, layer=1, **options)
+    return second
+
+
+@pytest.mark.parametrize("options", [{"widths": INT4}, {"budget": 0.3}], ids=str)
+def test_planned_steps_are_those_of_append(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph would repeat, without a graph: the host's part first, then the device's."""
+    eager, planned = (make_cache("cpu", num_layers=2, max_sequences=2, **options) for _ in range(2))
+    differ = []
+    for step in range(300):
+        planned.plan(1)
+        for layer in range(2):
+            x = random_qkv(eager, 4, 1, seed=2 * step + layer)
+            expected, _ = attention_with_kv_cache(*x, eager, layer=layer)
+            with monkeypatch.context() as patch:
+                patch.setattr(KVCache, "_is_captured", lambda _: True)
+                found, _ = attention_with_kv_cache(*x, planned, layer=layer)
+            if not torch.equal(found, expected):
+                differ.append((step, layer))
+        assert planned.length(0, 0) == int(planned.lengths[0, 0]) == step + 1
+    # Where pages leave the window, they do so before the step and not behind it.
+    assert {step for step, _ in differ} <= {191, 255}
+    assert cache_state(planned)["pages"] == cache_state(eager)["pages"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"widths": FP16}, {"widths": INT4}, {"budget": 0.3}], ids=str)
+@pytest.mark.parametrize("sequences", [None, [2, 0]])
+def test_cuda_graph(sequences: list[int] | None, options: dict[str, Any]) -> None:
+    """300 replays: bit for bit the results, pages and masses of a cache that gets the same calls without a graph."""
+    graphed, eager = (make_cache("cuda", num_layers=2, max_sequences=3, **options) for _ in range(2))
+    batch = 3 if sequences is None else len(sequences)
+    attend = functools.partial(two_layers, sequences=sequences, observe=True)
+    for cache in (graphed, eager):
+        two_layers(cache, *random_qkv(cache, 4, 150))
+        attend(cache, *random_qkv(cache, 4, 1, batch=batch))  # compiles
+    static = random_qkv(graphed, 4, 1, batch=batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(graphed, *static)
+    for step in range(300):
+        x = random_qkv(eager, 4, 1, batch=batch, seed=step)
+        for to, new in zip(static, x, strict=True):
+            to.copy_(new)
+        graphed.plan(1, sequences)
+        graph.replay()
+        # The eager one decides when the graph's does: before the step.
+        eager.plan(1, sequences)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KVCache, "_is_captured", lambda _: True)
+            expected = attend(eager, *x)
+        assert torch.equal(out, expected)
+        if step % 64 == 63:
+            graphed.reallocate()
+            eager.reallocate()
+    assert cache_state(graphed)["pages"] == cache_state(eager)["pages"]
+    assert torch.equal(graphed.mass, eager.mass)
+    graphed.check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_plan_refuses(device: str) -> None:
+    cache = make_cache(device, num_layers=2, max_tokens=200, widths=INT4, recent_tokens=64)
+    attention_with_kv_cache(*random_qkv(cache, 2, 190), cache)
+    before = cache_state(cache)
+    with pytest.raises(CacheInputError, match="in the midst of a step"):
+        cache.plan()
+    attention_with_kv_cache(*random_qkv(cache, 2, 190), cache, layer=1)
+    after = cache_state(cache)
+    with pytest.raises(CacheFullError, match="11 tokens behind 190 are more than the 200 of max_tokens"):
+        cache.plan(11)
+    with pytest.raises(CacheInputError, match="65 tokens cannot be planned for; at most recent_tokens, 64"):
+        cache.plan(65)
+    assert cache_state(cache) == after != before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor", pytest.param("cudagraphs", marks=pytest.mark.gpu)])
+def test_compiled(backend: str, device: str) -> None:
+    """torch.compile, in one graph; the same bits as without, and a second cache is not taken for the first."""
+    if device == "cpu" and backend != "aot_eager":
+        pytest.skip("on the CPU torch needs a compiler for what is not kvpack's; aot_eager shows the same")
+    options = {"mode": "reduce-overhead"} if backend == "cudagraphs" else {"backend": backend}
+    torch._dynamo.reset()
+    compiled = torch.compile(two_layers, fullgraph=True, dynamic=False, **options)
+    for count in (130, 70):
+        caches = [make_cache(device, num_layers=2, widths=INT4) for _ in range(2)]
+        for tokens in (count, 1, 1, 1, 64, 1):
+            for seed in range(2):
+                x = random_qkv(caches[0], 4, tokens, seed=seed)
+                assert torch.equal(compiled(caches[0], *x), two_layers(caches[1], *x))
+        assert cache_state(caches[0])["pages"] == cache_state(caches[1])["pages"]
+        assert caches[0].length(1, 0) == caches[0].lengths[1, 0].item() == 2 * (count + 68)
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, "3 query heads are no multiple of 2 KV heads"),
+        ({"q": lambda q: q[0]}, r"q has shape \[4, 5, 64\]; this cache takes \[batch, query heads, tokens, 64\]"),
+        ({"q": lambda q: q[..., :32]}, r"q has shape \[1, 4, 5, 32\]"),
+        ({"q": lambda q: q[:, :, :3]}, r"q has shape \[1, 4, 3, 64\] and k \[1, 2, 5, 64\]"),
+        ({"q": lambda q: q.bfloat16()}, r"q is torch\.bfloat16 on (cpu|cuda:0); this cache is torch\.float16"),
+        ({"q": lambda q: q.to("meta")}, r"q is torch\.float16 on meta; this cache is torch\.float16 on"),
+        ({"k": lambda k: k.float()}, r"k is torch\.float32 on"),
+        ({"v": lambda v: v[..., :4, :]}, r"k has shape \[1, 2, 5, 64\] and v \[1, 2, 4, 64\]"),
+        ({"q": lambda q: q.float().requires_grad_().half()}, "no gradient: call it under"),
+        ({"layer": 1}, "layer is 1; there are 1"),
+        ({"sequences": [1]}, r"sequences are \[1\]; there are 1"),
+        ({"sequences": []}, "0 sequences are named for a batch of 1"),
+        ({"scale": math.nan}, "scale is nan"),
+        ({"window": 0}, "window is 0; it is at least 1, or None"),
+        ({"sinks": -1}, "sinks is -1"),
+        ({"window": 5, "causal": False}, "a window ends at each token"),
+        ({"chunk_tokens": 0}, "chunk_tokens is 0"),
+        ({"head_importance": torch.ones(3)}, r"head_importance has shape \[3\] on cpu; q has 4 heads on"),
+        ({"past_key_value": ((), ())}, "past_key_value is a tuple"),
+    ],
+    ids=str,
+)
+def test_refused(change: dict[str, Any], message: str, device: str) -> None:
+    """With a message that has the values, and the cache left as it was."""
+    cache = make_cache(device)
+    attention_with_kv_cache(*random_qkv(cache, 4, 70), cache)
+    before = cache_state(cache)
+    given = dict(zip("qkv", random_qkv(cache, change.get("heads", 4), 5), strict=True))
+    given = {name: change[name](x) if name in change else x for name, x in given.items()}
+    options = {name: value for name, value in change.items() if name not in (*"qkv", "heads")}
+    with pytest.raises(CacheInputError, match=message):
+        attention_with_kv_cache(**given, **({"past_key_value": cache} | options))
+    assert cache_state(cache) == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_overflow_leaves_the_cache_as_it_was(device: str) -> None:
+    cache = make_cache(device, max_tokens=200)
+    attention_with_kv_cache(*random_qkv(cache, 4, 190), cache)
+    before = cache_state(cache)
+    for keeps in (True, False):
+        with pytest.raises(CacheFullError, match="11 tokens behind 190 are more than the 200 of max_tokens"):
+            attention_with_kv_cache(*random_qkv(cache, 4, 11), cache, update_cache=keeps)
+    assert cache_state(cache) == before
+    limited = make_cache(device, max_bytes=2 * 8 * 2 * 64 * 64 * 2)  # a slab of K and one of V
+    with pytest.raises(CacheFullError, match="pages need"):
+        attention_with_kv_cache(*random_qkv(limited, 4, 600), limited, chunk_tokens=600)
+    assert limited.length(0, 0) == 0
+    assert limited.pools.bytes_in_use == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_a_cache_one_is_made(device: str) -> None:
+    q, k, v = random_qkv(make_cache(device), 4, 70, batch=3)
+    out, cache = attention_with_kv_cache(q, k, v)
+    assert (cache.max_sequences, cache.num_layers, cache.length(0, 2)) == (3, 1, 70)
+    expected, _ = defined(q[2], *(x[2].double().cpu().numpy() for x in (k, v)))
+    assert attention_error(out[2], expected) < 1e-3
+    out, _ = attention_with_kv_cache(q[:, :, :0], k[:, :, :0], v[:, :, :0], cache)
+    assert out.shape == (3, 4, 0, 64)
+    assert cache.length(0, 2) == 70
