@@ -35,11 +35,13 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +195,8 @@ class Run:
     """What a configuration gave.
 
     Attributes:
-        hidden: fp32 [sequences, tokens, hidden], the last hidden states: 1/16 of the logits' bytes.
+        hidden: fp32 [sequences, tokens, hidden], the last hidden states: a fraction of the logits' bytes.
+        tokens_per_s: of the median of spans of steps, since kernels are compiled when they are first used.
     """
 
     hidden: torch.Tensor
@@ -201,6 +204,7 @@ class Run:
     end_bits: float
     page_bytes: int
     seconds: float
+    tokens_per_s: float
 
 
 @torch.inference_mode()
@@ -227,19 +231,25 @@ def read_text(
     hidden = torch.empty((sequences, length, model.embedding.shape[1]), device=model.device)
     bits = 0.0
     synchronize(model.device)
-    began = time.perf_counter()
+    times = [time.perf_counter()]
     for position in range(length):
         hidden[:, position] = model.step(tokens[:, position], position, cache, observe)
         bits += (position + 1) * cache.average_bits()
         if (position + 1) % REALLOCATE_STEPS == 0:
             if configuration.budget is not None:
                 cache.reallocate()
+            synchronize(model.device)
+            times.append(time.perf_counter())
             advance(REALLOCATE_STEPS)
-    synchronize(model.device)
-    seconds = time.perf_counter() - began
     cache.check()
-    mean_bits = bits / (length * (length + 1) / 2)
-    return Run(hidden, mean_bits, cache.average_bits(), cache.pools.bytes_in_use, seconds)
+    return Run(
+        hidden,
+        bits / (length * (length + 1) / 2),
+        cache.average_bits(),
+        cache.pools.bytes_in_use,
+        times[-1] - times[0],
+        sequences * REALLOCATE_STEPS / statistics.median(after - before for before, after in pairwise(times)),
+    )
 
 
 @dataclass(frozen=True)
@@ -298,7 +308,7 @@ def result_row(configuration: Configuration, run: Run, found: Measures, referenc
         "kl_standard_error": standard_error(found.kl),
         "same_top": float(found.same_top.mean()),
         "seconds": run.seconds,
-        "tokens_per_s": found.kl.numel() / run.seconds,
+        "tokens_per_s": run.tokens_per_s,
     }
 
 
