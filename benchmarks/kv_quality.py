@@ -26,8 +26,9 @@ Configurations:
                          and bytes are reallocated every 32 steps
     POLICY@FORMAT        the same, at the budget that gives the bytes at the end of pages of one format
 
-The last ones, and k4v2 and k2v4 beside int3, are compared token by token with pages of that one format. Their bytes are
-equal at the end: before, when pinned pages are a larger part of all, a budget leaves open pages less than the format.
+The last ones, and k4v2 and k2v4 beside int3, are compared token by token with pages of that one format, which are
+measured too. Their bytes are equal at the end: before, when pinned pages are a larger part of all, a budget leaves open
+pages less than the format.
 """
 
 from __future__ import annotations
@@ -130,6 +131,17 @@ def parse_configuration(name: str, tokens: int, kv_heads: int, head_dim: int) ->
         between = f"int{(k + v) // 2}"
         return Configuration(name, widths, against=between if (k + v) % 2 == 0 and between in UNIFORM else None)
     return Configuration(name, (one_format(name), one_format(name)))
+
+
+def with_formats_first(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """Each once, and in front of it what it is compared with."""
+    found: dict[str, Configuration] = {}
+    for configuration in configurations:
+        if configuration.against is not None:
+            page_format = one_format(configuration.against)
+            found.setdefault(configuration.against, Configuration(configuration.against, (page_format, page_format)))
+        found.setdefault(configuration.name, configuration)
+    return list(found.values())
 
 
 class StepwiseLlama:
@@ -312,17 +324,19 @@ def result_row(configuration: Configuration, run: Run, found: Measures, referenc
     }
 
 
-def equal_bytes_row(
-    configuration: Configuration, mine: tuple[Run, Measures], other: tuple[Run, Measures]
-) -> dict[str, Any]:
+# The row of a configuration, and what it is the mean of.
+Done = tuple[dict[str, Any], Measures]
+
+
+def equal_bytes_row(mine: Done, other: Done) -> dict[str, Any]:
     """Gains are positive where the mixture is better than the one width."""
     kl = other[1].kl - mine[1].kl
     log_likelihood = mine[1].log_likelihood - other[1].log_likelihood
     return {
-        "name": configuration.name,
-        "against": configuration.against,
-        "bytes_ratio": mine[0].page_bytes / other[0].page_bytes,
-        "mean_bits_ratio": mine[0].mean_bits / other[0].mean_bits,
+        "name": mine[0]["name"],
+        "against": other[0]["name"],
+        "bytes_ratio": mine[0]["page_bytes"] / other[0]["page_bytes"],
+        "mean_bits_ratio": mine[0]["mean_bits"] / other[0]["mean_bits"],
         "kl_gain": float(kl.mean()),
         "kl_standard_error": standard_error(kl),
         "log_likelihood_gain": float(log_likelihood.mean()),
@@ -361,16 +375,14 @@ def measure(
         "equal_bytes": [],
     }
     yield result
-    done: dict[str, tuple[Run, Measures]] = {}
+    done: dict[str, Done] = {}
     for configuration in configurations:
         run = read_text(llama, given, configuration, begin(configuration.name))
         found = compare(llama.head, whole.hidden, run.hidden, following)
-        result["rows"].append(result_row(configuration, run, found, as_reference))
-        done[configuration.name] = run, found
+        done[configuration.name] = result_row(configuration, run, found, as_reference), found
+        result["rows"].append(done[configuration.name][0])
         if configuration.against in done:
-            result["equal_bytes"].append(
-                equal_bytes_row(configuration, done[configuration.name], done[configuration.against])
-            )
+            result["equal_bytes"].append(equal_bytes_row(done[configuration.name], done[configuration.against]))
         yield result
 
 
@@ -416,7 +428,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=environment_path("KVPACK_BOOKS_MODEL"))
     parser.add_argument("text", type=Path, nargs="?", default=environment_path("KVPACK_BOOKS_TEXT"))
-    parser.add_argument("--configurations", default=",".join(DEFAULT_CONFIGURATIONS), help="comma-separated; all")
+    parser.add_argument(
+        "--configurations", default=",".join(DEFAULT_CONFIGURATIONS), help="comma-separated; default: all"
+    )
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048, help=f"of each; a multiple of {PAGE_TOKENS}")
     parser.add_argument("--device", default="cuda")
@@ -436,11 +450,12 @@ def main() -> None:
     if options.tokens > model.config.max_position_embeddings:
         parser.error(f"--tokens is {options.tokens}; the model has {model.config.max_position_embeddings} positions")
     head_dim, kv_heads = model.model.layers[0].self_attn.head_dim, model.config.num_key_value_heads
-    names = list(dict.fromkeys(options.configurations.split(",")))
+    names = options.configurations.split(",")
     try:
-        configurations = [parse_configuration(name, options.tokens, kv_heads, head_dim) for name in names]
+        parsed = [parse_configuration(name, options.tokens, kv_heads, head_dim) for name in names]
     except ValueError as error:
         parser.error(str(error))
+    configurations = with_formats_first(parsed)
     variables = {"KVPACK_BOOKS_MODEL": options.model, "KVPACK_BOOKS_TEXT": options.text}
     result: dict[str, Any] = {
         "what": "kv-quality",

@@ -159,8 +159,10 @@ def test_names() -> None:
     assert parsed("k4v3").against is None
     assert parsed("position@0.25").budget == 0.25
     assert parsed("importance@int3").against == "int3"
-    default = [parsed(name).name for name in kv_quality.DEFAULT_CONFIGURATIONS]
-    assert len(set(default)) == len(default)
+    default = kv_quality.DEFAULT_CONFIGURATIONS
+    assert [one.name for one in kv_quality.with_formats_first(list(map(parsed, default)))] == default
+    some = kv_quality.with_formats_first([parsed("k2v4"), parsed("int3"), parsed("k2v4")])
+    assert [one.name for one in some] == ["int3", "k2v4"]
     for name in ("int5", "random@0.3", "importance@2", "importance@int5", "uniform@"):
         with pytest.raises(ValueError, match=r"no format|no policy"):
             parsed(name)
