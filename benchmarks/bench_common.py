@@ -12,12 +12,15 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.provenance import PACKAGE, environment
+
+if TYPE_CHECKING:
+    import torch
 
 F32 = npt.NDArray[np.float32]
 
@@ -56,16 +59,19 @@ def provenance(variables: dict[str, Path | None], packages: Iterable[str] = ()) 
     }
 
 
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, refusing one that names a place on this machine."""
+def write_result(path: Path, result: dict[str, Any], *, quiet: bool = False) -> None:
+    """Write a result in one piece, refusing one that names a place on this machine."""
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     places = {str(Path.home()), str(PACKAGE.parent), os.getcwd(), sys.prefix} - {os.sep}
     found = [place for place in places if place in text]
     if found:
         raise ValueError(f"the result contains a local path ({found[0]})")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    print(f"wrote {path.name}", file=sys.stderr)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+    if not quiet:
+        print(f"wrote {path.name}", file=sys.stderr)
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
@@ -128,3 +134,20 @@ def environment_path(name: str) -> Path | None:
     """The path that an environment variable holds, if it is set."""
     value = os.environ.get(name)
     return Path(value) if value else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that a device has been given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def device_record(device: torch.device) -> dict[str, Any]:
+    """What results say of the device that they were measured on."""
+    if device.type == "cuda":
+        from kvpack.runtime.bench_run import device_report
+
+        return device_report()
+    return {"name": "CPU", "driver": None, "cuda": None}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import environment_path, print_table, provenance, write_result
+from bench_common import device_record, environment_path, print_table, provenance, synchronize, write_result
 from torch.nn.functional import linear, silu
 
 import kvpack
@@ -148,19 +148,6 @@ class Generator:
             self.step()
         synchronize(self.model.device)
         return time.perf_counter() - began
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def device_record(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":
-        from kvpack.runtime.bench_run import device_report
-
-        return device_report()
-    return {"name": "CPU", "driver": None, "cuda": None}
 
 
 def distance(logits: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:

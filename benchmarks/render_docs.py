@@ -1,4 +1,4 @@
-"""Put the figures of benchmarks/results into README.md and docs/PERFORMANCE.md.
+"""Put the figures of benchmarks/results into README.md, docs/KV.md and docs/PERFORMANCE.md.
 
     python benchmarks/render_docs.py            # rewrite the tables between the <!-- figures:NAME --> marks
     python benchmarks/render_docs.py --check    # exit 1 if a document does not show its results
@@ -16,12 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kv_quality_report
+
 from kvpack.runtime import bench_attention_report, bench_kv_quant_report, bench_report
 from kvpack.runtime.bench_report import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "PERFORMANCE.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "KV.md", ROOT / "docs" / "PERFORMANCE.md")
 _BLOCK = re.compile(r"(<!-- figures:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -196,7 +198,7 @@ def gpu_origin(result: dict[str, Any]) -> str:
 
 
 def printed(benchmark: str, tables_of: Callable[[dict[str, Any]], dict[str, Table]], *names: str) -> Callable[[], str]:
-    """Tables of a benchmark of the command line, as it prints them."""
+    """Tables of a benchmark, as it prints them."""
 
     def render() -> str:
         result = newest(benchmark)
@@ -219,6 +221,14 @@ def kv_quant(*names: str) -> Callable[[], str]:
 
 def attention(*names: str) -> Callable[[], str]:
     return printed("bench-attention", bench_attention_report.tables, *names)
+
+
+def kv_quality(*names: str) -> Callable[[], str]:
+    return printed("kv-quality", kv_quality_report.tables, *names)
+
+
+def kv_quality_verdicts() -> str:
+    return kv_quality_report.verdicts(newest("kv-quality")) + "\n"
 
 
 def books_generate() -> str:
@@ -346,6 +356,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "attention-grids": attention("grids"),
     "attention-skipped": attention("skipped"),
     "attention-targets": attention("targets"),
+    "kv-quality-configurations": kv_quality("configurations"),
+    "kv-quality-equal-bytes": kv_quality("equal-bytes"),
+    "kv-quality-verdicts": kv_quality_verdicts,
     "books-generate": books_generate,
     "runtime-load": runtime_load,
     "runtime-memory": runtime_memory,

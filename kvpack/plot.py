@@ -140,3 +140,31 @@ def plot_attention(report: dict[str, Any], path: Path) -> None:
     figure.supylabel("times as fast as the best SDPA on fp16", fontsize=9)
     figure.suptitle(f"{report['device']['name']}: decode attention to pages", fontsize=11)
     figure.savefig(path, dpi=120, format="png")
+
+
+def plot_kv_quality(report: dict[str, Any], path: Path) -> None:
+    """Draw a result of ``benchmarks/kv_quality.py`` into a PNG: KL over bits, a line for each policy."""
+    rows = [row for row in report["rows"] if row["kl"] > 0]
+    if not rows:
+        raise ValueError("no configuration differs from the reference, so there is nothing to draw")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for policy, marker in (("uniform", "v"), ("importance", "o"), ("per-layer", "s"), ("position", "^")):
+        points = sorted((row["mean_bits"], row["kl"]) for row in rows if row["policy"] == policy)
+        if points:
+            label = f"a budget, {policy}"
+            axes.plot([bits for bits, _ in points], [kl for _, kl in points], f"{marker}-", ms=5, lw=1, label=label)
+    fixed = [row for row in rows if row["policy"] is None]
+    if fixed:
+        places = [row["mean_bits"] for row in fixed], [row["kl"] for row in fixed]
+        axes.plot(*places, "k+", ms=9, label="widths by side")
+    for row in fixed:
+        place = row["mean_bits"], row["kl"]
+        axes.annotate(row["name"], place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits an element, mean over the steps, everything counted")
+    axes.set_ylabel("KL(16-bit pages ‖ these), nats a token")
+    axes.set_title(f"KV pages, {report['sequences']} × {report['tokens']} tokens step by step", fontsize=11)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120, format="png")

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The modules (blob_surgery, independent_decoder, make_golden) lie beside this file.
-TESTS = str(Path(__file__).parent)
-if TESTS not in sys.path:
-    sys.path.insert(0, TESTS)
+# The modules (blob_surgery, independent_decoder, make_golden) lie beside this file; benchmark scripts are tested too.
+TESTS = Path(__file__).parent
+for folder in (str(TESTS.parent / "benchmarks"), str(TESTS)):
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 settings.register_profile("kvpack", deadline=None, derandomize=True)
 settings.load_profile("kvpack")
