@@ -204,7 +204,7 @@ def test_attention_is_observed(
         for page in range(-(-len(by_place) // 64)):
             expected[sequence, page] = by_place[64 * page : 64 * page + 64].sum()
     found = cache.mass[0].cpu().numpy() * MASS_UNIT
-    assert np.abs(found - expected).max() < 1e-5 * max(1, importance.mean().item())
+    assert np.abs(found - expected).max() < 2e-4 * max(1, importance.mean().item())  # scores of INT4 are rounded
     assert cache.observed_steps[0].tolist() == [int(sequence in ids) for sequence in range(3)]
     cache.reallocate()
     weights = cache.importance.values(0)
