@@ -184,10 +184,10 @@ class StepwiseLlama:
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight.shape, weight, self.epsilon)
 
-    def step(self, tokens: torch.Tensor, position: int, cache: KVCache, observe: bool) -> torch.Tensor:
-        """The last hidden states [sequences, hidden] of the sequences' tokens at a position."""
+    def step(self, tokens: torch.Tensor, position: torch.Tensor, cache: KVCache, observe: bool) -> torch.Tensor:
+        """The last hidden states [sequences, hidden] of the sequences' tokens [sequences] at a position [1]."""
         h = embedding(tokens, self.embedding)
-        cosine, sine = self.cosine[position], self.sine[position]
+        cosine, sine = self.cosine.index_select(0, position), self.sine.index_select(0, position)
         turning = self.heads + self.kv_heads
         for layer, (norm, qkv, out, mlp_norm, gate_up, down) in enumerate(self.layers):
             x = linear(self._norm(h, norm), qkv).unflatten(-1, (-1, self.head_dim))
@@ -226,7 +226,10 @@ def read_text(
     configuration: Configuration,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> Run:
-    """Step by step through ``tokens`` [sequences, tokens]; ``advance`` is told of steps done."""
+    """Step by step through ``tokens`` [sequences, tokens]; ``advance`` is told of steps done.
+
+    On CUDA one step is captured in a graph, and replayed for all that come after.
+    """
     sequences, length = tokens.shape
     observe = configuration.budget is not None and configuration.policy in OBSERVING
     cache = KVCache(
@@ -244,8 +247,21 @@ def read_text(
     bits = 0.0
     synchronize(model.device)
     times = [time.perf_counter()]
+    token, place = tokens[:, 0].clone(), torch.zeros(1, dtype=torch.int64, device=model.device)
+    graph = None
     for position in range(length):
-        hidden[:, position] = model.step(tokens[:, position], position, cache, observe)
+        token.copy_(tokens[:, position])
+        place.fill_(position)
+        if model.device.type != "cuda" or position == 0:  # the first one compiles
+            last = model.step(token, place, cache, observe)
+        else:
+            if graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    last = model.step(token, place, cache, observe)
+            cache.plan()
+            graph.replay()
+        hidden[:, position] = last
         bits += (position + 1) * cache.average_bits()
         if (position + 1) % REALLOCATE_STEPS == 0:
             if configuration.budget is not None:

@@ -390,7 +390,7 @@ def test_compiled(backend: str, device: str) -> None:
         ({"head_importance": torch.ones(3)}, r"head_importance has shape \[3\] on cpu; q has 4 heads on"),
         ({"past_key_value": ((), ())}, "past_key_value is a tuple"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refused(change: dict[str, Any], message: str, device: str) -> None:
     """With a message that has the values, and the cache left as it was."""
