@@ -227,8 +227,7 @@ struct MultiplyValues {
   }
 };
 
-__device__ __forceinline__ float query_value(const u16* q) {
-  const u32 bits = __ldg(q);
+__device__ __forceinline__ float query_value(u32 bits) {
   return kBf16 ? __uint_as_float(bits << 16) : f16_value(bits);
 }
 
@@ -359,9 +358,9 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
     next_k = __ldg(work.entry(KVPACK_SIDE_K, ahead.sequence, page));
     next_v = __ldg(work.entry(KVPACK_SIDE_V, ahead.sequence, page));
   };
-  // A column of the queries, a lane's dimensions.
+  // A column of the queries, a lane's dimensions, as they lie in memory: nothing waits for them yet.
   constexpr u32 kLaneDims = (kHeadDim + kLanes - 1) / kLanes;
-  float query[kLaneDims];
+  u32 query[kLaneDims];
   auto load_query = [&](const Segment& of, u32 column) {
     const u32 index = of.part % work.tiles * kColumns + column;
     const u16* from = q + of.sequence * q_sequence_stride +
@@ -370,7 +369,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
 #pragma unroll
     for (u32 i = 0; i < kLaneDims; ++i) {
       const u32 dim = kLanes * i + lane;
-      query[i] = index < columns && dim < kHeadDim ? query_value(from + dim) : 0.0f;
+      query[i] = index < columns && dim < kHeadDim ? __ldg(from + dim) : 0;
     }
   };
   const Block nothing{nullptr, 0xFFFFFFFFu, 0, 0};
@@ -390,7 +389,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       query_is_loaded = false;
       float largest = 0;
 #pragma unroll
-      for (u32 i = 0; i < kLaneDims; ++i) largest = fmaxf(largest, fabsf(query[i]));
+      for (u32 i = 0; i < kLaneDims; ++i) largest = fmaxf(largest, fabsf(query_value(query[i])));
       const u32 exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
       const u32 bounded = min(max(exponent, 32u), 222u);
       const float power = __uint_as_float((bounded + 1) << 23), inverse = __uint_as_float((253 - bounded) << 23);
@@ -400,8 +399,8 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
         if (dim >= kHeadDim) break;
         const u32 place = kLanes * (dim / 16) + 4 * column + dim % 8 / 2;
         const u32 address = query_area + 8 * place + dim % 16 / 8 * 4 + dim % 2 * 2;
-        store_shared_u16(address, f16_bits(query[i] * inverse));
-        if constexpr (kBf16) store_shared_u16(address + kQueryBytes, bf16_bits(query[i] * inverse));
+        store_shared_u16(address, f16_bits(query_value(query[i]) * inverse));
+        if constexpr (kBf16) store_shared_u16(address + kQueryBytes, bf16_bits(query_value(query[i]) * inverse));
       }
       if (lane == 0) store_shared_f32(factors + 4 * column, power * scale);
     }

@@ -204,14 +204,21 @@ def _attend_in_chunks(
         cache.append(call.layer, k, v, call.sequences)
         return torch.empty_like(q)
     whole = not call.causal or not call.update_cache
-    step = tokens if whole else call.chunk_tokens or _chunk_tokens(cache, q.shape[0])
+    step = tokens if whole or tokens <= _LEAST_CHUNK_TOKENS else _chunk_tokens(cache, q.shape[0])
+    if call.chunk_tokens is not None and not whole:
+        step = call.chunk_tokens
+    if step >= tokens:
+        out = _attend_once(q, k, v, cache, call, head_importance)
+        if progress is not None:
+            progress(tokens, tokens)
+        return out
     found = []
     for first in range(0, tokens, step):
         part = slice(first, first + step)
         found.append(_attend_once(q[:, :, part], k[:, :, part], v[:, :, part], cache, call, head_importance))
         if progress is not None:
             progress(min(first + step, tokens), tokens)
-    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+    return torch.cat(found, dim=2)
 
 
 def _checked_importance(head_importance: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -242,6 +249,7 @@ def _attend_once(
     def of_tokens(table: torch.Tensor, lengths: torch.Tensor) -> None:
         found.append(attend(queries, table, lengths, cache, call, head_importance))
 
+    cache.note_queries(call.layer, queries, call.scale)
     enter = cache.append if call.update_cache else cache.try_tokens
     enter(call.layer, k, v, call.sequences, of_tokens)
     return found[0]

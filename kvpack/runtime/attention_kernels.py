@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -30,15 +31,15 @@ _PREFILL_SLOTS, _PREFILL_LIST_BYTES = 3, 512
 _LOG2_E = math.log2(math.e)
 # A warp's time for a page, over the warps of a block and over the time to add up what one block left of a segment (a
 # part); and how many parts a segment may have before fewer blocks are better. `kvpack bench attention` tries others.
-_PAGE_OVER_PART = 3
+_PAGE_OVER_PART = 4
 _FEW_PARTS = 32
 
 
 def _defines(
     head_dim: int,
     dtype: torch.dtype,
-    k_formats: Iterable[PageFormat],
-    v_formats: Iterable[PageFormat],
+    k_formats: frozenset[PageFormat],
+    v_formats: frozenset[PageFormat],
     causal: bool,
 ) -> dict[str, int]:
     """What both kernels are told of queries and pages."""
@@ -47,8 +48,8 @@ def _defines(
     return {
         "KVPACK_HEAD_DIM": head_dim,
         "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
-        "KVPACK_K_FORMATS": sum(1 << page_format for page_format in set(k_formats)),
-        "KVPACK_V_FORMATS": sum(1 << page_format for page_format in set(v_formats)),
+        "KVPACK_K_FORMATS": sum(1 << page_format for page_format in k_formats),
+        "KVPACK_V_FORMATS": sum(1 << page_format for page_format in v_formats),
         "KVPACK_CAUSAL": int(causal),
     }
 
@@ -116,6 +117,7 @@ class Observed:
     weights: torch.Tensor | None = None
 
 
+@cache
 def decode_shape(head_dim: int, dtype: torch.dtype) -> DecodeShape:
     groups = head_dim // GROUP_DIMS
     pieces = groups // 2 if groups % 2 == 0 else groups
@@ -126,11 +128,12 @@ def decode_shape(head_dim: int, dtype: torch.dtype) -> DecodeShape:
     return DecodeShape(slots, shared_bytes, (16 if head_dim <= 128 else 12) // DECODE_WARPS)
 
 
+@cache
 def decode_kernel(
     head_dim: int,
     dtype: torch.dtype,
-    k_formats: Iterable[PageFormat],
-    v_formats: Iterable[PageFormat],
+    k_formats: frozenset[PageFormat],
+    v_formats: frozenset[PageFormat],
     *,
     causal: bool = True,
     observe: bool = False,
@@ -171,6 +174,8 @@ def decode_blocks(
     # them adds up: the sum of both times is least at the root. Beyond few parts, the third and fourth block of a
     # multiprocessor cost more than they bring.
     parts = min(ceil_div(max_pages, DECODE_WARPS), math.isqrt(_PAGE_OVER_PART * max_pages))
+    if max_pages <= 2 * DECODE_WARPS:  # telling the others takes longer than a second page
+        parts = 1
     most = max(2 * multiprocessors, _FEW_PARTS * segments)
     blocks = max(1, min(resident, most, segments * max(1, parts)))
     # Even parts that end where segments do leave less to add up.
@@ -226,7 +231,12 @@ def decode(
     kernels.launch(
         # One query token is the last one, which sees all: one kernel less to compile.
         decode_kernel(
-            head_dim, q.dtype, k_formats, v_formats, causal=causal or tokens == 1, observe=observed is not None
+            head_dim,
+            q.dtype,
+            frozenset(k_formats),
+            frozenset(v_formats),
+            causal=causal or tokens == 1,
+            observe=observed is not None,
         ),
         blocks,
         DECODE_WARPS * WARP_LANES,
@@ -268,11 +278,12 @@ def prefill_shape(head_dim: int) -> PrefillShape:
     return PrefillShape(column_tiles, slot_bytes, shared_bytes, 2)
 
 
+@cache
 def prefill_kernel(
     head_dim: int,
     dtype: torch.dtype,
-    k_formats: Iterable[PageFormat],
-    v_formats: Iterable[PageFormat],
+    k_formats: frozenset[PageFormat],
+    v_formats: frozenset[PageFormat],
     *,
     causal: bool = True,
 ) -> Kernel:
@@ -307,7 +318,7 @@ def prefill(
     out = torch.empty((sequences, num_heads, tokens, head_dim), dtype=q.dtype, device=q.device)
     shape = prefill_shape(head_dim)
     kernels.launch(
-        prefill_kernel(head_dim, q.dtype, k_formats, v_formats, causal=causal),
+        prefill_kernel(head_dim, q.dtype, frozenset(k_formats), frozenset(v_formats), causal=causal),
         ceil_div(num_heads // num_kv_heads * tokens, shape.columns) * num_kv_heads * sequences,
         PREFILL_WARPS * WARP_LANES,
         _arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks, causal),

@@ -11,6 +11,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -215,7 +216,8 @@ def launch(
     stream = torch.cuda.current_stream(device)
     index = stream.device_index
     values = tuple(map(_argument, arguments))
-    with cupy.cuda.Device(index), _external(stream):
+    on_device = nullcontext() if torch.cuda.current_device() == index else cupy.cuda.Device(index)
+    with on_device, _external(stream):
         _function(kernel, index, shared_bytes)(dimensions, threads, values, shared_mem=shared_bytes)
 
 

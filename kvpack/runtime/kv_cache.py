@@ -69,6 +69,8 @@ Attend = Callable[[torch.Tensor, torch.Tensor], None]
 NO_PAGE = -1
 # Of attention mass, which is counted in integers so that sums do not depend on their order.
 MASS_UNIT = 2.0**-MASS_FRACTION_BITS
+# Of scores, where no query has been seen: the mean of books-27m's layers.
+_SCORE_SQUARE = 14.0
 # How much of their bytes open pages yield at most to pinned ones.
 _YIELDED = 0.25
 
@@ -191,9 +193,10 @@ class KVCache:
         mass: i64 [layers, max_sequences, max_pages] on the device, in :data:`MASS_UNIT`: attention that pages have
             received since :meth:`reallocate`, summed over steps.
         observed_steps: i32 [layers, max_sequences] on the device: how many steps those are.
-        errors: fp64 [layers, 2, widths of the ladder]: mean squared error of each width relative to the values' mean
-            square. NaN until it has been measured, on the first page that is open to be quantized; values from
-            elsewhere may be put in before.
+        errors: fp64 [layers, 2, widths of the ladder]: what each width spoils: of K the mean squared error of scores,
+            of V that of values relative to their mean square, which change the result of attention about alike. NaN
+            until it has been measured, on the first page that is open to be quantized; values from elsewhere may be put
+            in before.
         importance: what :meth:`reallocate` knows of the pages.
         shares: fp64 [layers]: the budget of each; their mean is at most that of all.
         number: what compiled graphs name the cache by (:func:`cache_of`).
@@ -246,6 +249,10 @@ class KVCache:
         self.full_format = PAGE_FORMATS[dtype]
         self.ladder = (*LADDER[:-1], self.full_format)
         self._widths = self._checked_widths(widths)
+        self._possible_formats = [
+            tuple(frozenset((self.full_format, PageFormat(f)) if budget is None else self.ladder) for f in pair)
+            for pair in self._widths
+        ]
         self.pools = PagePools(num_kv_heads, head_dim, self.device, max_bytes=max_bytes, slab_bytes=slab_bytes)
         self._page_bytes = np.array([[self.pools.page_bytes(side, f) for f in self.ladder] for side in Side])
         self._full_bytes = int(self._page_bytes[0, -1])
@@ -256,8 +263,12 @@ class KVCache:
         self.lengths = torch.zeros((num_layers, max_sequences), dtype=torch.int32, device=self.device)
         self.mass = torch.zeros((num_layers, max_sequences, max_pages), dtype=torch.int64, device=self.device)
         self.observed_steps = torch.zeros_like(self.lengths)
+        # Indexing a tensor takes as long as a launch.
+        self._tables, self._layer_lengths = self.page_table.unbind(), self.lengths.unbind()
         self.status = new_status(self.device)
         self.errors = np.full((num_layers, len(Side), len(self.ladder)), np.nan)
+        self._query_squares = torch.zeros((num_layers, num_kv_heads, head_dim), device=self.device)
+        self._query_counts = [0] * num_layers
         self.importance = ImportanceEMA(num_layers, max_sequences, max_pages)
         self.shares = np.full(num_layers, 1.0 if budget is None else budget)
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
@@ -270,9 +281,7 @@ class KVCache:
 
     def possible_formats(self, layer: int, side: Side) -> frozenset[PageFormat]:
         """What a layer's pages can come to have, so that one kernel serves all that the cache becomes."""
-        if self.budget is not None:
-            return frozenset(self.ladder)
-        return frozenset({self.full_format, PageFormat(self._widths[layer, side])})
+        return self._possible_formats[layer][side]
 
     def _checked_widths(self, widths: Widths | None) -> npt.NDArray[np.uint8]:
         """[layers, 2]"""
@@ -315,21 +324,48 @@ class KVCache:
         k, v, count = k.detach(), v.detach(), k.shape[2]
         if not ids or count == 0:
             return
-        rows = self._row_index(ids)
+        rows, written = self._row_index(ids), []
 
         def write() -> None:
-            self._write(layer, k, v, rows, attend)
+            written.append(self._write(layer, k, v, rows, attend))
 
         if self._is_captured():
             write()
         else:
-            before = self._lengths[layer, ids]
-            self._commit(*self._planned_for([layer], ids, count, _Tokens(k, v, ids, before.tolist())), write)
+            before = self._lengths[layer, ids].tolist()
+            if self._changes_no_page(before, count):
+                write()
+            else:
+                self._commit(*self._planned_for([layer], ids, count, _Tokens(k, v, ids, before)), write)
             self._lengths[layer, ids] += count
+        (after,) = written
         if rows is None:
-            self.lengths[layer] += count
+            self._layer_lengths[layer].copy_(after)
         else:
-            self.lengths[layer].index_add_(0, rows, torch.full_like(rows, count, dtype=torch.int32))
+            self._layer_lengths[layer].index_copy_(0, rows, after)
+
+    def _changes_no_page(self, before: list[int], count: int) -> bool:
+        """Whether sequences of these lengths have room for so many tokens and no page leaves the window: most steps."""
+        recent = self.recent_tokens
+        return all(
+            0 < length % PAGE_TOKENS <= PAGE_TOKENS - count
+            and (length - recent) // PAGE_TOKENS == (length + count - recent) // PAGE_TOKENS
+            and length + count <= self.max_tokens
+            for length in before
+        )
+
+    def note_queries(self, layer: int, q: torch.Tensor, scale: float) -> None:
+        """Queries that meet a layer's keys: how much each of its dimensions counts. Costs nothing once
+        :attr:`errors` are known.
+
+        Args:
+            q: [batch, query heads, tokens, head_dim], multiplied with ``scale`` before keys.
+        """
+        if self.budget is None or not np.isnan(self.errors[layer, Side.K]).any() or self._is_captured():
+            return
+        squares = (q.detach().float() * scale).square().unflatten(1, (self.num_kv_heads, -1))
+        self._query_squares[layer] += squares.sum((0, 2, 3))
+        self._query_counts[layer] += squares[:, 0, :, :, 0].numel()
 
     def try_tokens(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, sequences: Sequence[int] | None, attend: Attend
@@ -348,7 +384,11 @@ class KVCache:
             raise CacheInputError("tokens that are not kept need pages, which a CUDA graph's capture cannot allocate")
         rows = self._row_index(ids)
         new = self._new_pages([layer], ids, count)
-        self._commit(new, None, lambda: self._write(layer, k, v, rows, attend, keep=False))
+
+        def write() -> None:
+            self._write(layer, k, v, rows, attend, keep=False)
+
+        self._commit(new, None, write)
         self._forget_pages(new)
 
     def plan(self, tokens: int = 1, sequences: Sequence[int] | None = None) -> None:
@@ -387,22 +427,24 @@ class KVCache:
         attend: Attend | None,
         *,
         keep: bool = True,
-    ) -> None:
-        """Into pages that are there. Lengths are not advanced."""
-        table, positions = self.page_table[layer], self.lengths[layer]
+    ) -> torch.Tensor:
+        """Into pages that are there. Returns the lengths with new tokens; those of the cache are not advanced."""
+        table, positions = self._tables[layer], self._layer_lengths[layer]
         if rows is not None:
             table, positions = table[:, rows], positions[rows]
         write_tokens(k, v, table, positions, self.status, self.pools.pages)
+        after = positions + k.shape[2]
         if attend is None:
-            return
+            return after
         kept = False
         try:
-            attend(table, positions + k.shape[2])
+            attend(table, after)
             kept = keep
         finally:
             if not kept:  # what may be no number must not stay behind a sequence's end
                 none = torch.zeros_like(k[:, :, : PAGE_TOKENS - 1])
                 write_tokens(none, none, table, positions, self.status, self.pools.pages)
+        return after
 
     def _new_pages(self, layers: Sequence[int], ids: list[int], count: int) -> _Places:
         """Pages that sequences need for so many more tokens.
@@ -751,12 +793,22 @@ class KVCache:
             sequence, index = int(pages.sequence[found[0]]), int(pages.index[found[0]])
             x = self._page_values(layer, side, sequence, index, tokens)
             x = np.where(np.isfinite(x), x, 0)
-            energy = np.square(x, dtype=np.float64).mean()
+            weights = self._weights(layer, side, x)
             for rung, page_format in enumerate(self.ladder[:-1]):
                 layout = PageLayout(side, page_format, self.head_dim)
                 error = dequantize_blocks(quantize_blocks(x, layout), layout) - x.astype(np.float64)
-                self.errors[layer, side, rung] = np.square(error).mean() / energy if energy else 0
+                self.errors[layer, side, rung] = (np.square(error).mean(1) * weights).sum(-1).mean()
             self.errors[layer, side, -1] = 0
+
+    def _weights(self, layer: int, side: Side, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """What a squared error in each dimension counts, [heads or 1, head_dim], where x are a page's values."""
+        if side == Side.K and self._query_counts[layer]:
+            squares = self._query_squares[layer].double().cpu().numpy() / self._query_counts[layer]
+            if np.isfinite(squares).all():
+                return squares
+        energy = np.square(x, dtype=np.float64).mean()
+        weight = (_SCORE_SQUARE if side == Side.K else 1.0) / energy if energy else 0.0
+        return np.full((1, self.head_dim), weight / self.head_dim)
 
     def _page_values(
         self, layer: int, side: Side, sequence: int, index: int, tokens: _Tokens | None

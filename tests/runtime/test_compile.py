@@ -110,7 +110,7 @@ def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
 def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
     options = list(itertools.product(PAGE_FORMATS, page_kernels.PAGE_FORMATS.items(), (True, False)))
     for head_dim, (formats, (dtype, float_format), causal) in selected(HEAD_DIMS, options, everything):
-        read = {float_format, *formats}
+        read = frozenset({float_format, *formats})
         yield attention.prefill_kernel(head_dim, dtype, read, read, causal=causal)
 
 
