@@ -71,6 +71,8 @@ DEFAULT_CONFIGURATIONS = [
 # These look at what has been observed.
 OBSERVING: tuple[Policy, ...] = ("importance", "per-layer")
 REALLOCATE_STEPS = 32
+# Not replayed: they compile kernels, and the cache looks at their queries.
+EAGER_STEPS = 16
 # KVCache: what pinned pages take beyond the budget is taken from open pages, which keep at least this share of theirs.
 KEPT_BY_OPEN_PAGES = 0.75
 # fp16 queries, keys and values move logits by some 10⁻⁴ of their norm; another rotation or mask moves them by 10⁻¹.
@@ -228,7 +230,7 @@ def read_text(
 ) -> Run:
     """Step by step through ``tokens`` [sequences, tokens]; ``advance`` is told of steps done.
 
-    On CUDA one step is captured in a graph, and replayed for all that come after.
+    On CUDA one step is captured in a graph, and replayed for all that come after the first few.
     """
     sequences, length = tokens.shape
     observe = configuration.budget is not None and configuration.policy in OBSERVING
@@ -252,7 +254,7 @@ def read_text(
     for position in range(length):
         token.copy_(tokens[:, position])
         place.fill_(position)
-        if model.device.type != "cuda" or position == 0:  # the first one compiles
+        if model.device.type != "cuda" or position < EAGER_STEPS:
             last = model.step(token, place, cache, observe)
         else:
             if graph is None:
