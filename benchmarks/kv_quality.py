@@ -74,7 +74,7 @@ REALLOCATE_STEPS = 32
 # Not replayed: they compile kernels, and the cache looks at their queries.
 EAGER_STEPS = 16
 # KVCache: what pinned pages take beyond the budget is taken from open pages, which keep at least this share of theirs.
-KEPT_BY_OPEN_PAGES = 0.75
+KEPT_BY_OPEN_PAGES = 0.9
 # fp16 queries, keys and values move logits by some 10⁻⁴ of their norm; another rotation or mask moves them by 10⁻¹.
 MOST_DIFFERENCE = 5e-3
 

@@ -37,9 +37,11 @@ from kvpack.runtime.page_kernels import read_tokens
 
 # Of a cache that is made here; a page table takes a quarter of a byte a token.
 _MAX_TOKENS = 1 << 17
-# Query heads of a KV head times tokens, up to which pages are split over the GPU. Of a longer prompt, as many of the
-# last ones show which pages are looked at.
-_DECODE_COLUMNS = 2 * COLUMNS
+# Columns are query heads of a KV head times tokens. Up to the first number, or the second if all columns together are not
+# enough to occupy half of the GPU otherwise, pages are split over it (`kvpack bench attention`, "few tokens").
+_DECODE_COLUMNS, _MOST_DECODE_COLUMNS = 4 * COLUMNS, 32 * COLUMNS
+# Of the last tokens, which show which pages are looked at.
+_OBSERVING_COLUMNS = 2 * COLUMNS
 _CHUNK_TOKENS, _LEAST_CHUNK_TOKENS = 2048, 512
 
 
@@ -276,21 +278,34 @@ def _attend_by_kernel(
         "causal": call.causal,
     }
     observed = _new_observed(q, table, cache, call, head_importance) if call.observe else None
-    few = _few_tokens(q, cache)
-    if q.shape[2] <= few:
-        out = attention_kernels.decode(q, **pages, blocks=_decode_blocks(q, cache, call), observed=observed)
+    observing = q[:, :, -_observing_tokens(q, cache) :]
+    all_observe = observing.shape[2] == q.shape[2]
+    if _is_split(q, cache):
+        blocks = _decode_blocks(q, cache, call)
+        out = attention_kernels.decode(q, **pages, blocks=blocks, observed=observed if all_observe else None)
     else:
         out = attention_kernels.prefill(q, **pages)
-        if observed is not None:
-            last = q[:, :, -few:]
-            attention_kernels.decode(last, **pages, blocks=_decode_blocks(last, cache, call), observed=observed)
+        all_observe = False
+    if observed is not None and not all_observe:
+        blocks = _decode_blocks(observing, cache, call)
+        attention_kernels.decode(observing, **pages, blocks=blocks, observed=observed)
     if observed is not None and not _is_whole(call, q, cache):
         cache.add_observed(call.layer, observed.mass, observed.steps, call.sequences)
     return out
 
 
-def _few_tokens(q: torch.Tensor, cache: KVCache) -> int:
-    return max(1, _DECODE_COLUMNS * cache.num_kv_heads // q.shape[1])
+def _is_split(q: torch.Tensor, cache: KVCache) -> bool:
+    """Whether pages are split over the GPU, instead of queries."""
+    batch, heads, tokens, head_dim = q.shape
+    columns = heads // cache.num_kv_heads * tokens
+    if tokens == 1 or columns <= _DECODE_COLUMNS:
+        return True
+    blocks = ceil_div(columns, attention_kernels.prefill_shape(head_dim).columns) * cache.num_kv_heads * batch
+    return columns <= _MOST_DECODE_COLUMNS and 2 * blocks <= device_limits(q.device).multiprocessors
+
+
+def _observing_tokens(q: torch.Tensor, cache: KVCache) -> int:
+    return max(1, _OBSERVING_COLUMNS * cache.num_kv_heads // q.shape[1])
 
 
 def _is_whole(call: _Call, q: torch.Tensor, cache: KVCache) -> bool:
@@ -359,7 +374,7 @@ def _attend_on_cpu(
         seen &= (place + call.window >= limit[..., None]) | (place < call.sinks)
     q32 = q.float()
     if call.observe:
-        few = _few_tokens(q, cache)
+        few = _observing_tokens(q, cache)
         _observe_on_cpu(q32[:, :, -few:], k, seen[:, -few:], cache, call, head_importance)
     out = torch.nn.functional.scaled_dot_product_attention(
         q32, k, v, attn_mask=seen[:, None], scale=call.scale, enable_gqa=q.shape[1] != cache.num_kv_heads

@@ -7,13 +7,13 @@ never gains bits. The pages of the first tokens, which attention leans on, are n
     [ sinks: 16 bits ][ open: 2, 3, 4, 8 or 16 bits ][ the recent window: 16 bits ]
 
 **Budget.** Bytes of pages, scales included, as a fraction of those that the same pages would take in 16 bits. What
-pinned pages (sinks, recent window) take beyond it is taken from the open pages, but at most a quarter of what they
-would have: otherwise the first pages of a sequence, which fill while pinned pages are most of it, would be cut to the
-least width for good. So a layer's pages take at most the larger of::
+pinned pages (sinks, recent window) take beyond it is taken from the open pages, but at most a tenth of what they
+would have: otherwise the first pages of a sequence, which fill while pinned pages are most of it, would be cut for good
+to less than what later ones get. So a layer's pages take at most the larger of::
 
-    budget · (all pages in 16 bits)      and      pinned pages + 0.75 · budget · (open pages in 16 bits)
+    budget · (all pages in 16 bits)      and      pinned pages + 0.9 · budget · (open pages in 16 bits)
 
-the first of which rules from some 30 pages a sequence on, at a budget of 0.3; only where all open pages at 2 bits take
+the first of which rules from some 50 pages a sequence on, at a budget of 0.3; only where all open pages at 2 bits take
 more does the cache. Each layer holds its share by itself when tokens are appended; :meth:`KVCache.reallocate` moves
 shares between layers.
 
@@ -72,7 +72,7 @@ MASS_UNIT = 2.0**-MASS_FRACTION_BITS
 # Of scores, where no query has been seen: the mean of books-27m's layers.
 _SCORE_SQUARE = 14.0
 # How much of their bytes open pages yield at most to pinned ones.
-_YIELDED = 0.25
+_YIELDED = 0.1
 
 _Ints = npt.NDArray[np.int64]
 

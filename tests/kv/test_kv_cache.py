@@ -70,7 +70,7 @@ def layer_bytes(cache: KVCache, layer: int) -> dict[str, float]:
         else:
             least += cache.pools.page_bytes(Side(side), PageFormat.INT2)
     share = float(cache.shares[layer])
-    return {"used": used, "may": max(share * full, pinned + 0.75 * share * (full - pinned)), "least": least}
+    return {"used": used, "may": max(share * full, pinned + 0.9 * share * (full - pinned)), "least": least}
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -367,14 +367,16 @@ def test_budget_is_used(budget: float, step: int) -> None:
 @pytest.mark.parametrize("budget", [0.4, 0.6])
 def test_budget_is_held_at_every_token(budget: float, recent_tokens: int) -> None:
     """Also while pages fill, of which none leaves the recent window, and when another sequence begins."""
-    cache = make_cache(budget=budget, recent_tokens=recent_tokens, sinks=0)
+    cache = KVCache(
+        1, HEADS, HEAD_DIM, 64 * 50, device="cpu", max_sequences=2, budget=budget, recent_tokens=recent_tokens, sinks=0
+    )
     for sequence in range(2):
         k, v = random_tokens(cache, 1, 16, sequence)
-        for _ in range(MAX_TOKENS // 16):
+        for _ in range(64 * 50 // 16):
             cache.append(0, k, v, [sequence])
             size = layer_bytes(cache, 0)
             assert size["used"] <= size["may"] + 1
-    assert size["may"] == pytest.approx(budget * 2 * 2 * 20 * FULL)
+    assert size["may"] == pytest.approx(budget * 2 * 2 * 50 * FULL)
 
 
 def test_what_is_looked_at_keeps_its_bits() -> None:
