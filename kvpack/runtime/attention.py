@@ -37,8 +37,8 @@ from kvpack.runtime.page_kernels import read_tokens
 
 # Of a cache that is made here; a page table takes a quarter of a byte a token.
 _MAX_TOKENS = 1 << 17
-# Columns are query heads of a KV head times tokens. Up to the first number, or the second if all columns together are not
-# enough to occupy half of the GPU otherwise, pages are split over it (`kvpack bench attention`, "few tokens").
+# Columns are query heads of a KV head times tokens. Pages are split over the GPU for up to the first number of them, or
+# the second where they would not occupy half of it otherwise (`kvpack bench attention`, "few tokens").
 _DECODE_COLUMNS, _MOST_DECODE_COLUMNS = 4 * COLUMNS, 32 * COLUMNS
 # Of the last tokens, which show which pages are looked at.
 _OBSERVING_COLUMNS = 2 * COLUMNS
