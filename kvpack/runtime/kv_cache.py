@@ -769,7 +769,7 @@ class KVCache:
         importance = np.empty(len(places))
         for layer in np.unique(places.layer).tolist():
             chosen = places.layer == layer
-            importance[chosen] = self.importance.values(layer)[places.sequence[chosen], places.index[chosen]]
+            importance[chosen] = self.importance.forecast(layer)[places.sequence[chosen], places.index[chosen]]
         pages = Pages(
             places.layer,
             places.sequence,

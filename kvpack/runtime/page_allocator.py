@@ -28,6 +28,7 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 # Ascending: what a page of 16 bits may become, and itself.
 LADDER = (PageFormat.INT2, PageFormat.INT3, PageFormat.INT4, PageFormat.INT8, PageFormat.FP16)
 
+_FORECAST_EXPONENT = 0.7
 # Between pages that no one attends to, the drop in error decides.
 _LEAST_IMPORTANCE = 1e-30
 
@@ -312,3 +313,14 @@ class ImportanceEMA:
         seen = self._weight[layer] > 0
         known = np.divide(self._average[layer], self._weight[layer], out=np.zeros(seen.shape), where=seen)
         return np.where(seen, known, known[seen].mean() if seen.any() else 1.0)
+
+    def forecast(self, layer: int) -> _Floats:
+        """[sequences, pages]: as :meth:`values`, closer to their mean.
+
+        What has been looked at much will be looked at less, and the other way round. mean · (value / mean)^0.7 of each
+        layer has given the lowest KL divergence of exponents 0.5, 0.7 and 1 (docs/DESIGN-NOTES.md).
+        """
+        values = self.values(layer)
+        seen = self._weight[layer] > 0
+        mean = values[seen].mean() if seen.any() else 0.0
+        return np.asarray(mean * (values / mean) ** _FORECAST_EXPONENT) if mean > 0 else values

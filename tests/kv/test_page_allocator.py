@@ -254,3 +254,14 @@ def test_importance_that_cannot_be() -> None:
     with pytest.raises(AllocationError, match="not finite"):
         ema.update(0, np.array([[np.nan, 0]]), np.array([2]))
     assert (ema.values(0) == 1).all()
+
+
+def test_forecast_is_closer_to_the_mean() -> None:
+    ema = ImportanceEMA(2, 1, 4)
+    assert ema.forecast(0).tolist() == [[1, 1, 1, 1]]
+    ema.update(0, np.array([[0.9, 0.1, 0.0, 5.0]]), np.array([3]))
+    mean = 1 / 3  # the fourth page is not there: it counts as one of that
+    expected = [mean * (0.9 / mean) ** 0.7, mean * (0.1 / mean) ** 0.7, 0, mean]
+    assert ema.forecast(0)[0] == pytest.approx(expected)
+    ema.update(1, np.zeros((1, 4)), np.array([4]))
+    assert ema.forecast(1).tolist() == [[0, 0, 0, 0]]
