@@ -231,6 +231,13 @@ def kv_quality_verdicts() -> str:
     return kv_quality_report.verdicts(newest("kv-quality")) + "\n"
 
 
+def long_prompt() -> str:
+    result = newest("long-prompt")
+    gigabytes = [f"{result[name] / 1e9:.2f}" for name in ("fp16_bytes", "page_bytes", "slab_bytes", "peak_bytes")]
+    headings = ["tokens", "fp16, GB", "pages, GB", "slabs, GB", "all at most, GB", "s"]
+    return table(headings, [[f"{result['tokens']}", *gigabytes, f"{result['seconds']:.1f}"]]) + gpu_origin(result)
+
+
 def books_generate() -> str:
     result = newest("books-generate")
     rows = [
@@ -359,6 +366,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quality-configurations": kv_quality("configurations"),
     "kv-quality-equal-bytes": kv_quality("equal-bytes"),
     "kv-quality-verdicts": kv_quality_verdicts,
+    "long-prompt": long_prompt,
     "books-generate": books_generate,
     "runtime-load": runtime_load,
     "runtime-memory": runtime_memory,

@@ -10,6 +10,7 @@
 ``streaming``                                      models larger than the device; layers side by side
 ``page_kernels``, ``page_pools``                   KV pages: filled and read; where they lie (docs/KV.md)
 ``kv_cache``, ``page_allocator``                   a paged cache of mixed precision; which pages get how many bits
+``attention``                                      ``kvpack.attention_with_kv_cache``
 ``attention_kernels``, ``tickets``                 attention to pages in place; counters of blocks that add up
 ``matrix_quantizer``                               whole matrices quantized, the classic way
 ``gpu_encoder``                                    the encoder on a GPU, the same bytes as the CPU's
