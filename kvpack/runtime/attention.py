@@ -108,8 +108,9 @@ def attention_with_kv_cache(
         layer,
         None if sequences is None else tuple(sequences),
         1 / math.sqrt(q.shape[-1]) if scale is None else scale,
-        0 if window is None else window,
-        sinks,
+        # All that can be seen is all: what a kernel adds to places in 32 bits stays small.
+        0 if window is None or window >= cache.max_tokens else window,
+        min(sinks, cache.max_tokens),
         causal,
         update_cache,
         observe,
@@ -184,7 +185,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
         raise CacheInputError(f"window is {window}; it is at least 1, or None")
     if call.sinks < 0:
         raise CacheInputError(f"sinks is {call.sinks}; it must not be negative")
-    if call.window and not call.causal:
+    if window is not None and not call.causal:
         raise CacheInputError("a window ends at each token, so attention with one is causal")
     if call.chunk_tokens is not None and call.chunk_tokens < 1:
         raise CacheInputError(f"chunk_tokens is {call.chunk_tokens}; it must be at least 1")

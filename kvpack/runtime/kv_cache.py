@@ -360,7 +360,11 @@ class KVCache:
 
         Args:
             q: [batch, query heads, tokens, head_dim], multiplied with ``scale`` before keys.
+
+        Raises:
+            CacheInputError: a wrong layer.
         """
+        self._check_place(layer, [])
         if self.budget is None or not np.isnan(self.errors[layer, Side.K]).any() or self._is_captured():
             return
         squares = (q.detach().float() * scale).square().unflatten(1, (self.num_kv_heads, -1))

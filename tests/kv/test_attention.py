@@ -123,7 +123,16 @@ def test_dimensions_and_types(head_dim: int, dtype: torch.dtype, device: str) ->
 @pytest.mark.parametrize("ratio", [1, 4])
 @pytest.mark.parametrize(
     "options",
-    [{"window": 1}, {"window": 64, "sinks": 4}, {"window": 100, "sinks": 70}, {"window": 5000}, {"causal": False}],
+    [
+        *(
+            {"window": 1},
+            {"window": 64, "sinks": 4},
+            {"window": 100, "sinks": 70},
+            {"window": 1 << 40},
+            {"causal": False},
+        ),
+        {"window": 3, "sinks": 1 << 40},
+    ],
     ids=str,
 )
 def test_masks(options: dict[str, Any], ratio: int, device: str) -> None:
@@ -410,6 +419,7 @@ def test_compiled(backend: str, device: str) -> None:
         ({"window": 0}, "window is 0; it is at least 1, or None"),
         ({"sinks": -1}, "sinks is -1"),
         ({"window": 5, "causal": False}, "a window ends at each token"),
+        ({"window": 5000, "causal": False}, "a window ends at each token"),
         ({"chunk_tokens": 0}, "chunk_tokens is 0"),
         ({"head_importance": torch.ones(3)}, r"head_importance has shape \[3\] on cpu; q has 4 heads on"),
         ({"past_key_value": ((), ())}, "past_key_value is a tuple"),
@@ -418,7 +428,7 @@ def test_compiled(backend: str, device: str) -> None:
 )
 def test_refused(change: dict[str, Any], message: str, device: str) -> None:
     """With a message that has the values, and the cache left as it was."""
-    cache = make_cache(device)
+    cache = make_cache(device, budget=0.5)
     attention_with_kv_cache(*random_qkv(cache, 4, 70), cache)
     before = cache_state(cache)
     given = dict(zip("qkv", random_qkv(cache, change.get("heads", 4), 5), strict=True))
