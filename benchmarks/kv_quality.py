@@ -53,7 +53,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
 from kvpack.runtime.attention import attention_with_kv_cache
-from kvpack.runtime.kv_cache import KVCache
+from kvpack.runtime.kv_cache import YIELDED, KVCache
 from kvpack.runtime.page_allocator import POLICIES, Policy
 
 UNIFORM = ("int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2")
@@ -73,8 +73,6 @@ OBSERVING: tuple[Policy, ...] = ("importance", "per-layer")
 REALLOCATE_STEPS = 32
 # Not replayed: they compile kernels, and the cache looks at their queries.
 EAGER_STEPS = 16
-# KVCache: what pinned pages take beyond the budget is taken from open pages, which keep at least this share of theirs.
-KEPT_BY_OPEN_PAGES = 0.9
 # fp16 queries, keys and values move logits by some 10⁻⁴ of their norm; another rotation or mask moves them by 10⁻¹.
 MOST_DIFFERENCE = 5e-3
 
@@ -111,7 +109,7 @@ def equal_budget(page_format: PageFormat, tokens: int, kv_heads: int, head_dim: 
     used = cache.pools.bytes_in_use
     if pinned == everything:
         raise ValueError(f"{tokens} tokens are too few: all of their pages stay in 16 bits")
-    return min(used / everything, (used - pinned) / (KEPT_BY_OPEN_PAGES * (everything - pinned)))
+    return min(used / everything, (used - pinned) / ((1 - YIELDED) * (everything - pinned)))
 
 
 def parse_configuration(name: str, tokens: int, kv_heads: int, head_dim: int) -> Configuration:

@@ -32,7 +32,7 @@ from kvpack.runtime import attention_kernels
 from kvpack.runtime.attention_kernels import COLUMNS, Observed
 from kvpack.runtime.errors import CacheInputError
 from kvpack.runtime.fit import device_limits
-from kvpack.runtime.kv_cache import KVCache, cache_of
+from kvpack.runtime.kv_cache import KVCache, Queries, cache_of
 from kvpack.runtime.page_kernels import read_tokens
 
 # Of a cache that is made here; a page table takes a quarter of a byte a token.
@@ -53,7 +53,7 @@ def attention_with_kv_cache(
     update_cache: bool = True,
     causal: bool = True,
     *,
-    layer: int = 0,
+    layer: int | None = None,
     sequences: Sequence[int] | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -75,17 +75,18 @@ def attention_with_kv_cache(
             first ones belong to the first.
         past_key_value: whose tokens come before these. None makes one with a single layer, in 16 bits, for up to
             131,072 tokens a sequence.
-        update_cache: whether the cache keeps the new tokens.
+        update_cache: whether the cache keeps the new tokens. Without, no chunks.
         causal: whether a token sees none of those behind it. Without, all of a call's tokens are written before the
             first is attended to: no chunks.
-        layer: of the cache.
+        layer: of the cache; None if it has one only.
         sequences: which ones of the cache the batch is, each once; None is 0, 1, ….
-        scale: None is 1 / √head_dim.
+        scale: from 10^-6 to 10^6; None is 1 / √head_dim.
         window: how many tokens each one sees, itself included; None is all.
         sinks: how many of a sequence's first tokens are seen beyond the window.
         observe: whether the attention that pages receive is added to the cache's ``mass``, of the last few tokens of
             each chunk: what :meth:`KVCache.reallocate` divides bits by.
-        head_importance: fp32 [query heads], how much each counts in that, compared with those of other layers as well.
+        head_importance: [query heads], how much each counts in that, compared with those of other layers as well. What
+            is negative or no number counts as 0.
         chunk_tokens: None is 2,048, or fewer where a chunk's pages would take more than a quarter of the free memory.
         progress: called behind each chunk with how many tokens are done and how many there are. What it raises ends
             the call between two chunks; the cache holds the chunks that are done.
@@ -97,26 +98,33 @@ def attention_with_kv_cache(
         CacheInputError: shapes, dtypes, devices, a layer or sequences that do not fit; a gradient is wanted.
         CacheFullError: a sequence would exceed ``max_tokens``, or pages ``max_bytes`` or the device's memory.
 
-    With either, the cache is as it was before the chunk that failed, the first one if there is only one.
+    With either, the cache is as it was before the chunk that failed. That is the first one, but for ``max_bytes`` and
+    the device's memory. Where they end a step in the middle of a model's layers, free the sequences before going on:
+    some layers have its tokens.
     """
     if past_key_value is None:
         past_key_value = _new_cache(q, k)
     if not isinstance(past_key_value, KVCache):
-        raise CacheInputError(f"past_key_value is a {type(past_key_value).__name__}; a kvpack.KVCache is wanted")
+        raise CacheInputError(
+            f"past_key_value is a {type(past_key_value).__name__}; make a kvpack.KVCache(num_layers, num_kv_heads, …)"
+        )
     cache = past_key_value
+    if layer is None:
+        if cache.num_layers > 1:
+            raise CacheInputError(f"the cache has {cache.num_layers} layers: say which one with layer=…")
+        layer = 0
     call = _Call(
         layer,
-        None if sequences is None else tuple(sequences),
-        1 / math.sqrt(q.shape[-1]) if scale is None else scale,
-        # All that can be seen is all: what a kernel adds to places in 32 bits stays small.
-        0 if window is None or window >= cache.max_tokens else window,
-        min(sinks, cache.max_tokens),
+        None if sequences is None else tuple(map(int, sequences)),
+        1 / math.sqrt(cache.head_dim) if scale is None else scale,
+        window,
+        sinks,
         causal,
         update_cache,
         observe,
         chunk_tokens,
     )
-    _check(q, k, v, cache, call, window)
+    _check(q, k, v, cache, call)
     if torch.compiler.is_compiling():
         if progress is not None:
             raise CacheInputError("torch.compile cannot call progress")
@@ -146,7 +154,7 @@ class _Call:
     layer: int
     sequences: tuple[int, ...] | None
     scale: float
-    window: int  # 0: all
+    window: int | None
     sinks: int
     causal: bool
     update_cache: bool
@@ -154,6 +162,7 @@ class _Call:
     chunk_tokens: int | None
 
 
+@torch.compiler.disable
 def _new_cache(q: torch.Tensor, k: torch.Tensor) -> KVCache:
     if k.dim() != 4:
         raise CacheInputError(f"k has shape {list(k.shape)}; [batch, KV heads, tokens, head_dim] is wanted")
@@ -162,35 +171,47 @@ def _new_cache(q: torch.Tensor, k: torch.Tensor) -> KVCache:
     return KVCache(1, num_kv_heads, head_dim, max_tokens, max_sequences=batch, dtype=q.dtype, device=q.device)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, call: _Call, window: int | None) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, call: _Call) -> None:
     """What the cache itself does not check."""
     if q.dim() != 4 or q.shape[-1] != cache.head_dim:
         raise CacheInputError(
-            f"q has shape {list(q.shape)}; this cache takes [batch, query heads, tokens, {cache.head_dim}]"
+            f"q has shape {list(q.shape)}; this cache takes [batch, query heads, tokens, head_dim {cache.head_dim}]"
         )
     heads = q.shape[1]
     if heads == 0 or heads % cache.num_kv_heads != 0:
         raise CacheInputError(f"{heads} query heads are no multiple of {cache.num_kv_heads} KV heads")
     if k.dim() == 4 and (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
         raise CacheInputError(
-            f"q has shape {list(q.shape)} and k {list(k.shape)}; both are of the same sequences and tokens"
+            f"q has shape {list(q.shape)} and k {list(k.shape)}; [batch, heads, tokens, head_dim] with the same batch "
+            "and tokens is wanted"
         )
     if q.dtype != cache.dtype or q.device != cache.device:
-        raise CacheInputError(f"q is {q.dtype} on {q.device}; this cache is {cache.dtype} on {cache.device}")
+        raise CacheInputError(
+            f"q is {q.dtype} on {q.device}; this cache is {cache.dtype} on {cache.device} (KVCache(dtype=…, device=…))"
+        )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise CacheInputError("attention to a cache has no gradient: call it under torch.no_grad()")
-    if not math.isfinite(call.scale):
-        raise CacheInputError(f"scale is {call.scale}; it must be finite")
-    if window is not None and window < 1:
-        raise CacheInputError(f"window is {window}; it is at least 1, or None")
+    if not 1e-6 <= call.scale <= 1e6:  # beyond, kernels could not tell what is not to be seen
+        raise CacheInputError(f"scale is {call.scale}; it must be between 1e-6 and 1e6")
+    for name, flag in (("causal", call.causal), ("update_cache", call.update_cache), ("observe", call.observe)):
+        if not isinstance(flag, bool):
+            raise CacheInputError(f"{name} is {flag!r}; True or False is wanted (a layer is given as layer=…)")
+    for name, count in (("layer", call.layer), ("window", call.window), ("sinks", call.sinks)):
+        if count is not None and not isinstance(count, int):
+            raise CacheInputError(f"{name} is {count!r}; an integer is wanted")
+    if call.window is not None and call.window < 1:
+        raise CacheInputError(f"window is {call.window}; it is at least 1, or None")
     if call.sinks < 0:
         raise CacheInputError(f"sinks is {call.sinks}; it must not be negative")
-    if window is not None and not call.causal:
+    if call.window is not None and not call.causal:
         raise CacheInputError("a window ends at each token, so attention with one is causal")
+    if call.observe and not call.update_cache:
+        raise CacheInputError("attention to tokens that are not kept cannot be observed")
     if call.chunk_tokens is not None and call.chunk_tokens < 1:
         raise CacheInputError(f"chunk_tokens is {call.chunk_tokens}; it must be at least 1")
 
 
+@torch.compiler.disable
 def _attend_in_chunks(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -206,6 +227,7 @@ def _attend_in_chunks(
     if q.numel() == 0:
         cache.append(call.layer, k, v, call.sequences)
         return torch.empty_like(q)
+    cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), tokens)
     whole = not call.causal or not call.update_cache
     step = tokens if whole or tokens <= _LEAST_CHUNK_TOKENS else _chunk_tokens(cache, q.shape[0])
     if call.chunk_tokens is not None and not whole:
@@ -230,7 +252,7 @@ def _checked_importance(head_importance: torch.Tensor, q: torch.Tensor) -> torch
             f"head_importance has shape {list(head_importance.shape)} on {head_importance.device}; q has {q.shape[1]} "
             f"heads on {q.device}"
         )
-    return head_importance.detach().float()
+    return head_importance.detach().float().nan_to_num(0, 0, 0).clamp(min=0)
 
 
 def _chunk_tokens(cache: KVCache, batch: int) -> int:
@@ -252,9 +274,13 @@ def _attend_once(
     def of_tokens(table: torch.Tensor, lengths: torch.Tensor) -> None:
         found.append(attend(queries, table, lengths, cache, call, head_importance))
 
-    cache.note_queries(call.layer, queries, call.scale)
-    enter = cache.append if call.update_cache else cache.try_tokens
-    enter(call.layer, k, v, call.sequences, of_tokens)
+    if call.update_cache:
+        noted = None
+        if cache.wants_queries(call.layer):
+            noted = Queries.of(queries, cache.num_kv_heads, call.scale)
+        cache.append(call.layer, k, v, call.sequences, of_tokens, noted)
+    else:
+        cache.try_tokens(call.layer, k, v, call.sequences, of_tokens)
     return found[0]
 
 
@@ -266,29 +292,31 @@ def _attend_by_kernel(
     call: _Call,
     head_importance: torch.Tensor | None,
 ) -> torch.Tensor:
-    pages: dict[str, Any] = {  # entries are addresses, so that nothing lies in front of them
-        "pages": None,
+    pages: dict[str, Any] = {
+        "pages": cache.pools.pages,
         "table": table,
         "lengths": lengths,
         "num_kv_heads": cache.num_kv_heads,
         "k_formats": cache.possible_formats(call.layer, Side.K),
         "v_formats": cache.possible_formats(call.layer, Side.V),
         "scale": call.scale,
-        "window": call.window,
-        "sinks": call.sinks,
+        # To a kernel, 0 is no window. It adds to places in 32 bits: all that can be seen is enough.
+        "window": 0 if call.window is None or call.window >= cache.max_tokens else call.window,
+        "sinks": min(call.sinks, cache.max_tokens),
         "causal": call.causal,
     }
-    observed = _new_observed(q, table, cache, call, head_importance) if call.observe else None
+    longest_pages = cache.longest_pages(call.layer, q.shape[2])
+    observed = _new_observed(q, longest_pages, cache, call, head_importance) if call.observe else None
     observing = q[:, :, -_observing_tokens(q, cache) :]
     all_observe = observing.shape[2] == q.shape[2]
     if _is_split(q, cache):
-        blocks = _decode_blocks(q, cache, call)
+        blocks = _decode_blocks(q, longest_pages, cache, call)
         out = attention_kernels.decode(q, **pages, blocks=blocks, observed=observed if all_observe else None)
     else:
         out = attention_kernels.prefill(q, **pages)
         all_observe = False
     if observed is not None and not all_observe:
-        blocks = _decode_blocks(observing, cache, call)
+        blocks = _decode_blocks(observing, longest_pages, cache, call)
         attention_kernels.decode(observing, **pages, blocks=blocks, observed=observed)
     if observed is not None and not _is_whole(call, q, cache):
         cache.add_observed(call.layer, observed.mass, observed.steps, call.sequences)
@@ -310,27 +338,24 @@ def _observing_tokens(q: torch.Tensor, cache: KVCache) -> int:
 
 
 def _is_whole(call: _Call, q: torch.Tensor, cache: KVCache) -> bool:
-    """Whether the batch is all of the cache's sequences, in order."""
-    everything = range(cache.max_sequences)
-    return list(range(len(q)) if call.sequences is None else call.sequences) == list(everything)
+    return cache.is_everything(range(len(q)) if call.sequences is None else call.sequences)
 
 
 def _new_observed(
-    q: torch.Tensor, table: torch.Tensor, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
+    q: torch.Tensor, longest_pages: int, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
 ) -> Observed:
     """Where the kernel adds: to the cache itself, if it can."""
     weights = None if head_importance is None else head_importance / q.shape[1]
     if _is_whole(call, q, cache):
-        return Observed(cache.mass[call.layer], cache.observed_steps[call.layer], weights)
-    mass = torch.zeros((len(q), table.shape[-1]), dtype=torch.int64, device=q.device)
-    return Observed(mass, torch.zeros(len(q), dtype=torch.int32, device=q.device), weights)
+        return Observed(cache.mass[call.layer], cache.observed_steps[call.layer], weights, longest_pages)
+    mass = torch.zeros((len(q), cache.mass.shape[2]), dtype=torch.int64, device=q.device)
+    return Observed(mass, torch.zeros(len(q), dtype=torch.int32, device=q.device), weights, longest_pages)
 
 
-def _decode_blocks(q: torch.Tensor, cache: KVCache, call: _Call) -> int:
+def _decode_blocks(q: torch.Tensor, pages: int, cache: KVCache, call: _Call) -> int:
     """For the longest sequence; in a CUDA graph, which may be replayed with longer ones, for the longest possible."""
     shape = attention_kernels.decode_shape(cache.head_dim, q.dtype)
-    pages = cache.longest_pages(call.layer, q.shape[2])
-    if call.window:
+    if call.window is not None:
         pages = min(pages, ceil_div(call.sinks, PAGE_TOKENS) + ceil_div(call.window + q.shape[2], PAGE_TOKENS) + 1)
     columns = q.shape[1] // cache.num_kv_heads * q.shape[2]
     return attention_kernels.decode_blocks(
@@ -371,7 +396,7 @@ def _attend_on_cpu(
     # [batch, tokens]: how many tokens each one sees.
     limit = lengths[:, None] + (torch.arange(1 - tokens, 1) if call.causal else torch.zeros(tokens, dtype=torch.int64))
     seen = place < limit[..., None]
-    if call.window:
+    if call.window is not None:
         seen &= (place + call.window >= limit[..., None]) | (place < call.sinks)
     q32 = q.float()
     if call.observe:
@@ -410,7 +435,7 @@ def _operator(
     layer: int,
     sequences: list[int] | None,
     scale: float,
-    window: int,
+    window: int | None,
     sinks: int,
     causal: bool,
     update_cache: bool,
@@ -419,6 +444,7 @@ def _operator(
 ) -> torch.Tensor:
     named = None if sequences is None else tuple(sequences)
     call = _Call(layer, named, scale, window, sinks, causal, update_cache, observe, chunk_tokens)
+    _check(q, k, v, cache_of(cache), call)
     return _attend_in_chunks(q, k, v, cache_of(cache), call, head_importance, None).contiguous()
 
 
@@ -426,9 +452,9 @@ _LIBRARY = torch.library.Library("kvpack", "FRAGMENT")
 # The cache is found by its number. That the operator changes it is told by `calls`: declared as changed are neither
 # lengths nor tables, of which a compiler might hand over copies, to be copied back afterwards.
 _LIBRARY.define(
-    "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? head_importance, Tensor(a!) calls, int cache, "
-    "int layer, int[]? sequences, float scale, int window, int sinks, bool causal, bool update_cache, bool observe, "
-    "int? chunk_tokens) -> Tensor",
+    "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? head_importance, Tensor(a!) calls, SymInt cache, "
+    "SymInt layer, int[]? sequences, float scale, int? window, int sinks, bool causal, bool update_cache, "
+    "bool observe, int? chunk_tokens) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _LIBRARY.impl("attention_with_kv_cache", _operator, "CompositeExplicitAutograd")

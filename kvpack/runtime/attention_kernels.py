@@ -29,6 +29,7 @@ _SLOT_BYTES = PAGE_TOKENS * SCALE_BYTES + 2048
 PREFILL_WARPS = 4
 _PREFILL_SLOTS, _PREFILL_LIST_BYTES = 3, 512
 _LOG2_E = math.log2(math.e)
+_PLACES = 1 << 31  # of tokens: kernels add a window to one in 32 bits
 # A warp's time for a page, over the warps of a block and over the time to add up what one block left of a segment (a
 # part); and how many parts a segment may have before fewer blocks are better. `kvpack bench attention` tries others.
 _PAGE_OVER_PART = 4
@@ -67,6 +68,8 @@ def _arguments(
     causal: bool,
 ) -> tuple[torch.Tensor | np.generic | None, ...]:
     """What both kernels begin with."""
+    if not (0 <= window < _PLACES and 0 <= sinks < _PLACES):
+        raise PageError(f"window is {window} and sinks {sinks}; at most {_PLACES - 1} are possible")
     if window and not causal:
         raise PageError(f"a window of {window} tokens ends at the query's own; with causal=False there is no such end")
     sequences, num_heads, tokens, _ = q.shape
@@ -110,11 +113,13 @@ class Observed:
             Shares are added, in units of 2^-:data:`MASS_FRACTION_BITS`.
         steps: i32 [sequences]. 1 is added for each sequence that is attended to.
         weights: fp32 [query heads], none negative; ``None``: 1 / number of heads each.
+        visited_pages: at least as many as any sequence attends to; ``None``: as the table has room for.
     """
 
     mass: torch.Tensor
     steps: torch.Tensor
     weights: torch.Tensor | None = None
+    visited_pages: int | None = None
 
 
 @cache
@@ -225,7 +230,8 @@ def decode(
     partials = torch.empty((blocks + segments) * COLUMNS * (head_dim + 2), dtype=torch.float32, device=q.device)
     observation: tuple[torch.Tensor | np.generic | None, ...] = (None, None, np.uint64(0), None, None)
     if observed is not None:
-        page_logs = torch.empty(segments * table.shape[-1] * COLUMNS, dtype=torch.float32, device=q.device)
+        visited = table.shape[-1] if observed.visited_pages is None else observed.visited_pages
+        page_logs = torch.empty(segments * visited * COLUMNS, dtype=torch.float32, device=q.device)
         mass = observed.mass
         observation = (page_logs, mass, np.uint64(mass.stride(0)), observed.steps, observed.weights)
     kernels.launch(

@@ -24,16 +24,19 @@ is enqueued on one stream.
 **CUDA graphs.** What is decided cannot be repeated by a graph, what is enqueued can: an append that is captured writes
 tokens and advances the lengths on the device, and nothing else. Before each replay :meth:`KVCache.plan` does the rest.
 
-**Failures.** An operation that raises leaves the cache as it was.
+**Failures.** An operation that raises leaves tokens, pages and what is known of widths as they were. Attention that has
+been observed until then stays counted.
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -72,7 +75,9 @@ MASS_UNIT = 2.0**-MASS_FRACTION_BITS
 # Of scores, where no query has been seen: the mean of books-27m's layers.
 _SCORE_SQUARE = 14.0
 # How much of their bytes open pages yield at most to pinned ones.
-_YIELDED = 0.1
+YIELDED = 0.1
+# Lengths are i32, and kernels add to places.
+_MOST_TOKENS = 1 << 30
 
 _Ints = npt.NDArray[np.int64]
 
@@ -166,6 +171,29 @@ class _Tokens:
     v: torch.Tensor
     sequences: list[int]
     starts: list[int]
+    queries: Queries | None
+
+
+@dataclass
+class Queries:
+    """Squares of queries, times those of the scale: how much each dimension of keys counts.
+
+    Attributes:
+        squares: fp32 [num_kv_heads, head_dim], sums over query heads and tokens.
+        count: of each sum.
+    """
+
+    squares: torch.Tensor
+    count: int
+
+    @classmethod
+    def of(cls, q: torch.Tensor, num_kv_heads: int, scale: float) -> Queries:
+        """q [batch, query heads, tokens, head_dim], multiplied with ``scale`` before keys."""
+        squares = (q.detach().float() * scale).square().unflatten(1, (num_kv_heads, -1))
+        return cls(squares.sum((0, 2, 3)), squares[:, 0, :, :, 0].numel())
+
+    def __add__(self, other: Queries | None) -> Queries:
+        return self if other is None else Queries(self.squares + other.squares, self.count + other.count)
 
 
 class KVCache:
@@ -177,7 +205,8 @@ class KVCache:
         max_sequences: how many there are; they are named 0, 1, ….
         dtype: of keys and values, fp16 or bf16.
         device: of everything; None is CUDA if torch has it, else the CPU.
-        budget: bytes of pages as a fraction of those in 16 bits, more than 0 and at most 1. See the module.
+        budget: bytes of pages as a fraction of those in 16 bits, more than 0 and at most 1, which long sequences keep;
+            short ones are mostly pages that stay in 16 bits. See the module.
         policy: which pages get the budget's bytes: see :func:`allocate_widths`.
         widths: without a budget, the formats that pages get when they leave the recent window: one for all, or
             (of K, of V) of each layer. With neither, all pages stay in 16 bits.
@@ -233,6 +262,8 @@ class KVCache:
         for name, value in (("recent_tokens", recent_tokens), ("sinks", sinks)):
             if value < 0:
                 raise CacheInputError(f"{name} is {value}; it must not be negative")
+        if max_tokens > _MOST_TOKENS:
+            raise CacheInputError(f"max_tokens is {max_tokens}; it must be at most {_MOST_TOKENS}")
         if dtype not in PAGE_FORMATS:
             raise CacheInputError(f"dtype is {dtype}; keys and values are float16 or bfloat16")
         if budget is not None and not 0 < budget <= 1:
@@ -258,26 +289,42 @@ class KVCache:
         self._full_bytes = int(self._page_bytes[0, -1])
         max_pages = ceil_div(max_tokens, PAGE_TOKENS)
         self.entries: _Ints = np.full((num_layers, len(Side), max_sequences, max_pages), NO_PAGE, np.int64)
-        self.page_table = torch.from_numpy(self.entries).to(self.device, copy=True)
         self._lengths: npt.NDArray[np.int32] = np.zeros((num_layers, max_sequences), np.int32)
-        self.lengths = torch.zeros((num_layers, max_sequences), dtype=torch.int32, device=self.device)
-        self.mass = torch.zeros((num_layers, max_sequences, max_pages), dtype=torch.int64, device=self.device)
-        self.observed_steps = torch.zeros_like(self.lengths)
-        # Indexing a tensor takes as long as a launch.
-        self._tables, self._layer_lengths = self.page_table.unbind(), self.lengths.unbind()
-        self.status = new_status(self.device)
+        with torch.inference_mode(False):  # they may be changed outside of it
+            self._make_tensors()
         self.errors = np.full((num_layers, len(Side), len(self.ladder)), np.nan)
-        self._query_squares = torch.zeros((num_layers, num_kv_heads, head_dim), device=self.device)
-        self._query_counts = [0] * num_layers
+        self._queries: list[Queries | None] = [None] * num_layers
         self.importance = ImportanceEMA(num_layers, max_sequences, max_pages)
         self.shares = np.full(num_layers, 1.0 if budget is None else budget)
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
-        self._captured_rows: list[torch.Tensor] = []  # graphs hold their addresses
+        self._captured_rows: dict[tuple[int, ...], torch.Tensor] = {}  # graphs hold their addresses
         self.number = next(_numbers)
         _caches[self.number] = self
-        self.calls = torch.zeros(1, dtype=torch.int32)
         if self.device.type == "cuda":
             tickets.prepare(self.device)
+
+    def _make_tensors(self) -> None:
+        layers, _, max_sequences, max_pages = self.entries.shape
+        self.page_table = torch.from_numpy(self.entries).to(self.device, copy=True)
+        self.lengths = torch.zeros((layers, max_sequences), dtype=torch.int32, device=self.device)
+        self.mass = torch.zeros((layers, max_sequences, max_pages), dtype=torch.int64, device=self.device)
+        self.observed_steps = torch.zeros_like(self.lengths)
+        self.status = new_status(self.device)
+        self.calls = torch.zeros(1, dtype=torch.int32)
+        # Indexing a tensor takes as long as a launch.
+        self._tables, self._layer_lengths = self.page_table.unbind(), self.lengths.unbind()
+
+    def __repr__(self) -> str:
+        lengths = self._lengths[0].tolist()
+        shown = lengths if len(lengths) <= 8 else [*lengths[:8], "…"]
+        return (
+            f"KVCache({self.num_layers} layers, {self.num_kv_heads} heads of {self.head_dim}, {self.dtype} on "
+            f"{self.device}; tokens {', '.join(map(str, shown))} of {self.max_tokens} each; {self.average_bits():.2f} "
+            f"bits, pages {self.pools.bytes_in_use / 1e6:.2f} MB in {self.estimate_memory_mb():.2f} MB)"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError("a KVCache cannot be copied or pickled: its pages are known by where they lie")
 
     def possible_formats(self, layer: int, side: Side) -> frozenset[PageFormat]:
         """What a layer's pages can come to have, so that one kernel serves all that the cache becomes."""
@@ -287,9 +334,14 @@ class KVCache:
         """[layers, 2]"""
         if widths is None:
             widths = self.full_format
-        pairs = [(widths, widths)] * self.num_layers if isinstance(widths, PageFormat) else list(widths)
-        if len(pairs) != self.num_layers or not all(len(pair) == len(Side) for pair in pairs):
-            raise CacheInputError(f"widths are {len(pairs)} pairs; there are {self.num_layers} layers, of K and V each")
+        pairs: Any = [(widths, widths)] * self.num_layers if isinstance(widths, PageFormat) else widths
+        wanted = f"a PageFormat for all, or a pair (of K, of V) for each of {self.num_layers} layers"
+        if not isinstance(pairs, Sequence) or isinstance(pairs, str) or len(pairs) != self.num_layers:
+            raise CacheInputError(f"widths are {widths!r}; {wanted} is wanted")
+        for pair in pairs:
+            is_pair = isinstance(pair, Sequence) and len(pair) == len(Side)
+            if not is_pair or not all(isinstance(page_format, PageFormat) for page_format in pair):
+                raise CacheInputError(f"widths have {pair!r} for a layer; {wanted} is wanted")
         for page_format in {page_format for pair in pairs for page_format in pair}:
             if not page_format.is_quantized and page_format != self.full_format:
                 raise CacheInputError(f"pages of {self.dtype} cannot become {page_format.name}")
@@ -304,6 +356,7 @@ class KVCache:
         v: torch.Tensor,
         sequences: Sequence[int] | None = None,
         attend: Attend | None = None,
+        queries: Queries | None = None,
     ) -> None:
         """Write new tokens behind a layer's last ones, and quantize pages that have left the recent window.
 
@@ -315,29 +368,40 @@ class KVCache:
             k, v: [batch, num_kv_heads, tokens, head_dim], of the cache's dtype and device.
             sequences: which ones the batch is, each once; None is 0, 1, ….
             attend: called when the tokens are written, and nothing has been quantized for their sake yet.
+            queries: that meet these keys, as long as :meth:`wants_queries`.
 
         Raises:
             CacheInputError: a wrong layer, sequence, shape, dtype or device.
             CacheFullError: a sequence would exceed ``max_tokens``, or pages ``max_bytes`` or the device's memory.
         """
-        ids = self._checked_input(layer, k, v, sequences)
+        ids = self.checked_input(layer, k, v, sequences)
         k, v, count = k.detach(), v.detach(), k.shape[2]
         if not ids or count == 0:
             return
-        rows, written = self._row_index(ids), []
+        rows = self._row_index(ids)
+        written: list[torch.Tensor] = []
 
         def write() -> None:
             written.append(self._write(layer, k, v, rows, attend))
 
+        def undo() -> None:
+            self._clear(layer, k, rows)
+
         if self._is_captured():
             write()
         else:
-            before = self._lengths[layer, ids].tolist()
-            if self._changes_no_page(before, count):
-                write()
-            else:
-                self._commit(*self._planned_for([layer], ids, count, _Tokens(k, v, ids, before)), write)
+            before, errors = self._lengths[layer, ids].tolist(), self.errors[layer].copy()
+            try:
+                plan: tuple[_Places, _Changes | None] = _NO_PLACES, None
+                if not self._changes_no_page(before, count):
+                    plan = self._planned_for([layer], ids, count, _Tokens(k, v, ids, before, queries))
+                self._commit(*plan, write, undo)
+            except BaseException:
+                self.errors[layer] = errors
+                raise
             self._lengths[layer, ids] += count
+            if queries is not None:
+                self._queries[layer] = queries + self._queries[layer]
         (after,) = written
         if rows is None:
             self._layer_lengths[layer].copy_(after)
@@ -354,22 +418,11 @@ class KVCache:
             for length in before
         )
 
-    def note_queries(self, layer: int, q: torch.Tensor, scale: float) -> None:
-        """Queries that meet a layer's keys: how much each of its dimensions counts. Costs nothing once
-        :attr:`errors` are known.
-
-        Args:
-            q: [batch, query heads, tokens, head_dim], multiplied with ``scale`` before keys.
-
-        Raises:
-            CacheInputError: a wrong layer.
-        """
-        self._check_place(layer, [])
-        if self.budget is None or not np.isnan(self.errors[layer, Side.K]).any() or self._is_captured():
-            return
-        squares = (q.detach().float() * scale).square().unflatten(1, (self.num_kv_heads, -1))
-        self._query_squares[layer] += squares.sum((0, 2, 3))
-        self._query_counts[layer] += squares[:, 0, :, :, 0].numel()
+    def wants_queries(self, layer: int) -> bool:
+        """Whether it is not known yet what a layer's widths spoil, and shall be. Not in a CUDA graph's capture."""
+        if self.budget is None or not 0 <= layer < self.num_layers or self._is_captured():
+            return False
+        return bool(np.isnan(self.errors[layer, Side.K]).any())
 
     def try_tokens(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, sequences: Sequence[int] | None, attend: Attend
@@ -380,7 +433,7 @@ class KVCache:
             CacheInputError: as of :meth:`append`; also in a CUDA graph's capture, which cannot allocate pages.
             CacheFullError: as of :meth:`append`.
         """
-        ids = self._checked_input(layer, k, v, sequences)
+        ids = self.checked_input(layer, k, v, sequences)
         k, v, count = k.detach(), v.detach(), k.shape[2]
         if not ids or count == 0:
             return
@@ -389,10 +442,14 @@ class KVCache:
         rows = self._row_index(ids)
         new = self._new_pages([layer], ids, count)
 
-        def write() -> None:
-            self._write(layer, k, v, rows, attend, keep=False)
+        def undo() -> None:
+            self._clear(layer, k, rows)
 
-        self._commit(new, None, write)
+        def write() -> None:
+            self._write(layer, k, v, rows, attend)
+            undo()
+
+        self._commit(new, None, write, undo)
         self._forget_pages(new)
 
     def plan(self, tokens: int = 1, sequences: Sequence[int] | None = None) -> None:
@@ -400,7 +457,8 @@ class KVCache:
 
         The graph has been captured from calls of :meth:`append` with as many tokens of these sequences, one a layer.
         The host counts the tokens from here on; the device does when the graph has run, which is to be enqueued before
-        anything else that uses the cache.
+        anything else that uses the cache. With a budget, what keys spoil is measured with the queries of calls that no
+        graph has captured; without any, books-27m's mean square of scores stands in for theirs.
 
         Raises:
             CacheInputError: a wrong sequence; layers that have different numbers of tokens; more tokens than the recent
@@ -416,39 +474,44 @@ class KVCache:
             raise CacheInputError("plan() in the midst of a step: layers have different numbers of tokens")
         if not ids:
             return
-        self._commit(*self._planned_for(range(self.num_layers), ids, tokens, None), lambda: None)
+        self._commit(*self._planned_for(range(self.num_layers), ids, tokens, None), _nothing, _nothing)
         self._lengths[:, ids] += tokens
 
     def _is_captured(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _write(
-        self,
-        layer: int,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rows: torch.Tensor | None,
-        attend: Attend | None,
-        *,
-        keep: bool = True,
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | None, attend: Attend | None
     ) -> torch.Tensor:
         """Into pages that are there. Returns the lengths with new tokens; those of the cache are not advanced."""
-        table, positions = self._tables[layer], self._layer_lengths[layer]
-        if rows is not None:
-            table, positions = table[:, rows], positions[rows]
+        table, positions = self._places_of_rows(layer, rows)
         write_tokens(k, v, table, positions, self.status, self.pools.pages)
         after = positions + k.shape[2]
-        if attend is None:
-            return after
-        kept = False
-        try:
+        if attend is not None:
             attend(table, after)
-            kept = keep
-        finally:
-            if not kept:  # what may be no number must not stay behind a sequence's end
-                none = torch.zeros_like(k[:, :, : PAGE_TOKENS - 1])
-                write_tokens(none, none, table, positions, self.status, self.pools.pages)
         return after
+
+    def _clear(self, layer: int, k: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Zeros where tokens were that are not kept: what may be no number must not stay behind a sequence's end."""
+        none = torch.zeros_like(k[:, :, : PAGE_TOKENS - 1])
+        write_tokens(none, none, *self._places_of_rows(layer, rows), self.status, self.pools.pages)
+
+    def _places_of_rows(self, layer: int, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page table [2, batch, pages] and lengths [batch]."""
+        table, lengths = self._tables[layer], self._layer_lengths[layer]
+        return (table, lengths) if rows is None else (table[:, rows], lengths[rows])
+
+    def check_room(self, layer: int, sequences: Sequence[int], tokens: int) -> None:
+        """
+        Raises:
+            CacheFullError: a sequence would exceed ``max_tokens`` with so many more.
+        """
+        for sequence in sequences:
+            if (before := int(self._lengths[layer, sequence])) + tokens > self.max_tokens:
+                raise CacheFullError(
+                    f"layer {layer}, sequence {sequence}: {tokens} tokens behind {before} are more than the "
+                    f"{self.max_tokens} of max_tokens; free() the sequence, or make a larger cache"
+                )
 
     def _new_pages(self, layers: Sequence[int], ids: list[int], count: int) -> _Places:
         """Pages that sequences need for so many more tokens.
@@ -458,12 +521,8 @@ class KVCache:
         """
         rows = []
         for layer in layers:
+            self.check_room(layer, ids, count)
             for sequence, before in zip(ids, self._lengths[layer, ids].tolist(), strict=True):
-                if before + count > self.max_tokens:
-                    raise CacheFullError(
-                        f"layer {layer}, sequence {sequence}: {count} tokens behind {before} are more than the "
-                        f"{self.max_tokens} of max_tokens"
-                    )
                 for index in range(ceil_div(before, PAGE_TOKENS), ceil_div(before + count, PAGE_TOKENS)):
                     rows += [(layer, int(side), sequence, index) for side in Side]
         return _places(rows)
@@ -532,14 +591,20 @@ class KVCache:
         with suppress(CacheFullError):
             for layer in range(self.num_layers):
                 if self.budget is not None:
-                    self._commit(_places([]), self._planned(layer, self._lengths[layer]), lambda: None)
+                    self._commit(_NO_PLACES, self._planned(layer, self._lengths[layer]), _nothing, _nothing)
 
-    def _commit(self, new: _Places, changes: _Changes | None, write: Callable[[], None]) -> None:
-        """Allocate new pages, write, quantize: all or nothing."""
-        if not len(new) and changes is None:
-            write()
+    def _commit(
+        self, new: _Places, changes: _Changes | None, write: Callable[[], None], undo: Callable[[], None]
+    ) -> None:
+        """Allocate new pages, write, quantize: all or nothing. ``undo`` is called while new pages are still there."""
+        if not len(new) and changes is None:  # most steps
+            try:
+                write()
+            except BaseException:
+                undo()
+                raise
             return
-        places, formats = (_places([]), np.empty(0, np.uint8)) if changes is None else (changes.places, changes.formats)
+        places, formats = (_NO_PLACES, np.empty(0, np.uint8)) if changes is None else (changes.places, changes.formats)
         wanted = [(Side(side), self.full_format) for side in new.side.tolist()]
         wanted += [(Side(side), PageFormat(f)) for side, f in zip(places.side.tolist(), formats.tolist(), strict=True)]
         self.pools.reserve(Counter(wanted))
@@ -550,9 +615,13 @@ class KVCache:
                 allocated.append(self.pools.allocate(*kind, PageOwner(layer, sequence, index)))
             targets = np.array(allocated[len(new) :], np.int64)
             self._set_entries(new, np.array(allocated[: len(new)], np.int64))
-            write()
-            sources = self.entries[places.where]
-            self._quantize(places.side, sources, targets)
+            try:
+                write()
+                sources = self.entries[places.where]
+                self._quantize(places.side, sources, targets)
+            except BaseException:
+                undo()
+                raise
         except BaseException:
             self._set_entries(new, np.full(len(new), NO_PAGE))
             for entry in reversed(allocated):
@@ -593,9 +662,13 @@ class KVCache:
                 self.pools.pages,
             )
 
+    def is_everything(self, sequences: Sequence[int]) -> bool:
+        """Whether these are all sequences, in order."""
+        return list(sequences) == list(range(self.max_sequences))
+
     def _row_index(self, sequences: list[int]) -> torch.Tensor | None:
         """On the device; None if they are all, in order."""
-        if sequences == list(range(self.max_sequences)):
+        if self.is_everything(sequences):
             return None
         key, captured = tuple(sequences), self._is_captured()
         if key not in self._rows:
@@ -604,16 +677,19 @@ class KVCache:
             self._rows.clear()
             self._rows[key] = self._upload(np.array(sequences, np.int64))
         if captured:
-            self._captured_rows.append(self._rows[key])
+            self._captured_rows[key] = self._rows[key]
         return self._rows[key]
 
     def _upload(self, values: _Ints) -> torch.Tensor:
         """Without waiting: CUDA has taken what lies in pageable memory when it returns."""
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
-    def _checked_input(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, sequences: Sequence[int] | None
-    ) -> list[int]:
+    def checked_input(self, layer: int, k: torch.Tensor, v: torch.Tensor, sequences: Sequence[int] | None) -> list[int]:
+        """The sequences that a batch is.
+
+        Raises:
+            CacheInputError: a wrong layer, sequence, shape, dtype or device.
+        """
         shape = ("batch", self.num_kv_heads, "tokens", self.head_dim)
         if k.shape != v.shape or k.dim() != 4 or (k.shape[1], k.shape[3]) != (self.num_kv_heads, self.head_dim):
             raise CacheInputError(
@@ -622,9 +698,10 @@ class KVCache:
         for name, tensor in (("k", k), ("v", v)):
             if tensor.dtype != self.dtype or tensor.device != self.device:
                 raise CacheInputError(
-                    f"{name} is {tensor.dtype} on {tensor.device}; this cache is {self.dtype} on {self.device}"
+                    f"{name} is {tensor.dtype} on {tensor.device}; this cache is {self.dtype} on {self.device} "
+                    "(KVCache(dtype=…, device=…))"
                 )
-        ids = list(range(k.shape[0]) if sequences is None else sequences)
+        ids = list(range(k.shape[0]) if sequences is None else map(operator.index, sequences))
         if len(ids) != k.shape[0]:
             raise CacheInputError(f"{len(ids)} sequences are named for a batch of {k.shape[0]}")
         self._check_place(layer, ids)
@@ -634,7 +711,7 @@ class KVCache:
         if not 0 <= layer < self.num_layers:
             raise CacheInputError(f"layer is {layer}; there are {self.num_layers}")
         if sequences and not 0 <= min(sequences) <= max(sequences) < self.max_sequences:
-            raise CacheInputError(f"sequences are {sequences}; there are {self.max_sequences}")
+            raise CacheInputError(f"sequences are {sequences}; the cache has max_sequences={self.max_sequences}")
         if len(set(sequences)) != len(sequences):
             raise CacheInputError(f"sequences are {sequences}; each may be named once")
 
@@ -656,6 +733,8 @@ class KVCache:
             sequences: as of :meth:`append`.
             head_importance: [query heads], how much each counts, compared with those of other layers as well.
 
+        What is negative or no number counts as 0.
+
         Raises:
             CacheInputError: a wrong layer, sequence or shape.
         """
@@ -671,7 +750,8 @@ class KVCache:
             by_page = by_page * head_importance.float()[:, None]
         elif head_importance is not None:
             raise CacheInputError(f"head_importance has shape {list(head_importance.shape)}; mass has {heads} heads")
-        units = (by_page.mean(1).double() / MASS_UNIT).round().long()
+        by_page = by_page.nan_to_num(0, 0, 0).clamp(min=0).mean(1)
+        units = (by_page.double() / MASS_UNIT).round().long()
         self.add_observed(layer, units, torch.ones(batch, dtype=torch.int32, device=self.device), ids)
 
     def add_observed(
@@ -679,6 +759,7 @@ class KVCache:
     ) -> None:
         """What an attention kernel has observed: ``mass`` i64 [batch, pages], ``steps`` i32 [batch]."""
         ids = list(range(len(mass)) if sequences is None else sequences)
+        self._check_place(layer, ids)
         rows = self._row_index(ids)
         if rows is None:
             self.mass[layer, :, : mass.shape[1]] += mass
@@ -710,7 +791,7 @@ class KVCache:
         self._choose_shares(self.budget, lengths)
         try:
             plans = [self._planned(layer, lengths) for layer in range(self.num_layers)]
-            self._commit(_places([]), _joined(plans), lambda: None)
+            self._commit(_NO_PLACES, _joined(plans), _nothing, _nothing)
         except BaseException:
             self.shares[:] = before
             raise
@@ -746,7 +827,7 @@ class KVCache:
     def _take_in_observed(self, lengths: npt.NDArray[np.int32]) -> None:
         counts = -(-lengths // PAGE_TOKENS)
         steps = self.observed_steps.cpu().numpy()
-        mass = self.mass.cpu().numpy() * MASS_UNIT / np.maximum(steps, 1)[:, :, None]
+        mass = np.maximum(self.mass.cpu().numpy(), 0) * MASS_UNIT / np.maximum(steps, 1)[:, :, None]
         for layer in np.flatnonzero(steps.any(axis=1)).tolist():
             self.importance.update(layer, mass[layer], counts, steps=steps[layer])
         self.mass.zero_()
@@ -797,19 +878,24 @@ class KVCache:
             sequence, index = int(pages.sequence[found[0]]), int(pages.index[found[0]])
             x = self._page_values(layer, side, sequence, index, tokens)
             x = np.where(np.isfinite(x), x, 0)
-            weights = self._weights(layer, side, x)
+            weights = self._weights(layer, side, x, tokens)
             for rung, page_format in enumerate(self.ladder[:-1]):
                 layout = PageLayout(side, page_format, self.head_dim)
                 error = dequantize_blocks(quantize_blocks(x, layout), layout) - x.astype(np.float64)
                 self.errors[layer, side, rung] = (np.square(error).mean(1) * weights).sum(-1).mean()
             self.errors[layer, side, -1] = 0
 
-    def _weights(self, layer: int, side: Side, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    def _weights(
+        self, layer: int, side: Side, x: npt.NDArray[np.float32], tokens: _Tokens | None
+    ) -> npt.NDArray[np.float64]:
         """What a squared error in each dimension counts, [heads or 1, head_dim], where x are a page's values."""
-        if side == Side.K and self._query_counts[layer]:
-            squares = self._query_squares[layer].double().cpu().numpy() / self._query_counts[layer]
+        queries = self._queries[layer]
+        if tokens is not None and tokens.queries is not None:
+            queries = tokens.queries + queries
+        if side == Side.K and queries is not None:
+            squares = queries.squares.double().cpu().numpy() / queries.count
             if np.isfinite(squares).all():
-                return squares
+                return np.asarray(squares)
         energy = np.square(x, dtype=np.float64).mean()
         weight = (_SCORE_SQUARE if side == Side.K else 1.0) / energy if energy else 0.0
         return np.full((1, self.head_dim), weight / self.head_dim)
@@ -862,7 +948,12 @@ class KVCache:
     # What there is ---------------------------------------------------------------------------------------------------
 
     def length(self, layer: int, sequence: int) -> int:
-        """Tokens, as the host knows them."""
+        """Tokens, as the host knows them.
+
+        Raises:
+            CacheInputError: a wrong layer or sequence.
+        """
+        self._check_place(layer, [sequence])
         return int(self._lengths[layer, sequence])
 
     def longest_pages(self, layer: int, tokens: int) -> int:
@@ -881,7 +972,14 @@ class KVCache:
         return BucketedCacheLayer(self, layer)
 
     def precision_map(self, layer: int) -> npt.NDArray[np.int8]:
-        """[2, max_sequences, max_pages]: each page's :class:`PageFormat`, or -1 of no page."""
+        """[2, max_sequences, max_pages]: the number of each page's :class:`PageFormat`, or -1 of no page.
+
+        The number is no width: ``PageFormat(number).element_bits`` is.
+
+        Raises:
+            CacheInputError: a wrong layer.
+        """
+        self._check_place(layer, [])
         entries = self.entries[layer]
         return np.where(entries == NO_PAGE, -1, entries & ENTRY_FORMAT_MASK).astype(np.int8)
 
@@ -921,12 +1019,16 @@ class _Room:
 
     def budget(self, share: float) -> float:
         """For the pages that are there."""
-        return max(share * self.all, self.pinned + (1 - _YIELDED) * share * self.open) - self.coming
+        return max(share * self.all, self.pinned + (1 - YIELDED) * share * self.open) - self.coming
 
     def shares(self, budgets: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The inverse of :meth:`budget`; the mean share is at most that of the mean budget."""
         of_all = budgets + self.coming
-        return np.minimum(of_all / self.all, (of_all - self.pinned) / ((1 - _YIELDED) * self.open))
+        return np.minimum(of_all / self.all, (of_all - self.pinned) / ((1 - YIELDED) * self.open))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _joined(changes: Sequence[_Changes]) -> _Changes:
@@ -939,3 +1041,6 @@ def _joined(changes: Sequence[_Changes]) -> _Changes:
 def _places(rows: list[tuple[int, int, int, int]]) -> _Places:
     """Of (layer, side, sequence, index)."""
     return _Places(*np.array(rows, np.int64).reshape(-1, 4).T)
+
+
+_NO_PLACES = _places([])

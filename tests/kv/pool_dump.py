@@ -29,6 +29,8 @@ def cache_state(cache: KVCache) -> dict[str, Any]:
         "lengths": (cache._lengths.tolist(), cache.lengths.tolist()),
         "mass": (cache.mass.tolist(), cache.observed_steps.tolist()),
         "shares": cache.shares.tolist(),
+        "errors": cache.errors.tobytes(),
+        "queries": [None if one is None else (one.squares.tolist(), one.count) for one in cache._queries],
         "pools": dump(cache.pools),
         "pages": [cache.pools.blocks(entry).cpu().numpy().tobytes() for entry in cache.entries[cache.entries >= 0]],
     }

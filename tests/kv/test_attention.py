@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import pickle
+import re
+from types import SimpleNamespace
 from typing import Any
 
+import emulator
 import numpy as np
 import pytest
 from paged_values import attention_error
@@ -17,6 +22,9 @@ from kvpack.runtime.errors import CacheFullError, CacheInputError
 
 torch = pytest.importorskip("torch")
 
+from emulated_device import emulated_launch  # noqa: E402
+
+from kvpack.runtime import attention, kernels  # noqa: E402
 from kvpack.runtime.attention import attention_with_kv_cache  # noqa: E402
 from kvpack.runtime.kv_cache import MASS_UNIT, KVCache  # noqa: E402
 
@@ -72,7 +80,7 @@ def attend_and_compare(
     ids = list(range(cache.max_sequences)) if sequences is None else sequences
     before = [held(cache, 0, sequence) for sequence in ids]
     q, k, v = random_qkv(cache, heads, tokens, batch=len(ids), seed=seed)
-    out, same = attention_with_kv_cache(q, k, v, cache, sequences=sequences, **options)
+    out, same = attention_with_kv_cache(q, k, v, cache, layer=0, sequences=sequences, **options)
     assert same is cache
     masks = {name: value for name, value in options.items() if name in ("causal", "window", "sinks")}
     errors = []
@@ -281,7 +289,7 @@ def test_a_thousand_steps(options: dict[str, Any], device: str) -> None:
         if step % 100 == 99:
             errors.append(attend_and_compare(cache, 4, 1, step, observe=True))
         else:
-            attention_with_kv_cache(*random_qkv(cache, 4, 1, seed=step), cache, observe=True)
+            attention_with_kv_cache(*random_qkv(cache, 4, 1, seed=step), cache, layer=0, observe=True)
         attention_with_kv_cache(*random_qkv(cache, 4, 1, seed=-step % 1000), cache, layer=1, observe=True)
         if step % 64 == 0:
             cache.reallocate()
@@ -362,7 +370,7 @@ def test_cuda_graph(sequences: list[int] | None, options: dict[str, Any]) -> Non
 @pytest.mark.parametrize("device", DEVICES)
 def test_plan_refuses(device: str) -> None:
     cache = make_cache(device, num_layers=2, max_tokens=200, widths=INT4, recent_tokens=64)
-    attention_with_kv_cache(*random_qkv(cache, 2, 190), cache)
+    attention_with_kv_cache(*random_qkv(cache, 2, 190), cache, layer=0)
     before = cache_state(cache)
     with pytest.raises(CacheInputError, match="in the midst of a step"):
         cache.plan()
@@ -382,7 +390,7 @@ def test_plan_refuses(device: str) -> None:
 def test_compiled(backend: str, device: str) -> None:
     """torch.compile, in one graph; the same bits as without, and a second cache is not taken for the first."""
     if device == "cpu" and backend != "aot_eager":
-        pytest.skip("on the CPU torch needs a compiler for what is not kvpack's; aot_eager shows the same")
+        pytest.skip("what is not kvpack's takes Inductor half a minute on the CPU; aot_eager shows the same")
     options = {"mode": "reduce-overhead"} if backend == "cudagraphs" else {"backend": backend}
     torch._dynamo.reset()
     compiled = torch.compile(two_layers, fullgraph=True, dynamic=False, **options)
@@ -396,6 +404,54 @@ def test_compiled(backend: str, device: str) -> None:
         assert caches[0].length(1, 0) == caches[0].lengths[1, 0].item() == 2 * (count + 68)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_compiled_for_many_caches_and_layers(dynamic: bool | None) -> None:
+    """A cache a request, and each layer's attention compiled by itself: neither is a recompilation each time."""
+    torch._dynamo.reset()
+
+    def attend(cache: KVCache, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention_with_kv_cache(q, k, v, cache, layer=layer)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for _ in range(12 if dynamic is None else 4):
+        cache = make_cache("cpu", num_layers=4)
+        for layer in range(4 if dynamic is None else 1):
+            x = random_qkv(cache, 4, 3, seed=layer)
+            assert torch.equal(compiled(cache, layer, *x), attend(make_cache("cpu", num_layers=4), layer, *x))
+        assert [cache.length(layer, 0) for layer in range(4)] == ([3] * 4 if dynamic is None else [3, 0, 0, 0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
+def test_compiled_calls_whose_result_is_dropped() -> None:
+    """They change the cache, in their order."""
+    torch._dynamo.reset()
+
+    def fill(cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        attention_with_kv_cache(q, k, v, cache)
+        attention_with_kv_cache(q, k, v, cache)
+        return q + 1
+
+    cache = make_cache("cpu")
+    torch.compile(fill, fullgraph=True, backend="aot_eager")(cache, *random_qkv(cache, 4, 3))
+    assert cache.length(0, 0) == 6
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
+def test_compiled_with_graph_breaks() -> None:
+    """What cannot be in a graph is said, or done without one."""
+    torch._dynamo.reset()
+    cache = make_cache("cpu")
+    x = random_qkv(cache, 4, 3)
+    compiled = torch.compile(attention_with_kv_cache, backend="aot_eager")
+    out, made = compiled(*x)
+    assert torch.equal(out, attention_with_kv_cache(*x)[0])
+    assert made.length(0, 0) == 3
+    with pytest.raises(CacheInputError, match="3 query heads are no multiple of 2"):
+        compiled(x[0][:, :3], x[1], x[2], cache)
+    assert torch.equal(compiled(*x, cache)[0], out)
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +460,14 @@ def test_compiled(backend: str, device: str) -> None:
     ("change", "message"),
     [
         ({"heads": 3}, "3 query heads are no multiple of 2 KV heads"),
-        ({"q": lambda q: q[0]}, r"q has shape \[4, 5, 64\]; this cache takes \[batch, query heads, tokens, 64\]"),
+        (
+            {"q": lambda q: q[0]},
+            r"q has shape \[4, 5, 64\]; this cache takes \[batch, query heads, tokens, head_dim 64",
+        ),
+        ({"q": lambda q: q[..., :0]}, r"q has shape \[1, 4, 5, 0\]"),
+        ({"k": lambda k: k[0, 0]}, r"k has shape \[5, 64\]"),
+        ({"k": lambda k: k.float().requires_grad_().half()}, "no gradient: call it under"),
+        ({"v": lambda v: v.float().requires_grad_().half()}, "no gradient: call it under"),
         ({"q": lambda q: q[..., :32]}, r"q has shape \[1, 4, 5, 32\]"),
         ({"q": lambda q: q[:, :, :3]}, r"q has shape \[1, 4, 3, 64\] and k \[1, 2, 5, 64\]"),
         ({"q": lambda q: q.bfloat16()}, r"q is torch\.bfloat16 on (cpu|cuda:0); this cache is torch\.float16"),
@@ -413,9 +476,17 @@ def test_compiled(backend: str, device: str) -> None:
         ({"v": lambda v: v[..., :4, :]}, r"k has shape \[1, 2, 5, 64\] and v \[1, 2, 4, 64\]"),
         ({"q": lambda q: q.float().requires_grad_().half()}, "no gradient: call it under"),
         ({"layer": 1}, "layer is 1; there are 1"),
-        ({"sequences": [1]}, r"sequences are \[1\]; there are 1"),
+        ({"layer": -1}, "layer is -1; there are 1"),
+        ({"layer": 0.0}, "layer is 0.0; an integer is wanted"),
+        ({"sequences": [1]}, r"sequences are \[1\]; the cache has max_sequences=1"),
         ({"sequences": []}, "0 sequences are named for a batch of 1"),
-        ({"scale": math.nan}, "scale is nan"),
+        *(
+            ({"scale": x}, f"scale is {x}; it must be between".replace("+", "."))
+            for x in (math.nan, 0.0, -0.125, 1e39, 1e-10)
+        ),
+        ({"update_cache": 1}, r"update_cache is 1; True or False is wanted \(a layer is given as layer="),
+        ({"observe": True, "update_cache": False}, "tokens that are not kept cannot be observed"),
+        ({"window": 4.5}, "window is 4.5; an integer is wanted"),
         ({"window": 0}, "window is 0; it is at least 1, or None"),
         ({"sinks": -1}, "sinks is -1"),
         ({"window": 5, "causal": False}, "a window ends at each token"),
@@ -453,6 +524,112 @@ def test_overflow_leaves_the_cache_as_it_was(device: str) -> None:
         attention_with_kv_cache(*random_qkv(limited, 4, 600), limited, chunk_tokens=600)
     assert limited.length(0, 0) == 0
     assert limited.pools.bytes_in_use == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_call_is_checked_as_a_whole(device: str) -> None:
+    """Not chunk by chunk: with the first one, its tokens would be in the cache."""
+    cache = make_cache(device, max_tokens=600, budget=0.3)
+    before = cache_state(cache)
+    q, k, v = random_qkv(cache, 4, 700)
+    with pytest.raises(CacheFullError, match="700 tokens behind 0 are more than the 600"):
+        attention_with_kv_cache(q, k, v, cache, chunk_tokens=256)
+    with pytest.raises(CacheInputError, match=r"k has shape \[1, 2, 512, 64\] and v \[1, 2, 700, 64\]"):
+        attention_with_kv_cache(q[:, :, :512], k[:, :, :512], v, cache, chunk_tokens=256)
+    assert cache_state(cache) == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{"budget": 0.3}, {"widths": INT4}], ids=str)
+def test_kernels_that_fail_leave_no_trace(
+    options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither tokens that are no numbers, nor what their queries would have told of widths."""
+    cache, other = (make_cache(device, max_tokens=1024, **options) for _ in range(2))
+    for each in (cache, other):
+        attention_with_kv_cache(*random_qkv(each, 4, 100), each)
+    before = cache_state(cache)
+    q, k, v = random_qkv(cache, 4, 200, seed=5)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    for name in ("quantize_pages", "write_tokens"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kvpack.runtime.kv_cache.{name}", fail)
+            with pytest.raises(RuntimeError, match="no compiler"):
+                attention_with_kv_cache(10 * q, k * math.nan, v * math.inf, cache)
+        after = cache_state(cache)
+        assert after.pop("pools")["bytes"][1] == before["pools"]["bytes"][1]
+        assert after == {name: value for name, value in before.items() if name != "pools"}
+    outs = [attention_with_kv_cache(q, k, v, each)[0] for each in (cache, other)]
+    assert torch.equal(*outs)
+    assert (cache.precision_map(0) == other.precision_map(0)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_no_number_spoils_no_importance(device: str) -> None:
+    cache = make_cache(device, max_sequences=2, budget=0.3)
+    q, k, v = random_qkv(cache, 4, 200)
+    q[0, 0, -1, 0] = math.nan
+    importance = torch.tensor([1, math.inf, -3, math.nan], device=device)
+    attention_with_kv_cache(q, k, v, cache, observe=True)
+    attention_with_kv_cache(*random_qkv(cache, 4, 1), cache, observe=True, head_importance=importance)
+    assert (cache.mass >= 0).all()
+    cache.reallocate()
+    assert np.isfinite(cache.importance.values(0)).all()
+    assert cache.importance.values(0)[1, :3].min() > 0
+
+
+@pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
+@pytest.mark.parametrize(("tokens", "sequences"), [(1, None), (1, [2, 0]), (5, None), (40, [1]), (130, None)])
+def test_kernels_give_what_the_cpu_does(
+    tokens: int, sequences: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which kernel is launched with how many blocks, and what is observed, without a GPU."""
+    caches = [make_cache("cpu", max_sequences=3, budget=0.4, max_bytes=4 << 20) for _ in range(2)]
+    for cache in caches:
+        for sequence, count in enumerate([300, 64, 131]):
+            x = random_qkv(cache, 4, count, batch=1, seed=sequence)
+            attention_with_kv_cache(*x, cache, sequences=[sequence])
+    x = random_qkv(caches[0], 4, tokens, batch=3 if sequences is None else len(sequences), seed=9)
+    options = {"sequences": sequences, "observe": True, "window": 150, "sinks": 4}
+    expected, _ = attention_with_kv_cache(*x, caches[0], **options)
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+    monkeypatch.setattr(attention, "_attend_on_cpu", attention._attend_by_kernel)
+    monkeypatch.setattr(attention, "device_limits", lambda _: SimpleNamespace(multiprocessors=4))
+    found, _ = attention_with_kv_cache(*x, caches[1], **options)
+    assert (found.double() - expected.double()).abs().max() < 2e-3 * max(1, expected.abs().max().item())
+    masses = [cache.mass.double() * MASS_UNIT for cache in caches]
+    assert (masses[0] - masses[1]).abs().max() < 2e-4
+    assert torch.equal(caches[0].observed_steps, caches[1].observed_steps)
+
+
+def test_a_cache_cannot_be_copied() -> None:
+    """A copy's pages would be the original's."""
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a KVCache cannot be copied or pickled"):
+            duplicate(make_cache("cpu"))
+
+
+def test_a_cache_made_in_inference_mode_serves_outside() -> None:
+    with torch.inference_mode():
+        cache = make_cache("cpu", budget=0.3)
+        attention_with_kv_cache(*random_qkv(cache, 4, 200), cache, observe=True)
+    assert attend_and_compare(cache, 4, 70, 1, observe=True) < 1e-3
+    cache.reallocate()
+
+
+def test_it_says_what_it_is() -> None:
+    cache = make_cache("cpu", num_layers=2, max_sequences=2, widths=INT4)
+    with pytest.raises(CacheInputError, match="the cache has 2 layers: say which one with layer="):
+        attention_with_kv_cache(*random_qkv(cache, 4, 1), cache)
+    attention_with_kv_cache(*random_qkv(cache, 4, 256), cache, layer=0)
+    assert re.fullmatch(
+        r"KVCache\(2 layers, 2 heads of 64, torch.float16 on cpu; tokens 256, 256 of 2048 each; 10.19 bits, pages "
+        r"0.17 MB in 0.34 MB\)",
+        repr(cache),
+    ), repr(cache)
 
 
 @pytest.mark.parametrize("device", DEVICES)

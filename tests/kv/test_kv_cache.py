@@ -434,7 +434,10 @@ def test_kernels_that_fail_leave_the_cache_as_it_was(monkeypatch: pytest.MonkeyP
         ({"budget": 0.5, "widths": PageFormat.INT4}, "either a budget or widths"),
         ({"policy": "best"}, "policy is 'best'; there are uniform, importance, per-layer, position"),
         ({"dtype": torch.float32}, r"dtype is torch\.float32"),
-        ({"widths": [(PageFormat.INT4, PageFormat.INT4)]}, "widths are 1 pairs; there are 2 layers"),
+        ({"widths": [(PageFormat.INT4, PageFormat.INT4)]}, "a pair .of K, of V. for each of 2 layers is wanted"),
+        ({"widths": 4}, r"widths are 4; a PageFormat for all, or a pair"),
+        ({"widths": "INT4"}, r"widths are 'INT4'"),
+        ({"widths": [PageFormat.INT4, PageFormat.INT8]}, r"for a layer; a PageFormat for all, or a pair"),
         ({"widths": PageFormat.BF16}, r"pages of torch\.float16 cannot become BF16"),
         ({"recent_tokens": -1}, "recent_tokens is -1"),
         ({"max_sequences": 0}, "max_sequences is 0"),
@@ -454,7 +457,7 @@ def test_messages_state_the_values() -> None:
         cache.append(0, k, v.bfloat16())
     with pytest.raises(CacheInputError, match="2 sequences are named for a batch of 3"):
         cache.append(0, k, v, [0, 1])
-    with pytest.raises(CacheInputError, match=r"sequences are \[0, 1, 3\]; there are 3"):
+    with pytest.raises(CacheInputError, match=r"sequences are \[0, 1, 3\]; the cache has max_sequences=3"):
         cache.append(0, k, v, [0, 1, 3])
     with pytest.raises(CacheInputError, match="layer is 2; there are 2"):
         cache.read(2, 0)
@@ -466,6 +469,34 @@ def test_messages_state_the_values() -> None:
         cache.observe(0, torch.zeros(1, 2, 21))
     with pytest.raises(CacheInputError, match=r"head_importance has shape \[3\]; mass has 2 heads"):
         cache.observe(0, torch.zeros(1, 2, 12), head_importance=torch.ones(3))
+
+
+def test_the_last_tokens_fit_and_no_more() -> None:
+    """Also where they are in the middle of a page."""
+    cache = KVCache(1, HEADS, HEAD_DIM, 200, device="cpu")
+    cache.append(0, *random_tokens(cache, 1, 195, 0))
+    cache.append(0, *random_tokens(cache, 1, 5, 0))
+    with pytest.raises(CacheFullError, match="1 tokens behind 200"):
+        cache.append(0, *random_tokens(cache, 1, 1, 0))
+    other = KVCache(1, HEADS, HEAD_DIM, 200, device="cpu")
+    other.append(0, *random_tokens(other, 1, 195, 0))
+    with pytest.raises(CacheFullError, match="6 tokens behind 195"):
+        other.append(0, *random_tokens(other, 1, 6, 0))
+    for bad in ([0, 0], torch.tensor([0, 0]), [True, False]):
+        with pytest.raises(CacheInputError, match="sequences are"):
+            other.append(0, *random_tokens(other, 2, 1, 0), bad)
+    with pytest.raises(CacheInputError, match="max_tokens is 1073741825; it must be at most 1073741824"):
+        KVCache(1, HEADS, HEAD_DIM, (1 << 30) + 1, device="cpu")
+
+
+def test_what_is_freed_is_forgotten() -> None:
+    cache = make_cache(budget=0.3)
+    fill(cache, 200, 200)
+    cache.observe(0, torch.rand(3, 2, 4))
+    cache.free(1)
+    assert cache.observed_steps[0].tolist() == [1, 0, 1]
+    assert not cache.mass[0, 1].any()
+    assert cache.mass[0, 2].any()
 
 
 def test_a_table_that_was_written_to_is_noticed() -> None:
