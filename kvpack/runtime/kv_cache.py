@@ -256,10 +256,10 @@ class KVCache:
         slab_bytes: int = SLAB_BYTES,
     ) -> None:
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "max_tokens": max_tokens}
-        for name, value in (sizes | {"max_sequences": max_sequences}).items():
+        for name, value in (sizes | {"max_sequences": max_sequences, "slab_bytes": slab_bytes}).items():
             if value < 1:
                 raise CacheInputError(f"{name} is {value}; it must be at least 1")
-        for name, value in (("recent_tokens", recent_tokens), ("sinks", sinks)):
+        for name, value in (("recent_tokens", recent_tokens), ("sinks", sinks), ("max_bytes", max_bytes or 0)):
             if value < 0:
                 raise CacheInputError(f"{name} is {value}; it must not be negative")
         if max_tokens > _MOST_TOKENS:

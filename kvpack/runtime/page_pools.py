@@ -210,7 +210,7 @@ class PagePools:
         if self.max_bytes is not None and self._bytes_allocated + needed > self.max_bytes:
             raise CacheFullError(
                 f"{sum(counts.values())} pages need {needed} bytes in new slabs; {self._bytes_allocated} of at most "
-                f"{self.max_bytes} bytes are allocated"
+                f"{self.max_bytes} bytes are allocated{_hint(missing)}"
             )
         arena_end = self._arena_end
         try:
@@ -219,7 +219,7 @@ class PagePools:
             self._arena_end = arena_end
             raise CacheFullError(
                 f"{self.device} has no memory for {needed} bytes in new slabs, beside the {self._bytes_allocated} "
-                f"that are allocated: {error}"
+                f"that are allocated{_hint(missing)}: {error}"
             ) from None
         for slab in slabs:
             pool = self._pools[slab.layout.side, slab.layout.format]
@@ -328,6 +328,11 @@ class PagePools:
             kind = f"{slab.layout.side.name} in {slab.layout.format.name}"
             raise PageEntryError(f"{entry:#x}, a page of {kind}, is not in use: it has been freed, or not handed out")
         return slab, number
+
+
+def _hint(missing: list[_Pool]) -> str:
+    """Of slabs that do not fit; those of the fewest pages cannot be smaller."""
+    return "; smaller slab_bytes take less" if any(pool.slab_pages > _LEAST_SLAB_PAGES for pool in missing) else ""
 
 
 def _address_space(size_bytes: int) -> torch.Tensor:

@@ -441,6 +441,8 @@ def test_kernels_that_fail_leave_the_cache_as_it_was(monkeypatch: pytest.MonkeyP
         ({"widths": PageFormat.BF16}, r"pages of torch\.float16 cannot become BF16"),
         ({"recent_tokens": -1}, "recent_tokens is -1"),
         ({"max_sequences": 0}, "max_sequences is 0"),
+        ({"slab_bytes": 0}, "slab_bytes is 0; it must be at least 1"),
+        ({"max_bytes": -1}, "max_bytes is -1; it must not be negative"),
     ],
 )
 def test_options_that_are_none(options: dict[str, Any], message: str) -> None:
@@ -463,7 +465,7 @@ def test_messages_state_the_values() -> None:
         cache.read(2, 0)
     with pytest.raises(CacheFullError, match="sequence 0: 1281 tokens behind 0 are more than the 1280 of max_tokens"):
         cache.append(0, *random_tokens(cache, 3, 1281, 0))
-    with pytest.raises(CacheFullError, match=r"pages need \d+ bytes in new slabs; 0 of at most 65536 bytes"):
+    with pytest.raises(CacheFullError, match=r"pages need \d+ bytes in new slabs; 0 of at most 65536 bytes are allocated"):
         cache.append(0, *random_tokens(cache, 3, 768, 0))
     with pytest.raises(CacheInputError, match=r"mass has shape \[1, 2, 21\]; 1 sequences have at most 20 pages"):
         cache.observe(0, torch.zeros(1, 2, 21))

@@ -186,6 +186,13 @@ def test_limit_names_the_bytes() -> None:
     assert dump(pools) == before
 
 
+def test_limit_hints_at_smaller_slabs_where_there_are_such() -> None:
+    with pytest.raises(CacheFullError, match=r"bytes are allocated; smaller slab_bytes take less$"):
+        small_pools(max_bytes=100_000, slab_bytes=1 << 20).reserve({(Side.V, PageFormat.FP16): 1})
+    with pytest.raises(CacheFullError, match=r"bytes are allocated$"):
+        small_pools(max_bytes=100, slab_bytes=1).reserve({(Side.V, PageFormat.FP16): 1})
+
+
 def test_a_machine_without_the_address_space() -> None:
     with pytest.raises(CacheFullError, match="pass a smaller max_bytes"):
         small_pools(max_bytes=1 << 60)
