@@ -182,7 +182,8 @@ def test_what_needs_torch_says_what_to_install() -> None:
     names = ["KVCache", "RansLinear", "attention_with_kv_cache", "load", "replace_linears", "warmup"]
     done = run(WITHOUT_TORCH, *names, "PageFormat", "open")
     assert done.returncode == 0, done.stderr
-    starts = [f"torch kvpack.{name} needs torch, which is not installed: pip install 'kvpack[cuda13]'" for name in names]
+    install = "which is not installed: pip install 'kvpack[cuda13]'"
+    starts = [f"torch kvpack.{name} needs torch, {install}" for name in names]
     assert [line.partition(" (or")[0] for line in done.stdout.splitlines()] == starts
 
 

@@ -6,16 +6,10 @@ never gains bits. The pages of the first tokens, which attention leans on, are n
 
     [ sinks: 16 bits ][ open: 2, 3, 4, 8 or 16 bits ][ the recent window: 16 bits ]
 
-**Budget.** Bytes of pages, scales included, as a fraction of those that the same pages would take in 16 bits. What
-pinned pages (sinks, recent window) take beyond it is taken from the open pages, but at most a tenth of what they
-would have: otherwise the first pages of a sequence, which fill while pinned pages are most of it, would be cut for good
-to less than what later ones get. So a layer's pages take at most the larger of::
-
-    budget · (all pages in 16 bits)      and      pinned pages + 0.9 · budget · (open pages in 16 bits)
-
-the first of which rules from some 50 pages a sequence on, at a budget of 0.3; only where all open pages at 2 bits take
-more does the cache. Each layer holds its share by itself when tokens are appended; :meth:`KVCache.reallocate` moves
-shares between layers.
+**Budget.** Bytes of pages, scales included, as a fraction of those that the same pages would take in 16 bits. Pinned
+pages (sinks, recent window) are paid for by open ones up to a tenth of what those would have; what short sequences take
+therefore, and why, is in docs/KV.md ("What a budget gives"). Each layer holds its share by itself when tokens are
+appended; :meth:`KVCache.reallocate` moves shares between layers.
 
 **Streams.** The host decides and enqueues; it waits for the device in :meth:`KVCache.reallocate`, and once a layer to
 measure what each width spoils. Freed pages are handed out again at once, which is right where all that uses the cache
@@ -206,7 +200,7 @@ class KVCache:
         dtype: of keys and values, fp16 or bf16.
         device: of everything; None is CUDA if torch has it, else the CPU.
         budget: bytes of pages as a fraction of those in 16 bits, more than 0 and at most 1, which long sequences keep;
-            short ones are mostly pages that stay in 16 bits. See the module.
+            short ones are mostly pages that stay in 16 bits. See docs/KV.md.
         policy: which pages get the budget's bytes: see :func:`allocate_widths`.
         widths: without a budget, the formats that pages get when they leave the recent window: one for all, or
             (of K, of V) of each layer. With neither, all pages stay in 16 bits.
