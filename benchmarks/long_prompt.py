@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         return attention_with_kv_cache(q, k, v, cache, layer=layer)[0], q
 
     for layer in range(options.layers):
-        attend(layer, options.chunk)  # compiles
+        attend(layer, min(options.chunk, options.tokens))  # compiles
     cache.free(0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -121,12 +121,13 @@ def main() -> None:
     if options.json:
         write_result(options.json, result)
     names = ("fp16_bytes", "page_bytes", "slab_bytes", "peak_bytes")
+    unit, unit_bytes = ("GB", 1e9) if min(result[name] or 1e9 for name in names) >= 1e8 else ("MB", 1e6)
     print_table(
-        ["tokens", *(name.replace("_bytes", ", GB") for name in names), "s", "tokens/s"],
+        ["tokens", *(name.replace("_bytes", f", {unit}") for name in names), "s", "tokens/s"],
         [
             [
                 options.tokens,
-                *(None if result[name] is None else f"{result[name] / 1e9:.2f}" for name in names),
+                *(None if result[name] is None else f"{result[name] / unit_bytes:.2f}" for name in names),
                 f"{result['seconds']:.1f}",
                 f"{result['tokens_per_s']:.0f}",
             ]

@@ -78,4 +78,13 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "cupy"):
+            raise
+        message = (
+            f"kvpack.{name} needs {error.name}, which is not installed: pip install 'kvpack[cuda13]' (or [cuda12]), or "
+            "'kvpack[torch]' without a GPU"
+        )
+        raise ModuleNotFoundError(message, name=error.name) from None

@@ -166,6 +166,27 @@ def test_imports_without(package: str, blocked: list[str]) -> None:
     assert done.stdout.split()
 
 
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+import kvpack
+for name in sys.argv[1:]:
+    try:
+        getattr(kvpack, name)
+    except ModuleNotFoundError as error:
+        print(error.name, error)
+"""
+
+
+def test_what_needs_torch_says_what_to_install() -> None:
+    names = ["KVCache", "RansLinear", "attention_with_kv_cache", "load", "replace_linears", "warmup"]
+    done = run(WITHOUT_TORCH, *names, "PageFormat", "open")
+    assert done.returncode == 0, done.stderr
+    install = "which is not installed: pip install 'kvpack[cuda13]'"
+    starts = [f"torch kvpack.{name} needs torch, {install}" for name in names]
+    assert [line.partition(" (or")[0] for line in done.stdout.splitlines()] == starts
+
+
 # A stand-in for the heavy packages sees each attempt to load one, be it installed here or not.
 HELP = """
 import sys
