@@ -27,8 +27,7 @@ Configurations:
     POLICY@FORMAT        the same, at the budget that gives the bytes at the end of pages of one format
 
 The last ones, and k4v2 and k2v4 beside int3, are compared token by token with pages of that one format, which are
-measured too. Their bytes are equal at the end: before, when pinned pages are a larger part of all, a budget leaves open
-pages less than the format.
+measured too. Their bytes are equal at the end; how equal the bits are that all steps read, ``mean_bits`` says.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ layer is compared with fp64 attention to what the cache holds.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,19 +22,19 @@ import torch
 from bench_common import device_record, print_table, provenance, synchronize, write_result
 
 from kvpack import KVCache, PageFormat, attention_with_kv_cache
+from kvpack.runtime.bench_attention import attention_error
+from kvpack.runtime.bench_pages import expected_attention
 
 MOST_ERROR = 1e-3
 
 
 def error_of(out: torch.Tensor, q: torch.Tensor, cache: KVCache, layer: int) -> float:
-    """Of a last token [1, heads, 1, head_dim], relative to max(1, largest), beyond half a unit of fp16."""
-    k, v = (x.double() for x in cache.read(layer, 0, torch.float32))
-    grouped = q[0, :, -1].double().unflatten(0, (cache.num_kv_heads, -1))
-    p = (torch.einsum("hgd,hpd->hgp", grouped, k) / q.shape[-1] ** 0.5).softmax(-1)
-    expected = torch.einsum("hgp,hpd->hgd", p, v).flatten(0, 1)
-    half_unit = expected.abs().clamp(min=2.0**-14).log2().floor().exp2() * 2.0**-11
-    beyond = (out[0, :, -1].double() - expected).abs() - half_unit
-    return float(beyond.max().clamp(min=0) / expected.abs().max().clamp(min=1))
+    """Of one token [1, heads, 1, head_dim], as `kvpack bench attention` measures errors."""
+    k, v = cache.read(layer, 0, torch.float32)
+    by_head = q[0, :, 0].unflatten(0, (cache.num_kv_heads, -1))
+    scale = 1 / math.sqrt(cache.head_dim)
+    expected = [expected_attention(*of_head, scale) for of_head in zip(by_head, k, v, strict=True)]
+    return attention_error(torch.stack(expected), [(0, head, 0) for head in range(cache.num_kv_heads)])(out)
 
 
 @torch.no_grad()

@@ -38,6 +38,27 @@ def plot_tensors(tensors: list[dict[str, Any]], path: Path, *, title: str) -> No
     figure.savefig(path, dpi=120, format="png")
 
 
+def _panels(count: int, *, columns: int, width: float, height: float, around: float) -> tuple[Figure, list[Any]]:
+    """As many panels of ``width`` × ``height`` inches, in rows of at most ``columns``, with common axes."""
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(width * columns, around + height * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    return figure, panels[:count]
+
+
+def _times_as_fast(panel: Any, title: str, xlabel: str) -> None:
+    """Around what has been drawn: times as fast as something, over powers of two."""
+    panel.axhline(1, color="0.5", lw=0.8)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:.0f}")
+    panel.set_xlabel(xlabel, fontsize=8)
+    panel.set_title(title, fontsize=10)
+    panel.grid(True, alpha=0.3)
+
+
 def plot_linear(report: dict[str, Any], path: Path) -> None:
     """Draw a report of ``kvpack bench linear`` into a PNG: speed against FP16 over M, a panel for each shape."""
     from kvpack.runtime.bench_report import ratio
@@ -51,26 +72,16 @@ def plot_linear(report: dict[str, Any], path: Path) -> None:
         ("INT4 g128 (torch)", "int4", None, "^"),
         *((f"kvpack {layout}", "kvpack", layout, "o") for layout in report["options"]["layouts"]),
     ]
-    columns = min(3, len(shapes))
-    lines = -(-len(shapes) // columns)
-    figure = Figure(figsize=(4.2 * columns, 0.8 + 3.2 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for panel, shape in zip(panels, shapes, strict=False):
+    figure, panels = _panels(len(shapes), columns=3, width=4.2, height=3.2, around=0.8)
+    for panel, shape in zip(panels, shapes, strict=True):
         for label, name, layout, marker in series:
             found = [(m, ratio(report, shape, m, layout, name=name)) for m in ms]
             points = [(m, value) for m, value in found if value is not None]
             if points:
                 panel.plot([m for m, _ in points], [value for _, value in points], f"{marker}-", ms=4, label=label)
-        panel.axhline(1, color="0.5", lw=0.8)
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter("{x:.0f}")
-        panel.set_xlabel("activation vectors M", fontsize=8)
-        panel.set_title(shape, fontsize=10)
-        panel.grid(True, alpha=0.3)
-    for panel in panels[len(shapes) :]:
-        panel.set_axis_off()
+        _times_as_fast(panel, shape, "activation vectors M")
     drawn: dict[str, Any] = {}
-    for panel in panels[: len(shapes)]:
+    for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
         drawn |= dict(zip(labels, handles, strict=True))
     if drawn:
@@ -116,25 +127,15 @@ def plot_attention(report: dict[str, Any], path: Path) -> None:
         raise ValueError("no case was measured, so there is nothing to draw")
     series = [(name, name, "o-") for name in UNIFORM]
     series += [(mixed(budget), f"8/4/3/2 at {budget:g}", "s--") for budget in report["options"]["budgets"]]
-    columns = min(2, len(models))
-    lines = -(-len(models) // columns)
-    figure = Figure(figsize=(5.5 * columns, 1.2 + 3.6 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for panel, model in zip(panels, models, strict=False):
+    figure, panels = _panels(len(models), columns=2, width=5.5, height=3.6, around=1.2)
+    for panel, model in zip(panels, models, strict=True):
         of_model = [case for case in cases if case.model == model]
         for name, label, style in series:
             found = [(case.context, speed(report, case, name)) for case in of_model]
             points = [(context, value) for context, value in found if value is not None]
             # Without points too, so that all panels have the same colors and one legend serves them.
             panel.plot([context for context, _ in points], [value for _, value in points], style, ms=4, label=label)
-        panel.axhline(1, color="0.5", lw=0.8)
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter("{x:.0f}")
-        panel.set_xlabel("tokens of a sequence", fontsize=8)
-        panel.set_title(model, fontsize=10)
-        panel.grid(True, alpha=0.3)
-    for panel in panels[len(models) :]:
-        panel.set_axis_off()
+        _times_as_fast(panel, model, "tokens of a sequence")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     figure.supylabel("times as fast as the best SDPA on fp16", fontsize=9)

@@ -90,26 +90,35 @@ def paged_values(
 
 
 def probabilities(
+    queries: np.ndarray, keys: np.ndarray, scale: float, window: int = 0, sinks: int = 0, causal: bool = True
+) -> np.ndarray:
+    """fp64 [heads, tokens, length] by the definition: of the window, where it is not 0, and the sinks.
+
+    Args:
+        queries: fp64 [heads, tokens, head_dim], of a sequence's last tokens.
+        keys: fp64 [KV heads, length, head_dim].
+    """
+    heads, tokens, _ = queries.shape
+    length = keys.shape[1]
+    limit = (length - tokens + 1 + np.arange(tokens) if causal else np.full(tokens, length))[:, None]
+    places = np.arange(length)
+    seen = places < limit
+    if window:
+        seen &= (places >= limit - window) | (places < sinks)
+    scores = queries @ np.repeat(keys, heads // len(keys), 0).swapaxes(1, 2) * scale
+    p = np.where(seen, scores, -np.inf)
+    p = np.exp(p - p.max(-1, keepdims=True))
+    return np.asarray(p / p.sum(-1, keepdims=True))
+
+
+def probabilities_of_sequences(
     q: torch.Tensor, paged: Paged, scale: float, window: int, sinks: int, causal: bool
-) -> Iterator[tuple[tuple[int, int, int], np.ndarray]]:
-    """((sequence, head, token), fp64 [length]) by the definition, for sequences that have something to attend to."""
-    queries = q.double().cpu().numpy()
-    heads, tokens = q.shape[1], q.shape[2]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Those of each sequence that has something to attend to."""
+    tokens = q.shape[2]
     for sequence, (keys, _) in enumerate(paged.values):
-        length = keys.shape[1]
-        if length < (tokens if causal else 1):
-            continue
-        group = heads // len(keys)
-        for head in range(heads):
-            for token in range(tokens):
-                limit = length - tokens + token + 1 if causal else length
-                places = np.arange(length)
-                seen = places < limit
-                if window:
-                    seen &= (places >= limit - window) | (places < sinks)
-                scores = np.where(seen, (keys[head // group] @ queries[sequence, head, token]) * scale, -np.inf)
-                p = np.exp(scores - scores.max())
-                yield (sequence, head, token), p / p.sum()
+        if keys.shape[1] >= (tokens if causal else 1):
+            yield sequence, probabilities(q[sequence].double().cpu().numpy(), keys, scale, window, sinks, causal)
 
 
 def expected_attention(
@@ -117,9 +126,9 @@ def expected_attention(
 ) -> np.ndarray:
     """fp64 [sequences, heads, tokens, head_dim] by the definition: of the window and the sinks."""
     out = np.zeros(tuple(q.shape))
-    for (sequence, head, token), p in probabilities(q, paged, scale, window, sinks, causal):
+    for sequence, p in probabilities_of_sequences(q, paged, scale, window, sinks, causal):
         values = paged.values[sequence][Side.V]
-        out[sequence, head, token] = p @ values[head * len(values) // q.shape[1]]
+        out[sequence] = p @ np.repeat(values, q.shape[1] // len(values), 0)
     return out
 
 
@@ -136,9 +145,9 @@ def expected_mass(
     heads, tokens = q.shape[1], q.shape[2]
     of_heads = np.full(heads, 1 / heads) if weights is None else weights.double().cpu().numpy()
     mass = np.zeros(tuple(paged.table.shape[1:]))
-    for (sequence, head, _), p in probabilities(q, paged, scale, window, sinks, causal):
-        of_pages = np.add.reduceat(p, np.arange(0, len(p), PAGE_TOKENS))
-        mass[sequence, : len(of_pages)] += of_heads[head] / tokens * of_pages
+    for sequence, p in probabilities_of_sequences(q, paged, scale, window, sinks, causal):
+        of_pages = np.add.reduceat(p, np.arange(0, p.shape[-1], PAGE_TOKENS), axis=-1)
+        mass[sequence, : of_pages.shape[-1]] = np.einsum("h,htp->p", of_heads, of_pages) / tokens
     return mass
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import emulator
 import numpy as np
 import pytest
-from paged_values import attention_error
+from paged_values import attention_error, probabilities
 from pool_dump import cache_state
 
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
@@ -58,19 +58,9 @@ def defined(
     q: torch.Tensor, k: np.ndarray, v: np.ndarray, *, causal: bool = True, window: int | None = None, sinks: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """fp64 results [heads, tokens, head_dim] and probabilities [heads, tokens, places], of one sequence."""
-    queries = q.double().cpu().numpy()
-    heads, tokens, head_dim = queries.shape
-    places = np.arange(k.shape[1])
-    limit = (np.arange(tokens) if causal else np.full(tokens, tokens - 1))[:, None] + k.shape[1] - tokens + 1
-    seen = places < limit
-    if window is not None:
-        seen &= (places >= limit - window) | (places < sinks)
-    group = heads // len(k)
-    scores = np.einsum("htd,hpd->htp", queries, np.repeat(k, group, 0)) / math.sqrt(head_dim)
-    scores = np.where(seen, scores, -np.inf)
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    return p @ np.repeat(v, group, 0), p
+    heads, _, head_dim = q.shape
+    p = probabilities(q.double().cpu().numpy(), k, 1 / math.sqrt(head_dim), window or 0, sinks, causal)
+    return p @ np.repeat(v, heads // len(v), 0), p
 
 
 def attend_and_compare(
