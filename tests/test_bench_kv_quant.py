@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import cuda_available
 from test_bench_linear import fake_measure, render_docs
 from typer.testing import CliRunner
 
@@ -194,20 +193,6 @@ def test_variants_are_those_of_the_kernels(bench: Any) -> None:
 
 def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["bench", "kv-quant", *arguments])
-
-
-@pytest.mark.skipif(cuda_available(), reason="there is a device")
-def test_without_a_device_it_says_so() -> None:
-    plain = run("--quick")
-    assert (plain.exit_code, plain.stdout) == (ExitCode.NO_DEVICE, "")
-    assert "no CUDA device: `kvpack bench kv-quant`" in plain.stderr
-    as_json = json.loads(run("--quick", "--json").stdout)
-    assert (as_json["ok"], as_json["error"], as_json["exit_code"]) == (False, "DeviceError", ExitCode.NO_DEVICE)
-
-
-def test_wrong_usage_is_seen_before_the_device() -> None:
-    assert run("--sizes", "nonsense").exit_code == ExitCode.USAGE
-    assert json.loads(run("--sizes", "7", "--json").stdout)["exit_code"] == ExitCode.USAGE
 
 
 def test_the_command_prints_writes_and_draws(bench: Any, tmp_path: Path) -> None:

@@ -11,10 +11,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-from conftest import cuda_available
-from typer.testing import CliRunner
 
-from kvpack.cli import ExitCode, app
 from kvpack.format.layout import ElementKind, integer_layout
 from kvpack.runtime import bench_report, bench_run
 from kvpack.runtime.bench_report import (
@@ -298,28 +295,6 @@ def test_rendering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         text = module.figures(name)
         assert text.startswith("| ")
         assert "a GPU" in text
-
-
-# --- the command -------------------------------------------------------------
-
-
-def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["bench", "linear", *arguments])
-
-
-@pytest.mark.skipif(cuda_available(), reason="there is a device")
-def test_without_a_device_it_says_so() -> None:
-    plain = run("--quick")
-    assert (plain.exit_code, plain.stdout) == (ExitCode.NO_DEVICE, "")
-    assert "device" in plain.stderr
-    assert plain.stderr.count("\n") == 1
-    as_json = json.loads(run("--quick", "--json").stdout)
-    assert (as_json["ok"], as_json["error"], as_json["exit_code"]) == (False, "DeviceError", ExitCode.NO_DEVICE)
-
-
-def test_wrong_usage_is_seen_before_the_device() -> None:
-    assert run("--shapes", "nonsense").exit_code == ExitCode.USAGE
-    assert json.loads(run("--tile-cols", "7", "--json").stdout)["exit_code"] == ExitCode.USAGE
 
 
 # --- a run with stand-ins for the device ---------------------------------------

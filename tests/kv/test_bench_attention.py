@@ -13,7 +13,6 @@ from typing import Any
 import emulator
 import numpy as np
 import pytest
-from conftest import cuda_available
 from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")
@@ -744,20 +743,6 @@ def test_a_time_limit_leaves_what_there_is(bench: Any, monkeypatch: pytest.Monke
 
 def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["bench", "attention", *arguments])
-
-
-@pytest.mark.skipif(cuda_available(), reason="there is a device")
-def test_without_a_device_it_says_so() -> None:
-    plain = run("--quick")
-    assert (plain.exit_code, plain.stdout) == (ExitCode.NO_DEVICE, "")
-    assert "no CUDA device: `kvpack bench attention`" in plain.stderr
-    as_json = json.loads(run("--quick", "--json").stdout)
-    assert (as_json["ok"], as_json["error"], as_json["exit_code"]) == (False, "DeviceError", ExitCode.NO_DEVICE)
-
-
-def test_wrong_usage_is_seen_before_the_device() -> None:
-    assert run("--contexts", "100").exit_code == ExitCode.USAGE
-    assert json.loads(run("--models", "7", "--json").stdout)["exit_code"] == ExitCode.USAGE
 
 
 def test_the_command_prints_writes_and_draws(bench: Any, tmp_path: Path) -> None:
