@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.encode.provenance import PACKAGE, environment
+from kvpack.bench.provenance import PACKAGE, environment
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +147,7 @@ def synchronize(device: torch.device) -> None:
 def device_record(device: torch.device) -> dict[str, Any]:
     """What results say of the device that they were measured on."""
     if device.type == "cuda":
-        from kvpack.runtime.bench_run import device_report
+        from kvpack.bench.run import device_report
 
         return device_report()
     return {"name": "CPU", "driver": None, "cuda": None}

@@ -496,7 +496,7 @@ def main() -> None:
     print(f"\n{verdicts(result)}")
     print(f"The reference's logits against transformers': {result['difference_from_transformers']:.1e} of their norm.")
     if options.plot:
-        from kvpack.plot import plot_kv_quality
+        from kvpack.bench.plot import plot_kv_quality
 
         plot_kv_quality(result, options.plot)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from kvpack.runtime.bench_report import Row, Table, number
+from kvpack.bench.report import Row, Table, number
 
 # Beyond so many standard errors a difference is called one.
 CLEAR = 2.0

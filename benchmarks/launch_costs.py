@@ -21,9 +21,9 @@ from bench_common import F32, print_table, provenance, write_result
 from books_generate import device_record
 from profile_kernels import coded
 
+from kvpack.bench.linear import copies_of
+from kvpack.bench.timing import Work, measure
 from kvpack.runtime import fit, ops, weight_kernels
-from kvpack.runtime.bench_linear import copies_of
-from kvpack.runtime.bench_timing import Work, measure
 from kvpack.runtime.fit import ProductFit, Terms
 
 SHAPES = "4096x4096,28672x4096,4096x14336,2048x5632"

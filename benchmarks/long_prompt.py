@@ -22,8 +22,8 @@ import torch
 from bench_common import device_record, print_table, provenance, synchronize, write_result
 
 from kvpack import KVCache, PageFormat, attention_with_kv_cache
-from kvpack.runtime.bench_attention import attention_error
-from kvpack.runtime.bench_pages import expected_attention
+from kvpack.bench.attention import attention_error
+from kvpack.bench.pages import expected_attention
 
 MOST_ERROR = 1e-3
 

@@ -14,9 +14,9 @@ import argparse
 
 import torch
 
+from kvpack.bench.linear import SOURCES, copies_of
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.format.layout import ElementKind, integer_layout
-from kvpack.runtime.bench_linear import SOURCES, copies_of
 from kvpack.runtime.device_blob import DeviceBlob
 
 SWEEP_BYTES = 1 << 28

@@ -18,8 +18,10 @@ from typing import Any
 
 import kv_quality_report
 
-from kvpack.runtime import bench_attention_report, bench_kv_quant_report, bench_report
-from kvpack.runtime.bench_report import Table
+from kvpack.bench import attention_report as bench_attention_report
+from kvpack.bench import kv_quant_report as bench_kv_quant_report
+from kvpack.bench import report as bench_report
+from kvpack.bench.report import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -312,7 +312,7 @@ class Bench:
 
     def _compare(self, in_turn: Callable[[], Any], at_once: Callable[[], Any]) -> dict[str, Any]:
         if self.device.type == "cuda":
-            from kvpack.runtime.bench_timing import Work, measure, relative_error
+            from kvpack.bench.timing import Work, measure, relative_error
 
             # The largest of five layers' errors against the first's outputs: they must be the same products.
             expected = torch.cat([out.flatten() for out in in_turn()]).double()

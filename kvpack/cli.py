@@ -243,7 +243,7 @@ def _require_matplotlib() -> None:
     from kvpack.encode.errors import NotInstalledError
 
     try:
-        import kvpack.plot  # noqa: F401
+        import kvpack.bench.plot  # noqa: F401
     except ImportError as error:
         raise NotInstalledError(f"--plot needs matplotlib ({error}): pip install 'kvpack[plot]'") from None
 
@@ -428,8 +428,8 @@ def inspect(
             _require_matplotlib()
         report = describe(source, tensor)
         if plot is not None:
+            from kvpack.bench.plot import plot_tensors
             from kvpack.encode.errors import InputError
-            from kvpack.plot import plot_tensors
 
             if not report["coded"]:
                 raise InputError("no tensor is coded, so there is nothing to draw")
@@ -504,7 +504,7 @@ def bench_codec(
 ) -> None:
     """Speed of the CPU coder: encode and decode, one core and all."""
     with _errors(as_json):
-        from kvpack.encode.bench import bench_codec as run
+        from kvpack.bench.codec import bench_codec as run
 
         report = run(threads)
     if as_json:
@@ -560,13 +560,13 @@ def bench_linear(
 ) -> None:
     """Speed of products with coded weights on a GPU, against FP16, INT8 and INT4; every result is checked first."""
     with _errors(as_json):
-        from kvpack.runtime.bench_report import parse_options, tables, wrong_results
+        from kvpack.bench.report import parse_options, tables, wrong_results
 
         with _usage():
             options = parse_options(
                 shapes=shapes, ms=m, layouts=layouts, tile_cols=tile_cols, quick=quick, time_limit_s=time_limit_s
             )
-        report = _run_bench("bench_linear", options, report_path, "plot_linear", plot, as_json)
+        report = _run_bench("linear", options, report_path, "plot_linear", plot, as_json)
     _show_bench(report, tables(report), wrong_results(report), as_json)
 
 
@@ -590,13 +590,13 @@ def bench_kv_quant(
 ) -> None:
     """Speed of quantizing whole matrices on a GPU, in four variants, against the CPU; all bytes are checked first."""
     with _errors(as_json):
-        from kvpack.runtime.bench_kv_quant_report import parse_options, tables, wrong_results
+        from kvpack.bench.kv_quant_report import parse_options, tables, wrong_results
 
         with _usage():
             options = parse_options(
                 sizes=sizes, quick=quick, kv=None if kv is None else str(kv), time_limit_s=time_limit_s
             )
-        report = _run_bench("bench_kv_quant", options, report_path, "plot_kv_quant", plot, as_json)
+        report = _run_bench("kv_quant", options, report_path, "plot_kv_quant", plot, as_json)
     _show_bench(report, tables(report), wrong_results(report), as_json)
 
 
@@ -634,13 +634,13 @@ def bench_attention(
     decode that adds up how much of the attention each page has.
     """
     with _errors(as_json):
-        from kvpack.runtime.bench_attention_report import parse_options, tables, wrong_results
+        from kvpack.bench.attention_report import parse_options, tables, wrong_results
 
         with _usage():
             options = parse_options(
                 models=models, sequences=sequences, contexts=contexts, quick=quick, time_limit_s=time_limit_s
             )
-        report = _run_bench("bench_attention", options, report_path, "plot_attention", plot, as_json)
+        report = _run_bench("attention", options, report_path, "plot_attention", plot, as_json)
     _show_bench(report, tables(report), wrong_results(report), as_json)
 
 
@@ -672,21 +672,21 @@ def _usage() -> Iterator[None]:
 def _run_bench(
     name: str, options: Any, report_path: Path | None, plot_name: str, plot: Path | None, as_json: bool
 ) -> dict[str, Any]:
-    """The report of the benchmark ``kvpack.runtime.<name>``, written and drawn as asked for."""
+    """The report of the benchmark ``kvpack.bench.<name>``, written and drawn as asked for."""
     import importlib
 
-    from kvpack.runtime.bench_report import write_report
+    from kvpack.bench.report import write_report
 
     if plot is not None:
         _require_matplotlib()
     with _needs_device(as_json):
-        report: dict[str, Any] = getattr(importlib.import_module(f"kvpack.runtime.{name}"), name)(
+        report: dict[str, Any] = getattr(importlib.import_module(f"kvpack.bench.{name}"), f"bench_{name}")(
             options,
             publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),
             say=lambda stage: print(f"kvpack: {stage} …", file=sys.stderr),
         )
     if plot is not None:
-        from kvpack import plot as plots
+        from kvpack.bench import plot as plots
 
         getattr(plots, plot_name)(report, plot)
     return report

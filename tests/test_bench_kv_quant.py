@@ -11,9 +11,8 @@ import pytest
 from test_bench_linear import fake_measure, render_docs
 from typer.testing import CliRunner
 
-from kvpack.cli import ExitCode, app
-from kvpack.runtime import bench_kv_quant_report as report_module
-from kvpack.runtime.bench_kv_quant_report import (
+from kvpack.bench import kv_quant_report as report_module
+from kvpack.bench.kv_quant_report import (
     FORMATS_SIZE,
     OTHER_WAYS,
     QUICK_SIZES,
@@ -25,7 +24,8 @@ from kvpack.runtime.bench_kv_quant_report import (
     tables,
     wrong_results,
 )
-from kvpack.runtime.bench_report import write_report
+from kvpack.bench.report import write_report
+from kvpack.cli import ExitCode, app
 
 TOP_KEYS = {
     "what", "schema", "complete", "stopped", "note", "command", "kvpack", "date", "commit",
@@ -59,7 +59,8 @@ def test_wrong_sizes_are_named(wrong: str) -> None:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("torch")
-    from kvpack.runtime import bench_kv_quant, bench_run
+    from kvpack.bench import kv_quant as bench_kv_quant
+    from kvpack.bench import run as bench_run
 
     monkeypatch.setattr(bench_kv_quant, "DEVICE", "cpu")
     monkeypatch.setattr(bench_kv_quant, "measure", fake_measure)
@@ -127,7 +128,7 @@ def test_a_run_measures_everything_and_reports_as_it_goes(bench: Any, tmp_path: 
     module.RESULTS = tmp_path / "none"
     assert all("`bench-kv-quant`" in module.figures(name) for name in names)
 
-    plot = pytest.importorskip("kvpack.plot")
+    plot = pytest.importorskip("kvpack.bench.plot")
     plot.plot_kv_quant(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to draw"):
@@ -175,7 +176,7 @@ def test_other_bytes_than_the_cpus_are_not_timed(bench: Any, monkeypatch: pytest
 
 
 def test_a_time_limit_leaves_what_there_is(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvpack.runtime import bench_run
+    from kvpack.bench import run as bench_run
 
     clock = iter(range(0, 10**6, 10))
     monkeypatch.setattr(bench_run.time, "monotonic", lambda: next(clock))

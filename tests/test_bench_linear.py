@@ -12,9 +12,9 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
-from kvpack.format.layout import ElementKind, integer_layout
-from kvpack.runtime import bench_report, bench_run
-from kvpack.runtime.bench_report import (
+from kvpack.bench import report as bench_report
+from kvpack.bench import run as bench_run
+from kvpack.bench.report import (
     LAYOUTS,
     MS,
     SHAPES,
@@ -29,6 +29,7 @@ from kvpack.runtime.bench_report import (
     write_report,
     wrong_results,
 )
+from kvpack.format.layout import ElementKind, integer_layout
 
 MEASUREMENT = {
     "relative_error": 2e-4, "us": 1.0, "us_low": 0.9, "us_high": 1.2, "samples": 15, "launches": 4, "timing": "graph",
@@ -262,7 +263,7 @@ def test_only_kvpacks_own_failures_are_wrong_results() -> None:
 
 
 def test_plot(tmp_path: Path) -> None:
-    plot = pytest.importorskip("kvpack.plot")
+    plot = pytest.importorskip("kvpack.bench.plot")
     for name, report in (("full", synthetic_report()), ("empty", synthetic_report())):
         if name == "empty":
             for row in report["linear"]:
@@ -341,7 +342,7 @@ class WrongBlob(FakeBlob):
 
 def fake_measure(works: Any, *, samples: int, sample_ms: float, case_ms: float) -> list[Any]:
     """Checks as the true one does, and invents the times."""
-    from kvpack.runtime.bench_timing import Timed, tensors
+    from kvpack.bench.timing import Timed, tensors
 
     done = []
     for number, work in enumerate(works):
@@ -356,7 +357,7 @@ def fake_measure(works: Any, *, samples: int, sample_ms: float, case_ms: float) 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch = pytest.importorskip("torch")
-    from kvpack.runtime import bench_linear
+    from kvpack.bench import linear as bench_linear
 
     device = {"name": "none", "driver": None, "cuda": None}
     monkeypatch.setattr(bench_linear, "DEVICE", "cpu")

@@ -648,7 +648,7 @@ def test_inspect_draws(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [["inspect", "in"], ["bench", "linear", "--quick"]])
 def test_drawing_without_matplotlib(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before anything else is done, and with the code of what is not installed."""
-    monkeypatch.delitem(sys.modules, "kvpack.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "kvpack.bench.plot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(
         *command, "--plot", "x.png", code=NO_DEVICE, error="NotInstalledError", message="pip install 'kvpack[plot]'"

@@ -21,14 +21,15 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "format": ({"format"}, CORE),
     "encode": ({"format", "encode"}, ENCODE),
     "runtime": ({"format", "encode", "runtime"}, RUNTIME),
+    "bench": ({"format", "encode", "runtime", "bench"}, RUNTIME | {"matplotlib"}),
     "integrations": ({"format", "encode", "runtime", "integrations"}, None),
 }
 FOR_ALL = {"_version"}
 # What `kvpack bench linear` compares with. Only these files name them, and they load them when they measure: kvpack
 # neither needs nor installs these packages.
 PEERS = {
-    "kvpack/runtime/bench_peers.py": {"nvidia", "entropack"},
-    "kvpack/runtime/int8_gemv_triton.py": {"triton"},
+    "kvpack/bench/peers.py": {"nvidia", "entropack"},
+    "kvpack/bench/int8_gemv_triton.py": {"triton"},
 }
 
 
@@ -111,6 +112,8 @@ def test_peers_are_loaded_when_measured(name: str) -> None:
         ("kvpack.runtime", "from transformers import Cache"),
         ("kvpack.runtime", "from kvpack.integrations import transformers"),
         ("kvpack.runtime", "import kvpack.cli"),
+        ("kvpack.encode", "from kvpack.bench import provenance"),
+        ("kvpack.runtime", "from kvpack.bench import timing"),
         ("kvpack.integrations", "from kvpack.cli import app"),
     ],
 )

@@ -14,7 +14,6 @@
 ``attention_kernels``, ``tickets``                 attention to pages in place; counters of blocks that add up
 ``matrix_quantizer``                               whole matrices quantized, the classic way
 ``gpu_encoder``                                    the encoder on a GPU, the same bytes as the CPU's
-``bench_*``, ``int8_gemv_triton``                  ``kvpack bench linear``, ``attention`` and ``kv-quant``
 ``errors``                                         what can go wrong, besides a damaged file
 =================================================  ==========================================================
 

@@ -21,12 +21,11 @@ import paged_values  # noqa: E402
 from emulated_device import emulated_launch  # noqa: E402
 from test_bench_linear import fake_measure, render_docs  # noqa: E402
 
-from kvpack.cli import ExitCode, app  # noqa: E402
-from kvpack.encode.page_coder import dequantize_blocks  # noqa: E402
-from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
-from kvpack.runtime import bench_attention, bench_attention_report, bench_pages, bench_run  # noqa: E402
-from kvpack.runtime.attention_kernels import decode_blocks, prefill_shape  # noqa: E402
-from kvpack.runtime.bench_attention_report import (  # noqa: E402
+from kvpack.bench import attention as bench_attention  # noqa: E402
+from kvpack.bench import attention_report as bench_attention_report  # noqa: E402
+from kvpack.bench import pages as bench_pages  # noqa: E402
+from kvpack.bench import run as bench_run  # noqa: E402
+from kvpack.bench.attention_report import (  # noqa: E402
     BUDGETS,
     CONTEXTS,
     FEW_TOKENS,
@@ -56,8 +55,12 @@ from kvpack.runtime.bench_attention_report import (  # noqa: E402
     tables,
     wrong_results,
 )
-from kvpack.runtime.bench_pages import MIXED_FORMATS, PageCache, mixture, page_importance, pair_bytes, random_cache  # noqa: E402
-from kvpack.runtime.bench_report import write_report  # noqa: E402
+from kvpack.bench.pages import MIXED_FORMATS, PageCache, mixture, page_importance, pair_bytes, random_cache  # noqa: E402
+from kvpack.bench.report import write_report  # noqa: E402
+from kvpack.cli import ExitCode, app  # noqa: E402
+from kvpack.encode.page_coder import dequantize_blocks  # noqa: E402
+from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
+from kvpack.runtime.attention_kernels import decode_blocks, prefill_shape  # noqa: E402
 
 TOP_KEYS = {
     "what", "schema", "complete", "stopped", "note", "command", "kvpack", "date", "commit",
@@ -490,7 +493,7 @@ def test_tables_pictures_and_documents(tmp_path: Path) -> None:
     assert len(wrong_results(report)) == failed + 4
     check_tables(report | {"decode": [], "grids": []})
 
-    plot = pytest.importorskip("kvpack.plot")
+    plot = pytest.importorskip("kvpack.bench.plot")
     plot.plot_attention(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to draw"):

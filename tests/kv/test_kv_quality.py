@@ -101,7 +101,7 @@ def test_results_are_rendered(result: dict[str, Any], tmp_path: Path, monkeypatc
     assert "| importance@int3 |" in text["kv-quality-configurations"]
     assert "| importance@int3 | int3 |" in text["kv-quality-equal-bytes"]
     assert text["kv-quality-verdicts"].startswith("Of 1 mixtures")
-    plot = pytest.importorskip("kvpack.plot")
+    plot = pytest.importorskip("kvpack.bench.plot")
     plot.plot_kv_quality(about | result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to draw"):

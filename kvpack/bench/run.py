@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kvpack.encode.provenance import environment, kvpack_command
-from kvpack.runtime.bench_report import Report, Row, finite
+from kvpack.bench.provenance import environment, kvpack_command
+from kvpack.bench.report import Report, Row, finite
 from kvpack.runtime.errors import DeviceError
 
 Publish = Callable[[Report], None]

@@ -3,7 +3,7 @@
 A report is one JSON object (``schema`` 1)::
 
     what, schema, complete, stopped, note, command     complete is false if time ran out: ``stopped`` says where
-    kvpack, date, commit, cpu, cores, versions, …      kvpack.encode.provenance.environment
+    kvpack, date, commit, cpu, cores, versions, …      kvpack.bench.provenance.environment
     device        name, driver, capability, multiprocessors, memory_bytes, l2_bytes, cuda
     options       shapes [{name, rows, cols}], ms, layouts, tile_cols, samples, quick
     seconds       {stage: seconds}

@@ -1,7 +1,7 @@
 """``kvpack bench linear``: products with coded weights on a GPU against dense and quantized ones, in one run.
 
 Every configuration is checked against float64 before it is timed (poisoned outputs, and again afterwards); how it is
-timed is said in :mod:`kvpack.runtime.bench_timing`, what comes out in :mod:`kvpack.runtime.bench_report`. A peer that
+timed is said in :mod:`kvpack.bench.timing`, what comes out in :mod:`kvpack.bench.report`. A peer that
 is absent or fails is a line of the report. The report is handed out after each step, so that a run that is cut short
 leaves what it has measured.
 """
@@ -21,12 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack.encode.blob_encoder import encode_elements
-from kvpack.encode.threads import default_threads
-from kvpack.format.errors import FormatError
-from kvpack.format.layout import ElementKind, Layout, integer_layout
-from kvpack.runtime import bench_peers, bench_run
-from kvpack.runtime.bench_report import (
+from kvpack.bench import peers as bench_peers
+from kvpack.bench import run as bench_run
+from kvpack.bench.report import (
     MAX_BITS,
     NOTE,
     SCHEMA,
@@ -40,8 +37,8 @@ from kvpack.runtime.bench_report import (
     evaluate_targets,
     finite,
 )
-from kvpack.runtime.bench_run import BenchRun, Publish
-from kvpack.runtime.bench_timing import (
+from kvpack.bench.run import BenchRun, Publish
+from kvpack.bench.timing import (
     Result,
     Timed,
     Work,
@@ -51,6 +48,10 @@ from kvpack.runtime.bench_timing import (
     relative_error,
     synchronize_or_stop,
 )
+from kvpack.encode.blob_encoder import encode_elements
+from kvpack.encode.threads import default_threads
+from kvpack.format.errors import FormatError
+from kvpack.format.layout import ElementKind, Layout, integer_layout
 from kvpack.runtime.device_blob import DeviceBlob
 
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
@@ -281,7 +282,7 @@ class LinearBench(BenchRun):
                 return bench_peers.dense(weights, rotated(weights.nbytes, rotate))
             if name == "int4":
                 return bench_peers.int4(shape.rows, shape.cols, lambda size: rotated(size, rotate), self.generator)
-            from kvpack.runtime.int8_gemv_triton import CONFIGS
+            from kvpack.bench.int8_gemv_triton import CONFIGS
 
             configs = CONFIGS[:3] if self.options.quick else CONFIGS
             count = rotated(source.integers.nbytes, rotate)
@@ -572,7 +573,7 @@ class LinearBench(BenchRun):
 def bench_linear(
     options: LinearBenchOptions, publish: Publish | None = None, say: Callable[[str], None] = lambda stage: None
 ) -> Report:
-    """Measure, and return the report (``kvpack.runtime.bench_report`` says what is in it).
+    """Measure, and return the report (``kvpack.bench.report`` says what is in it).
 
     Args:
         publish: called with the report so far after each step.

@@ -1,8 +1,8 @@
 """The report of ``kvpack bench attention``: what is asked for, what is aimed at, and tables of it. Needs no torch.
 
 A report is one JSON object (``schema`` 2) with the fields of every benchmark (what, schema, complete, stopped, note,
-command, kvpack.encode.provenance.environment, device, options, seconds, copy: see
-:mod:`kvpack.runtime.bench_report`) and::
+command, kvpack.bench.provenance.environment, device, options, seconds, copy: see
+:mod:`kvpack.bench.report`) and::
 
     prefill     a chunk of query tokens to cached pages and to itself: sequences, heads, kv_heads, head_dim, context
                 (with the chunk), tokens (of the chunk); name (sdpa_flash, sdpa_cudnn; formats; mixed_BUDGET), budget,
@@ -36,8 +36,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from kvpack.bench.report import Report, Row, Table, copy_table, goals_table, microseconds, number, target_row
 from kvpack.format.pages import PAGE_TOKENS
-from kvpack.runtime.bench_report import Report, Row, Table, copy_table, goals_table, microseconds, number, target_row
 
 SCHEMA = 2
 NOTE = (

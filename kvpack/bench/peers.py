@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvpack.encode.provenance import package_version
-from kvpack.runtime.bench_timing import relative_error, time_quickly
+from kvpack.bench.provenance import package_version
+from kvpack.bench.timing import relative_error, time_quickly
 
 INT4_GROUP = 128
 _INNER_K_TILES = 8
@@ -72,7 +72,7 @@ def int8_gemv(integers: torch.Tensor, scales: torch.Tensor, copies: int, configs
         ImportError: Triton is not installed.
         RuntimeError: no configuration gives right results.
     """
-    from kvpack.runtime.int8_gemv_triton import CONFIGS, compile_gemv
+    from kvpack.bench.int8_gemv_triton import CONFIGS, compile_gemv
 
     gemv = compile_gemv()
     weights = integers.double() * scales.double()[:, None]

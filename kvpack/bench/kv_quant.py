@@ -2,8 +2,8 @@
 
 Before anything is timed, its bytes are checked: scales against those that the CPU makes of the columns' or rows'
 maxima, codes and values of the naive kernels against the CPU's on the first rows, and the other variants against the
-naive ones. How it is timed is said in :mod:`kvpack.runtime.bench_timing`, what comes out in
-:mod:`kvpack.runtime.bench_kv_quant_report`.
+naive ones. How it is timed is said in :mod:`kvpack.bench.timing`, what comes out in
+:mod:`kvpack.bench.kv_quant_report`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack.encode import matrix_quantizer as reference
-from kvpack.encode.errors import InputError
-from kvpack.encode.matrix_quantizer import Axis, parse_axis, parse_format
-from kvpack.encode.threads import default_threads
-from kvpack.runtime import bench_run
-from kvpack.runtime.bench_kv_quant_report import (
+from kvpack.bench import run as bench_run
+from kvpack.bench.kv_quant_report import (
     NOTE,
     OTHER_WAYS,
     RANDOM_SOURCE,
@@ -35,9 +31,13 @@ from kvpack.runtime.bench_kv_quant_report import (
     Size,
     find_cpu,
 )
-from kvpack.runtime.bench_report import Report, Row, finite
-from kvpack.runtime.bench_run import BenchRun, Publish
-from kvpack.runtime.bench_timing import Result, Timed, Work, copy_bandwidth, measure
+from kvpack.bench.report import Report, Row, finite
+from kvpack.bench.run import BenchRun, Publish
+from kvpack.bench.timing import Result, Timed, Work, copy_bandwidth, measure
+from kvpack.encode import matrix_quantizer as reference
+from kvpack.encode.errors import InputError
+from kvpack.encode.matrix_quantizer import Axis, parse_axis, parse_format
+from kvpack.encode.threads import default_threads
 from kvpack.runtime.matrix_quantizer import (
     QuantizedMatrix,
     Variant,
@@ -289,7 +289,7 @@ def load_matrices(path: Path) -> list[torch.Tensor]:
 def bench_kv_quant(
     options: KvQuantOptions, publish: Publish | None = None, say: Callable[[str], None] = lambda stage: None
 ) -> Report:
-    """Measure, and return the report (``kvpack.runtime.bench_kv_quant_report`` says what is in it).
+    """Measure, and return the report (``kvpack.bench.kv_quant_report`` says what is in it).
 
     Args:
         publish: called with the report so far after each step.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpack._version import __version__
-from kvpack.encode.bench import cpu_name
+from kvpack.bench.codec import cpu_name
 from kvpack.encode.threads import default_threads
 
 PACKAGE = Path(__file__).resolve().parents[1]

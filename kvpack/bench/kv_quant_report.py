@@ -1,8 +1,8 @@
 """The report of ``kvpack bench kv-quant``: what is asked for, and tables of it. Needs no torch.
 
 A report is one JSON object (``schema`` 1) with the fields of every benchmark (what, schema, complete, stopped, note,
-command, kvpack.encode.provenance.environment, device, options, seconds, copy: see
-:mod:`kvpack.runtime.bench_report`) and::
+command, kvpack.bench.provenance.environment, device, options, seconds, copy: see
+:mod:`kvpack.bench.report`) and::
 
     processor  the reference on all cores: rows, columns, format, axis, threads, measured_rows, quantize_ms,
                dequantize_ms. Of matrices with more than ``measured_rows`` rows those are measured, and the times are
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvpack.runtime.bench_report import Report, Row, Table, copy_table, number
+from kvpack.bench.report import Report, Row, Table, copy_table, number
 
 SCHEMA = 1
 VARIANTS = ("naive", "tiled", "coarsened", "vectorized")

@@ -61,7 +61,7 @@ def _times_as_fast(panel: Any, title: str, xlabel: str) -> None:
 
 def plot_linear(report: dict[str, Any], path: Path) -> None:
     """Draw a report of ``kvpack bench linear`` into a PNG: speed against FP16 over M, a panel for each shape."""
-    from kvpack.runtime.bench_report import ratio
+    from kvpack.bench.report import ratio
 
     ms = report["options"]["ms"]
     shapes = list(dict.fromkeys(row["shape"] for row in report["linear"]))
@@ -93,7 +93,7 @@ def plot_linear(report: dict[str, Any], path: Path) -> None:
 
 def plot_kv_quant(report: dict[str, Any], path: Path) -> None:
     """Draw a report of ``kvpack bench kv-quant`` into a PNG: the share of a copy's bandwidth over the sizes."""
-    from kvpack.runtime.bench_kv_quant_report import VARIANTS, fractions
+    from kvpack.bench.kv_quant_report import VARIANTS, fractions
 
     works = ("quantize", "dequantize")
     drawn = {(work, variant): fractions(report, variant, work) for work in works for variant in VARIANTS}
@@ -119,7 +119,7 @@ def plot_kv_quant(report: dict[str, Any], path: Path) -> None:
 
 def plot_attention(report: dict[str, Any], path: Path) -> None:
     """Draw a report of ``kvpack bench attention`` into a PNG: speed against FP16 over contexts, a panel for a model."""
-    from kvpack.runtime.bench_attention_report import UNIFORM, cases_of, mixed, speed
+    from kvpack.bench.attention_report import UNIFORM, cases_of, mixed, speed
 
     cases = cases_of(report)
     models = list(dict.fromkeys(case.model for case in cases))

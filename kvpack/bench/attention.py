@@ -2,7 +2,7 @@
 
 Results of two heads, for some tokens, are compared with fp64 attention to the dequantized pages before anything is
 timed, and again afterwards; all others must have been written. How it is timed is said in
-:mod:`kvpack.runtime.bench_timing`, what comes out in :mod:`kvpack.runtime.bench_attention_report`.
+:mod:`kvpack.bench.timing`, what comes out in :mod:`kvpack.bench.attention_report`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from kvpack.format.layout import ceil_div
-from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
-from kvpack.runtime import attention_kernels, bench_run, tickets
-from kvpack.runtime.bench_attention_report import (
+from kvpack.bench import run as bench_run
+from kvpack.bench.attention_report import (
     FEW_TOKENS,
     FEW_TOKENS_FORMAT,
     GRID_FORMAT,
@@ -38,7 +36,7 @@ from kvpack.runtime.bench_attention_report import (
     evaluate_targets,
     mixed,
 )
-from kvpack.runtime.bench_pages import (
+from kvpack.bench.pages import (
     MIXED_FORMATS,
     PageCache,
     expected_attention,
@@ -48,9 +46,12 @@ from kvpack.runtime.bench_pages import (
     random_cache,
     share_of,
 )
-from kvpack.runtime.bench_report import Report, Row, finite
-from kvpack.runtime.bench_run import BenchRun, Publish
-from kvpack.runtime.bench_timing import Timed, Work, copy_bandwidth, measure
+from kvpack.bench.report import Report, Row, finite
+from kvpack.bench.run import BenchRun, Publish
+from kvpack.bench.timing import Timed, Work, copy_bandwidth, measure
+from kvpack.format.layout import ceil_div
+from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
+from kvpack.runtime import attention_kernels, tickets
 
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
 SECTIONS = ("copy", "prefill", "few_tokens", "observed", "decode", "grids", "skipped", "targets")
@@ -436,7 +437,7 @@ def bench_attention(
     publish: Publish | None = None,
     say: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """Measure, and return the report (``kvpack.runtime.bench_attention_report`` says what is in it).
+    """Measure, and return the report (``kvpack.bench.attention_report`` says what is in it).
 
     Args:
         publish: called with the report so far after each step.

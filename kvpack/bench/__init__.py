@@ -1,0 +1,1 @@
+"""What ``kvpack bench`` runs, with peers, timing, reports, plots and provenance. Only the command line imports it."""
