@@ -155,8 +155,6 @@ def _errors(as_json: bool) -> Iterator[None]:
         if not as_json:
             raise
         _fail(ExitCode.USAGE, "InputError", error.message, as_json)
-    except KeyError as error:
-        _fail(ExitCode.USAGE, "KeyError", str(error.args[0]), as_json)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and error.filename:
             _fail(ExitCode.USAGE, "InputError", f"{error.filename} does not exist", as_json)

@@ -623,7 +623,7 @@ def test_inspect(source: Path, tmp_path: Path) -> None:
     one = run_json("inspect", packed, "--tensor", "model.layers.1.mlp.up_proj.weight")
     assert [tensor["name"] for tensor in one["tensors"]] == ["model.layers.1.mlp.up_proj.weight"]
     assert one["bits_per_weight"] == one["tensors"][0]["bits_per_weight"]
-    refused("inspect", packed, "--tensor", "none", code=USAGE, error="KeyError", message="has no tensor 'none'")
+    refused("inspect", packed, "--tensor", "none", code=USAGE, error="InputError", message="has no tensor 'none'")
     text = run("inspect", packed).stdout
     assert "6 tensors, 3 coded" in text
     assert "uniform" in text
@@ -765,3 +765,13 @@ def test_a_damaged_directory(folder: Path) -> None:
     (folder / "config.json").write_text("[")
     refused("compress", folder, "--force", code=CORRUPT, error="DirectoryIndexError", message="config.json")
     run_json("verify", output)
+
+
+def test_a_fault_of_its_own_is_no_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(*_: object) -> None:
+        raise KeyError("internal")
+
+    monkeypatch.setattr("kvpack.encode.report.describe", faulty)
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"])
+    assert isinstance(result.exception, KeyError)
+    assert result.exit_code == 1

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kvpack.encode.errors import InputError
 from kvpack.encode.reader import Reader
 
 
@@ -48,10 +49,12 @@ def describe(path: str | Path, tensor: str | None = None) -> dict[str, Any]:
     """What ``kvpack inspect --json`` prints.
 
     Raises:
-        KeyError: there is no tensor of that name.
+        InputError: there is no tensor of that name.
         FormatError: the file is damaged.
     """
     with Reader(path) as reader:
+        if tensor is not None and tensor not in reader:
+            raise InputError(f"{path} has no tensor {tensor!r}")
         names = reader.keys() if tensor is None else [tensor]
         tensors = [_describe_tensor(reader, name) for name in names]
         output_bytes = sum(container.path.stat().st_size for container in reader.containers)
