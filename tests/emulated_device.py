@@ -14,7 +14,7 @@ from kvpack.format.blob import Blob
 from kvpack.format.layout import Predictor
 from kvpack.runtime import kernels
 from kvpack.runtime.device_blob import SLACK_BYTES
-from kvpack.runtime.fit import Limits
+from kvpack.runtime.devices import Limits
 from kvpack.runtime.group_table import group_table, max_group_words
 from kvpack.runtime.kernels import Kernel
 from kvpack.runtime.weight_kernels import Coded

@@ -30,8 +30,8 @@ from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, Side
 from kvpack.runtime import attention_kernels
 from kvpack.runtime.attention_kernels import COLUMNS, Observed
+from kvpack.runtime.devices import device_limits
 from kvpack.runtime.errors import CacheInputError
-from kvpack.runtime.fit import device_limits
 from kvpack.runtime.kv_cache import KVCache, Queries, cache_of
 from kvpack.runtime.page_kernels import read_tokens
 

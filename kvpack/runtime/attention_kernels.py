@@ -14,9 +14,9 @@ from kvpack.format.errors import PageError
 from kvpack.format.layout import align, ceil_div
 from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, SCALE_BYTES, WARP_LANES, PageFormat, PageLayout, Side
 from kvpack.runtime import kernels, tickets
+from kvpack.runtime.devices import ACTIVATIONS
 from kvpack.runtime.kernels import Kernel
 from kvpack.runtime.page_kernels import PAGE_FORMATS
-from kvpack.runtime.weight_kernels import ACTIVATIONS
 
 COLUMNS = 8
 DECODE_WARPS = 4

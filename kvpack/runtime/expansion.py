@@ -14,7 +14,7 @@ import torch
 
 from kvpack.format.layout import TILE_ROWS, align, ceil_div
 from kvpack.runtime import weight_kernels
-from kvpack.runtime.fit import Limits
+from kvpack.runtime.devices import Limits
 from kvpack.runtime.weight_kernels import LOSSLESS_TYPES, OUTPUTS, Coded
 
 STAGING_BYTES = 64 << 20  # of one buffer

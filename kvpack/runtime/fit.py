@@ -11,18 +11,16 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ALIGNMENT_BYTES, CHUNK_COLS, FREQUENCY_SUM, GROUP_LANES, align, ceil_div
+from kvpack.runtime.devices import Limits
 
 _TABLE_BYTES = 4 * FREQUENCY_SUM
-# What the driver keeps of a multiprocessor's shared memory for each block.
-_RESERVED_BYTES = 1024
 BLOCKS_PER_SM = 2
 _GEMV_CHUNK_BYTES = 2 * CHUNK_COLS + 16
 _FRAGMENT_BYTES = 16 * GROUP_LANES
@@ -36,36 +34,6 @@ _DOUBLE_BUFFER_GAIN = 1.15
 # What a unit costs besides its chunks, in chunks.
 _UNIT_COST = 1.5
 _REMEMBERED = 4096
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a device gives: multiprocessors, and shared memory of one and of a block.
-
-    Attributes:
-        architecture: its compute capability, as 90 for 9.0.
-    """
-
-    architecture: int
-    multiprocessors: int
-    shared_bytes: int
-    shared_block_bytes: int
-
-    def block_bytes(self, resident: int) -> int:
-        """Shared memory that a block may have, if ``resident`` of them share a multiprocessor."""
-        return min(self.shared_bytes // resident - _RESERVED_BYTES, self.shared_block_bytes)
-
-
-@cache
-def device_limits(device: torch.device) -> Limits:
-    """Limits of a CUDA device."""
-    found: Any = torch.cuda.get_device_properties(device)  # torch's stubs do not know all of it
-    return Limits(
-        10 * found.major + found.minor,
-        found.multi_processor_count,
-        found.shared_memory_per_multiprocessor,
-        found.shared_memory_per_block_optin,
-    )
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ from kvpack.format.layout import ceil_div
 from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, PageLayout, Side
 from kvpack.runtime import tickets
 from kvpack.runtime.attention_kernels import MASS_FRACTION_BITS
+from kvpack.runtime.devices import resolve_device
 from kvpack.runtime.errors import CacheFullError, CacheInputError, PageEntryError
-from kvpack.runtime.load import resolve_device
 from kvpack.runtime.page_allocator import (
     LADDER,
     POLICIES,

@@ -16,8 +16,7 @@ from kvpack.encode.reader import Reader
 from kvpack.encode.threads import map_ordered
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
 from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob
-from kvpack.runtime.errors import DeviceError
-from kvpack.runtime.kernels import require_device
+from kvpack.runtime.devices import resolve_device
 from kvpack.runtime.linear import RansLinear, padded_buffer
 from kvpack.runtime.upload import Piece, Uploader
 
@@ -50,25 +49,6 @@ _LARGE_BYTES = 1 << 20
 _BLOCK_BYTES = 512
 
 Progress = Callable[[int, int], None]
-
-
-def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device that is meant, with its index: CUDA if torch has it, else the CPU, where None is given.
-
-    Raises:
-        DeviceError: it cannot be used; the message says what to install.
-    """
-    try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise DeviceError(f"{device!r} is no device ({reason}): use 'cuda', 'cuda:1' or 'cpu'") from None
-    if chosen.type == "cpu":
-        return torch.device("cpu")
-    if chosen.type != "cuda":
-        raise DeviceError(f"kvpack runs on CUDA devices and on the CPU, not on {chosen.type!r}: use device='cpu'")
-    require_device(chosen)
-    return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
 
 
 def data_offset(container: Container) -> int:

@@ -36,8 +36,8 @@ from kvpack.encode.threads import default_threads
 from kvpack.format.layout import GROUP_LANES, ceil_div
 from kvpack.format.pages import PageFormat
 from kvpack.runtime import kernels
+from kvpack.runtime.devices import ACTIVATIONS
 from kvpack.runtime.kernels import Kernel
-from kvpack.runtime.weight_kernels import ACTIVATIONS
 
 
 class Variant(IntEnum):

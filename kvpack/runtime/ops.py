@@ -19,7 +19,7 @@ from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import TILE_ROWS, ElementKind, Layout
 from kvpack.runtime import expansion, weight_kernels
-from kvpack.runtime.fit import device_limits
+from kvpack.runtime.devices import device_limits
 from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES, NUMBER_TYPES, Coded
 
 _CODED = "Tensor blob, Tensor groups, Tensor tables, Tensor scales, Tensor status, int[] geometry"

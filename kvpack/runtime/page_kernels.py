@@ -33,8 +33,8 @@ from kvpack.format.pages import (
     unpack_codes,
 )
 from kvpack.runtime import kernels
+from kvpack.runtime.devices import ACTIVATIONS
 from kvpack.runtime.kernels import Kernel
-from kvpack.runtime.weight_kernels import ACTIVATIONS
 
 PAGE_FORMATS = {torch.float16: PageFormat.FP16, torch.bfloat16: PageFormat.BF16}
 

@@ -14,9 +14,10 @@ from torch import nn
 from kvpack.encode.reader import Reader
 from kvpack.format.header import BlobHeader
 from kvpack.runtime.device_blob import DeviceBlob
+from kvpack.runtime.devices import resolve_device
 from kvpack.runtime.errors import ModelMismatchError
 from kvpack.runtime.linear import RansLinear
-from kvpack.runtime.load import TORCH_DTYPES, load_tensors, resolve_device, shown_progress, stored_bytes
+from kvpack.runtime.load import TORCH_DTYPES, load_tensors, shown_progress, stored_bytes
 
 if TYPE_CHECKING:
     import os

@@ -34,9 +34,10 @@ from kvpack.format.container import BLOB_SUFFIX
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
 from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob
+from kvpack.runtime.devices import resolve_device
 from kvpack.runtime.errors import StreamingError
 from kvpack.runtime.linear import BLOB, SCALE, RansLinear
-from kvpack.runtime.load import data_offset, resolve_device, scales_on
+from kvpack.runtime.load import data_offset, scales_on
 from kvpack.runtime.upload import Piece, Upload, Uploader, side_stream
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from kvpack.format.layout import (
     ceil_div,
 )
 from kvpack.runtime import kernels, tickets
-from kvpack.runtime.fit import BLOCKS_PER_SM, Limits, ProductFit, fit_decode, fit_gemm, fit_gemv
+from kvpack.runtime.devices import ACTIVATIONS, Limits
+from kvpack.runtime.fit import BLOCKS_PER_SM, ProductFit, fit_decode, fit_gemm, fit_gemv
 from kvpack.runtime.kernels import Kernel
 
 # Registers bound the warps of a block: 64, 72, 80, 96, 128, 168 a thread with 16, 14, 12, 10, 8, 6 of them. Raw
@@ -42,7 +43,6 @@ TOKEN_TILES = tuple(_GEMM_WARPS)
 MAX_FUSED_TOKENS = 32
 PARTIALS_BYTES = 64 << 20
 
-ACTIVATIONS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 OUTPUTS = {torch.float16: 3, torch.bfloat16: 4, torch.float32: 5}
 OUTPUT_NOTHING, OUTPUT_I8, OUTPUT_I16, OUTPUT_NUMBERS = 0, 1, 2, 6
 FLOAT_TYPES = tuple(ACTIVATIONS)
