@@ -30,7 +30,7 @@ from bench_common import device_record, environment_path, print_table, provenanc
 from torch.nn.functional import linear, silu
 
 import kvpack
-from kvpack.runtime.load import load
+from kvpack.runtime.weights.load import load
 
 DEFAULT_SETTINGS = "4.25,4.25:fast,4.85,near-lossless"
 REPEATS = 7

@@ -1,9 +1,9 @@
-"""What the parts of a fused product's launch cost on a GPU: ``kvpack.runtime.fit.COSTS``, from timings.
+"""What the parts of a fused product's launch cost on a GPU: ``COSTS`` of the launch model, from timings.
 
     python benchmarks/launch_costs.py --json benchmarks/results/DATE-launch-costs.json
 
 For each shape, layout, width of tiles and number of vectors it times the launches that ``fit`` likes best and some that
-differ from them, in CUDA graphs over rotated weights, and finds the costs (not negative) whose sums of ``fit.Terms``
+differ from them, in CUDA graphs over rotated weights, and finds the costs (not negative) whose sums of ``Terms``
 come nearest to the times, relative to them. Printed beside them: how much slower the launches are that ``fit`` would
 choose than the best that was timed, with the costs in the source and with those found.
 """
@@ -23,8 +23,8 @@ from profile_kernels import coded
 
 from kvpack.bench.linear import copies_of
 from kvpack.bench.timing import Work, measure
-from kvpack.runtime import fit, ops, weight_kernels
-from kvpack.runtime.fit import ProductFit, Terms
+from kvpack.runtime.weights import launch_model, ops, products
+from kvpack.runtime.weights.launch_model import ProductFit, Terms
 
 SHAPES = "4096x4096,28672x4096,4096x14336,2048x5632"
 COPIES = 6
@@ -36,17 +36,17 @@ def estimate(terms: Terms, costs: Terms) -> float:
     return float(np.dot(terms, costs))
 
 
-def launches_of(coded_weights: weight_kernels.Coded, tokens: int) -> tuple[int, list[tuple[Terms, ProductFit]]]:
+def launches_of(coded_weights: products.Coded, tokens: int) -> tuple[int, list[tuple[Terms, ProductFit]]]:
     """Eights of vectors, and launches worth timing."""
-    limits = fit.device_limits(coded_weights.blob.device)
+    limits = launch_model.device_limits(coded_weights.blob.device)
     shape = (coded_weights.header, coded_weights.word_buffer_bytes, limits)
     if tokens == 1:
         eights = 0
-        found = list(fit.gemv_launches(*shape, weight_kernels.gemv_warps(coded_weights.layout, limits.architecture)))
+        found = list(launch_model.gemv_launches(*shape, products.gemv_warps(coded_weights.layout, limits.architecture)))
     else:
-        eights = next(n for n in weight_kernels.TOKEN_TILES if tokens <= 8 * n)
-        found = list(fit.gemm_launches(*shape, weight_kernels.gemm_warps(eights, limits.architecture), eights))
-    found.sort(key=lambda launch: estimate(launch[0], fit.COSTS[eights]))
+        eights = next(n for n in products.TOKEN_TILES if tokens <= 8 * n)
+        found = list(launch_model.gemm_launches(*shape, products.gemm_warps(eights, limits.architecture), eights))
+    found.sort(key=lambda launch: estimate(launch[0], launch_model.COSTS[eights]))
     picked: list[tuple[Terms, ProductFit]] = []
     seen: set[tuple[int, ...]] = set()
     for terms, launch in found:
@@ -85,17 +85,17 @@ def main() -> None:
     tile_cols = list(map(int, options.tile_cols.split(",")))
     for (rows, cols), layout, width in itertools.product(shapes, options.layouts.split(","), tile_cols):
         copies = [ops._coded(*b._arguments()) for b in copies_of(coded(rows, cols, layout, width), COPIES)]
-        limits = fit.device_limits(copies[0].blob.device)
+        limits = launch_model.device_limits(copies[0].blob.device)
         for tokens in map(int, options.tokens.split(",")):
             x = torch.randn(tokens, cols, device="cuda").half()
             eights, launches = launches_of(copies[0], tokens)
-            expected = weight_kernels.multiply(copies[0], x, None, limits).float()
+            expected = products.multiply(copies[0], x, None, limits).float()
 
             def error(y: torch.Tensor, expected: torch.Tensor = expected) -> float:
                 return float((y.float() - expected).abs().max() / expected.abs().max())
 
             def calls(f: ProductFit, x: torch.Tensor = x, copies: Any = copies, limits: Any = limits) -> list[Any]:
-                return [lambda w=w: weight_kernels.multiply(w, x, None, limits, f) for w in copies]
+                return [lambda w=w: products.multiply(w, x, None, limits, f) for w in copies]
 
             works = [Work(calls(f), error, 2e-3) for _, f in launches]
             timed = measure(works, samples=5, sample_ms=1.0, case_ms=60)
@@ -128,7 +128,12 @@ def main() -> None:
             return float(np.mean(ratios)) - 1
 
         table.append(
-            [eights, *(f"{cost:.3f}" for cost in found), f"{regret(fit.COSTS[eights]):.1%}", f"{regret(found):.1%}"]
+            [
+                eights,
+                *(f"{cost:.3f}" for cost in found),
+                f"{regret(launch_model.COSTS[eights]):.1%}",
+                f"{regret(found):.1%}",
+            ]
         )
     print_table(["eights", *Terms._fields, "slower by COSTS", "by these"], table, "Costs, µs")
     if options.json:

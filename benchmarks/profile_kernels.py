@@ -17,7 +17,7 @@ import torch
 from kvpack.bench.linear import SOURCES, copies_of
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.format.layout import ElementKind, integer_layout
-from kvpack.runtime.device_blob import DeviceBlob
+from kvpack.runtime.weights.device_blob import DeviceBlob
 
 SWEEP_BYTES = 1 << 28
 

@@ -32,9 +32,9 @@ from safetensors.torch import load_file, save_file
 
 import kvpack
 from kvpack.format.layout import ElementKind, integer_layout
-from kvpack.runtime.linear import RansLinear
-from kvpack.runtime.load import State, load
-from kvpack.runtime.streaming import LayerStream, run_concurrently
+from kvpack.runtime.weights.linear import RansLinear
+from kvpack.runtime.weights.load import State, load
+from kvpack.runtime.weights.offload import LayerStream, run_concurrently
 
 HEADS_FRACTION = 4  # a Llama of 8 B has a quarter as many key and value heads as query heads
 FIVE = (2048, 5632)
@@ -142,7 +142,7 @@ class Bench:
             row("the model", layout, "compress, CPU", self.weights, time.perf_counter() - began)
         if self.device.type != "cuda":
             return rows
-        from kvpack.runtime.gpu_encoder import encode_on_device
+        from kvpack.runtime.weights.encoder import encode_on_device
 
         for layout in LAYOUTS:
             out = self.scratch / f"{layout}-gpu.safetensors"

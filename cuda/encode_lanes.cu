@@ -2,7 +2,7 @@
 #include "encode_elements.cuh"
 
 // An entry of an encoder's table. The quotient x div f is umulhi(x + round_down, reciprocal) >> shift, exact for all
-// x < f·2^20 (kvpack/runtime/gpu_encoder.py makes the table and gives the proof).
+// x < f·2^20 (kvpack/runtime/weights/encoder.py makes the table and gives the proof).
 //
 //   .x  reciprocal
 //   .y  bit 31 .. 20    19 .. 7              6 .. 5   4            3 .. 0

@@ -1,4 +1,4 @@
-// Quantizers of a whole matrix [rows, cols]: scales, codes and their packing, as kvpack/encode/matrix_quantizer.py defines them.
+// Quantizers of a whole matrix [rows, cols]: scales, codes and their packing, as kvpack/bench/matrix_quantizer_reference.py defines them.
 //
 // KVPACK_ACTIVATION is the type of the matrix (activations.cuh), KVPACK_MATRIX_BY_TOKEN whether a scale belongs to a row,
 // KVPACK_MATRIX_FORMAT what a code is, KVPACK_VARIANT how the work is dealt to threads:

@@ -1,6 +1,6 @@
 // Tiles of a blob (docs/FORMAT.md §7) as warps read them: a warp takes a group, a lane takes a row.
 //
-// The group table is the runtime's own index (kvpack/runtime/device_blob.py builds and checks it): 16 bytes for each group of
+// The group table is the runtime's own index (kvpack/runtime/weights/device_blob.py builds and checks it): 16 bytes for each group of
 // each tile, in the order matrix, group of rows, tile column, so that a warp that walks along its rows reads it in order.
 //
 //   u32 0   tile's first byte, from the blob's, in units of 16 bytes

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from kvpack.encode.reader import Reader as open  # noqa: N813
     from kvpack.encode.verify import verify
     from kvpack.format.pages import PageFormat
-    from kvpack.runtime.attention import attention_with_kv_cache
-    from kvpack.runtime.kv_cache import KVCache
-    from kvpack.runtime.linear import RansLinear
-    from kvpack.runtime.load import load
-    from kvpack.runtime.replace import replace_linears
-    from kvpack.runtime.warmup import warmup
+    from kvpack.runtime.kv.attention import attention_with_kv_cache
+    from kvpack.runtime.kv.cache import KVCache
+    from kvpack.runtime.weights.linear import RansLinear
+    from kvpack.runtime.weights.load import load
+    from kvpack.runtime.weights.replace import replace_linears
+    from kvpack.runtime.weights.warmup import warmup
 
 __all__ = [
     "KVCache",
@@ -57,18 +57,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attention_with_kv_cache": ("kvpack.runtime.attention", "attention_with_kv_cache"),
+    "attention_with_kv_cache": ("kvpack.runtime.kv.attention", "attention_with_kv_cache"),
     "compress": ("kvpack.compression", "compress"),
     "decompress": ("kvpack.encode.pipeline", "decompress"),
-    "load": ("kvpack.runtime.load", "load"),
+    "load": ("kvpack.runtime.weights.load", "load"),
     "open": ("kvpack.encode.reader", "Reader"),
-    "KVCache": ("kvpack.runtime.kv_cache", "KVCache"),
+    "KVCache": ("kvpack.runtime.kv.cache", "KVCache"),
     "PageFormat": ("kvpack.format.pages", "PageFormat"),
-    "RansLinear": ("kvpack.runtime.linear", "RansLinear"),
+    "RansLinear": ("kvpack.runtime.weights.linear", "RansLinear"),
     "Reader": ("kvpack.encode.reader", "Reader"),
-    "replace_linears": ("kvpack.runtime.replace", "replace_linears"),
+    "replace_linears": ("kvpack.runtime.weights.replace", "replace_linears"),
     "verify": ("kvpack.encode.verify", "verify"),
-    "warmup": ("kvpack.runtime.warmup", "warmup"),
+    "warmup": ("kvpack.runtime.weights.warmup", "warmup"),
 }
 
 

@@ -12,12 +12,12 @@ import torch
 from kvpack.encode.rans import decoder_table
 from kvpack.format.blob import Blob
 from kvpack.format.layout import Predictor
-from kvpack.runtime import kernels
-from kvpack.runtime.device_blob import SLACK_BYTES
-from kvpack.runtime.devices import Limits
-from kvpack.runtime.group_table import group_table, max_group_words
-from kvpack.runtime.kernels import Kernel
-from kvpack.runtime.weight_kernels import Coded
+from kvpack.runtime.device import kernels
+from kvpack.runtime.device.devices import Limits
+from kvpack.runtime.device.kernels import Kernel
+from kvpack.runtime.weights.device_blob import SLACK_BYTES
+from kvpack.runtime.weights.group_table import group_table, max_group_words
+from kvpack.runtime.weights.products import Coded
 
 # Few multiprocessors, so that small tensors meet runs of several tiles and rows that several blocks share.
 LIMITS = Limits(architecture=90, multiprocessors=2, shared_bytes=228 * 1024, shared_block_bytes=227 * 1024)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kvpack.runtime.kernels import Kernel
+from kvpack.runtime.device.kernels import Kernel
 
 # What CuPy appends to the options of a launch.
 _CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")

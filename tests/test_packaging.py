@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpack.runtime.sources import cuda_source_dir
+from kvpack.runtime.device.sources import cuda_source_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ def installed(wheel: Path, tmp_path: Path) -> Path:
 
 
 def find_sources(site: Path) -> subprocess.CompletedProcess[str]:
-    code = "from kvpack.runtime.sources import cuda_source_dir; print(cuda_source_dir())"
+    code = "from kvpack.runtime.device.sources import cuda_source_dir; print(cuda_source_dir())"
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=site,

@@ -51,7 +51,8 @@ from kvpack.bench.run import BenchRun, Publish
 from kvpack.bench.timing import Timed, Work, copy_bandwidth, measure
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
-from kvpack.runtime import attention_kernels, tickets
+from kvpack.runtime.device import semaphores
+from kvpack.runtime.kv import attention_kernels
 
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
 SECTIONS = ("copy", "prefill", "few_tokens", "observed", "decode", "grids", "skipped", "targets")
@@ -330,7 +331,7 @@ class AttentionBench(BenchRun):
         if needed > limit:
             self.report["skipped"].append(case._asdict() | {"bytes": needed, "limit_bytes": limit})
             return False
-        tickets.prepare(torch.device(DEVICE))  # for launches in graphs; those of earlier cases are gone
+        semaphores.prepare(torch.device(DEVICE))  # for launches in graphs; those of earlier cases are gone
         return True
 
     def _queries(self, case: Case) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvpack.bench import matrix_quantizer_reference as reference
 from kvpack.bench import run as bench_run
 from kvpack.bench.kv_quant_report import (
     NOTE,
@@ -31,20 +32,19 @@ from kvpack.bench.kv_quant_report import (
     Size,
     find_cpu,
 )
-from kvpack.bench.report import Report, Row, finite
-from kvpack.bench.run import BenchRun, Publish
-from kvpack.bench.timing import Result, Timed, Work, copy_bandwidth, measure
-from kvpack.encode import matrix_quantizer as reference
-from kvpack.encode.errors import InputError
-from kvpack.encode.matrix_quantizer import Axis, parse_axis, parse_format
-from kvpack.encode.threads import default_threads
-from kvpack.runtime.matrix_quantizer import (
+from kvpack.bench.matrix_quantizer import (
     QuantizedMatrix,
     Variant,
     as_array,
     dequantize_matrix,
     quantize_matrix,
 )
+from kvpack.bench.matrix_quantizer_reference import Axis, parse_axis, parse_format
+from kvpack.bench.report import Report, Row, finite
+from kvpack.bench.run import BenchRun, Publish
+from kvpack.bench.timing import Result, Timed, Work, copy_bandwidth, measure
+from kvpack.encode.errors import InputError
+from kvpack.encode.threads import default_threads
 
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
 SECTIONS = ("copy", "processor", "matrices", "quality")

@@ -52,7 +52,7 @@ from kvpack.encode.blob_encoder import encode_elements
 from kvpack.encode.threads import default_threads
 from kvpack.format.errors import FormatError
 from kvpack.format.layout import ElementKind, Layout, integer_layout
-from kvpack.runtime.device_blob import DeviceBlob
+from kvpack.runtime.weights.device_blob import DeviceBlob
 
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
 SECTIONS = ("copy", "tensors", "linear", "decode", "streams", "codecs", "encode", "targets", "specification")
@@ -549,7 +549,7 @@ class LinearBench(BenchRun):
         error = None
         seconds = size = None
         try:
-            from kvpack.runtime.gpu_encoder import encode_on_device
+            from kvpack.runtime.weights.encoder import encode_on_device
 
             host = source.elements()
             elements = torch.from_numpy(host).to(DEVICE)

@@ -22,7 +22,7 @@ from kvpack.format.pages import (
     PageLayout,
     Side,
 )
-from kvpack.runtime.page_kernels import new_status, read_tokens
+from kvpack.runtime.kv.page_kernels import new_status, read_tokens
 
 # Spread of importance among pages: the standard deviation of its logarithm.
 IMPORTANCE_SIGMA = 2.0

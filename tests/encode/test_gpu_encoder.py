@@ -48,8 +48,8 @@ torch = pytest.importorskip("torch")
 
 from emulated_device import emulated_launch  # noqa: E402
 
-from kvpack.runtime import gpu_encoder  # noqa: E402
-from kvpack.runtime.kernels import Kernel  # noqa: E402
+from kvpack.runtime.device.kernels import Kernel  # noqa: E402
+from kvpack.runtime.weights import encoder  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
 
@@ -64,7 +64,7 @@ def check(elements: np.ndarray, layout: Layout, device: str = "cpu", **options: 
     launcher = {} if device == "cuda" else {"launcher": emulated_launch}
     scratch = {"scratch_bytes": options.pop("scratch_bytes")} if "scratch_bytes" in options else {}
     expected = encode_elements(elements, layout, **options)
-    encoding = gpu_encoder.encode_on_device(as_tensor(elements, device), layout, **options, **scratch, **launcher)
+    encoding = encoder.encode_on_device(as_tensor(elements, device), layout, **options, **scratch, **launcher)
     found = encoding.blob.cpu().numpy().tobytes()
     assert found[: len(encoding.front)] == encoding.front
     assert found == expected
@@ -155,15 +155,15 @@ def test_least_bits(layout: Layout, sigma: float) -> None:
     """Below what each tile takes with a table of its own, and above its entropy."""
     elements = elements_of(layout, (290, 352), sigma=sigma)
     header = Matrices(elements[None].astype(np.float32)).header(layout, 160)
-    job = gpu_encoder._Job(as_tensor(elements[None]), header, Predictor.NONE, emulated_launch)
-    summary = torch.zeros(2 * gpu_encoder._SUMMARY_SIZE, dtype=torch.int32)
+    job = encoder._Job(as_tensor(elements[None]), header, Predictor.NONE, emulated_launch)
+    summary = torch.zeros(2 * encoder._SUMMARY_SIZE, dtype=torch.int32)
     counts = job.launch_count(Predictor.NONE, summary).numpy().astype(np.int64)
     *total, least_units, constant = summary.numpy().view(np.int64).tolist()
     assert total == counts.sum(axis=0).tolist()
     assert constant == 0
     own = sum(coded_bits(tile, normalise_frequencies(tile)) for tile in counts)
     entropy = sum(tile.sum() * entropy_bits(tile) for tile in counts)
-    assert entropy * (1 - 1e-3) < least_units / gpu_encoder._UNITS_PER_BIT <= own
+    assert entropy * (1 - 1e-3) < least_units / encoder._UNITS_PER_BIT <= own
     assert own < entropy * 1.02
 
 
@@ -175,7 +175,7 @@ def test_packed_tables() -> None:
             counts[:alphabet_size] = rng.integers(1, 8, alphabet_size) ** power
             table = normalise_frequencies(counts)
             encoding, section = pack_tables([table], alphabet_size)
-            packed = gpu_encoder.pack_table(table, alphabet_size)
+            packed = encoder.pack_table(table, alphabet_size)
             assert len(packed) == packed_table_bytes(table, alphabet_size)
             if encoding == TableEncoding.PACKED:
                 assert section[: len(packed)] == packed
@@ -187,7 +187,7 @@ def test_more_tiles_than_one_block_places_at_once() -> None:
     elements = gaussian_elements((3, 300, 6000), 4, 1.0, 0)
     elements[1] = 3
     blob = check(elements, integer_layout("compact", SIGNED, 4), tile_cols=32)
-    assert blob.header.num_tiles > gpu_encoder._PLACE_THREADS
+    assert blob.header.num_tiles > encoder._PLACE_THREADS
     assert modes(blob) == set(TileMode)
 
 
@@ -226,7 +226,7 @@ def test_predictor(layout: Layout) -> None:
 def test_float_kinds_have_no_predictor() -> None:
     elements = as_tensor(elements_of(FLOAT_LAYOUTS[0], (2, 2)))
     with pytest.raises(ValueError, match="no predictor"):
-        gpu_encoder.encode_on_device(elements, FLOAT_LAYOUTS[0], predictor=Predictor.PREVIOUS)
+        encoder.encode_on_device(elements, FLOAT_LAYOUTS[0], predictor=Predictor.PREVIOUS)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_float_kinds_have_no_predictor() -> None:
 )
 def test_wrong_elements(elements: Any, layout: Layout) -> None:
     with pytest.raises(ValueError, match="elements"):
-        gpu_encoder.encode_on_device(elements, layout)
+        encoder.encode_on_device(elements, layout)
 
 
 @needs_compiler
@@ -253,7 +253,7 @@ def test_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
     outliers = [(*place, delta) for place, delta in zip(places, deltas.tolist(), strict=True)]
     layout = integer_layout("compact", SIGNED, 6)
     expected = encode_with_outliers(elements, outliers, layout, tile_cols=64, transposed=True)
-    coder = gpu_encoder.device_coder("cpu", emulated_launch)
+    coder = encoder.device_coder("cpu", emulated_launch)
     monkeypatch.setattr("sample_blobs.encode_strips", coder.encode_strips)
     assert encode_with_outliers(elements, outliers, layout, tile_cols=64, transposed=True) == expected
     assert modes(Blob(expected)) == set(TileMode)
@@ -272,7 +272,7 @@ def test_whole_files(tmp_path: Path, options: dict[str, Any]) -> None:
         "i8.weight": np.clip(rng.normal(0, 20, (128, 64)), -128, 127).astype(np.int8),
     }
     save_file(tensors, tmp_path / "in.safetensors")
-    coder = gpu_encoder.device_coder("cpu", emulated_launch)
+    coder = encoder.device_coder("cpu", emulated_launch)
     kwargs = {"tile_cols": 64, **options}
     there = compress(tmp_path / "in.safetensors", tmp_path / "there.safetensors", coder=coder, **kwargs)
     here = compress(tmp_path / "in.safetensors", tmp_path / "here.safetensors", **kwargs)
@@ -296,7 +296,7 @@ def test_quantized_strips(dtype: Any, by_row: bool) -> None:
         steps[::7] = 0
         steps[1::7] = 0.37
     rounding = Rounding(rng.uniform(0.3, 0.95, 129).astype(np.float32), np.float32(1.9))
-    coder = gpu_encoder.device_coder("cpu", emulated_launch)
+    coder = encoder.device_coder("cpu", emulated_launch)
     header = weights.header(integer_layout("balanced", SIGNED, 5), 64)
     for options in ((steps, 5, rounding), (steps, 5, NEAREST)):
         here, there = QuantizedStrips(weights, *options), coder.quantize(weights, *options)
@@ -313,7 +313,7 @@ def test_quantized_strips(dtype: Any, by_row: bool) -> None:
 @needs_compiler
 def test_more_outliers_than_expected() -> None:
     weights = Matrices(np.full((100, 100), -300, np.float32))
-    coder = gpu_encoder.device_coder("cpu", emulated_launch)
+    coder = encoder.device_coder("cpu", emulated_launch)
     strips = coder.quantize(weights, np.ones(1, np.float32), 4, NEAREST)
     strip = strips.strip(0)
     assert np.array_equal(
@@ -323,7 +323,7 @@ def test_more_outliers_than_expected() -> None:
 
 
 def test_tiny_steps_stay_with_the_cpu() -> None:
-    coder = gpu_encoder.device_coder("cpu", emulated_launch)
+    coder = encoder.device_coder("cpu", emulated_launch)
     weights = Matrices(np.full((4, 4), 1e-38, np.float32))
     assert type(coder.quantize(weights, np.full(1, 1e-38, np.float32), 8, NEAREST)) is QuantizedStrips
 
@@ -332,7 +332,7 @@ def test_quotients_are_exact() -> None:
     """For all frequencies, at the numbers where a quotient changes: the proof is encoder_entries'."""
     rest = 4096 - np.arange(1, 4096)
     tables = [np.array([f, r, *[0] * 254], np.uint16) for f, r in zip(np.arange(1, 4096), rest, strict=True)]
-    entries = gpu_encoder.encoder_entries(tables)[:, 0].astype(np.uint64)
+    entries = encoder.encoder_entries(tables)[:, 0].astype(np.uint64)
     f = np.arange(1, 4096, dtype=np.uint64)[:, None]
     rng = np.random.default_rng(0)
     quotients = np.concatenate(([1, 2, 3, 2**20 - 2, 2**20 - 1], rng.integers(1, 1 << 20, 500))).astype(np.uint64)
@@ -345,15 +345,15 @@ def test_quotients_are_exact() -> None:
 
 
 def test_powers_of_x() -> None:
-    step, powers = gpu_encoder.crc_tables()
+    step, powers = encoder.crc_tables()
     middle = len(powers) // 2
     assert powers[middle] == 1 << 31
     for i in (1, 17, middle):
-        assert gpu_encoder._multiply(int(powers[middle + i]), int(powers[middle - i])) == 1 << 31
+        assert encoder._multiply(int(powers[middle + i]), int(powers[middle - i])) == 1 << 31
     # A state with one byte set, and zeros behind it: what zlib makes of it, less what it makes of its initial value.
     zeros = bytes(4 * middle)
     with_byte, without = (zlib.crc32(first + zeros) for first in (b"\x5a\0\0\0", b"\0\0\0\0"))
-    assert step[0, 0x5A] == gpu_encoder._multiply(with_byte ^ without, int(powers[middle - 1]))
+    assert step[0, 0x5A] == encoder._multiply(with_byte ^ without, int(powers[middle - 1]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -392,14 +392,14 @@ def test_registers(arch: str) -> None:
     pytest.importorskip("cupy")
     layouts = [INTEGER_LAYOUTS[0], INTEGER_LAYOUTS[3], INTEGER_LAYOUTS[6], *FLOAT_LAYOUTS[:2], FLOAT_LAYOUTS[5]]
     used = {
-        (operation, layout_id(layout)): registers(gpu_encoder._kernel(operation, layout, ()), arch)
+        (operation, layout_id(layout)): registers(encoder._kernel(operation, layout, ()), arch)
         for operation in ("encode_count", "encode_lanes", "encode_pack")
         for layout in layouts
     }
     for kind in (ElementKind.FP32, ElementKind.FP16, ElementKind.BF16):
-        used["encode_quantize", kind.name] = registers(gpu_encoder._quantize_kernel(kind), arch)
-    used["encode_place", ""] = registers(gpu_encoder._PLACE, arch)
-    used["crc32", ""] = registers(gpu_encoder._CRC, arch)
+        used["encode_quantize", kind.name] = registers(encoder._quantize_kernel(kind), arch)
+    used["encode_place", ""] = registers(encoder._PLACE, arch)
+    used["crc32", ""] = registers(encoder._CRC, arch)
     assert not {name: count for name, count in used.items() if count > 64}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side
-from kvpack.runtime.page_kernels import PAGE_FORMATS
+from kvpack.runtime.kv.page_kernels import PAGE_FORMATS
 
 NUMPY_TYPES = {torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
 

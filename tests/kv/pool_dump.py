@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvpack.runtime.kv_cache import KVCache
-    from kvpack.runtime.page_pools import PagePools
+    from kvpack.runtime.kv.cache import KVCache
+    from kvpack.runtime.kv.page_pools import PagePools
 
 
 def dump(pools: PagePools) -> dict[str, Any]:

@@ -24,9 +24,10 @@ torch = pytest.importorskip("torch")
 
 from emulated_device import emulated_launch  # noqa: E402
 
-from kvpack.runtime import attention, kernels  # noqa: E402
-from kvpack.runtime.attention import attention_with_kv_cache  # noqa: E402
-from kvpack.runtime.kv_cache import MASS_UNIT, KVCache  # noqa: E402
+from kvpack.runtime.device import kernels  # noqa: E402
+from kvpack.runtime.kv import attention  # noqa: E402
+from kvpack.runtime.kv.attention import attention_with_kv_cache  # noqa: E402
+from kvpack.runtime.kv.cache import MASS_UNIT, KVCache  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FP16, BF16, INT8, INT4, INT3, INT2, E4M3, E5M2 = PageFormat
@@ -546,7 +547,7 @@ def test_kernels_that_fail_leave_no_trace(
 
     for name in ("quantize_pages", "write_tokens"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"kvpack.runtime.kv_cache.{name}", fail)
+            patch.setattr(f"kvpack.runtime.kv.cache.{name}", fail)
             with pytest.raises(RuntimeError, match="no compiler"):
                 attention_with_kv_cache(10 * q, k * math.nan, v * math.inf, cache)
         after = cache_state(cache)

@@ -17,8 +17,9 @@ from paged_values import Paged, attention_error, expected_attention, expected_ma
 
 from kvpack.format.errors import PageError  # noqa: E402
 from kvpack.format.pages import PageFormat  # noqa: E402
-from kvpack.runtime import attention_kernels, kernels, page_kernels  # noqa: E402
-from kvpack.runtime.attention_kernels import MASS_FRACTION_BITS, Observed  # noqa: E402
+from kvpack.runtime.device import kernels  # noqa: E402
+from kvpack.runtime.kv import attention_kernels, page_kernels  # noqa: E402
+from kvpack.runtime.kv.attention_kernels import MASS_FRACTION_BITS, Observed  # noqa: E402
 
 FP16, BF16, INT8, INT4, INT3, INT2, E4M3, E5M2 = PageFormat
 ALL = [(page_format, page_format) for page_format in (FP16, INT8, INT4, INT3, INT2, E4M3, E5M2)]

@@ -18,8 +18,9 @@ from paged_values import Paged, attention_error, expected_attention, paged_value
 from kvpack.format.errors import PageError  # noqa: E402
 from kvpack.format.pages import PageFormat as F  # noqa: E402
 from kvpack.format.pages import Side  # noqa: E402
-from kvpack.runtime import attention_kernels, kernels, tickets  # noqa: E402
-from kvpack.runtime.page_kernels import PAGE_FORMATS  # noqa: E402
+from kvpack.runtime.device import kernels, semaphores  # noqa: E402
+from kvpack.runtime.kv import attention_kernels  # noqa: E402
+from kvpack.runtime.kv.page_kernels import PAGE_FORMATS  # noqa: E402
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 QUANTIZED = tuple(f for f in F if f.is_quantized)
@@ -256,7 +257,7 @@ def test_same_results_each_time_and_as_decode_on_a_gpu() -> None:
     first = prefill(q, paged, 4, EVERY)
     for _ in range(5):
         assert torch.equal(prefill(q, paged, 4, EVERY), first)
-    tickets.prepare(q.device)
+    semaphores.prepare(q.device)
     last = q[:, :, -4:]
     formats = [compiled_formats(HALF, EVERY, side) for side in Side]
     decoded = attention_kernels.decode(

@@ -60,7 +60,7 @@ from kvpack.bench.report import write_report  # noqa: E402
 from kvpack.cli import ExitCode, app  # noqa: E402
 from kvpack.encode.page_coder import dequantize_blocks  # noqa: E402
 from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
-from kvpack.runtime.attention_kernels import decode_blocks, prefill_shape  # noqa: E402
+from kvpack.runtime.kv.attention_kernels import decode_blocks, prefill_shape  # noqa: E402
 
 TOP_KEYS = {
     "what", "schema", "complete", "stopped", "note", "command", "kvpack", "date", "commit",

@@ -17,9 +17,9 @@ from kvpack.runtime.errors import CacheFullError, CacheInputError, PageEntryErro
 
 torch = pytest.importorskip("torch")
 
-from kvpack.runtime.kv_cache import KVCache  # noqa: E402
-from kvpack.runtime.page_allocator import POLICIES, Outcome, Policy  # noqa: E402
-from kvpack.runtime.page_pools import PageInfo, PageOwner  # noqa: E402
+from kvpack.runtime.kv.allocator import POLICIES, Outcome, Policy  # noqa: E402
+from kvpack.runtime.kv.cache import KVCache  # noqa: E402
+from kvpack.runtime.kv.page_pools import PageInfo, PageOwner  # noqa: E402
 
 LAYERS, HEADS, HEAD_DIM, SEQUENCES, MAX_TOKENS = 2, 2, 16, 3, 64 * 20
 FULL = HEADS * HEAD_DIM * 64 * 2
@@ -413,7 +413,7 @@ def test_kernels_that_fail_leave_the_cache_as_it_was(monkeypatch: pytest.MonkeyP
 
     for name in ("write_tokens", "quantize_pages"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"kvpack.runtime.kv_cache.{name}", fail)
+            patch.setattr(f"kvpack.runtime.kv.cache.{name}", fail)
             with pytest.raises(RuntimeError, match="no compiler"):
                 cache.append(0, *random_tokens(cache, SEQUENCES, 126, 5))
         after = state(cache)

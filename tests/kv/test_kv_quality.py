@@ -17,7 +17,7 @@ import kv_quality_report  # noqa: E402
 import render_docs  # noqa: E402
 
 from kvpack.format.pages import PageFormat, Side  # noqa: E402
-from kvpack.runtime.kv_cache import KVCache  # noqa: E402
+from kvpack.runtime.kv.cache import KVCache  # noqa: E402
 
 # With the sinks' page and the recent window, two of four pages are quantized in the end.
 TOKENS, SEQUENCES, HEAD_DIM, KV_HEADS = 256, 2, 16, 1

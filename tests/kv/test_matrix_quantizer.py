@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvpack.encode import matrix_quantizer as reference
-from kvpack.encode.matrix_quantizer import (
+from kvpack.bench import matrix_quantizer_reference as reference
+from kvpack.bench.matrix_quantizer_reference import (
     FORMATS,
     LIMITS,
     Axis,
@@ -200,9 +200,9 @@ torch = pytest.importorskip("torch")
 import emulator  # noqa: E402
 from emulated_device import emulated_launch  # noqa: E402
 
-from kvpack.runtime import kernels  # noqa: E402
-from kvpack.runtime import matrix_quantizer as runtime  # noqa: E402
-from kvpack.runtime.matrix_quantizer import Variant  # noqa: E402
+from kvpack.bench import matrix_quantizer as runtime  # noqa: E402
+from kvpack.bench.matrix_quantizer import Variant  # noqa: E402
+from kvpack.runtime.device import kernels  # noqa: E402
 
 TORCH_DTYPES = {np.float16: torch.float16, ml_dtypes.bfloat16: torch.bfloat16, np.float32: torch.float32}
 # Nothing a multiple of anything; rows of octets; rows of four octets, in several chunks; several strips of columns.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvpack.format.pages import PageFormat, PageLayout, Side
 from kvpack.runtime.errors import AllocationError
-from kvpack.runtime.page_allocator import LADDER, POLICIES, ImportanceEMA, Outcome, Pages, Policy, allocate_widths
+from kvpack.runtime.kv.allocator import LADDER, POLICIES, ImportanceEMA, Outcome, Pages, Policy, allocate_widths
 
 HEADS, HEAD_DIM = 2, 64
 PAGE_BYTES = np.array(

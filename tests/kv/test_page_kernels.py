@@ -21,9 +21,10 @@ from emulated_device import emulated_launch  # noqa: E402
 from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks  # noqa: E402
 from kvpack.format.errors import PageError  # noqa: E402
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side, split_block, unpack_codes  # noqa: E402
-from kvpack.runtime import kernels, page_kernels  # noqa: E402
-from kvpack.runtime.kernels import Kernel  # noqa: E402
-from kvpack.runtime.page_kernels import left_out, new_status, quantize_pages, read_tokens, write_tokens  # noqa: E402
+from kvpack.runtime.device import kernels  # noqa: E402
+from kvpack.runtime.device.kernels import Kernel  # noqa: E402
+from kvpack.runtime.kv import page_kernels  # noqa: E402
+from kvpack.runtime.kv.page_kernels import left_out, new_status, quantize_pages, read_tokens, write_tokens  # noqa: E402
 
 QUANTIZED = [page_format for page_format in PageFormat if page_format.is_quantized]
 SIXTEEN_BITS = [PageFormat.FP16, PageFormat.BF16]

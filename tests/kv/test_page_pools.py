@@ -18,7 +18,7 @@ from kvpack.runtime.errors import CacheFullError, PageEntryError
 
 torch = pytest.importorskip("torch")
 
-from kvpack.runtime.page_pools import PageInfo, PageOwner, PagePools  # noqa: E402
+from kvpack.runtime.kv.page_pools import PageInfo, PageOwner, PagePools  # noqa: E402
 
 HEADS, HEAD_DIM = 2, 32
 OWNER = PageOwner(0, 0, 0)

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvpack.runtime import streaming, upload
-from kvpack.runtime.device_blob import DeviceBlob
+from kvpack.runtime.device import upload
+from kvpack.runtime.weights import offload
+from kvpack.runtime.weights.device_blob import DeviceBlob
 
 Clock = dict[int, int]
 
@@ -204,7 +205,7 @@ def detecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Detector]:
         if memory is not None:
             memory.recorded.add(stream.cuda_stream)
 
-    make_slots = streaming.LayerStream._make_slots
+    make_slots = offload.LayerStream._make_slots
 
     def watched_slots(self: Any, count: int) -> Any:
         slots = make_slots(self, count)
@@ -218,13 +219,13 @@ def detecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Detector]:
             self._copy_stream.wait_stream(found.current)
         return slots
 
-    for module in (upload, streaming):
+    for module in (upload, offload):
         monkeypatch.setattr(module, "side_stream", lambda _device: FakeStream(found))
     monkeypatch.setattr(upload, "pinned_memory", pinned_memory)
     monkeypatch.setattr(upload, "read_exactly", read_exactly)
-    monkeypatch.setattr(streaming, "_register", lambda _host, _device: None)
-    monkeypatch.setattr(streaming, "_unregister", lambda _hosts, _device: None)
-    monkeypatch.setattr(streaming.LayerStream, "_make_slots", watched_slots)
+    monkeypatch.setattr(offload, "_register", lambda _host, _device: None)
+    monkeypatch.setattr(offload, "_unregister", lambda _hosts, _device: None)
+    monkeypatch.setattr(offload.LayerStream, "_make_slots", watched_slots)
     monkeypatch.setattr(torch.cuda, "stream", found.use)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: found.current)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -20,14 +20,15 @@ torch = pytest.importorskip("torch")
 import nvrtc  # noqa: E402
 from nvrtc import compile_for  # noqa: E402
 
-from kvpack.encode.matrix_quantizer import FORMATS, Axis  # noqa: E402
+from kvpack.bench import matrix_quantizer as matrices  # noqa: E402
+from kvpack.bench.matrix_quantizer_reference import FORMATS, Axis  # noqa: E402
 from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layout  # noqa: E402
 from kvpack.format.pages import PageFormat, Side  # noqa: E402
-from kvpack.runtime import attention_kernels as attention  # noqa: E402
-from kvpack.runtime import gpu_encoder, page_kernels  # noqa: E402
-from kvpack.runtime import matrix_quantizer as matrices  # noqa: E402
-from kvpack.runtime import weight_kernels as weights  # noqa: E402
-from kvpack.runtime.kernels import Kernel, layout_defines  # noqa: E402
+from kvpack.runtime.device.kernels import Kernel, layout_defines  # noqa: E402
+from kvpack.runtime.kv import attention_kernels as attention  # noqa: E402
+from kvpack.runtime.kv import page_kernels  # noqa: E402
+from kvpack.runtime.weights import encoder  # noqa: E402
+from kvpack.runtime.weights import products as weights  # noqa: E402
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
@@ -117,7 +118,7 @@ def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
 def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
     """Of each layout: they have no options."""
     return lambda _everything, _architecture: (
-        gpu_encoder._kernel(operation, layout) for layout in (*SIGNED, *UNSIGNED, *FLOATS)
+        encoder._kernel(operation, layout) for layout in (*SIGNED, *UNSIGNED, *FLOATS)
     )
 
 
@@ -158,11 +159,11 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "encode_count": encoder_kernels("encode_count"),
     "encode_lanes": encoder_kernels("encode_lanes"),
     "encode_pack": encoder_kernels("encode_pack"),
-    "encode_place": lambda _everything, _architecture: [gpu_encoder._PLACE],
+    "encode_place": lambda _everything, _architecture: [encoder._PLACE],
     "encode_quantize": lambda _everything, _architecture: [
-        gpu_encoder._quantize_kernel(kind) for kind in gpu_encoder._WEIGHT_KINDS.values()
+        encoder._quantize_kernel(kind) for kind in encoder._WEIGHT_KINDS.values()
     ],
-    "crc32": lambda _everything, _architecture: [gpu_encoder._CRC],
+    "crc32": lambda _everything, _architecture: [encoder._CRC],
     "attention_prefill": prefill_kernels,
     "matrix_scales": matrix_kernels(matrices.scales_kernel, Axis, matrices.Variant, rows_apart=True),
     "matrix_quantize": matrix_kernels(matrices.quantize_kernel, FORMATS, Axis, matrices.Variant, rows_apart=True),
@@ -288,5 +289,5 @@ def test_register_ceilings() -> None:
     assert most_registers(weights.gemv_kernel(layout, torch.float16, 1, 2, 90)) == 64
     defines = (("KVPACK_BLOCKS_PER_SM", 2), ("KVPACK_MAX_WARPS", 12))
     assert most_registers(Kernel("", "", defines)) == 80  # 85 are there, dealt by eights
-    assert most_registers(gpu_encoder._PLACE) == 64
-    assert most_registers(gpu_encoder._CRC) == 48
+    assert most_registers(encoder._PLACE) == 64
+    assert most_registers(encoder._CRC) == 48

@@ -15,8 +15,8 @@ from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.blob import TILE_METADATA, Blob  # noqa: E402
 from kvpack.format.errors import BlobError, LaneStateError  # noqa: E402
 from kvpack.format.layout import ElementKind, TileMode, integer_layout  # noqa: E402
-from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
-from kvpack.runtime.weight_kernels import MAX_FUSED_TOKENS  # noqa: E402
+from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
+from kvpack.runtime.weights.products import MAX_FUSED_TOKENS  # noqa: E402
 
 GOLDEN = sorted((Path(__file__).parents[1] / "data" / "v1").glob("*.blob"))
 

@@ -31,13 +31,13 @@ from kvpack.format.errors import (  # noqa: E402
     PayloadCrcError,
     TensorCrcError,
 )
-from kvpack.runtime import load as load_module  # noqa: E402
-from kvpack.runtime import upload as upload_module  # noqa: E402
-from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
+from kvpack.runtime.device import upload as upload_module  # noqa: E402
+from kvpack.runtime.device.upload import Piece, Uploader, split_pieces  # noqa: E402
 from kvpack.runtime.errors import DeviceError  # noqa: E402
-from kvpack.runtime.linear import RansLinear  # noqa: E402
-from kvpack.runtime.load import TORCH_DTYPES, State, load, resolve_device  # noqa: E402
-from kvpack.runtime.upload import Piece, Uploader, split_pieces  # noqa: E402
+from kvpack.runtime.weights import load as load_module  # noqa: E402
+from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
+from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
+from kvpack.runtime.weights.load import TORCH_DTYPES, State, load, resolve_device  # noqa: E402
 
 CPU = torch.device("cpu")
 

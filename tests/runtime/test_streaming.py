@@ -24,20 +24,20 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 import kvpack  # noqa: E402
-from kvpack.runtime import streaming  # noqa: E402
-from kvpack.runtime import upload as upload_module  # noqa: E402
-from kvpack.runtime.device_blob import SLACK_BYTES  # noqa: E402
+from kvpack.runtime.device import upload as upload_module  # noqa: E402
 from kvpack.runtime.errors import StreamingError  # noqa: E402
-from kvpack.runtime.linear import RansLinear  # noqa: E402
-from kvpack.runtime.load import load  # noqa: E402
-from kvpack.runtime.replace import replace_linears  # noqa: E402
-from kvpack.runtime.streaming import LayerStream, run_concurrently, stream_modules  # noqa: E402
+from kvpack.runtime.weights import offload  # noqa: E402
+from kvpack.runtime.weights.device_blob import SLACK_BYTES  # noqa: E402
+from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
+from kvpack.runtime.weights.load import load  # noqa: E402
+from kvpack.runtime.weights.offload import LayerStream, run_concurrently, stream_modules  # noqa: E402
+from kvpack.runtime.weights.replace import replace_linears  # noqa: E402
 
 LAYERS = 7
 WIDTH = 128
 
 # Before a detector puts others in their place.
-REGISTER, UNREGISTER = streaming._register, streaming._unregister
+REGISTER, UNREGISTER = offload._register, offload._unregister
 
 
 class Block(nn.Module):
@@ -483,8 +483,8 @@ def page_locks(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> PageLocks
     monkeypatch.setattr(runtime, "hostRegister", locks.register)
     monkeypatch.setattr(runtime, "hostUnregister", locks.unregister)
     monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
-    monkeypatch.setattr(streaming, "_register", REGISTER)
-    monkeypatch.setattr(streaming, "_unregister", UNREGISTER)
+    monkeypatch.setattr(offload, "_register", REGISTER)
+    monkeypatch.setattr(offload, "_unregister", UNREGISTER)
     return locks
 
 
@@ -670,7 +670,7 @@ def test_cuda_memory_that_cannot_be_pinned(path: Path) -> None:
     with stream, torch.no_grad():
         expected = model(inputs(0, "cuda"))
         with pytest.raises(StreamingError, match=r"cannot pin .*AlreadyRegistered"):
-            streaming._register(stream._layers[0].host, stream.device)
+            offload._register(stream._layers[0].host, stream.device)
         assert model(inputs(0, "cuda")).equal(expected)
 
 

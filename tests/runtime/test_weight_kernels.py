@@ -20,8 +20,10 @@ from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
 from kvpack.format.header import BlobHeader  # noqa: E402
 from kvpack.format.layout import OUTLIER_DELTA_BITS, ElementKind, integer_layout  # noqa: E402
-from kvpack.runtime import kernels, tickets, weight_kernels  # noqa: E402
-from kvpack.runtime.fit import Limits, fit_gemm, fit_gemv, gemm_launches, gemv_launches  # noqa: E402
+from kvpack.runtime.device import kernels, semaphores  # noqa: E402
+from kvpack.runtime.device.devices import Limits  # noqa: E402
+from kvpack.runtime.weights import products  # noqa: E402
+from kvpack.runtime.weights.launch_model import fit_gemm, fit_gemv, gemm_launches, gemv_launches  # noqa: E402
 
 GOLDEN = sorted((Path(__file__).parents[1] / "data" / "v1").glob("*.blob"))
 
@@ -40,10 +42,10 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def decoded_numbers(data: bytes) -> np.ndarray:
     coded = coded_tensor(data)
-    dtype = torch.int16 if coded.has_outliers else weight_kernels.NUMBER_TYPES[coded.layout.element_kind]
+    dtype = torch.int16 if coded.has_outliers else products.NUMBER_TYPES[coded.layout.element_kind]
     header = coded.header
     out = poisoned((header.matrices, header.rows, header.cols), dtype)
-    weight_kernels.decode(coded, weight_kernels.number_output(coded), out, LIMITS)
+    products.decode(coded, products.number_output(coded), out, LIMITS)
     assert coded.status.tolist() == [0, 0]
     return out.numpy()
 
@@ -99,7 +101,7 @@ def test_dequantize_with_outliers(mode: str, dtype: torch.dtype) -> None:
     data, scales = outlier_blob(mode)
     coded = coded_tensor(data, scales)
     out = poisoned((1, coded.header.rows, coded.header.cols), dtype)
-    weight_kernels.decode(coded, weight_kernels.OUTPUTS[dtype], out, LIMITS)
+    products.decode(coded, products.OUTPUTS[dtype], out, LIMITS)
     assert torch.equal(out, torch.from_numpy(dense(data, scales)).to(dtype))
 
 
@@ -112,7 +114,7 @@ def test_dequantize(name: str, bits: int, cols: int) -> None:
     coded = coded_tensor(data, scales)
     for dtype in (torch.float16, torch.bfloat16):
         out = poisoned((1, 100, cols), dtype)
-        weight_kernels.decode(coded, weight_kernels.OUTPUTS[dtype], out, LIMITS)
+        products.decode(coded, products.OUTPUTS[dtype], out, LIMITS)
         assert torch.equal(out, torch.from_numpy(dense(data, scales)).to(dtype))
 
 
@@ -122,7 +124,7 @@ def test_decode_some_rows() -> None:
     expected = torch.from_numpy(dense(data, scales)).to(torch.float16)[0]
     for first, end in ((0, 256), (256, 300), (64, 96)):
         out = poisoned((end - first, 200), torch.float16)
-        weight_kernels.decode(coded, weight_kernels.OUTPUTS[torch.float16], out, LIMITS, (first, end))
+        products.decode(coded, products.OUTPUTS[torch.float16], out, LIMITS, (first, end))
         assert torch.equal(out, expected[first:end])
 
 
@@ -135,12 +137,12 @@ def check_product(
     x = torch.from_numpy(rng.normal(0, 1, (tokens, weights.shape[1]))).to(dtype)
     b = torch.from_numpy(rng.normal(0, 1, len(weights))).to(dtype) if bias else None
     expected = x.double().numpy() @ weights.T + (0 if b is None else b.double().numpy())
-    first = weight_kernels.multiply(coded, x, b, LIMITS)
+    first = products.multiply(coded, x, b, LIMITS)
     assert coded.status.tolist() == [0, 0]
     error = np.linalg.norm(first.double().numpy() - expected) / np.linalg.norm(expected)
     # A result of bf16 has 8 bits itself.
     assert error < (tolerance if dtype != torch.bfloat16 else 3e-3)
-    again = weight_kernels.multiply(coded, x, b, LIMITS)
+    again = products.multiply(coded, x, b, LIMITS)
     assert torch.equal(first, again)
 
 
@@ -175,7 +177,7 @@ def test_product_by_any_launch(tokens: int) -> None:
     x = torch.from_numpy(rng.normal(0, 1, (tokens, 430))).to(torch.float16)
     expected = x.double().numpy() @ dense(data, scales)[0].astype(np.float64).T
     for fit in tried:
-        got = weight_kernels.multiply(coded, x, None, LIMITS, fit).double().numpy()
+        got = products.multiply(coded, x, None, LIMITS, fit).double().numpy()
         assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-3, fit
 
 
@@ -189,11 +191,11 @@ def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, tokens: 
     fit = next(fit for _, fit in launches if fit.panels > 4 and fit.members > 1)
     x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (tokens, 700))).to(torch.float16)
     arrivals = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(tickets, "take", lambda count, device: arrivals)
+    monkeypatch.setattr(semaphores, "take", lambda count, device: arrivals)
     results = []
     for seed in range(4):
         monkeypatch.setattr(kernels, "launch", functools.partial(emulated_launch, shuffle_seed=seed))
-        results.append(weight_kernels.multiply(coded, x, None, LIMITS, fit))
+        results.append(products.multiply(coded, x, None, LIMITS, fit))
         assert not arrivals.any()
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -203,8 +205,8 @@ def test_tables_share_no_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
     data = blob_of_several_tables()
     coded = coded_tensor(data, np.full(1, 0.1, np.float32))
     assert len(coded.tables) > 1
-    monkeypatch.setattr(tickets, "take", lambda count, device: pytest.fail("shared tickets"))
-    weight_kernels.multiply(coded, torch.ones(1, coded.header.cols, dtype=torch.float16), None, LIMITS)
+    monkeypatch.setattr(semaphores, "take", lambda count, device: pytest.fail("shared tickets"))
+    products.multiply(coded, torch.ones(1, coded.header.cols, dtype=torch.float16), None, LIMITS)
 
 
 @pytest.mark.parametrize(("architecture", "multiprocessors"), [(86, 10), (87, 8), (89, 24), (90, 132), (120, 170)])
@@ -217,10 +219,8 @@ def test_every_gpu_has_a_launch(architecture: int, multiprocessors: int) -> None
         header = BlobHeader(layout=layout, matrices=1, rows=4096, cols=cols, tile_cols=tile_cols)
         for word_buffer_bytes in (1024, 17 << 10):
             shape = (header, word_buffer_bytes, limits)
-            fits = [fit_gemv(*shape, weight_kernels.gemv_warps(layout, architecture))]
-            fits += [
-                fit_gemm(*shape, weight_kernels.gemm_warps(n, architecture), n) for n in weight_kernels.TOKEN_TILES
-            ]
+            fits = [fit_gemv(*shape, products.gemv_warps(layout, architecture))]
+            fits += [fit_gemm(*shape, products.gemm_warps(n, architecture), n) for n in products.TOKEN_TILES]
             for fit in fits:
                 assert fit.members * fit.teams <= 32
                 assert fit.members == 1 or fit.teams <= 15  # barriers
@@ -251,7 +251,7 @@ def test_largest_activations(tokens: int) -> None:
     for power in (125, 126, 127):
         x[:, 3] = 1.9 * 2.0**power
         expected = x.double().numpy() @ weights.T
-        got = weight_kernels.multiply(coded, x, None, LIMITS).double().numpy()
+        got = products.multiply(coded, x, None, LIMITS).double().numpy()
         assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 3e-3
 
 
@@ -262,9 +262,9 @@ def test_partial_sums_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *args, **options: panels.append(grid[1]))
     x = torch.ones(2, 700, dtype=torch.float16)
     for limit, bound in ((64 << 20, 11), (3 * 4 * 8 * 160, 3), (0, 1)):
-        monkeypatch.setattr(weight_kernels, "PARTIALS_BYTES", limit)
-        assert weight_kernels.max_panels(coded, 8) == bound
-        weight_kernels.multiply(coded, x, None, LIMITS)
+        monkeypatch.setattr(products, "PARTIALS_BYTES", limit)
+        assert products.max_panels(coded, 8) == bound
+        products.multiply(coded, x, None, LIMITS)
         assert panels.pop() <= bound
     header = BlobHeader(layout=coded.layout, matrices=1, rows=32, cols=1 << 22, tile_cols=32)
     assert fit_gemv(header, 1024, Limits(90, 132, 228 << 10, 227 << 10), 8).panels <= 65535
@@ -293,10 +293,10 @@ def test_outliers_that_change_after_the_check(what: str, tokens: int) -> None:
             outliers[:2] = row | 60 << OUTLIER_DELTA_BITS | 5, row | 1 << OUTLIER_DELTA_BITS | 5
     if tokens == 0:
         out = poisoned((1, 70, 150), torch.float16)
-        weight_kernels.decode(coded, weight_kernels.OUTPUTS[torch.float16], out, LIMITS)
+        products.decode(coded, products.OUTPUTS[torch.float16], out, LIMITS)
     else:
         x = torch.ones(tokens, 150, dtype=torch.float16)
-        got = weight_kernels.multiply(coded, x, None, LIMITS)
+        got = products.multiply(coded, x, None, LIMITS)
         assert got.shape == (tokens, 70)
         assert got.isfinite().all()
 
@@ -330,5 +330,5 @@ def test_massive_activations(tokens: int) -> None:
     x = torch.from_numpy(np.random.default_rng(1).normal(0, 1, (tokens, 14336))).to(torch.float16)
     x[:, [100, 11500]] = 1000
     expected = x.double().numpy() @ weights.T
-    got = weight_kernels.multiply(coded, x, None, LIMITS).double().numpy()
+    got = products.multiply(coded, x, None, LIMITS).double().numpy()
     assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-3

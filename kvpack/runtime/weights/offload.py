@@ -33,12 +33,12 @@ from kvpack.encode.reader import Reader
 from kvpack.format.container import BLOB_SUFFIX
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
-from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob
-from kvpack.runtime.devices import resolve_device
+from kvpack.runtime.device.devices import resolve_device
+from kvpack.runtime.device.upload import Piece, Upload, Uploader, side_stream
 from kvpack.runtime.errors import StreamingError
-from kvpack.runtime.linear import BLOB, SCALE, RansLinear
-from kvpack.runtime.load import data_offset, scales_on
-from kvpack.runtime.upload import Piece, Upload, Uploader, side_stream
+from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
+from kvpack.runtime.weights.linear import BLOB, SCALE, RansLinear
+from kvpack.runtime.weights.load import data_offset, scales_on
 
 if TYPE_CHECKING:
     import os

@@ -13,16 +13,16 @@ from torch import nn
 
 from kvpack.encode.reader import Reader
 from kvpack.format.header import BlobHeader
-from kvpack.runtime.device_blob import DeviceBlob
-from kvpack.runtime.devices import resolve_device
+from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.errors import ModelMismatchError
-from kvpack.runtime.linear import RansLinear
-from kvpack.runtime.load import TORCH_DTYPES, load_tensors, shown_progress, stored_bytes
+from kvpack.runtime.weights.device_blob import DeviceBlob
+from kvpack.runtime.weights.linear import RansLinear
+from kvpack.runtime.weights.load import TORCH_DTYPES, load_tensors, shown_progress, stored_bytes
 
 if TYPE_CHECKING:
     import os
 
-    from kvpack.runtime.load import Progress
+    from kvpack.runtime.weights.load import Progress
 
 # Of transformers' GPT-2 family: y = x · W + b, with W stored inputs × outputs.
 CONV1D = "Conv1D"
@@ -400,8 +400,7 @@ def replace_linears(
         include: only weights whose names match this regular expression (``re.search``) stay coded.
         exclude: those that match this one are decoded.
         strict: the file must have all parameters and persistent buffers of the model, and no others.
-        defer: modules whose coded weights are left in the file: :func:`kvpack.runtime.streaming.stream_modules` takes
-            them from there.
+        defer: modules whose coded weights are left in the file: :func:`kvpack.stream_modules` takes them from there.
         verify, progress: as of :func:`kvpack.load`.
 
     Raises:

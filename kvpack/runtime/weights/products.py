@@ -24,10 +24,10 @@ from kvpack.format.layout import (
     align,
     ceil_div,
 )
-from kvpack.runtime import kernels, tickets
-from kvpack.runtime.devices import ACTIVATIONS, Limits
-from kvpack.runtime.fit import BLOCKS_PER_SM, ProductFit, fit_decode, fit_gemm, fit_gemv
-from kvpack.runtime.kernels import Kernel
+from kvpack.runtime.device import kernels, semaphores
+from kvpack.runtime.device.devices import ACTIVATIONS, Limits
+from kvpack.runtime.device.kernels import Kernel
+from kvpack.runtime.weights.launch_model import BLOCKS_PER_SM, ProductFit, fit_decode, fit_gemm, fit_gemv
 
 # Registers bound the warps of a block: 64, 72, 80, 96, 128, 168 a thread with 16, 14, 12, 10, 8, 6 of them. Raw
 # planes are loaded two chunks ahead, so that many raw bits, outliers or wide results leave fewer. How many registers
@@ -71,7 +71,7 @@ class Coded:
 
     Attributes:
         blob: u8, the blob and the slack behind it.
-        groups: i32 [groups, 4], see :mod:`kvpack.runtime.group_table`.
+        groups: i32 [groups, 4], see :mod:`kvpack.runtime.weights.group_table`.
         tables: i32 [num_tables, 4096], see :func:`kvpack.encode.rans.decoder_table`.
         scales: f32 [0], [1] or [matrices · rows].
         status: i32 [2]: lanes that ended wrongly, and where (see ``report_damage`` in ``cuda/tile.cuh``).
@@ -139,7 +139,7 @@ def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bo
 
 
 def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int, architecture: int) -> Kernel:
-    """One vector times a coded matrix; ``buffers``, ``resident``: :class:`kvpack.runtime.fit.ProductFit`."""
+    """One vector times a coded matrix; ``buffers``, ``resident`` as in :class:`.launch_model.ProductFit`."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
@@ -220,7 +220,7 @@ def multiply(
         if num_tables > 1:
             arrivals = torch.zeros(coded.row_groups, dtype=torch.int32, device=x.device)
         else:
-            arrivals = tickets.take(coded.row_groups, x.device)
+            arrivals = semaphores.take(coded.row_groups, x.device)
     for index, table in coded.table_launches():
         kernels.launch(
             kernel,

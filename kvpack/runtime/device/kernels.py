@@ -23,8 +23,8 @@ from kvpack.format import layout as constants
 from kvpack.format import pages
 from kvpack.format.layout import ElementKind, Layout, Predictor, TileMode
 from kvpack.format.pages import PageFormat, Side
+from kvpack.runtime.device.sources import cuda_source_dir
 from kvpack.runtime.errors import DeviceError
-from kvpack.runtime.sources import cuda_source_dir
 
 # Without this a block has 48 KiB.
 _PLAIN_SHARED_BYTES = 48 * 1024

@@ -13,10 +13,10 @@ import torch
 from kvpack.format.errors import PageError
 from kvpack.format.layout import align, ceil_div
 from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, SCALE_BYTES, WARP_LANES, PageFormat, PageLayout, Side
-from kvpack.runtime import kernels, tickets
-from kvpack.runtime.devices import ACTIVATIONS
-from kvpack.runtime.kernels import Kernel
-from kvpack.runtime.page_kernels import PAGE_FORMATS
+from kvpack.runtime.device import kernels, semaphores
+from kvpack.runtime.device.devices import ACTIVATIONS
+from kvpack.runtime.device.kernels import Kernel
+from kvpack.runtime.kv.page_kernels import PAGE_FORMATS
 
 COLUMNS = 8
 DECODE_WARPS = 4
@@ -249,7 +249,7 @@ def decode(
         (
             *_arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks, causal),
             partials,
-            tickets.take(segments, q.device),
+            semaphores.take(segments, q.device),
             *observation,
         ),
         device=q.device,

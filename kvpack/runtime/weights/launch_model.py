@@ -18,7 +18,7 @@ import numpy as np
 
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ALIGNMENT_BYTES, CHUNK_COLS, FREQUENCY_SUM, GROUP_LANES, align, ceil_div
-from kvpack.runtime.devices import Limits
+from kvpack.runtime.device.devices import Limits
 
 _TABLE_BYTES = 4 * FREQUENCY_SUM
 BLOCKS_PER_SM = 2

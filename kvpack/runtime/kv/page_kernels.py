@@ -32,9 +32,9 @@ from kvpack.format.pages import (
     split_block,
     unpack_codes,
 )
-from kvpack.runtime import kernels
-from kvpack.runtime.devices import ACTIVATIONS
-from kvpack.runtime.kernels import Kernel
+from kvpack.runtime.device import kernels
+from kvpack.runtime.device.devices import ACTIVATIONS
+from kvpack.runtime.device.kernels import Kernel
 
 PAGE_FORMATS = {torch.float16: PageFormat.FP16, torch.bfloat16: PageFormat.BF16}
 

@@ -46,11 +46,10 @@ import torch
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, PageLayout, Side
-from kvpack.runtime import tickets
-from kvpack.runtime.attention_kernels import MASS_FRACTION_BITS
-from kvpack.runtime.devices import resolve_device
+from kvpack.runtime.device import semaphores
+from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.errors import CacheFullError, CacheInputError, PageEntryError
-from kvpack.runtime.page_allocator import (
+from kvpack.runtime.kv.allocator import (
     LADDER,
     POLICIES,
     Allocation,
@@ -60,8 +59,9 @@ from kvpack.runtime.page_allocator import (
     Policy,
     allocate_widths,
 )
-from kvpack.runtime.page_kernels import PAGE_FORMATS, left_out, new_status, quantize_pages, read_tokens, write_tokens
-from kvpack.runtime.page_pools import SLAB_BYTES, PageOwner, PagePools, PageViews
+from kvpack.runtime.kv.attention_kernels import MASS_FRACTION_BITS
+from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, left_out, new_status, quantize_pages, read_tokens, write_tokens
+from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools, PageViews
 
 Widths = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
 
@@ -301,7 +301,7 @@ class KVCache:
         self.number = next(_numbers)
         _caches[self.number] = self
         if self.device.type == "cuda":
-            tickets.prepare(self.device)
+            semaphores.prepare(self.device)
 
     def _make_tensors(self) -> None:
         layers, _, max_sequences, max_pages = self.entries.shape

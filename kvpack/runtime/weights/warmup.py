@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from kvpack.runtime import tickets
-from kvpack.runtime.device_blob import DeviceBlob
-from kvpack.runtime.linear import RansLinear
-from kvpack.runtime.load import State
+from kvpack.runtime.device import semaphores
+from kvpack.runtime.weights.device_blob import DeviceBlob
+from kvpack.runtime.weights.linear import RansLinear
+from kvpack.runtime.weights.load import State
 
 # One number of tokens for each kind of product: one vector, a few on tensor cores (three sizes), many.
 TOKENS = (1, 8, 16, 32, 64)
@@ -58,6 +58,6 @@ def warmup(target: nn.Module | State, *, dtypes: Iterable[torch.dtype] = DTYPES,
                 count += 1
     for device in devices:
         if device.type == "cuda":
-            tickets.prepare(device)
+            semaphores.prepare(device)
             torch.cuda.synchronize(device)
     return count

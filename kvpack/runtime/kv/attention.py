@@ -9,7 +9,7 @@
 >>> out.shape, cache.length(layer=0, sequence=0)
 (torch.Size([1, 8, 1, 64]), 301)
 
-On CUDA the kernels of :mod:`kvpack.runtime.attention_kernels` read pages in place: one that splits pages over all
+On CUDA the kernels of :mod:`kvpack.runtime.kv.attention_kernels` read pages in place: one that splits pages over all
 multiprocessors for few query tokens, one that shares pages among many. On the CPU keys and values are dequantized to
 fp32 and given to torch: the same results, slowly.
 
@@ -28,12 +28,12 @@ import torch
 
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, Side
-from kvpack.runtime import attention_kernels
-from kvpack.runtime.attention_kernels import COLUMNS, Observed
-from kvpack.runtime.devices import device_limits
+from kvpack.runtime.device.devices import device_limits
 from kvpack.runtime.errors import CacheInputError
-from kvpack.runtime.kv_cache import KVCache, Queries, cache_of
-from kvpack.runtime.page_kernels import read_tokens
+from kvpack.runtime.kv import attention_kernels
+from kvpack.runtime.kv.attention_kernels import COLUMNS, Observed
+from kvpack.runtime.kv.cache import KVCache, Queries, cache_of
+from kvpack.runtime.kv.page_kernels import read_tokens
 
 # Of a cache that is made here; a page table takes a quarter of a byte a token.
 _MAX_TOKENS = 1 << 17

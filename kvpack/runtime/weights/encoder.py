@@ -74,8 +74,8 @@ from kvpack.format.layout import (
     ceil_div,
 )
 from kvpack.format.tables import Frequencies
+from kvpack.runtime.device.kernels import Kernel, launch, require_device
 from kvpack.runtime.errors import DeviceError
-from kvpack.runtime.kernels import Kernel, launch, require_device
 
 Launch = Callable[..., None]  # kernels.launch, or one that runs kernels elsewhere
 

@@ -15,10 +15,10 @@ import torch
 from kvpack.encode.reader import Reader
 from kvpack.encode.threads import map_ordered
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
-from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob
-from kvpack.runtime.devices import resolve_device
-from kvpack.runtime.linear import RansLinear, padded_buffer
-from kvpack.runtime.upload import Piece, Uploader
+from kvpack.runtime.device.devices import resolve_device
+from kvpack.runtime.device.upload import Piece, Uploader
+from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
+from kvpack.runtime.weights.linear import RansLinear, padded_buffer
 
 if TYPE_CHECKING:
     import os

@@ -13,9 +13,9 @@ from functools import cache
 import torch
 
 from kvpack.format.layout import TILE_ROWS, align, ceil_div
-from kvpack.runtime import weight_kernels
-from kvpack.runtime.devices import Limits
-from kvpack.runtime.weight_kernels import LOSSLESS_TYPES, OUTPUTS, Coded
+from kvpack.runtime.device.devices import Limits
+from kvpack.runtime.weights import products
+from kvpack.runtime.weights.products import LOSSLESS_TYPES, OUTPUTS, Coded
 
 STAGING_BYTES = 64 << 20  # of one buffer
 
@@ -35,8 +35,8 @@ def part_rows(rows: int, cols: int, element_bytes: int) -> int:
 
 def _expand(coded: Coded, rows: tuple[int, int], out: torch.Tensor, limits: Limits) -> None:
     quantized = len(coded.scales) > 0
-    output = OUTPUTS[out.dtype] if quantized else weight_kernels.OUTPUT_NUMBERS
-    weight_kernels.decode(coded, output, out, limits, rows)
+    output = OUTPUTS[out.dtype] if quantized else products.OUTPUT_NUMBERS
+    products.decode(coded, output, out, limits, rows)
 
 
 def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits) -> torch.Tensor:

@@ -15,7 +15,7 @@ def cuda_source_dir() -> Path:
     installed = resources.files("kvpack").joinpath("_cuda")
     if isinstance(installed, Path) and installed.is_dir():
         return installed
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     # In site-packages a folder named `cuda` is NVIDIA's, so that the name alone proves nothing.
     if (root / "pyproject.toml").is_file() and (root / "cuda").is_dir():
         return root / "cuda"

@@ -1,7 +1,7 @@
 """Quantizers of a whole matrix on the GPU, in four variants that give the same bytes; on the CPU the reference.
 
-:mod:`kvpack.encode.matrix_quantizer` says what scales and codes are and how they lie, ``cuda/matrix.cuh`` what the
-variants are. Quantizing is two launches, scales and codes; vectorized and by token it is one.
+:mod:`kvpack.bench.matrix_quantizer_reference` says what scales and codes are and how they lie, ``cuda/matrix.cuh``
+what the variants are. Quantizing is two launches, scales and codes; vectorized and by token it is one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from kvpack.encode import matrix_quantizer as reference
-from kvpack.encode.matrix_quantizer import (
+from kvpack.bench import matrix_quantizer_reference as reference
+from kvpack.bench.matrix_quantizer_reference import (
     FP8_FORMATS,
     LIMITS,
     MAX_SCALE,
@@ -35,9 +35,9 @@ from kvpack.encode.matrix_quantizer import (
 from kvpack.encode.threads import default_threads
 from kvpack.format.layout import GROUP_LANES, ceil_div
 from kvpack.format.pages import PageFormat
-from kvpack.runtime import kernels
-from kvpack.runtime.devices import ACTIVATIONS
-from kvpack.runtime.kernels import Kernel
+from kvpack.runtime.device import kernels
+from kvpack.runtime.device.devices import ACTIVATIONS
+from kvpack.runtime.device.kernels import Kernel
 
 
 class Variant(IntEnum):

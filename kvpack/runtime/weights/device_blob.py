@@ -14,10 +14,11 @@ from kvpack.format.blob import Blob
 from kvpack.format.errors import LaneStateError, ScaleError
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind, Predictor
-from kvpack.runtime import ops, tickets
-from kvpack.runtime.group_table import group_table, max_group_words
-from kvpack.runtime.kernels import require_device
-from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES
+from kvpack.runtime.device import semaphores
+from kvpack.runtime.device.kernels import require_device
+from kvpack.runtime.weights import ops
+from kvpack.runtime.weights.group_table import group_table, max_group_words
+from kvpack.runtime.weights.products import FLOAT_TYPES, LOSSLESS_TYPES
 
 # A lane of a damaged blob reads at most a word a step (512) and one ahead, a raw element at most 8 bytes behind its
 # tile.
@@ -43,8 +44,8 @@ class DeviceBlob:
         dtype: of the original tensor; shape: its shape.
         blob: u8 [blob_bytes + slack]: the blob as FORMAT.md §2 has it, then zeros.
         scales: f32 [0], [1] or [matrices · rows].
-        groups, tables, status: what kernels look up (:class:`kvpack.runtime.weight_kernels.Coded`); empty on the CPU.
-        geometry: all numbers that an operator needs, see :mod:`kvpack.runtime.ops`.
+        groups, tables, status: what kernels look up (:class:`kvpack.runtime.weights.products.Coded`); empty on the CPU.
+        geometry: all numbers that an operator needs, see :mod:`kvpack.runtime.weights.ops`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class DeviceBlob:
         tables = np.empty((0, 4096), np.uint32)
         if device.type == "cuda":
             require_device(device)
-            tickets.prepare(device)
+            semaphores.prepare(device)
             groups = group_table(parsed)
             words = max_group_words(groups)
             if parsed.tables:

@@ -2,8 +2,8 @@
 
 Its buffers are those of the container (docs/FORMAT.md §9.2): ``weight_kvpack`` and, for quantized weights,
 ``weight_kvpack_scale``, so that a state dict written with safetensors has a compressed model's names. Whatever else the
-kernels need is derived from them: a :class:`~kvpack.runtime.device_blob.DeviceBlob`, made again whenever the buffers
-are replaced or moved, and never saved.
+kernels need is derived from them: a :class:`~kvpack.runtime.weights.device_blob.DeviceBlob`, made again whenever the
+buffers are replaced or moved, and never saved.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 
 from kvpack.format.errors import FormatError
 from kvpack.format.header import HEADER_BYTES, BlobHeader
-from kvpack.runtime.device_blob import SLACK_BYTES, DeviceBlob
 from kvpack.runtime.errors import ModelMismatchError, StreamingError
+from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
 
 BLOB = "weight_kvpack"
 SCALE = "weight_kvpack_scale"
@@ -177,7 +177,7 @@ class RansLinear(nn.Module):
         if coded.is_meta and self.tensor_name is not None:
             raise StreamingError(
                 f"weights of {self.tensor_name} are on the meta device: left in the file by replace_linears(defer=…) "
-                "or by a stream from disk that has ended. Run it inside kvpack.runtime.streaming.stream_modules, "
+                "or by a stream from disk that has ended. Run it inside kvpack.runtime.weights.offload.stream_modules, "
                 "or load them (load_state_dict, assign=True)"
             )
         if coded.is_meta or (scales is not None and scales.is_meta):

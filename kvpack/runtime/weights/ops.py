@@ -18,9 +18,9 @@ from kvpack.encode.blob_decoder import decode_integers
 from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import TILE_ROWS, ElementKind, Layout
-from kvpack.runtime import expansion, weight_kernels
-from kvpack.runtime.devices import device_limits
-from kvpack.runtime.weight_kernels import FLOAT_TYPES, LOSSLESS_TYPES, NUMBER_TYPES, Coded
+from kvpack.runtime.device.devices import device_limits
+from kvpack.runtime.weights import expansion, products
+from kvpack.runtime.weights.products import FLOAT_TYPES, LOSSLESS_TYPES, NUMBER_TYPES, Coded
 
 _CODED = "Tensor blob, Tensor groups, Tensor tables, Tensor scales, Tensor status, int[] geometry"
 
@@ -122,8 +122,8 @@ def _linear_cuda(
     limits = device_limits(x.device)
     if len(tokens) == 0:
         out = x.new_empty(0, rows)
-    elif len(tokens) <= weight_kernels.MAX_FUSED_TOKENS and weight_kernels.can_multiply(coded.layout):
-        out = weight_kernels.multiply(coded, tokens, bias, limits)
+    elif len(tokens) <= products.MAX_FUSED_TOKENS and products.can_multiply(coded.layout):
+        out = products.multiply(coded, tokens, bias, limits)
     else:
         out = expansion.multiply(coded, tokens, bias, limits)
     return out.reshape(*x.shape[:-1], rows)
@@ -179,8 +179,8 @@ def _dequantize_cuda(
     coded = _coded(blob, groups, tables, scales, status, geometry)
     header = coded.header
     out = torch.empty((header.matrices, header.rows, header.cols), dtype=dtype, device=blob.device)
-    output = weight_kernels.OUTPUTS[_float_type(dtype)]
-    weight_kernels.decode(coded, output, out, device_limits(blob.device))
+    output = products.OUTPUTS[_float_type(dtype)]
+    products.decode(coded, output, out, device_limits(blob.device))
     return out
 
 
@@ -221,8 +221,8 @@ def _numbers_cuda(
     header = coded.header
     dtype = _number_type(geometry)
     out = torch.empty((header.matrices, header.rows, header.cols), dtype=dtype, device=blob.device)
-    output = weight_kernels.number_output(coded)
-    weight_kernels.decode(coded, output, out, device_limits(blob.device))
+    output = products.number_output(coded)
+    products.decode(coded, output, out, device_limits(blob.device))
     return out
 
 
@@ -249,7 +249,7 @@ def _check_lanes_cuda(
     geometry: list[int],
 ) -> None:
     coded = _coded(blob, groups, tables, scales, status, geometry)
-    weight_kernels.decode(coded, weight_kernels.OUTPUT_NOTHING, None, device_limits(blob.device))
+    products.decode(coded, products.OUTPUT_NOTHING, None, device_limits(blob.device))
 
 
 def _check_lanes_cpu(

@@ -1,0 +1,1 @@
+"""KV pages on a device: pools, page kernels, allocation of bits, the cache, attention."""

@@ -1,0 +1,1 @@
+"""Coded weights on a device: products, layers, loading, replacing, offloading, encoding."""
