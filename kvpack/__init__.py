@@ -2,7 +2,8 @@
 
 >>> import kvpack
 >>> for name in sorted(kvpack.__all__):
-...     print(name)
+...     if not name.endswith("Error"):  # kvpack.errors draws their hierarchy
+...         print(name)
 KVCache
 PageFormat
 RansLinear
@@ -14,6 +15,8 @@ decompress
 load
 open
 replace_linears
+run_concurrently
+stream_modules
 verify
 warmup
 
@@ -32,19 +35,96 @@ if TYPE_CHECKING:
     from kvpack.encode.reader import Reader
     from kvpack.encode.reader import Reader as open  # noqa: N813
     from kvpack.encode.verify import verify
+    from kvpack.errors import (
+        AllocationError,
+        BlobError,
+        CacheFullError,
+        CacheInputError,
+        ContainerError,
+        ContainerMetadataError,
+        DeviceError,
+        DirectoryIndexError,
+        FormatError,
+        GeometryError,
+        HeaderCrcError,
+        InputError,
+        KvpackError,
+        LaneError,
+        LaneStateError,
+        LayoutError,
+        LimitError,
+        MagicError,
+        ModelMismatchError,
+        NotAContainerError,
+        NotInstalledError,
+        OtherFilesError,
+        OutlierError,
+        PaddingError,
+        PageEntryError,
+        PageError,
+        PayloadCrcError,
+        ReservedError,
+        ScaleError,
+        StreamingError,
+        TableError,
+        TensorCrcError,
+        TensorTableError,
+        TileBoundsError,
+        TileModeError,
+        TruncatedError,
+        VersionError,
+    )
     from kvpack.format.pages import PageFormat
     from kvpack.runtime.kv.attention import attention_with_kv_cache
     from kvpack.runtime.kv.cache import KVCache
     from kvpack.runtime.weights.linear import RansLinear
     from kvpack.runtime.weights.load import load
+    from kvpack.runtime.weights.offload import run_concurrently, stream_modules
     from kvpack.runtime.weights.replace import replace_linears
     from kvpack.runtime.weights.warmup import warmup
 
 __all__ = [
+    "AllocationError",
+    "BlobError",
+    "CacheFullError",
+    "CacheInputError",
+    "ContainerError",
+    "ContainerMetadataError",
+    "DeviceError",
+    "DirectoryIndexError",
+    "FormatError",
+    "GeometryError",
+    "HeaderCrcError",
+    "InputError",
     "KVCache",
+    "KvpackError",
+    "LaneError",
+    "LaneStateError",
+    "LayoutError",
+    "LimitError",
+    "MagicError",
+    "ModelMismatchError",
+    "NotAContainerError",
+    "NotInstalledError",
+    "OtherFilesError",
+    "OutlierError",
+    "PaddingError",
+    "PageEntryError",
+    "PageError",
     "PageFormat",
+    "PayloadCrcError",
     "RansLinear",
     "Reader",
+    "ReservedError",
+    "ScaleError",
+    "StreamingError",
+    "TableError",
+    "TensorCrcError",
+    "TensorTableError",
+    "TileBoundsError",
+    "TileModeError",
+    "TruncatedError",
+    "VersionError",
     "__version__",
     "attention_with_kv_cache",
     "compress",
@@ -52,6 +132,8 @@ __all__ = [
     "load",
     "open",
     "replace_linears",
+    "run_concurrently",
+    "stream_modules",
     "verify",
     "warmup",
 ]
@@ -67,17 +149,19 @@ _HOMES = {
     "RansLinear": ("kvpack.runtime.weights.linear", "RansLinear"),
     "Reader": ("kvpack.encode.reader", "Reader"),
     "replace_linears": ("kvpack.runtime.weights.replace", "replace_linears"),
+    "run_concurrently": ("kvpack.runtime.weights.offload", "run_concurrently"),
+    "stream_modules": ("kvpack.runtime.weights.offload", "stream_modules"),
     "verify": ("kvpack.encode.verify", "verify"),
     "warmup": ("kvpack.runtime.weights.warmup", "warmup"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'kvpack' has no attribute {name!r}")
     import importlib
 
-    module, attribute = _HOMES[name]
+    module, attribute = _HOMES.get(name, ("kvpack.errors", name))
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

@@ -139,9 +139,7 @@ def _fail(code: ExitCode, kind: str, message: str, as_json: bool) -> NoReturn:
 @contextmanager
 def _errors(as_json: bool) -> Iterator[None]:
     """Known failures become one sentence (or one JSON object) and an exit code; others stay tracebacks."""
-    from kvpack.encode.errors import InputError, NotInstalledError
-    from kvpack.format.errors import FormatError
-    from kvpack.runtime.errors import DeviceError
+    from kvpack.errors import DeviceError, FormatError, InputError, NotInstalledError
 
     try:
         yield
@@ -238,7 +236,7 @@ def _parse_tensor_bits(values: list[str] | None) -> dict[str, float]:
 
 def _require_matplotlib() -> None:
     """For --plot: before the work, not behind it."""
-    from kvpack.encode.errors import NotInstalledError
+    from kvpack.errors import NotInstalledError
 
     try:
         import kvpack.bench.plot  # noqa: F401
@@ -427,7 +425,7 @@ def inspect(
         report = describe(source, tensor)
         if plot is not None:
             from kvpack.bench.plot import plot_tensors
-            from kvpack.encode.errors import InputError
+            from kvpack.errors import InputError
 
             if not report["coded"]:
                 raise InputError("no tensor is coded, so there is nothing to draw")
@@ -645,7 +643,7 @@ def bench_attention(
 @contextmanager
 def _needs_device(as_json: bool) -> Iterator[None]:
     """Without torch, CuPy or a GPU the exit code says that there is no device."""
-    from kvpack.runtime.errors import DeviceError
+    from kvpack.errors import DeviceError
 
     try:
         yield

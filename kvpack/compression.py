@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvpack.encode.pipeline import DEFAULT_ALLOCATION, CompressReport, Progress
 from kvpack.encode.pipeline import compress as compress_with
 from kvpack.encode.tensor_encoder import CPU_CODER, Coder
-from kvpack.runtime.errors import DeviceError
+from kvpack.errors import DeviceError
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import kvpack
-from kvpack.format.errors import LimitError
+from kvpack.errors import LimitError
 
 Arrays = dict[str, npt.NDArray[Any]]
 # Packages of extras: modules that need them are left out where they are not installed.

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 import kvpack
 from kvpack._version import __version__
 from kvpack.cli import app
-from kvpack.encode.errors import OtherFilesError
 from kvpack.encode.pipeline import Progress
+from kvpack.errors import OtherFilesError
 from kvpack.format.container import Container
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,11 +20,13 @@ RUNTIME = ENCODE | {"torch", "cupy", "rich"}
 RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "format": ({"format"}, CORE),
     "encode": ({"format", "encode"}, ENCODE),
-    "runtime": ({"format", "encode", "runtime"}, RUNTIME),
+    "runtime/device": ({"format", "encode", "runtime.device"}, RUNTIME),
+    "runtime/weights": ({"format", "encode", "runtime.device", "runtime.weights"}, RUNTIME),
+    "runtime/kv": ({"format", "encode", "runtime.device", "runtime.kv"}, RUNTIME),
     "bench": ({"format", "encode", "runtime", "bench"}, RUNTIME | {"matplotlib"}),
     "integrations": ({"format", "encode", "runtime", "integrations"}, None),
 }
-FOR_ALL = {"_version"}
+FOR_ALL = {"_version", "errors"}
 # What `kvpack bench linear` compares with. Only these files name them, and they load them when they measure: kvpack
 # neither needs nor installs these packages.
 PEERS = {
@@ -46,6 +48,9 @@ def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
             if module == "kvpack":
                 for alias in node.names:
                     yield node.lineno, f"kvpack.{alias.name}"
+            elif module == "kvpack.runtime":
+                for alias in node.names:
+                    yield node.lineno, f"{module}.{alias.name}"
             else:
                 yield node.lineno, module
         elif isinstance(node, ast.Call) and node.args:
@@ -60,13 +65,13 @@ def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
 
 
 def violations(source: str, package: str, peers: frozenset[str] = frozenset()) -> list[str]:
-    rooms, others = RULES[package.split(".")[1]]
+    rooms, others = RULES[package.removeprefix("kvpack.").replace(".", "/")]
     others = None if others is None else others | peers
     found = []
     for line, module in imported_modules(ast.parse(source), package):
         first, _, rest = module.partition(".")
         if first == "kvpack":
-            legal = rest.split(".")[0] in rooms | FOR_ALL
+            legal = any(f"{rest}.".startswith(f"{room}.") for room in rooms | FOR_ALL)
         else:
             legal = others is None or first in others or first in sys.stdlib_module_names
         if not legal:
@@ -109,11 +114,17 @@ def test_peers_are_loaded_when_measured(name: str) -> None:
         ("kvpack.encode", "def f():\n    import torch"),
         ("kvpack.encode", "if TYPE_CHECKING:\n    from kvpack.runtime import sources"),
         ("kvpack.encode", "import importlib\nimportlib.import_module('cupy')"),
-        ("kvpack.runtime", "from transformers import Cache"),
-        ("kvpack.runtime", "from kvpack.integrations import transformers"),
-        ("kvpack.runtime", "import kvpack.cli"),
+        ("kvpack.runtime.kv", "from transformers import Cache"),
+        ("kvpack.runtime.weights", "from kvpack.integrations import transformers"),
+        ("kvpack.runtime.device", "import kvpack.cli"),
+        ("kvpack.runtime.device", "from kvpack.runtime import weights"),
+        ("kvpack.runtime.device", "from kvpack.runtime.kv.cache import KVCache"),
+        ("kvpack.runtime.weights", "from kvpack.runtime.kv import page_pools"),
+        ("kvpack.runtime.kv", "from kvpack.runtime.weights.load import load"),
+        ("kvpack.runtime.kv", "from ..weights import load"),
+        ("kvpack.integrations", "from kvpack.bench import timing"),
         ("kvpack.encode", "from kvpack.bench import provenance"),
-        ("kvpack.runtime", "from kvpack.bench import timing"),
+        ("kvpack.runtime.weights", "from kvpack.bench import timing"),
         ("kvpack.integrations", "from kvpack.cli import app"),
     ],
 )
@@ -126,8 +137,9 @@ def test_wrong_imports_are_seen(package: str, source: str) -> None:
     [
         ("kvpack.format", "import zlib\nimport numpy.typing as npt\nfrom . import layout"),
         ("kvpack.encode", "from kvpack._version import __version__\nfrom ..format import blob"),
-        ("kvpack.runtime", "import torch\nfrom kvpack.encode.rans import decoder_table"),
-        ("kvpack.integrations", "import transformers\nfrom kvpack.runtime import sources"),
+        ("kvpack.runtime.device", "import torch\nfrom kvpack.encode.rans import decoder_table"),
+        ("kvpack.runtime.kv", "from kvpack.runtime import device\nfrom kvpack.errors import CacheFullError"),
+        ("kvpack.integrations", "import transformers\nfrom kvpack.runtime.device import sources"),
     ],
 )
 def test_right_imports_pass(package: str, source: str) -> None:

@@ -11,8 +11,8 @@ from independent_decoder import read_container
 from safetensors.numpy import save_file
 
 import kvpack
+from kvpack.errors import TensorCrcError
 from kvpack.format.container import Container
-from kvpack.format.errors import TensorCrcError
 
 
 def model() -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import kvpack
 from kvpack.encode import blob_decoder, jit, pipeline
-from kvpack.format.errors import DirectoryIndexError
+from kvpack.errors import DirectoryIndexError
 
 
 def gaussian(*shape: int, seed: int = 0) -> np.ndarray:

@@ -43,8 +43,8 @@ from kvpack.bench.matrix_quantizer_reference import Axis, parse_axis, parse_form
 from kvpack.bench.report import Report, Row, finite
 from kvpack.bench.run import BenchRun, Publish
 from kvpack.bench.timing import Result, Timed, Work, copy_bandwidth, measure
-from kvpack.encode.errors import InputError
 from kvpack.encode.threads import default_threads
+from kvpack.errors import InputError
 
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
 SECTIONS = ("copy", "processor", "matrices", "quality")

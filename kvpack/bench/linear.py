@@ -50,7 +50,7 @@ from kvpack.bench.timing import (
 )
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.encode.threads import default_threads
-from kvpack.format.errors import FormatError
+from kvpack.errors import FormatError
 from kvpack.format.layout import ElementKind, Layout, integer_layout
 from kvpack.runtime.weights.device_blob import DeviceBlob
 

@@ -13,7 +13,7 @@ import torch
 
 from kvpack.bench.provenance import environment, kvpack_command
 from kvpack.bench.report import Report, Row, finite
-from kvpack.runtime.errors import DeviceError
+from kvpack.errors import DeviceError
 
 Publish = Callable[[Report], None]
 

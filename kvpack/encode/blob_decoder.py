@@ -16,8 +16,8 @@ from kvpack.encode.planes import unpack_bits
 from kvpack.encode.rans import decoder_table
 from kvpack.encode.threads import map_ordered
 from kvpack.encode.tile_coder import decode_constant_tile, decode_rans_tile
+from kvpack.errors import LaneStateError, LimitError
 from kvpack.format.blob import Blob, Tile
-from kvpack.format.errors import LaneStateError, LimitError
 from kvpack.format.layout import (
     CHUNK_COLS,
     GROUP_LANES,

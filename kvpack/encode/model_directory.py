@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvpack.encode.errors import OtherFilesError
 from kvpack.encode.reader import INDEX_NAME
+from kvpack.errors import DirectoryIndexError, OtherFilesError
 from kvpack.format.container import VERSION_KEY, Container
-from kvpack.format.errors import DirectoryIndexError
 from kvpack.format.layout import VERSION
 
 CONFIG_NAME = "config.json"

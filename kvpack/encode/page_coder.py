@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.format.errors import PageError
+from kvpack.errors import PageError
 from kvpack.format.pages import (
     PAGE_TOKENS,
     BlockParts,

@@ -23,7 +23,6 @@ import numpy as np
 
 from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSY_DTYPES, NUMPY_DTYPES
-from kvpack.encode.errors import InputError
 from kvpack.encode.model_directory import (
     CONFIG_NAME,
     compressed_config,
@@ -56,6 +55,7 @@ from kvpack.encode.tensor_encoder import (
     planned_bytes,
 )
 from kvpack.encode.threads import default_threads
+from kvpack.errors import InputError
 from kvpack.format.container import (
     BLOB_SUFFIX,
     CONTAINER_VERSION,

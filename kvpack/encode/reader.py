@@ -17,11 +17,10 @@ import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES, NUMPY_DTYPES
-from kvpack.encode.errors import InputError
 from kvpack.encode.threads import default_threads
+from kvpack.errors import ContainerMetadataError, DirectoryIndexError, InputError, ScaleError
 from kvpack.format.blob import Blob
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
-from kvpack.format.errors import ContainerMetadataError, DirectoryIndexError, ScaleError
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind
 

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kvpack.encode.errors import InputError
 from kvpack.encode.reader import Reader
+from kvpack.errors import InputError
 
 
 def _describe_tensor(reader: Reader, name: str) -> dict[str, Any]:

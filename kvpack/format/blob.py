@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.format.errors import (
+from kvpack.errors import (
     HeaderCrcError,
     LaneError,
     OutlierError,
@@ -117,7 +117,7 @@ class Blob:
         buffer: exactly the blob's bytes, at any alignment.
 
     Raises:
-        BlobError: the header, a table or the tile metadata break a rule (see ``kvpack.format.errors``).
+        BlobError: the header, a table or the tile metadata break a rule (see ``kvpack.errors``).
     """
 
     def __init__(self, buffer: memoryview | bytes) -> None:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from kvpack.format.errors import (
+from kvpack.errors import (
     ContainerMetadataError,
     LimitError,
     NotAContainerError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from kvpack.format.errors import (
+from kvpack.errors import (
     GeometryError,
     LayoutError,
     MagicError,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 
-from kvpack.format.errors import LayoutError
+from kvpack.errors import LayoutError
 
 MAGIC = 0x52414E53
 VERSION = 1

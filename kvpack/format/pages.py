@@ -38,7 +38,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.format.errors import PageError
+from kvpack.errors import PageError
 
 PAGE_TOKENS = 64
 GROUP_DIMS = 16

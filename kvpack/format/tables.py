@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.format.errors import PaddingError, TableError
+from kvpack.errors import PaddingError, TableError
 from kvpack.format.layout import (
     ALIGNMENT_BYTES,
     FREQUENCY_SUM,

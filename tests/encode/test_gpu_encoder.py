@@ -31,6 +31,7 @@ from kvpack.encode.frequencies import coded_bits, entropy_bits, normalise_freque
 from kvpack.encode.pipeline import compress
 from kvpack.encode.quantize import NEAREST, Rounding
 from kvpack.encode.tensor_encoder import Matrices, QuantizedStrips
+from kvpack.errors import DeviceError
 from kvpack.format.blob import Blob
 from kvpack.format.layout import (
     ElementKind,
@@ -42,7 +43,6 @@ from kvpack.format.layout import (
     integer_layout,
 )
 from kvpack.format.tables import pack_tables, packed_table_bytes
-from kvpack.runtime.errors import DeviceError
 
 torch = pytest.importorskip("torch")
 

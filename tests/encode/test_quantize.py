@@ -18,7 +18,7 @@ import kvpack
 from kvpack.encode.pipeline import CompressReport, TensorReport
 from kvpack.encode.quantize import MAX_MAGNITUDE, NEAREST, NUM_THRESHOLDS, Rounding, quantize, quantize_strip
 from kvpack.encode.tensor_encoder import EncodedTensor, Matrices, encode_at_bits
-from kvpack.format.errors import ContainerMetadataError
+from kvpack.errors import ContainerMetadataError
 
 F32 = np.float32
 Weights = npt.NDArray[np.float32]

@@ -16,11 +16,10 @@ import pytest
 import sample_blobs as samples
 from blob_surgery import Parts, RansTile, patched, split
 
+from kvpack import errors
 from kvpack.encode.blob_decoder import decode_elements, decode_integers
 from kvpack.encode.blob_encoder import encode_elements
-from kvpack.format import errors
-from kvpack.format.blob import Blob
-from kvpack.format.errors import (
+from kvpack.errors import (
     FormatError,
     GeometryError,
     HeaderCrcError,
@@ -39,6 +38,7 @@ from kvpack.format.errors import (
     TruncatedError,
     VersionError,
 )
+from kvpack.format.blob import Blob
 from kvpack.format.layout import ElementKind, Layout, Predictor, float_layouts, integer_layout
 
 

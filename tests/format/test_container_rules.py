@@ -28,12 +28,11 @@ from safetensors.numpy import load_file
 import kvpack
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.encode.dtypes import NUMPY_DTYPES
-from kvpack.encode.errors import InputError
-from kvpack.format.container import Container
-from kvpack.format.errors import (
+from kvpack.errors import (
     ContainerMetadataError,
     DirectoryIndexError,
     FormatError,
+    InputError,
     LayoutError,
     LimitError,
     MagicError,
@@ -43,6 +42,7 @@ from kvpack.format.errors import (
     TensorTableError,
     TruncatedError,
 )
+from kvpack.format.container import Container
 from kvpack.format.layout import ElementKind, float_layouts, integer_layout
 
 SIGNED, UNSIGNED = ElementKind.SIGNED, ElementKind.UNSIGNED

@@ -19,8 +19,8 @@ import sample_blobs as samples
 
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.blob_encoder import encode_elements
+from kvpack.errors import FormatError, LimitError
 from kvpack.format.blob import Blob
-from kvpack.format.errors import FormatError, LimitError
 from kvpack.format.layout import ElementKind, Predictor, float_layouts, integer_layout
 
 MAX_ELEMENTS = 1 << 14

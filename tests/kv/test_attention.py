@@ -17,8 +17,8 @@ from paged_values import attention_error, probabilities
 from pool_dump import cache_state
 
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
+from kvpack.errors import CacheFullError, CacheInputError
 from kvpack.format.pages import PageFormat, PageLayout, Side
-from kvpack.runtime.errors import CacheFullError, CacheInputError
 
 torch = pytest.importorskip("torch")
 

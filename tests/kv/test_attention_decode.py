@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from emulated_device import emulated_launch  # noqa: E402
 from paged_values import Paged, attention_error, expected_attention, expected_mass, paged_values  # noqa: E402
 
-from kvpack.format.errors import PageError  # noqa: E402
+from kvpack.errors import PageError  # noqa: E402
 from kvpack.format.pages import PageFormat  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
 from kvpack.runtime.kv import attention_kernels, page_kernels  # noqa: E402

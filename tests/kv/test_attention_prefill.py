@@ -15,7 +15,7 @@ import emulator  # noqa: E402
 from emulated_device import emulated_launch  # noqa: E402
 from paged_values import Paged, attention_error, expected_attention, paged_values  # noqa: E402
 
-from kvpack.format.errors import PageError  # noqa: E402
+from kvpack.errors import PageError  # noqa: E402
 from kvpack.format.pages import PageFormat as F  # noqa: E402
 from kvpack.format.pages import Side  # noqa: E402
 from kvpack.runtime.device import kernels, semaphores  # noqa: E402

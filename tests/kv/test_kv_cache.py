@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pool_dump import cache_state as state
 
 from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks
+from kvpack.errors import CacheFullError, CacheInputError, PageEntryError
 from kvpack.format.pages import PageFormat, PageLayout, Side
-from kvpack.runtime.errors import CacheFullError, CacheInputError, PageEntryError
 
 torch = pytest.importorskip("torch")
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpack.errors import AllocationError
 from kvpack.format.pages import PageFormat, PageLayout, Side
-from kvpack.runtime.errors import AllocationError
 from kvpack.runtime.kv.allocator import LADDER, POLICIES, ImportanceEMA, Outcome, Pages, Policy, allocate_widths
 
 HEADS, HEAD_DIM = 2, 64

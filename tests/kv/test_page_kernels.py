@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 from emulated_device import emulated_launch  # noqa: E402
 
 from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks  # noqa: E402
-from kvpack.format.errors import PageError  # noqa: E402
+from kvpack.errors import PageError  # noqa: E402
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side, split_block, unpack_codes  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
 from kvpack.runtime.device.kernels import Kernel  # noqa: E402

@@ -13,8 +13,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from pool_dump import dump
 
 from kvpack.encode.page_coder import quantize_blocks
+from kvpack.errors import CacheFullError, PageEntryError
 from kvpack.format.pages import ENTRY_FORMAT_BITS, PageFormat, PageLayout, Side, scale_index, split_block
-from kvpack.runtime.errors import CacheFullError, PageEntryError
 
 torch = pytest.importorskip("torch")
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks, tree_sum
-from kvpack.format.errors import PageError
+from kvpack.errors import PageError
 from kvpack.format.pages import (
     PageFormat,
     PageLayout,

@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 
 from kvpack.encode.blob_decoder import decode_integers  # noqa: E402
 from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
+from kvpack.errors import BlobError, LaneStateError  # noqa: E402
 from kvpack.format.blob import TILE_METADATA, Blob  # noqa: E402
-from kvpack.format.errors import BlobError, LaneStateError  # noqa: E402
 from kvpack.format.layout import ElementKind, TileMode, integer_layout  # noqa: E402
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.products import MAX_FUSED_TOKENS  # noqa: E402

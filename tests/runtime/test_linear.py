@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from small_models import LAYERS, kernel_eps, layer_file, product_error  # noqa: E402
 
 import kvpack  # noqa: E402
+from kvpack.errors import ModelMismatchError  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
-from kvpack.runtime.errors import ModelMismatchError  # noqa: E402
 from kvpack.runtime.weights import ops  # noqa: E402
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402

@@ -23,17 +23,17 @@ from small_models import LAYERS, layer_file  # noqa: E402
 
 import kvpack  # noqa: E402
 from kvpack.encode.model_directory import write_index  # noqa: E402
-from kvpack.format.container import Container  # noqa: E402
-from kvpack.format.errors import (  # noqa: E402
+from kvpack.errors import (  # noqa: E402
+    DeviceError,
     FormatError,
     HeaderCrcError,
     LaneStateError,
     PayloadCrcError,
     TensorCrcError,
 )
+from kvpack.format.container import Container  # noqa: E402
 from kvpack.runtime.device import upload as upload_module  # noqa: E402
 from kvpack.runtime.device.upload import Piece, Uploader, split_pieces  # noqa: E402
-from kvpack.runtime.errors import DeviceError  # noqa: E402
 from kvpack.runtime.weights import load as load_module  # noqa: E402
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402

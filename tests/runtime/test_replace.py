@@ -17,8 +17,7 @@ from small_models import merge_files  # noqa: E402
 from torch import nn  # noqa: E402
 
 import kvpack  # noqa: E402
-from kvpack.format.errors import ContainerMetadataError  # noqa: E402
-from kvpack.runtime.errors import ModelMismatchError  # noqa: E402
+from kvpack.errors import ContainerMetadataError, ModelMismatchError  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
 from kvpack.runtime.weights.load import load  # noqa: E402
 from kvpack.runtime.weights.replace import Replacement, replace_linears  # noqa: E402

@@ -24,8 +24,8 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 import kvpack  # noqa: E402
+from kvpack.errors import StreamingError  # noqa: E402
 from kvpack.runtime.device import upload as upload_module  # noqa: E402
-from kvpack.runtime.errors import StreamingError  # noqa: E402
 from kvpack.runtime.weights import offload  # noqa: E402
 from kvpack.runtime.weights.device_blob import SLACK_BYTES  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402

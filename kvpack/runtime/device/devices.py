@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from kvpack.errors import DeviceError
 from kvpack.runtime.device.kernels import require_device
-from kvpack.runtime.errors import DeviceError
 
 # What the driver keeps of a multiprocessor's shared memory for each block.
 _RESERVED_BYTES = 1024

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvpack.errors import DeviceError
 from kvpack.format import layout as constants
 from kvpack.format import pages
 from kvpack.format.layout import ElementKind, Layout, Predictor, TileMode
 from kvpack.format.pages import PageFormat, Side
 from kvpack.runtime.device.sources import cuda_source_dir
-from kvpack.runtime.errors import DeviceError
 
 # Without this a block has 48 KiB.
 _PLAIN_SHARED_BYTES = 48 * 1024

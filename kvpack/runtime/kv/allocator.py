@@ -19,8 +19,8 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from kvpack.errors import AllocationError
 from kvpack.format.pages import PageFormat
-from kvpack.runtime.errors import AllocationError
 
 Policy = Literal["uniform", "importance", "per-layer", "position"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)

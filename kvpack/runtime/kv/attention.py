@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
+from kvpack.errors import CacheInputError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, Side
 from kvpack.runtime.device.devices import device_limits
-from kvpack.runtime.errors import CacheInputError
 from kvpack.runtime.kv import attention_kernels
 from kvpack.runtime.kv.attention_kernels import COLUMNS, Observed
 from kvpack.runtime.kv.cache import KVCache, Queries, cache_of

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from kvpack.format.errors import PageError
+from kvpack.errors import PageError
 from kvpack.format.layout import align, ceil_div
 from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, SCALE_BYTES, WARP_LANES, PageFormat, PageLayout, Side
 from kvpack.runtime.device import kernels, semaphores

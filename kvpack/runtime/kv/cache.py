@@ -44,11 +44,11 @@ import numpy.typing as npt
 import torch
 
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
+from kvpack.errors import CacheFullError, CacheInputError, PageEntryError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, PageLayout, Side
 from kvpack.runtime.device import semaphores
 from kvpack.runtime.device.devices import resolve_device
-from kvpack.runtime.errors import CacheFullError, CacheInputError, PageEntryError
 from kvpack.runtime.kv.allocator import (
     LADDER,
     POLICIES,

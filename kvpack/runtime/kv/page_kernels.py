@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from kvpack.encode.page_coder import CLIP_TENTHS, FLOAT_TYPES, FP8_MAX, dequantize_blocks, quantize_blocks
-from kvpack.format.errors import PageError
+from kvpack.errors import PageError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import (
     ENTRY_FORMAT_MASK,

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvpack.errors import CacheFullError, PageEntryError
 from kvpack.format.pages import ENTRY_FORMAT_MASK, GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
-from kvpack.runtime.errors import CacheFullError, PageEntryError
 
 SLAB_BYTES = 4 << 20
 _LEAST_SLAB_PAGES = 8

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from kvpack.encode.rans import decoder_table
+from kvpack.errors import LaneStateError, ScaleError
 from kvpack.format.blob import Blob
-from kvpack.format.errors import LaneStateError, ScaleError
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind, Predictor
 from kvpack.runtime.device import semaphores

@@ -53,6 +53,7 @@ from kvpack.encode.quantize import FIXED_POINT, NUM_THRESHOLDS, Rounding
 from kvpack.encode.table_clusters import CONSTANT, CommonTable, cluster_coded, cluster_tables
 from kvpack.encode.tensor_encoder import Coder, Matrices, QuantizedCounts, QuantizedStrips
 from kvpack.encode.threads import map_ordered
+from kvpack.errors import DeviceError
 from kvpack.format.blob import TILE_METADATA, pack_front
 from kvpack.format.header import HEADER_BYTES, TILE_METADATA_BYTES, BlobHeader
 from kvpack.format.layout import (
@@ -75,7 +76,6 @@ from kvpack.format.layout import (
 )
 from kvpack.format.tables import Frequencies
 from kvpack.runtime.device.kernels import Kernel, launch, require_device
-from kvpack.runtime.errors import DeviceError
 
 Launch = Callable[..., None]  # kernels.launch, or one that runs kernels elsewhere
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kvpack.errors import GeometryError, LaneError, OutlierError, TileBoundsError
 from kvpack.format.blob import (
     GROUP_OFFSETS_BYTES,
     GROUPS_PER_TILE,
     Blob,
 )
-from kvpack.format.errors import GeometryError, LaneError, OutlierError, TileBoundsError
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     ALIGNMENT_BYTES,

@@ -15,9 +15,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from kvpack.format.errors import FormatError
+from kvpack.errors import FormatError, ModelMismatchError, StreamingError
 from kvpack.format.header import HEADER_BYTES, BlobHeader
-from kvpack.runtime.errors import ModelMismatchError, StreamingError
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
 
 BLOB = "weight_kvpack"

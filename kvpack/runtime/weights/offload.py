@@ -30,12 +30,12 @@ import torch
 from torch import nn
 
 from kvpack.encode.reader import Reader
+from kvpack.errors import StreamingError
 from kvpack.format.container import BLOB_SUFFIX
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Upload, Uploader, side_stream
-from kvpack.runtime.errors import StreamingError
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
 from kvpack.runtime.weights.linear import BLOB, SCALE, RansLinear
 from kvpack.runtime.weights.load import data_offset, scales_on

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from kvpack.encode.reader import Reader
+from kvpack.errors import ModelMismatchError
 from kvpack.format.header import BlobHeader
 from kvpack.runtime.device.devices import resolve_device
-from kvpack.runtime.errors import ModelMismatchError
 from kvpack.runtime.weights.device_blob import DeviceBlob
 from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.load import TORCH_DTYPES, load_tensors, shown_progress, stored_bytes

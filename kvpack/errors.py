@@ -1,0 +1,192 @@
+"""All errors of kvpack, one hierarchy. Each is a ``ValueError`` or a ``RuntimeError`` too.
+
+::
+
+    KvpackError
+    ├── FormatError (ValueError)           one class for each rule of docs/FORMAT.md that a file can break
+    │   ├── ContainerError                 the safetensors file around the blobs (§9)
+    │   │   ├── NotAContainerError         no safetensors header where one must be
+    │   │   ├── TensorTableError           dtype, shape, offsets, gaps, overlaps, duplicate names
+    │   │   ├── ContainerMetadataError     kvpack_version, kvpack_tensors, kvpack_crc32, shapes, missing blobs or scales
+    │   │   ├── ScaleError                 scales of a wrong number, negative, denormal, infinite or NaN
+    │   │   ├── TensorCrcError             bytes of a kept tensor, or scales, damaged
+    │   │   └── DirectoryIndexError        model.safetensors.index.json or config.json of a directory
+    │   ├── BlobError                      one coded tensor (§§2–7)
+    │   │   ├── TruncatedError             fewer or more bytes than the header announces
+    │   │   ├── MagicError                 not a blob
+    │   │   ├── VersionError               a version this reader does not know
+    │   │   ├── ReservedError              a reserved field, bit or value is in use
+    │   │   ├── GeometryError              rows, cols, tiles, matrices, sizes
+    │   │   ├── LayoutError                element kind, bits, codes per symbol
+    │   │   ├── HeaderCrcError             header, tables or tile metadata damaged
+    │   │   ├── TableError                 a frequency table that does not add up
+    │   │   ├── TileBoundsError            offsets or sizes of a tile other than prescribed
+    │   │   ├── TileModeError              mode, predictor or table index
+    │   │   ├── PaddingError               bytes that must be zero are not
+    │   │   ├── PayloadCrcError            a tile's bytes damaged
+    │   │   ├── LaneError                  states, lengths or group offsets of the lanes
+    │   │   ├── LaneStateError             a lane does not end in the state it must end in
+    │   │   └── OutlierError               unsorted, out of range, or zero
+    │   ├── LimitError                     legal, but more than this reader agreed to allocate
+    │   └── PageError                      a page of a KV cache cannot have that shape or size
+    ├── InputError (ValueError)            an input, an output or an option cannot be used
+    │   └── OtherFilesError                a directory holds what is no part of an output
+    ├── ModelMismatchError (ValueError)    the tensors of a file are not those of the model
+    ├── AllocationError (ValueError)       formats of pages cannot be chosen from what was given
+    ├── PageEntryError (ValueError)        an entry is not of a page that is in use
+    ├── CacheInputError (ValueError)       tensors, layers or sequences do not fit a KV cache
+    ├── NotInstalledError (RuntimeError)   an option needs a package that is not installed
+    ├── DeviceError (RuntimeError)         no such device, or it lacks what kvpack needs
+    ├── StreamingError (RuntimeError)      a streamed layer is used outside its turn
+    └── CacheFullError (RuntimeError)      a KV cache would exceed its bytes, tokens or sequences
+"""
+
+from __future__ import annotations
+
+
+class KvpackError(Exception):
+    """What kvpack raises on purpose. The message says what, where and what to do."""
+
+
+class FormatError(KvpackError, ValueError):
+    """A file breaks a rule of FORMAT.md. The message says what, where and what was found."""
+
+
+class ContainerError(FormatError):
+    """The safetensors file around the blobs is at fault."""
+
+
+class NotAContainerError(ContainerError):
+    """The file has no valid safetensors header."""
+
+
+class TensorTableError(ContainerError):
+    """The list of tensors (dtype, shape, offsets) contradicts itself or the file."""
+
+
+class ContainerMetadataError(ContainerError):
+    """`kvpack_version` or `kvpack_tensors` is missing, malformed or contradicts the blobs; or `kvpack_crc32` is."""
+
+
+class ScaleError(ContainerError):
+    """Scales are missing, of a wrong number, or of a value that FORMAT.md §8 forbids."""
+
+
+class TensorCrcError(ContainerError):
+    """A tensor that is kept as it is, or scales, do not have the CRC that `kvpack_crc32` gives."""
+
+
+class DirectoryIndexError(ContainerError):
+    """The index or the configuration of a model directory contradicts its shards."""
+
+
+class BlobError(FormatError):
+    """A coded tensor is at fault."""
+
+
+class TruncatedError(BlobError):
+    """The blob has another length than its header announces."""
+
+
+class MagicError(BlobError):
+    """The bytes do not begin with the magic number."""
+
+
+class VersionError(BlobError):
+    """The blob has a version that this reader does not know."""
+
+
+class ReservedError(BlobError):
+    """A reserved bit, field or value is in use."""
+
+
+class GeometryError(BlobError):
+    """Rows, columns, tile counts, matrices or section sizes contradict each other."""
+
+
+class LayoutError(BlobError):
+    """The combination of element kind, element bits and code layout is illegal."""
+
+
+class HeaderCrcError(BlobError):
+    """Header, tables or tile metadata do not have the CRC that the header gives."""
+
+
+class TableError(BlobError):
+    """A frequency table is illegal."""
+
+
+class TileBoundsError(BlobError):
+    """An offset or a size of a tile is not the prescribed one."""
+
+
+class TileModeError(BlobError):
+    """A tile's mode, predictor or table index is illegal."""
+
+
+class PaddingError(BlobError):
+    """Bytes or bits that must be zero are not."""
+
+
+class PayloadCrcError(BlobError):
+    """A tile's bytes do not have the CRC that its metadata gives."""
+
+
+class LaneError(BlobError):
+    """Initial states, lengths or group offsets of a tile's lanes are illegal."""
+
+
+class LaneStateError(BlobError):
+    """A decoded lane does not end in the state, or at the word, in which it must end."""
+
+
+class OutlierError(BlobError):
+    """A tile's outliers are unsorted, out of range, or zero."""
+
+
+class LimitError(FormatError):
+    """The file may be legal, but is larger than the limit this reader was given."""
+
+
+class PageError(FormatError):
+    """A page of a KV cache cannot have the shape, or does not have the size, that was given."""
+
+
+class InputError(KvpackError, ValueError):
+    """The input, the output or an option cannot be used; the message says why and what would do."""
+
+
+class NotInstalledError(KvpackError, RuntimeError):
+    """An option needs a package that is not installed; the message says what to install."""
+
+
+class OtherFilesError(InputError):
+    """A directory is not replaced, since it holds what is no part of an output. The message lists it."""
+
+
+class DeviceError(KvpackError, RuntimeError):
+    """No such device, or no driver, no CUDA in torch, no CuPy. The message says what to install or to pass instead."""
+
+
+class StreamingError(KvpackError, RuntimeError):
+    """A streamed layer is used outside its turn or its stream, or in a way that streaming cannot serve."""
+
+
+class ModelMismatchError(KvpackError, ValueError):
+    """Names or shapes of a file's tensors are not those of the model. The model has not been changed."""
+
+
+class CacheFullError(KvpackError, RuntimeError):
+    """A KV cache would exceed its limit of bytes, tokens or sequences. The cache has not been changed."""
+
+
+class AllocationError(KvpackError, ValueError):
+    """Columns of pages, a ladder of widths or a policy contradict each other. Nothing has been changed."""
+
+
+class PageEntryError(KvpackError, ValueError):
+    """An entry is not of a page that these pools have given out and that is still in use. Nothing has been changed."""
+
+
+class CacheInputError(KvpackError, ValueError):
+    """Tensors, layers or sequences do not fit the KV cache they were given to. The cache has not been changed."""
