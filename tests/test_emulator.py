@@ -38,7 +38,7 @@ def kernel(tmp_path: Path) -> Kernel:
     ) -> None:
         source = tmp_path / f"kernel_{next(numbers)}.cu"
         source.write_text(
-            f'#include "ptx.cuh"\n{before}\nextern "C" __global__ void __launch_bounds__(1024) '
+            f'#include "common/ptx.cuh"\n{before}\nextern "C" __global__ void __launch_bounds__(1024) '
             f"kernel({parameters}) {{\n  [[maybe_unused]] const u32 thread = threadIdx.x, lane = thread % 32;\n"
             f"{body}\n}}\n"
         )

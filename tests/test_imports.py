@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -144,6 +145,28 @@ def test_wrong_imports_are_seen(package: str, source: str) -> None:
 )
 def test_right_imports_pass(package: str, source: str) -> None:
     assert not violations(source, package)
+
+
+# folder of cuda/ -> the folders whose files it may include
+CUDA_RULES = {
+    "common": {"common"},
+    "weights": {"common", "weights"},
+    "kv": {"common", "kv"},
+    "bench": {"common", "bench"},
+}
+
+
+@pytest.mark.parametrize("folder", CUDA_RULES)
+def test_include_direction(folder: str) -> None:
+    sources = sorted((ROOT / "cuda" / folder).glob("*.cu*"))
+    assert sources
+    included = {
+        (source.name, name)
+        for source in sources
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert {pair for pair in included if pair[1].partition("/")[0] not in CUDA_RULES[folder]} == set()
+    assert {path.name for path in (ROOT / "cuda").iterdir() if path.is_dir()} == set(CUDA_RULES)
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

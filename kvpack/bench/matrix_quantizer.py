@@ -1,7 +1,8 @@
 """Quantizers of a whole matrix on the GPU, in four variants that give the same bytes; on the CPU the reference.
 
-:mod:`kvpack.bench.matrix_quantizer_reference` says what scales and codes are and how they lie, ``cuda/matrix.cuh``
-what the variants are. Quantizing is two launches, scales and codes; vectorized and by token it is one.
+:mod:`kvpack.bench.matrix_quantizer_reference` says what scales and codes are and how they lie,
+``cuda/bench/matrix.cuh`` what the variants are. Quantizing is two launches, scales and codes; vectorized and by token
+it is one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from kvpack.runtime.device.kernels import Kernel
 
 
 class Variant(IntEnum):
-    """How the work is dealt to threads; see ``cuda/matrix.cuh``."""
+    """How the work is dealt to threads; see ``cuda/bench/matrix.cuh``."""
 
     NAIVE = 0
     TILED = 1
@@ -127,7 +128,7 @@ def _kernel(operation: str, dtype: torch.dtype, page_format: PageFormat | None, 
     }
     if page_format is not None:
         defines["KVPACK_MATRIX_FORMAT"] = int(page_format)
-    return Kernel.of(f"{operation}.cu", operation, None, defines)
+    return Kernel.of(f"bench/{operation}.cu", operation, None, defines)
 
 
 def scales_kernel(dtype: torch.dtype, axis: Axis, variant: Variant) -> Kernel:

@@ -13,7 +13,7 @@ from kvpack.runtime.device.kernels import require_device
 
 # What the driver keeps of a multiprocessor's shared memory for each block.
 _RESERVED_BYTES = 1024
-# As in cuda/activations.cuh.
+# As in cuda/common/activations.cuh.
 ACTIVATIONS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 

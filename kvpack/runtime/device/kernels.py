@@ -48,8 +48,9 @@ _NAMES = (
 def source_hash() -> str:
     """SHA-256 over the names and contents of all CUDA sources."""
     digest = hashlib.sha256()
-    for path in sorted(cuda_source_dir().glob("*.cu*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    root = cuda_source_dir()
+    for path in sorted(root.rglob("*.cu*")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

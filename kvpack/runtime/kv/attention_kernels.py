@@ -93,7 +93,7 @@ def _arguments(
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """Shared memory of ``cuda/attention_decode.cu``: ``slots`` of a warp's ring, bytes of a block."""
+    """Shared memory of ``cuda/kv/attention_decode.cu``: ``slots`` of a warp's ring, bytes of a block."""
 
     slots: int
     shared_bytes: int
@@ -151,7 +151,7 @@ def decode_kernel(
         "KVPACK_SLOTS": shape.slots,
         "KVPACK_BLOCKS_PER_SM": shape.blocks_per_sm,
     }
-    return Kernel.of("attention_decode.cu", "attention_decode", defines=defines)
+    return Kernel.of("kv/attention_decode.cu", "attention_decode", defines=defines)
 
 
 def decode_blocks(
@@ -260,7 +260,7 @@ def decode(
 
 @dataclass(frozen=True)
 class PrefillShape:
-    """What a block of ``cuda/attention_prefill.cu`` takes: ``column_tiles`` times eight columns for each of its warps,
+    """What a block of ``attention_prefill.cu`` takes: ``column_tiles`` times eight columns for each of its warps,
     bytes of a slot for pieces of pages, shared memory."""
 
     column_tiles: int
@@ -300,7 +300,7 @@ def prefill_kernel(
         "KVPACK_SLOT_BYTES": shape.slot_bytes,
         "KVPACK_BLOCKS_PER_SM": shape.blocks_per_sm,
     }
-    return Kernel.of("attention_prefill.cu", "attention_prefill", defines=defines)
+    return Kernel.of("kv/attention_prefill.cu", "attention_prefill", defines=defines)
 
 
 def prefill(

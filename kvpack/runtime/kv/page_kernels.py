@@ -52,7 +52,7 @@ _WIDE_HEAD_DIM = 128
 def write_kernel(head_dim: int) -> Kernel:
     """New tokens into pages of 16 bits."""
     defines = {"KVPACK_HEAD_DIM": head_dim, "KVPACK_MAX_WARPS": _WRITE_WARPS, "KVPACK_BLOCKS_PER_SM": _WRITE_BLOCKS}
-    return Kernel.of("page_write.cu", "page_write", defines=defines)
+    return Kernel.of("kv/page_write.cu", "page_write", defines=defines)
 
 
 def quantize_kernel(side: Side, source: PageFormat, target: PageFormat, head_dim: int) -> Kernel:
@@ -73,7 +73,7 @@ def quantize_kernel(side: Side, source: PageFormat, target: PageFormat, head_dim
         "KVPACK_MAX_WARPS": warps,
         "KVPACK_BLOCKS_PER_SM": max(1, threads // (warps * WARP_LANES)),
     }
-    return Kernel.of("page_quantize.cu", "page_quantize", defines=defines)
+    return Kernel.of("kv/page_quantize.cu", "page_quantize", defines=defines)
 
 
 def read_kernel(side: Side, head_dim: int, dtype: torch.dtype) -> Kernel:
@@ -85,7 +85,7 @@ def read_kernel(side: Side, head_dim: int, dtype: torch.dtype) -> Kernel:
         "KVPACK_MAX_WARPS": _SLICES,
         "KVPACK_BLOCKS_PER_SM": _READ_BLOCKS,
     }
-    return Kernel.of("page_read.cu", "page_read", defines=defines)
+    return Kernel.of("kv/page_read.cu", "page_read", defines=defines)
 
 
 def new_status(device: torch.device | str) -> torch.Tensor:
@@ -181,7 +181,7 @@ def quantize_pages(
         _quantize_on_cpu(jobs, source, target, num_kv_heads, status, pages_base)
         return
     kernel = quantize_kernel(side, source_format, target_format, head_dim)
-    # Of V, codes in shared memory: each lane's ``Slice`` (cuda/page_codes.cuh) of each group and slice.
+    # Of V, codes in shared memory: each lane's ``Slice`` (cuda/kv/page_codes.cuh) of each group and slice.
     shared = 0
     if side == Side.V:
         shared = target.groups * _SLICES * WARP_LANES * (8 if target_format.element_bits == 8 else 4)
@@ -352,7 +352,7 @@ def _write_by_kernel(
 
 
 def _leave_out(status: torch.Tensor, index: int, count: int) -> None:
-    """What ``report_left_out`` of cuda/page.cuh does."""
+    """What ``report_left_out`` of cuda/kv/page.cuh does."""
     words = status.numpy().view(np.uint32)
     words[0] += count
     words[1] = max(int(words[1]), ~index & 0xFFFFFFFF)

@@ -92,9 +92,9 @@ _WORD_BITS = 16
 _STAGED_BYTES = 1 << 16
 # Words are stored four at a time.
 _LANE_WORDS_MULTIPLE = 4
-# cuda/encode_tiles.cuh
+# cuda/weights/encode_tiles.cuh
 _PLAN_RAW, _PLAN_CONSTANT = -1, -2
-# cuda/encode_count.cu: u64 of a summary
+# cuda/weights/encode_count.cu: u64 of a summary
 _SUMMARY_SIZE = NUM_SYMBOLS + 2
 _UNITS_PER_BIT = 256
 
@@ -102,7 +102,7 @@ _UNITS_PER_BIT = 256
 @cache
 def _kernel(operation: str, layout: Layout | None, defines: tuple[tuple[str, int], ...] = ()) -> Kernel:
     """The kernel of the source file of its name."""
-    return Kernel.of(f"{operation}.cu", operation, layout, dict(defines))
+    return Kernel.of(f"weights/{operation}.cu", operation, layout, dict(defines))
 
 
 _PLACE = _kernel("encode_place", None, (("KVPACK_PLACE_THREADS", _PLACE_THREADS),))
@@ -327,7 +327,7 @@ class _Job:
 
 
 def _plan(job: _Job, tile_counts: npt.NDArray[np.int64], assignment: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """For each tile the index of its table, or which constant it is, or that it is raw (cuda/encode_tiles.cuh)."""
+    """For each tile the index of its table, or which constant it is, or that it is raw (``encode_tiles.cuh``)."""
     plan = assignment.astype(np.int32)
     single = np.flatnonzero(assignment == CONSTANT)
     if len(single):

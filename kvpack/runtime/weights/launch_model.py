@@ -48,7 +48,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class ProductFit:
-    """A product's launch, see ``cuda/schedule.cuh``.
+    """A product's launch, see ``cuda/weights/schedule.cuh``.
 
     Attributes:
         panels: how many panels the tile columns form; blocks: thread blocks of each.

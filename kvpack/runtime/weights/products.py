@@ -74,7 +74,7 @@ class Coded:
         groups: i32 [groups, 4], see :mod:`kvpack.runtime.weights.group_table`.
         tables: i32 [num_tables, 4096], see :func:`kvpack.encode.rans.decoder_table`.
         scales: f32 [0], [1] or [matrices · rows].
-        status: i32 [2]: lanes that ended wrongly, and where (see ``report_damage`` in ``cuda/tile.cuh``).
+        status: i32 [2]: lanes that ended wrongly, and where (see ``report_damage`` in ``cuda/weights/tile.cuh``).
     """
 
     header: BlobHeader
@@ -146,7 +146,7 @@ def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident:
         "KVPACK_MAX_WARPS": gemv_warps(layout, architecture) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
     }
-    return Kernel.of("gemv.cu", "gemv", layout, defines)
+    return Kernel.of("weights/gemv.cu", "gemv", layout, defines)
 
 
 def gemm_kernel(
@@ -160,13 +160,13 @@ def gemm_kernel(
         "KVPACK_BLOCKS_PER_SM": resident,
         "KVPACK_TOKEN_TILES": token_tiles,
     }
-    return Kernel.of("gemm.cu", "gemm", layout, defines)
+    return Kernel.of("weights/gemm.cu", "gemm", layout, defines)
 
 
 def decode_kernel(
     layout: Layout, output: int, buffers: int, architecture: int, *, outliers: bool, predicted: bool
 ) -> Kernel:
-    """A coded tensor expanded; ``output`` as in ``cuda/decode.cu``."""
+    """A coded tensor expanded; ``output`` as in ``cuda/weights/decode.cu``."""
     defines = {
         "KVPACK_OUTPUT": output,
         "KVPACK_BUFFERS": buffers,
@@ -175,7 +175,7 @@ def decode_kernel(
         "KVPACK_OUTLIERS": int(outliers),
         "KVPACK_PREDICTED": int(predicted),
     }
-    return Kernel.of("decode.cu", "decode", layout, defines)
+    return Kernel.of("weights/decode.cu", "decode", layout, defines)
 
 
 def max_panels(coded: Coded, sums: int) -> int:
@@ -329,7 +329,7 @@ def can_multiply(layout: Layout) -> bool:
 
 
 def number_output(coded: Coded) -> int:
-    """The output of a decode kernel that holds what the blob holds, see ``cuda/decode.cu``."""
+    """The output of a decode kernel that holds what the blob holds, see ``cuda/weights/decode.cu``."""
     if coded.layout.element_kind != ElementKind.SIGNED:
         return OUTPUT_NUMBERS
     return OUTPUT_I16 if coded.has_outliers else OUTPUT_I8

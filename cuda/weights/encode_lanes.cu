@@ -1,5 +1,5 @@
 // rANS-encodes the lanes of tiles into scratch memory (docs/FORMAT.md §5.2).
-#include "encode_elements.cuh"
+#include "weights/encode_elements.cuh"
 
 // An entry of an encoder's table. The quotient x div f is umulhi(x + round_down, reciprocal) >> shift, exact for all
 // x < f·2^20 (kvpack/runtime/weights/encoder.py makes the table and gives the proof).

@@ -5,7 +5,7 @@
 // value. Scales are applied to the other operand.
 #pragma once
 
-#include "page.cuh"
+#include "kv/page.cuh"
 
 // fp16 bits of an integer from 1 to 2047, and of 2^-p.
 __device__ constexpr u32 f16_of_integer(u32 value) {

@@ -3,7 +3,7 @@
 // The constants KVPACK_* come from kvpack/format/layout.py as -D options; none is typed here.
 #pragma once
 
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 
 static_assert(KVPACK_GROUP_LANES == 32, "a group is a warp");
 static_assert(KVPACK_CHUNK_COLS == 32, "a chunk is eight registers of four bytes a lane");

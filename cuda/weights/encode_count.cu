@@ -1,5 +1,5 @@
 // Symbol histograms of tiles, padding columns included.
-#include "encode_elements.cuh"
+#include "weights/encode_elements.cuh"
 
 // The least bits that a tile can take with any table, in units of 2^-8 bits.
 //

@@ -1,7 +1,7 @@
 // What the attention kernels share. In sums of mma.m16n8k16, with lane = 4·g + c, rows are g and g + 8, columns 2·c and 2·c + 1.
 #pragma once
 
-#include "page_operands.cuh"
+#include "kv/page_operands.cuh"
 
 constexpr bool kBf16 = KVPACK_ACTIVATION == 1;
 constexpr u32 kFloatFormat = kBf16 ? KVPACK_FORMAT_BF16 : KVPACK_FORMAT_FP16;

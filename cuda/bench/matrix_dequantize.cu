@@ -1,5 +1,5 @@
 // Packed codes and scales → a matrix: s · level in fp32, rounded to the type of the output.
-#include "matrix.cuh"
+#include "bench/matrix.cuh"
 
 // The code of a column; `row`: its row's codes.
 __device__ __forceinline__ u32 load_code(const u8* row, u32 col) {

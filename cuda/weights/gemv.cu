@@ -12,9 +12,9 @@
 // Shared memory: table (16 KiB) | 80 bytes for each chunk of the panel: int16 activations, 64 bytes; first sum; scale; 8 unused |
 // words, one or two buffers for each warp: with two, the next tile's words are under way while this one's are decoded | sums of
 // members.
-#include "activations.cuh"
-#include "schedule.cuh"
-#include "tile.cuh"
+#include "common/activations.cuh"
+#include "weights/schedule.cuh"
+#include "weights/tile.cuh"
 
 constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kActivationBytes = 2 * kChunkCols;  // of a chunk; then its first sum and its scale

@@ -2,7 +2,7 @@
 //
 // A block of threads has what one page of a side gets of one head. Nobody else writes there, so a page that begins here is written
 // whole, with zeros behind its tokens: they meet probabilities of zero, and must not be NaN.
-#include "page.cuh"
+#include "kv/page.cuh"
 
 constexpr u32 kThreads = kLanes * KVPACK_MAX_WARPS;
 constexpr u32 kRowBytes = 2 * kHeadDim;

@@ -1,5 +1,5 @@
 // Writes tiles to their places in the payload (docs/FORMAT.md §7).
-#include "encode_elements.cuh"
+#include "weights/encode_elements.cuh"
 
 // Raw planes of a tile, a warp a group.
 __device__ __forceinline__ void pack_planes(const TileView& view, bool previous, u8* planes) {

@@ -4,7 +4,7 @@
 // A warp has 16 columns of a block, that is the dimensions of a group of K or the tokens of a slice of V, which have a scale each.
 // Down a column lie kParts parts of 16 rows: slices of K, groups of V. So sums run over parts, over a lane's two rows, and over
 // lanes of the same columns, in the order of tree_sum.
-#include "page_codes.cuh"
+#include "kv/page_codes.cuh"
 
 constexpr u32 kSide = KVPACK_SIDE, kSource = KVPACK_SOURCE_FORMAT, kTarget = KVPACK_TARGET_FORMAT;
 constexpr bool kKeys = kSide == KVPACK_SIDE_K;

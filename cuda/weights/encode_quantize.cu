@@ -2,7 +2,7 @@
 //
 // All is exact or rounded once: under -ftz the quotients of denormal weights become 0, and they round to 0 anyway since the
 // caller sees to it that steps are far from denormal.
-#include "common.cuh"
+#include "common/common.cuh"
 
 typedef long long s64;
 

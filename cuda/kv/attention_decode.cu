@@ -23,7 +23,7 @@
 // 16 bits.
 //
 // Shared memory: ring of each warp | barriers of its slots | queries as operands; in their place later the sums | maxima and sums of warps | factors.
-#include "attention.cuh"
+#include "kv/attention.cuh"
 
 constexpr u32 kWarps = KVPACK_WARPS;
 constexpr u32 kSlots = KVPACK_SLOTS;

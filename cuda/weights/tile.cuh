@@ -12,7 +12,7 @@
 //           bits 17–31  number of outliers
 #pragma once
 
-#include "common.cuh"
+#include "common/common.cuh"
 
 constexpr u32 kCodeBits = KVPACK_CODE_BITS;
 constexpr u32 kCodesPerSymbol = KVPACK_CODES_PER_SYMBOL;

@@ -1,7 +1,7 @@
 // Where tiles lie, what is planned for them and what they take (docs/FORMAT.md §§6, 7): for all kernels of the encoder.
 #pragma once
 
-#include "common.cuh"
+#include "common/common.cuh"
 
 constexpr u32 kMetadataWords = 8;  // u32 of a tile's metadata (§6)
 

@@ -1,5 +1,5 @@
 // Tokens of pages of any format as numbers: what dequantize_blocks of kvpack/encode/page_coder.py gives, rounded once.
-#include "page_codes.cuh"
+#include "kv/page_codes.cuh"
 
 typedef long long s64;
 

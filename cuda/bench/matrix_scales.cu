@@ -2,7 +2,7 @@
 //
 // Magnitudes are compared by their bits, where infinities and NaN are the largest: the order does not matter, so that a column may
 // be dealt to many blocks. They raise its maximum in global memory, and the last one that arrives makes the scales.
-#include "matrix.cuh"
+#include "bench/matrix.cuh"
 
 // After this block has raised the maxima of its strip, columns [first, end).
 __device__ __forceinline__ void finish_strip(u32 first, u32 end, float limit, const u32* maxima, u32* ticket, float* scales) {

@@ -1,7 +1,7 @@
 // Pages of a KV cache: sizes, and where things lie in them. kvpack/format/pages.py draws the layout; docs/KV.md explains it.
 #pragma once
 
-#include "common.cuh"
+#include "common/common.cuh"
 
 constexpr u32 kPageTokens = KVPACK_PAGE_TOKENS;
 constexpr u32 kGroupDims = KVPACK_GROUP_DIMS;

@@ -4,7 +4,7 @@
 // scale: of K columns are dimensions, of V tokens. A lane's four columns are numbered 2h + e, e = 0, 1.
 #pragma once
 
-#include "page.cuh"
+#include "kv/page.cuh"
 
 constexpr u32 kColumns = 4;  // of a lane
 constexpr u32 kRowPairs = 4;

@@ -16,7 +16,7 @@
 // memory, by whoever arrives last. Parts are added in a fixed order, so that a result does not depend on timing.
 #pragma once
 
-#include "tile.cuh"
+#include "weights/tile.cuh"
 
 // Runs whose lengths differ by at most one, longer ones first.
 struct Runs {

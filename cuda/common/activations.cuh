@@ -1,7 +1,7 @@
 // Activations and results in the type of the caller: KVPACK_ACTIVATION is 0 for fp16, 1 for bf16, 2 for fp32.
 #pragma once
 
-#include "common.cuh"
+#include "common/common.cuh"
 
 __device__ __forceinline__ float load_activation(const void* x, u64 index) {
 #if KVPACK_ACTIVATION == 0

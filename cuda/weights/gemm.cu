@@ -12,9 +12,9 @@
 //
 // Shared memory: table (16 KiB) | activations of the panel, 512 bytes for each chunk and eight tokens | a float a token | for each
 // warp: two buffers of 1 KiB for rows in passing | words, one or two buffers | sums of members.
-#include "activations.cuh"
-#include "schedule.cuh"
-#include "tile.cuh"
+#include "common/activations.cuh"
+#include "weights/schedule.cuh"
+#include "weights/tile.cuh"
 
 constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kTokenTiles = KVPACK_TOKEN_TILES;

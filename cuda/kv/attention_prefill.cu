@@ -10,7 +10,7 @@
 //
 // Shared memory: slots of pieces | list | barriers of the slots | of each warp: queries as operands; of each two columns, their
 // factors of scores, then their maxima so far (here, since registers are scarce).
-#include "attention.cuh"
+#include "kv/attention.cuh"
 
 constexpr u32 kWarps = KVPACK_WARPS;
 constexpr u32 kTiles = KVPACK_COLUMN_TILES;

@@ -1,5 +1,5 @@
 // A matrix and its scales → packed codes.
-#include "matrix.cuh"
+#include "bench/matrix.cuh"
 
 // Codes that may have bits in one byte.
 constexpr u32 kSpan = kBits == 3 ? 4 : 8 / kBits;

@@ -1,5 +1,5 @@
 // A matrix → scales of its rows and packed codes, in one pass: lanes that have found a row's maximum read it again from the cache.
-#include "matrix.cuh"
+#include "bench/matrix.cuh"
 
 // x: [rows, cols]; scales: [rows]; codes: [rows, kBits · octets], from a multiple of 8 bytes. Blocks and the grid are
 // one-dimensional.

@@ -7,7 +7,7 @@
 //
 // A warp decodes 32 rows × 32 columns into shared memory and writes them from there, so that neighbouring lanes write neighbouring
 // bytes. Shared memory: table (16 KiB) | for each warp: rows to be written | words, one or two buffers.
-#include "schedule.cuh"
+#include "weights/schedule.cuh"
 
 constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kOutput = KVPACK_OUTPUT;

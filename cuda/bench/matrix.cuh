@@ -9,7 +9,7 @@
 //   vectorized   a thread an octet of a row, 16 bytes of fp16, in several rows; quantizing by token, some lanes a row, read once
 #pragma once
 
-#include "activations.cuh"
+#include "common/activations.cuh"
 
 constexpr u32 kThreads = KVPACK_MAX_WARPS * kLanes;
 constexpr u32 kOctet = 8;
