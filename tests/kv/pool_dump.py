@@ -26,7 +26,7 @@ def cache_state(cache: KVCache) -> dict[str, Any]:
     return {
         "entries": cache.entries.tolist(),
         "page_table": cache.page_table.tolist(),
-        "lengths": (cache._lengths.tolist(), cache.lengths.tolist()),
+        "lengths": (cache.table.lengths.tolist(), cache.lengths.tolist()),
         "mass": (cache.mass.tolist(), cache.observed_steps.tolist()),
         "shares": cache.shares.tolist(),
         "errors": cache.errors.tobytes(),

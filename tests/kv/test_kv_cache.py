@@ -203,7 +203,7 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             outcome = self.cache.reallocate()
         except CacheInputError:
-            assert (self.cache._lengths != self.cache._lengths[0]).any()
+            assert (self.cache.table.lengths != self.cache.table.lengths[0]).any()
             assert state(self.cache) == before
             return
         except CacheFullError:
@@ -250,7 +250,7 @@ class CacheMachine(RuleBasedStateMachine):
         cache = self.cache
         assert (cache.page_table.cpu().numpy() == cache.entries).all()
         lengths = [[self.tokens[layer, 0, s].shape[1] for s in range(SEQUENCES)] for layer in range(LAYERS)]
-        assert cache._lengths.tolist() == lengths == cache.lengths.tolist()
+        assert cache.table.lengths.tolist() == lengths == cache.lengths.tolist()
         cache.check()
 
     @invariant()
@@ -268,7 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
                     kind = Side(side), PageFormat(page_format)
                     counts[kind] = counts.get(kind, 0) + 1
                     info = cache.pools.info(int(cache.entries[layer, side, sequence, index]))
-                    assert info == PageInfo(*kind, PageOwner(layer, sequence, index), 1)
+                    assert info == PageInfo(*kind, PageOwner(layer, index), 1)
                     if is_pinned(cache, tokens, index):
                         assert page_format == cache.full_format
         for side in Side:
@@ -276,9 +276,9 @@ class CacheMachine(RuleBasedStateMachine):
                 assert cache.pools.pages_in_use(side, page_format) == counts.get((side, page_format), 0)
         size = sum(count * cache.pools.page_bytes(*kind) for kind, count in counts.items())
         assert cache.pools.bytes_in_use == size
-        tables = cache.entries.nbytes + 8 * cache._lengths.size + 8 * cache.mass.numel() + 8
+        tables = cache.entries.nbytes + 8 * cache.table.lengths.size + 8 * cache.mass.numel() + 8
         assert cache.estimate_memory_mb() == (cache.pools.bytes_allocated + tables) / 1e6
-        elements = 2 * HEADS * HEAD_DIM * int(cache._lengths.sum())
+        elements = 2 * HEADS * HEAD_DIM * int(cache.table.lengths.sum())
         assert cache.average_bits() == (8 * size / elements if elements else 0)
 
     @precondition(lambda self: self.cache.budget is not None and not self.limited)

@@ -303,6 +303,11 @@ class ImportanceEMA:
         self._average[layer][present] = kept * self._average[layer][present] + (1 - kept) * seen
         self._weight[layer][present] = kept * self._weight[layer][present] + (1 - kept)
 
+    def grow(self, pages: int) -> None:
+        """A sequence can have so many pages now; those to come have not been seen."""
+        more = ((0, 0), (0, 0), (0, pages - self._average.shape[2]))
+        self._average, self._weight = np.pad(self._average, more), np.pad(self._weight, more)
+
     def forget(self, sequence: int) -> None:
         """The sequence's pages are no more."""
         self._average[:, sequence] = 0

@@ -32,11 +32,12 @@ from kvpack.format.pages import PAGE_TOKENS, Side
 from kvpack.runtime.device.devices import device_limits
 from kvpack.runtime.kv import attention_kernels
 from kvpack.runtime.kv.attention_kernels import COLUMNS, Observed
-from kvpack.runtime.kv.cache import KVCache, Queries, cache_of
+from kvpack.runtime.kv.cache import KVCache, KVView, cache_of
+from kvpack.runtime.kv.distortion import Queries
 from kvpack.runtime.kv.page_kernels import read_tokens
 
-# Of a cache that is made here; a page table takes a quarter of a byte a token.
-_MAX_TOKENS = 1 << 17
+# A cache that is made here ends where lengths do; its tables grow by need.
+_MAX_TOKENS = 1 << 30
 # Columns are query heads of a KV head times tokens. Pages are split over the GPU for up to the first number of them, or
 # the second where they would not occupy half of it otherwise (`kvpack bench attention`, "few tokens").
 _DECODE_COLUMNS, _MOST_DECODE_COLUMNS = 4 * COLUMNS, 32 * COLUMNS
@@ -73,8 +74,8 @@ def attention_with_kv_cache(
         q: [batch, query heads, tokens, head_dim], fp16 or bf16, positions already applied.
         k, v: [batch, KV heads, tokens, head_dim], of q's dtype and device. Query heads are a multiple of KV heads; the
             first ones belong to the first.
-        past_key_value: whose tokens come before these. None makes one with a single layer, in 16 bits, for up to
-            131,072 tokens a sequence.
+        past_key_value: whose tokens come before these. None makes one with a single layer, in 16 bits, that
+            grows by need.
         update_cache: whether the cache keeps the new tokens. Without, no chunks.
         causal: whether a token sees none of those behind it. Without, all of a call's tokens are written before the
             first is attended to: no chunks.
@@ -113,6 +114,48 @@ def attention_with_kv_cache(
         if cache.num_layers > 1:
             raise CacheInputError(f"the cache has {cache.num_layers} layers: say which one with layer=…")
         layer = 0
+    out = cache.attend(
+        layer,
+        q,
+        k,
+        v,
+        sequences,
+        update_cache=update_cache,
+        causal=causal,
+        scale=scale,
+        window=window,
+        sinks=sinks,
+        observe=observe,
+        head_importance=head_importance,
+        chunk_tokens=chunk_tokens,
+        progress=progress,
+    )
+    return out, cache
+
+
+def attend(
+    cache: KVCache,
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: Sequence[int] | None = None,
+    *,
+    update_cache: bool = True,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    observe: bool = False,
+    head_importance: torch.Tensor | None = None,
+    chunk_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """:meth:`KVCache.attend`; the arguments are those of :func:`attention_with_kv_cache`.
+
+    Raises:
+        CacheInputError, CacheFullError
+    """
     call = _Call(
         layer,
         None if sequences is None else tuple(map(int, sequences)),
@@ -128,7 +171,7 @@ def attention_with_kv_cache(
     if torch.compiler.is_compiling():
         if progress is not None:
             raise CacheInputError("torch.compile cannot call progress")
-        out = torch.ops.kvpack.attention_with_kv_cache(
+        out: torch.Tensor = torch.ops.kvpack.attention_with_kv_cache(
             q,
             k,
             v,
@@ -145,8 +188,8 @@ def attention_with_kv_cache(
             call.observe,
             call.chunk_tokens,
         )
-        return out, cache
-    return _attend_in_chunks(q, k, v, cache, call, head_importance, progress), cache
+        return out
+    return _attend_in_chunks(q, k, v, cache, call, head_importance, progress)
 
 
 @dataclass(frozen=True)
@@ -166,9 +209,8 @@ class _Call:
 def _new_cache(q: torch.Tensor, k: torch.Tensor) -> KVCache:
     if k.dim() != 4:
         raise CacheInputError(f"k has shape {list(k.shape)}; [batch, KV heads, tokens, head_dim] is wanted")
-    batch, num_kv_heads, tokens, head_dim = k.shape
-    max_tokens = max(tokens, _MAX_TOKENS)
-    return KVCache(1, num_kv_heads, head_dim, max_tokens, max_sequences=batch, dtype=q.dtype, device=q.device)
+    batch, num_kv_heads, _, head_dim = k.shape
+    return KVCache(1, num_kv_heads, head_dim, _MAX_TOKENS, max_sequences=batch, dtype=q.dtype, device=q.device)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, call: _Call) -> None:
@@ -266,36 +308,21 @@ def _chunk_tokens(cache: KVCache, batch: int) -> int:
 def _attend_once(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
 ) -> torch.Tensor:
-    found: list[torch.Tensor] = []
-    attend = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
-
-    queries = q.detach() if q.stride(-1) == 1 else q.detach().contiguous()
-
-    def of_tokens(table: torch.Tensor, lengths: torch.Tensor) -> None:
-        found.append(attend(queries, table, lengths, cache, call, head_importance))
-
-    if call.update_cache:
-        noted = None
-        if cache.wants_queries(call.layer):
-            noted = Queries.of(queries, cache.num_kv_heads, call.scale)
-        cache.append(call.layer, k, v, call.sequences, of_tokens, noted)
-    else:
-        cache.try_tokens(call.layer, k, v, call.sequences, of_tokens)
-    return found[0]
+    attend_to = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
+    q = q.detach() if q.stride(-1) == 1 else q.detach().contiguous()
+    noted = None
+    if call.update_cache and cache.wants_queries(call.layer):
+        noted = Queries.of(q, cache.num_kv_heads, call.scale)
+    with cache.writing(call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache) as view:
+        return attend_to(q, view, call, head_importance)
 
 
-def _attend_by_kernel(
-    q: torch.Tensor,
-    table: torch.Tensor,
-    lengths: torch.Tensor,
-    cache: KVCache,
-    call: _Call,
-    head_importance: torch.Tensor | None,
-) -> torch.Tensor:
+def _attend_by_kernel(q: torch.Tensor, view: KVView, call: _Call, head_importance: torch.Tensor | None) -> torch.Tensor:
+    cache = view.cache
     pages: dict[str, Any] = {
         "pages": cache.pools.pages,
-        "table": table,
-        "lengths": lengths,
+        "table": view.page_table,
+        "lengths": view.lengths,
         "num_kv_heads": cache.num_kv_heads,
         "k_formats": cache.possible_formats(call.layer, Side.K),
         "v_formats": cache.possible_formats(call.layer, Side.V),
@@ -368,18 +395,12 @@ def _decode_blocks(q: torch.Tensor, pages: int, cache: KVCache, call: _Call) -> 
     )
 
 
-def _attend_on_cpu(
-    q: torch.Tensor,
-    table: torch.Tensor,
-    lengths: torch.Tensor,
-    cache: KVCache,
-    call: _Call,
-    head_importance: torch.Tensor | None,
-) -> torch.Tensor:
+def _attend_on_cpu(q: torch.Tensor, view: KVView, call: _Call, head_importance: torch.Tensor | None) -> torch.Tensor:
+    cache, lengths = view.cache, view.lengths
     tokens, longest = q.shape[2], int(lengths.max())
     k, v = (
         read_tokens(
-            table[side].contiguous(),
+            view.page_table[side].contiguous(),
             side,
             torch.zeros_like(lengths),
             lengths,
@@ -402,10 +423,38 @@ def _attend_on_cpu(
     if call.observe:
         few = _observing_tokens(q, cache)
         _observe_on_cpu(q32[:, :, -few:], k, seen[:, -few:], cache, call, head_importance)
+    return _masked_attention(q32, k, v, seen, call.scale).to(q.dtype)
+
+
+def _masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """fp32 attention in which what a query does not see cannot reach it, not even what is no number.
+
+    q [batch, heads, tokens, head_dim], k and v [batch, KV heads, places, head_dim], seen [batch, tokens, places].
+    """
+    grouped = q.shape[1] != k.shape[1]
+    finite = k.isfinite().all(-1) & v.isfinite().all(-1)  # [batch, KV heads, places]
+    bad = ~finite.all(1)[:, None]  # [batch, 1, places]
     out = torch.nn.functional.scaled_dot_product_attention(
-        q32, k, v, attn_mask=seen[:, None], scale=call.scale, enable_gqa=q.shape[1] != cache.num_kv_heads
+        q,
+        k.masked_fill(~finite[..., None], 0),
+        v.masked_fill(~finite[..., None], 0),
+        attn_mask=seen[:, None],
+        scale=scale,
+        enable_gqa=grouped,
     )
-    return out.to(q.dtype)
+    # 0 · NaN is NaN, and so is inf − inf: who sees such a place is computed from what it sees alone.
+    for row, token in (seen & bad).any(-1).nonzero().tolist():
+        at = seen[row, token]
+        out[row, :, token : token + 1] = torch.nn.functional.scaled_dot_product_attention(
+            q[row : row + 1, :, token : token + 1],
+            k[row : row + 1, :, at],
+            v[row : row + 1, :, at],
+            scale=scale,
+            enable_gqa=grouped,
+        )[0]
+    return out
 
 
 def _observe_on_cpu(

@@ -33,8 +33,8 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -43,7 +43,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
+from kvpack.encode.page_coder import dequantize_blocks
 from kvpack.errors import CacheFullError, CacheInputError, PageEntryError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, PageLayout, Side
@@ -60,26 +60,20 @@ from kvpack.runtime.kv.allocator import (
     allocate_widths,
 )
 from kvpack.runtime.kv.attention_kernels import MASS_FRACTION_BITS
+from kvpack.runtime.kv.budget import FormatPairs, Window, formats_from_what_is_left, room
+from kvpack.runtime.kv.distortion import Queries, format_errors
 from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, left_out, new_status, quantize_pages, read_tokens, write_tokens
 from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools, PageViews
+from kvpack.runtime.kv.page_table import NO_PAGE, NO_PLACES, Ints, PageTable, Places, widened
 
 Widths = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
 
-# Called with a batch's page table, i64 [2, batch, pages], and its lengths, i32 [batch], new tokens included.
-Attend = Callable[[torch.Tensor, torch.Tensor], None]
-
-# In page tables, of no page.
-NO_PAGE = -1
-# Of attention mass, which is counted in integers so that sums do not depend on their order.
+# Attention mass is counted in integers, so that sums do not depend on their order.
 MASS_UNIT = 2.0**-MASS_FRACTION_BITS
-# Of scores, where no query has been seen: the mean of books-27m's layers.
-_SCORE_SQUARE = 14.0
-# How much of their bytes open pages yield at most to pinned ones.
-YIELDED = 0.1
 # Lengths are i32, and kernels add to places.
 _MOST_TOKENS = 1 << 30
-
-_Ints = npt.NDArray[np.int64]
+# How many batches' rows are remembered on the device.
+_REMEMBERED_ROWS = 256
 
 _numbers = itertools.count()
 _caches: WeakValueDictionary[int, KVCache] = WeakValueDictionary()
@@ -107,8 +101,8 @@ class Bucket:
 
     side: Side
     format: PageFormat
-    indices: _Ints
-    entries: _Ints
+    indices: Ints
+    entries: Ints
     views: list[PageViews]
 
 
@@ -134,33 +128,29 @@ class BucketedCacheLayer:
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Pages by where they are, arrays of n."""
+class KVView:
+    """A batch's keys and values in a layer, as attention sees them: new tokens included, in 16 bits.
 
-    layer: _Ints
-    side: _Ints
-    sequence: _Ints
-    index: _Ints
+    Attributes:
+        cache, layer, sequences: whose they are.
+        page_table: i64 [2, batch, pages] on the device.
+        lengths: i32 [batch] on the device: tokens.
+    """
 
-    def __len__(self) -> int:
-        return len(self.layer)
-
-    def __getitem__(self, chosen: npt.NDArray[np.generic]) -> _Places:
-        return _Places(self.layer[chosen], self.side[chosen], self.sequence[chosen], self.index[chosen])
-
-    @property
-    def where(self) -> tuple[_Ints, _Ints, _Ints, _Ints]:
-        """For indexing page tables."""
-        return self.layer, self.side, self.sequence, self.index
+    cache: KVCache
+    layer: int
+    sequences: list[int]
+    page_table: torch.Tensor
+    lengths: torch.Tensor
 
 
 @dataclass(frozen=True)
 class _Changes:
-    """Pages that shall have another format."""
+    """Pages that shall have another format, u8 [n]."""
 
-    places: _Places
+    places: Places
     formats: npt.NDArray[np.uint8]
-    outcome: Outcome
+    outcome: Outcome = Outcome.HELD
 
 
 @dataclass(frozen=True)
@@ -174,34 +164,12 @@ class _Tokens:
     queries: Queries | None
 
 
-@dataclass
-class Queries:
-    """Squares of queries, times those of the scale: how much each dimension of keys counts.
-
-    Attributes:
-        squares: fp32 [num_kv_heads, head_dim], sums over query heads and tokens.
-        count: of each sum.
-    """
-
-    squares: torch.Tensor
-    count: int
-
-    @classmethod
-    def of(cls, q: torch.Tensor, num_kv_heads: int, scale: float) -> Queries:
-        """q [batch, query heads, tokens, head_dim], multiplied with ``scale`` before keys."""
-        squares = (q.detach().float() * scale).square().unflatten(1, (num_kv_heads, -1))
-        return cls(squares.sum((0, 2, 3)), squares[:, 0, :, :, 0].numel())
-
-    def __add__(self, other: Queries | None) -> Queries:
-        return self if other is None else Queries(self.squares + other.squares, self.count + other.count)
-
-
 class KVCache:
     """Keys and values of several layers and sequences, in pages of mixed precision.
 
     Args:
         num_layers, num_kv_heads, head_dim: of the model; head_dim a multiple of 16 up to 256.
-        max_tokens: of one sequence; page tables have room for them, pages come as needed.
+        max_tokens: of one sequence; page tables and pages come as needed.
         max_sequences: how many there are; they are named 0, 1, ….
         dtype: of keys and values, fp16 or bf16.
         device: of everything; None is CUDA if torch has it, else the CPU.
@@ -216,11 +184,10 @@ class KVCache:
 
     Attributes:
         pools: where the pages lie.
-        page_table: i64 [layers, 2, max_sequences, max_pages] on the device: entries, or -1. Its address stays.
-        entries: the same on the host.
-        lengths: i32 [layers, max_sequences] on the device: tokens. Its address stays.
-        mass: i64 [layers, max_sequences, max_pages] on the device, in :data:`MASS_UNIT`: attention that pages have
-            received since :meth:`reallocate`, summed over steps.
+        table: entries of pages and numbers of tokens, on the host and on the device.
+        mass: i64 [layers, max_sequences, pages that the table has room for] on the device, in :data:`MASS_UNIT`: the
+            *attention mass* of each page, softmax probabilities of its tokens summed, averaged over query heads, since
+            :meth:`reallocate`, summed over steps.
         observed_steps: i32 [layers, max_sequences] on the device: how many steps those are.
         errors: fp64 [layers, 2, widths of the ladder]: what each width spoils: of K the mean squared error of scores,
             of V that of values relative to their mean square, which change the result of attention about alike. NaN
@@ -287,35 +254,46 @@ class KVCache:
         self.pools = PagePools(num_kv_heads, head_dim, self.device, max_bytes=max_bytes, slab_bytes=slab_bytes)
         self._page_bytes = np.array([[self.pools.page_bytes(side, f) for f in self.ladder] for side in Side])
         self._full_bytes = int(self._page_bytes[0, -1])
-        max_pages = ceil_div(max_tokens, PAGE_TOKENS)
-        self.entries: _Ints = np.full((num_layers, len(Side), max_sequences, max_pages), NO_PAGE, np.int64)
-        self._lengths: npt.NDArray[np.int32] = np.zeros((num_layers, max_sequences), np.int32)
+        self.window = Window(recent_tokens, sinks)
+        self.table = PageTable(num_layers, max_sequences, ceil_div(max_tokens, PAGE_TOKENS), self.device)
+        self._used_bytes = [0] * num_layers  # of a layer's pages
         with torch.inference_mode(False):  # they may be changed outside of it
-            self._make_tensors()
+            shape = (num_layers, max_sequences, self.table.pages)
+            self.mass = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            self.observed_steps = torch.zeros((num_layers, max_sequences), dtype=torch.int32, device=self.device)
+            self.status = new_status(self.device)
+            self.calls = torch.zeros(1, dtype=torch.int32)
         self.errors = np.full((num_layers, len(Side), len(self.ladder)), np.nan)
+        self._pairs: list[tuple[bytes, FormatPairs] | None] = [None] * num_layers
         self._queries: list[Queries | None] = [None] * num_layers
-        self.importance = ImportanceEMA(num_layers, max_sequences, max_pages)
+        self.importance = ImportanceEMA(num_layers, max_sequences, self.table.pages)
         self.shares = np.full(num_layers, 1.0 if budget is None else budget)
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
         self._captured_rows: dict[tuple[int, ...], torch.Tensor] = {}  # graphs hold their addresses
+        self._is_in_graphs = False
+        self._is_planned_ahead = False
         self.number = next(_numbers)
         _caches[self.number] = self
         if self.device.type == "cuda":
             semaphores.prepare(self.device)
 
-    def _make_tensors(self) -> None:
-        layers, _, max_sequences, max_pages = self.entries.shape
-        self.page_table = torch.from_numpy(self.entries).to(self.device, copy=True)
-        self.lengths = torch.zeros((layers, max_sequences), dtype=torch.int32, device=self.device)
-        self.mass = torch.zeros((layers, max_sequences, max_pages), dtype=torch.int64, device=self.device)
-        self.observed_steps = torch.zeros_like(self.lengths)
-        self.status = new_status(self.device)
-        self.calls = torch.zeros(1, dtype=torch.int32)
-        # Indexing a tensor takes as long as a launch.
-        self._tables, self._layer_lengths = self.page_table.unbind(), self.lengths.unbind()
+    @property
+    def entries(self) -> Ints:
+        """i64 [layers, 2, max_sequences, pages] on the host: entries of pages, or -1."""
+        return self.table.entries
+
+    @property
+    def page_table(self) -> torch.Tensor:
+        """:attr:`entries` on the device. Its address changes when the table grows, which it does not once captured."""
+        return self.table.device_entries
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """i32 [layers, max_sequences] on the device: tokens. Its address stays."""
+        return self.table.device_lengths
 
     def __repr__(self) -> str:
-        lengths = self._lengths[0].tolist()
+        lengths = self.table.lengths[0].tolist()
         shown = lengths if len(lengths) <= 8 else [*lengths[:8], "…"]
         return (
             f"KVCache({self.num_layers} layers, {self.num_kv_heads} heads of {self.head_dim}, {self.dtype} on "
@@ -349,64 +327,126 @@ class KVCache:
 
     # Tokens ----------------------------------------------------------------------------------------------------------
 
-    def append(
+    @contextmanager
+    def writing(
         self,
         layer: int,
         k: torch.Tensor,
         v: torch.Tensor,
         sequences: Sequence[int] | None = None,
-        attend: Attend | None = None,
+        *,
         queries: Queries | None = None,
-    ) -> None:
-        """Write new tokens behind a layer's last ones, and quantize pages that have left the recent window.
+        keep: bool = True,
+    ) -> Iterator[KVView]:
+        """New tokens behind a layer's last ones, to be attended to before any page is quantized for their sake.
 
-        Until then all of the new tokens take 16 bits: give long prompts in pieces.
+        On exit pages that have left the recent window are quantized. Until then all of the new tokens take 16 bits:
+        give long prompts in pieces. What is raised inside takes the tokens back.
 
         In a CUDA graph's capture only what is on the device changes; before each replay, :meth:`plan` is to be called.
 
         Args:
             k, v: [batch, num_kv_heads, tokens, head_dim], of the cache's dtype and device.
             sequences: which ones the batch is, each once; None is 0, 1, ….
-            attend: called when the tokens are written, and nothing has been quantized for their sake yet.
             queries: that meet these keys, as long as :meth:`wants_queries`.
+            keep: whether the tokens stay. Without, the cache holds afterwards what it did before.
 
         Raises:
-            CacheInputError: a wrong layer, sequence, shape, dtype or device.
+            CacheInputError: a wrong layer, sequence, shape, dtype or device; tokens that are not kept in a CUDA graph's
+                capture, which cannot allocate pages; :meth:`plan` was called without a replay of its graph.
             CacheFullError: a sequence would exceed ``max_tokens``, or pages ``max_bytes`` or the device's memory.
+
+        >>> import torch
+        >>> from kvpack import KVCache
+        >>> cache = KVCache(1, 2, 16, 1024, device="cpu")
+        >>> k, v = torch.randn(2, 1, 2, 10, 16).half()
+        >>> with cache.writing(0, k, v) as view:
+        ...     print(view.lengths.tolist(), cache.length(0, 0))
+        [10] 0
+        >>> cache.length(0, 0)
+        10
         """
         ids = self.checked_input(layer, k, v, sequences)
         k, v, count = k.detach(), v.detach(), k.shape[2]
+        rows = self._row_index(ids) if ids else None
         if not ids or count == 0:
+            table, lengths = self._view_of(layer, rows)
+            yield KVView(self, layer, ids, table[:, : len(ids)], lengths[: len(ids)])
             return
-        rows = self._row_index(ids)
-        written: list[torch.Tensor] = []
-
-        def write() -> None:
-            written.append(self._write(layer, k, v, rows, attend))
-
-        def undo() -> None:
-            self._clear(layer, k, rows)
-
         if self._is_captured():
-            write()
-        else:
-            before, errors = self._lengths[layer, ids].tolist(), self.errors[layer].copy()
-            try:
-                plan: tuple[_Places, _Changes | None] = _NO_PLACES, None
-                if not self._changes_no_page(before, count):
-                    plan = self._planned_for([layer], ids, count, _Tokens(k, v, ids, before, queries))
-                self._commit(*plan, write, undo)
-            except BaseException:
-                self.errors[layer] = errors
-                raise
-            self._lengths[layer, ids] += count
-            if queries is not None:
-                self._queries[layer] = queries + self._queries[layer]
-        (after,) = written
-        if rows is None:
-            self._layer_lengths[layer].copy_(after)
-        else:
-            self._layer_lengths[layer].index_copy_(0, rows, after)
+            if not keep:
+                raise CacheInputError(
+                    "tokens that are not kept need pages, which a CUDA graph's capture cannot allocate"
+                )
+            self._is_in_graphs = True
+            view = self._written(layer, ids, k, v, rows)
+            yield view
+            self._set_lengths(layer, rows, view.lengths)
+            return
+        self._require_replayed()
+        before, errors = self.table.lengths[layer, ids].tolist(), self.errors[layer].copy()
+        new, changes, left_over = NO_PLACES, None, NO_PLACES
+        try:
+            if not self._changes_no_page(before, count):
+                new = self._new_pages([layer], ids, count)
+                if keep:
+                    changes = self._changes_for(layer, ids, count, _Tokens(k, v, ids, before, queries))
+                else:
+                    left_over = new
+            with self._changing(new, changes, lambda: self._clear(layer, k, rows)):
+                view = self._written(layer, ids, k, v, rows)
+                yield view
+                if not keep:
+                    self._clear(layer, k, rows)
+        except BaseException:
+            self.errors[layer] = errors
+            raise
+        if not keep:
+            self._forget_pages(left_over)
+            return
+        self._set_lengths(layer, rows, view.lengths)
+        self.table.lengths[layer, ids] += count
+        if queries is not None:
+            self._queries[layer] = queries + self._queries[layer]
+
+    def append(
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sequences: Sequence[int] | None = None,
+        queries: Queries | None = None,
+    ) -> None:
+        """:meth:`writing` with nothing inside."""
+        with self.writing(layer, k, v, sequences, queries=queries):
+            pass
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sequences: Sequence[int] | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Attention of new tokens to themselves and to what the cache holds of their sequences.
+
+        Args:
+            q: [batch, query heads, tokens, head_dim]; k, v: [batch, num_kv_heads, tokens, head_dim].
+            sequences: as of :meth:`writing`.
+            options: ``update_cache``, ``causal``, ``scale``, ``window``, ``sinks``, ``observe``, ``head_importance``,
+                ``chunk_tokens``, ``progress``: as of :func:`kvpack.attention_with_kv_cache`.
+
+        Returns:
+            The result, like q.
+
+        Raises:
+            CacheInputError, CacheFullError: as of :func:`kvpack.attention_with_kv_cache`.
+        """
+        from kvpack.runtime.kv.attention import attend  # which stands on this module
+
+        return attend(self, layer, q, k, v, sequences, **options)
 
     def _changes_no_page(self, before: list[int], count: int) -> bool:
         """Whether sequences of these lengths have room for so many tokens and no page leaves the window: most steps."""
@@ -419,86 +459,103 @@ class KVCache:
         )
 
     def wants_queries(self, layer: int) -> bool:
-        """Whether it is not known yet what a layer's widths spoil, and shall be. Not in a CUDA graph's capture."""
+        """Whether it is not known yet what a layer's formats spoil, and shall be. Not in a CUDA graph's capture."""
         if self.budget is None or not 0 <= layer < self.num_layers or self._is_captured():
             return False
         return bool(np.isnan(self.errors[layer, Side.K]).any())
 
-    def try_tokens(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, sequences: Sequence[int] | None, attend: Attend
-    ) -> None:
-        """As :meth:`append`, but afterwards the cache holds what it did before.
+    def reserve_tokens(self, tokens: int) -> None:
+        """Have page tables for so many tokens of each sequence, as is needed before CUDA graphs hold their addresses.
 
         Raises:
-            CacheInputError: as of :meth:`append`; also in a CUDA graph's capture, which cannot allocate pages.
-            CacheFullError: as of :meth:`append`.
+            CacheInputError: more than ``max_tokens``.
+            CacheFullError: there is no memory for them, or a CUDA graph has been captured.
         """
-        ids = self.checked_input(layer, k, v, sequences)
-        k, v, count = k.detach(), v.detach(), k.shape[2]
-        if not ids or count == 0:
-            return
-        if self._is_captured():
-            raise CacheInputError("tokens that are not kept need pages, which a CUDA graph's capture cannot allocate")
-        rows = self._row_index(ids)
-        new = self._new_pages([layer], ids, count)
-
-        def undo() -> None:
-            self._clear(layer, k, rows)
-
-        def write() -> None:
-            self._write(layer, k, v, rows, attend)
-            undo()
-
-        self._commit(new, None, write, undo)
-        self._forget_pages(new)
+        if not 0 <= tokens <= self.max_tokens:
+            raise CacheInputError(f"{tokens} tokens cannot be reserved; max_tokens is {self.max_tokens}")
+        self._grow_tables(ceil_div(tokens, PAGE_TOKENS))
 
     def plan(self, tokens: int = 1, sequences: Sequence[int] | None = None) -> None:
         """Make room in every layer for tokens that a replayed CUDA graph appends next, once.
 
-        The graph has been captured from calls of :meth:`append` with as many tokens of these sequences, one a layer.
-        The host counts the tokens from here on; the device does when the graph has run, which is to be enqueued before
-        anything else that uses the cache. With a budget, what keys spoil is measured with the queries of calls that no
-        graph has captured; without any, books-27m's mean square of scores stands in for theirs.
+        The graph has been captured from calls of :meth:`writing` or :meth:`append` with as many tokens of these
+        sequences, one a layer. The host counts the tokens from here on; the device does when the graph has run, which
+        is to be enqueued before anything else that uses the cache: the first use outside of graphs waits for the device
+        and sees whether it has. With a budget, what keys spoil is measured with the queries of calls that no graph has
+        captured; without any, books-27m's mean square of scores stands in for theirs.
 
         Raises:
             CacheInputError: a wrong sequence; layers that have different numbers of tokens; more tokens than the recent
-                window has, of which some would have to be quantized before they are written.
-            CacheFullError: a sequence would exceed ``max_tokens``, or pages ``max_bytes`` or the device's memory.
+                window has, of which some would have to be quantized before they are written; a capture.
+            CacheFullError: a sequence would exceed ``max_tokens`` or what its graph has room for
+                (:meth:`reserve_tokens`), or pages ``max_bytes`` or the device's memory.
         """
         ids = list(range(self.max_sequences) if sequences is None else sequences)
         self._check_place(0, ids)
+        self._refuse_capture("plan()")
         quantizes = self.budget is not None or (self._widths != self.full_format).any()
         if tokens < 1 or (quantizes and tokens > self.recent_tokens):
             raise CacheInputError(f"{tokens} tokens cannot be planned for; at most recent_tokens, {self.recent_tokens}")
-        if (self._lengths[:, ids] != self._lengths[0, ids]).any():
+        if (self.table.lengths[:, ids] != self.table.lengths[0, ids]).any():
             raise CacheInputError("plan() in the midst of a step: layers have different numbers of tokens")
         if not ids:
             return
-        self._commit(*self._planned_for(range(self.num_layers), ids, tokens, None), _nothing, _nothing)
-        self._lengths[:, ids] += tokens
+        layers = range(self.num_layers)
+        if not self._changes_no_page(self.table.lengths[0, ids].tolist(), tokens):
+            new = self._new_pages(layers, ids, tokens)
+            changes = [self._changes_for(layer, ids, tokens, None) for layer in layers]
+            with self._changing(new, _joined([found for found in changes if found is not None])):
+                pass
+        self.table.lengths[:, ids] += tokens
+        self._is_planned_ahead = True
+
+    def _require_replayed(self) -> None:
+        """After :meth:`plan`, once: the device has to have the tokens that the host counts.
+
+        Raises:
+            CacheInputError
+        """
+        if not self._is_planned_ahead or self._is_captured():
+            return
+        ahead = self.table.lengths - self.table.device_lengths.cpu().numpy()
+        if ahead.any():
+            sequences = np.flatnonzero(ahead.any(axis=0)).tolist()
+            raise CacheInputError(
+                f"plan() made room for tokens that no graph has appended: sequences {sequences} are up to "
+                f"{int(ahead.max())} tokens behind on the device; replay a graph after each plan(), or free() them"
+            )
+        self._is_planned_ahead = False
 
     def _is_captured(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _write(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | None, attend: Attend | None
-    ) -> torch.Tensor:
-        """Into pages that are there. Returns the lengths with new tokens; those of the cache are not advanced."""
-        table, positions = self._places_of_rows(layer, rows)
+    def _refuse_capture(self, what: str) -> None:
+        if self._is_captured():
+            raise CacheInputError(f"{what} cannot be captured in a CUDA graph: the host's tables would not follow")
+
+    def _written(
+        self, layer: int, ids: list[int], k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | None
+    ) -> KVView:
+        """Tokens in pages that are there; the cache's lengths are not advanced."""
+        table, positions = self._view_of(layer, rows)
         write_tokens(k, v, table, positions, self.status, self.pools.pages)
-        after = positions + k.shape[2]
-        if attend is not None:
-            attend(table, after)
-        return after
+        return KVView(self, layer, ids, table, positions + k.shape[2])
 
     def _clear(self, layer: int, k: torch.Tensor, rows: torch.Tensor | None) -> None:
         """Zeros where tokens were that are not kept: what may be no number must not stay behind a sequence's end."""
         none = torch.zeros_like(k[:, :, : PAGE_TOKENS - 1])
-        write_tokens(none, none, *self._places_of_rows(layer, rows), self.status, self.pools.pages)
+        write_tokens(none, none, *self._view_of(layer, rows), self.status, self.pools.pages)
 
-    def _places_of_rows(self, layer: int, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _set_lengths(self, layer: int, rows: torch.Tensor | None, lengths: torch.Tensor) -> None:
+        """On the device."""
+        if rows is None:
+            self.table.layer_lengths[layer].copy_(lengths)
+        else:
+            self.table.layer_lengths[layer].index_copy_(0, rows, lengths)
+
+    def _view_of(self, layer: int, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Page table [2, batch, pages] and lengths [batch]."""
-        table, lengths = self._tables[layer], self._layer_lengths[layer]
+        table, lengths = self.table.layer_entries[layer], self.table.layer_lengths[layer]
         return (table, lengths) if rows is None else (table[:, rows], lengths[rows])
 
     def check_room(self, layer: int, sequences: Sequence[int], tokens: int) -> None:
@@ -507,40 +564,45 @@ class KVCache:
             CacheFullError: a sequence would exceed ``max_tokens`` with so many more.
         """
         for sequence in sequences:
-            if (before := int(self._lengths[layer, sequence])) + tokens > self.max_tokens:
+            if (before := int(self.table.lengths[layer, sequence])) + tokens > self.max_tokens:
                 raise CacheFullError(
                     f"layer {layer}, sequence {sequence}: {tokens} tokens behind {before} are more than the "
                     f"{self.max_tokens} of max_tokens; free() the sequence, or make a larger cache"
                 )
 
-    def _new_pages(self, layers: Sequence[int], ids: list[int], count: int) -> _Places:
-        """Pages that sequences need for so many more tokens.
+    def _new_pages(self, layers: Sequence[int], ids: list[int], count: int) -> Places:
+        """Pages that sequences need for so many more tokens; there is room for them in the tables.
 
         Raises:
-            CacheFullError: a sequence would exceed ``max_tokens``.
+            CacheFullError: a sequence would exceed ``max_tokens``, or tables the memory.
         """
-        rows = []
+        rows, pages = [], 0
         for layer in layers:
             self.check_room(layer, ids, count)
-            for sequence, before in zip(ids, self._lengths[layer, ids].tolist(), strict=True):
+            for sequence, before in zip(ids, self.table.lengths[layer, ids].tolist(), strict=True):
+                pages = max(pages, ceil_div(before + count, PAGE_TOKENS))
                 for index in range(ceil_div(before, PAGE_TOKENS), ceil_div(before + count, PAGE_TOKENS)):
                     rows += [(layer, int(side), sequence, index) for side in Side]
-        return _places(rows)
+        self._grow_tables(pages)
+        return Places.of(rows) if rows else NO_PLACES
 
-    def _planned_for(
-        self, layers: Sequence[int], ids: list[int], count: int, tokens: _Tokens | None
-    ) -> tuple[_Places, _Changes | None]:
-        """New pages, and pages that change, when so many tokens are appended."""
-        new = self._new_pages(layers, ids, count)
-        plans = []
-        for layer in layers:
-            before, lengths = self._lengths[layer, ids], self._lengths[layer].copy()
-            lengths[ids] += count
-            # A sequence's beginning, and pages that leave the window, are what the budget is sensitive to: the pages
-            # that come until the next one leaves are counted beforehand.
-            if (before == 0).any() or (self._open_end(before) != self._open_end(before + count)).any():
-                plans.append(self._planned(layer, lengths, tokens))
-        return new, _joined(plans) if plans else None
+    def _grow_tables(self, pages: int) -> None:
+        """
+        Raises:
+            CacheFullError
+        """
+        if pages <= self.table.pages:
+            return
+        if self._is_in_graphs:
+            raise CacheFullError(
+                f"CUDA graphs hold page tables of {self.table.pages * PAGE_TOKENS} tokens a sequence, and "
+                f"{pages * PAGE_TOKENS} are needed: call reserve_tokens() before the first capture"
+            )
+        grown = self.table.grown_pages(pages)
+        mass = widened(self.mass, grown, 0)
+        self.table.grow(grown)
+        self.mass = mass
+        self.importance.grow(grown)
 
     def read(self, layer: int, sequence: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values that a sequence has in a layer, dequantized: [num_kv_heads, tokens, head_dim] each.
@@ -552,8 +614,9 @@ class KVCache:
             CacheInputError: a wrong layer or sequence.
         """
         self._check_place(layer, [sequence])
+        self._require_replayed()
         ends = self.lengths[layer, sequence : sequence + 1]
-        starts, count = torch.zeros_like(ends), int(self._lengths[layer, sequence])
+        starts, count = torch.zeros_like(ends), int(self.table.lengths[layer, sequence])
         k, v = (
             read_tokens(
                 self.page_table[layer, side, sequence : sequence + 1],
@@ -575,84 +638,104 @@ class KVCache:
         """Forget all tokens of a sequence. The others then hold the budget of what is left.
 
         Raises:
-            CacheInputError: a wrong sequence.
+            CacheInputError: a wrong sequence; a CUDA graph's capture.
         """
         self._check_place(0, [sequence])
-        for entry in self.entries[:, :, sequence][self.entries[:, :, sequence] != NO_PAGE].tolist():
-            self.pools.free(entry)
-        self.entries[:, :, sequence] = NO_PAGE
-        self.page_table[:, :, sequence] = NO_PAGE
-        self._lengths[:, sequence] = 0
-        self.lengths[:, sequence] = 0
+        self._refuse_capture("free()")
+        for layer, entries in enumerate(self.entries[:, :, sequence].reshape(self.num_layers, -1)):
+            for entry in entries[entries != NO_PAGE].tolist():
+                self._free_page(layer, entry)
+        self.table.clear_sequence(sequence)
         self.mass[:, sequence] = 0
         self.observed_steps[:, sequence] = 0
         self.importance.forget(sequence)
         # Freeing must not fail for want of memory; who appends next will be told.
         with suppress(CacheFullError):
             for layer in range(self.num_layers):
-                if self.budget is not None:
-                    self._commit(_NO_PLACES, self._planned(layer, self._lengths[layer]), _nothing, _nothing)
+                if self.budget is not None and self._is_over(layer):
+                    with self._changing(NO_PLACES, self._planned(layer, self.table.lengths[layer])):
+                        pass
 
-    def _commit(
-        self, new: _Places, changes: _Changes | None, write: Callable[[], None], undo: Callable[[], None]
-    ) -> None:
-        """Allocate new pages, write, quantize: all or nothing. ``undo`` is called while new pages are still there."""
-        if not len(new) and changes is None:  # most steps
+    def _free_page(self, layer: int, entry: int) -> None:
+        self._used_bytes[layer] -= self.pools.free(entry)
+
+    @contextmanager
+    def _changing(
+        self, new: Places, changes: _Changes | None, undo: Callable[[], None] | None = None
+    ) -> Iterator[None]:
+        """New pages inside, other formats behind: all or nothing. ``undo`` is called while new pages are there."""
+        places, formats = (NO_PLACES, _NO_FORMATS) if changes is None else (changes.places, changes.formats)
+        if not len(new) and not len(places):  # most steps
             try:
-                write()
+                yield
             except BaseException:
-                undo()
+                if undo is not None:
+                    undo()
                 raise
             return
-        places, formats = (_NO_PLACES, np.empty(0, np.uint8)) if changes is None else (changes.places, changes.formats)
+        kinds = list(zip(places.side.tolist(), self._formats(places).tolist(), formats.tolist(), strict=True))
+        if len(set(kinds)) > 1:  # pages of a kind lie side by side, so that one launch takes them
+            order = sorted(range(len(kinds)), key=kinds.__getitem__)
+            places, kinds = places[np.array(order)], [kinds[i] for i in order]
         wanted = [(Side(side), self.full_format) for side in new.side.tolist()]
-        wanted += [(Side(side), PageFormat(f)) for side, f in zip(places.side.tolist(), formats.tolist(), strict=True)]
+        wanted += [(Side(side), PageFormat(target)) for side, _, target in kinds]
         self.pools.reserve(Counter(wanted))
         allocated: list[int] = []
+        layers = new.layer.tolist() + places.layer.tolist()
         try:
-            rows = [row for part in (new, places) for row in zip(*(a.tolist() for a in part.where), strict=True)]
-            for kind, (layer, _, sequence, index) in zip(wanted, rows, strict=True):
-                allocated.append(self.pools.allocate(*kind, PageOwner(layer, sequence, index)))
-            targets = np.array(allocated[len(new) :], np.int64)
-            self._set_entries(new, np.array(allocated[: len(new)], np.int64))
+            indices = new.index.tolist() + places.index.tolist()
+            for kind, layer, index in zip(wanted, layers, indices, strict=True):
+                allocated.append(self.pools.allocate(*kind, PageOwner(layer, index)))
+            entries = np.array(allocated, np.int64)
+            targets = entries[len(new) :]
+            at_new, at_places = self.table.flat(new), self.table.flat(places)
+            came = dict(zip(at_new.tolist(), allocated[: len(new)], strict=True))  # some leave as soon as they come
+            held = self.entries[places.where].tolist()
+            sources = [
+                came[at] if entry == NO_PAGE else entry for at, entry in zip(at_places.tolist(), held, strict=True)
+            ]
+            jobs = np.stack([np.array(sources, np.int64), targets], axis=1).reshape(-1)
+            # One copy, before anything has changed.
+            flat = np.concatenate([at_new, at_places, entries, jobs])
+            split = [len(new), len(places), len(new), len(places), 2 * len(places)]
+            new_at, places_at, new_entries, place_entries, all_jobs = self._upload(flat).split(split)
+            self.table.set(new, entries[: len(new)], new_at, new_entries)
             try:
-                write()
-                sources = self.entries[places.where]
-                self._quantize(places.side, sources, targets)
+                yield
+                self._quantize(kinds, all_jobs.view(-1, 2))
+                self.table.set(places, targets, places_at, place_entries)
             except BaseException:
-                undo()
+                try:
+                    if undo is not None:
+                        undo()
+                finally:
+                    self.table.clear(new, new_at)
                 raise
         except BaseException:
-            self._set_entries(new, np.full(len(new), NO_PAGE))
             for entry in reversed(allocated):
                 self.pools.free(entry)
             raise
-        self._set_entries(places, targets)
-        for entry in sources.tolist():
-            self.pools.free(entry)
+        for (side, page_format), layer in zip(wanted, layers, strict=True):
+            self._used_bytes[layer] += self.pools.page_bytes(side, page_format)
+        for layer, entry in zip(places.layer.tolist(), sources, strict=True):
+            self._free_page(layer, entry)
 
-    def _forget_pages(self, places: _Places) -> None:
-        for entry in self.entries[places.where].tolist():
-            self.pools.free(entry)
-        self._set_entries(places, np.full(len(places), NO_PAGE))
-
-    def _set_entries(self, places: _Places, entries: _Ints) -> None:
-        """On the host and, behind what is enqueued, on the device."""
+    def _forget_pages(self, places: Places) -> None:
+        """Pages that hold nothing any more."""
         if not len(places):
             return
-        self.entries[places.where] = entries
-        flat = np.ravel_multi_index(places.where, self.entries.shape)
-        where, values = self._upload(np.stack([flat, entries]))
-        self.page_table.view(-1)[where] = values
+        entries = self.entries[places.where].tolist()
+        self.table.clear(places, self._upload(self.table.flat(places)))
+        for layer, entry in zip(places.layer.tolist(), entries, strict=True):
+            self._free_page(layer, entry)
 
-    def _quantize(self, sides: _Ints, sources: _Ints, targets: _Ints) -> None:
-        kinds = np.stack([sides, sources & ENTRY_FORMAT_MASK, targets & ENTRY_FORMAT_MASK], axis=1)
-        for kind in np.unique(kinds, axis=0):
-            chosen = (kinds == kind).all(axis=1)
-            jobs = self._upload(np.stack([sources[chosen], targets[chosen]], axis=1))
-            side, source, target = kind.tolist()
+    def _quantize(self, kinds: list[tuple[int, int, int]], jobs: torch.Tensor) -> None:
+        """``kinds``: side, format, format to be; those of a kind lie side by side. ``jobs``: i64 [n, 2]."""
+        first = 0
+        for (side, source, target), same in itertools.groupby(kinds):
+            count = len(list(same))
             quantize_pages(
-                jobs,
+                jobs[first : first + count],
                 Side(side),
                 PageFormat(source),
                 PageFormat(target),
@@ -661,10 +744,11 @@ class KVCache:
                 self.status,
                 self.pools.pages,
             )
+            first += count
 
     def is_everything(self, sequences: Sequence[int]) -> bool:
         """Whether these are all sequences, in order."""
-        return list(sequences) == list(range(self.max_sequences))
+        return len(sequences) == self.max_sequences and list(sequences) == list(range(self.max_sequences))
 
     def _row_index(self, sequences: list[int]) -> torch.Tensor | None:
         """On the device; None if they are all, in order."""
@@ -674,13 +758,14 @@ class KVCache:
         if key not in self._rows:
             if captured:
                 raise CacheInputError(f"sequences {sequences} are captured in a CUDA graph: use them once before")
-            self._rows.clear()
+            if len(self._rows) >= _REMEMBERED_ROWS:
+                del self._rows[next(iter(self._rows))]  # the oldest
             self._rows[key] = self._upload(np.array(sequences, np.int64))
         if captured:
             self._captured_rows[key] = self._rows[key]
         return self._rows[key]
 
-    def _upload(self, values: _Ints) -> torch.Tensor:
+    def _upload(self, values: Ints) -> torch.Tensor:
         """Without waiting: CUDA has taken what lies in pageable memory when it returns."""
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
@@ -769,60 +854,80 @@ class KVCache:
             self.observed_steps[layer].index_add_(0, rows, steps)
 
     def reallocate(self) -> Outcome:
-        """Move the budget's bytes between layers, by what has been observed; waits for the device.
+        """Divide the budget's bytes anew between pages and layers, by what has been observed; waits for the device.
 
-        Shares are chosen for the pages that leave the recent window next, which alone can have more bits than now; from
-        a layer that has more than its new share, pages lose bits. Call it between steps, every few dozen of them.
+        Pages that are about to leave the recent window compete with those that have left it: these lose bits where
+        those are worth more. Call it between steps, every few dozen of them; in between, pages that leave the window
+        take from what is left.
 
         Returns:
             Whether the budget is held; HELD without one.
 
         Raises:
-            CacheInputError: layers have different numbers of tokens: a step is not complete.
+            CacheInputError: layers have different numbers of tokens: a step is not complete; a CUDA graph's capture;
+                :meth:`plan` was called without a replay of its graph.
             CacheFullError: narrower pages need more than ``max_bytes``, before wider ones can be freed.
         """
-        if (self._lengths != self._lengths[0]).any():
+        self._refuse_capture("reallocate()")
+        self._require_replayed()
+        if (self.table.lengths != self.table.lengths[0]).any():
             raise CacheInputError("reallocate() in the midst of a step: layers have different numbers of tokens")
-        lengths = self._lengths[0]
+        lengths = self.table.lengths[0]
         self._take_in_observed(lengths)
         if self.budget is None:
             return Outcome.HELD
         before = self.shares.copy()
-        self._choose_shares(self.budget, lengths)
         try:
-            plans = [self._planned(layer, lengths) for layer in range(self.num_layers)]
-            self._commit(_NO_PLACES, _joined(plans), _nothing, _nothing)
+            changes = self._competition(self.budget, lengths)
+            if changes is None:
+                self.shares[:] = self.budget
+                changes = _joined([self._planned(layer, lengths) for layer in range(self.num_layers)])
+            with self._changing(NO_PLACES, changes):
+                pass
         except BaseException:
             self.shares[:] = before
             raise
-        outcomes = [plan.outcome for plan in plans]
-        return next((outcome for outcome in outcomes if outcome != Outcome.HELD), Outcome.HELD)
+        return changes.outcome
 
-    def _choose_shares(self, budget: float, lengths: npt.NDArray[np.int32]) -> None:
-        """As if all pages but the sinks had left the recent window."""
-        places = self._places_of(range(self.num_layers), lengths)
-        for layer in range(self.num_layers):
-            self._measure(
-                layer, places[(places.layer == layer) & (places.index < lengths[places.sequence] // PAGE_TOKENS)]
-            )
-        ahead = np.minimum(-(lengths // -PAGE_TOKENS) * PAGE_TOKENS + self.recent_tokens, self.max_tokens)
-        ahead = np.where(lengths > 0, ahead, 0)
-        pinned = self._pinned(places, ahead)
-        self.shares[:] = budget
+    def _competition(self, budget: float, lengths: npt.NDArray[np.int32]) -> _Changes | None:
+        """One allocation for all layers, and shares to go with it; None where it cannot be held, or nothing is known.
+
+        Pages of the recent window are counted as if each had its part of the budget, and may win more.
+        """
+        places = self.table.all_places(range(self.num_layers), lengths)
+        pinned = self.window.pinned(places, lengths)
+        for layer in np.flatnonzero(np.isnan(self.errors).any(axis=(1, 2))).tolist():
+            is_full = (places.layer == layer) & (places.index < lengths[places.sequence] // PAGE_TOKENS)
+            self._measure(layer, places[is_full])
         if pinned.all() or np.isnan(self.errors).any():
-            return
-        room = self._room(len(places) // self.num_layers, int(pinned.sum()) // self.num_layers, lengths, ahead)
-        allowed = self.num_layers * room.budget(budget)
-        allocation = self._allocated(places, pinned, allowed)
+            return None
+        is_sink = places.index < self.window.sink_pages
+        recent = pinned & ~is_sink
+        of_layer = room(lengths, self.window, self.table.max_pages, self._full_bytes)
+        may = self.num_layers * of_layer.budget(budget)
+        total = may - int(recent.sum()) * self._full_bytes * (1 - budget)
+        allocation = self._allocated(places, is_sink, total)
         if allocation.outcome != Outcome.HELD:
-            return
-        used = np.zeros(self.num_layers)
-        for page_format in self.ladder:
-            of_side = [self.pools.page_bytes(side, page_format) for side in Side]
-            chosen = allocation.formats == page_format
-            used += np.bincount(places.layer[chosen], np.take(of_side, places.side[chosen]), self.num_layers)
-        # What is left is divided equally.
-        self.shares[:] = room.shares(used + (allowed - used.sum()) / self.num_layers)
+            return None
+        formats = self._formats(places)
+        changed = ~pinned & (allocation.formats != formats)
+        new_bytes = self._bytes_of(places.side, allocation.formats)
+        lost = np.where(changed, self._bytes_of(places.side, formats) - new_bytes, 0)
+        used = np.array(self._used_bytes) - np.bincount(places.layer, lost, self.num_layers)
+        spare = may - used.sum()
+        if spare < 0:
+            return None
+        # What is left is for those who leave the window next, as much as they have won.
+        won = np.bincount(places.layer, np.where(recent, new_bytes, 0), self.num_layers)
+        parts = won / won.sum() if won.any() else np.full(self.num_layers, 1 / self.num_layers)
+        self.shares[:] = of_layer.shares(used + spare * parts)
+        return _Changes(places[changed], allocation.formats[changed])
+
+    def _bytes_of(self, sides: Ints, formats: npt.NDArray[np.uint8]) -> Ints:
+        """Bytes of pages, by side and format."""
+        by_format = np.zeros((len(Side), max(PageFormat) + 1), np.int64)
+        by_format[:, list(self.ladder)] = self._page_bytes
+        return by_format[sides, formats]
 
     def _take_in_observed(self, lengths: npt.NDArray[np.int32]) -> None:
         counts = -(-lengths // PAGE_TOKENS)
@@ -833,24 +938,99 @@ class KVCache:
         self.mass.zero_()
         self.observed_steps.zero_()
 
-    def _planned(self, layer: int, lengths: npt.NDArray[np.int32], tokens: _Tokens | None = None) -> _Changes:
-        """What changes in a layer that has these numbers of tokens, so that it holds its share."""
-        places = self._places_of([layer], lengths)
-        pinned = self._pinned(places, lengths)
-        formats = self._formats(places)
-        outcome = Outcome.HELD
+    def _changes_for(self, layer: int, ids: list[int], count: int, tokens: _Tokens | None) -> _Changes | None:
+        """Pages of a layer that change when so many tokens are appended; pages to come are not in use yet."""
+        before = self.table.lengths[layer, ids].tolist()
+        leaving = [
+            (sequence, index)
+            for sequence, length in zip(ids, before, strict=True)
+            for index in self.window.leaving(length, length + count)
+        ]
+        # A sequence's beginning, and pages that leave the window, are what the budget is sensitive to: the pages that
+        # come until the next one leaves are counted beforehand.
+        if not leaving and (self.budget is None or 0 not in before):
+            return None
+        places = Places.of([(layer, int(side), *page) for page in leaving for side in Side])
         if self.budget is None:
-            is_open = ~pinned & (formats == self.full_format)
-            wanted = np.where(is_open, self._widths[layer][places.side], formats)
-        else:
-            self._measure(layer, places[~pinned], tokens)
-            room = self._room(len(places), int(pinned.sum()), lengths, lengths)
-            allocation = self._allocated(places, pinned, room.budget(float(self.shares[layer])))
-            wanted, outcome = allocation.formats, allocation.outcome
-        changed = wanted != formats
-        return _Changes(places[changed], wanted[changed], outcome)
+            of_side = self._widths[layer].tolist()
+            if all(page_format == self.full_format for page_format in of_side):
+                return None
+            changed = np.array(of_side * len(leaving), np.uint8)
+            is_other = changed != self.full_format
+            return _Changes(places[is_other], changed[is_other])
+        lengths = self.table.lengths[layer].copy()
+        lengths[ids] += count
+        few = len(leaving) <= len(ids)
+        changes = self._from_what_is_left(layer, leaving, places, lengths, before, count, tokens) if few else None
+        return self._planned(layer, lengths, tokens) if changes is None else changes
 
-    def _allocated(self, places: _Places, pinned: npt.NDArray[np.bool_], budget: float) -> Allocation:
+    def _from_what_is_left(
+        self,
+        layer: int,
+        leaving: list[tuple[int, int]],
+        places: Places,
+        lengths: npt.NDArray[np.int32],
+        before: list[int],
+        count: int,
+        tokens: _Tokens | None,
+    ) -> _Changes | None:
+        """Formats of pages that leave the window, without a look at the others; None where those must lose bits."""
+        if leaving:
+            self._measure(layer, places, tokens)
+        share = float(self.shares[layer])
+        of_layer = room(lengths, self.window, self.table.max_pages, self._full_bytes)
+        new = sum(ceil_div(length + count, PAGE_TOKENS) - ceil_div(length, PAGE_TOKENS) for length in before)
+        full_pair = len(Side) * self._full_bytes
+        used = self._used_bytes[layer] + (new - len(leaving)) * full_pair
+        left = of_layer.budget(share) - used
+        if not leaving:
+            return _NO_CHANGES if left >= 0 or self._is_lowest(layer, lengths, used) else None
+        if np.isnan(self.errors[layer]).any():
+            return None
+        pairs = self._format_pairs(layer)
+        found = formats_from_what_is_left(pairs, len(leaving), left, share * full_pair, int(np.count_nonzero(lengths)))
+        if found is None:
+            if not self._is_lowest(layer, lengths, used, len(leaving)):
+                return None
+            found = [(self.ladder[0], self.ladder[0])] * len(leaving)
+        formats = np.array(found, np.uint8).reshape(-1)
+        changed = formats != self.full_format
+        return _Changes(places[changed], formats[changed])
+
+    def _is_lowest(self, layer: int, lengths: npt.NDArray[np.int32], used: int, leaving: int = 0) -> bool:
+        """Whether open pages, but for those that are ``leaving`` and not in ``used``, have no bits to lose."""
+        pages = int((-(-lengths // PAGE_TOKENS)).sum())
+        is_open = self.window.open_pages(lengths)
+        lowest = int(self._page_bytes[:, 0].sum())
+        return used <= (pages - is_open) * len(Side) * self._full_bytes + (is_open - leaving) * lowest
+
+    def _is_over(self, layer: int) -> bool:
+        """Whether a layer's pages take more than its share, and have bits to lose."""
+        lengths, used = self.table.lengths[layer], self._used_bytes[layer]
+        may = room(lengths, self.window, self.table.max_pages, self._full_bytes).budget(float(self.shares[layer]))
+        return used > may and not self._is_lowest(layer, lengths, used)
+
+    def _format_pairs(self, layer: int) -> FormatPairs:
+        """Made anew when the layer's errors have changed, which others may set."""
+        key = self.errors[layer].tobytes()
+        known = self._pairs[layer]
+        if known is None or known[0] != key:
+            is_uniform = self.policy == "uniform"
+            known = key, FormatPairs(self.errors[layer], self._page_bytes, self.ladder, is_uniform=is_uniform)
+            self._pairs[layer] = known
+        return known[1]
+
+    def _planned(self, layer: int, lengths: npt.NDArray[np.int32], tokens: _Tokens | None = None) -> _Changes:
+        """What changes in a layer that has these numbers of tokens, so that it holds its share: a look at all pages."""
+        places = self.table.all_places(range(layer, layer + 1), lengths)
+        pinned = self.window.pinned(places, lengths)
+        self._measure(layer, places[~pinned], tokens)
+        of_layer = room(lengths, self.window, self.table.max_pages, self._full_bytes)
+        allocation = self._allocated(places, pinned, of_layer.budget(float(self.shares[layer])))
+        changed = allocation.formats != self._formats(places)
+        return _Changes(places[changed], allocation.formats[changed], allocation.outcome)
+
+    def _allocated(self, places: Places, pinned: npt.NDArray[np.bool_], budget: float) -> Allocation:
         importance = np.empty(len(places))
         for layer in np.unique(places.layer).tolist():
             chosen = places.layer == layer
@@ -867,38 +1047,21 @@ class KVCache:
         )
         return allocate_widths(pages, self._page_bytes, round(budget), ladder=self.ladder, policy=self.policy)
 
-    def _measure(self, layer: int, pages: _Places, tokens: _Tokens | None = None) -> None:
-        """The errors of a layer's widths, on the first of these that is in 16 bits. Once, since the host must wait."""
+    def _measure(self, layer: int, pages: Places, tokens: _Tokens | None = None) -> None:
+        """The errors of a layer's formats, on the first of these that is in 16 bits. Once, since the host must wait."""
         if not np.isnan(self.errors[layer]).any():
             return
+        queries = self._queries[layer]
+        if tokens is not None and tokens.queries is not None:
+            queries = tokens.queries + queries
         for side in Side:
             found = np.flatnonzero((pages.side == side) & (self._formats(pages) == self.full_format))
             if not len(found):
                 continue
             sequence, index = int(pages.sequence[found[0]]), int(pages.index[found[0]])
             x = self._page_values(layer, side, sequence, index, tokens)
-            x = np.where(np.isfinite(x), x, 0)
-            weights = self._weights(layer, side, x, tokens)
-            for rung, page_format in enumerate(self.ladder[:-1]):
-                layout = PageLayout(side, page_format, self.head_dim)
-                error = dequantize_blocks(quantize_blocks(x, layout), layout) - x.astype(np.float64)
-                self.errors[layer, side, rung] = (np.square(error).mean(1) * weights).sum(-1).mean()
+            self.errors[layer, side, :-1] = format_errors(x, side, self.ladder[:-1], queries)
             self.errors[layer, side, -1] = 0
-
-    def _weights(
-        self, layer: int, side: Side, x: npt.NDArray[np.float32], tokens: _Tokens | None
-    ) -> npt.NDArray[np.float64]:
-        """What a squared error in each dimension counts, [heads or 1, head_dim], where x are a page's values."""
-        queries = self._queries[layer]
-        if tokens is not None and tokens.queries is not None:
-            queries = tokens.queries + queries
-        if side == Side.K and queries is not None:
-            squares = queries.squares.double().cpu().numpy() / queries.count
-            if np.isfinite(squares).all():
-                return np.asarray(squares)
-        energy = np.square(x, dtype=np.float64).mean()
-        weight = (_SCORE_SQUARE if side == Side.K else 1.0) / energy if energy else 0.0
-        return np.full((1, self.head_dim), weight / self.head_dim)
 
     def _page_values(
         self, layer: int, side: Side, sequence: int, index: int, tokens: _Tokens | None
@@ -917,33 +1080,10 @@ class KVCache:
                 values[:, begin - first : end - first] = given[:, begin - start : end - start].float().cpu().numpy()
         return values
 
-    def _places_of(self, layers: Sequence[int], lengths: npt.NDArray[np.int32]) -> _Places:
-        """All pages of sequences of these lengths."""
-        pages = -(-lengths // PAGE_TOKENS)
-        present = np.arange(self.entries.shape[3]) < pages[:, None]
-        shape = (len(layers), len(Side), *present.shape)
-        layer, side, sequence, index = np.nonzero(np.broadcast_to(present, shape))
-        return _Places(np.asarray(layers, np.int64)[layer], side, sequence, index)
-
-    def _formats(self, places: _Places) -> npt.NDArray[np.uint8]:
-        """Of pages that are there, and of those to come."""
+    def _formats(self, places: Places) -> npt.NDArray[np.uint8]:
+        """The formats of pages that are there, and of those to come."""
         entries = self.entries[places.where]
         return np.where(entries == NO_PAGE, self.full_format, entries & ENTRY_FORMAT_MASK).astype(np.uint8)
-
-    def _open_end(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """How many pages of each sequence have left the recent window."""
-        return np.maximum(0, (lengths - self.recent_tokens) // PAGE_TOKENS)
-
-    def _pinned(self, places: _Places, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        is_recent = places.index >= self._open_end(lengths)[places.sequence]
-        return np.asarray((places.index < ceil_div(self.sinks, PAGE_TOKENS)) | is_recent)
-
-    def _room(self, pages: int, pinned: int, lengths: npt.NDArray[np.int32], ahead: npt.NDArray[np.int32]) -> _Room:
-        """For a layer's pages, and those that come until, from the lengths ``ahead`` on, one leaves the window."""
-        last = PAGE_TOKENS * (self._open_end(ahead) + 1) - 1 + self.recent_tokens
-        most = np.minimum(-(-last // PAGE_TOKENS), self.entries.shape[3])
-        coming = len(Side) * int((most + lengths // -PAGE_TOKENS)[lengths > 0].sum())
-        return _Room(*(count * self._full_bytes for count in (pages + coming, pinned + coming, coming)))
 
     # What there is ---------------------------------------------------------------------------------------------------
 
@@ -954,13 +1094,13 @@ class KVCache:
             CacheInputError: a wrong layer or sequence.
         """
         self._check_place(layer, [sequence])
-        return int(self._lengths[layer, sequence])
+        return int(self.table.lengths[layer, sequence])
 
     def longest_pages(self, layer: int, tokens: int) -> int:
         """Of the longest sequence with so many more tokens; in a CUDA graph's capture, of the longest possible."""
         if self._is_captured():
-            return self.entries.shape[3]
-        return ceil_div(int(self._lengths[layer].max()) + tokens, PAGE_TOKENS)
+            return self.table.pages
+        return ceil_div(int(self.table.lengths[layer].max()) + tokens, PAGE_TOKENS)
 
     def layer(self, layer: int) -> BucketedCacheLayer:
         """A layer's pages by kind.
@@ -986,7 +1126,7 @@ class KVCache:
     def average_bits(self) -> float:
         """Bits of pages in use per element of K and V held: scales, and what is empty of last pages, counted; 0.0 of
         an empty cache."""
-        elements = len(Side) * int(self._lengths.sum(dtype=np.int64)) * self.num_kv_heads * self.head_dim
+        elements = len(Side) * int(self.table.lengths.sum(dtype=np.int64)) * self.num_kv_heads * self.head_dim
         return 8 * self.pools.bytes_in_use / elements if elements else 0.0
 
     def estimate_memory_mb(self) -> float:
@@ -999,48 +1139,24 @@ class KVCache:
 
         Raises:
             PageEntryError: kernels met entries that are none: something has written to the page table.
+            CacheInputError: :meth:`plan` was called without a replay of its graph.
         """
+        self._require_replayed()
         if (found := left_out(self.status)) is not None:
             self.status.zero_()
             raise PageEntryError(f"{found[0]} tokens or pages were left out, the first of them at {found[1]}")
 
 
-@dataclass(frozen=True)
-class _Room:
-    """Bytes that a layer's pages take in 16 bits: all of them and the pinned ones, each with those that are coming."""
-
-    all: int
-    pinned: int
-    coming: int
-
-    @property
-    def open(self) -> int:
-        return self.all - self.pinned
-
-    def budget(self, share: float) -> float:
-        """For the pages that are there."""
-        return max(share * self.all, self.pinned + (1 - YIELDED) * share * self.open) - self.coming
-
-    def shares(self, budgets: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """The inverse of :meth:`budget`; the mean share is at most that of the mean budget."""
-        of_all = budgets + self.coming
-        return np.minimum(of_all / self.all, (of_all - self.pinned) / ((1 - YIELDED) * self.open))
-
-
-def _nothing() -> None:
-    pass
+_NO_FORMATS = np.empty(0, np.uint8)
+_NO_CHANGES = _Changes(NO_PLACES, _NO_FORMATS)
 
 
 def _joined(changes: Sequence[_Changes]) -> _Changes:
-    """Of several layers; the outcome is the first one's."""
+    """The changes of several layers; the outcome is the first that is not HELD."""
+    if not changes:
+        return _NO_CHANGES
     columns = zip(*(change.places.where for change in changes), strict=True)
-    places = _Places(*(np.concatenate(column) for column in columns))
-    return _Changes(places, np.concatenate([change.formats for change in changes]), changes[0].outcome)
-
-
-def _places(rows: list[tuple[int, int, int, int]]) -> _Places:
-    """Of (layer, side, sequence, index)."""
-    return _Places(*np.array(rows, np.int64).reshape(-1, 4).T)
-
-
-_NO_PLACES = _places([])
+    places = Places(*(np.concatenate(column) for column in columns))
+    outcomes = [change.outcome for change in changes if change.outcome != Outcome.HELD]
+    formats = np.concatenate([change.formats for change in changes])
+    return _Changes(places, formats, outcomes[0] if outcomes else Outcome.HELD)

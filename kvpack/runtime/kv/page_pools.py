@@ -33,10 +33,13 @@ _ARENA_START = 64
 
 @dataclass(frozen=True)
 class PageOwner:
-    """Where a page belongs: its layer, its sequence, and which page of the sequence it is."""
+    """Where a page belongs: its layer, and which page of a sequence it is.
+
+    Which sequences hold it is the page table's to say: those that begin with the same tokens can hold the same page at
+    the same index, and a snapshot's page has no sequence yet. ``references`` of :class:`PageInfo` counts the holders.
+    """
 
     layer: int
-    sequence: int
     index: int
 
 
@@ -81,7 +84,7 @@ class _Slab:
         self.memory, self.base, self.layout = memory, base, layout
         self.page_bytes = num_kv_heads * layout.block_bytes
         self.page_count = memory.numel() // self.page_bytes
-        self.owners: npt.NDArray[np.int32] = np.full((self.page_count, 3), -1, np.int32)
+        self.owners: npt.NDArray[np.int32] = np.full((self.page_count, 2), -1, np.int32)
         self.references: npt.NDArray[np.int32] = np.zeros(self.page_count, np.int32)
         self.views = _views(memory, layout, num_kv_heads)
 
@@ -250,22 +253,16 @@ class PagePools:
         entry = pool.free.pop()
         slab, number = self._find(entry)
         slab.references[number] = 1
-        slab.owners[number] = owner.layer, owner.sequence, owner.index
+        slab.owners[number] = owner.layer, owner.index
         pool.in_use += 1
         self._bytes_in_use += pool.page_bytes
         return entry
 
-    def retain(self, entry: int) -> None:
-        """One more holds the page: it must be freed once more.
-
-        Raises:
-            PageEntryError: no page in use.
-        """
-        slab, number = self._in_use(entry)
-        slab.references[number] += 1
-
-    def free(self, entry: int) -> None:
+    def free(self, entry: int) -> int:
         """One fewer holds the page; behind the last one's work on the stream, it may be handed out again.
+
+        Returns:
+            The bytes that are no longer in use: the page's, or 0 where others hold it.
 
         Raises:
             PageEntryError: no page in use: freed before, or never handed out by these pools.
@@ -278,6 +275,8 @@ class PagePools:
             pool.free.append(entry)
             pool.in_use -= 1
             self._bytes_in_use -= pool.page_bytes
+            return pool.page_bytes
+        return 0
 
     def info(self, entry: int) -> PageInfo:
         """What is known of a page in use.
@@ -307,10 +306,6 @@ class PagePools:
         """
         slab, number = self._in_use(entry)
         return slab.views.page(number)
-
-    def slab_views(self, side: Side, page_format: PageFormat) -> list[PageViews]:
-        """Payload and scales of all pages of a kind, in use or not, slab by slab in the order in which they came."""
-        return [slab.views for slab in self._pools[side, page_format].slabs]
 
     def _find(self, entry: int) -> tuple[_Slab, int]:
         """The slab and the page in it."""

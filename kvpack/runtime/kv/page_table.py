@@ -1,0 +1,146 @@
+"""The page table: which page holds which tokens, on the host and, the same, on the device. It grows by need.
+
+Both sides change together: what can fail (memory, copies) comes before the first change of either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvpack.errors import CacheFullError
+from kvpack.format.pages import PAGE_TOKENS, Side
+
+# Stands in page tables where there is no page.
+NO_PAGE = -1
+_FIRST_PAGES = 64
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Pages by where they are, arrays of n."""
+
+    layer: Ints
+    side: Ints
+    sequence: Ints
+    index: Ints
+
+    @classmethod
+    def of(cls, rows: list[tuple[int, int, int, int]]) -> Places:
+        """Rows of (layer, side, sequence, index)."""
+        return cls(*np.array(rows, np.int64).reshape(-1, 4).T)
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    def __getitem__(self, chosen: npt.NDArray[np.generic]) -> Places:
+        return Places(self.layer[chosen], self.side[chosen], self.sequence[chosen], self.index[chosen])
+
+    @property
+    def where(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """Indices into page tables."""
+        return self.layer, self.side, self.sequence, self.index
+
+
+NO_PLACES = Places.of([])
+
+
+class PageTable:
+    """Entries and lengths of all sequences in all layers.
+
+    Args:
+        layers, sequences: how many there are.
+        max_pages: how many pages a sequence can have in a layer; the table begins with room for 64 and doubles.
+        device: where the kernels' copy lies.
+
+    Attributes:
+        entries: i64 [layers, 2, sequences, pages] on the host, or :data:`NO_PAGE`.
+        device_entries: the same on the device. Its address changes when the table grows.
+        lengths: i32 [layers, sequences] on the host: tokens.
+        device_lengths: the same on the device. Its address stays.
+        layer_entries, layer_lengths: the device's, by layer.
+    """
+
+    def __init__(self, layers: int, sequences: int, max_pages: int, device: torch.device) -> None:
+        self.max_pages, self.device = max_pages, device
+        self.entries: Ints = np.full((layers, len(Side), sequences, min(max_pages, _FIRST_PAGES)), NO_PAGE, np.int64)
+        self.lengths: npt.NDArray[np.int32] = np.zeros((layers, sequences), np.int32)
+        with torch.inference_mode(False):  # tensors are changed outside of it, too
+            self.device_lengths = torch.zeros((layers, sequences), dtype=torch.int32, device=device)
+            self._set_device_entries(torch.from_numpy(self.entries).to(device, copy=True))
+        self.layer_lengths = self.device_lengths.unbind()
+
+    def _set_device_entries(self, entries: torch.Tensor) -> None:
+        # Indexing a tensor takes as long as a launch.
+        self.device_entries, self.layer_entries, self._flat = entries, entries.unbind(), entries.view(-1)
+
+    @property
+    def pages(self) -> int:
+        """How many pages of a sequence the table has room for."""
+        return self.entries.shape[3]
+
+    def grown_pages(self, pages: int) -> int:
+        """The size to which :meth:`grow` brings a table that is to have room for ``pages``."""
+        return min(self.max_pages, max(pages, 2 * self.pages))
+
+    def grow(self, pages: int) -> None:
+        """Have room for ``pages`` pages of each sequence.
+
+        Raises:
+            CacheFullError: the host or the device has no memory for it. Nothing has changed.
+        """
+        grown = widened(torch.from_numpy(self.entries), pages, NO_PAGE).numpy()
+        self._set_device_entries(widened(self.device_entries, pages, NO_PAGE))
+        self.entries = grown
+
+    def flat(self, places: Places) -> Ints:
+        """Where places are in the table seen as one row."""
+        return np.ravel_multi_index(places.where, self.entries.shape)
+
+    def set(self, places: Places, entries: Ints, device_places: torch.Tensor, device_entries: torch.Tensor) -> None:
+        """Put entries at places; both are on the device already, places as :meth:`flat` gives them."""
+        if len(places):
+            self._flat.index_copy_(0, device_places, device_entries)
+            self.entries[places.where] = entries
+
+    def clear(self, places: Places, device_places: torch.Tensor) -> None:
+        """Put :data:`NO_PAGE` at places."""
+        if len(places):
+            self._flat.index_fill_(0, device_places, NO_PAGE)
+            self.entries[places.where] = NO_PAGE
+
+    def clear_sequence(self, sequence: int) -> None:
+        """A sequence has no pages and no tokens."""
+        self.device_entries[:, :, sequence].fill_(NO_PAGE)
+        self.device_lengths[:, sequence].fill_(0)
+        self.entries[:, :, sequence] = NO_PAGE
+        self.lengths[:, sequence] = 0
+
+    def all_places(self, layers: range, lengths: npt.NDArray[np.int32]) -> Places:
+        """All pages of sequences of these lengths, [sequences], in layers that all have them."""
+        present = np.arange(self.pages) < -(-lengths // PAGE_TOKENS)[:, None]
+        shape = (len(layers), len(Side), *present.shape)
+        layer, side, sequence, index = np.nonzero(np.broadcast_to(present, shape))
+        return Places(layer + layers.start, side, sequence, index)
+
+
+def widened(values: torch.Tensor, pages: int, fill: int) -> torch.Tensor:
+    """A copy whose last dimension is ``pages`` long, with ``fill`` behind what was there.
+
+    Raises:
+        CacheFullError: there is no memory for it.
+    """
+    try:
+        with torch.inference_mode(False):
+            grown = torch.full((*values.shape[:-1], pages), fill, dtype=values.dtype, device=values.device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise CacheFullError(
+            f"{values.device} has no memory for a page table of {pages} pages a sequence: {error}"
+        ) from None
+    grown[..., : values.shape[-1]].copy_(values)
+    return grown
