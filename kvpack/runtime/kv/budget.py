@@ -34,17 +34,9 @@ class Window:
     def sink_pages(self) -> int:
         return ceil_div(self.sinks, PAGE_TOKENS)
 
-    def open_end(self, length: int) -> int:
-        """How many pages of a sequence have left the recent window."""
-        return max(0, (length - self.recent_tokens) // PAGE_TOKENS)
-
     def open_ends(self, lengths: _Lengths) -> _Lengths:
-        """:meth:`open_end` of each length."""
+        """How many pages of each sequence have left the recent window."""
         return np.maximum(0, (lengths - self.recent_tokens) // PAGE_TOKENS)
-
-    def leaving(self, before: int, after: int) -> range:
-        """Pages that are open at length ``after``, and were not at length ``before``."""
-        return range(max(self.sink_pages, self.open_end(before)), self.open_end(after))
 
     def pinned(self, places: Places, lengths: _Lengths) -> npt.NDArray[np.bool_]:
         """Whether each page is pinned in sequences of these lengths."""
@@ -125,10 +117,17 @@ class FormatPairs:
                 self._bytes.append(pair_bytes)
                 self._formats.append((ladder[k], ladder[v]))
 
-    def best(self, allowed_bytes: float) -> tuple[int, tuple[PageFormat, PageFormat]] | None:
-        """Bytes and formats of the pair that spoils least within ``allowed_bytes``; None if not even the least fits."""
-        at = bisect.bisect_right(self._bytes, allowed_bytes) - 1
-        return None if at < 0 else (self._bytes[at], self._formats[at])
+    def nearest(self, fair_bytes: float, most_bytes: float) -> tuple[int, tuple[PageFormat, PageFormat]] | None:
+        """Bytes and formats of the pair whose bytes are nearest to ``fair_bytes``, of those that take ``most_bytes`` or
+        less; None if not even the least does."""
+        at = bisect.bisect_right(self._bytes, min(fair_bytes, most_bytes)) - 1
+        if at < 0:
+            return (self._bytes[0], self._formats[0]) if self._bytes[0] <= most_bytes else None
+        if at + 1 < len(self._bytes):
+            above = self._bytes[at + 1]
+            if above <= most_bytes and above - fair_bytes < fair_bytes - self._bytes[at]:
+                at += 1
+        return self._bytes[at], self._formats[at]
 
 
 def formats_from_what_is_left(
@@ -142,9 +141,9 @@ def formats_from_what_is_left(
     found = []
     for number in range(pages):
         beyond = left_bytes - fair_bytes * (pages - number)
-        best = pairs.best(min(left_bytes, fair_bytes + beyond / sequences))
-        if best is None:
+        nearest = pairs.nearest(fair_bytes + beyond / sequences, left_bytes)
+        if nearest is None:
             return None
-        left_bytes -= best[0]
-        found.append(best[1])
+        left_bytes -= nearest[0]
+        found.append(nearest[1])
     return found

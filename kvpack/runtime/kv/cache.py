@@ -272,6 +272,8 @@ class KVCache:
         self._captured_rows: dict[tuple[int, ...], torch.Tensor] = {}  # graphs hold their addresses
         self._is_in_graphs = False
         self._is_planned_ahead = False
+        # By layer: the last batch, and how many tokens it takes before a page comes or leaves the window.
+        self._quiet: list[tuple[list[int], int] | None] = [None] * num_layers
         self.number = next(_numbers)
         _caches[self.number] = self
         if self.device.type == "cuda":
@@ -384,15 +386,21 @@ class KVCache:
             self._set_lengths(layer, rows, view.lengths)
             return
         self._require_replayed()
-        before, errors = self.table.lengths[layer, ids].tolist(), self.errors[layer].copy()
-        new, changes, left_over = NO_PLACES, None, NO_PLACES
+        if self._is_quiet(layer, ids, count):
+            with self._changing(NO_PLACES, None, lambda: self._clear(layer, k, rows)):
+                view = self._written(layer, ids, k, v, rows)
+                yield view
+                if not keep:
+                    self._clear(layer, k, rows)
+            if keep:
+                self._advance(layer, ids, rows, count, view, queries)
+            return
+        before, errors = self.table.lengths[layer, ids], self.errors[layer].copy()
         try:
-            if not self._changes_no_page(before, count):
-                new = self._new_pages([layer], ids, count)
-                if keep:
-                    changes = self._changes_for(layer, ids, count, _Tokens(k, v, ids, before, queries))
-                else:
-                    left_over = new
+            new = self._new_pages([layer], ids, count)
+            changes = None
+            if keep:
+                changes = self._changes_for(layer, ids, count, _Tokens(k, v, ids, before.tolist(), queries))
             with self._changing(new, changes, lambda: self._clear(layer, k, rows)):
                 view = self._written(layer, ids, k, v, rows)
                 yield view
@@ -401,13 +409,10 @@ class KVCache:
         except BaseException:
             self.errors[layer] = errors
             raise
-        if not keep:
-            self._forget_pages(left_over)
-            return
-        self._set_lengths(layer, rows, view.lengths)
-        self.table.lengths[layer, ids] += count
-        if queries is not None:
-            self._queries[layer] = queries + self._queries[layer]
+        if keep:
+            self._advance(layer, ids, rows, count, view, queries)
+        else:
+            self._forget_pages(new)
 
     def append(
         self,
@@ -448,15 +453,38 @@ class KVCache:
 
         return attend(self, layer, q, k, v, sequences, **options)
 
-    def _changes_no_page(self, before: list[int], count: int) -> bool:
-        """Whether sequences of these lengths have room for so many tokens and no page leaves the window: most steps."""
-        recent = self.recent_tokens
-        return all(
-            0 < length % PAGE_TOKENS <= PAGE_TOKENS - count
-            and (length - recent) // PAGE_TOKENS == (length + count - recent) // PAGE_TOKENS
-            and length + count <= self.max_tokens
-            for length in before
-        )
+    def _is_quiet(self, layer: int, ids: list[int], count: int) -> bool:
+        """Whether sequences have room for so many tokens and no page leaves the window: most steps."""
+        known = self._quiet[layer]
+        if known is None or known[0] != ids:
+            known = self._quiet[layer] = ids, self._quiet_tokens(self.table.lengths[layer, ids])
+        return count <= known[1]
+
+    def _quiet_tokens(self, lengths: npt.NDArray[np.int32]) -> int:
+        """How many tokens sequences of these lengths take before a page comes or leaves the window."""
+        until_new = -lengths % PAGE_TOKENS
+        until_leaving = PAGE_TOKENS - 1 - (lengths - self.recent_tokens) % PAGE_TOKENS
+        return int(np.minimum(np.minimum(until_new, until_leaving), self.max_tokens - lengths).min())
+
+    def _advance(
+        self,
+        layer: int,
+        ids: list[int],
+        rows: torch.Tensor | None,
+        count: int,
+        view: KVView,
+        queries: Queries | None,
+    ) -> None:
+        """Tokens that are written stay."""
+        self._set_lengths(layer, rows, view.lengths)
+        if rows is None:
+            self.table.lengths[layer] += count
+        else:
+            self.table.lengths[layer, ids] += count
+        known = self._quiet[layer]
+        self._quiet[layer] = None if known is None or known[0] != ids or known[1] < count else (ids, known[1] - count)
+        if queries is not None:
+            self._queries[layer] = queries + self._queries[layer]
 
     def wants_queries(self, layer: int) -> bool:
         """Whether it is not known yet what a layer's formats spoil, and shall be. Not in a CUDA graph's capture."""
@@ -501,13 +529,13 @@ class KVCache:
         if not ids:
             return
         layers = range(self.num_layers)
-        if not self._changes_no_page(self.table.lengths[0, ids].tolist(), tokens):
+        if tokens > self._quiet_tokens(self.table.lengths[0, ids]):
             new = self._new_pages(layers, ids, tokens)
             changes = [self._changes_for(layer, ids, tokens, None) for layer in layers]
             with self._changing(new, _joined([found for found in changes if found is not None])):
                 pass
         self.table.lengths[:, ids] += tokens
-        self._is_planned_ahead = True
+        self._is_planned_ahead, self._quiet = True, [None] * self.num_layers
 
     def _require_replayed(self) -> None:
         """After :meth:`plan`, once: the device has to have the tokens that the host counts.
@@ -563,12 +591,12 @@ class KVCache:
         Raises:
             CacheFullError: a sequence would exceed ``max_tokens`` with so many more.
         """
-        for sequence in sequences:
-            if (before := int(self.table.lengths[layer, sequence])) + tokens > self.max_tokens:
-                raise CacheFullError(
-                    f"layer {layer}, sequence {sequence}: {tokens} tokens behind {before} are more than the "
-                    f"{self.max_tokens} of max_tokens; free() the sequence, or make a larger cache"
-                )
+        before = self.table.lengths[layer, list(sequences)]
+        if len(before) and (longest := int(before.max())) + tokens > self.max_tokens:
+            raise CacheFullError(
+                f"layer {layer}, sequence {sequences[int(before.argmax())]}: {tokens} tokens behind {longest} are more "
+                f"than the {self.max_tokens} of max_tokens; free() the sequence, or make a larger cache"
+            )
 
     def _new_pages(self, layers: Sequence[int], ids: list[int], count: int) -> Places:
         """Pages that sequences need for so many more tokens; there is room for them in the tables.
@@ -579,10 +607,13 @@ class KVCache:
         rows, pages = [], 0
         for layer in layers:
             self.check_room(layer, ids, count)
-            for sequence, before in zip(ids, self.table.lengths[layer, ids].tolist(), strict=True):
-                pages = max(pages, ceil_div(before + count, PAGE_TOKENS))
-                for index in range(ceil_div(before, PAGE_TOKENS), ceil_div(before + count, PAGE_TOKENS)):
-                    rows += [(layer, int(side), sequence, index) for side in Side]
+            before = self.table.lengths[layer, ids]
+            ends = -(-(before + count) // PAGE_TOKENS)
+            pages = max(pages, int(ends.max()))
+            begins = -(-before // PAGE_TOKENS)
+            for at in np.flatnonzero(begins != ends).tolist():
+                for index in range(int(begins[at]), int(ends[at])):
+                    rows += [(layer, int(side), ids[at], index) for side in Side]
         self._grow_tables(pages)
         return Places.of(rows) if rows else NO_PLACES
 
@@ -646,6 +677,7 @@ class KVCache:
             for entry in entries[entries != NO_PAGE].tolist():
                 self._free_page(layer, entry)
         self.table.clear_sequence(sequence)
+        self._quiet = [None] * self.num_layers
         self.mass[:, sequence] = 0
         self.observed_steps[:, sequence] = 0
         self.importance.forget(sequence)
@@ -940,15 +972,16 @@ class KVCache:
 
     def _changes_for(self, layer: int, ids: list[int], count: int, tokens: _Tokens | None) -> _Changes | None:
         """Pages of a layer that change when so many tokens are appended; pages to come are not in use yet."""
-        before = self.table.lengths[layer, ids].tolist()
+        before = self.table.lengths[layer, ids]
+        ends, ends_after = self.window.open_ends(before), self.window.open_ends(before + count)
         leaving = [
-            (sequence, index)
-            for sequence, length in zip(ids, before, strict=True)
-            for index in self.window.leaving(length, length + count)
+            (ids[at], index)
+            for at in np.flatnonzero(ends != ends_after).tolist()
+            for index in range(max(self.window.sink_pages, int(ends[at])), int(ends_after[at]))
         ]
         # A sequence's beginning, and pages that leave the window, are what the budget is sensitive to: the pages that
         # come until the next one leaves are counted beforehand.
-        if not leaving and (self.budget is None or 0 not in before):
+        if not leaving and (self.budget is None or before.all()):
             return None
         places = Places.of([(layer, int(side), *page) for page in leaving for side in Side])
         if self.budget is None:
@@ -970,7 +1003,7 @@ class KVCache:
         leaving: list[tuple[int, int]],
         places: Places,
         lengths: npt.NDArray[np.int32],
-        before: list[int],
+        before: npt.NDArray[np.int32],
         count: int,
         tokens: _Tokens | None,
     ) -> _Changes | None:
@@ -979,7 +1012,7 @@ class KVCache:
             self._measure(layer, places, tokens)
         share = float(self.shares[layer])
         of_layer = room(lengths, self.window, self.table.max_pages, self._full_bytes)
-        new = sum(ceil_div(length + count, PAGE_TOKENS) - ceil_div(length, PAGE_TOKENS) for length in before)
+        new = int((-(-(before + count) // PAGE_TOKENS) + before // -PAGE_TOKENS).sum())
         full_pair = len(Side) * self._full_bytes
         used = self._used_bytes[layer] + (new - len(leaving)) * full_pair
         left = of_layer.budget(share) - used

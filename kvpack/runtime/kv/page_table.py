@@ -100,7 +100,8 @@ class PageTable:
 
     def flat(self, places: Places) -> Ints:
         """Where places are in the table seen as one row."""
-        return np.ravel_multi_index(places.where, self.entries.shape)
+        _, sides, sequences, pages = self.entries.shape
+        return ((places.layer * sides + places.side) * sequences + places.sequence) * pages + places.index
 
     def set(self, places: Places, entries: Ints, device_places: torch.Tensor, device_entries: torch.Tensor) -> None:
         """Put entries at places; both are on the device already, places as :meth:`flat` gives them."""
