@@ -742,7 +742,3 @@ def main() -> None:
         print(json.dumps(_failure(ExitCode.FAILED, type(error).__name__, str(error))))
         raise
     sys.exit(int(code or 0))
-
-
-if __name__ == "__main__":
-    main()
