@@ -31,7 +31,7 @@ from kvpack._version import __version__
 
 if TYPE_CHECKING:
     from kvpack.compression import compress
-    from kvpack.encode.pipeline import decompress
+    from kvpack.encode.decompress import decompress
     from kvpack.encode.reader import Reader
     from kvpack.encode.reader import Reader as open  # noqa: N813
     from kvpack.encode.verify import verify
@@ -141,7 +141,7 @@ __all__ = [
 _HOMES = {
     "attention_with_kv_cache": ("kvpack.runtime.kv.attention", "attention_with_kv_cache"),
     "compress": ("kvpack.compression", "compress"),
-    "decompress": ("kvpack.encode.pipeline", "decompress"),
+    "decompress": ("kvpack.encode.decompress", "decompress"),
     "load": ("kvpack.runtime.weights.load", "load"),
     "open": ("kvpack.encode.reader", "Reader"),
     "KVCache": ("kvpack.runtime.kv.cache", "KVCache"),

@@ -1,12 +1,13 @@
-"""``kvpack.compress``: the pipeline of ``kvpack.encode``, with the device that it runs on."""
+"""``kvpack.compress``: ``kvpack.encode.compress``, with the device that it runs on."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
-from kvpack.encode.pipeline import DEFAULT_ALLOCATION, CompressReport, Progress
-from kvpack.encode.pipeline import compress as compress_with
+from kvpack.encode.compress import DEFAULT_ALLOCATION, CompressReport
+from kvpack.encode.compress import compress as compress_with
+from kvpack.encode.progress import Progress
 from kvpack.encode.tensor_encoder import CPU_CODER, Coder
 from kvpack.errors import DeviceError
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import kvpack
 from kvpack._version import __version__
 from kvpack.cli import app
-from kvpack.encode.pipeline import Progress
+from kvpack.encode.progress import Progress
 from kvpack.errors import OtherFilesError
 from kvpack.format.container import Container
 

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kvpack
-from kvpack.encode import blob_decoder, jit, pipeline
-from kvpack.errors import DirectoryIndexError
+from kvpack.encode import blob_decoder, jit
+from kvpack.errors import DirectoryIndexError, InputError
 
 
 def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_force_does_not_delete_other_peoples_files(tmp_path: Path) -> None:
     assert "a.weight_kvpack" in load_file(mine / "model.safetensors")
     (mine / "model.safetensors").unlink()
     (mine / "thesis.txt").write_text("three years")
-    with pytest.raises(pipeline.InputError, match=r"holds no \.safetensors file"):
+    with pytest.raises(InputError, match=r"holds no \.safetensors file"):
         kvpack.compress(tmp_path / "m", mine, force=True)
     assert (mine / "thesis.txt").read_text() == "three years"
 
@@ -171,7 +171,7 @@ def test_force_does_not_delete_other_peoples_files(tmp_path: Path) -> None:
 def test_force_does_not_replace_what_is_no_file(tmp_path: Path) -> None:
     save_file({"a.weight": gaussian(64, 128)}, tmp_path / "m.safetensors")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(pipeline.InputError, match="neither a file nor a directory"):
+    with pytest.raises(InputError, match="neither a file nor a directory"):
         kvpack.compress(tmp_path / "m.safetensors", tmp_path / "pipe", force=True)
     assert (tmp_path / "pipe").is_fifo()
 
@@ -179,7 +179,7 @@ def test_force_does_not_replace_what_is_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", [{"include": "nosuch"}, {"exclude": "nosuch"}, {"tensor_bits": {"nosuch": 4.0}}])
 def test_a_pattern_that_matches_nothing(option: dict, tmp_path: Path) -> None:
     save_file({"a.weight": gaussian(64, 128)}, tmp_path / "m.safetensors")
-    with pytest.raises(pipeline.InputError, match="'nosuch' matches no tensor"):
+    with pytest.raises(InputError, match="'nosuch' matches no tensor"):
         kvpack.compress(tmp_path / "m.safetensors", **option)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 

@@ -171,7 +171,7 @@ def decompress(
 ) -> None:
     """Write ordinary safetensors back."""
     with exit_codes(as_json):
-        from kvpack.encode.pipeline import decompress as run
+        from kvpack.encode.decompress import decompress as run
 
         with progress_bar("decompress") as progress:
             report = run(source, output, dtype=dtype, threads=threads, force=force, progress=progress)

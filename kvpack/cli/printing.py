@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvpack.encode.pipeline import Progress
+    from kvpack.encode.progress import Progress
 
 _UNFOLDED_COLUMNS = 10_000
 
@@ -26,7 +26,7 @@ def progress_bar(title: str) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     from kvpack.encode.compiling import on_compile
-    from kvpack.encode.pipeline import Progress
+    from kvpack.encode.progress import Progress
 
     console = Console(stderr=True)
     told = False

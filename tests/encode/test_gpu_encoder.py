@@ -27,8 +27,8 @@ from typer.testing import CliRunner
 import kvpack
 from kvpack.cli import ExitCode, app
 from kvpack.encode.blob_encoder import encode_elements
+from kvpack.encode.compress import compress
 from kvpack.encode.frequencies import coded_bits, entropy_bits, normalise_frequencies
-from kvpack.encode.pipeline import compress
 from kvpack.encode.quantize import NEAREST, Rounding
 from kvpack.encode.tensor_encoder import Matrices, QuantizedStrips
 from kvpack.errors import DeviceError

@@ -1,4 +1,4 @@
-"""What ``kvpack.compress`` and ``kvpack.decompress`` do: whole files and model directories, a tensor at a time.
+"""What ``kvpack.compress`` does: whole files and model directories, a tensor at a time.
 
 Memory holds one tensor's blob and a few strips, whatever the model's size; sources are mapped. Outputs are
 written beside their place and renamed at the end, files and directories alike.
@@ -12,7 +12,6 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -22,23 +21,23 @@ from typing import Any
 import numpy as np
 
 from kvpack.encode.blob_decoder import element_limit
-from kvpack.encode.dtypes import FLOAT_NAMES, LOSSY_DTYPES, NUMPY_DTYPES
+from kvpack.encode.dtypes import NUMPY_DTYPES
 from kvpack.encode.model_directory import (
     CONFIG_NAME,
     compressed_config,
     copy_files,
-    decompressed_config,
     directory_in_place,
     other_files,
     read_config,
     refuse_other_files,
     size_bytes,
-    write_index,
     write_json,
 )
+from kvpack.encode.output_files import Shard, check_target, pieces, write_shard_index
+from kvpack.encode.progress import Progress
 from kvpack.encode.rate import FineHistogram, RatePlan
 from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
-from kvpack.encode.reader import INDEX_NAME, Reader, locate_tensors, shard_paths
+from kvpack.encode.reader import INDEX_NAME, locate_tensors, shard_paths
 from kvpack.encode.selection import Selection, transposed_names
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
@@ -73,7 +72,6 @@ DEFAULT_ALLOCATION = "tensor"
 PRESETS = ("near-lossless", "lossless")
 ALLOCATIONS = ("tensor", "model")
 
-_COPY_BYTES = 1 << 24
 _SCALE_BYTES = 4
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
@@ -120,16 +118,6 @@ class CompressReport:
 
     def as_dict(self) -> dict[str, Any]:
         return {"ok": True, **asdict(self)}
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Called as work goes on: ``total`` once with all bytes to read, ``advance`` with bytes done, ``tensor`` with
-    names."""
-
-    total: Callable[[int], None] = lambda _: None
-    advance: Callable[[int], None] = lambda _: None
-    tensor: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -204,11 +192,6 @@ def default_output(source: Path) -> Path:
 def _as_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, np.dtype[Any]]:
     data = container.data(tensor.name)
     return np.frombuffer(data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
-
-
-def _pieces(data: memoryview) -> Iterator[memoryview]:
-    for first in range(0, len(data), _COPY_BYTES):
-        yield data[first : first + _COPY_BYTES]
 
 
 class _Model:
@@ -350,16 +333,6 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
     return plans if best is None else best[1]
 
 
-@dataclass
-class _Shard:
-    """What one output file holds, for the index and config.json."""
-
-    name: str
-    stored_names: list[str]
-    stored_bytes: int
-    blob_bytes: dict[str, int]
-
-
 def _encode_container(
     model: _Model,
     container: Container,
@@ -367,18 +340,18 @@ def _encode_container(
     writer: ContainerWriter | None,
     progress: Progress,
     reports: list[TensorReport],
-) -> tuple[dict[str, str], _Shard]:
+) -> tuple[dict[str, str], Shard]:
     """Encode one file's tensors into ``writer`` (None: a dry run); returns its metadata and its contents."""
     selection = model.options.selection
     entries: dict[str, dict[str, Any]] = {}
     crc32: dict[str, int] = {}
-    shard = _Shard(container.path.name, [], 0, {})
+    shard = Shard(container.path.name, [], 0, {})
     kept: list[tuple[StoredTensor, str]] = []
     scales: list[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]] = []
 
     def add(name: str, dtype: str, shape: list[int], *parts: memoryview) -> None:
         if writer is not None:
-            writer.add(name, dtype, shape, (piece for part in parts for piece in _pieces(part)))
+            writer.add(name, dtype, shape, (piece for part in parts for piece in pieces(part)))
         shard.stored_names.append(name)
         shard.stored_bytes += sum(map(len, parts))
 
@@ -472,30 +445,6 @@ def _alignment(tensor: StoredTensor) -> int:
     return dtype.itemsize if dtype is not None else 1
 
 
-def _check_target(source: Path, target: Path, *, force: bool) -> None:
-    if not source.exists():
-        raise InputError(f"{source} does not exist")
-    shard_paths(source)  # raises where there are none
-    if target.exists():
-        if target.resolve() == source.resolve():
-            raise InputError(f"the output {target} is the input")
-        if not (target.is_dir() or target.is_file()):
-            raise InputError(f"{target} is neither a file nor a directory")
-        empty = target.is_dir() and not any(target.iterdir())
-        if not force and not empty:
-            raise InputError(f"{target} exists already; --force (force=True) replaces it")
-        if target.is_dir() != source.is_dir():
-            raise InputError(f"{target} is {'a directory' if target.is_dir() else 'a file'}")
-        if target.is_dir() and not empty and not any(target.glob("*.safetensors")):
-            raise InputError(f"{target} holds no .safetensors file: it is not replaced, since it may hold other things")
-        if target.is_dir() and source.resolve().is_relative_to(target.resolve()):
-            raise InputError(f"the output {target} contains the input")
-        if target.is_dir() and Path.cwd().is_relative_to(target.resolve()):
-            raise InputError(f"the output {target} is, or contains, the working directory: -o names another one")
-    if not target.resolve().parent.is_dir():
-        raise InputError(f"the directory {target.parent} does not exist")
-
-
 def compress(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
@@ -529,7 +478,7 @@ def compress(
     source = Path(path)
     options = _options(bits, preset, layout, tile_cols, allocation, include, exclude, tensor_bits)
     target = Path(out) if out is not None else default_output(source)
-    _check_target(source, target, force=force or dry_run)
+    check_target(source, target, force=force or dry_run)
     carried, left_out = other_files(source, target) if source.is_dir() else ([], [])
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads: at least 1 is needed")
@@ -599,7 +548,7 @@ def _report(
     )
 
 
-def _file_bytes(metadata: dict[str, str], shard: _Shard) -> int:
+def _file_bytes(metadata: dict[str, str], shard: Shard) -> int:
     """About what a file takes that a dry run does not write."""
     header = sum(len(name) + 80 for name in shard.stored_names)
     return 8 + shard.stored_bytes + header + sum(map(len, metadata.values()))
@@ -633,7 +582,7 @@ def _compress_directory(
     *,
     dry_run: bool,
 ) -> int:
-    shards: list[_Shard] = []
+    shards: list[Shard] = []
     if dry_run:
         return sum((source / file).stat().st_size for file in carried) + sum(
             _file_bytes(*_encode_container(model, container, plans, None, progress, reports))
@@ -646,121 +595,8 @@ def _compress_directory(
                 writer.finish(metadata)
             shards.append(shard)
         if (source / INDEX_NAME).exists() or len(shards) > 1:
-            _write_index(temporary, shards)
+            write_shard_index(temporary, shards)
         blob_bytes = {name: size for shard in shards for name, size in shard.blob_bytes.items()}
         write_json(temporary / CONFIG_NAME, compressed_config(read_config(source), blob_bytes))
         copy_files(source, temporary, carried)
         return size_bytes(temporary)
-
-
-def _write_index(directory: Path, shards: list[_Shard]) -> None:
-    weight_map = {name: shard.name for shard in shards for name in shard.stored_names}
-    write_index(directory, weight_map, sum(shard.stored_bytes for shard in shards))
-
-
-@dataclass
-class DecompressReport:
-    """What a decompression gave."""
-
-    input: str
-    output: str
-    input_bytes: int
-    output_bytes: int
-    tensors: int
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"ok": True, **asdict(self)}
-
-
-def decompress(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    dtype: str = "original",
-    threads: int | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> DecompressReport:
-    """Write a compressed file or directory back as ordinary safetensors.
-
-    Args:
-        dtype: ``original``, or a float dtype for all coded float tensors (kept ones stay as they are).
-
-    Raises:
-        InputError, FormatError, OSError: as for :func:`compress`.
-    """
-    began = time.perf_counter()
-    progress = progress or Progress()
-    source, target = Path(path), Path(out)
-    _check_target(source, target, force=force)
-    if dtype != "original" and dtype not in FLOAT_NAMES:
-        raise InputError(f"dtype {dtype!r}: there are original, {', '.join(FLOAT_NAMES)}")
-    with Reader(source, threads=threads) as reader:
-        progress.total(sum(t.size_bytes for c in reader.containers for t in c.tensors.values()))
-        if source.is_dir():
-            carried, _ = other_files(source, target)
-            config = decompressed_config(read_config(source))
-            refuse_other_files(
-                target,
-                [*([Path(CONFIG_NAME)] if config else []), *(Path(c.path.name) for c in reader.containers), *carried],
-            )
-            with directory_in_place(target) as temporary:
-                shards = [
-                    _decompress_container(reader, container, temporary / container.path.name, dtype, progress)
-                    for container in reader.containers
-                ]
-                if (source / INDEX_NAME).exists():
-                    _write_index(temporary, shards)
-                if config:
-                    write_json(temporary / CONFIG_NAME, config)
-                copy_files(source, temporary, carried)
-        else:
-            _decompress_container(reader, reader.containers[0], target, dtype, progress)
-        tensors = len(reader)
-    return DecompressReport(
-        input=str(source),
-        output=str(target),
-        input_bytes=size_bytes(source),
-        output_bytes=size_bytes(target),
-        tensors=tensors,
-        seconds=round(time.perf_counter() - began, 3),
-    )
-
-
-def _decompress_container(reader: Reader, container: Container, target: Path, dtype: str, progress: Progress) -> _Shard:
-    shard = _Shard(target.name, [], 0, {})
-
-    def stored_dtype(name: str) -> str:
-        entry = container.coded.get(name)
-        if entry is None:
-            return container.tensors[name].dtype
-        own = str(entry["dtype"])
-        return FLOAT_NAMES[dtype] if dtype != "original" and own in LOSSY_DTYPES else own
-
-    def alignment(name: str) -> int:
-        known = NUMPY_DTYPES.get(stored_dtype(name))
-        return known.itemsize if known is not None else 1
-
-    with ContainerWriter(target) as writer:
-        for name in sorted(container.original_names(), key=lambda name: (-alignment(name), name)):
-            progress.tensor(name)
-            if name in container.coded:
-                container.check_crc32(name + SCALE_SUFFIX)
-                own = container.coded[name]["dtype"] == stored_dtype(name)
-                values = np.ascontiguousarray(reader.dequantize(name, "original" if own else dtype))
-                data = values.view(np.uint8).reshape(-1).data
-                shape = list(values.shape)
-                done = container.tensors[name + BLOB_SUFFIX].size_bytes
-            else:
-                container.check_crc32(name)
-                data = container.data(name)
-                shape = list(container.tensors[name].shape)
-                done = len(data)
-            writer.add(name, stored_dtype(name), shape, _pieces(data))
-            shard.stored_names.append(name)
-            shard.stored_bytes += len(data)
-            progress.advance(done)
-        own_keys = (VERSION_KEY, TENSORS_KEY, CRC_KEY) if VERSION_KEY in container.metadata else ()
-        writer.finish({k: v for k, v in container.metadata.items() if k not in own_keys})
-    return shard
