@@ -111,20 +111,23 @@ def compress(
     """
     with exit_codes(as_json):
         from kvpack.compression import compress as run
+        from kvpack.encode.quant_config import QuantConfig
 
-        rates = _parse_tensor_bits(tensor_bits)
+        config = QuantConfig(
+            bits=bits,
+            preset=preset,
+            layout=layout,
+            tile_cols=tile_cols,
+            allocation=allocation,
+            include=include,
+            exclude=exclude,
+            tensor_bits=_parse_tensor_bits(tensor_bits),
+        )
         with progress_bar("compress") as progress:
             report = run(
                 source,
                 output,
-                bits=bits,
-                preset=preset,
-                layout=layout,
-                tile_cols=tile_cols,
-                allocation=allocation,
-                include=include,
-                exclude=exclude,
-                tensor_bits=rates,
+                config,
                 threads=threads,
                 dry_run=dry_run,
                 force=force,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +34,8 @@ from kvpack.encode.model_directory import (
 )
 from kvpack.encode.output_files import Shard, check_target, pieces, write_shard_index
 from kvpack.encode.progress import Progress
+from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram, RatePlan
-from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
 from kvpack.encode.reader import INDEX_NAME, locate_tensors, shard_paths
 from kvpack.encode.selection import Selection, transposed_names
 from kvpack.encode.tensor_encoder import (
@@ -66,11 +65,6 @@ from kvpack.format.container import (
     ContainerWriter,
     StoredTensor,
 )
-from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS
-
-DEFAULT_ALLOCATION = "tensor"
-PRESETS = ("near-lossless", "lossless")
-ALLOCATIONS = ("tensor", "model")
 
 _SCALE_BYTES = 4
 _STEP_CORRECTIONS = 4
@@ -120,67 +114,6 @@ class CompressReport:
         return {"ok": True, **asdict(self)}
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to compress; see :func:`compress`."""
-
-    selection: Selection
-    layout: str = "auto"
-    tile_cols: int | None = None
-    allocation: str = DEFAULT_ALLOCATION
-
-
-def _check_bits(bits: float) -> float:
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise InputError(f"{bits} bits a weight: rates from {MIN_BITS} to {MAX_BITS} are possible")
-    return bits
-
-
-def _pattern(text: str | None, option: str) -> re.Pattern[str] | None:
-    try:
-        return None if text is None else re.compile(text)
-    except re.error as error:
-        raise InputError(f"{option} {text!r} is not a regular expression: {error}") from None
-
-
-def _options(
-    bits: float | None,
-    preset: str | None,
-    layout: str,
-    tile_cols: int | None,
-    allocation: str,
-    include: str | None,
-    exclude: str | None,
-    tensor_bits: dict[str, float] | None,
-) -> Options:
-    if bits is not None and preset is not None:
-        raise InputError("bits and preset exclude each other")
-    if preset is not None and preset not in PRESETS:
-        raise InputError(f"preset {preset!r}: there are {', '.join(PRESETS)}")
-    if layout not in ("auto", *LAYOUT_NAMES):
-        raise InputError(f"layout {layout!r}: there are auto, {', '.join(LAYOUT_NAMES)}")
-    if allocation not in ALLOCATIONS:
-        raise InputError(f"allocation {allocation!r}: there are {', '.join(ALLOCATIONS)}")
-    if tile_cols is not None and (tile_cols % CHUNK_COLS or not CHUNK_COLS <= tile_cols <= MAX_TILE_COLS):
-        raise InputError(
-            f"tile_cols {tile_cols}: multiples of {CHUNK_COLS} from {CHUNK_COLS} to {MAX_TILE_COLS} are possible"
-        )
-    rate = None if preset is not None else _check_bits(DEFAULT_BITS if bits is None else bits)
-    own = []
-    for text, value in (tensor_bits or {}).items():
-        pattern = _pattern(text, "tensor_bits")
-        assert pattern is not None
-        own.append((pattern, _check_bits(value)))
-    selection = Selection(
-        bits=rate,
-        lossless=preset == "lossless",
-        include=_pattern(include, "include"),
-        exclude=_pattern(exclude, "exclude"),
-        tensor_bits=tuple(own),
-    )
-    return Options(selection, layout, tile_cols, allocation)
-
-
 def default_output(source: Path) -> Path:
     """``model.safetensors`` → ``model.kvpack.safetensors``, ``dir`` → ``dir-kvpack``."""
     source = Path(os.path.abspath(source))  # beside a symbolic link, not beside what it points to
@@ -197,8 +130,9 @@ def _as_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, np.
 class _Model:
     """The sources of a compression: containers, what to do with each tensor, and the common step if there is one."""
 
-    def __init__(self, source: Path, options: Options, executor: ThreadPoolExecutor, coder: Coder) -> None:
-        self.options, self.executor, self.coder = options, executor, coder
+    def __init__(self, source: Path, config: QuantConfig, executor: ThreadPoolExecutor, coder: Coder) -> None:
+        self.config, self.executor, self.coder = config, executor, coder
+        self.selection = Selection.from_config(config)
         self.containers: list[Container] = []
         try:
             for path in shard_paths(source):
@@ -210,11 +144,10 @@ class _Model:
         except BaseException:
             self.close()
             raise
-        for option, pattern in options.selection.patterns():
+        for option, pattern in self.selection.patterns():
             if not any(pattern.search(name) for name in names):
                 raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
-        config = read_config(source) if source.is_dir() else {}
-        model_type = config.get("model_type")
+        model_type = read_config(source).get("model_type") if source.is_dir() else None
         self.transposed = {
             name for container in self.containers for name in transposed_names(container.tensors, model_type)
         }
@@ -232,7 +165,7 @@ class _Model:
         return Matrices(array, transposed=tensor.name in self.transposed)
 
     def common_step_tensors(self) -> list[tuple[Container, StoredTensor]]:
-        selection = self.options.selection
+        selection = self.selection
         return [
             (container, tensor)
             for container in self.containers
@@ -244,27 +177,26 @@ class _Model:
 
     def encode(self, container: Container, tensor: StoredTensor, plan: CommonPlan | None) -> EncodedTensor:
         """One tensor by whatever method the options say."""
-        options = self.options
-        selection = options.selection
+        config, selection = self.config, self.selection
         weights = self.matrices(container, tensor)
         if not selection.is_lossy(tensor):
-            return encode_lossless(weights, tensor.dtype, options.tile_cols, options.layout, self.executor, self.coder)
+            return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
         if plan is not None:
-            return encode_plan(weights, *plan, tile_cols=options.tile_cols, executor=self.executor, coder=self.coder)
+            return encode_plan(weights, *plan, tile_cols=config.tile_cols, executor=self.executor, coder=self.coder)
         bits = selection.bits_of(tensor.name)
         if bits is None:
             return encode_int8_rows(
                 weights,
-                layout_name=options.layout,
-                tile_cols=options.tile_cols,
+                layout_name=config.layout,
+                tile_cols=config.tile_cols,
                 executor=self.executor,
                 coder=self.coder,
             )
         return encode_at_bits(
             weights,
             bits,
-            layout_name=options.layout,
-            tile_cols=options.tile_cols,
+            layout_name=config.layout,
+            tile_cols=config.tile_cols,
             executor=self.executor,
             coder=self.coder,
         )
@@ -272,8 +204,7 @@ class _Model:
 
 def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPlan]:
     """One step for all tensors, such that together they take the rate (equal slope: least total squared error)."""
-    options = model.options
-    bits = options.selection.bits
+    config, bits = model.config, model.selection.bits
     assert bits is not None
     measured: list[tuple[StoredTensor, Matrices, FineHistogram]] = []
     for container, tensor in model.common_step_tensors():
@@ -291,7 +222,7 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
 
     def plans_at(step: float) -> tuple[float, dict[str, CommonPlan]]:
         plans = {
-            tensor.name: (fine, plan_at_common_step(weights, fine, step, options.layout, options.tile_cols))
+            tensor.name: (fine, plan_at_common_step(weights, fine, step, config.layout, config.tile_cols))
             for tensor, weights, fine in measured
         }
         used = sum(plans[tensor.name][1].predicted.bits * weights.size for tensor, weights, _ in measured)
@@ -321,7 +252,7 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
         counted = 0.0
         for tensor, weights, _ in measured:
             try:
-                counted += planned_bytes(weights, *plans[tensor.name], options.tile_cols, model.executor, model.coder)
+                counted += planned_bytes(weights, *plans[tensor.name], config.tile_cols, model.executor, model.coder)
             except NotEncodableError:  # it will be kept; the others get their rate as if it were not
                 counted += bits * weights.size / 8
         achieved = 8 * counted / total
@@ -342,7 +273,7 @@ def _encode_container(
     reports: list[TensorReport],
 ) -> tuple[dict[str, str], Shard]:
     """Encode one file's tensors into ``writer`` (None: a dry run); returns its metadata and its contents."""
-    selection = model.options.selection
+    selection = model.selection
     entries: dict[str, dict[str, Any]] = {}
     crc32: dict[str, int] = {}
     shard = Shard(container.path.name, [], 0, {})
@@ -448,35 +379,28 @@ def _alignment(tensor: StoredTensor) -> int:
 def compress(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
+    config: QuantConfig | None = None,
     *,
-    bits: float | None = None,
-    preset: str | None = None,
-    layout: str = "auto",
-    tile_cols: int | None = None,
-    allocation: str = DEFAULT_ALLOCATION,
-    include: str | None = None,
-    exclude: str | None = None,
-    tensor_bits: dict[str, float] | None = None,
     threads: int | None = None,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     coder: Coder = CPU_CODER,
 ) -> CompressReport:
-    """Compress a .safetensors file or a model directory: see :func:`kvpack.compress` for the options.
+    """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
     Args:
         coder: who counts and codes; whoever it is, the bytes are the same.
 
     Raises:
-        InputError: the input or an option cannot be used.
+        InputError: the input, the output or the number of threads cannot be used.
         FormatError: the input is damaged.
         OSError: reading or writing failed; no output is left.
     """
     began = time.perf_counter()
     progress = progress or Progress()
     source = Path(path)
-    options = _options(bits, preset, layout, tile_cols, allocation, include, exclude, tensor_bits)
+    config = QuantConfig() if config is None else config
     target = Path(out) if out is not None else default_output(source)
     check_target(source, target, force=force or dry_run)
     carried, left_out = other_files(source, target) if source.is_dir() else ([], [])
@@ -485,7 +409,7 @@ def compress(
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, options, executor, coder)
+        model = _Model(source, config, executor, coder)
         try:
             progress.total(model.total_bytes)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
@@ -498,7 +422,7 @@ def compress(
             coded = {c.path.resolve() for c in model.containers}
             left_out = [file for file in left_out if (source / file).resolve() not in coded]
             plans = {}
-            if options.allocation == "model" and options.selection.bits is not None:
+            if config.allocation == "model" and config.bits is not None:
                 plans = _common_step_plans(model, progress)
             if source.is_dir():
                 output_bytes = _compress_directory(
@@ -597,6 +521,6 @@ def _compress_directory(
         if (source / INDEX_NAME).exists() or len(shards) > 1:
             write_shard_index(temporary, shards)
         blob_bytes = {name: size for shard in shards for name, size in shard.blob_bytes.items()}
-        write_json(temporary / CONFIG_NAME, compressed_config(read_config(source), blob_bytes))
+        write_json(temporary / CONFIG_NAME, compressed_config(read_config(source), model.config.to_json(), blob_bytes))
         copy_files(source, temporary, carried)
         return size_bytes(temporary)

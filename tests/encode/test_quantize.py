@@ -201,7 +201,7 @@ class Packed:
         self.tensors = tensors
         source, output = folder / "in.safetensors", folder / "out.safetensors"
         save_file(tensors, source)
-        self.report: CompressReport = kvpack.compress(source, output, force=True, **options)
+        self.report: CompressReport = kvpack.compress(source, output, kvpack.QuantConfig(**options), force=True)
         with kvpack.open(output) as reader:
             assert set(reader) == set(tensors)
             self.info = {name: reader.info(name) for name in reader}
