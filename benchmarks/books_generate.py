@@ -186,7 +186,7 @@ def compare_with_transformers(directory: Path, config: dict[str, Any], weights: 
 def compress(directory: Path, out: Path, setting: str) -> Any:
     rate, _, layout = setting.partition(":")
     options: dict[str, Any] = {"preset": rate} if rate == "near-lossless" else {"bits": float(rate)}
-    return kvpack.compress(directory, out, layout=layout or "auto", **options)
+    return kvpack.compress(directory, out, kvpack.QuantConfig(layout=layout or "auto", **options))
 
 
 def whole(model: Llama, tokens: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class Evaluator:
         self.ids = ids.to(device)
         self.parameters = dict(self.model.named_parameters())
         # What compress codes by default; its method does not matter here.
-        report = kvpack.compress(directory, preset="near-lossless", dry_run=True)
+        report = kvpack.compress(directory, config=kvpack.QuantConfig(preset="near-lossless"), dry_run=True)
         coded = [tensor.name for tensor in report.tensors if tensor.method != "keep"]
         self.original = {name: self.parameters[name].detach().cpu().numpy().copy() for name in coded}
         self.original_log_probabilities = torch.empty(self.windows, WINDOW, self.model.config.vocab_size, device=device)
@@ -115,7 +115,7 @@ class Evaluator:
     def _compressed(self, **options: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "coded"
-            report = kvpack.compress(self.directory, out, **options)
+            report = kvpack.compress(self.directory, out, kvpack.QuantConfig(**options))
             # A rate that a tensor does not reach leaves it as it is: its bits count, and it is named.
             chosen = [tensor for tensor in report.tensors if tensor.name in self.original]
             with kvpack.open(out) as reader:

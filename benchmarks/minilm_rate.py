@@ -61,7 +61,7 @@ Weights = dict[str, "np.ndarray[Any, np.dtype[np.float32]]"]
 
 def coded_weights(model: Path) -> Weights:
     """What compress codes by default, as f32."""
-    report = kvpack.compress(model, preset="near-lossless", dry_run=True)
+    report = kvpack.compress(model, config=kvpack.QuantConfig(preset="near-lossless"), dry_run=True)
     names = [tensor.name for tensor in report.tensors if tensor.method != "keep"]
     with kvpack.open(model) as reader:
         return {name: as_float32(reader.stored(name)).copy() for name in names}
@@ -71,7 +71,7 @@ def compressed(model: Path, weights: Weights, **options: Any) -> dict[str, Any]:
     """Compress to a file, read it back, and measure."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "coded.safetensors"
-        report = kvpack.compress(model, out, **options)
+        report = kvpack.compress(model, out, kvpack.QuantConfig(**options))
         tensors = {tensor.name: tensor for tensor in report.tensors if tensor.name in weights}
         noise = MeanNoise()
         error_energy, energy = 0.0, 0.0

@@ -138,7 +138,7 @@ class Bench:
 
         for layout in LAYOUTS:
             began = time.perf_counter()
-            kvpack.compress(self.dense, self.coded(layout), bits=BITS, layout=layout)
+            kvpack.compress(self.dense, self.coded(layout), kvpack.QuantConfig(bits=BITS, layout=layout))
             row("the model", layout, "compress, CPU", self.weights, time.perf_counter() - began)
         if self.device.type != "cuda":
             return rows
@@ -148,7 +148,7 @@ class Bench:
             out = self.scratch / f"{layout}-gpu.safetensors"
             try:
                 began = time.perf_counter()
-                kvpack.compress(self.dense, out, bits=BITS, layout=layout, device="cuda")
+                kvpack.compress(self.dense, out, kvpack.QuantConfig(bits=BITS, layout=layout), device="cuda")
                 seconds = time.perf_counter() - began
                 same = out.read_bytes() == self.coded(layout).read_bytes()
                 row("the model", layout, "compress, GPU", self.weights, seconds, same_bytes=same)
@@ -290,7 +290,7 @@ class Bench:
         rows_, cols = (FIVE[0] // 8, FIVE[1] // 8) if self.device.type == "cpu" else FIVE
         save_file({f"{n}.weight": (torch.randn(rows_, cols) * 0.02).half() for n in range(5)}, path)
         for layout in LAYOUTS:
-            kvpack.compress(path, out, bits=BITS, layout=layout, force=True)
+            kvpack.compress(path, out, kvpack.QuantConfig(bits=BITS, layout=layout), force=True)
             state = load(out, self.device, progress=False)
             linears = [state.linear(str(number)) for number in range(5)]
             for m in (1, 16, 512):

@@ -6,6 +6,7 @@
 ...         print(name)
 KVCache
 PageFormat
+QuantConfig
 RansLinear
 Reader
 __version__
@@ -31,7 +32,8 @@ from kvpack._version import __version__
 
 if TYPE_CHECKING:
     from kvpack.compression import compress
-    from kvpack.encode.pipeline import decompress
+    from kvpack.encode.decompress import decompress
+    from kvpack.encode.quant_config import QuantConfig
     from kvpack.encode.reader import Reader
     from kvpack.encode.reader import Reader as open  # noqa: N813
     from kvpack.encode.verify import verify
@@ -113,6 +115,7 @@ __all__ = [
     "PageError",
     "PageFormat",
     "PayloadCrcError",
+    "QuantConfig",
     "RansLinear",
     "Reader",
     "ReservedError",
@@ -141,11 +144,12 @@ __all__ = [
 _HOMES = {
     "attention_with_kv_cache": ("kvpack.runtime.kv.attention", "attention_with_kv_cache"),
     "compress": ("kvpack.compression", "compress"),
-    "decompress": ("kvpack.encode.pipeline", "decompress"),
+    "decompress": ("kvpack.encode.decompress", "decompress"),
     "load": ("kvpack.runtime.weights.load", "load"),
     "open": ("kvpack.encode.reader", "Reader"),
     "KVCache": ("kvpack.runtime.kv.cache", "KVCache"),
     "PageFormat": ("kvpack.format.pages", "PageFormat"),
+    "QuantConfig": ("kvpack.encode.quant_config", "QuantConfig"),
     "RansLinear": ("kvpack.runtime.weights.linear", "RansLinear"),
     "Reader": ("kvpack.encode.reader", "Reader"),
     "replace_linears": ("kvpack.runtime.weights.replace", "replace_linears"),

@@ -1,12 +1,14 @@
-"""``kvpack.compress``: the pipeline of ``kvpack.encode``, with the device that it runs on."""
+"""``kvpack.compress``: ``kvpack.encode.compress``, with the device that it runs on."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
-from kvpack.encode.pipeline import DEFAULT_ALLOCATION, CompressReport, Progress
-from kvpack.encode.pipeline import compress as compress_with
+from kvpack.encode.compress import CompressReport
+from kvpack.encode.compress import compress as compress_with
+from kvpack.encode.progress import Progress
+from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.tensor_encoder import CPU_CODER, Coder
 from kvpack.errors import DeviceError
 
@@ -37,15 +39,8 @@ def coder_of(device: str | torch.device) -> Coder:
 def compress(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
+    config: QuantConfig | None = None,
     *,
-    bits: float | None = None,
-    preset: str | None = None,
-    layout: str = "auto",
-    tile_cols: int | None = None,
-    allocation: str = DEFAULT_ALLOCATION,
-    include: str | None = None,
-    exclude: str | None = None,
-    tensor_bits: dict[str, float] | None = None,
     threads: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -59,39 +54,27 @@ def compress(
 
     Args:
         out: the output; by default ``NAME.kvpack.safetensors`` or ``NAME-kvpack`` beside the input.
-        bits: bits a weight, 1.5 to 7.5, everything counted (default: 4.85, ``kvpack.encode.rates``).
-        preset: ``near-lossless`` (INT8 rows) or ``lossless`` instead of a rate.
-        layout: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
-        tile_cols: columns of a tile; by default equal parts of at most 512.
-        allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
-        include, exclude: regular expressions for names to code or to keep.
-        tensor_bits: regular expression → rate for the tensors whose names match it; the last match counts.
+        config: the rate and all other options of :class:`kvpack.QuantConfig`; by default those of ``QuantConfig()``.
+        threads: CPU threads; all cores by default.
         dry_run: do everything but write.
         force: replace an existing output; a directory that holds anything else is refused.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        InputError: the input, the output or an option cannot be used.
+        InputError: the input, the output or the number of threads cannot be used, or a pattern matches no tensor.
         DeviceError: the device is not there, or something that it needs is not installed.
         FormatError: the input is damaged.
         OSError: reading or writing failed; no output is left.
 
     Example::
 
-        report = kvpack.compress("model.safetensors", bits=4.25)
+        report = kvpack.compress("model.safetensors", config=kvpack.QuantConfig(bits=4.25))
         print(report.ratio, report.noise_db)
     """
     return compress_with(
         path,
         out,
-        bits=bits,
-        preset=preset,
-        layout=layout,
-        tile_cols=tile_cols,
-        allocation=allocation,
-        include=include,
-        exclude=exclude,
-        tensor_bits=tensor_bits,
+        config,
         threads=threads,
         dry_run=dry_run,
         force=force,

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import kvpack
 from kvpack._version import __version__
 from kvpack.cli import app
-from kvpack.encode.pipeline import Progress
+from kvpack.encode.progress import Progress
 from kvpack.errors import OtherFilesError
 from kvpack.format.container import Container
 
@@ -424,6 +424,7 @@ def test_compress_a_directory(folder: Path) -> None:
     assert config["quantization_config"] == {
         "quant_method": "kvpack",
         "format_version": 1,
+        "options": kvpack.QuantConfig(bits=4).to_json(),
         "blob_bytes": {name: stored[f"{name}_kvpack"][1] for name in sorted(model()) if ".mlp." in name},
     }
 

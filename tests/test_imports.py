@@ -26,6 +26,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "runtime/kv": ({"format", "encode", "runtime.device", "runtime.kv"}, RUNTIME),
     "bench": ({"format", "encode", "runtime", "bench"}, RUNTIME | {"matplotlib"}),
     "integrations": ({"format", "encode", "runtime", "integrations"}, None),
+    "cli": ({"format", "encode", "runtime", "bench", "cli", "compression"}, {"typer", "rich"}),
 }
 FOR_ALL = {"_version", "errors"}
 # What `kvpack bench linear` compares with. Only these files name them, and they load them when they measure: kvpack
@@ -93,6 +94,29 @@ def test_import_direction(room: str) -> None:
     assert not found
 
 
+# room -> where the only files outside it are that import it
+IMPORTERS = {"cli": "kvpack/__main__.py", "bench": "kvpack/cli/"}
+
+
+@pytest.mark.parametrize("room", IMPORTERS)
+def test_importers(room: str) -> None:
+    """Of all files of kvpack, also of those that are in no room."""
+    importers = set()
+    for file in sorted((ROOT / "kvpack").rglob("*.py")):
+        name = file.relative_to(ROOT)
+        imports = imported_modules(ast.parse(file.read_text(encoding="utf-8")), ".".join(name.parent.parts))
+        if any(f"{module}.".startswith(f"kvpack.{room}.") for _, module in imports):
+            importers.add(name.as_posix())
+    importers = {name for name in importers if not name.startswith(f"kvpack/{room}/")}
+    assert importers
+    assert {name for name in importers if not name.startswith(IMPORTERS[room])} == set()
+
+
+def test_every_folder_is_a_room() -> None:
+    folders = {path.name for path in (ROOT / "kvpack").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == {room.partition("/")[0] for room in RULES}
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_are_loaded_when_measured(name: str) -> None:
     tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
@@ -127,6 +151,9 @@ def test_peers_are_loaded_when_measured(name: str) -> None:
         ("kvpack.encode", "from kvpack.bench import provenance"),
         ("kvpack.runtime.weights", "from kvpack.bench import timing"),
         ("kvpack.integrations", "from kvpack.cli import app"),
+        ("kvpack.bench", "from kvpack.cli.printing import shown_size"),
+        ("kvpack.cli", "def f():\n    import torch"),
+        ("kvpack.cli", "from kvpack import integrations"),
     ],
 )
 def test_wrong_imports_are_seen(package: str, source: str) -> None:
@@ -141,6 +168,7 @@ def test_wrong_imports_are_seen(package: str, source: str) -> None:
         ("kvpack.runtime.device", "import torch\nfrom kvpack.encode.rans import decoder_table"),
         ("kvpack.runtime.kv", "from kvpack.runtime import device\nfrom kvpack.errors import CacheFullError"),
         ("kvpack.integrations", "import transformers\nfrom kvpack.runtime.device import sources"),
+        ("kvpack.cli", "import typer\nfrom kvpack.bench import plot\nfrom kvpack.compression import compress"),
     ],
 )
 def test_right_imports_pass(package: str, source: str) -> None:

@@ -40,7 +40,7 @@ def model() -> dict[str, np.ndarray]:
 )
 def test_both_decoders_read_the_same(options: dict, tmp_path: Path) -> None:
     save_file(model(), tmp_path / "m.safetensors")
-    report = kvpack.compress(tmp_path / "m.safetensors", **options)
+    report = kvpack.compress(tmp_path / "m.safetensors", config=kvpack.QuantConfig(**options))
     coded = {tensor.name: tensor.method for tensor in report.tensors if tensor.method != "keep"}
     expected = {"brain.weight", "conv.weight", "eight.weight", "h.0.attn.c_attn.weight"}
     if options != {"preset": "lossless"}:  # at these sizes the padding of the others outweighs what is saved
@@ -62,7 +62,7 @@ def test_both_decoders_read_the_same(options: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["norm.weight", "h.0.attn.c_attn.bias", "brain.weight_kvpack_scale"])
 def test_both_find_damage_in_what_is_not_coded(name: str, tmp_path: Path) -> None:
     save_file(model(), tmp_path / "m.safetensors")
-    path = Path(str(kvpack.compress(tmp_path / "m.safetensors", bits=4.25).output))
+    path = Path(str(kvpack.compress(tmp_path / "m.safetensors", config=kvpack.QuantConfig(bits=4.25)).output))
     content = bytearray(path.read_bytes())
     with Container(path) as container:
         content[len(content) + container.tensors[name].end - max(t.end for t in container.tensors.values()) - 1] ^= 1

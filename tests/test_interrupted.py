@@ -207,7 +207,7 @@ def test_a_full_disk_for_a_directory(big_folder: Path, tmp_path: Path) -> None:
 
 def test_decompressing_onto_a_full_disk(tmp_path: Path, block: np.ndarray) -> None:
     save_file({"a.weight": block}, tmp_path / "in.safetensors")
-    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "packed.safetensors", bits=2)
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "packed.safetensors", kvpack.QuantConfig(bits=2))
     output = tmp_path / "out.safetensors"
     with kvpack_process("decompress", tmp_path / "packed.safetensors", "-o", output, limit=3_000_000) as process:
         out, err = process.communicate(timeout=60)

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kvpack
-from kvpack.encode import blob_decoder, jit, pipeline
-from kvpack.errors import DirectoryIndexError
+from kvpack.encode import blob_decoder, jit
+from kvpack.errors import DirectoryIndexError, InputError
 
 
 def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
@@ -33,7 +33,7 @@ def test_values_near_the_end_of_fp16_do_not_become_infinite(tmp_path: Path) -> N
     """At 2 bits the outermost level lies beyond 65504: such a tensor is kept."""
     weights = np.random.default_rng(1).uniform(-65504, 65504, (512, 512)).astype(np.float16)
     save_file({"a.weight": weights}, tmp_path / "m.safetensors")
-    report = kvpack.compress(tmp_path / "m.safetensors", bits=2)
+    report = kvpack.compress(tmp_path / "m.safetensors", config=kvpack.QuantConfig(bits=2))
     with kvpack.open(report.output) as reader:
         assert np.isfinite(reader.dequantize("a.weight", "original").astype(np.float64)).all()
 
@@ -54,7 +54,7 @@ def test_quantization_config_of_the_original_comes_back(tmp_path: Path) -> None:
     save_file({"a.weight": gaussian(64, 128)}, folder / "model.safetensors")
     config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     (folder / "config.json").write_text(json.dumps(config))
-    kvpack.compress(folder, preset="lossless")
+    kvpack.compress(folder, config=kvpack.QuantConfig(preset="lossless"))
     packed = json.loads((tmp_path / "m-kvpack" / "config.json").read_text())
     assert packed["quantization_config"]["quant_method"] == "kvpack"
     assert packed["quantization_config"]["original"] == config["quantization_config"]
@@ -70,8 +70,8 @@ def test_files_that_are_not_carried_over_do_not_count(tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "original/consolidated.pth", ".git/blob"):
         (folder / name).write_bytes(bytes(1_000_000))
     (folder / "original" / "params.json").write_text("{}")
-    dry = kvpack.compress(folder, bits=4, dry_run=True)
-    report = kvpack.compress(folder, bits=4)
+    dry = kvpack.compress(folder, config=kvpack.QuantConfig(bits=4), dry_run=True)
+    report = kvpack.compress(folder, config=kvpack.QuantConfig(bits=4))
     assert report.input_bytes == (folder / "model.safetensors").stat().st_size + 2  # and params.json
     assert report.left_out == dry.left_out == ["pytorch_model.bin", "original/consolidated.pth"]
     assert report.ratio < 8
@@ -87,7 +87,7 @@ def test_files_that_are_not_carried_over_do_not_count(tmp_path: Path) -> None:
 def test_a_writer_makes_nothing_that_its_reader_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blob_decoder, "FREE_ELEMENTS", 1 << 14)
     save_file({"a.weight": np.zeros((512, 1024), np.float32)}, tmp_path / "m.safetensors")
-    report = kvpack.compress(tmp_path / "m.safetensors", bits=4)
+    report = kvpack.compress(tmp_path / "m.safetensors", config=kvpack.QuantConfig(bits=4))
     assert report.tensors[0].method == "keep"
     assert kvpack.verify(str(report.output)).tensors == 1
 
@@ -123,7 +123,9 @@ def test_allocation_by_model_lands_on_the_rate(tmp_path: Path) -> None:
     tensors = {f"layers.{i}.weight": gaussian(512, 512, seed=i) * np.float32(1 + i) for i in range(4)}
     save_file(tensors, tmp_path / "m.safetensors")
     for bits in (2.5, 4.25, 6.0):
-        report = kvpack.compress(tmp_path / "m.safetensors", bits=bits, allocation="model", force=True)
+        report = kvpack.compress(
+            tmp_path / "m.safetensors", config=kvpack.QuantConfig(bits=bits, allocation="model"), force=True
+        )
         assert report.bits_per_weight is not None
         assert bits - 0.02 <= report.bits_per_weight <= bits + 0.001
 
@@ -163,7 +165,7 @@ def test_force_does_not_delete_other_peoples_files(tmp_path: Path) -> None:
     assert "a.weight_kvpack" in load_file(mine / "model.safetensors")
     (mine / "model.safetensors").unlink()
     (mine / "thesis.txt").write_text("three years")
-    with pytest.raises(pipeline.InputError, match=r"holds no \.safetensors file"):
+    with pytest.raises(InputError, match=r"holds no \.safetensors file"):
         kvpack.compress(tmp_path / "m", mine, force=True)
     assert (mine / "thesis.txt").read_text() == "three years"
 
@@ -171,7 +173,7 @@ def test_force_does_not_delete_other_peoples_files(tmp_path: Path) -> None:
 def test_force_does_not_replace_what_is_no_file(tmp_path: Path) -> None:
     save_file({"a.weight": gaussian(64, 128)}, tmp_path / "m.safetensors")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(pipeline.InputError, match="neither a file nor a directory"):
+    with pytest.raises(InputError, match="neither a file nor a directory"):
         kvpack.compress(tmp_path / "m.safetensors", tmp_path / "pipe", force=True)
     assert (tmp_path / "pipe").is_fifo()
 
@@ -179,8 +181,8 @@ def test_force_does_not_replace_what_is_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", [{"include": "nosuch"}, {"exclude": "nosuch"}, {"tensor_bits": {"nosuch": 4.0}}])
 def test_a_pattern_that_matches_nothing(option: dict, tmp_path: Path) -> None:
     save_file({"a.weight": gaussian(64, 128)}, tmp_path / "m.safetensors")
-    with pytest.raises(pipeline.InputError, match="'nosuch' matches no tensor"):
-        kvpack.compress(tmp_path / "m.safetensors", **option)
+    with pytest.raises(InputError, match="'nosuch' matches no tensor"):
+        kvpack.compress(tmp_path / "m.safetensors", config=kvpack.QuantConfig(**option))
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 

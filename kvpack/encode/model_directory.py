@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from kvpack.encode.reader import INDEX_NAME
 from kvpack.errors import DirectoryIndexError, OtherFilesError
@@ -21,6 +21,8 @@ CONFIG_NAME = "config.json"
 QUANTIZATION_KEY = "quantization_config"
 # Where the original's own quantization_config is kept, to be put back by decompress.
 ORIGINAL_KEY = "original"
+# With which options the weights were compressed.
+OPTIONS_KEY = "options"
 
 # Weights in whatever form: the safetensors are coded, the others are left out.
 _WEIGHTS = re.compile(
@@ -49,11 +51,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def compressed_config(config: Mapping[str, Any], blob_bytes: Mapping[str, int]) -> dict[str, Any]:
+def compressed_config(
+    config: Mapping[str, Any], options: Mapping[str, Any], blob_bytes: Mapping[str, int]
+) -> dict[str, Any]:
     """config.json of the compressed model: FORMAT.md §9.4."""
     quantization: dict[str, Any] = {
         "quant_method": "kvpack",
         "format_version": VERSION,
+        OPTIONS_KEY: dict(options),
         "blob_bytes": dict(sorted(blob_bytes.items())),
     }
     if QUANTIZATION_KEY in config:
@@ -61,11 +66,25 @@ def compressed_config(config: Mapping[str, Any], blob_bytes: Mapping[str, int]) 
     return {**config, QUANTIZATION_KEY: quantization}
 
 
+def _is_kvpack(quantization: object) -> TypeGuard[dict[str, Any]]:
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "kvpack"
+
+
+def written_options(directory: Path) -> Any:
+    """What config.json says of the options, as it stands there; None if it says nothing.
+
+    Raises:
+        DirectoryIndexError: config.json is not a JSON object.
+    """
+    quantization = read_config(directory).get(QUANTIZATION_KEY)
+    return quantization.get(OPTIONS_KEY) if _is_kvpack(quantization) else None
+
+
 def decompressed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`compressed_config`."""
     restored = dict(config)
     quantization = restored.get(QUANTIZATION_KEY)
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "kvpack":
+    if _is_kvpack(quantization):
         del restored[QUANTIZATION_KEY]
         if ORIGINAL_KEY in quantization:
             restored[QUANTIZATION_KEY] = quantization[ORIGINAL_KEY]

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from kvpack.encode.dtypes import LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES
+from kvpack.encode.quant_config import QuantConfig
 from kvpack.format.container import StoredTensor
 
 MIN_ELEMENTS = 4096
@@ -32,6 +33,17 @@ class Selection:
     include: re.Pattern[str] | None = None
     exclude: re.Pattern[str] | None = None
     tensor_bits: tuple[tuple[re.Pattern[str], float], ...] = field(default=())
+
+    @classmethod
+    def from_config(cls, config: QuantConfig) -> Selection:
+        """What the options say of tensors; ``config`` has checked the patterns."""
+        return cls(
+            bits=config.bits,
+            lossless=config.preset == "lossless",
+            include=None if config.include is None else re.compile(config.include),
+            exclude=None if config.exclude is None else re.compile(config.exclude),
+            tensor_bits=tuple((re.compile(pattern), bits) for pattern, bits in config.tensor_bits.items()),
+        )
 
     def patterns(self) -> list[tuple[str, re.Pattern[str]]]:
         """All patterns with the options that they came from."""

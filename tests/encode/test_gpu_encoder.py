@@ -27,8 +27,8 @@ from typer.testing import CliRunner
 import kvpack
 from kvpack.cli import ExitCode, app
 from kvpack.encode.blob_encoder import encode_elements
+from kvpack.encode.compress import compress
 from kvpack.encode.frequencies import coded_bits, entropy_bits, normalise_frequencies
-from kvpack.encode.pipeline import compress
 from kvpack.encode.quantize import NEAREST, Rounding
 from kvpack.encode.tensor_encoder import Matrices, QuantizedStrips
 from kvpack.errors import DeviceError
@@ -273,9 +273,9 @@ def test_whole_files(tmp_path: Path, options: dict[str, Any]) -> None:
     }
     save_file(tensors, tmp_path / "in.safetensors")
     coder = encoder.device_coder("cpu", emulated_launch)
-    kwargs = {"tile_cols": 64, **options}
-    there = compress(tmp_path / "in.safetensors", tmp_path / "there.safetensors", coder=coder, **kwargs)
-    here = compress(tmp_path / "in.safetensors", tmp_path / "here.safetensors", **kwargs)
+    config = kvpack.QuantConfig(tile_cols=64, **options)
+    there = compress(tmp_path / "in.safetensors", tmp_path / "there.safetensors", config, coder=coder)
+    here = compress(tmp_path / "in.safetensors", tmp_path / "here.safetensors", config)
     assert (tmp_path / "there.safetensors").read_bytes() == (tmp_path / "here.safetensors").read_bytes()
     assert there.tensors == here.tensors
     assert any(tensor.method != "keep" for tensor in here.tensors)
@@ -439,5 +439,6 @@ def test_files_from_the_device(tmp_path: Path, options: dict[str, Any]) -> None:
     }
     save_file(tensors, tmp_path / "in.safetensors")
     for device in ("cpu", "cuda"):
-        kvpack.compress(tmp_path / "in.safetensors", tmp_path / f"{device}.safetensors", device=device, **options)
+        out = tmp_path / f"{device}.safetensors"
+        kvpack.compress(tmp_path / "in.safetensors", out, kvpack.QuantConfig(**options), device=device)
     assert (tmp_path / "cuda.safetensors").read_bytes() == (tmp_path / "cpu.safetensors").read_bytes()

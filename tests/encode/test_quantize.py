@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import kvpack
-from kvpack.encode.pipeline import CompressReport, TensorReport
+from kvpack.encode.compress import CompressReport, TensorReport
 from kvpack.encode.quantize import MAX_MAGNITUDE, NEAREST, NUM_THRESHOLDS, Rounding, quantize, quantize_strip
 from kvpack.encode.tensor_encoder import EncodedTensor, Matrices, encode_at_bits
 from kvpack.errors import ContainerMetadataError
@@ -201,7 +201,7 @@ class Packed:
         self.tensors = tensors
         source, output = folder / "in.safetensors", folder / "out.safetensors"
         save_file(tensors, source)
-        self.report: CompressReport = kvpack.compress(source, output, force=True, **options)
+        self.report: CompressReport = kvpack.compress(source, output, kvpack.QuantConfig(**options), force=True)
         with kvpack.open(output) as reader:
             assert set(reader) == set(tensors)
             self.info = {name: reader.info(name) for name in reader}
@@ -768,7 +768,7 @@ def test_metadata_says_what_was_measured(pack: Pack) -> None:
 
 
 def test_compressing_twice_is_refused(tmp_path: Path) -> None:
-    from kvpack.encode.pipeline import InputError
+    from kvpack.errors import InputError
 
     source = tmp_path / "in.safetensors"
     save_file({"a.weight": student_t((64, 128), 61)}, source)

@@ -910,7 +910,7 @@ def test_outputs_open_with_safetensors(tmp_path: Path) -> None:
         "none": np.zeros((0, 4), np.float32),
     }
     save_file(tensors, source, metadata={"format": "pt", "author": "Ünï"})
-    kvpack.compress(source, output, preset="near-lossless")
+    kvpack.compress(source, output, kvpack.QuantConfig(preset="near-lossless"))
     loaded = load_file(output)
     assert set(loaded) == {
         "a.weight_kvpack", "a.weight_kvpack_scale", "naïve.weight_kvpack", "naïve.weight_kvpack_scale",
@@ -943,7 +943,7 @@ def test_stored_tensors_are_aligned(tmp_path: Path) -> None:
     source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file(tensors, source)
     for preset in (None, "near-lossless", "lossless"):
-        kvpack.compress(source, output, preset=preset, force=True)
+        kvpack.compress(source, output, kvpack.QuantConfig(preset=preset), force=True)
         content = output.read_bytes()
         start = 8 + struct.unpack_from("<Q", content)[0]
         header = json.loads(content[8:start])

@@ -44,12 +44,11 @@ def layer_file(folder: Path) -> Path:
     arrays["none"] = np.zeros((0, 7), np.float32)
     save_file({"rows.weight": arrays.pop("rows.weight")}, folder / "rows.safetensors")
     save_file(arrays, folder / "others.safetensors")
-    kvpack.compress(folder / "rows.safetensors", folder / "1.safetensors", preset="near-lossless")
+    kvpack.compress(folder / "rows.safetensors", folder / "1.safetensors", kvpack.QuantConfig(preset="near-lossless"))
     kvpack.compress(
         folder / "others.safetensors",
         folder / "2.safetensors",
-        preset="lossless",
-        tensor_bits={"^(quantized|biased|outliers|experts)": 4.25},
+        kvpack.QuantConfig(preset="lossless", tensor_bits={"^(quantized|biased|outliers|experts)": 4.25}),
     )
     return merge_files(folder / "layers.kvpack.safetensors", folder / "1.safetensors", folder / "2.safetensors")
 

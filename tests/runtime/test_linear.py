@@ -99,7 +99,7 @@ def test_transposed_weights(tmp_path: Path) -> None:
         {"h.0.attn.c_attn.weight": stored, "h.0.attn.c_attn.bias": torch.randn(288, generator=generator)},
         tmp_path / "in.safetensors",
     )
-    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=5)
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=5))
     state = load(tmp_path / "out.safetensors", "cpu")
     layer = state["h.0.attn.c_attn"]
     assert layer.prepare().header.transposed
@@ -526,7 +526,7 @@ def test_cuda_compiled_products_of_several_panels(tmp_path: Path, monkeypatch: p
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(0)
     save_file({"a.weight": torch.randn(64, 8192, generator=generator).half()}, tmp_path / "in.safetensors")
-    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=4.25)
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=4.25))
     layer = load(tmp_path / "out.safetensors", "cuda")["a"]
     panels = set()
     launch = kernels.launch
@@ -553,7 +553,7 @@ def test_cuda_memory_is_the_coded_weights(tmp_path: Path) -> None:
     shape = (4096, 2048)
     tensors = {f"layers.{i}.weight": torch.randn(shape, generator=generator).half() for i in range(4)}
     save_file(tensors, tmp_path / "in.safetensors")
-    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=4.25)
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=4.25))
     kvpack.warmup(load(tmp_path / "out.safetensors", "cuda"), dtypes=[torch.float16])  # tickets and the like
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -70,7 +70,8 @@ def compressed(model: nn.Module, folder: Path, **options: Any) -> Path:
     if options.pop("without_head", False):
         del tensors["head.weight"]
     save_file(tensors, folder / "in.safetensors")
-    kvpack.compress(folder / "in.safetensors", folder / "out.safetensors", bits=4.25, force=True, **options)
+    config = kvpack.QuantConfig(bits=4.25, **options)
+    kvpack.compress(folder / "in.safetensors", folder / "out.safetensors", config, force=True)
     return folder / "out.safetensors"
 
 
@@ -154,7 +155,9 @@ def test_tied_and_coded(tmp_path: Path, names: str) -> None:
     stored[f"{names}.weight"] = stored["embed.weight"]
     stored.pop("head.weight" if names == "embed" else "embed.weight")
     save_file(stored, tmp_path / "in.safetensors")
-    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=4.25, include="head|embed")
+    kvpack.compress(
+        tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=4.25, include="head|embed")
+    )
     model = make(seed=1)
     report = replace_linears(model, tmp_path / "out.safetensors")
     assert model.head.weight is model.embed.weight
@@ -177,7 +180,7 @@ def test_tied_in_any_order(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     save_file({"head.weight": torch.randn(200, 128)}, tmp_path / "in.safetensors")
-    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=4.25)
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=4.25))
     model = Reversed()
     report = replace_linears(model, tmp_path / "out.safetensors")
     assert model.head.weight is model.embed.weight
@@ -212,7 +215,7 @@ def test_linears_that_share_their_weight(tmp_path: Path) -> None:
     model = Shared()
     stored = {n: t.clone() for n, t in model.state_dict().items() if n != "b.weight" and not n.startswith("same")}
     save_file(stored, tmp_path / "in.safetensors")
-    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=5)
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=5))
     report = replace_linears(model, tmp_path / "out.safetensors")
     assert set(report.replaced) == {"a", "b", "c", "same"}
     assert model.same is model.c
@@ -337,7 +340,7 @@ def test_mismatches_change_nothing(tmp_path: Path) -> None:
     refuse(model, r"6 layers of the model are coded already \(blocks\.0\.up, .* and 1 more\).*make the model anew")
     single = nn.Linear(128, 128)
     save_file(single.state_dict(), tmp_path / "in.safetensors")
-    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "one.safetensors", bits=5)
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "one.safetensors", kvpack.QuantConfig(bits=5))
     with pytest.raises(ModelMismatchError, match="the model itself is the linear layer"):
         replace_linears(single, tmp_path / "one.safetensors")
 
@@ -387,7 +390,7 @@ def test_orientation_that_does_not_fit(tmp_path: Path) -> None:
     plain = {"x.weight": torch.randn(128, 128), "x.bias": torch.randn(128)}
     for name, stored in (("gpt", tensors), ("plain", plain)):
         save_file(stored, tmp_path / f"{name}.safetensors")
-        kvpack.compress(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.k", bits=5)
+        kvpack.compress(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.k", kvpack.QuantConfig(bits=5))
     path = merge_files(tmp_path / "out.safetensors", tmp_path / "gpt.k", tmp_path / "plain.k")
     state = load(path, "cpu")
 
@@ -438,7 +441,7 @@ def gpt2(device: str | None = None) -> Any:
 def saved(model: Any, folder: Path) -> Path:
     """Compressed as a directory; the dequantized one beside it."""
     model.save_pretrained(folder / "model")
-    kvpack.compress(folder / "model", folder / "coded", bits=4.25)
+    kvpack.compress(folder / "model", folder / "coded", kvpack.QuantConfig(bits=4.25))
     kvpack.decompress(folder / "coded", folder / "plain")
     return folder / "coded"
 

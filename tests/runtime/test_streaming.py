@@ -75,7 +75,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("streaming")
     torch.manual_seed(0)
     save_file(Model().state_dict(), folder / "in.safetensors")
-    kvpack.compress(folder / "in.safetensors", folder / "out.safetensors", bits=4.5)
+    kvpack.compress(folder / "in.safetensors", folder / "out.safetensors", kvpack.QuantConfig(bits=4.5))
     return folder / "out.safetensors"
 
 
@@ -361,7 +361,7 @@ def test_file_of_another_model(path: Path, tmp_path: Path) -> None:
         name: torch.randn(64, 128) for name in Model().state_dict() if name.endswith(("up.weight", "down.weight"))
     }
     save_file(tensors, tmp_path / "in.safetensors")
-    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=4.5)
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=4.5))
     for source in ("pinned", "disk"):
         with pytest.raises(StreamingError, match=r"blocks\.0\.up\.weight.*blob"):
             stream_modules(model, model.blocks, source=source, path=tmp_path / "out.safetensors", device="cpu")

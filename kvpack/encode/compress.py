@@ -1,4 +1,4 @@
-"""What ``kvpack.compress`` and ``kvpack.decompress`` do: whole files and model directories, a tensor at a time.
+"""What ``kvpack.compress`` does: whole files and model directories, a tensor at a time.
 
 Memory holds one tensor's blob and a few strips, whatever the model's size; sources are mapped. Outputs are
 written beside their place and renamed at the end, files and directories alike.
@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -22,23 +20,23 @@ from typing import Any
 import numpy as np
 
 from kvpack.encode.blob_decoder import element_limit
-from kvpack.encode.dtypes import FLOAT_NAMES, LOSSY_DTYPES, NUMPY_DTYPES
+from kvpack.encode.dtypes import NUMPY_DTYPES
 from kvpack.encode.model_directory import (
     CONFIG_NAME,
     compressed_config,
     copy_files,
-    decompressed_config,
     directory_in_place,
     other_files,
     read_config,
     refuse_other_files,
     size_bytes,
-    write_index,
     write_json,
 )
+from kvpack.encode.output_files import Shard, check_target, pieces, write_shard_index
+from kvpack.encode.progress import Progress
+from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram, RatePlan
-from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
-from kvpack.encode.reader import INDEX_NAME, Reader, locate_tensors, shard_paths
+from kvpack.encode.reader import INDEX_NAME, locate_tensors, shard_paths
 from kvpack.encode.selection import Selection, transposed_names
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
@@ -67,13 +65,7 @@ from kvpack.format.container import (
     ContainerWriter,
     StoredTensor,
 )
-from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS
 
-DEFAULT_ALLOCATION = "tensor"
-PRESETS = ("near-lossless", "lossless")
-ALLOCATIONS = ("tensor", "model")
-
-_COPY_BYTES = 1 << 24
 _SCALE_BYTES = 4
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
@@ -122,77 +114,6 @@ class CompressReport:
         return {"ok": True, **asdict(self)}
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Called as work goes on: ``total`` once with all bytes to read, ``advance`` with bytes done, ``tensor`` with
-    names."""
-
-    total: Callable[[int], None] = lambda _: None
-    advance: Callable[[int], None] = lambda _: None
-    tensor: Callable[[str], None] = lambda _: None
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to compress; see :func:`compress`."""
-
-    selection: Selection
-    layout: str = "auto"
-    tile_cols: int | None = None
-    allocation: str = DEFAULT_ALLOCATION
-
-
-def _check_bits(bits: float) -> float:
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise InputError(f"{bits} bits a weight: rates from {MIN_BITS} to {MAX_BITS} are possible")
-    return bits
-
-
-def _pattern(text: str | None, option: str) -> re.Pattern[str] | None:
-    try:
-        return None if text is None else re.compile(text)
-    except re.error as error:
-        raise InputError(f"{option} {text!r} is not a regular expression: {error}") from None
-
-
-def _options(
-    bits: float | None,
-    preset: str | None,
-    layout: str,
-    tile_cols: int | None,
-    allocation: str,
-    include: str | None,
-    exclude: str | None,
-    tensor_bits: dict[str, float] | None,
-) -> Options:
-    if bits is not None and preset is not None:
-        raise InputError("bits and preset exclude each other")
-    if preset is not None and preset not in PRESETS:
-        raise InputError(f"preset {preset!r}: there are {', '.join(PRESETS)}")
-    if layout not in ("auto", *LAYOUT_NAMES):
-        raise InputError(f"layout {layout!r}: there are auto, {', '.join(LAYOUT_NAMES)}")
-    if allocation not in ALLOCATIONS:
-        raise InputError(f"allocation {allocation!r}: there are {', '.join(ALLOCATIONS)}")
-    if tile_cols is not None and (tile_cols % CHUNK_COLS or not CHUNK_COLS <= tile_cols <= MAX_TILE_COLS):
-        raise InputError(
-            f"tile_cols {tile_cols}: multiples of {CHUNK_COLS} from {CHUNK_COLS} to {MAX_TILE_COLS} are possible"
-        )
-    rate = None if preset is not None else _check_bits(DEFAULT_BITS if bits is None else bits)
-    own = []
-    for text, value in (tensor_bits or {}).items():
-        pattern = _pattern(text, "tensor_bits")
-        assert pattern is not None
-        own.append((pattern, _check_bits(value)))
-    selection = Selection(
-        bits=rate,
-        lossless=preset == "lossless",
-        include=_pattern(include, "include"),
-        exclude=_pattern(exclude, "exclude"),
-        tensor_bits=tuple(own),
-    )
-    return Options(selection, layout, tile_cols, allocation)
-
-
 def default_output(source: Path) -> Path:
     """``model.safetensors`` → ``model.kvpack.safetensors``, ``dir`` → ``dir-kvpack``."""
     source = Path(os.path.abspath(source))  # beside a symbolic link, not beside what it points to
@@ -206,16 +127,12 @@ def _as_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, np.
     return np.frombuffer(data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
-def _pieces(data: memoryview) -> Iterator[memoryview]:
-    for first in range(0, len(data), _COPY_BYTES):
-        yield data[first : first + _COPY_BYTES]
-
-
 class _Model:
     """The sources of a compression: containers, what to do with each tensor, and the common step if there is one."""
 
-    def __init__(self, source: Path, options: Options, executor: ThreadPoolExecutor, coder: Coder) -> None:
-        self.options, self.executor, self.coder = options, executor, coder
+    def __init__(self, source: Path, config: QuantConfig, executor: ThreadPoolExecutor, coder: Coder) -> None:
+        self.config, self.executor, self.coder = config, executor, coder
+        self.selection = Selection.from_config(config)
         self.containers: list[Container] = []
         try:
             for path in shard_paths(source):
@@ -227,11 +144,10 @@ class _Model:
         except BaseException:
             self.close()
             raise
-        for option, pattern in options.selection.patterns():
+        for option, pattern in self.selection.patterns():
             if not any(pattern.search(name) for name in names):
                 raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
-        config = read_config(source) if source.is_dir() else {}
-        model_type = config.get("model_type")
+        model_type = read_config(source).get("model_type") if source.is_dir() else None
         self.transposed = {
             name for container in self.containers for name in transposed_names(container.tensors, model_type)
         }
@@ -249,7 +165,7 @@ class _Model:
         return Matrices(array, transposed=tensor.name in self.transposed)
 
     def common_step_tensors(self) -> list[tuple[Container, StoredTensor]]:
-        selection = self.options.selection
+        selection = self.selection
         return [
             (container, tensor)
             for container in self.containers
@@ -261,27 +177,26 @@ class _Model:
 
     def encode(self, container: Container, tensor: StoredTensor, plan: CommonPlan | None) -> EncodedTensor:
         """One tensor by whatever method the options say."""
-        options = self.options
-        selection = options.selection
+        config, selection = self.config, self.selection
         weights = self.matrices(container, tensor)
         if not selection.is_lossy(tensor):
-            return encode_lossless(weights, tensor.dtype, options.tile_cols, options.layout, self.executor, self.coder)
+            return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
         if plan is not None:
-            return encode_plan(weights, *plan, tile_cols=options.tile_cols, executor=self.executor, coder=self.coder)
+            return encode_plan(weights, *plan, tile_cols=config.tile_cols, executor=self.executor, coder=self.coder)
         bits = selection.bits_of(tensor.name)
         if bits is None:
             return encode_int8_rows(
                 weights,
-                layout_name=options.layout,
-                tile_cols=options.tile_cols,
+                layout_name=config.layout,
+                tile_cols=config.tile_cols,
                 executor=self.executor,
                 coder=self.coder,
             )
         return encode_at_bits(
             weights,
             bits,
-            layout_name=options.layout,
-            tile_cols=options.tile_cols,
+            layout_name=config.layout,
+            tile_cols=config.tile_cols,
             executor=self.executor,
             coder=self.coder,
         )
@@ -289,8 +204,7 @@ class _Model:
 
 def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPlan]:
     """One step for all tensors, such that together they take the rate (equal slope: least total squared error)."""
-    options = model.options
-    bits = options.selection.bits
+    config, bits = model.config, model.selection.bits
     assert bits is not None
     measured: list[tuple[StoredTensor, Matrices, FineHistogram]] = []
     for container, tensor in model.common_step_tensors():
@@ -308,7 +222,7 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
 
     def plans_at(step: float) -> tuple[float, dict[str, CommonPlan]]:
         plans = {
-            tensor.name: (fine, plan_at_common_step(weights, fine, step, options.layout, options.tile_cols))
+            tensor.name: (fine, plan_at_common_step(weights, fine, step, config.layout, config.tile_cols))
             for tensor, weights, fine in measured
         }
         used = sum(plans[tensor.name][1].predicted.bits * weights.size for tensor, weights, _ in measured)
@@ -338,7 +252,7 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
         counted = 0.0
         for tensor, weights, _ in measured:
             try:
-                counted += planned_bytes(weights, *plans[tensor.name], options.tile_cols, model.executor, model.coder)
+                counted += planned_bytes(weights, *plans[tensor.name], config.tile_cols, model.executor, model.coder)
             except NotEncodableError:  # it will be kept; the others get their rate as if it were not
                 counted += bits * weights.size / 8
         achieved = 8 * counted / total
@@ -350,16 +264,6 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
     return plans if best is None else best[1]
 
 
-@dataclass
-class _Shard:
-    """What one output file holds, for the index and config.json."""
-
-    name: str
-    stored_names: list[str]
-    stored_bytes: int
-    blob_bytes: dict[str, int]
-
-
 def _encode_container(
     model: _Model,
     container: Container,
@@ -367,18 +271,18 @@ def _encode_container(
     writer: ContainerWriter | None,
     progress: Progress,
     reports: list[TensorReport],
-) -> tuple[dict[str, str], _Shard]:
+) -> tuple[dict[str, str], Shard]:
     """Encode one file's tensors into ``writer`` (None: a dry run); returns its metadata and its contents."""
-    selection = model.options.selection
+    selection = model.selection
     entries: dict[str, dict[str, Any]] = {}
     crc32: dict[str, int] = {}
-    shard = _Shard(container.path.name, [], 0, {})
+    shard = Shard(container.path.name, [], 0, {})
     kept: list[tuple[StoredTensor, str]] = []
     scales: list[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]] = []
 
     def add(name: str, dtype: str, shape: list[int], *parts: memoryview) -> None:
         if writer is not None:
-            writer.add(name, dtype, shape, (piece for part in parts for piece in _pieces(part)))
+            writer.add(name, dtype, shape, (piece for part in parts for piece in pieces(part)))
         shard.stored_names.append(name)
         shard.stored_bytes += sum(map(len, parts))
 
@@ -472,71 +376,40 @@ def _alignment(tensor: StoredTensor) -> int:
     return dtype.itemsize if dtype is not None else 1
 
 
-def _check_target(source: Path, target: Path, *, force: bool) -> None:
-    if not source.exists():
-        raise InputError(f"{source} does not exist")
-    shard_paths(source)  # raises where there are none
-    if target.exists():
-        if target.resolve() == source.resolve():
-            raise InputError(f"the output {target} is the input")
-        if not (target.is_dir() or target.is_file()):
-            raise InputError(f"{target} is neither a file nor a directory")
-        empty = target.is_dir() and not any(target.iterdir())
-        if not force and not empty:
-            raise InputError(f"{target} exists already; --force (force=True) replaces it")
-        if target.is_dir() != source.is_dir():
-            raise InputError(f"{target} is {'a directory' if target.is_dir() else 'a file'}")
-        if target.is_dir() and not empty and not any(target.glob("*.safetensors")):
-            raise InputError(f"{target} holds no .safetensors file: it is not replaced, since it may hold other things")
-        if target.is_dir() and source.resolve().is_relative_to(target.resolve()):
-            raise InputError(f"the output {target} contains the input")
-        if target.is_dir() and Path.cwd().is_relative_to(target.resolve()):
-            raise InputError(f"the output {target} is, or contains, the working directory: -o names another one")
-    if not target.resolve().parent.is_dir():
-        raise InputError(f"the directory {target.parent} does not exist")
-
-
 def compress(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
+    config: QuantConfig | None = None,
     *,
-    bits: float | None = None,
-    preset: str | None = None,
-    layout: str = "auto",
-    tile_cols: int | None = None,
-    allocation: str = DEFAULT_ALLOCATION,
-    include: str | None = None,
-    exclude: str | None = None,
-    tensor_bits: dict[str, float] | None = None,
     threads: int | None = None,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     coder: Coder = CPU_CODER,
 ) -> CompressReport:
-    """Compress a .safetensors file or a model directory: see :func:`kvpack.compress` for the options.
+    """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
     Args:
         coder: who counts and codes; whoever it is, the bytes are the same.
 
     Raises:
-        InputError: the input or an option cannot be used.
+        InputError: the input, the output or the number of threads cannot be used.
         FormatError: the input is damaged.
         OSError: reading or writing failed; no output is left.
     """
     began = time.perf_counter()
     progress = progress or Progress()
     source = Path(path)
-    options = _options(bits, preset, layout, tile_cols, allocation, include, exclude, tensor_bits)
+    config = QuantConfig() if config is None else config
     target = Path(out) if out is not None else default_output(source)
-    _check_target(source, target, force=force or dry_run)
+    check_target(source, target, force=force or dry_run)
     carried, left_out = other_files(source, target) if source.is_dir() else ([], [])
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads: at least 1 is needed")
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, options, executor, coder)
+        model = _Model(source, config, executor, coder)
         try:
             progress.total(model.total_bytes)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
@@ -549,7 +422,7 @@ def compress(
             coded = {c.path.resolve() for c in model.containers}
             left_out = [file for file in left_out if (source / file).resolve() not in coded]
             plans = {}
-            if options.allocation == "model" and options.selection.bits is not None:
+            if config.allocation == "model" and config.bits is not None:
                 plans = _common_step_plans(model, progress)
             if source.is_dir():
                 output_bytes = _compress_directory(
@@ -599,7 +472,7 @@ def _report(
     )
 
 
-def _file_bytes(metadata: dict[str, str], shard: _Shard) -> int:
+def _file_bytes(metadata: dict[str, str], shard: Shard) -> int:
     """About what a file takes that a dry run does not write."""
     header = sum(len(name) + 80 for name in shard.stored_names)
     return 8 + shard.stored_bytes + header + sum(map(len, metadata.values()))
@@ -633,7 +506,7 @@ def _compress_directory(
     *,
     dry_run: bool,
 ) -> int:
-    shards: list[_Shard] = []
+    shards: list[Shard] = []
     if dry_run:
         return sum((source / file).stat().st_size for file in carried) + sum(
             _file_bytes(*_encode_container(model, container, plans, None, progress, reports))
@@ -646,121 +519,8 @@ def _compress_directory(
                 writer.finish(metadata)
             shards.append(shard)
         if (source / INDEX_NAME).exists() or len(shards) > 1:
-            _write_index(temporary, shards)
+            write_shard_index(temporary, shards)
         blob_bytes = {name: size for shard in shards for name, size in shard.blob_bytes.items()}
-        write_json(temporary / CONFIG_NAME, compressed_config(read_config(source), blob_bytes))
+        write_json(temporary / CONFIG_NAME, compressed_config(read_config(source), model.config.to_json(), blob_bytes))
         copy_files(source, temporary, carried)
         return size_bytes(temporary)
-
-
-def _write_index(directory: Path, shards: list[_Shard]) -> None:
-    weight_map = {name: shard.name for shard in shards for name in shard.stored_names}
-    write_index(directory, weight_map, sum(shard.stored_bytes for shard in shards))
-
-
-@dataclass
-class DecompressReport:
-    """What a decompression gave."""
-
-    input: str
-    output: str
-    input_bytes: int
-    output_bytes: int
-    tensors: int
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"ok": True, **asdict(self)}
-
-
-def decompress(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    dtype: str = "original",
-    threads: int | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> DecompressReport:
-    """Write a compressed file or directory back as ordinary safetensors.
-
-    Args:
-        dtype: ``original``, or a float dtype for all coded float tensors (kept ones stay as they are).
-
-    Raises:
-        InputError, FormatError, OSError: as for :func:`compress`.
-    """
-    began = time.perf_counter()
-    progress = progress or Progress()
-    source, target = Path(path), Path(out)
-    _check_target(source, target, force=force)
-    if dtype != "original" and dtype not in FLOAT_NAMES:
-        raise InputError(f"dtype {dtype!r}: there are original, {', '.join(FLOAT_NAMES)}")
-    with Reader(source, threads=threads) as reader:
-        progress.total(sum(t.size_bytes for c in reader.containers for t in c.tensors.values()))
-        if source.is_dir():
-            carried, _ = other_files(source, target)
-            config = decompressed_config(read_config(source))
-            refuse_other_files(
-                target,
-                [*([Path(CONFIG_NAME)] if config else []), *(Path(c.path.name) for c in reader.containers), *carried],
-            )
-            with directory_in_place(target) as temporary:
-                shards = [
-                    _decompress_container(reader, container, temporary / container.path.name, dtype, progress)
-                    for container in reader.containers
-                ]
-                if (source / INDEX_NAME).exists():
-                    _write_index(temporary, shards)
-                if config:
-                    write_json(temporary / CONFIG_NAME, config)
-                copy_files(source, temporary, carried)
-        else:
-            _decompress_container(reader, reader.containers[0], target, dtype, progress)
-        tensors = len(reader)
-    return DecompressReport(
-        input=str(source),
-        output=str(target),
-        input_bytes=size_bytes(source),
-        output_bytes=size_bytes(target),
-        tensors=tensors,
-        seconds=round(time.perf_counter() - began, 3),
-    )
-
-
-def _decompress_container(reader: Reader, container: Container, target: Path, dtype: str, progress: Progress) -> _Shard:
-    shard = _Shard(target.name, [], 0, {})
-
-    def stored_dtype(name: str) -> str:
-        entry = container.coded.get(name)
-        if entry is None:
-            return container.tensors[name].dtype
-        own = str(entry["dtype"])
-        return FLOAT_NAMES[dtype] if dtype != "original" and own in LOSSY_DTYPES else own
-
-    def alignment(name: str) -> int:
-        known = NUMPY_DTYPES.get(stored_dtype(name))
-        return known.itemsize if known is not None else 1
-
-    with ContainerWriter(target) as writer:
-        for name in sorted(container.original_names(), key=lambda name: (-alignment(name), name)):
-            progress.tensor(name)
-            if name in container.coded:
-                container.check_crc32(name + SCALE_SUFFIX)
-                own = container.coded[name]["dtype"] == stored_dtype(name)
-                values = np.ascontiguousarray(reader.dequantize(name, "original" if own else dtype))
-                data = values.view(np.uint8).reshape(-1).data
-                shape = list(values.shape)
-                done = container.tensors[name + BLOB_SUFFIX].size_bytes
-            else:
-                container.check_crc32(name)
-                data = container.data(name)
-                shape = list(container.tensors[name].shape)
-                done = len(data)
-            writer.add(name, stored_dtype(name), shape, _pieces(data))
-            shard.stored_names.append(name)
-            shard.stored_bytes += len(data)
-            progress.advance(done)
-        own_keys = (VERSION_KEY, TENSORS_KEY, CRC_KEY) if VERSION_KEY in container.metadata else ()
-        writer.finish({k: v for k, v in container.metadata.items() if k not in own_keys})
-    return shard

@@ -1,0 +1,75 @@
+"""The ``kvpack`` program: its commands put together, and the entry point.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 ok, 1 failed, 2 usage, 3 corrupt file, 4 mismatch,
+5 no device or something not installed, 130 interrupted. Heavy modules are imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from kvpack._version import __version__
+from kvpack.cli.bench import bench_app
+from kvpack.cli.compress import compress, decompress
+from kvpack.cli.failures import ExitCode, failure
+from kvpack.cli.inspect import inspect, verify
+
+app = typer.Typer(
+    name="kvpack",
+    help="Small LLM weights: entropy-coded safetensors, exact or at the rate you choose.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (compress, decompress, inspect, verify):
+    app.command()(command)
+app.add_typer(bench_app, name="bench")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"kvpack {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """SIGTERM ends the program as Ctrl-C does, so that temporary files go."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of the ``kvpack`` script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is no reason to fail
+    if "--json" not in sys.argv:
+        app(prog_name="kvpack")
+        return
+    # With --json, whatever goes wrong is an object too.
+    usage_error: Any = typer.BadParameter.__bases__[0]  # click's, of which typer carries a copy
+    try:
+        code = app(prog_name="kvpack", standalone_mode=False)
+    except usage_error as error:
+        print(json.dumps(failure(ExitCode.USAGE, "UsageError", error.format_message())))
+        code = ExitCode.USAGE
+    except Exception as error:
+        print(json.dumps(failure(ExitCode.FAILED, type(error).__name__, str(error))))
+        raise
+    sys.exit(int(code or 0))

@@ -1,0 +1,187 @@
+"""``kvpack compress`` and ``kvpack decompress``."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpack.cli.failures import exit_codes
+from kvpack.cli.options import Force, Json, Source, Threads
+from kvpack.cli.printing import data_console, print_tensors, progress_bar, shown_number, shown_size
+from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
+
+
+class LayoutOption(StrEnum):
+    """Names for --layout."""
+
+    AUTO = "auto"
+    COMPACT = "compact"
+    BALANCED = "balanced"
+    FAST = "fast"
+
+
+class PresetOption(StrEnum):
+    """Names for --preset."""
+
+    NEAR_LOSSLESS = "near-lossless"
+    LOSSLESS = "lossless"
+
+
+class DeviceOption(StrEnum):
+    """Names for --device."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class AllocationOption(StrEnum):
+    """Names for --allocation."""
+
+    TENSOR = "tensor"
+    MODEL = "model"
+
+
+class DtypeOption(StrEnum):
+    """Names for --dtype."""
+
+    ORIGINAL = "original"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+def _parse_tensor_bits(values: list[str] | None) -> dict[str, float]:
+    rates = {}
+    for value in values or []:
+        pattern, separator, bits = value.rpartition("=")
+        try:
+            rates[pattern] = float(bits)
+        except ValueError:
+            separator = ""
+        if not separator or not pattern:
+            raise typer.BadParameter(f"{value!r} is not REGEX=BITS", param_hint="--tensor-bits")
+    return rates
+
+
+def compress(
+    source: Source,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT", help="Default: NAME.kvpack.safetensors or NAME-kvpack."),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits", help=f"Bits a weight, {MIN_BITS} to {MAX_BITS}, every overhead counted. Default: {DEFAULT_BITS}."
+        ),
+    ] = None,
+    preset: Annotated[PresetOption | None, typer.Option("--preset", help="Instead of a rate.")] = None,
+    layout: Annotated[LayoutOption, typer.Option("--layout", help="How weights become symbols.")] = (LayoutOption.AUTO),
+    tile_cols: Annotated[
+        int | None,
+        typer.Option("--tile-cols", help="Columns of a tile: a multiple of 32 up to 512."),
+    ] = None,
+    allocation: Annotated[
+        AllocationOption,
+        typer.Option("--allocation", help="The rate for each tensor, or one step for the model."),
+    ] = AllocationOption.TENSOR,
+    include: Annotated[str | None, typer.Option("--include", metavar="REGEX", help="Code these names too.")] = None,
+    exclude: Annotated[
+        str | None, typer.Option("--exclude", metavar="REGEX", help="Keep these names as they are.")
+    ] = None,
+    tensor_bits: Annotated[
+        list[str] | None,
+        typer.Option("--tensor-bits", metavar="REGEX=BITS", help="A rate of their own; repeatable."),
+    ] = None,
+    threads: Threads = None,
+    device: Annotated[
+        DeviceOption, typer.Option("--device", help="Where weights are coded; the output is the same.")
+    ] = DeviceOption.CPU,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, but write nothing.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a .safetensors file or a model directory.
+
+    Embeddings, output layers, norms, biases and small tensors are kept as they are (the report lists them).
+    """
+    with exit_codes(as_json):
+        from kvpack.compression import compress as run
+        from kvpack.encode.quant_config import QuantConfig
+
+        config = QuantConfig(
+            bits=bits,
+            preset=preset,
+            layout=layout,
+            tile_cols=tile_cols,
+            allocation=allocation,
+            include=include,
+            exclude=exclude,
+            tensor_bits=_parse_tensor_bits(tensor_bits),
+        )
+        with progress_bar("compress") as progress:
+            report = run(
+                source,
+                output,
+                config,
+                threads=threads,
+                dry_run=dry_run,
+                force=force,
+                progress=progress,
+                device=device.value,
+            )
+    if as_json:
+        print(json.dumps(report.as_dict(), allow_nan=False))
+        return
+    console = data_console()
+    print_tensors([vars(tensor) for tensor in report.tensors], kept_singly=False)
+    kept: dict[str, list[str]] = {}
+    for tensor in report.tensors:
+        if tensor.method == "keep":
+            kept.setdefault(str(tensor.reason), []).append(tensor.name)
+    for reason, names in kept.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        console.print(f"kept ({reason}): {shown}", markup=False, highlight=False)
+    coded = ""
+    if report.bits_per_weight is not None:
+        coded = f"; coded tensors {report.bits_per_weight:.3f} bits a weight"
+        coded += f", noise {shown_number(report.noise_db)} dB" if report.noise_db is not None else ", exact"
+    console.print(
+        f"{shown_size(report.input_bytes)} → {shown_size(report.output_bytes)}, {report.ratio:.2f} times smaller"
+        f"{coded}; {report.seconds:.1f} s",
+        highlight=False,
+    )
+    console.print(
+        "dry run: nothing was written" if report.output is None else f"wrote {report.output}",
+        markup=False,
+        highlight=False,
+    )
+
+
+def decompress(
+    source: Source,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")],
+    dtype: Annotated[
+        DtypeOption, typer.Option("--dtype", help="Float type of the coded tensors.")
+    ] = DtypeOption.ORIGINAL,
+    threads: Threads = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write ordinary safetensors back."""
+    with exit_codes(as_json):
+        from kvpack.encode.decompress import decompress as run
+
+        with progress_bar("decompress") as progress:
+            report = run(source, output, dtype=dtype, threads=threads, force=force, progress=progress)
+    if as_json:
+        print(json.dumps(report.as_dict()))
+        return
+    print(
+        f"{report.tensors} tensors, {shown_size(report.input_bytes)} → {shown_size(report.output_bytes)} "
+        f"in {report.seconds:.1f} s\nwrote {report.output}"
+    )

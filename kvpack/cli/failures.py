@@ -1,0 +1,78 @@
+"""How commands fail: one sentence on stderr, or one JSON object on stdout, and an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any, NoReturn
+
+import typer
+
+
+class ExitCode(IntEnum):
+    """What the process's exit status means."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    CORRUPT = 3
+    MISMATCH = 4
+    NO_DEVICE = 5
+    INTERRUPTED = 130
+
+
+def failure(code: int, kind: str, message: str) -> dict[str, Any]:
+    """What --json prints instead of a report."""
+    return {"ok": False, "error": kind, "message": message, "exit_code": int(code)}
+
+
+def fail(code: ExitCode, kind: str, message: str, as_json: bool) -> NoReturn:
+    """Say what went wrong, and end the command."""
+    if as_json:
+        print(json.dumps(failure(code, kind, message)))
+    else:
+        print(f"kvpack: {message}", file=sys.stderr)
+    raise typer.Exit(int(code))
+
+
+@contextmanager
+def exit_codes(as_json: bool) -> Iterator[None]:
+    """Known failures become one sentence (or one JSON object) and an exit code; others stay tracebacks."""
+    from kvpack.errors import DeviceError, FormatError, InputError, NotInstalledError
+
+    try:
+        yield
+    except InputError as error:
+        fail(ExitCode.USAGE, type(error).__name__, str(error), as_json)
+    except (DeviceError, NotInstalledError) as error:
+        fail(ExitCode.NO_DEVICE, type(error).__name__, str(error), as_json)
+    except FormatError as error:
+        fail(ExitCode.CORRUPT, type(error).__name__, str(error), as_json)
+    except typer.BadParameter as error:
+        if not as_json:
+            raise
+        fail(ExitCode.USAGE, "InputError", error.message, as_json)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename:
+            fail(ExitCode.USAGE, "InputError", f"{error.filename} does not exist", as_json)
+        where = f": {error.filename}" if error.filename else ""
+        fail(ExitCode.FAILED, type(error).__name__, f"{error.strerror or error}{where}", as_json)
+    except KeyboardInterrupt:
+        fail(ExitCode.INTERRUPTED, "KeyboardInterrupt", "interrupted; no output was left behind", as_json)
+
+
+def require_matplotlib() -> None:
+    """For --plot: before the work, not behind it.
+
+    Raises:
+        NotInstalledError: matplotlib is not installed.
+    """
+    from kvpack.errors import NotInstalledError
+
+    try:
+        import kvpack.bench.plot  # noqa: F401
+    except ImportError as error:
+        raise NotInstalledError(f"--plot needs matplotlib ({error}): pip install 'kvpack[plot]'") from None

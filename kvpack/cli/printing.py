@@ -1,0 +1,113 @@
+"""What several commands print: sizes, numbers, tables of tensors, and the progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvpack.encode.progress import Progress
+
+_UNFOLDED_COLUMNS = 10_000
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """A bar on stderr with rate and time left; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    from kvpack.encode.compiling import on_compile
+    from kvpack.encode.progress import Progress
+
+    console = Console(stderr=True)
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        if not told:
+            told = True
+            console.print("compiling the CPU kernels (the first time they are used on this machine) …", style="dim")
+
+    with (
+        on_compile(tell),
+        Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[tensor]}", style="dim", markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ) as bar,
+    ):
+        task = bar.add_task(title, total=None, tensor="")
+        yield Progress(
+            total=lambda size: bar.update(task, total=size),
+            advance=lambda size: bar.advance(task, size),
+            tensor=lambda name: bar.update(task, tensor=name),
+        )
+
+
+def shown_size(size_bytes: float) -> str:
+    """Bytes with a unit: powers of 1000, up to GB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size_bytes < 1000 or unit == "GB":
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.2f} {unit}"
+        size_bytes /= 1000
+    raise AssertionError
+
+
+def shown_number(value: float | None, digits: int = 2) -> str:
+    """A number with so many decimals; a dash for none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def data_console() -> Any:
+    """Standard output; lines are not folded where it is a file or a pipe."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_UNFOLDED_COLUMNS)
+
+
+def printable(text: str) -> str:
+    """Names come from files: no control character reaches the terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def print_tensors(tensors: list[dict[str, Any]], *, kept_singly: bool) -> None:
+    """A table in plain text: rich takes seven seconds for 10,000 rows."""
+    rows = [("tensor", "shape", "dtype", "method", "layout", "bits", "entropy", "noise dB", "outliers")]
+    rows += [
+        (
+            printable(tensor["name"]),
+            "×".join(map(str, tensor["shape"])),
+            tensor["dtype"],
+            tensor["method"],
+            tensor["layout"] or "–",
+            shown_number(tensor["bits_per_weight"], 3),
+            shown_number(tensor["entropy_bits"], 3),
+            shown_number(tensor["noise_db"]),
+            str(tensor["outliers"]),
+        )
+        for tensor in tensors
+        if kept_singly or tensor["method"] != "keep"
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:5], widths[:5], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[5:], widths[5:], strict=True)]
+        lines.append("  ".join([*left, *right]).rstrip())
+    print("\n".join(lines) + "\n")

@@ -1,0 +1,148 @@
+"""How to compress: every option that decides what the output's weights are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from kvpack.encode.model_directory import CONFIG_NAME, written_options
+from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
+from kvpack.errors import InputError
+from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS
+
+PRESETS = ("near-lossless", "lossless")
+LAYOUTS = ("auto", *LAYOUT_NAMES)
+ALLOCATIONS = ("tensor", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Options of a compression. Where it runs and where the output goes are arguments of :func:`kvpack.compress`.
+
+    >>> config = QuantConfig(bits=4.25, exclude="lm_head", tensor_bits={"down_proj": 5})
+    >>> QuantConfig.from_json(config.to_json()) == config
+    True
+    >>> QuantConfig(preset="lossless").bits is None
+    True
+    >>> QuantConfig(bits=9)
+    Traceback (most recent call last):
+    kvpack.errors.InputError: 9 bits a weight: rates from 1.5 to 7.5 are possible
+
+    ``tensor_bits`` is the one place for what differs between tensors. A calibration, which kvpack does not have, would
+    give its result there; how it was made would be a field here, so that config.json says it.
+
+    Attributes:
+        bits: bits a weight, 1.5 to 7.5, every overhead counted. Without a preset 4.85 by default; None with one.
+        preset: ``near-lossless`` (INT8 rows) or ``lossless`` instead of a rate.
+        layout: how weights become symbols: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
+        tile_cols: columns of a tile, a multiple of 32 up to 512; None: equal parts of at most 512.
+        allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
+        include: a regular expression; tensors that would be kept as they are, are coded if it is found in their names.
+        exclude: a regular expression for names to keep; it wins over all others.
+        tensor_bits: regular expression → rate of the tensors in whose names it is found; the last match counts.
+
+    Raises:
+        InputError: an option has no such value, or two exclude each other.
+    """
+
+    bits: float | None = None
+    preset: str | None = None
+    layout: str = "auto"
+    tile_cols: int | None = None
+    allocation: str = "tensor"
+    include: str | None = None
+    exclude: str | None = None
+    tensor_bits: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.preset is not None:
+            raise InputError("bits and preset exclude each other")
+        if self.preset is not None:
+            _check_name("preset", self.preset, PRESETS)
+        _check_name("layout", self.layout, LAYOUTS)
+        _check_name("allocation", self.allocation, ALLOCATIONS)
+        if self.include is not None:
+            _check_pattern("include", self.include)
+        if self.exclude is not None:
+            _check_pattern("exclude", self.exclude)
+        if not isinstance(self.tensor_bits, Mapping):
+            raise InputError(f"tensor_bits {self.tensor_bits!r}: not a mapping of regular expressions to rates")
+        for pattern in self.tensor_bits:
+            _check_pattern("tensor_bits", pattern)
+        rate = DEFAULT_BITS if self.bits is None and self.preset is None else self.bits
+        # The class is frozen: this is how it takes what was asked for in its one form.
+        object.__setattr__(self, "bits", None if rate is None else _rate(rate))
+        object.__setattr__(self, "tile_cols", None if self.tile_cols is None else _columns(self.tile_cols))
+        object.__setattr__(self, "tensor_bits", {name: _rate(rate) for name, rate in self.tensor_bits.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """All options as what JSON has: text, numbers, null, and an object for ``tensor_bits``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> QuantConfig:
+        """The inverse of :meth:`to_json`; what is missing has its default.
+
+        Raises:
+            InputError: it is no object, or has an option or a value that there is not.
+        """
+        if not isinstance(value, Mapping):
+            raise InputError(f"options {value!r}: not an object")
+        known = [option.name for option in fields(cls)]
+        unknown = [name for name in value if name not in known]
+        if unknown:
+            raise InputError(f"options {', '.join(map(str, unknown))}: there are {', '.join(known)}")
+        return cls(**value)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> QuantConfig:
+        """With which options a compressed model directory was made: what its config.json says.
+
+        Raises:
+            InputError: it does not say, or has options that this version does not know.
+            DirectoryIndexError: config.json is not a JSON object.
+        """
+        options = written_options(Path(directory))
+        if options is None:
+            raise InputError(f"{Path(directory) / CONFIG_NAME} does not say how the weights were compressed")
+        try:
+            return cls.from_json(options)
+        except InputError as error:
+            raise InputError(f"{Path(directory) / CONFIG_NAME}: {error}") from None
+
+
+def _check_name(option: str, value: object, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise InputError(f"{option} {value!r}: there are {', '.join(names)}")
+
+
+def _check_pattern(option: str, pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise InputError(f"{option} {pattern!r}: not text")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+
+
+def _rate(bits: object) -> float:
+    if isinstance(bits, bool) or not isinstance(bits, Real) or not MIN_BITS <= float(bits) <= MAX_BITS:
+        raise InputError(f"{bits} bits a weight: rates from {MIN_BITS} to {MAX_BITS} are possible")
+    return float(bits)
+
+
+def _columns(columns: object) -> int:
+    if (
+        isinstance(columns, bool)
+        or not isinstance(columns, Integral)
+        or int(columns) % CHUNK_COLS
+        or not CHUNK_COLS <= int(columns) <= MAX_TILE_COLS
+    ):
+        raise InputError(
+            f"tile_cols {columns}: multiples of {CHUNK_COLS} from {CHUNK_COLS} to {MAX_TILE_COLS} are possible"
+        )
+    return int(columns)
