@@ -748,7 +748,7 @@ class _DeviceCoder:
 
 
 def device_coder(device: torch.device | str, launcher: Launch = launch) -> Coder:
-    """A coder for :func:`kvpack.encode.pipeline.compress` that works on ``device``.
+    """A coder for :func:`kvpack.encode.compress.compress` that works on ``device``.
 
     Raises:
         DeviceError: there is no such device, or something that kernels need is not installed.
