@@ -522,7 +522,7 @@ def test_cuda_compile(state: State, mode: str) -> None:
 @captures_inductor
 @pytest.mark.gpu
 def test_cuda_compiled_products_of_several_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Panels share tickets, which must not lie in the memory of Inductor's graphs."""
+    """Panels share semaphores, which must not lie in the memory of Inductor's graphs."""
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(0)
     save_file({"a.weight": torch.randn(64, 8192, generator=generator).half()}, tmp_path / "in.safetensors")
@@ -542,7 +542,7 @@ def test_cuda_compiled_products_of_several_panels(tmp_path: Path, monkeypatch: p
         for _ in range(5):
             x = torch.randn(tokens, 8192, device="cuda", dtype=torch.float16) / 64
             torch.testing.assert_close(compiled(x).clone(), layer(layer(x).repeat(1, 128)), rtol=4e-3, atol=4e-3)
-            layer(x)  # on the streams' own tickets, which the graphs must have left at zero
+            layer(x)  # on the streams' own semaphores, which the graphs must have left at zero
     assert min(panels) > 1
 
 
@@ -554,7 +554,7 @@ def test_cuda_memory_is_the_coded_weights(tmp_path: Path) -> None:
     tensors = {f"layers.{i}.weight": torch.randn(shape, generator=generator).half() for i in range(4)}
     save_file(tensors, tmp_path / "in.safetensors")
     kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=4.25)
-    kvpack.warmup(load(tmp_path / "out.safetensors", "cuda"), dtypes=[torch.float16])  # tickets and the like
+    kvpack.warmup(load(tmp_path / "out.safetensors", "cuda"), dtypes=[torch.float16])  # semaphores and the like
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

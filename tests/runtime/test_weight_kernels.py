@@ -183,7 +183,7 @@ def test_product_by_any_launch(tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    """The same bits whichever panel comes last, from tickets that each launch leaves at 0."""
+    """The same bits whichever panel comes last, from semaphores that each launch leaves at 0."""
     data, scales = quantized(150, 700, "balanced", 5)
     coded = coded_tensor(data, scales)
     shape = (coded.header, coded.word_buffer_bytes, LIMITS, 4)
@@ -200,12 +200,12 @@ def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, tokens: 
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_tables_share_no_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_share_no_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product of several tables may be broken off, or meet another thread's, between its launches."""
     data = blob_of_several_tables()
     coded = coded_tensor(data, np.full(1, 0.1, np.float32))
     assert len(coded.tables) > 1
-    monkeypatch.setattr(semaphores, "take", lambda count, device: pytest.fail("shared tickets"))
+    monkeypatch.setattr(semaphores, "take", lambda count, device: pytest.fail("shared semaphores"))
     products.multiply(coded, torch.ones(1, coded.header.cols, dtype=torch.float16), None, LIMITS)
 
 
