@@ -407,10 +407,10 @@ def test_host_does_not_wait_for_later_layers(path: Path, monkeypatch: pytest.Mon
     ends = [(at, at + m.blob_bytes) for layer in stream._layers[:1] for m in layer.members for _, at in [m.piece]]
     assert len(first) == 2
 
-    def gated(file: int, view: Any, offset: int, file_path: Path) -> None:
+    def gated(file: Any, view: Any, offset: int) -> None:
         if not any(begin <= offset < end for begin, end in ends):
             assert gate.wait(10)
-        read(file, view, offset, file_path)
+        read(file, view, offset)
 
     monkeypatch.setattr(upload_module, "read_exactly", gated)
     x = torch.randn(2, WIDTH)
@@ -420,6 +420,18 @@ def test_host_does_not_wait_for_later_layers(path: Path, monkeypatch: pytest.Mon
         gate.set()
         assert y.equal(resident(path).blocks[0](x))
         assert model.blocks[1](x).equal(resident(path).blocks[1](x))
+
+
+def test_file_replaced_under_a_stream(path: Path, tmp_path: Path) -> None:
+    """Bytes come from the file whose fronts and scales are on the device, not from another of its name."""
+    copy, other = tmp_path / "copy.safetensors", tmp_path / "other.safetensors"
+    copy.write_bytes(path.read_bytes())
+    other.write_bytes(bytes(len(path.read_bytes())))
+    model, stream = streamed(copy, "disk")
+    other.rename(copy)
+    with stream, torch.no_grad():
+        assert model(inputs()).equal(resident(path)(inputs()))
+    assert all(member.piece is None for layer in stream._layers for member in layer.members)  # the file is let go of
 
 
 def test_stream_is_freed(path: Path) -> None:

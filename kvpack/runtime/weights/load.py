@@ -51,16 +51,13 @@ _BLOCK_BYTES = 512
 Progress = Callable[[int, int], None]
 
 
-def data_offset(container: Container) -> int:
-    """Where a safetensors file's data begin: the tensors cover them, and end with the file (§9.1)."""
-    end = max((tensor.end for tensor in container.tensors.values()), default=0)
-    return container.path.stat().st_size - end
-
-
 def piece_of(container: Container, stored: str, target: torch.Tensor) -> Piece:
-    """A stored tensor's bytes in its file, to be brought to the front of ``target`` (u8)."""
+    """A stored tensor's bytes in its file, to be brought to the front of ``target`` (u8).
+
+    They are read from the file that the container has mapped and checked, whatever lies under its path by now.
+    """
     tensor = container.tensors[stored]
-    return Piece(container.path, data_offset(container) + tensor.begin, target[: tensor.size_bytes])
+    return Piece(container.file, container.data_begin + tensor.begin, target[: tensor.size_bytes])
 
 
 @contextmanager

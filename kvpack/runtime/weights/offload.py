@@ -31,14 +31,14 @@ from torch import nn
 
 from kvpack.encode.reader import Reader
 from kvpack.errors import StreamingError
-from kvpack.format.container import BLOB_SUFFIX
+from kvpack.format.container import BLOB_SUFFIX, OpenFile
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Upload, Uploader, side_stream
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
 from kvpack.runtime.weights.linear import BLOB, SCALE, RansLinear
-from kvpack.runtime.weights.load import data_offset, scales_on
+from kvpack.runtime.weights.load import scales_on
 
 if TYPE_CHECKING:
     import os
@@ -56,7 +56,7 @@ class _Member:
     linear: RansLinear
     offset: int
     blob_bytes: int
-    piece: tuple[Path, int] | None  # where the file has them
+    piece: tuple[OpenFile, int] | None  # where the file has them: the one whose fronts and scales were read
     blob: DeviceBlob | None = None
 
     @property
@@ -222,7 +222,7 @@ class LayerStream:
                 if name not in container.coded:
                     raise StreamingError(f"{name!r} is not coded in {container.path}")
                 stored = container.tensors[name + BLOB_SUFFIX]
-                piece, size = (container.path, data_offset(container) + stored.begin), stored.size_bytes
+                piece, size = (container.file, container.data_begin + stored.begin), stored.size_bytes
             member = _Member(linear, align(at, _SLOT_ALIGNMENT), size, piece)
             members.append(member)
             at = member.end
@@ -484,7 +484,7 @@ class LayerStream:
                 linear.streamed = False
                 if scales is not None:
                     linear._buffers[SCALE] = scales.to(linear.weight_kvpack.device)
-                member.blob = None
+                member.blob = member.piece = None
         self._slots.clear()
         self._slot_of.clear()
         self._active.clear()
