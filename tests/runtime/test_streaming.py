@@ -353,6 +353,73 @@ def test_refusals(path: Path) -> None:
         stream_modules(lazy, lazy.blocks[:6], path=path, device="cpu")
 
 
+@pytest.mark.parametrize("what", ["move", "hooks", "uploader"])
+@pytest.mark.parametrize("held", ["held", "deferred"])
+@pytest.mark.parametrize("source", ["pinned", "disk"])
+def test_failed_setup_is_undone(
+    path: Path, page_locks: PageLocks, monkeypatch: pytest.MonkeyPatch, source: str, held: str, what: str
+) -> None:
+    """Threads, files, pinned pages and hooks are gone, and every tensor is the one that it was."""
+    if held == "held":
+        model = resident(path)
+    else:
+        with torch.device("meta"):
+            model = Model().eval()
+        replace_linears(model, path, device="cpu", defer=model.blocks)
+    model.register_buffer("mask", torch.ones(3))
+    model.blocks[0].up.tensor_name = None if held == "held" and source == "pinned" else "blocks.0.up.weight"
+
+    def look() -> list[Any]:
+        linears = [module for module in model.modules() if isinstance(module, RansLinear)]
+        tensors = [*model.parameters(), *(p.data.data_ptr() for p in model.parameters()), *model.buffers()]
+        derived = [(m._current(), m.streamed, m.tensor_name) for m in linears]
+        hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+        threads = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("kvpack-upload"))
+        return [*(id(x) if isinstance(x, torch.Tensor) else x for x in tensors), derived, hooks, threads]
+
+    class FailingError(Exception):
+        pass
+
+    def fail(*_arguments: Any, **_options: Any) -> Any:
+        raise FailingError
+
+    def move_some(device: Any) -> Any:
+        """As ``Module.to`` leaves a model when there is no room for all of it."""
+        model.first.to(torch.float16)
+        model.mask = torch.zeros(3)
+        for block in model.blocks:
+            block.up.bias = block.up.bias.clone()
+        raise FailingError
+
+    uploaders: list[Any] = []
+
+    class Uploader(offload.Uploader):  # type: ignore[misc, name-defined]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            uploaders.append(self)
+            self._pool.submit(lambda: None).result()  # a thread
+
+    before = look()
+    with monkeypatch.context() as patch:
+        patch.setattr(offload, "Uploader", Uploader)
+        if what == "move":
+            patch.setattr(model, "to", move_some)
+        elif what == "hooks":
+            patch.setattr(model.blocks[3], "register_forward_hook", fail)
+        elif source == "disk":
+            patch.setattr(offload, "Uploader", fail)
+        else:
+            patch.setattr(Uploader, "submit", fail)
+        with pytest.raises(FailingError) as caught:
+            stream_modules(model, model.blocks, source=source, path=path, device="cpu")
+    assert look() == before
+    assert not page_locks.ranges
+    assert all(uploader._pool._shutdown for uploader in uploaders)
+    del caught
+    with stream_modules(model, model.blocks, source=source, path=path, device="cpu"), torch.no_grad():
+        assert model(inputs()).equal(resident(path)(inputs()))
+
+
 def test_file_of_another_model(path: Path, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = Model().eval()
