@@ -6,7 +6,9 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from kvpack.errors import (  # noqa: E402
     FormatError,
     HeaderCrcError,
     LaneStateError,
+    ModelMismatchError,
     PayloadCrcError,
     TensorCrcError,
 )
@@ -117,9 +120,10 @@ def test_directory(path: Path, tmp_path: Path, index: bool) -> None:
 
 def test_names(path: Path) -> None:
     state = load(path, "cpu")
-    layer = state["biased"]
+    layer = state.linear("biased")
     assert isinstance(layer, RansLinear)
-    assert state["biased"] is layer
+    assert state.linear("biased") is layer
+    assert state.linear("biased.weight") is layer
     assert layer.tensor_name == "biased.weight"
     assert layer.bias.equal(state["biased.bias"])
     assert state.linear("quantized").bias is None
@@ -129,15 +133,63 @@ def test_names(path: Path) -> None:
     assert "biased.weight" in state
     assert len(state) == len(list(state)) == 16
     with pytest.raises(KeyError, match=r"no tensor 'nothing', and no 'nothing\.weight'"):
-        _ = state["nothing"]
-    with pytest.raises(KeyError, match=r"no tensor 'norm\.weight', and no"):
+        state.linear("nothing")
+    with pytest.raises(KeyError, match=r"'norm' is not coded"):
+        state.linear("norm")
+    with pytest.raises(ModelMismatchError, match="needs one matrix"):
+        state.linear("experts")
+    with pytest.raises(KeyError, match=r"no tensor 'biased'; linear\('biased'\) gives the layer"):
+        _ = state["biased"]
+    with pytest.raises(KeyError, match=r"no tensor 'norm\.weight'\"$"):
         _ = state["norm.weight"]
     assert state.get("nothing") is None
 
 
+NAMES = ["a", "a.weight", "a.bias", "a.weight.weight", "a.weight.bias", "b.weight", "weight", "bias", ".weight", ""]
+
+
+@given(coded=st.dictionaries(st.sampled_from(NAMES), st.booleans()), asked=st.lists(st.sampled_from(NAMES), max_size=8))
+def test_state_is_a_mapping(path: Path, coded: dict[str, bool], asked: list[str]) -> None:
+    """Whatever has been asked for, all ways to ask agree on the same names, those of the tensors."""
+    blob, names = _matrix(path), list(coded)
+    tensors = {name: blob if is_coded else torch.zeros(256) for name, is_coded in coded.items()}
+    state = State(tensors, CPU)
+    for name in asked:  # which leaves nothing behind
+        if name not in state:
+            with suppress(KeyError):
+                state.linear(name)
+    assert isinstance(state, Mapping)
+    assert list(state) == list(state.keys()) == names
+    assert len(state) == len(names)
+    assert list(state.values()) == [state[name] for name in state]
+    assert [(name, id(tensor)) for name, tensor in state.items()] == [(n, id(t)) for n, t in tensors.items()]
+    default = object()
+    for name in NAMES:
+        there = name in tensors
+        assert (name in state) == there
+        assert (name in set(state.keys())) == there
+        assert state.get(name, default) is (tensors[name] if there else default)
+        if there:
+            assert state[name] is tensors[name]
+        else:
+            with pytest.raises(KeyError):
+                state[name]
+        if isinstance(tensors.get(name), DeviceBlob) and f"{name}.weight" not in tensors:
+            bias = tensors.get(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None
+            if not isinstance(bias, DeviceBlob):
+                assert state.linear(name).prepare() is tensors[name]
+
+
+@cache
+def _matrix(path: Path) -> DeviceBlob:
+    matrix = load(path, "cpu")["half.weight"]
+    assert isinstance(matrix, DeviceBlob)
+    return matrix
+
+
 def test_layer_that_is_not_coded(path: Path) -> None:
     with pytest.raises(KeyError, match=r"'biased\.weight' is not coded"):
-        _ = load(path.with_name("others.safetensors"), "cpu")["biased"]
+        _ = load(path.with_name("others.safetensors"), "cpu").linear("biased")
 
 
 def test_conversion(path: Path) -> None:
@@ -251,7 +303,7 @@ def test_damaged_payload(path: Path, tmp_path: Path) -> None:
         load(broken, "cpu", verify=True)
     state = load(broken, "cpu")
     with pytest.raises(FormatError):
-        state["quantized"](torch.zeros(1, 416))
+        state.linear("quantized")(torch.zeros(1, 416))
 
 
 @pytest.mark.parametrize("name", ["norm", "ids", "rows.weight_kvpack_scale"])
