@@ -130,19 +130,28 @@ def test_allocation_by_model_lands_on_the_rate(tmp_path: Path) -> None:
         assert bits - 0.02 <= report.bits_per_weight <= bits + 0.001
 
 
+def run_with_odd_name(folder: Path, *arguments: object) -> None:
+    """Run kvpack where a tensor's name has control characters and markup of rich and matplotlib, and see it printed."""
+    source = folder / "m.safetensors"
+    if not source.exists():
+        save_file({"a[/b]\x1b[31m.$\\frac$.weight": gaussian(64, 128)}, source)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvpack", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "a[/b]\ufffd[31m" in done.stdout
+
+
 def test_names_with_control_characters_and_markup(tmp_path: Path) -> None:
-    name = "a[/b]\x1b[31m.$\\frac$.weight"
-    save_file({name: gaussian(64, 128)}, tmp_path / "m.safetensors")
-    for arguments in (
-        ["compress", tmp_path / "m.safetensors", "--bits", "4"],
-        ["inspect", tmp_path / "m.kvpack.safetensors", "--plot", tmp_path / "p.png"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "kvpack", *map(str, arguments)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert "\x1b" not in done.stdout
-        assert "a[/b]\ufffd[31m" in done.stdout
+    run_with_odd_name(tmp_path, "compress", tmp_path / "m.safetensors", "--bits", "4")
+    run_with_odd_name(tmp_path, "inspect", tmp_path / "m.kvpack.safetensors")
+
+
+def test_drawing_names_with_control_characters_and_markup(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="kvpack inspect --plot draws with matplotlib, which is not installed")
+    run_with_odd_name(tmp_path, "compress", tmp_path / "m.safetensors", "--bits", "4")
+    run_with_odd_name(tmp_path, "inspect", tmp_path / "m.kvpack.safetensors", "--plot", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -5,11 +5,11 @@
 #include "bench/matrix.cuh"
 
 // After this block has raised the maxima of its strip, columns [first, end).
-__device__ __forceinline__ void finish_strip(u32 first, u32 end, float limit, const u32* maxima, u32* ticket, float* scales) {
+__device__ __forceinline__ void finish_strip(u32 first, u32 end, float limit, const u32* maxima, u32* semaphore, float* scales) {
   __shared__ bool last;
   fence_device();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) last = atomicAdd(semaphore, 1u) == gridDim.x - 1;
   __syncthreads();
   if (!last) return;
   fence_device();
@@ -17,11 +17,11 @@ __device__ __forceinline__ void finish_strip(u32 first, u32 end, float limit, co
 }
 
 // x: [rows, cols]; scales: [cols], or [rows] by token. Blocks are one-dimensional.
-// By channel, other than naive: the grid is (chunks of chunk_rows rows, strips of columns); maxima u32 [cols] and tickets
+// By channel, other than naive: the grid is (chunks of chunk_rows rows, strips of columns); maxima u32 [cols] and semaphores
 // u32 [strips] are 0 before.
 // aligned: rows begin at multiples of 16 bytes and consist of octets.
 extern "C" __global__ void __launch_bounds__(kThreads, KVPACK_BLOCKS_PER_SM)
-matrix_scales(const void* x, u32 rows, u32 cols, u32 chunk_rows, u32 aligned, float limit, u32* maxima, u32* tickets,
+matrix_scales(const void* x, u32 rows, u32 cols, u32 chunk_rows, u32 aligned, float limit, u32* maxima, u32* semaphores,
               float* scales) {
   const u32 thread = threadIdx.x;
 #if KVPACK_VARIANT == KVPACK_VARIANT_NAIVE
@@ -73,7 +73,7 @@ matrix_scales(const void* x, u32 rows, u32 cols, u32 chunk_rows, u32 aligned, fl
     __syncthreads();
     const u32 end = min(first_col + kTileCols, cols);
     if (first_col + thread < end) atomicMax(maxima + first_col + thread, maximum[thread]);
-    finish_strip(first_col, end, limit, maxima, tickets + blockIdx.y, scales);
+    finish_strip(first_col, end, limit, maxima, semaphores + blockIdx.y, scales);
   }
 
 #elif KVPACK_VARIANT == KVPACK_VARIANT_COARSENED
@@ -94,7 +94,7 @@ matrix_scales(const void* x, u32 rows, u32 cols, u32 chunk_rows, u32 aligned, fl
       }
       atomicMax(maxima + col, largest);
     }
-    finish_strip(first_col, min(first_col + kThreads, cols), limit, maxima, tickets + blockIdx.y, scales);
+    finish_strip(first_col, min(first_col + kThreads, cols), limit, maxima, semaphores + blockIdx.y, scales);
   }
 
 #else
@@ -127,6 +127,6 @@ matrix_scales(const void* x, u32 rows, u32 cols, u32 chunk_rows, u32 aligned, fl
   for (u32 i = thread; first + i < end; i += kThreads) {
     atomicMax(maxima + first + i, maximum[i % kOctet * kThreads + i / kOctet]);
   }
-  finish_strip(first, end, limit, maxima, tickets + blockIdx.y, scales);
+  finish_strip(first, end, limit, maxima, semaphores + blockIdx.y, scales);
 #endif
 }

@@ -274,7 +274,7 @@ __device__ __forceinline__ void add_masses(const Work& work, const Segment& segm
 extern "C" __global__ void __launch_bounds__(kWarps * 32, KVPACK_BLOCKS_PER_SM)
 attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_token_stride, u16* out, const u8* pages, const u64* table,
                  const u32* lengths, u32 sequences, u32 max_pages, u32 heads, u32 heads_per_kv_head, u32 tokens, u32 window, u32 sinks,
-                 float scale, float* partials, u32* tickets, float* page_logs, u64* mass, u64 mass_sequence_stride, u32* steps,
+                 float scale, float* partials, u32* semaphores, float* page_logs, u64* mass, u64 mass_sequence_stride, u32* steps,
                  const float* weights) {
   KVPACK_DYNAMIC_SHARED(shared);
   const u32 thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes;
@@ -557,10 +557,10 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       const u32 is_last = statistics + kStatisticsBytes - 4;
       if (thread == 0) {
         fence_device();
-        const u32 before = atomicAdd(tickets + number, 1u);
+        const u32 before = atomicAdd(semaphores + number, 1u);
         if (before + 1 == arrivals) {
           fence_device();
-          atomicExch(tickets + number, 0u);
+          atomicExch(semaphores + number, 0u);
         }
         store_shared_u32(is_last, before + 1 == arrivals);
       }

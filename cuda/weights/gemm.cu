@@ -148,7 +148,7 @@ __device__ __forceinline__ void store_eight(const Eight& eight, float inverse, u
 
 extern "C" __global__ void __launch_bounds__(KVPACK_MAX_WARPS * 32, KVPACK_BLOCKS_PER_SM)
 gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride, const void* bias,
-     void* y, float* partials, u32* tickets, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
+     void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
      u32 member_width, u32 last_members, u32 run_quotient, u32 run_remainder, u32 length_bytes, u32 buffer_bytes, u32 table_index,
      u32 num_tables, u32 tokens) {
   KVPACK_DYNAMIC_SHARED(shared);
@@ -323,7 +323,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #endif
       const bool finishes =
           (members == 1 || join_members(sums, member_sums, row_group, members, lane)) &&
-          (parts == 1 || join_parts<kPartsAhead>(sums, partials, tickets, row_group, table_index * gridDim.y + blockIdx.y, parts, lane));
+          (parts == 1 || join_parts<kPartsAhead>(sums, partials, semaphores, row_group, table_index * gridDim.y + blockIdx.y, parts, lane));
       if (finishes) {
         each_sum(sums, lane, [&](float sum, u32 row_of_group, u32 token) {
           const u32 row = row_group * kLanes + row_of_group;

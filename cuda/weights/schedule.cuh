@@ -1,8 +1,8 @@
 // How a product's work is dealt to warps, and how their parts of a sum come together.
 //
 // A unit is a group of 32 rows in a tile column. Tile columns form panels of `panel_width` (the last may be narrower); a block works
-// in one of them, so that it prepares few activations. Its warps form teams: a team takes whole rows of the panel, and each of its
-// members `member_width` tile columns of them.
+// in one of them, so that it prepares few activations (split-K). Its warps form teams: a team takes whole rows of the panel, and each
+// of its members `member_width` tile columns of them.
 //
 //   grid    x: blocks of a panel   y: panels
 //   block   x: lanes   y: members of a team   z: teams
@@ -141,19 +141,19 @@ __device__ __forceinline__ bool join_members(Sums<count>& sums, const MemberSums
 }
 
 // A panel arrives with its sums of a row group, as number `part` of `parts`: true for the last one, which then has the sum of all, and
-// leaves the ticket at 0 for the next launch. `ahead` parts are loaded at a time.
+// leaves the semaphore at 0 for the next launch. `ahead` parts are loaded at a time.
 template <u32 ahead, u32 count>
-__device__ __forceinline__ bool join_parts(Sums<count>& sums, float* partials, u32* tickets, u32 row_group, u32 part, u32 parts, u32 lane) {
+__device__ __forceinline__ bool join_parts(Sums<count>& sums, float* partials, u32* semaphores, u32 row_group, u32 part, u32 parts, u32 lane) {
   float* first = partials + static_cast<u64>(row_group) * parts * (count * kLanes);
   sums.store_global(first + part * (count * kLanes), lane);
   __syncwarp();
   u32 before = 0;
   if (lane == 0) {
     fence_device();
-    before = atomicAdd(tickets + row_group, 1u);
+    before = atomicAdd(semaphores + row_group, 1u);
     if (before + 1 == parts) {
       fence_device();
-      atomicExch(tickets + row_group, 0u);
+      atomicExch(semaphores + row_group, 0u);
     }
   }
   __syncwarp();

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import struct
+import weakref
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -126,10 +127,30 @@ def _parse_tensor(name: str, entry: object) -> StoredTensor:
     return StoredTensor(name, dtype, tuple(shape), begin, end)
 
 
+class OpenFile:
+    """A file that stays open until the last reference to it is gone, whatever its path leads to meanwhile.
+
+    Attributes:
+        path: under which it was opened; for messages.
+        descriptor: to be read at given offsets alone, since the position is shared.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:  # which refuses folders
+            self.descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self.descriptor)
+
+
 class Container:
     """A safetensors file, mapped into memory and checked; works for files without blobs too.
 
     Attributes:
+        file: what is mapped, for who reads it otherwise. Kept open by the container and by all who hold it.
+        data_begin: where in the file the tensors' data begin.
         tensors: all stored tensors by name, in the order of their offsets.
         metadata: the strings of ``__metadata__``.
         coded: the entries of ``kvpack_tensors`` (empty if the file has none).
@@ -142,11 +163,11 @@ class Container:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        with self.path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise NotAContainerError(f"{self.path}: {size} bytes are too few for a safetensors file")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.file = OpenFile(self.path)
+        size = os.fstat(self.file.descriptor).st_size
+        if size < 8:
+            raise NotAContainerError(f"{self.path}: {size} bytes are too few for a safetensors file")
+        self._map = mmap.mmap(self.file.descriptor, 0, access=mmap.ACCESS_READ)
         self._view = memoryview(self._map)
         try:
             self._parse(size)
@@ -172,7 +193,8 @@ class Container:
             (_parse_tensor(name, entry) for name, entry in header.items()),
             key=lambda tensor: (tensor.begin, tensor.end),
         )
-        self._data = self._view[8 + header_bytes :]
+        self.data_begin = 8 + header_bytes
+        self._data = self._view[self.data_begin :]
         at = 0
         for tensor in tensors:
             if tensor.begin != at:
@@ -283,7 +305,8 @@ class Container:
         return scales
 
     def close(self) -> None:
-        """Unmap the file, as soon as no array refers to it any more."""
+        """Unmap the file and let go of it, as soon as no array refers to the one, and nobody holds the other."""
+        vars(self).pop("file", None)
         for view in (getattr(self, "_data", None), self._view):
             if view is not None:
                 view.release()

@@ -190,10 +190,10 @@ def detecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Detector]:
         found.access(self.blob, write=False)
         return linear(self, x, bias)
 
-    def read_exactly(file: int, view: Any, offset: int, path: Any) -> None:
+    def read_exactly(file: Any, view: Any, offset: int) -> None:
         array = torch.frombuffer(view, dtype=torch.uint8)
         found.host_writes(array.untyped_storage().data_ptr())
-        read(file, view, offset, path)
+        read(file, view, offset)
 
     def pinned_memory(size: int, _device: Any) -> Any:
         memory = torch.empty(size, dtype=torch.uint8)

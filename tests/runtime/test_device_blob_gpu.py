@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ import sample_blobs as samples
 
 torch = pytest.importorskip("torch")
 
-from kvpack.encode.blob_decoder import decode_integers  # noqa: E402
+from kvpack.encode.blob_decoder import decode_integers, rotate_left  # noqa: E402
 from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.errors import BlobError, LaneStateError  # noqa: E402
 from kvpack.format.blob import TILE_METADATA, Blob  # noqa: E402
-from kvpack.format.layout import ElementKind, TileMode, integer_layout  # noqa: E402
+from kvpack.format.layout import ElementKind, TileMode, float_layouts, integer_layout  # noqa: E402
+from kvpack.runtime.weights import expansion, products  # noqa: E402
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.products import MAX_FUSED_TOKENS  # noqa: E402
 
@@ -68,6 +70,82 @@ def test_products(name: str, bits: int, tile_cols: int) -> None:
             assert error < (3e-3 if dtype == torch.bfloat16 else 1e-3), (dtype, tokens)
             if fused:
                 assert torch.equal(got, coded.linear(x, bias))
+    coded.check()
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("slow", ["nothing", "decoding", "products"])
+def test_products_with_two_buffers(
+    monkeypatch: pytest.MonkeyPatch, slow: str, dtype: torch.dtype, lossless: bool
+) -> None:
+    """Whichever stream is the slower one; with graphs too, and beside each other on several streams."""
+    rows, cols, tokens = 3000, 256, 100
+    if lossless:
+        values = (torch.randn(rows, cols) * 0.05).to(torch.bfloat16)
+        elements = rotate_left(values.view(torch.int16).numpy().view(np.uint16), 16)
+        data, scales = encode_elements(elements, float_layouts(ElementKind.BF16)[0], tile_cols=256), None
+    else:
+        elements = samples.gaussian_elements((1, rows, cols), 5, 2.4, 5)
+        scales = np.random.default_rng(0).uniform(0.5, 1.5, rows).astype(np.float32) / 64
+        data = encode_elements(elements, integer_layout("balanced", ElementKind.SIGNED, 5), tile_cols=256)
+    coded = on_device(data, scales, torch.bfloat16)
+    staged = torch.bfloat16 if lossless else dtype
+    weights = coded.dequantize(staged).to(dtype).double()
+    x, bias = torch.randn(tokens, cols, device="cuda").to(dtype), torch.randn(rows, device="cuda").to(dtype)
+    expected = x.double() @ weights.T + bias.double()
+
+    on: list[tuple[int, int]] = []  # a decode's stream, and its buffer
+    decode = products.decode
+
+    def slow_decode(coded: Any, output: int, out: torch.Tensor, *rest: Any) -> None:
+        on.append((torch.cuda.current_stream().cuda_stream, out.untyped_storage().data_ptr()))
+        if slow == "decoding":
+            torch.cuda._sleep(200_000)
+        out.fill_(float("nan"))  # a product that does not wait meets these
+        decode(coded, output, out, *rest)
+
+    addmm = torch.addmm
+
+    def slow_addmm(*operands: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if slow == "products":
+            torch.cuda._sleep(200_000)
+        return addmm(*operands, out=out)
+
+    monkeypatch.setattr(products, "decode", slow_decode)
+    monkeypatch.setattr(torch, "addmm", slow_addmm)
+    monkeypatch.setattr(expansion, "STAGING_BYTES", 256 * cols * staged.itemsize)
+
+    def right(got: torch.Tensor) -> bool:
+        return ((got.double() - expected).norm() / expected.norm()).item() < (3e-3 if dtype != torch.float32 else 1e-5)
+
+    main = torch.cuda.current_stream().cuda_stream
+    for _ in range(3):
+        on.clear()
+        assert right(coded.linear(x, bias))
+        assert len(on) == 12
+        assert len({stream for stream, _ in on}) == 1
+        assert on[0][0] != main
+        assert len({buffer for _, buffer in on}) == 2
+
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    torch.cuda.synchronize()
+    on.clear()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            results.append(coded.linear(x, bias))
+    torch.cuda.synchronize()
+    assert all(map(right, results))
+    assert len({stream for stream, _ in on}) == 3  # each has a side stream of its own
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = coded.linear(x, bias)
+    for _ in range(3):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert right(y)
     coded.check()
 
 

@@ -8,6 +8,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import blob_surgery as surgery
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from small_models import LAYERS, kernel_eps, layer_file, product_error  # noqa: E402
 
 import kvpack  # noqa: E402
-from kvpack.errors import ModelMismatchError  # noqa: E402
+from kvpack.errors import LaneStateError, ModelMismatchError  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
 from kvpack.runtime.weights import ops  # noqa: E402
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
@@ -57,7 +59,7 @@ def activations(name: str, *leading: int, dtype: Any = torch.float32, seed: int 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", CODED)
 def test_product(state: State, weights: dict[str, Any], name: str, dtype: Any) -> None:
-    layer = state[name]
+    layer = state.linear(name)
     assert isinstance(layer, RansLinear)
     x = activations(name, 5, dtype=dtype)
     y = layer(x)
@@ -68,7 +70,7 @@ def test_product(state: State, weights: dict[str, Any], name: str, dtype: Any) -
 
 def test_outliers_count(state: State, weights: dict[str, Any]) -> None:
     """The layer called so has them, and they are in its products."""
-    layer = state["outliers"]
+    layer = state.linear("outliers")
     assert layer.prepare().has_outliers
     x = torch.zeros(1, 96)
     x[0, 5] = 1
@@ -78,7 +80,7 @@ def test_outliers_count(state: State, weights: dict[str, Any]) -> None:
 @pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 3), (2, 1, 4), (3, 0, 2)])
 def test_leading_dimensions(state: State, weights: dict[str, Any], leading: tuple[int, ...]) -> None:
     x = activations("biased", *leading)
-    y = state["biased"](x)
+    y = state.linear("biased")(x)
     assert y.shape == (*leading, 96)
     assert product_error(y.reshape(-1, 96), x.reshape(-1, 416), weights["biased"], state["biased.bias"]) <= 1
 
@@ -88,7 +90,7 @@ def test_strided_activations(state: State, weights: dict[str, Any]) -> None:
     wide = torch.zeros(6, 400)
     wide[:, ::2] = x
     for strided in (wide[:, ::2], x.T.contiguous().T, x[:1].expand(6, -1)):
-        assert product_error(state["rows"](strided), strided, weights["rows"], None) <= 1
+        assert product_error(state.linear("rows")(strided), strided, weights["rows"], None) <= 1
 
 
 def test_transposed_weights(tmp_path: Path) -> None:
@@ -101,26 +103,85 @@ def test_transposed_weights(tmp_path: Path) -> None:
     )
     kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=5))
     state = load(tmp_path / "out.safetensors", "cpu")
-    layer = state["h.0.attn.c_attn"]
+    layer = state.linear("h.0.attn.c_attn")
     assert layer.prepare().header.transposed
     assert (layer.in_features, layer.out_features) == (96, 288)
     with kvpack.open(tmp_path / "out.safetensors") as reader:
         weight = torch.from_numpy(reader.dequantize("h.0.attn.c_attn.weight"))
-    assert layer.weight.equal(weight)
+    assert layer.dequantize().equal(weight)
     assert weight.shape == (96, 288)
     x = torch.randn(4, 96, generator=generator)
     assert product_error(layer(x), x, weight.T, layer.bias) <= 1
     moved = copy.deepcopy(layer).half()
-    assert moved.weight.equal(weight)
+    assert moved.dequantize().equal(weight)
 
 
-def test_weight_is_a_copy_of_the_numbers(state: State, weights: dict[str, Any]) -> None:
+def test_weight_tells_without_decoding(
+    state: State, weights: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(DeviceBlob, "dequantize", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(DeviceBlob, "integers", lambda *_: pytest.fail("decoded"))
     for name in CODED:
-        weight = state[name].weight
+        layer = state.linear(name)
+        for asked in (layer, empty_like(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            weight = asked.weight
+            assert weight.dtype == {"exact": torch.bfloat16, "half": torch.float16}.get(name, torch.float32)
+            assert weight.device == asked.weight_kvpack.device
+            assert isinstance(weight.shape, torch.Size)
+            assert weight.shape == weight.size() == weights[name].shape
+            assert weight.ndim == weight.dim() == 2
+            assert weight.numel() == weights[name].numel()
+            assert (weight.size(0), weight.size(-1)) == weights[name].shape
+            assert not isinstance(weight, torch.Tensor)
+            assert "CodedWeight([" in repr(weight)
+            assert copy.deepcopy(weight).shape == pickle.loads(pickle.dumps(weight)).shape == weight.shape
+            assert not hasattr(weight, "grad")
+            assert weight is not None
+            assert len({weight, weight}) == 1
+        assert "weight" not in dict(layer.named_parameters()) | dict(layer.named_buffers()) | layer.state_dict()
+        assert "CodedWeight" not in repr(layer)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        *(lambda w: w + 1, lambda w: 1 + w, lambda w: 2 * w, lambda w: w @ w, lambda w: torch.ones(2, 300) @ w),
+        *(lambda w: torch.ones(300) + w, lambda w: -w, lambda w: w[0], len, list, bool, float, np.asarray),
+        *(lambda w: w == 0, lambda w: torch.ones(1) == w, lambda w: w != w, lambda w: w > 0),
+        *(lambda w: torch.nn.functional.linear(torch.ones(416), w), torch.isnan, lambda w: torch.stack([w, w])),
+        *(lambda w: w.data, lambda w: w.float(), lambda w: w.to("cpu"), lambda w: w.T, lambda w: w.requires_grad),
+        *(lambda w: torch.nn.init.normal_(w), torch.zeros_like, lambda w: torch.zeros(300, 416).copy_(w)),
+    ],
+)
+def test_weight_is_no_tensor(state: State, use: Any) -> None:
+    """Whatever needs the numbers is told how to get them."""
+    with pytest.raises((TypeError, AttributeError), match=r"RansLinear\.dequantize\(\) gives its numbers"):
+        use(state.linear("quantized").weight)
+
+
+def test_weight_of_transposed_layers(tmp_path: Path) -> None:
+    tensors = {"h.0.attn.c_attn.weight": torch.randn(96, 288), "h.0.attn.c_attn.bias": torch.zeros(288)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=5)
+    layer = load(tmp_path / "out.safetensors", "cpu").linear("h.0.attn.c_attn")
+    assert layer.weight.shape == layer.dequantize().shape == (96, 288)
+    scales = len(layer.weight_kvpack_scale)
+    empty = RansLinear.empty(96, 288, 10, scales, True, torch.float32, transposed=True)
+    assert empty.weight.shape == (96, 288)
+    unknown = RansLinear.empty(96, 288, 10, scales, True, torch.float32)
+    assert unknown.weight.shape == (288, 96)
+    unknown.load_state_dict(layer.state_dict(), assign=True)
+    assert unknown.weight.shape == (96, 288)
+
+
+def test_dequantize_is_a_copy_of_the_numbers(state: State, weights: dict[str, Any]) -> None:
+    for name in CODED:
+        weight = state.linear(name).dequantize()
         assert weight.dtype == {"exact": torch.bfloat16, "half": torch.float16}.get(name, torch.float32)
         assert weight.float().equal(weights[name])
+        assert state.linear(name).dequantize(torch.float32).equal(weights[name])
         weight.zero_()
-        assert state[name].weight.float().equal(weights[name])
+        assert state.linear(name).dequantize().float().equal(weights[name])
 
 
 def test_description(state: State, path: Path) -> None:
@@ -128,17 +189,17 @@ def test_description(state: State, path: Path) -> None:
         for name in CODED:
             info = reader.info(f"{name}.weight")
             assert info is not None
-            assert state[name].bits_per_weight == info.bits_per_weight
-    text = repr(state["rows"])
+            assert state.linear(name).bits_per_weight == info.bits_per_weight
+    text = repr(state.linear("rows"))
     assert "in_features=200, out_features=128, bias=False" in text
     assert "quantized to 8 bits, a scale per row" in text
     assert "device=cpu" in text
-    assert "lossless" in repr(state["exact"])
-    assert f"{state['quantized'].bits_per_weight:.3f} bits/weight" in repr(state["quantized"])
+    assert "lossless" in repr(state.linear("exact"))
+    assert f"{state.linear('quantized').bits_per_weight:.3f} bits/weight" in repr(state.linear("quantized"))
 
 
 def test_memory(state: State) -> None:
-    layer = state["biased"]
+    layer = state.linear("biased")
     blob = layer.prepare()
     assert layer.memory_bytes == blob.nbytes + 4 * 96
     assert blob.blob.numel() == len(layer.weight_kvpack) + SLACK_BYTES
@@ -165,7 +226,7 @@ def empty_like(layer: RansLinear, device: str = "meta", blob_bytes: int | None =
 
 @pytest.mark.parametrize("name", CODED)
 def test_state_dict_through_safetensors(state: State, path: Path, tmp_path: Path, name: str) -> None:
-    layer = state[name]
+    layer = state.linear(name)
     save_file(layer.state_dict(prefix=f"{name}."), tmp_path / "layer.safetensors")
     saved, original = load_file(tmp_path / "layer.safetensors"), load_file(path)
     for key, tensor in saved.items():  # names, types and bytes are the container's
@@ -182,45 +243,45 @@ def test_state_dict_through_safetensors(state: State, path: Path, tmp_path: Path
         other = empty_like(layer, device)
         assert other.load_state_dict(own, assign=assign) == ([], [])
         assert other(x).equal(expected), (device, assign)
-        assert other.weight.equal(layer.weight)
+        assert other.dequantize().equal(layer.dequantize())
 
 
 def test_blob_of_another_length(state: State, weights: dict[str, Any]) -> None:
     """How long a blob is depends on the weights, so a layer takes what the state dict brings."""
-    layer = state["quantized"]
+    layer = state.linear("quantized")
     for device in ("cpu", "meta"):
         other = empty_like(layer, device, blob_bytes=17)
         other.load_state_dict(layer.state_dict(), assign=device == "meta")
-        assert other.weight.equal(weights["quantized"])
+        assert other.dequantize().equal(weights["quantized"])
         assert len(other.weight_kvpack) == len(layer.weight_kvpack)
 
 
 def test_loading_does_not_touch_shared_memory(state: State, weights: dict[str, Any]) -> None:
-    layer, other = state["quantized"], copy.deepcopy(state["quantized"])
+    layer, other = state.linear("quantized"), copy.deepcopy(state.linear("quantized"))
     twin = RansLinear(state["quantized.weight"])
     state_dict = other.state_dict()
     layer.load_state_dict(state_dict)
     assert layer.weight_kvpack.data_ptr() != twin.weight_kvpack.data_ptr()
     assert layer.weight_kvpack.data_ptr() != state_dict["weight_kvpack"].data_ptr()
-    assert twin.weight.equal(weights["quantized"])
+    assert twin.dequantize().equal(weights["quantized"])
 
 
 def test_damaged_or_foreign_state_dicts(state: State) -> None:
-    layer = state["quantized"]
+    layer = state.linear("quantized")
     good = layer.state_dict()
     damaged = good["weight_kvpack"].clone()
     damaged[70] ^= 1
     with pytest.raises(RuntimeError, match=r"weight_kvpack: header_crc32 is"):
         empty_like(layer, "cpu").load_state_dict({**good, "weight_kvpack": damaged})
     with pytest.raises(RuntimeError, match="the blob holds 1 × 128 × 200 weights, the layer has 300 outputs"):
-        empty_like(layer, "cpu").load_state_dict({**good, "weight_kvpack": state["rows"].weight_kvpack})
+        empty_like(layer, "cpu").load_state_dict({**good, "weight_kvpack": state.linear("rows").weight_kvpack})
     with pytest.raises(RuntimeError, match=r"Missing key.*weight_kvpack_scale"):
         empty_like(layer, "cpu").load_state_dict({"weight_kvpack": good["weight_kvpack"]})
     with pytest.raises(RuntimeError, match=r"Missing key.*weight_kvpack"):
         empty_like(layer, "cpu").load_state_dict({"weight_kvpack_scale": good["weight_kvpack_scale"]})
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_kvpack_scale"):
-        empty_like(state["exact"], "cpu").load_state_dict(
-            {**state["exact"].state_dict(), "weight_kvpack_scale": torch.ones(1)}
+        empty_like(state.linear("exact"), "cpu").load_state_dict(
+            {**state.linear("exact").state_dict(), "weight_kvpack_scale": torch.ones(1)}
         )
     with pytest.raises(RuntimeError, match="scale 0 is -1"):
         empty_like(layer, "cpu").load_state_dict({**good, "weight_kvpack_scale": torch.tensor([-1.0])})
@@ -228,18 +289,52 @@ def test_damaged_or_foreign_state_dicts(state: State) -> None:
         empty_like(layer, "meta").load_state_dict({**good, "weight_kvpack": damaged.to(torch.int32)}, assign=True)
 
 
+def damaged_lanes(layer: RansLinear, seal: bool) -> dict[str, Any]:
+    """The layer's state dict with words changed; sealed: with CRCs that hold, so that only lanes can tell."""
+    header = layer.prepare().header
+    good = layer.state_dict()
+    blob = bytearray(good["weight_kvpack"].numpy().tobytes())
+    for at in range(header.payload_offset + 2200, header.payload_offset + 2300):
+        blob[at] ^= 0x5A
+    if seal:
+        surgery.mend_crcs(blob)
+    return {**good, "weight_kvpack": torch.frombuffer(blob, dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize("seal", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_damaged_lanes_of_state_dicts(state: State, device: str, seal: bool) -> None:
+    """Found when they are loaded, and named, not by some later product."""
+    model = torch.nn.ModuleDict({"up": empty_like(state.linear("quantized"), device)})
+    damaged = {f"up.{key}": tensor for key, tensor in damaged_lanes(state.linear("quantized"), seal).items()}
+    what = "lane" if seal else "payload_crc32"
+    with pytest.raises(RuntimeError, match=rf"up\.weight_kvpack: .*{what}"):
+        model.load_state_dict(damaged, assign=device == "meta")
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_lanes_are_checked_once(state: State, monkeypatch: pytest.MonkeyPatch, assign: bool) -> None:
+    checked: list[DeviceBlob] = []
+    monkeypatch.setattr(DeviceBlob, "check_lanes", lambda blob: checked.append(blob))
+    layer = empty_like(state.linear("quantized"), "meta" if assign else "cpu")
+    layer.load_state_dict(state.linear("quantized").state_dict(), assign=assign)
+    for _ in range(3):
+        layer(activations("quantized", 2))
+    assert checked == [layer.prepare()]
+
+
 def test_empty_layers_compute_nothing(state: State) -> None:
     x = activations("quantized", 2)
     with pytest.raises(RuntimeError, match="on the meta device"):
-        empty_like(state["quantized"])(x)
+        empty_like(state.linear("quantized"))(x)
     with pytest.raises(ValueError, match="magic is 0x00000000"):
-        empty_like(state["quantized"], "cpu")(x)
+        empty_like(state.linear("quantized"), "cpu")(x)
     with pytest.warns(UserWarning, match="no-op"):
-        empty_like(state["quantized"]).load_state_dict(state["quantized"].state_dict())
+        empty_like(state.linear("quantized")).load_state_dict(state.linear("quantized").state_dict())
 
 
 def test_torch_save(state: State) -> None:
-    layer, file = state["biased"], io.BytesIO()
+    layer, file = state.linear("biased"), io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
     other = empty_like(layer)
@@ -251,7 +346,7 @@ def test_torch_save(state: State) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("name", CODED)
 def test_copies(state: State, name: str, how: str) -> None:
-    layer = state[name]
+    layer = state.linear(name)
     x = activations(name, 3)
     expected = layer(x)
     other = copy.deepcopy(layer) if how == "deepcopy" else pickle.loads(pickle.dumps(layer))
@@ -280,7 +375,7 @@ CONVERSIONS = {
 @pytest.mark.parametrize("how", CONVERSIONS)
 @pytest.mark.parametrize("name", ["biased", "rows", "exact"])
 def test_conversions(state: State, weights: dict[str, Any], name: str, how: str) -> None:
-    layer = copy.deepcopy(state[name])
+    layer = copy.deepcopy(state.linear(name))
     before = layer.state_dict()
     model = torch.nn.Sequential(layer, torch.nn.LayerNorm(LAYERS[name][0]))
     assert CONVERSIONS[how](model)[0] is layer
@@ -301,7 +396,7 @@ def test_conversions(state: State, weights: dict[str, Any], name: str, how: str)
 
 
 def test_meta_and_back(state: State) -> None:
-    layer = copy.deepcopy(state["biased"])
+    layer = copy.deepcopy(state.linear("biased"))
     good = copy.deepcopy(layer.state_dict())
     x = activations("biased", 2)
     expected = layer(x)
@@ -319,7 +414,7 @@ def test_meta_and_back(state: State) -> None:
 @pytest.mark.parametrize("how", ["setattr", "buffers"])
 def test_buffers_replaced_by_hand(state: State, how: str) -> None:
     """As loaders of transformers and accelerate do."""
-    layer, other = state["quantized"], empty_like(state["quantized"])
+    layer, other = state.linear("quantized"), empty_like(state.linear("quantized"))
     x = activations("quantized", 2)
     for name in ("weight_kvpack", "weight_kvpack_scale"):
         tensor = layer._buffers[name].clone()
@@ -337,15 +432,15 @@ def test_buffers_replaced_by_hand(state: State, how: str) -> None:
     arena = torch.full((len(layer.weight_kvpack) + 3 * SLACK_BYTES,), 7, dtype=torch.uint8)
     arena[: len(layer.weight_kvpack)] = layer.weight_kvpack
     other.weight_kvpack = arena[: len(layer.weight_kvpack)]
-    assert other.weight.equal(layer.weight)
+    assert other.dequantize().equal(layer.dequantize())
     assert int(arena[len(layer.weight_kvpack)]) == 7
 
 
 def test_refusals(state: State) -> None:
     with pytest.raises(ValueError, match=r"x is \(2, 415\), the layer has 416 inputs"):
-        state["quantized"](torch.zeros(2, 415))
+        state.linear("quantized")(torch.zeros(2, 415))
     with pytest.raises(TypeError, match="int64"):
-        state["quantized"](torch.zeros(2, 416, dtype=torch.int64))
+        state.linear("quantized")(torch.zeros(2, 416, dtype=torch.int64))
     with pytest.raises(ModelMismatchError, match=r"needs one matrix, the blob holds \(3, 64, 96\)"):
         RansLinear(state["experts"])
     with pytest.raises(ModelMismatchError, match=r"the bias is \(3,\), the weight has 300 outputs"):
@@ -358,7 +453,7 @@ def test_refusals(state: State) -> None:
 class Two(torch.nn.Module):
     def __init__(self, state: State) -> None:
         super().__init__()
-        self.up, self.down = copy.deepcopy(state["quantized"]), copy.deepcopy(state["biased"])
+        self.up, self.down = copy.deepcopy(state.linear("quantized")), copy.deepcopy(state.linear("biased"))
 
     def forward(self, x: Any) -> Any:
         return torch.nn.functional.silu(self.up(x)).sum(-1, keepdim=True) * self.down(x)
@@ -377,9 +472,28 @@ def test_compile(state: State) -> None:
 
 
 @imports_inductor
+def test_compile_code_that_asks_for_the_weights_type(state: State) -> None:
+    """As transformers' T5 does, for each layer and token."""
+
+    class Asking(Two):
+        def forward(self, x: Any) -> Any:
+            weight = self.up.weight
+            if isinstance(weight, torch.Tensor) and weight.dtype != torch.int8:
+                x = x.to(weight.dtype)
+            assert weight.device == x.device
+            return super().forward(x.to(weight.dtype)) * weight.shape[0]
+
+    torch._dynamo.reset()
+    model = Asking(state)
+    x = activations("quantized", 3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert compiled(x).equal(model(x))
+
+
+@imports_inductor
 def test_compile_after_copies_and_loads(state: State) -> None:
     """Whatever filled the layer has made it ready: nothing is left to derive under fullgraph."""
-    layer = state["quantized"]
+    layer = state.linear("quantized")
     x = activations("quantized", 2)
     loaded = empty_like(layer)
     loaded.load_state_dict(layer.state_dict(), assign=True)
@@ -402,7 +516,7 @@ def test_coded_tensors_are_static_inputs(state: State) -> None:
                 static[value.numel()] = kind
         return module
 
-    layer = state["biased"]
+    layer = state.linear("biased")
     torch.compile(layer, fullgraph=True, backend=backend)(activations("biased", 2))
     blob = layer.prepare()
     for tensor in (blob.blob, blob.scales, layer.bias):
@@ -413,7 +527,7 @@ def test_coded_tensors_are_static_inputs(state: State) -> None:
 def test_gradient_of_activations(state: State, weights: dict[str, Any]) -> None:
     """Coded weights are constants; what comes before them can be trained."""
     x = activations("biased", 3).requires_grad_()
-    y = state["biased"](x)
+    y = state.linear("biased")(x)
     (y**2).sum().backward()
     expected = 2 * y.detach().double() @ weights["biased"].double()
     torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-5)
@@ -431,7 +545,7 @@ def cuda_state(path: Path) -> State:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", CODED)
 def test_cuda_product(cuda_state: State, weights: dict[str, Any], name: str, dtype: Any) -> None:
-    layer = cuda_state[name]
+    layer = cuda_state.linear(name)
     for tokens in (1, 2, 8, 9, 16, 17, 32, 33, 100):
         x = activations(name, tokens, dtype=dtype, seed=tokens).cuda()
         y = layer(x)
@@ -445,7 +559,7 @@ def test_cuda_product(cuda_state: State, weights: dict[str, Any], name: str, dty
 @pytest.mark.gpu
 def test_cuda_moves(state: State, weights: dict[str, Any]) -> None:
     for name in CODED:
-        layer = copy.deepcopy(state[name])
+        layer = copy.deepcopy(state.linear(name))
         x = activations(name, 4)
         layer.cuda()
         assert layer.weight_kvpack.is_cuda
@@ -454,27 +568,58 @@ def test_cuda_moves(state: State, weights: dict[str, Any]) -> None:
         assert layer._current().groups.numel()
         error = product_error(layer(x.cuda()), x.cuda(), weights[name].cuda(), layer.bias, kernel_eps(x.dtype))
         assert error <= 1
-        assert layer.weight.cpu().float().equal(weights[name])
+        assert layer.dequantize().cpu().float().equal(weights[name])
         twin = copy.deepcopy(layer)
         again = pickle.loads(pickle.dumps(layer))
         assert twin(x.cuda()).equal(layer(x.cuda()))
         assert again(x.cuda()).equal(layer(x.cuda()))
         layer.to("cpu", torch.float16)
-        assert layer.weight.float().equal(weights[name])
+        assert layer.dequantize().float().equal(weights[name])
         assert product_error(layer(x), x, weights[name], layer.bias) <= 1
+
+
+@pytest.mark.gpu
+def test_cuda_damaged_lanes(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels do not raise: lanes are checked when a layer's bytes come to the device, and not at each product."""
+    for device, assign in (("cuda", False), ("meta", True)):
+        for seal in (False, True):
+            damaged = damaged_lanes(state.linear("quantized"), seal)
+            if assign:
+                damaged = {key: tensor.cuda() for key, tensor in damaged.items()}
+            with pytest.raises(RuntimeError, match=r"weight_kvpack: \d+ lanes did not end"):
+                empty_like(state.linear("quantized"), device).load_state_dict(damaged, assign=assign)
+    layer = empty_like(state.linear("quantized"), "cpu")
+    for name, tensor in damaged_lanes(state.linear("quantized"), True).items():
+        layer._buffers[name] = tensor
+    layer.tensor_name = "up.weight"
+    layer.cuda()
+    with pytest.raises(LaneStateError, match=r"up\.weight: \d+ lanes did not end"):
+        layer(activations("quantized", 2).cuda())
+
+    checked: list[DeviceBlob] = []
+    monkeypatch.setattr(DeviceBlob, "check_lanes", lambda blob: checked.append(blob))
+    good = copy.deepcopy(state.linear("quantized")).cuda()
+    for _ in range(3):
+        good(activations("quantized", 2).cuda())
+    assert checked == [good.prepare()]
+
+
+@pytest.mark.gpu
+def test_cuda_weight(cuda_state: State) -> None:
+    assert cuda_state.linear("quantized").weight.device == torch.device("cuda", 0)
 
 
 @pytest.mark.gpu
 def test_cuda_load_state_dict(state: State, cuda_state: State) -> None:
     for name in CODED:
-        layer = cuda_state[name]
+        layer = cuda_state.linear(name)
         x = activations(name, 4).cuda()
         for device, assign in (("cuda", False), ("meta", True)):
             other = empty_like(layer, device)
             other.load_state_dict(layer.state_dict(), assign=assign)
             assert other(x).equal(layer(x))
         other = empty_like(layer, "cuda")
-        other.load_state_dict(state[name].state_dict())  # from the host
+        other.load_state_dict(state.linear(name).state_dict())  # from the host
         assert other(x).equal(layer(x))
 
 
@@ -483,7 +628,7 @@ def test_cuda_graph(cuda_state: State) -> None:
     """Captured, replayed with other activations: the results of those."""
     kvpack.warmup(cuda_state)
     for name in CODED:
-        layer = cuda_state[name]
+        layer = cuda_state.linear(name)
         for tokens in (1, 8, 48):
             x = activations(name, tokens, dtype=torch.float16).cuda()
             side = torch.cuda.Stream()
@@ -522,12 +667,12 @@ def test_cuda_compile(state: State, mode: str) -> None:
 @captures_inductor
 @pytest.mark.gpu
 def test_cuda_compiled_products_of_several_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Panels share tickets, which must not lie in the memory of Inductor's graphs."""
+    """Panels share semaphores, which must not lie in the memory of Inductor's graphs."""
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(0)
     save_file({"a.weight": torch.randn(64, 8192, generator=generator).half()}, tmp_path / "in.safetensors")
     kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=4.25))
-    layer = load(tmp_path / "out.safetensors", "cuda")["a"]
+    layer = load(tmp_path / "out.safetensors", "cuda").linear("a")
     panels = set()
     launch = kernels.launch
 
@@ -542,7 +687,7 @@ def test_cuda_compiled_products_of_several_panels(tmp_path: Path, monkeypatch: p
         for _ in range(5):
             x = torch.randn(tokens, 8192, device="cuda", dtype=torch.float16) / 64
             torch.testing.assert_close(compiled(x).clone(), layer(layer(x).repeat(1, 128)), rtol=4e-3, atol=4e-3)
-            layer(x)  # on the streams' own tickets, which the graphs must have left at zero
+            layer(x)  # on the streams' own semaphores, which the graphs must have left at zero
     assert min(panels) > 1
 
 
@@ -554,7 +699,7 @@ def test_cuda_memory_is_the_coded_weights(tmp_path: Path) -> None:
     tensors = {f"layers.{i}.weight": torch.randn(shape, generator=generator).half() for i in range(4)}
     save_file(tensors, tmp_path / "in.safetensors")
     kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=4.25))
-    kvpack.warmup(load(tmp_path / "out.safetensors", "cuda"), dtypes=[torch.float16])  # tickets and the like
+    kvpack.warmup(load(tmp_path / "out.safetensors", "cuda"), dtypes=[torch.float16])  # semaphores and the like
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -566,7 +711,7 @@ def test_cuda_memory_is_the_coded_weights(tmp_path: Path) -> None:
     assert torch.cuda.max_memory_allocated() - before <= coded_bytes + allowance
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    layers = [state[f"layers.{i}"] for i in range(4)]
+    layers = [state.linear(f"layers.{i}") for i in range(4)]
     for tokens in (1, 8, 32):
         x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
         for layer in layers:
@@ -579,7 +724,7 @@ def test_cuda_memory_is_the_coded_weights(tmp_path: Path) -> None:
 
 def test_other_devices_are_refused(state: State) -> None:
     """A kernel would take the address as its own device's."""
-    blob = copy.deepcopy(state["quantized"]).prepare()
+    blob = copy.deepcopy(state.linear("quantized")).prepare()
     x = torch.ones(2, blob.shape[1])
     with pytest.raises(ValueError, match=r"activations are on meta, the weight on cpu"):
         ops._check_product(x.to("meta"), blob.scales, blob.geometry)

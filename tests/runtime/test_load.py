@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,11 @@ from kvpack.errors import (  # noqa: E402
     FormatError,
     HeaderCrcError,
     LaneStateError,
+    ModelMismatchError,
     PayloadCrcError,
     TensorCrcError,
 )
-from kvpack.format.container import Container  # noqa: E402
+from kvpack.format.container import Container, OpenFile  # noqa: E402
 from kvpack.runtime.device import upload as upload_module  # noqa: E402
 from kvpack.runtime.device.upload import Piece, Uploader, split_pieces  # noqa: E402
 from kvpack.runtime.weights import load as load_module  # noqa: E402
@@ -116,9 +120,10 @@ def test_directory(path: Path, tmp_path: Path, index: bool) -> None:
 
 def test_names(path: Path) -> None:
     state = load(path, "cpu")
-    layer = state["biased"]
+    layer = state.linear("biased")
     assert isinstance(layer, RansLinear)
-    assert state["biased"] is layer
+    assert state.linear("biased") is layer
+    assert state.linear("biased.weight") is layer
     assert layer.tensor_name == "biased.weight"
     assert layer.bias.equal(state["biased.bias"])
     assert state.linear("quantized").bias is None
@@ -128,15 +133,63 @@ def test_names(path: Path) -> None:
     assert "biased.weight" in state
     assert len(state) == len(list(state)) == 16
     with pytest.raises(KeyError, match=r"no tensor 'nothing', and no 'nothing\.weight'"):
-        _ = state["nothing"]
-    with pytest.raises(KeyError, match=r"no tensor 'norm\.weight', and no"):
+        state.linear("nothing")
+    with pytest.raises(KeyError, match=r"'norm' is not coded"):
+        state.linear("norm")
+    with pytest.raises(ModelMismatchError, match="needs one matrix"):
+        state.linear("experts")
+    with pytest.raises(KeyError, match=r"no tensor 'biased'; linear\('biased'\) gives the layer"):
+        _ = state["biased"]
+    with pytest.raises(KeyError, match=r"no tensor 'norm\.weight'\"$"):
         _ = state["norm.weight"]
     assert state.get("nothing") is None
 
 
+NAMES = ["a", "a.weight", "a.bias", "a.weight.weight", "a.weight.bias", "b.weight", "weight", "bias", ".weight", ""]
+
+
+@given(coded=st.dictionaries(st.sampled_from(NAMES), st.booleans()), asked=st.lists(st.sampled_from(NAMES), max_size=8))
+def test_state_is_a_mapping(path: Path, coded: dict[str, bool], asked: list[str]) -> None:
+    """Whatever has been asked for, all ways to ask agree on the same names, those of the tensors."""
+    blob, names = _matrix(path), list(coded)
+    tensors = {name: blob if is_coded else torch.zeros(256) for name, is_coded in coded.items()}
+    state = State(tensors, CPU)
+    for name in asked:  # which leaves nothing behind
+        if name not in state:
+            with suppress(KeyError):
+                state.linear(name)
+    assert isinstance(state, Mapping)
+    assert list(state) == list(state.keys()) == names
+    assert len(state) == len(names)
+    assert list(state.values()) == [state[name] for name in state]
+    assert [(name, id(tensor)) for name, tensor in state.items()] == [(n, id(t)) for n, t in tensors.items()]
+    default = object()
+    for name in NAMES:
+        there = name in tensors
+        assert (name in state) == there
+        assert (name in set(state.keys())) == there
+        assert state.get(name, default) is (tensors[name] if there else default)
+        if there:
+            assert state[name] is tensors[name]
+        else:
+            with pytest.raises(KeyError):
+                state[name]
+        if isinstance(tensors.get(name), DeviceBlob) and f"{name}.weight" not in tensors:
+            bias = tensors.get(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None
+            if not isinstance(bias, DeviceBlob):
+                assert state.linear(name).prepare() is tensors[name]
+
+
+@cache
+def _matrix(path: Path) -> DeviceBlob:
+    matrix = load(path, "cpu")["half.weight"]
+    assert isinstance(matrix, DeviceBlob)
+    return matrix
+
+
 def test_layer_that_is_not_coded(path: Path) -> None:
     with pytest.raises(KeyError, match=r"'biased\.weight' is not coded"):
-        _ = load(path.with_name("others.safetensors"), "cpu")["biased"]
+        _ = load(path.with_name("others.safetensors"), "cpu").linear("biased")
 
 
 def test_conversion(path: Path) -> None:
@@ -156,6 +209,45 @@ def test_the_file_may_go_away(path: Path, tmp_path: Path) -> None:
     copy.write_bytes(bytes(copy.stat().st_size))
     copy.unlink()
     assert_equals_reader(state, path)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_file_replaced_while_it_is_loaded(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
+) -> None:
+    """What is loaded is what was mapped and checked, not what has taken its name since."""
+    copy, other = tmp_path / "copy.safetensors", tmp_path / "other.safetensors"
+    copy.write_bytes(path.read_bytes())
+    with kvpack.open(path) as reader:
+        payload = reader.blob("quantized.weight").header.payload_offset
+    damaged(path, tmp_path, "quantized.weight_kvpack", payload + 2200, 0x10).rename(other)
+
+    def replaced_before(*arguments: Any, **options: Any) -> Any:
+        other.rename(copy)
+        return load_tensors(*arguments, **options)
+
+    load_tensors = load_module.load_tensors
+    monkeypatch.setattr(load_module, "load_tensors", replaced_before)
+    state = load(copy, "cpu", verify=verify)
+    assert not other.exists()
+    assert_equals_reader(state, path)
+
+
+def open_files() -> list[str]:
+    """What this process has open, but for what Python's own modules may open at any time."""
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return [link for link in links if link.endswith(".safetensors")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+def test_files_are_closed(path: Path) -> None:
+    before = open_files()
+    state = load(path, "cpu", verify=True)
+    assert open_files() == before
+    with kvpack.open(path) as reader:
+        assert len(open_files()) == len(before) + 2  # read, and mapped
+    assert open_files() == before
+    assert len(reader) == len(state)
 
 
 def test_progress(path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +303,7 @@ def test_damaged_payload(path: Path, tmp_path: Path) -> None:
         load(broken, "cpu", verify=True)
     state = load(broken, "cpu")
     with pytest.raises(FormatError):
-        state["quantized"](torch.zeros(1, 416))
+        state.linear("quantized")(torch.zeros(1, 416))
 
 
 @pytest.mark.parametrize("name", ["norm", "ids", "rows.weight_kvpack_scale"])
@@ -288,15 +380,15 @@ def test_advice_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch, cuda: 
     gap_bytes=st.integers(0, 50),
 )
 def test_chunks_cover_pieces(ranges: list[tuple[int, int, int]], chunk_bytes: int, gap_bytes: int) -> None:
-    paths = [Path("a"), Path("b")]
-    pieces = [Piece(paths[f], at, torch.empty(size, dtype=torch.uint8)) for f, at, size in ranges]
+    files = [OpenFile(Path(__file__)), OpenFile(Path(__file__))]  # as if replaced in between
+    pieces = [Piece(files[f], at, torch.empty(size, dtype=torch.uint8)) for f, at, size in ranges]
     chunks = split_pieces(pieces, chunk_bytes, gap_bytes)
     covered: list[list[tuple[int, int]]] = [[] for _ in pieces]
     for chunk in chunks:
         assert 0 < chunk.size <= chunk_bytes
         assert chunk.parts
         for number, begin, end in chunk.parts:
-            assert pieces[number].path == chunk.path
+            assert pieces[number].file is chunk.file
             assert chunk.offset <= begin < end <= chunk.offset + chunk.size
             covered[number].append((begin, end))
     for piece, parts in zip(pieces, covered, strict=True):
@@ -308,9 +400,10 @@ def test_chunks_cover_pieces(ranges: list[tuple[int, int, int]], chunk_bytes: in
 
 
 def test_neighbours_share_a_chunk() -> None:
-    pieces = [Piece(Path("a"), 100 * i, torch.empty(100, dtype=torch.uint8)) for i in (2, 0, 1, 3)]
+    file = OpenFile(Path(__file__))
+    pieces = [Piece(file, 100 * i, torch.empty(100, dtype=torch.uint8)) for i in (2, 0, 1, 3)]
     assert [(c.offset, c.size, len(c.parts)) for c in split_pieces(pieces, 1000, 0)] == [(0, 400, 4)]
-    apart = [Piece(Path("a"), 300 * i, torch.empty(100, dtype=torch.uint8)) for i in range(3)]
+    apart = [Piece(file, 300 * i, torch.empty(100, dtype=torch.uint8)) for i in range(3)]
     assert len(split_pieces(apart, 1000, 199)) == 3
     assert [c.size for c in split_pieces(apart, 1000, 200)] == [700]
 
@@ -322,13 +415,13 @@ def detector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Detector]:
 
 
 @pytest.fixture
-def numbers(tmp_path: Path) -> tuple[Path, bytes]:
+def numbers(tmp_path: Path) -> tuple[OpenFile, bytes]:
     data = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes()
     (tmp_path / "numbers").write_bytes(data)
-    return tmp_path / "numbers", data
+    return OpenFile(tmp_path / "numbers"), data
 
 
-def test_uploads(numbers: tuple[Path, bytes]) -> None:
+def test_uploads(numbers: tuple[OpenFile, bytes]) -> None:
     file, data = numbers
     done: list[int] = []
     begun: list[int] = []
@@ -353,13 +446,13 @@ def test_uploads(numbers: tuple[Path, bytes]) -> None:
     assert sorted(begun) == [-1, *range(0, 100_000, 20_000)]
 
 
-def test_pieces_are_waited_for_singly(numbers: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_waited_for_singly(numbers: tuple[OpenFile, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     file, data = numbers
     gate, read = threading.Event(), upload_module.read_exactly
 
-    def gated(number: int, view: Any, offset: int, path: Path) -> None:
+    def gated(file: OpenFile, view: Any, offset: int) -> None:
         assert offset < 1000 or gate.wait(10)
-        read(number, view, offset, path)
+        read(file, view, offset)
 
     monkeypatch.setattr(upload_module, "read_exactly", gated)
     with Uploader(CPU, threads=2, chunk_bytes=500) as uploader:
@@ -373,7 +466,7 @@ def test_pieces_are_waited_for_singly(numbers: tuple[Path, bytes], monkeypatch: 
         assert bytes(upload.pieces[2].target.numpy()) == data[2000:3000]
 
 
-def test_file_that_ends_too_early(numbers: tuple[Path, bytes]) -> None:
+def test_file_that_ends_too_early(numbers: tuple[OpenFile, bytes]) -> None:
     file, data = numbers
     with Uploader(CPU, chunk_bytes=1000) as uploader:
         upload = uploader.submit([Piece(file, 0, torch.zeros(len(data) + 1, dtype=torch.uint8))])
@@ -384,11 +477,9 @@ def test_file_that_ends_too_early(numbers: tuple[Path, bytes]) -> None:
         good = uploader.submit([Piece(file, 5, torch.zeros(10, dtype=torch.uint8))])
         good.wait()
         assert bytes(good.pieces[0].target.numpy()) == data[5:15]
-        with pytest.raises(FileNotFoundError):
-            uploader.submit([Piece(file.with_name("nothing"), 0, torch.zeros(1, dtype=torch.uint8))])
 
 
-def test_closing_with_work_left(numbers: tuple[Path, bytes]) -> None:
+def test_closing_with_work_left(numbers: tuple[OpenFile, bytes]) -> None:
     file, _ = numbers
     go, started = threading.Event(), threading.Event()
 
@@ -408,7 +499,7 @@ def test_closing_with_work_left(numbers: tuple[Path, bytes]) -> None:
         upload.wait()
 
 
-def test_errors_of_begin_reach_the_waiter(numbers: tuple[Path, bytes]) -> None:
+def test_errors_of_begin_reach_the_waiter(numbers: tuple[OpenFile, bytes]) -> None:
     def begin() -> None:
         raise MemoryError("no room")
 
@@ -419,7 +510,9 @@ def test_errors_of_begin_reach_the_waiter(numbers: tuple[Path, bytes]) -> None:
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_targets_of_inference_mode(numbers: tuple[Path, bytes], streams: bool, request: pytest.FixtureRequest) -> None:
+def test_targets_of_inference_mode(
+    numbers: tuple[OpenFile, bytes], streams: bool, request: pytest.FixtureRequest
+) -> None:
     """The mode is a thread's own: torch refuses to write to such tensors from a thread without it."""
     if streams:  # pinned buffers and copies, as on CUDA
         request.getfixturevalue("detector")
@@ -436,7 +529,7 @@ def test_targets_of_inference_mode(numbers: tuple[Path, bytes], streams: bool, r
     assert bytes(target.numpy()) == data
 
 
-def test_uploads_are_ordered(numbers: tuple[Path, bytes], detector: Detector) -> None:
+def test_uploads_are_ordered(numbers: tuple[OpenFile, bytes], detector: Detector) -> None:
     """Pinned buffers are reused behind their copies, targets written behind what the current stream did with them."""
     file, data = numbers
     target = torch.zeros(100_000, dtype=torch.uint8)

@@ -18,6 +18,7 @@ from torch import nn  # noqa: E402
 
 import kvpack  # noqa: E402
 from kvpack.errors import ContainerMetadataError, ModelMismatchError  # noqa: E402
+from kvpack.runtime.weights.device_blob import DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
 from kvpack.runtime.weights.load import load  # noqa: E402
 from kvpack.runtime.weights.replace import Replacement, replace_linears  # noqa: E402
@@ -296,7 +297,7 @@ def test_defer(tmp_path: Path) -> None:
     assert deferred == {"blocks.1.up", "blocks.1.down", "blocks.2.up"}
     state = load(path, "cpu")
     for name in deferred:
-        layer, other = model.get_submodule(name), state[name]
+        layer, other = model.get_submodule(name), state.linear(name)
         assert layer.tensor_name == f"{name}.weight"
         assert layer.weight_kvpack.shape == other.weight_kvpack.shape
         assert layer.weight_kvpack_scale.shape == other.weight_kvpack_scale.shape
@@ -450,6 +451,23 @@ def logits(model: Any, device: str = "cpu") -> Any:
     ids = torch.arange(40, device=device).reshape(2, 20) * 5 % 251
     with torch.no_grad():
         return model(ids).logits.cpu()
+
+
+def test_t5_decodes_no_weight_to_learn_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward pass asks ``wo.weight.dtype`` twice a layer."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=256, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
+    torch.manual_seed(0)
+    original = transformers.T5EncoderModel(config).eval()
+    ids = torch.arange(40).reshape(2, 20) * 5 % 251
+    path = saved(original, tmp_path)
+    model = copy.deepcopy(original)
+    report = replace_linears(model, path)
+    assert "encoder.block.1.layer.1.DenseReluDense.wo" in report.replaced
+    monkeypatch.setattr(DeviceBlob, "dequantize", lambda *_: pytest.fail("decoded"))
+    with torch.no_grad():
+        expected = type(original).from_pretrained(tmp_path / "plain").eval()(ids).last_hidden_state
+        torch.testing.assert_close(model(ids).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("meta", [False, True])

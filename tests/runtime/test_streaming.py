@@ -215,7 +215,7 @@ def test_closed_disk_stream_leaves_layers_empty(path: Path) -> None:
     for index in range(LAYERS):
         for name in ("up", "down"):
             layer = getattr(model.blocks[index], name)
-            layer.load_state_dict(state[f"blocks.{index}.{name}"].state_dict(), assign=True)
+            layer.load_state_dict(state.linear(f"blocks.{index}.{name}").state_dict(), assign=True)
     with torch.no_grad():
         assert model(inputs()).equal(resident(path)(inputs()))
 
@@ -234,7 +234,7 @@ def test_deferred_weights_without_a_stream(path: Path) -> None:
     model = Model().eval()
     replace_linears(model, path, device="cpu", defer=model.blocks)
     advice = r"weights of blocks\.0\.up\.weight .* left in the file by replace_linears\(defer=…\).*stream_modules"
-    for use in (lambda: model(inputs()), lambda: model.blocks[0].up.weight):
+    for use in (lambda: model(inputs()), model.blocks[0].up.dequantize):
         with pytest.raises(StreamingError, match=advice):
             use()
 
@@ -252,7 +252,7 @@ def test_use_out_of_turn(path: Path) -> None:
         with pytest.raises(StreamingError, match="streamed"):
             model.blocks[1].up(x)
         with pytest.raises(StreamingError, match="streamed"):
-            _ = model.blocks[1].up.weight
+            model.blocks[1].up.dequantize()
 
 
 def test_errors_in_a_layer_release_it(path: Path) -> None:
@@ -353,6 +353,73 @@ def test_refusals(path: Path) -> None:
         stream_modules(lazy, lazy.blocks[:6], path=path, device="cpu")
 
 
+@pytest.mark.parametrize("what", ["move", "hooks", "uploader"])
+@pytest.mark.parametrize("held", ["held", "deferred"])
+@pytest.mark.parametrize("source", ["pinned", "disk"])
+def test_failed_setup_is_undone(
+    path: Path, page_locks: PageLocks, monkeypatch: pytest.MonkeyPatch, source: str, held: str, what: str
+) -> None:
+    """Threads, files, pinned pages and hooks are gone, and every tensor is the one that it was."""
+    if held == "held":
+        model = resident(path)
+    else:
+        with torch.device("meta"):
+            model = Model().eval()
+        replace_linears(model, path, device="cpu", defer=model.blocks)
+    model.register_buffer("mask", torch.ones(3))
+    model.blocks[0].up.tensor_name = None if held == "held" and source == "pinned" else "blocks.0.up.weight"
+
+    def look() -> list[Any]:
+        linears = [module for module in model.modules() if isinstance(module, RansLinear)]
+        tensors = [*model.parameters(), *(p.data.data_ptr() for p in model.parameters()), *model.buffers()]
+        derived = [(m._current(), m.streamed, m.tensor_name) for m in linears]
+        hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+        threads = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("kvpack-upload"))
+        return [*(id(x) if isinstance(x, torch.Tensor) else x for x in tensors), derived, hooks, threads]
+
+    class FailingError(Exception):
+        pass
+
+    def fail(*_arguments: Any, **_options: Any) -> Any:
+        raise FailingError
+
+    def move_some(device: Any) -> Any:
+        """As ``Module.to`` leaves a model when there is no room for all of it."""
+        model.first.to(torch.float16)
+        model.mask = torch.zeros(3)
+        for block in model.blocks:
+            block.up.bias = block.up.bias.clone()
+        raise FailingError
+
+    uploaders: list[Any] = []
+
+    class Uploader(offload.Uploader):  # type: ignore[misc, name-defined]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            uploaders.append(self)
+            self._pool.submit(lambda: None).result()  # a thread
+
+    before = look()
+    with monkeypatch.context() as patch:
+        patch.setattr(offload, "Uploader", Uploader)
+        if what == "move":
+            patch.setattr(model, "to", move_some)
+        elif what == "hooks":
+            patch.setattr(model.blocks[3], "register_forward_hook", fail)
+        elif source == "disk":
+            patch.setattr(offload, "Uploader", fail)
+        else:
+            patch.setattr(Uploader, "submit", fail)
+        with pytest.raises(FailingError) as caught:
+            stream_modules(model, model.blocks, source=source, path=path, device="cpu")
+    assert look() == before
+    assert not page_locks.ranges
+    assert all(uploader._pool._shutdown for uploader in uploaders)
+    del caught
+    with stream_modules(model, model.blocks, source=source, path=path, device="cpu"), torch.no_grad():
+        assert model(inputs()).equal(resident(path)(inputs()))
+
+
 def test_file_of_another_model(path: Path, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = Model().eval()
@@ -407,10 +474,10 @@ def test_host_does_not_wait_for_later_layers(path: Path, monkeypatch: pytest.Mon
     ends = [(at, at + m.blob_bytes) for layer in stream._layers[:1] for m in layer.members for _, at in [m.piece]]
     assert len(first) == 2
 
-    def gated(file: int, view: Any, offset: int, file_path: Path) -> None:
+    def gated(file: Any, view: Any, offset: int) -> None:
         if not any(begin <= offset < end for begin, end in ends):
             assert gate.wait(10)
-        read(file, view, offset, file_path)
+        read(file, view, offset)
 
     monkeypatch.setattr(upload_module, "read_exactly", gated)
     x = torch.randn(2, WIDTH)
@@ -420,6 +487,18 @@ def test_host_does_not_wait_for_later_layers(path: Path, monkeypatch: pytest.Mon
         gate.set()
         assert y.equal(resident(path).blocks[0](x))
         assert model.blocks[1](x).equal(resident(path).blocks[1](x))
+
+
+def test_file_replaced_under_a_stream(path: Path, tmp_path: Path) -> None:
+    """Bytes come from the file whose fronts and scales are on the device, not from another of its name."""
+    copy, other = tmp_path / "copy.safetensors", tmp_path / "other.safetensors"
+    copy.write_bytes(path.read_bytes())
+    other.write_bytes(bytes(len(path.read_bytes())))
+    model, stream = streamed(copy, "disk")
+    other.rename(copy)
+    with stream, torch.no_grad():
+        assert model(inputs()).equal(resident(path)(inputs()))
+    assert all(member.piece is None for layer in stream._layers for member in layer.members)  # the file is let go of
 
 
 def test_stream_is_freed(path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import emulator
 import numpy as np
@@ -14,15 +16,23 @@ import sample_blobs as samples
 torch = pytest.importorskip("torch")
 
 from emulated_device import LIMITS, coded_tensor, emulated_launch  # noqa: E402
+from happens_before import Detector, FakeStream, detecting  # noqa: E402
 
-from kvpack.encode.blob_decoder import decode_integers  # noqa: E402
+from kvpack.encode.blob_decoder import decode_integers, rotate_left  # noqa: E402
 from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
 from kvpack.format.header import BlobHeader  # noqa: E402
-from kvpack.format.layout import OUTLIER_DELTA_BITS, ElementKind, integer_layout  # noqa: E402
+from kvpack.format.layout import (  # noqa: E402
+    OUTLIER_DELTA_BITS,
+    TILE_ROWS,
+    ElementKind,
+    ceil_div,
+    float_layouts,
+    integer_layout,
+)
 from kvpack.runtime.device import kernels, semaphores  # noqa: E402
 from kvpack.runtime.device.devices import Limits  # noqa: E402
-from kvpack.runtime.weights import products  # noqa: E402
+from kvpack.runtime.weights import expansion, products  # noqa: E402
 from kvpack.runtime.weights.launch_model import fit_gemm, fit_gemv, gemm_launches, gemv_launches  # noqa: E402
 
 GOLDEN = sorted((Path(__file__).parents[1] / "data" / "v1").glob("*.blob"))
@@ -183,7 +193,7 @@ def test_product_by_any_launch(tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    """The same bits whichever panel comes last, from tickets that each launch leaves at 0."""
+    """The same bits whichever panel comes last, from semaphores that each launch leaves at 0."""
     data, scales = quantized(150, 700, "balanced", 5)
     coded = coded_tensor(data, scales)
     shape = (coded.header, coded.word_buffer_bytes, LIMITS, 4)
@@ -200,12 +210,12 @@ def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, tokens: 
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_tables_share_no_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_share_no_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product of several tables may be broken off, or meet another thread's, between its launches."""
     data = blob_of_several_tables()
     coded = coded_tensor(data, np.full(1, 0.1, np.float32))
     assert len(coded.tables) > 1
-    monkeypatch.setattr(semaphores, "take", lambda count, device: pytest.fail("shared tickets"))
+    monkeypatch.setattr(semaphores, "take", lambda count, device: pytest.fail("shared semaphores"))
     products.multiply(coded, torch.ones(1, coded.header.cols, dtype=torch.float16), None, LIMITS)
 
 
@@ -332,3 +342,172 @@ def test_massive_activations(tokens: int) -> None:
     expected = x.double().numpy() @ weights.T
     got = products.multiply(coded, x, None, LIMITS).double().numpy()
     assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-3
+
+
+# Products of many vectors ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Detector]:
+    with detecting(monkeypatch) as found:
+        sides: dict[FakeStream, FakeStream] = {}
+        monkeypatch.setattr(expansion, "_side_stream", lambda main: sides.setdefault(main, FakeStream(found)))
+        yield found
+
+
+class Expansion:
+    """What a product of many vectors does: staging buffers, the rows decoded into them, and on which streams."""
+
+    def __init__(self, detector: Detector, monkeypatch: pytest.MonkeyPatch, staging_bytes: int) -> None:
+        self.buffers: list[int] = []
+        self.steps: list[tuple[str, int, int, FakeStream]] = []  # what, buffer, rows, on which stream
+        self.decoded: list[tuple[int, int]] = []
+        self.detector = detector
+        empty, decode = torch.empty, products.decode
+
+        def watched_empty(*arguments: Any, **options: Any) -> torch.Tensor:
+            tensor = empty(*arguments, **options)
+            detector.watch(tensor, "a buffer")
+            detector.access(tensor, write=True)  # whoever had this memory before wrote to it on this stream
+            self.buffers.append(tensor.nbytes)
+            return tensor
+
+        def watched_decode(coded: Any, output: int, out: torch.Tensor, limits: Limits, rows: tuple[int, int]) -> None:
+            detector.access(out, write=True)
+            self.steps.append(("decode", out.untyped_storage().data_ptr(), len(out), detector.current))
+            self.decoded.append(rows)
+            out.fill_(float("nan"))
+            decode(coded, output, out, limits, rows)
+
+        def watched(multiply: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            def call(*operands: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+                weights = operands[-1]
+                detector.access(weights, write=False)
+                detector.access(out, write=True)
+                self.steps.append(
+                    ("multiply", weights.untyped_storage().data_ptr(), weights.shape[1], detector.current)
+                )
+                return multiply(*operands, out=out)
+
+            return call
+
+        monkeypatch.setattr(expansion, "STAGING_BYTES", staging_bytes)
+        monkeypatch.setattr(torch, "empty", watched_empty)
+        monkeypatch.setattr(products, "decode", watched_decode)
+        monkeypatch.setattr(torch, "mm", watched(torch.mm))
+        monkeypatch.setattr(torch, "addmm", watched(torch.addmm))
+
+
+def expanded_operands(kind: ElementKind, rows: int, cols: int) -> tuple[Any, torch.Tensor]:
+    """A coded matrix, quantized or of bf16, and its numbers in fp32."""
+    if kind == ElementKind.SIGNED:
+        data, scales = quantized(rows, cols, "balanced", 5)
+        return coded_tensor(data, scales), torch.from_numpy(dense(data, scales)[0])
+    values = torch.from_numpy(np.random.default_rng(4).normal(0, 0.05, (rows, cols))).to(torch.bfloat16)
+    elements = rotate_left(values.view(torch.int16).numpy().view(np.uint16), 16)
+    return coded_tensor(encode_elements(elements, float_layouts(kind)[0], tile_cols=64)), values.float()
+
+
+@pytest.mark.parametrize("kind", [ElementKind.SIGNED, ElementKind.BF16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "parts"), [(256, 1), (300, 2), (1100, 5)])
+def test_expanded_products(
+    detector: Detector,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: ElementKind,
+    dtype: torch.dtype,
+    bias: bool,
+    rows: int,
+    parts: int,
+) -> None:
+    """A large matrix goes through two buffers, the next part being decoded on a side stream; numbers are the same."""
+    cols = 40
+    coded, weights = expanded_operands(kind, rows, cols)
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(33, cols, generator=generator).to(dtype)
+    b = torch.randn(rows, generator=generator).to(dtype) if bias else None
+    staged = dtype if kind == ElementKind.SIGNED else torch.bfloat16
+    expected = x.double() @ weights.to(staged).to(dtype).double().T + (0 if b is None else b.double())
+
+    seen = Expansion(detector, monkeypatch, TILE_ROWS * cols * staged.itemsize)
+    got = expansion.multiply(coded, x, b, LIMITS)
+    assert got.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), expected, rtol=4 * eps, atol=8 * eps)
+    assert coded.status.tolist() == [0, 0]
+
+    assert parts == ceil_div(rows, TILE_ROWS)
+    assert seen.decoded == [(first, min(first + TILE_ROWS, rows)) for first in range(0, rows, TILE_ROWS)]
+    sizes = [end - first for first, end in seen.decoded]
+    buffers = [33 * rows * dtype.itemsize] + [TILE_ROWS * cols * staged.itemsize] * min(parts, 2)
+    assert seen.buffers == buffers
+    decodes, multiplications = ([step[1:] for step in seen.steps if step[0] == what] for what in ("decode", "multiply"))
+    assert [size for _, size, _ in decodes] == [size for _, size, _ in multiplications] == sizes
+    assert len({buffer for buffer, _, _ in decodes}) == min(parts, 2)
+    assert [buffer for buffer, _, _ in decodes] == [decodes[index % 2][0] for index in range(parts)]
+    assert {stream for _, _, stream in multiplications} == {detector.default}
+    if parts == 1:
+        assert decodes[0][2] is detector.default
+        return
+    assert len({stream for _, _, stream in decodes}) == 1
+    assert decodes[0][2] is not detector.default
+    # Part n + 1 is enqueued before the product with part n, so that they can run side by side.
+    order = [what for what, *_ in seen.steps]
+    assert order == ["decode", *["decode", "multiply"] * (parts - 1), "multiply"]
+    assert not detector.races
+    # Whoever uses the result, or gets the buffers' memory, on this stream is behind all of it.
+    known = detector.default.clock
+    assert all(known.get(stream, 0) >= time for stream, time in decodes[0][2].clock.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "race"),
+    [
+        ("wait_event", {"overwritten before it was read", "read before it was written"}),
+        ("wait_stream", {"written twice"}),
+    ],
+)
+def test_expanded_products_need_each_wait(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch, method: str, race: set[str]
+) -> None:
+    coded, _ = expanded_operands(ElementKind.SIGNED, 1100, 40)
+    Expansion(detector, monkeypatch, TILE_ROWS * 40 * 4)
+    x = torch.randn(33, 40)
+    expansion.multiply(coded, x, None, LIMITS)
+    assert not detector.races
+    monkeypatch.setattr(FakeStream, method, lambda _self, _other: None)
+    expansion.multiply(coded, x, None, LIMITS)
+    assert {found.partition(": ")[2] for found in detector.races} == race
+    detector.races.clear()
+
+
+def test_failed_expansion_is_waited_for(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been enqueued must not outlive the buffers: their memory is handed out on this stream."""
+    coded, _ = expanded_operands(ElementKind.SIGNED, 1100, 40)
+    seen = Expansion(detector, monkeypatch, TILE_ROWS * 40 * 4)
+
+    def fail(*_operands: Any, **_options: Any) -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "mm", fail)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        expansion.multiply(coded, torch.randn(33, 40), None, LIMITS)
+    side = seen.steps[-1][3]
+    assert side is not detector.default
+    assert detector.default.clock[side.cuda_stream] == side.clock[side.cuda_stream]
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "element_bytes", "step"),
+    [
+        (4096, 4096, 2, 4096),  # 32 MiB: at once
+        (16384, 4096, 2, 8192),  # 128 MiB: two parts of 64
+        (16640, 4096, 2, 5632),  # three parts of a size, not two full ones and a rest
+        (512, 1 << 20, 4, TILE_ROWS),  # a tile's rows, however large
+    ],
+)
+def test_parts_of_expanded_products(rows: int, cols: int, element_bytes: int, step: int) -> None:
+    assert expansion.part_rows(rows, cols, element_bytes) == step
+    assert step % TILE_ROWS == 0
+    assert step == TILE_ROWS or step * cols * element_bytes <= expansion.STAGING_BYTES

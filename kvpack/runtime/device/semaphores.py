@@ -11,20 +11,20 @@ import threading
 
 import torch
 
-_ARENA_TICKETS = 1 << 20
-_STREAM_TICKETS = 4096
+_ARENA_SEMAPHORES = 1 << 20
+_STREAM_SEMAPHORES = 4096
 _arena: dict[int, torch.Tensor] = {}  # what is left of the newest
 _arenas: list[torch.Tensor] = []  # all of them: graphs hold addresses
-_stream_tickets: dict[tuple[int, int], torch.Tensor] = {}
+_stream_semaphores: dict[tuple[int, int], torch.Tensor] = {}
 _arena_lock = threading.Lock()
 
 
 def prepare(device: torch.device) -> None:
-    """Have tickets ready for launches to come, captured or not; one that finds none has its own zeroed."""
+    """Have semaphores ready for launches to come, captured or not; without, a launch has some of its own zeroed."""
     index = torch.cuda.current_device() if device.index is None else device.index
     with _arena_lock:
-        if index not in _arena or len(_arena[index]) < _ARENA_TICKETS // 2:
-            _arena[index] = torch.zeros(_ARENA_TICKETS, dtype=torch.int32, device=device)
+        if index not in _arena or len(_arena[index]) < _ARENA_SEMAPHORES // 2:
+            _arena[index] = torch.zeros(_ARENA_SEMAPHORES, dtype=torch.int32, device=device)
             _arenas.append(_arena[index])
             torch.cuda.synchronize(device)  # other streams take slices
 
@@ -37,14 +37,14 @@ def take(count: int, device: torch.device) -> torch.Tensor:
     key = (stream.device_index, stream.cuda_stream)
     captured = torch.cuda.is_current_stream_capturing()
     with _arena_lock:
-        found = None if captured else _stream_tickets.get(key)
+        found = None if captured else _stream_semaphores.get(key)
         if found is not None and len(found) >= count:
             return found
         rest = _arena.get(stream.device_index)
-        taken = count if captured else max(count, _STREAM_TICKETS)
+        taken = count if captured else max(count, _STREAM_SEMAPHORES)
         if rest is not None and len(rest) >= taken:
             found, _arena[stream.device_index] = rest[:taken], rest[taken:]
             if not captured:
-                _stream_tickets[key] = found
+                _stream_semaphores[key] = found
             return found
     return torch.zeros(count, dtype=torch.int32, device=device)

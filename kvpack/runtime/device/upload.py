@@ -12,17 +12,16 @@ import errno
 import os
 import queue
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from kvpack.encode.threads import default_threads
+from kvpack.format.container import OpenFile
 
 CHUNK_BYTES = 8 << 20
 # Read through gaps up to this size: cheaper than another read.
@@ -36,7 +35,7 @@ BUFFERS_PER_THREAD = 2
 class Piece:
     """``len(target)`` bytes of a file from ``offset`` on, and where they go: u8, 1-D, contiguous, on the device."""
 
-    path: Path
+    file: OpenFile
     offset: int
     target: torch.Tensor
 
@@ -49,7 +48,7 @@ class Piece:
 class Chunk:
     """A range of a file, read at once. Parts: number of a piece, and begin and end of what it takes, in the file."""
 
-    path: Path
+    file: OpenFile
     offset: int
     size: int = 0
     parts: list[tuple[int, int, int]] = field(default_factory=list)
@@ -58,18 +57,24 @@ class Chunk:
 def split_pieces(pieces: Sequence[Piece], chunk_bytes: int, gap_bytes: int) -> list[Chunk]:
     """Pieces → chunks of at most ``chunk_bytes``, in the order of the files' bytes."""
     chunks: list[Chunk] = []
-    for number in sorted(range(len(pieces)), key=lambda i: (str(pieces[i].path), pieces[i].offset)):
+
+    def place(number: int) -> tuple[str, int, int]:
+        """Two files may have been opened under one path, one after the other."""
+        file = pieces[number].file
+        return str(file.path), file.descriptor, pieces[number].offset
+
+    for number in sorted(range(len(pieces)), key=place):
         piece = pieces[number]
         at = piece.offset
         while at < piece.end:
             chunk = chunks[-1] if chunks else None
             if (
                 chunk is None
-                or chunk.path != piece.path
+                or chunk.file is not piece.file
                 or at - (chunk.offset + chunk.size) > gap_bytes
                 or not chunk.offset <= at < chunk.offset + chunk_bytes
             ):
-                chunk = Chunk(piece.path, at)
+                chunk = Chunk(piece.file, at)
                 chunks.append(chunk)
             end = min(piece.end, chunk.offset + chunk_bytes)
             chunk.parts.append((number, at, end))
@@ -78,13 +83,13 @@ def split_pieces(pieces: Sequence[Piece], chunk_bytes: int, gap_bytes: int) -> l
     return chunks
 
 
-def read_exactly(file: int, view: memoryview, offset: int, path: Path) -> None:
+def read_exactly(file: OpenFile, view: memoryview, offset: int) -> None:
     """Fill ``view`` from a file. Raises OSError if the file ends before."""
     done = 0
     while done < len(view):
-        count = os.preadv(file, [view[done:]], offset + done)
+        count = os.preadv(file.descriptor, [view[done:]], offset + done)
         if count == 0:
-            raise OSError(errno.EIO, "the file ended while it was read: was it replaced?", str(path))
+            raise OSError(errno.EIO, "the file ended while it was read: was it overwritten?", str(file.path))
         done += count
 
 
@@ -189,12 +194,6 @@ class _Pinned:
         self.copied = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to one that reads
 
 
-def _close_files(files: dict[Path, int]) -> None:
-    for file in files.values():
-        os.close(file)
-    files.clear()
-
-
 class Uploader:
     """Threads, pinned buffers and a stream that bring files' bytes to one device, until closed.
 
@@ -222,13 +221,11 @@ class Uploader:
         self._chunk_bytes = chunk_bytes
         self._threads = threads or min(MAX_THREADS, max(2, default_threads()))
         self._progress = progress
-        self._files: dict[Path, int] = {}
         self._uploads: list[Upload] = []
         self._free: queue.SimpleQueue[_Pinned] = queue.SimpleQueue()
         self._buffers = 0
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="kvpack-upload")
-        self._close_files = weakref.finalize(self, _close_files, self._files)
 
     def after_current_work(self) -> Callable[[], None] | None:
         """For ``begin``: wait for the current stream as it is now. Fresh memory is what its last work may have left."""
@@ -245,9 +242,6 @@ class Uploader:
         or ``begin`` (which runs with the copy stream as the current one) makes that stream wait for it.
         """
         listed = list(pieces)
-        for piece in listed:
-            if piece.path not in self._files:
-                self._files[piece.path] = os.open(piece.path, os.O_RDONLY | os.O_CLOEXEC)
         chunks = split_pieces(listed, self._chunk_bytes, 0 if self.stream is None else GAP_BYTES)
         with torch.cuda.stream(self.stream):  # a context of nothing if there is none
             upload = Upload(listed, chunks, self.stream, begin)
@@ -274,17 +268,16 @@ class Uploader:
 
     def _read(self, upload: Upload, chunk: Chunk) -> None:
         upload.begin()
-        file = self._files[chunk.path]
         for number, begin, end in chunk.parts:
             piece = upload.pieces[number]
             part = piece.target[begin - piece.offset : end - piece.offset]
-            read_exactly(file, part.numpy().data, begin, chunk.path)
+            read_exactly(chunk.file, part.numpy().data, begin)
 
     def _read_and_copy(self, upload: Upload, chunk: Chunk, stream: torch.cuda.Stream) -> None:
         pinned = self._take_buffer()
         try:
             pinned.copied.synchronize()
-            read_exactly(self._files[chunk.path], pinned.view[: chunk.size], chunk.offset, chunk.path)
+            read_exactly(chunk.file, pinned.view[: chunk.size], chunk.offset)
             with torch.cuda.stream(stream):
                 upload.begin()
                 for number, begin, end in chunk.parts:
@@ -303,13 +296,12 @@ class Uploader:
         return _Pinned(self._chunk_bytes, self.device) if new else self._free.get()
 
     def close(self) -> None:
-        """Give up what has not been read, wait for what is in flight, and let go of buffers and files."""
+        """Give up what has not been read, wait for what is in flight, and let go of buffers and pieces."""
         for upload in self._uploads:
             upload.cancel()
         self._pool.shutdown(wait=True)
         if self.stream is not None:
             self.stream.synchronize()
-        self._close_files()
         self._uploads.clear()
 
     def __enter__(self) -> Self:

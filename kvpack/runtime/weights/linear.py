@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
@@ -48,6 +48,71 @@ def _convert(apply: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor
     return apply(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
 
+class CodedWeight:
+    """``RansLinear.weight``: what may be asked of a weight without decoding it. It is no ``torch.Tensor``.
+
+    Attributes:
+        dtype: of the original weight.
+        device: where the coded weight is now.
+        shape: of the original weight.
+
+    Raises:
+        TypeError: it is used as numbers, by an operator or a function of torch; the message names ``dequantize()``.
+        AttributeError: so is another attribute of a tensor.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.shape = torch.Size(shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """The shape, or one of its numbers."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __repr__(self) -> str:
+        return f"CodedWeight({list(self.shape)}, {str(self.dtype).removeprefix('torch.')}, device='{self.device}')"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"no {name!r} in {_STAYS_CODED}", name=name, obj=self)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise TypeError(f"{getattr(function, '__name__', function)}: {_STAYS_CODED}")
+
+
+_STAYS_CODED = (
+    "the weight of a RansLinear, which stays coded and has dtype, device and shape alone; RansLinear.dequantize() "
+    "gives its numbers"
+)
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def refuse(_self: CodedWeight, *_others: object, **_options: object) -> NoReturn:
+        raise TypeError(f"{name}: {_STAYS_CODED}")
+
+    return refuse
+
+
+# Python looks operators up in the class alone. Objects that know no comparison compare by identity: a wrong answer.
+for _operator in (
+    *(f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv", "matmul", "pow") for side in ("", "r", "i")),
+    *("__neg__", "__abs__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
+    *("__getitem__", "__setitem__", "__len__", "__iter__", "__bool__", "__int__", "__float__", "__array__"),
+):
+    setattr(CodedWeight, _operator, _refusing(_operator))
+
+
 class RansLinear(nn.Module):
     """``y = x · Wᵀ + bias`` with entropy-coded W, decoded inside the product (on the CPU: before it).
 
@@ -68,7 +133,7 @@ class RansLinear(nn.Module):
         weight_kvpack: u8 [blob bytes], a buffer.
         weight_kvpack_scale: f32 [1] or [out_features], a buffer; None for lossless weights.
         bias: [out_features], a buffer, or None.
-        weight_dtype: dtype of the original weight.
+        weight_dtype: dtype of the original weight; weight_shape: its shape.
 
     Raises:
         ModelMismatchError: the blob holds something other than one matrix, or the bias does not fit it.
@@ -85,16 +150,19 @@ class RansLinear(nn.Module):
             raise ModelMismatchError(f"a linear layer needs one matrix, the blob holds {tuple(blob.shape)}")
         if bias is not None and tuple(bias.shape) != (header.rows,):
             raise ModelMismatchError(f"the bias is {tuple(bias.shape)}, the weight has {header.rows} outputs")
-        self._set_up(header.cols, header.rows, blob.dtype, tensor_name)
+        self._set_up(header.cols, header.rows, blob.dtype, blob.shape, tensor_name)
         self.register_buffer(BLOB, None)
         self.register_buffer(SCALE, None)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self._take(blob)
 
-    def _set_up(self, in_features: int, out_features: int, dtype: torch.dtype, tensor_name: str | None) -> None:
+    def _set_up(
+        self, in_features: int, out_features: int, dtype: torch.dtype, shape: tuple[int, ...], tensor_name: str | None
+    ) -> None:
         self.in_features = in_features
         self.out_features = out_features
         self.weight_dtype = dtype
+        self.weight_shape = tuple(shape)
         self.tensor_name = tensor_name
         # While a LayerStream owns the weights, they have no home on the device, and `_blob` is what it lends.
         self.streamed = False
@@ -114,6 +182,7 @@ class RansLinear(nn.Module):
         device: torch.device | str = "meta",
         *,
         tensor_name: str | None = None,
+        transposed: bool = False,
     ) -> Self:
         """A layer of known sizes without weights, to be filled by ``load_state_dict``.
 
@@ -122,10 +191,12 @@ class RansLinear(nn.Module):
                 bring a blob of another length: it depends on the weights' values.
             num_scales: 0 for lossless weights, else 1 or ``out_features``.
             dtype: of the original weight, and of the bias.
+            transposed: the original weight is inputs × outputs.
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._set_up(in_features, out_features, dtype, tensor_name)
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        layer._set_up(in_features, out_features, dtype, shape, tensor_name)
         device = torch.device(device)
         layer.register_buffer(BLOB, padded_buffer(blob_bytes, device).zero_()[:blob_bytes])
         scales = torch.zeros(num_scales, dtype=torch.float32, device=device) if num_scales else None
@@ -142,6 +213,8 @@ class RansLinear(nn.Module):
     def _lend(self, blob: DeviceBlob | None) -> None:
         """Use ``blob`` as what the buffers stand for, or forget what was derived from them."""
         self._blob = blob
+        if blob is not None:
+            self.weight_shape = blob.shape
         self._blob_of = self.weight_kvpack if blob is not None else None
         self._scale_of = self.weight_kvpack_scale if blob is not None else None
 
@@ -155,18 +228,28 @@ class RansLinear(nn.Module):
         """The coded weight, ready for use on the device where the buffers are.
 
         Happens by itself. To be called by whoever replaces the buffers by hand and then compiles the model or captures
-        a CUDA graph: it copies to and from the device.
+        a CUDA graph: it copies to and from the device, and on CUDA decodes every lane once (§5.2).
 
         Raises:
-            FormatError: the buffers hold no intact blob.
+            FormatError: the buffers hold no intact blob, LaneStateError among them.
             ModelMismatchError: a blob of another shape.
             StreamingError: the weights are streamed, and it is not this layer's turn; or they were left in the file.
             RuntimeError: the layer is on the meta device.
         """
         blob = self._current()
-        return self._derive(None) if blob is None else blob
+        if blob is not None:
+            return blob
+        try:
+            return self._derive(None)
+        except FormatError as error:
+            error.args = (f"{self.tensor_name or 'a RansLinear'}: {error}",)
+            raise
 
-    def _derive(self, host: memoryview | None) -> DeviceBlob:
+    def _derive(self, host: memoryview | None, *, check: bool = False) -> DeviceBlob:
+        """Make the blob that the buffers stand for, and use it.
+
+        Its lanes are checked first on CUDA, where products do not raise, and with ``check`` on the CPU too.
+        """
         coded, scales = self.weight_kvpack, self.weight_kvpack_scale
         if self.streamed:
             raise StreamingError(
@@ -199,6 +282,8 @@ class RansLinear(nn.Module):
             )
         shape = (header.cols, header.rows) if header.transposed else (header.rows, header.cols)
         blob = DeviceBlob.from_buffer(padded(coded.detach()), scales.detach(), self.weight_dtype, shape, host=host)
+        if check or blob.device.type == "cuda":
+            blob.check_lanes()
         self._take(blob)
         return blob
 
@@ -212,9 +297,22 @@ class RansLinear(nn.Module):
         return blob.linear(x, self.bias)
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The dequantized weight in its original shape and dtype: decoded at each access, a copy."""
-        return self.prepare().dequantize()
+    def weight(self) -> CodedWeight:
+        """The original weight's dtype and shape, and the device: for code that asks ``layer.weight.dtype``."""
+        blob = self._current()
+        device = self.weight_kvpack.device if blob is None else blob.device
+        return CodedWeight(self.weight_dtype, device, self.weight_shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight as numbers, in its original shape: decoded at each call, a copy.
+
+        Args:
+            dtype: by default the original's.
+
+        Raises:
+            FormatError, StreamingError, RuntimeError: as of :meth:`prepare`.
+        """
+        return self.prepare().dequantize(dtype)
 
     @property
     def memory_bytes(self) -> int:
@@ -287,7 +385,7 @@ class RansLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if given is not None and self._current() is None and not self.weight_kvpack.is_meta:
             try:
-                self._derive(None)
+                self._derive(None, check=True)
             except ValueError as error:
                 error_msgs.append(f"{prefix}{BLOB}: {error}")
 

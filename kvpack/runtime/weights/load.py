@@ -51,16 +51,13 @@ _BLOCK_BYTES = 512
 Progress = Callable[[int, int], None]
 
 
-def data_offset(container: Container) -> int:
-    """Where a safetensors file's data begin: the tensors cover them, and end with the file (§9.1)."""
-    end = max((tensor.end for tensor in container.tensors.values()), default=0)
-    return container.path.stat().st_size - end
-
-
 def piece_of(container: Container, stored: str, target: torch.Tensor) -> Piece:
-    """A stored tensor's bytes in its file, to be brought to the front of ``target`` (u8)."""
+    """A stored tensor's bytes in its file, to be brought to the front of ``target`` (u8).
+
+    They are read from the file that the container has mapped and checked, whatever lies under its path by now.
+    """
     tensor = container.tensors[stored]
-    return Piece(container.path, data_offset(container) + tensor.begin, target[: tensor.size_bytes])
+    return Piece(container.file, container.data_begin + tensor.begin, target[: tensor.size_bytes])
 
 
 @contextmanager
@@ -210,16 +207,13 @@ def load_tensors(
 
 
 class State(Mapping[str, Any]):
-    """Tensors by their original names: coded ones are ``DeviceBlob``, the others plain tensors.
+    """A mapping of the original names to tensors: coded ones are ``DeviceBlob``, the others plain tensors.
 
-    A layer's name, without ``.weight``, gives a :class:`RansLinear` with the layer's bias, if it has one; the same each
-    time, and it shares the state's memory::
+    :meth:`linear` gives a coded matrix as a layer::
 
         state = kvpack.load("model.kvpack.safetensors", device="cuda")
-        y = state["model.layers.0.mlp.down_proj"](x)
+        y = state.linear("model.layers.0.mlp.down_proj")(x)
         w = state["model.layers.0.mlp.down_proj.weight"].dequantize()
-
-    Iteration, ``len`` and ``in`` know the tensors alone.
     """
 
     def __init__(self, tensors: Mapping[str, DeviceBlob | torch.Tensor], device: torch.device) -> None:
@@ -230,25 +224,33 @@ class State(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name in self._tensors:
             return self._tensors[name]
-        return self.linear(name)
+        advice = f"; linear({name!r}) gives the layer" if f"{name}.weight" in self._tensors else ""
+        raise KeyError(f"there is no tensor {name!r}{advice}")
 
     def linear(self, name: str) -> RansLinear:
-        """The layer ``name``: its coded ``name.weight``, and ``name.bias`` if there is one.
+        """The layer of a coded matrix, the same each time; it shares the state's memory.
+
+        Args:
+            name: of the layer, whose matrix is ``name.weight``, or of the matrix itself. The layer of ``….weight`` has
+                ``….bias`` as its bias, if there is one.
 
         Raises:
-            KeyError: there is no such weight, or it is not coded.
+            KeyError: there is no such tensor, or it is not coded.
+            ModelMismatchError: it is no matrix, or the bias does not fit it.
         """
-        if name not in self._layers:
-            weight = self._tensors.get(f"{name}.weight")
+        own = f"{name}.weight" if f"{name}.weight" in self._tensors else name
+        if own not in self._layers:
+            weight = self._tensors.get(own)
             if weight is None:
                 raise KeyError(f"there is no tensor {name!r}, and no {name + '.weight'!r}")
             if not isinstance(weight, DeviceBlob):
-                raise KeyError(f"{name + '.weight'!r} is not coded: it is a plain tensor under that name")
-            bias = self._tensors.get(f"{name}.bias")
+                raise KeyError(f"{own!r} is not coded: it is a plain tensor under that name")
+            bias_name = own.removesuffix(".weight") + ".bias"
+            bias = self._tensors.get(bias_name) if own.endswith(".weight") else None
             if isinstance(bias, DeviceBlob):
-                raise KeyError(f"{name + '.bias'!r} is coded, which a bias cannot be")
-            self._layers[name] = RansLinear(weight, bias, tensor_name=f"{name}.weight")
-        return self._layers[name]
+                raise KeyError(f"{bias_name!r} is coded, which a bias cannot be")
+            self._layers[own] = RansLinear(weight, bias, tensor_name=own)
+        return self._layers[own]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -31,14 +31,14 @@ from torch import nn
 
 from kvpack.encode.reader import Reader
 from kvpack.errors import StreamingError
-from kvpack.format.container import BLOB_SUFFIX
+from kvpack.format.container import BLOB_SUFFIX, OpenFile
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Upload, Uploader, side_stream
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
 from kvpack.runtime.weights.linear import BLOB, SCALE, RansLinear
-from kvpack.runtime.weights.load import data_offset, scales_on
+from kvpack.runtime.weights.load import scales_on
 
 if TYPE_CHECKING:
     import os
@@ -56,7 +56,7 @@ class _Member:
     linear: RansLinear
     offset: int
     blob_bytes: int
-    piece: tuple[Path, int] | None  # where the file has them
+    piece: tuple[OpenFile, int] | None  # where the file has them: the one whose fronts and scales were read
     blob: DeviceBlob | None = None
 
     @property
@@ -129,6 +129,25 @@ def _unregister(hosts: list[torch.Tensor], device: torch.device) -> None:
     hosts.clear()
 
 
+class _Before:
+    """Layers and other tensors as they were, to be put back if what streams them cannot be set up."""
+
+    def __init__(self, linears: Iterable[RansLinear], others: Iterable[tuple[nn.Module, str]] = ()) -> None:
+        self._linears = [(linear, dict(vars(linear)), dict(linear._buffers)) for linear in linears]
+        self._parameters = [(m, key, p, p.data) for m, key in others if (p := m._parameters.get(key)) is not None]
+        self._buffers = [(m, key, m._buffers[key]) for m, key in others if key in m._buffers]
+
+    def restore(self) -> None:
+        for linear, attributes, own in self._linears:
+            vars(linear).update(attributes)
+            linear._buffers.update(own)
+        for module, key, parameter, data in self._parameters:
+            module._parameters[key] = parameter
+            parameter.data = data
+        for module, key, buffer in self._buffers:
+            module._buffers[key] = buffer
+
+
 class LayerStream:
     """Streams the coded weights of a sequence of layers to a device, a few layers ahead of their use.
 
@@ -154,6 +173,8 @@ class LayerStream:
     Raises:
         StreamingError: a layer is in the sequence twice, or has neither weights nor a file.
         ValueError: an argument makes no sense.
+
+    Whatever is raised while it is made, the layers are as they were.
     """
 
     def __init__(
@@ -186,26 +207,34 @@ class LayerStream:
         self._handles: list[Any] = []
         self._closed = False
         self._uploader: Uploader | None = None
+        self._finalizer: Callable[[], object] | None = None
         self._copy_stream = side_stream(self.device)
-        reader = None if path is None else Reader(Path(path))
+        before = _Before(linears)
         try:
+            self._set_up(layers, None if path is None else Path(path))
+        except BaseException:
+            try:
+                self._stop()
+            finally:
+                before.restore()
+            raise
+
+    # Setting up --------------------------------------------------------------------------------------------------
+
+    def _set_up(self, layers: Sequence[Sequence[RansLinear]], path: Path | None) -> None:
+        with nullcontext() if path is None else Reader(path) as reader:
             self._layers = [self._lay_out(layer, reader) for layer in layers]
-            self._slots = self._make_slots(min(prefetch + 1, len(self._layers)))
-            if source == "pinned":
+            self._slots = self._make_slots(min(self.prefetch + 1, len(self._layers)))
+            if self.source == "pinned":
                 self._fill_hosts()
             for layer in self._layers:
                 for member in layer.members:
                     member.blob = self._device_blob(layer, member, reader)
-        finally:
-            if reader is not None:
-                reader.close()
         for layer in self._layers:
             for member in layer.members:
                 self._take(layer, member)
-        if source == "disk":
+        if self.source == "disk":
             self._uploader = Uploader(self.device, stream=self._copy_stream)
-
-    # Setting up --------------------------------------------------------------------------------------------------
 
     def _lay_out(self, linears: Sequence[RansLinear], reader: Reader | None) -> _Layer:
         """Where in a slot each linear layer's bytes lie."""
@@ -222,7 +251,7 @@ class LayerStream:
                 if name not in container.coded:
                     raise StreamingError(f"{name!r} is not coded in {container.path}")
                 stored = container.tensors[name + BLOB_SUFFIX]
-                piece, size = (container.path, data_offset(container) + stored.begin), stored.size_bytes
+                piece, size = (container.file, container.data_begin + stored.begin), stored.size_bytes
             member = _Member(linear, align(at, _SLOT_ALIGNMENT), size, piece)
             members.append(member)
             at = member.end
@@ -458,6 +487,18 @@ class LayerStream:
                 if member.blob is not None:
                     member.blob.check()
 
+    def _stop(self) -> None:
+        """Nothing is read, copied or called any more; no file is open for threads, and no memory pinned."""
+        self._closed = True
+        for handle in self._handles:
+            handle.remove()
+        if self._uploader is not None:
+            self._uploader.close()
+        if self._copy_stream is not None:
+            torch.cuda.synchronize(self.device)
+        if self._finalizer is not None:
+            self._finalizer()
+
     def close(self) -> None:
         """Stop, wait for the device, and give the layers back.
 
@@ -468,15 +509,7 @@ class LayerStream:
         """
         if self._closed:
             return
-        self._closed = True
-        for handle in self._handles:
-            handle.remove()
-        if self._uploader is not None:
-            self._uploader.close()
-        if self._copy_stream is not None:
-            torch.cuda.synchronize(self.device)
-            if self.source == "pinned":
-                self._finalizer()
+        self._stop()
         for layer in self._layers:
             for member in layer.members:
                 linear, scales = member.linear, member.linear.weight_kvpack_scale
@@ -484,7 +517,7 @@ class LayerStream:
                 linear.streamed = False
                 if scales is not None:
                     linear._buffers[SCALE] = scales.to(linear.weight_kvpack.device)
-                member.blob = None
+                member.blob = member.piece = None
         self._slots.clear()
         self._slot_of.clear()
         self._active.clear()
@@ -531,6 +564,8 @@ def stream_modules(
 
     Raises:
         StreamingError: modules without coded weights, nested in each other, or other weights on the meta device.
+
+    Whatever is raised, ``model.to(device)``'s errors among it, the model is as it was.
     """
     names = {id(module): name for name, module in model.named_modules()}
     layers = []
@@ -540,22 +575,37 @@ def stream_modules(
         layers.append([inner for inner in module.modules() if isinstance(inner, RansLinear)])
         if not layers[-1]:
             raise StreamingError(f"{names[id(module)]!r} has no RansLinear: call kvpack.replace_linears before")
-        for linear in layers[-1]:
-            linear.tensor_name = linear.tensor_name or f"{names[id(linear)]}.weight"
-    streamed = {id(linear) for layer in layers for linear in layer}
+    streamed = {id(linear): linear for layer in layers for linear in layer}
+    others: list[tuple[nn.Module, str]] = []
     for name, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             coded = isinstance(module, RansLinear) and key in (BLOB, SCALE) and id(module) in streamed
             if tensor is not None and tensor.is_meta and not coded:
                 raise StreamingError(f"{name}.{key} is on the meta device: load it with kvpack.replace_linears before")
-    stream = LayerStream(layers, device=device, source=source, path=path, prefetch=prefetch)
-    model.to(stream.device)
-    acquire, release = torch.compiler.disable(stream.acquire), torch.compiler.disable(stream.release)
-    for index, module in enumerate(modules):
-        stream._handles += [
-            module.register_forward_pre_hook(lambda _module, _args, i=index: acquire(i), prepend=True),
-            module.register_forward_hook(lambda _module, _args, _output, i=index: release(i), always_call=True),
-        ]
+            if id(module) not in streamed:
+                others.append((module, key))
+    before = _Before(streamed.values(), others)
+    stream = None
+    try:
+        for linear in streamed.values():
+            linear.tensor_name = linear.tensor_name or f"{names[id(linear)]}.weight"
+        stream = LayerStream(layers, device=device, source=source, path=path, prefetch=prefetch)
+        model.to(stream.device)
+        acquire, release = torch.compiler.disable(stream.acquire), torch.compiler.disable(stream.release)
+        for index, module in enumerate(modules):
+            stream._handles.append(
+                module.register_forward_pre_hook(lambda _module, _args, i=index: acquire(i), prepend=True)
+            )
+            stream._handles.append(
+                module.register_forward_hook(lambda _module, _args, _output, i=index: release(i), always_call=True)
+            )
+    except BaseException:
+        try:
+            if stream is not None:
+                stream.close()
+        finally:
+            before.restore()
+        raise
     return stream
 
 

@@ -216,7 +216,7 @@ def multiply(
     partials = arrivals = None
     if parts > 1:
         partials = torch.empty(parts * sums * coded.row_groups * GROUP_LANES, dtype=torch.float32, device=x.device)
-        # Between the launches of several tables tickets are not 0; shared ones would mislead another thread's product.
+        # Semaphores are not 0 between the launches of several tables; shared ones would mislead another product.
         if num_tables > 1:
             arrivals = torch.zeros(coded.row_groups, dtype=torch.int32, device=x.device)
         else:

@@ -282,6 +282,7 @@ def _deferred_layer(reader: Reader, name: str) -> RansLinear:
         TORCH_DTYPES[info.dtype],
         "meta",
         tensor_name=name,
+        transposed=info.header.transposed,
     )
 
 
