@@ -334,7 +334,7 @@ __device__ __forceinline__ float without_denormals(float a) {
   return result;
 }
 
-// Of each half; NaN where one of them is.
+// The instruction on each half of a and b; NaN where either half is.
 #define KVPACK_HALVES(name, instruction)                                           \
   __device__ __forceinline__ u32 name(u32 a, u32 b) {                              \
     u32 result;                                                                    \

@@ -50,7 +50,7 @@ struct Work {
   u32 tokens;        // of a query
   u32 window, sinks;
 
-  // Of a sequence that is long enough: that has all tokens of the query, or any token.
+  // The sequence must be long enough: causal, it has all tokens of the query; else it has any token.
   __device__ __forceinline__ Visits visits(u32 length) const { return {kCausal ? length - tokens + 1 : length, length, window, sinks}; }
   __device__ __forceinline__ u32 visited_pages(u32 sequence) const {
     const u32 length = __ldg(lengths + sequence);

@@ -27,7 +27,7 @@ constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // of eight columns
 __device__ constexpr u32 log2_groups_of_piece(u32 bits) { return bits > 8 ? 1 : bits > 4 ? 2 : 3; }
 __device__ constexpr u32 groups_of_piece(u32 bits) { return 1u << log2_groups_of_piece(bits); }
 __device__ constexpr u32 pieces_of_block(u32 bits) { return (kGroups + groups_of_piece(bits) - 1) >> log2_groups_of_piece(bits); }
-// Of a visit. Formats: K's, and V's times 256.
+// Pieces of a visit. `formats` is K's, plus V's times 256.
 __device__ __forceinline__ u32 pieces_of(u32 formats) {
   return pieces_of_block(element_bits(formats & 0xFF)) + pieces_of_block(element_bits(formats >> 8));
 }

@@ -31,9 +31,8 @@ typedef Slice<kSource> Source;
 typedef Slice<kTarget> Target;
 typedef Columns<kSide, kSource> SourceColumns;
 
-// Of a lane's four columns, to one that it keeps, 2·(lane's bit 4) + (bit 3): joined over all lanes of the same columns, those of
-// rows 4, 2 and 1 apart in turn. So there is half as much to join after each step, and what follows is computed by two lanes, not
-// eight.
+// A lane's four columns become the one that it keeps, 2·(lane's bit 4) + (bit 3). Lanes of the same columns are joined: those of rows 4, 2
+// and 1 apart in turn. Each step halves what is left to join, and two lanes, not eight, compute what follows.
 template <typename Join>
 __device__ __forceinline__ float joined_column(const float (&values)[kColumns], const Join& join, u32 lane) {
   const bool upper = lane & 16, second = lane & 8;
@@ -65,7 +64,7 @@ __device__ __forceinline__ float joined_halves(const u32 (&words)[2], const Join
   return lane & 8 ? both.second : both.first;
 }
 
-// Of the column that the lane keeps: the largest value and, with centers, the least; without them the largest magnitude. NaN if one
+// The largest value of the column that the lane keeps and, with centers, the least; without centers the largest magnitude. NaN if one
 // of the values is.
 struct Extremes {
   float low, high;

@@ -42,7 +42,7 @@ def make_cache(device: str, num_kv_heads: int = 2, head_dim: int = 64, **options
 def random_qkv(
     cache: KVCache, heads: int, tokens: int, *, batch: int | None = None, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of channels that differ in size; keys are not centered."""
+    """Random q, k and v whose channels differ in size; keys are not centered."""
     rng = np.random.default_rng(seed)
     batch = cache.max_sequences if batch is None else batch
     q = rng.normal(0, 1, (batch, heads, tokens, cache.head_dim))

@@ -579,7 +579,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(bench_attention, "MAX_COPIES", 2)
     monkeypatch.setattr(bench_attention, "free_bytes", lambda: 1 << 40)
     monkeypatch.setattr(bench_attention, "multiprocessors", lambda: 3)
-    monkeypatch.setattr(bench_attention.tickets, "prepare", lambda device: None)
+    monkeypatch.setattr(bench_attention.semaphores, "prepare", lambda device: None)
     monkeypatch.setattr(bench_run, "device_report", lambda: DEVICE)
     monkeypatch.setattr(bench_run, "require_cuda", lambda command: None)
     monkeypatch.setattr(
