@@ -123,7 +123,7 @@ def test_window(emulated: object, window: int, sinks: int) -> None:
 
 
 def check_not_causal(dtype: torch.dtype, device: str) -> None:
-    """Contexts of more tiles than one, whose queries see the last pages too, of fewer tokens than queries, and of none."""
+    """Contexts of several tiles, whose queries see the last pages too, of fewer tokens than queries, and of none."""
     lengths, tokens = [64 * 5 + 30, 128, 7, 0], 150
     out = check(lengths, (4, 2), tokens, dtype=dtype, device=device, causal=False)
     for sequence, length in enumerate(lengths):
