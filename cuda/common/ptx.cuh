@@ -109,7 +109,7 @@ __device__ __forceinline__ void copy_async_wait() {
 __device__ __forceinline__ void barrier_init(u32 barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
-// For copies that come after it.
+// Applies to copies that come after it.
 __device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // The barrier's phase ends when the bytes have come.
 __device__ __forceinline__ void copy_bulk(u32 shared, const void* global, u32 bytes, u32 barrier) {

@@ -258,7 +258,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
   const u32 of_warps = shared_address(shared) + kSlots * kSlotBytes + kListBytes + kBarriersBytes;
   const u32 queries = of_warps + warp * (kTiles * kQueryBytes + 8 * kWarpColumns);
   const u32 statistics = queries + kTiles * kQueryBytes;
-  // Where a column's query or result begins, in elements.
+  // The element at which a column's query or result begins.
   auto place_of = [&](u32 column, u64 head_stride, u64 token_stride) {
     const u32 token = column / heads_per_kv_head, of_group = column - token * heads_per_kv_head;
     return (head * heads_per_kv_head + of_group) * head_stride + token * token_stride;

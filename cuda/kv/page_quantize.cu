@@ -18,7 +18,7 @@ constexpr bool kInteger = kNarrow || kTarget == KVPACK_FORMAT_INT8;
 constexpr bool kCentered = kKeys && kNarrow;
 constexpr bool kMidRise = !kKeys && kNarrow;
 constexpr bool kE4M3 = kTarget == KVPACK_FORMAT_FP8_E4M3;
-// In root mean squares from the mean (K) or from 0 (V).
+// Limits are in root mean squares from the mean (K) or from 0 (V).
 constexpr bool kClipped = KVPACK_CLIP_TENTHS != 0;
 constexpr float kClip = KVPACK_CLIP_TENTHS / 10.0f;
 constexpr float kMaxF16 = 65504.0f;
@@ -177,7 +177,7 @@ __device__ __forceinline__ u32 fp8_code(float value) {
   return (magnitude < (128 - kBias) << 23 ? denormal : normal) | (bits >> 24 & 0x80);
 }
 
-// In the low byte; the next one is 0. Adding 1.5 · 2^23 rounds to an integer, nearest even or down.
+// The code is in the low byte; the next byte is 0. Adding 1.5 · 2^23 rounds to an integer, nearest even or down.
 __device__ __forceinline__ u32 code_of(float x, float inverse, float center) {
   if constexpr (kCentered) x = subtract_ieee(x, center);
   const float k = multiply_ieee(x, inverse);
@@ -265,7 +265,7 @@ __device__ __forceinline__ void store_parts(u8* block, const u32 (&scales)[kColu
 #pragma unroll
       for (u32 e = 0; e < 2; ++e) *reinterpret_cast<u32*>(block + 16 * (2 * lane + e) + 4 * warp) = scales[e] | scales[2 + e] << 16;
     }
-    // In a page a lane's words of all slices lie side by side, so warps change places: from a slice each to groups.
+    // A lane's words of all slices lie side by side in a page, so warps change places: from a slice each to groups.
     KVPACK_DYNAMIC_SHARED(dynamic);
     const u32 shared = shared_address(dynamic) + sizeof(Slice<kTarget>) * lane;
     constexpr u32 kSliceBytes = sizeof(Slice<kTarget>) * kLanes;

@@ -263,7 +263,7 @@ def test_keys_count_as_their_scores_do(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("options", "steps", "steps_on_gpu"),
-    # A prompt of 100 tokens and 130 steps. Pages begin at 128 and at 192 tokens. At 192, page 1 leaves the recent window
+    # A prompt of 100 tokens and 130 steps: pages begin at 128 and 192 tokens. At 192, page 1 leaves the recent window
     # of 64 tokens and is quantized; page 0 is pinned. One run is long: under a budget, widths change again and again.
     [({"widths": FP16}, 130, 130), ({"widths": INT4}, 130, 130), ({"budget": 0.3}, 260, 1000)],
     ids=str,
