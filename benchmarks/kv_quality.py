@@ -281,7 +281,7 @@ def read_text(
 
 @dataclass(frozen=True)
 class Measures:
-    """Of each token, fp64 [sequences, tokens]: log p of the next token, KL(reference ‖ this), 1 where the top token is
+    """For each token, fp64 [sequences, tokens]: log p of the next token, KL(reference ‖ this), 1 where the top token is
     the reference's."""
 
     log_likelihood: torch.Tensor
@@ -290,7 +290,7 @@ class Measures:
 
 
 def measures(reference: torch.Tensor, logits: torch.Tensor, following: torch.Tensor) -> Measures:
-    """Of logits [..., vocabulary] and next tokens [...]. In fp64: KL is a small difference of large sums."""
+    """Measures of logits [..., vocabulary] and next tokens [...]. In fp64: KL is a small difference of large sums."""
     of_reference, found = (torch.log_softmax(x.double(), -1) for x in (reference, logits))
     return Measures(
         found.gather(-1, following[..., None])[..., 0],
@@ -311,8 +311,8 @@ def compare(head: torch.Tensor, reference: torch.Tensor, hidden: torch.Tensor, f
 
 
 def standard_error(values: torch.Tensor) -> float | None:
-    """Of the mean of [sequences, tokens]: by the means of 64 tokens each, since neighbours attend to the same pages and
-    do not err independently."""
+    """The standard error of the mean of [sequences, tokens], from the means of 64 tokens each: neighbours attend to the
+    same pages and do not err independently."""
     blocks = values.unflatten(1, (-1, PAGE_TOKENS)).mean(-1).flatten()
     return float(blocks.std() / math.sqrt(len(blocks))) if len(blocks) > 1 else None
 

@@ -12,7 +12,7 @@ CLEAR = 2.0
 
 
 def verdict(difference: float, standard_error: float | None) -> str:
-    """Of a difference that is positive where the mixture is better."""
+    """What a difference says; it is positive where the mixture is better."""
     if not standard_error:
         return "equal" if difference == 0 else "–"
     errors = difference / standard_error

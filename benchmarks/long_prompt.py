@@ -29,7 +29,7 @@ MOST_ERROR = 1e-3
 
 
 def error_of(out: torch.Tensor, q: torch.Tensor, cache: KVCache, layer: int) -> float:
-    """Of one token [1, heads, 1, head_dim], as `kvpack bench attention` measures errors."""
+    """The error of one token [1, heads, 1, head_dim], as `kvpack bench attention` measures errors."""
     k, v = cache.read(layer, 0, torch.float32)
     by_head = q[0, :, 0].unflatten(0, (cache.num_kv_heads, -1))
     scale = 1 / math.sqrt(cache.head_dim)

@@ -8,7 +8,7 @@ Writes a synthetic bf16 model with a Llama's shapes in shards of about 1 GB into
 compresses it with ``python -m kvpack compress --bits 4.25 --json`` and samples the process's anonymous memory
 (RssAnon of /proc/PID/status; mapped files are left out, since the system may drop them at any time) every 50 ms. Each
 model is deleted before the next. Needs up to twice the largest size on disk. The weights are one Gaussian block,
-scaled and rolled: good for memory and time, and for no claim about ratios.
+scaled and rolled: the result is about memory and time, and says nothing about ratios.
 
 The second part times whole processes (best of --repeats): ``kvpack --help``, ``compress`` of MiniLM with a warm
 compiler cache, and ``inspect`` of a file with 10,000 coded tensors.

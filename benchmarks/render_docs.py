@@ -1,9 +1,10 @@
-"""Put the figures of benchmarks/results into README.md, docs/KV.md and docs/PERFORMANCE.md.
+"""Put the figures of benchmarks/results into README.md and the pages below docs.
 
     python benchmarks/render_docs.py            # rewrite the tables between the <!-- figures:NAME --> marks
     python benchmarks/render_docs.py --check    # exit 1 if a document does not show its results
 
-No number in those tables is typed by hand.
+No number in those tables is typed by hand. The check also fails if a table of ``FIGURES`` is in no document, or if a
+result file is behind no table.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from kvpack.bench.report import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "KV.md", ROOT / "docs" / "PERFORMANCE.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 _BLOCK = re.compile(r"(<!-- figures:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
+
+
+_READ: set[str] = set()  # names of the result files that were read
 
 
 class NoResult(Exception):
@@ -40,6 +44,7 @@ def newest(name: str) -> dict[str, Any]:
     found = sorted(RESULTS.glob(f"*-{name}.json"))
     if not found:
         raise NoResult(f"benchmarks/results has no `{name}` yet.")
+    _READ.add(found[-1].name)
     result: dict[str, Any] = json.loads(found[-1].read_text())
     return result
 
@@ -145,6 +150,23 @@ def books(short: bool) -> str:
     return text + "\n" + ("" if short else origin(result))
 
 
+def books_default() -> str:
+    texts = []
+    for name in ("books-quality-default", "books-quality-default-32-windows"):
+        result = newest(name)
+        rows = [
+            [
+                row["setting"].replace("tensor:", "`--bits ").replace("model:", "`--allocation model --bits ") + "`",
+                str(result["kl_windows"]),
+                f"{row['kl']:.4f}",
+                f"{row['kl_standard_error']:.4f}",
+            ]
+            for row in result["rows"]
+        ]
+        texts.append(table(["setting", "windows", "KL to the original", "± s.e."], rows) + origin(result))
+    return "\n".join(texts)
+
+
 def codec() -> str:
     result = newest("bench-codec")
     rows = [
@@ -217,6 +239,85 @@ def linear(*names: str) -> Callable[[], str]:
     return printed("bench-linear", bench_report.tables, *names)
 
 
+def _range(values: Iterable[float | None]) -> str:
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return "–"
+    low, high = (_number(edge, 2) for edge in (min(measured), max(measured)))
+    return low if low == high else f"{low}–{high}"
+
+
+def linear_summary() -> str:
+    """Slowest to fastest of all shapes, for groups of M."""
+    result = newest("bench-linear")
+    shapes = list(dict.fromkeys(row["shape"] for row in result["linear"]))
+    rows = []
+    for low, high in ((1, 1), (2, 8), (16, 32), (64, 512), (2048, 4096)):
+        numbers = [m for m in result["options"]["ms"] if low <= m <= high]
+        cells = [str(low) if low == high else f"{low}–{high}"]
+        for layout, name in (("balanced", "kvpack"), ("fast", "kvpack"), (None, "int8"), (None, "int4")):
+            cells.append(_range(bench_report.ratio(result, s, m, layout, name=name) for s in shapes for m in numbers))
+        rows.append(cells)
+    headings = [
+        "vectors, M",
+        "`balanced`, 8-bit integers",
+        "`fast`, 5-bit integers",
+        "INT8 (Triton)",
+        "INT4 g128 (torch)",
+    ]
+    text = table(headings, rows)
+    for layout in ("balanced", "fast"):
+        bits = [row["bits_per_weight"] for row in result["tensors"] if row["layout"] == layout and row["best"]]
+        text += f"\n`{layout}` takes {_range(bits)} bits a weight here."
+    return text + "\n" + gpu_origin(result)
+
+
+def attention_summary() -> str:
+    result = newest("bench-attention")
+    names = ("fp16", "int8", "int4", "int2", bench_attention_report.mixed(0.3))
+    rows = []
+    for case in bench_attention_report.cases_of(result):
+        if case.context in (2048, 16384, 131072):
+            best = bench_attention_report.best_sdpa(result, case)
+            cells = [str(case.sequences), f"{case.heads}:{case.kv_heads}, {case.head_dim}", str(case.context)]
+            cells.append(_number(best["us"] if best else None, 1))
+            cells += [_number(bench_attention_report.speed(result, case, name), 2) for name in names]
+            rows.append(cells)
+    headings = ["sequences", "heads, head_dim", "tokens", "best SDPA, µs", "16 bits", "INT8", "INT4", "INT2"]
+    return table([*headings, "budget 0.3"], rows) + gpu_origin(result)
+
+
+def prefill_summary() -> str:
+    result = newest("bench-attention")
+    rows = []
+    for case in sorted({(r["context"], r["tokens"], r["head_dim"]) for r in result["prefill"]}):
+        found = [r for r in result["prefill"] if (r["context"], r["tokens"], r["head_dim"]) == case and r["causal"]]
+        best = min(r["us"] for r in found if r["name"].startswith("sdpa"))
+        cells = [str(case[2]), str(case[1]), str(case[0] - case[1]), _number(best, 1)]
+        rows.append([*cells, _range(best / r["us"] for r in found if not r["name"].startswith("sdpa"))])
+    headings = ["head_dim", "new tokens", "cached tokens", "best SDPA, µs", "pages, × SDPA"]
+    return table(headings, rows) + gpu_origin(result)
+
+
+def launch_costs() -> str:
+    result = newest("launch-costs")
+    names = list(next(iter(result["costs"].values())))
+    rows = []
+    for eights, costs in result["costs"].items():
+        slower = []
+        for case in result["cases"]:
+            if str(case["eights"]) == eights:
+                times = case["launches"]
+                chosen = min(times, key=lambda one: sum(t * costs[n] for t, n in zip(one["terms"], names, strict=True)))
+                slower.append(100 * (chosen["us"] / min(one["us"] for one in times) - 1))
+        cells = [eights, *(_number(costs[name], 3) for name in names)]
+        rows.append([*cells, _number(sum(slower) / len(slower), 1), _number(max(slower), 1)])
+    headings = ["eights of vectors", *names, "slower than the best, mean, %", "at worst, %"]
+    launches = sum(len(case["launches"]) for case in result["cases"])
+    text = table(headings, rows) + f"\n{launches} timings of {len(result['cases'])} cases.\n"
+    return text + gpu_origin(result)
+
+
 def kv_quant(*names: str) -> Callable[[], str]:
     return printed("bench-kv-quant", bench_kv_quant_report.tables, *names)
 
@@ -238,6 +339,17 @@ def long_prompt() -> str:
     gigabytes = [f"{result[name] / 1e9:.2f}" for name in ("fp16_bytes", "page_bytes", "slab_bytes", "peak_bytes")]
     headings = ["tokens", "fp16, GB", "pages, GB", "slabs, GB", "all at most, GB", "s"]
     return table(headings, [[f"{result['tokens']}", *gigabytes, f"{result['seconds']:.1f}"]]) + gpu_origin(result)
+
+
+def generate_summary() -> str:
+    result = newest("books-generate")
+    rows = [
+        [row["setting"], _number(row["linear_megabytes"], 1), _number(row["tokens_per_s"], 0), _number(ratio, 2)]
+        for row in result["rows"]
+        if "dequantized" not in row["setting"] and (ratio := row["ratio_to_dense"])
+    ]
+    headings = ["weights", "linear layers, MB on the GPU", "tokens/s", "× dense bf16"]
+    return table(headings, rows) + gpu_origin(result)
 
 
 def books_generate() -> str:
@@ -337,9 +449,12 @@ FIGURES: dict[str, Callable[[], str]] = {
     "minilm-ideas": minilm_ideas,
     "books-short": lambda: books(short=True),
     "books": lambda: books(short=False),
+    "books-default": books_default,
     "codec": codec,
     "memory": memory,
     "processes": processes,
+    "linear-summary": linear_summary,
+    "launch-costs": launch_costs,
     "linear-batch-1": linear("batch-1"),
     "linear-batches": linear("batches"),
     "linear-tiles": linear("tiles"),
@@ -352,6 +467,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quant-classic": kv_quant("classic", "cpu"),
     "kv-quant-formats": kv_quant("formats"),
     "kv-quant-quality": kv_quant("quality"),
+    "attention-summary": attention_summary,
+    "prefill-summary": prefill_summary,
     "attention-prefill": attention("prefill"),
     "attention-causal": attention("causal"),
     "attention-few-tokens": attention("few-tokens"),
@@ -363,12 +480,12 @@ FIGURES: dict[str, Callable[[], str]] = {
     "attention-mixtures": attention("mixtures"),
     "attention-shares": attention("shares"),
     "attention-grids": attention("grids"),
-    "attention-skipped": attention("skipped"),
     "attention-targets": attention("targets"),
     "kv-quality-configurations": kv_quality("configurations"),
     "kv-quality-equal-bytes": kv_quality("equal-bytes"),
     "kv-quality-verdicts": kv_quality_verdicts,
     "long-prompt": long_prompt,
+    "generate-summary": generate_summary,
     "books-generate": books_generate,
     "runtime-load": runtime_load,
     "runtime-memory": runtime_memory,
@@ -391,15 +508,20 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
+    shown: set[str] = set()
     for document in DOCUMENTS:
         before = document.read_text()
+        shown.update(match[2] for match in _BLOCK.finditer(before))
         after = _BLOCK.sub(lambda match: match[1] + figures(match[2]) + match[3], before)
         if before != after:
-            stale.append(document.name)
+            stale.append(str(document.relative_to(ROOT)))
             if not check:
                 document.write_text(after)
     print(("stale: " if check else "rewrote: ") + (", ".join(stale) or "nothing"), file=sys.stderr)
-    return int(check and bool(stale))
+    hidden = sorted(set(FIGURES) - shown) + sorted({path.name for path in RESULTS.glob("*.json")} - _READ)
+    if hidden:
+        print("in no document: " + ", ".join(hidden), file=sys.stderr)
+    return int(bool(hidden) or (check and bool(stale)))
 
 
 if __name__ == "__main__":

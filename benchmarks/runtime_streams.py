@@ -11,7 +11,7 @@ Writes a synthetic bf16 model of a few layers with a Llama's shapes under --dir 
 - runs five layers of 2048×5632 one after another and with ``run_concurrently``, in CUDA graphs on a GPU;
 - encodes: ``kvpack.compress`` on the CPU and with ``device="cuda"``, and the GPU encoder alone, stage by stage.
 
-The weights are Gaussian: good for speed and memory, and for no claim about ratios.
+The weights are Gaussian: the result is about speed and memory, and says nothing about ratios.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from functools import cache
@@ -15,6 +16,11 @@ TESTS = Path(__file__).parent
 for folder in (str(TESTS.parent / "benchmarks"), str(TESTS)):
     if folder not in sys.path:
         sys.path.insert(0, folder)
+
+# NumPy and torch read this when they are imported, and processes that tests start inherit it. Products of tests are
+# small: threads that wait for one another make them several times slower, more so on a machine with other work.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 settings.register_profile("kvpack", deadline=None, derandomize=True)
 settings.load_profile("kvpack")

@@ -43,7 +43,7 @@ def emulated_launch(
             kept = value.view(torch.int16) if value.dtype == torch.bfloat16 else value
             if kept.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
                 kept = kept.view(torch.uint8)
-            # Of a view whose rows lie apart: all from its first to its last element.
+            # A view whose rows lie apart is copied from its first to its last element.
             extent = 1 + sum((size - 1) * stride for size, stride in zip(kept.shape, kept.stride(), strict=True))
             values.append(kept.detach().as_strided((extent,), (1,)).numpy())
         else:

@@ -13,7 +13,7 @@ from kvpack.cli import ExitCode, app
 
 pytest.importorskip("torch")  # without it, that is what is missing
 
-# Of each benchmark that needs a GPU: two wrong uses.
+# Two wrong uses of each benchmark that needs a GPU.
 WRONG = {
     "linear": (["--shapes", "nonsense"], ["--tile-cols", "7"]),
     "kv-quant": (["--sizes", "nonsense"], ["--sizes", "7"]),

@@ -79,7 +79,7 @@ constexpr bool kMidRise = kBits == 3 || kBits == 2;
 constexpr u32 kHalf = 1u << (kBits - 1);
 constexpr u32 kCodeMask = (1u << kBits) - 1;
 constexpr u32 kZeroCode = kBits == 8 ? 0 : kHalf;
-// Of fp8: bits of the fraction, bias of the exponent.
+// fp8 has these bits of fraction and this bias of the exponent.
 constexpr u32 kFraction = kFormat == KVPACK_FORMAT_FP8_E4M3 ? 3 : 2;
 constexpr u32 kBias = kFormat == KVPACK_FORMAT_FP8_E4M3 ? 7 : 15;
 

@@ -109,7 +109,7 @@ __device__ __forceinline__ void copy_async_wait() {
 __device__ __forceinline__ void barrier_init(u32 barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
-// For copies that come after it.
+// Applies to copies that come after it.
 __device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // The barrier's phase ends when the bytes have come.
 __device__ __forceinline__ void copy_bulk(u32 shared, const void* global, u32 bytes, u32 barrier) {
@@ -334,7 +334,7 @@ __device__ __forceinline__ float without_denormals(float a) {
   return result;
 }
 
-// Of each half; NaN where one of them is.
+// The instruction on each half of a and b; NaN where either half is.
 #define KVPACK_HALVES(name, instruction)                                           \
   __device__ __forceinline__ u32 name(u32 a, u32 b) {                              \
     u32 result;                                                                    \

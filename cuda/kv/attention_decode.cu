@@ -50,7 +50,7 @@ struct Work {
   u32 tokens;        // of a query
   u32 window, sinks;
 
-  // Of a sequence that is long enough: that has all tokens of the query, or any token.
+  // The sequence must be long enough: causal, it has all tokens of the query; else it has any token.
   __device__ __forceinline__ Visits visits(u32 length) const { return {kCausal ? length - tokens + 1 : length, length, window, sinks}; }
   __device__ __forceinline__ u32 visited_pages(u32 sequence) const {
     const u32 length = __ldg(lengths + sequence);
@@ -480,7 +480,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
     // float4 [groups][c][g]; maximum and sum of each column.
     constexpr u32 kPlace = kColumns * (kHeadDim + 2);
     float4* place = reinterpret_cast<float4*>(partials + static_cast<u64>(blockIdx.x + number) * kPlace);
-    // In the place of the warps' statistics: of each column the maximum, then what p relative to it is worth in units of mass.
+    // These take the place of the warps' statistics: each column's maximum, then what p relative to it is worth in units of mass.
     auto keep_total = [&](u32 column, float largest, float sum) {
       const u32 index = tile * kColumns + column, of_group = index % heads_per_kv_head;
       const float of_head = weights == nullptr ? 1.0f / (heads * heads_per_kv_head) : __ldg(weights + head * heads_per_kv_head + of_group);

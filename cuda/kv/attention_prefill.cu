@@ -27,7 +27,7 @@ constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // of eight columns
 __device__ constexpr u32 log2_groups_of_piece(u32 bits) { return bits > 8 ? 1 : bits > 4 ? 2 : 3; }
 __device__ constexpr u32 groups_of_piece(u32 bits) { return 1u << log2_groups_of_piece(bits); }
 __device__ constexpr u32 pieces_of_block(u32 bits) { return (kGroups + groups_of_piece(bits) - 1) >> log2_groups_of_piece(bits); }
-// Of a visit. Formats: K's, and V's times 256.
+// Pieces of a visit. `formats` is K's, plus V's times 256.
 __device__ __forceinline__ u32 pieces_of(u32 formats) {
   return pieces_of_block(element_bits(formats & 0xFF)) + pieces_of_block(element_bits(formats >> 8));
 }
@@ -258,7 +258,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
   const u32 of_warps = shared_address(shared) + kSlots * kSlotBytes + kListBytes + kBarriersBytes;
   const u32 queries = of_warps + warp * (kTiles * kQueryBytes + 8 * kWarpColumns);
   const u32 statistics = queries + kTiles * kQueryBytes;
-  // Where a column's query or result begins, in elements.
+  // The element at which a column's query or result begins.
   auto place_of = [&](u32 column, u64 head_stride, u64 token_stride) {
     const u32 token = column / heads_per_kv_head, of_group = column - token * heads_per_kv_head;
     return (head * heads_per_kv_head + of_group) * head_stride + token * token_stride;

@@ -23,7 +23,7 @@ __device__ constexpr bool is_narrow(u32 format) {
   return format == KVPACK_FORMAT_INT4 || format == KVPACK_FORMAT_INT3 || format == KVPACK_FORMAT_INT2;
 }
 __device__ constexpr u32 payload_bytes(u32 format) { return kGroupDims * kPageTokens / 8 * element_bits(format); }
-// Of K: scales and centers in front of each group. Of V: scales in front of a block.
+// K has scales and centers in front of each group; V has scales in front of a block.
 __device__ constexpr u32 group_header_bytes(u32 side, u32 format) {
   return side == KVPACK_SIDE_K && is_quantized(format) ? kScalesBytes * (1 + is_narrow(format)) : 0;
 }

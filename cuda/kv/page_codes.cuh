@@ -1,7 +1,7 @@
 // A lane's part of a slice, and the numbers that its codes stand for; what kvpack/encode/page_coder.py does, bit for bit.
 //
-// Of a slice a lane has four pairs r, in rows g and g + 8 and columns 2c + 8h, 2c + 8h + 1; r = 2h + (row > 7). A column has a
-// scale: of K columns are dimensions, of V tokens. A lane's four columns are numbered 2h + e, e = 0, 1.
+// A lane has four pairs r of a slice, in rows g and g + 8 and columns 2c + 8h, 2c + 8h + 1; r = 2h + (row > 7). A column has a
+// scale. The columns of K are dimensions, those of V tokens. A lane's four columns are numbered 2h + e, e = 0, 1.
 #pragma once
 
 #include "kv/page.cuh"
@@ -116,7 +116,7 @@ __device__ __forceinline__ float e4m3_value(u32 code) {
   return (code & 0x7F) == 0x7F ? __uint_as_float(0x7FC00000) : value;
 }
 
-// Of a format of 16 bits.
+// The two numbers in a word of a 16-bit format.
 template <u32 format>
 __device__ __forceinline__ Two halves(u32 word) {
   if constexpr (format == KVPACK_FORMAT_FP16) return {f16_value(word & 0xFFFF), f16_value(word >> 16)};
@@ -148,7 +148,7 @@ template <u32 side, u32 format>
 struct Columns {
   float scales[kColumns], centers[kColumns];
 
-  // Of group `group` of K, or slice `s` of V.
+  // Loads those of group `group` of K, or of slice `s` of V.
   __device__ __forceinline__ void load(const u8* block, u32 group, u32 s, u32 lane) {
     if constexpr (is_quantized(format) && side == KVPACK_SIDE_K) {
       const u8* header = block + group * group_bytes(side, format);

@@ -18,7 +18,7 @@ constexpr bool kInteger = kNarrow || kTarget == KVPACK_FORMAT_INT8;
 constexpr bool kCentered = kKeys && kNarrow;
 constexpr bool kMidRise = !kKeys && kNarrow;
 constexpr bool kE4M3 = kTarget == KVPACK_FORMAT_FP8_E4M3;
-// In root mean squares from the mean (K) or from 0 (V).
+// Limits are in root mean squares from the mean (K) or from 0 (V).
 constexpr bool kClipped = KVPACK_CLIP_TENTHS != 0;
 constexpr float kClip = KVPACK_CLIP_TENTHS / 10.0f;
 constexpr float kMaxF16 = 65504.0f;
@@ -31,9 +31,8 @@ typedef Slice<kSource> Source;
 typedef Slice<kTarget> Target;
 typedef Columns<kSide, kSource> SourceColumns;
 
-// Of a lane's four columns, to one that it keeps, 2·(lane's bit 4) + (bit 3): joined over all lanes of the same columns, those of
-// rows 4, 2 and 1 apart in turn. So there is half as much to join after each step, and what follows is computed by two lanes, not
-// eight.
+// A lane's four columns become the one that it keeps, 2·(lane's bit 4) + (bit 3). Lanes of the same columns are joined: those of rows 4, 2
+// and 1 apart in turn. Each step halves what is left to join, and two lanes, not eight, compute what follows.
 template <typename Join>
 __device__ __forceinline__ float joined_column(const float (&values)[kColumns], const Join& join, u32 lane) {
   const bool upper = lane & 16, second = lane & 8;
@@ -65,7 +64,7 @@ __device__ __forceinline__ float joined_halves(const u32 (&words)[2], const Join
   return lane & 8 ? both.second : both.first;
 }
 
-// Of the column that the lane keeps: the largest value and, with centers, the least; without them the largest magnitude. NaN if one
+// The largest value of the column that the lane keeps and, with centers, the least; without centers the largest magnitude. NaN if one
 // of the values is.
 struct Extremes {
   float low, high;
@@ -178,7 +177,7 @@ __device__ __forceinline__ u32 fp8_code(float value) {
   return (magnitude < (128 - kBias) << 23 ? denormal : normal) | (bits >> 24 & 0x80);
 }
 
-// In the low byte; the next one is 0. Adding 1.5 · 2^23 rounds to an integer, nearest even or down.
+// The code is in the low byte; the next byte is 0. Adding 1.5 · 2^23 rounds to an integer, nearest even or down.
 __device__ __forceinline__ u32 code_of(float x, float inverse, float center) {
   if constexpr (kCentered) x = subtract_ieee(x, center);
   const float k = multiply_ieee(x, inverse);
@@ -266,7 +265,7 @@ __device__ __forceinline__ void store_parts(u8* block, const u32 (&scales)[kColu
 #pragma unroll
       for (u32 e = 0; e < 2; ++e) *reinterpret_cast<u32*>(block + 16 * (2 * lane + e) + 4 * warp) = scales[e] | scales[2 + e] << 16;
     }
-    // In a page a lane's words of all slices lie side by side, so warps change places: from a slice each to groups.
+    // A lane's words of all slices lie side by side in a page, so warps change places: from a slice each to groups.
     KVPACK_DYNAMIC_SHARED(dynamic);
     const u32 shared = shared_address(dynamic) + sizeof(Slice<kTarget>) * lane;
     constexpr u32 kSliceBytes = sizeof(Slice<kTarget>) * kLanes;

@@ -13,7 +13,7 @@
 //
 // Row groups are dealt to a panel's teams in runs, whose lengths differ by at most one; neighbouring runs go to different blocks, so
 // that the longer ones are spread. Members put their sums together in shared memory; panels (and tables, one launch each) in global
-// memory, by whoever arrives last. Parts are added in a fixed order, so that a result does not depend on timing.
+// memory, by the last one to arrive. Parts are added in a fixed order, so that a result does not depend on timing.
 #pragma once
 
 #include "weights/tile.cuh"

@@ -78,11 +78,11 @@ class Case(NamedTuple):
 
     @property
     def query_bytes(self) -> int:
-        """Of the queries, and of what comes out."""
+        """Bytes of the queries and of the output."""
         return 2 * self.sequences * self.heads * self.head_dim * self.tokens
 
     def flop(self, causal: bool = True) -> int:
-        """Of both products, of what is seen."""
+        """Operations of both products, for the pairs that are seen."""
         pairs = self.tokens * self.context - causal * self.tokens * (self.tokens - 1) // 2
         return 4 * pairs * self.head_dim * self.heads * self.sequences
 
@@ -503,7 +503,7 @@ def _few_tokens(report: Report) -> Table:
         decode, prefill = (find(report, case, name, "few_tokens") for name in ("decode", "prefill"))
         ratio = decode["us"] / prefill["us"] if decode and prefill else None
         rows.append([*_chunk_cells(case), microseconds(decode), microseconds(prefill), number(ratio)])
-    headings = [*_CHUNK_HEADINGS, "decode, µs", "prefill, µs", "decode over prefill"]
+    headings = [*_CHUNK_HEADINGS, "decode kernel, µs", "prefill kernel, µs", "decode over prefill"]
     return Table(f"Few query tokens by both kernels, {FEW_TOKENS_FORMAT}", headings, rows)
 
 
@@ -515,7 +515,7 @@ def _observed(report: Report) -> Table:
             overhead = observed_overhead(report, case, name)
             percent = number(None if overhead is None else 100 * (overhead - 1), 1)
             rows.append([*_case_cells(case), name, *map(microseconds, found), percent])
-    headings = [*_CASE_HEADINGS, "pages", "decode, µs", "observed, µs", "overhead, %"]
+    headings = [*_CASE_HEADINGS, "pages", "not observed, µs", "observed, µs", "overhead, %"]
     return Table("Decode that adds up how much of the attention each page has", headings, rows)
 
 

@@ -297,7 +297,7 @@ def bench_kv_quant(
 
     Raises:
         DeviceError: there is no CUDA device, or no CuPy.
-        InputError: ``options.kv`` is no file of keys.
+        InputError: ``options.kv`` is not a file of keys.
     """
     bench_run.require_cuda("kvpack bench kv-quant")
     with torch.no_grad():

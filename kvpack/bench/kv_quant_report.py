@@ -68,7 +68,7 @@ SIZES = (
     Size(262144, 128),
 )
 QUICK_SIZES = (Size(2048, 128), Size(131072, 1024))
-# At which the other formats and the other axis are measured as well.
+# The size at which the other formats and the other axis are measured as well.
 FORMATS_SIZE = Size(131072, 1024)
 OTHER_WAYS = (
     ("int4", "channel"),

@@ -27,7 +27,7 @@ from kvpack.runtime.kv.page_kernels import new_status, read_tokens
 # Spread of importance among pages: the standard deviation of its logarithm.
 IMPORTANCE_SIGMA = 2.0
 MIXED_FORMATS = (PageFormat.INT2, PageFormat.INT3, PageFormat.INT4, PageFormat.INT8)
-# Of fp8 codes all but the highest bit of the exponent: neither infinities nor NaN, and less than 2.
+# Keeps all bits of an fp8 code but the highest of the exponent: no infinities, no NaN, and values below 2.
 _FP8_FINITE = 0xBF
 _FP8_DEVIATION = 0.6
 

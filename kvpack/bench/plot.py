@@ -133,7 +133,7 @@ def plot_attention(report: dict[str, Any], path: Path) -> None:
         for name, label, style in series:
             found = [(case.context, speed(report, case, name)) for case in of_model]
             points = [(context, value) for context, value in found if value is not None]
-            # Without points too, so that all panels have the same colors and one legend serves them.
+            # A line without points is drawn too, so that all panels have the same colors and one legend serves them.
             panel.plot([context for context, _ in points], [value for _, value in points], style, ms=4, label=label)
         _times_as_fast(panel, model, "tokens of a sequence")
     handles, labels = panels[0].get_legend_handles_labels()

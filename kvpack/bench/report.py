@@ -513,7 +513,7 @@ def wrong_results(report: Report) -> list[str]:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write a report in one piece, so that whoever stops the program finds a whole one."""
+    """Write a report in one piece, so that a stopped program leaves a whole one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -79,7 +79,7 @@ def _costs(counts: npt.NDArray[np.float64], tables: Counts) -> npt.NDArray[np.fl
 
 
 def _table_bits(tables: npt.NDArray[np.integer[Any]]) -> int:
-    """Of packed tables, of all symbols."""
+    """Bits of the packed tables, over all symbols."""
     return 8 * int(((_CODE_BITS[tables].sum(axis=1) + 7) // 8).sum())
 
 

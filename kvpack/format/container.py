@@ -88,7 +88,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _RepeatedKeyError(f"{twice!r} is there twice")
-    for key, value in pairs:  # a lone surrogate, as "\ud800", is no text: encode() refuses it
+    for key, value in pairs:  # a lone surrogate, as "\ud800", is not text: encode() refuses it
         key.encode()
         if isinstance(value, str):
             value.encode()
@@ -154,7 +154,7 @@ class Container:
         tensors: all stored tensors by name, in the order of their offsets.
         metadata: the strings of ``__metadata__``.
         coded: the entries of ``kvpack_tensors`` (empty if the file has none).
-        crc32: what ``kvpack_crc32`` gives for stored tensors that are no blobs (empty if the file has none).
+        crc32: what ``kvpack_crc32`` gives for stored tensors that are not blobs (empty if the file has none).
 
     Raises:
         ContainerError: the file breaks a rule of FORMAT.md §9.
@@ -276,7 +276,7 @@ class Container:
         return self._data[tensor.begin : tensor.end]
 
     def check_crc32(self, name: str) -> bool:
-        """Compare the bytes of a stored tensor that is no blob with their CRC; False if the file gives none.
+        """Compare the bytes of a stored tensor that is not a blob with their CRC; False if the file gives none.
 
         Raises:
             TensorCrcError: they are damaged.

@@ -83,7 +83,7 @@ def test_payload_against_constriction(sigma: float) -> None:
         theirs += 32 * len(oracle_words(symbols.ravel(), blob.tables[tile.table_index]))
     assert lanes == 2048
     assert theirs < ours <= 1.003 * theirs + 32 * lanes
-    # Of a lane's state 16 bits are L's: without those both coders say the same.
+    # 16 bits of a lane's state are L's: without those both coders say the same.
     assert ours - 24 * lanes == pytest.approx(theirs, rel=0.003, abs=8 * lanes)
 
 

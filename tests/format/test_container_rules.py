@@ -494,7 +494,7 @@ def test_malformed_crcs(path: Path, text: str, match: str) -> None:
 
 
 def test_crcs_of_what_is_not_coded(path: Path) -> None:
-    """Of all, some or no tensors; readers that decode do not look at them, and `verify` does."""
+    """All, some or no tensors have one. Readers that decode do not look at it, and `verify` does."""
     file = base()
     crc32 = {name: zlib.crc32(file.tensors[name][2]) for name in ("bias", "empty", "w_kvpack_scale")}
     for given, unchecked in ((crc32, 0), ({"bias": crc32["bias"]}, 4), ({}, 24)):

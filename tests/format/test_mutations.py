@@ -201,7 +201,7 @@ def test_only_format_errors_escape(name: str) -> None:
     damaged, mended = fuzz(name)
     # The CRCs cover every byte but zero padding, and that is compared with zero.
     assert damaged["decoded"] == 0
-    # Of the mended ones most break another rule, and some are other legal blobs.
+    # Most of the mended ones break another rule, and some are other legal blobs.
     assert mended["decoded"] < mended.total() / 2
     assert mended["HeaderCrcError"] + mended["PayloadCrcError"] < mended.total() / 50
 

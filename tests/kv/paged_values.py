@@ -89,6 +89,12 @@ def paged_values(
     )
 
 
+def by_kv_head(rows: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+    """[heads, tokens, n] @ [KV heads, n, m] for query heads that share KV heads: one product for each KV head."""
+    heads, tokens, _ = rows.shape
+    return (rows.reshape(len(matrices), -1, rows.shape[2]) @ matrices).reshape(heads, tokens, -1)
+
+
 def probabilities(
     queries: np.ndarray, keys: np.ndarray, scale: float, window: int = 0, sinks: int = 0, causal: bool = True
 ) -> np.ndarray:
@@ -98,14 +104,14 @@ def probabilities(
         queries: fp64 [heads, tokens, head_dim], of a sequence's last tokens.
         keys: fp64 [KV heads, length, head_dim].
     """
-    heads, tokens, _ = queries.shape
+    tokens = queries.shape[1]
     length = keys.shape[1]
     limit = (length - tokens + 1 + np.arange(tokens) if causal else np.full(tokens, length))[:, None]
     places = np.arange(length)
     seen = places < limit
     if window:
         seen &= (places >= limit - window) | (places < sinks)
-    scores = queries @ np.repeat(keys, heads // len(keys), 0).swapaxes(1, 2) * scale
+    scores = by_kv_head(queries, keys.swapaxes(1, 2)) * scale
     p = np.where(seen, scores, -np.inf)
     p = np.exp(p - p.max(-1, keepdims=True))
     return np.asarray(p / p.sum(-1, keepdims=True))
@@ -128,7 +134,7 @@ def expected_attention(
     out = np.zeros(tuple(q.shape))
     for sequence, p in probabilities_of_sequences(q, paged, scale, window, sinks, causal):
         values = paged.values[sequence][Side.V]
-        out[sequence] = p @ np.repeat(values, q.shape[1] // len(values), 0)
+        out[sequence] = by_kv_head(p, values)
     return out
 
 

@@ -46,8 +46,8 @@ CASES = {
     "many pages": ([64 * 600], 2, 1, 16, torch.float16, [(FP16, FP16)], 1, 3, 0, 0),
 }
 NOT_CAUSAL = ("all formats", "lengths of a batch", "several tokens", "tokens of two pages", "a block a page")
-# Of a page's mass. Queries times K's scales are rounded to fp16, which is 4e-5 of a mass here. With pages of 16 bits
-# fp32 remains; and the sum over pages is that of the weights whatever the scores are.
+# Errors of a page's mass. Queries times K's scales are rounded to fp16, which is 4e-5 of a mass here. With pages of
+# 16 bits fp32 remains; and the sum over pages is that of the weights whatever the scores are.
 MASS_ERROR, FP32_MASS_ERROR = 1e-4, 5e-7
 OF_16_BITS = {
     f"{name}, 16 bits": (*case[:5], [(page_kernels.PAGE_FORMATS[case[4]],) * 2], *case[6:])

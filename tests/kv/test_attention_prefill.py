@@ -45,7 +45,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def queries(sequences: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """Of sizes from 1/8 to 8, since each column is divided by a power of two of its own."""
+    """Queries of sizes from 1/8 to 8, since each column is divided by a power of two of its own."""
     rng = np.random.default_rng(1)
     q = rng.normal(0, 1, (sequences, heads, tokens, head_dim)) * 2.0 ** rng.integers(-3, 2, (1, heads, tokens, 1))
     return torch.from_numpy(q).to(dtype)
@@ -123,7 +123,7 @@ def test_window(emulated: object, window: int, sinks: int) -> None:
 
 
 def check_not_causal(dtype: torch.dtype, device: str) -> None:
-    """Of more tiles than one, whose queries see the last pages too; of fewer tokens than queries; of none."""
+    """Contexts of several tiles, whose queries see the last pages too, of fewer tokens than queries, and of none."""
     lengths, tokens = [64 * 5 + 30, 128, 7, 0], 150
     out = check(lengths, (4, 2), tokens, dtype=dtype, device=device, causal=False)
     for sequence, length in enumerate(lengths):

@@ -33,7 +33,7 @@ def make_cache(device: str = "cpu", **options: Any) -> KVCache:
 
 
 def random_tokens(cache: KVCache, batch: int, count: int, seed: int) -> tuple[Any, Any]:
-    """Of tokens and channels that differ in size, as those of models do."""
+    """Keys and values whose tokens and channels differ in size, as those of models do."""
     rng = np.random.default_rng(seed)
     size = np.exp(rng.normal(0, 1, (2, 1, HEADS, 1, HEAD_DIM)))
     both = torch.from_numpy(rng.normal(0, 1, (2, batch, HEADS, count, HEAD_DIM)) * size)

@@ -30,7 +30,7 @@ def parsed(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    """Of weights large enough that attention matters: with those of initialization, all tokens are equally likely."""
+    """Weights are large enough that attention matters: with those of initialization, all tokens are equally likely."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=97,

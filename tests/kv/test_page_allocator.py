@@ -21,12 +21,12 @@ PAGE_BYTES = np.array(
 )
 FULL = int(PAGE_BYTES[0, -1])
 RUNG = {page_format: rung for rung, page_format in enumerate(LADDER)}
-# Of widths 2, 3, 4, 8 and 16, relative to the values' mean square.
+# Errors of widths 2, 3, 4, 8 and 16, relative to the values' mean square.
 TYPICAL_ERROR = np.array([0.3, 0.07, 0.014, 6e-5, 0])
 
 
 def make_pages(n: int, seed: int = 0, *, fresh: bool = False, layers: int = 3, sequences: int = 2) -> Pages:
-    """Of several layers and sequences, in no order; the first of each sequence is pinned."""
+    """Pages of several layers and sequences, in no order; the first of each sequence is pinned."""
     rng = np.random.default_rng(seed)
     per_place = -(-n // (2 * layers * sequences))
     place = rng.permutation(2 * layers * sequences * per_place)[:n]

@@ -294,7 +294,8 @@ def test_write_counts_what_has_no_page(run: Runner) -> None:
     table[Side.V, 3, 1] = NO_PAGE
     table[Side.K, 3, 1] += 1  # BF16
     k = cache.tokens(4, 70, 0)
-    # Of sequence 1 42 tokens are behind the last page, of 2 all have no place, of 3 8 have no page and 62 are behind.
+    # Sequence 1 has 42 tokens behind its last page. Sequence 2 has no place for any. Sequence 3 has 8 tokens without a
+    # page and 62 behind.
     _, missing, _ = run(write_tokens, k, k, table, positions, pages=cache.pages)
     assert missing == (2 * 42 + 2 * 70 + 2 * 70, 1)
 

@@ -41,7 +41,7 @@ _EVERY_ELSEWHERE = 9
 _REGISTERS = 1 << 16  # of a multiprocessor
 _REGISTER_UNIT = 8
 _MOST_REGISTERS = 255
-# Of kernels that do not state it themselves: threads of a block, and how many blocks shall share a multiprocessor.
+# Threads of a block, and how many blocks shall share a multiprocessor, for kernels that do not state it themselves.
 _ENCODER_BLOCKS = {
     "encode_count": (256, 4),
     "encode_lanes": (256, 4),
@@ -116,7 +116,7 @@ def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
 
 
 def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
-    """Of each layout: they have no options."""
+    """The kernels of each layout; they have no options."""
     return lambda _everything, _architecture: (
         encoder._kernel(operation, layout) for layout in (*SIGNED, *UNSIGNED, *FLOATS)
     )
@@ -125,7 +125,7 @@ def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
 def matrix_kernels(
     of: Callable[..., Kernel], *choices: Iterable[Any], rows_apart: bool = False
 ) -> Callable[[bool, int], Iterator[Kernel]]:
-    """Of types and the given choices; `rows_apart`: vectorized kernels for tokens are another file's."""
+    """Kernels of all types and the given choices; `rows_apart`: vectorized kernels for tokens are another file's."""
 
     def of_all(everything: bool, _architecture: int) -> Iterator[Kernel]:
         options = [

@@ -162,7 +162,7 @@ def test_weight_is_no_tensor(state: State, use: Any) -> None:
 def test_weight_of_transposed_layers(tmp_path: Path) -> None:
     tensors = {"h.0.attn.c_attn.weight": torch.randn(96, 288), "h.0.attn.c_attn.bias": torch.zeros(288)}
     save_file(tensors, tmp_path / "in.safetensors")
-    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", bits=5)
+    kvpack.compress(tmp_path / "in.safetensors", tmp_path / "out.safetensors", kvpack.QuantConfig(bits=5))
     layer = load(tmp_path / "out.safetensors", "cpu").linear("h.0.attn.c_attn")
     assert layer.weight.shape == layer.dequantize().shape == (96, 288)
     scales = len(layer.weight_kvpack_scale)
