@@ -53,7 +53,8 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
 from kvpack.runtime.kv.allocator import POLICIES, Policy
 from kvpack.runtime.kv.attention import attention_with_kv_cache
-from kvpack.runtime.kv.cache import YIELDED, KVCache
+from kvpack.runtime.kv.budget import YIELDED
+from kvpack.runtime.kv.cache import KVCache
 
 UNIFORM = ("int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2")
 BUDGETS = (0.5, 0.4, 0.3, 0.25, 0.2)

@@ -137,7 +137,9 @@ def test_products_with_two_buffers(
             results.append(coded.linear(x, bias))
     torch.cuda.synchronize()
     assert all(map(right, results))
-    assert len({stream for stream, _ in on}) == 3  # each has a side stream of its own
+    # Each has a side stream; torch hands out 32 and then begins anew, so that two of the three may be one.
+    assert len({stream for stream, _ in on}) >= 2
+    assert main not in {stream for stream, _ in on}
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
