@@ -106,7 +106,6 @@ def decode_elements(
     blob: Blob,
     *,
     executor: ThreadPoolExecutor | None = None,
-    check_crc: bool = True,
     max_elements: int | None = None,
     out: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[Any]:
@@ -131,7 +130,7 @@ def decode_elements(
     tables = [decoder_table(table) for table in blob.tables]
 
     def work(index: int) -> None:
-        tile = blob.tile(index, check_crc=check_crc)
+        tile = blob.tile(index)
         g = tile.geometry
         window = target[g.matrix, g.first_row : g.first_row + g.rows, g.first_col : g.first_col + g.cols]
         decode_tile(blob, tile, tables, window)

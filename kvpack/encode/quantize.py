@@ -98,7 +98,7 @@ def quantize_strip(weights, steps, thresholds, clamp, half, elements):  # type: 
 
 @kernel
 def strip_moments(weights, limit):  # type: ignore[no-untyped-def]
-    """Sums over f32 ``weights`` [R, K]: Σ w² in f64 and number with |w| ≤ ``limit``, max |w|, number not finite."""
+    """Σ w² in f64 and number of those with |w| ≤ ``limit``, max |w|, number not finite; ``weights`` are f32 [R, K]."""
     energy, within, largest, strange = 0.0, 0, F32(0), 0
     for row in range(weights.shape[0]):
         for col in range(weights.shape[1]):

@@ -179,14 +179,11 @@ def plan_for_step(
     step: float,
     layouts: list[Layout],
     header_of: dict[Layout, BlobHeader],
-    rate_weight: float = LAMBDA,
 ) -> RatePlan:
     """The plan for a given step (one step for a whole model): the layout with the least rate plus error.
 
     ``layouts`` are tried with every element width, since a common step suits tensors of unlike spread.
     """
-    plans = [
-        plan_at_step(fine, step, layout, fixed_bits_per_weight(header_of[layout]), rate_weight) for layout in layouts
-    ]
+    plans = [plan_at_step(fine, step, layout, fixed_bits_per_weight(header_of[layout]), LAMBDA) for layout in layouts]
     unit = (step / fine.rms) ** 2 * LAMBDA  # relative squared error that a bit is worth at this step
     return min(plans, key=lambda plan: plan.predicted.noise + unit * plan.predicted.bits)

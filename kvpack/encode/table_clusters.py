@@ -79,7 +79,7 @@ def _costs(counts: npt.NDArray[np.float64], tables: Counts) -> npt.NDArray[np.fl
 
 
 def _table_bits(tables: npt.NDArray[np.integer[Any]]) -> int:
-    """Bits of the packed tables, over all symbols."""
+    """Size in bits of packed tables, each in whole bytes; ``tables`` are integers [tables, 256]."""
     return 8 * int(((_CODE_BITS[tables].sum(axis=1) + 7) // 8).sum())
 
 

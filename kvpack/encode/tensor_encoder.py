@@ -131,7 +131,7 @@ class Matrices:
 
 
 class QuantizedCounts(NamedTuple):
-    """Sums over all strips: symbol histograms i64 [num_tiles, 256], outliers, Σ dot, Σ energy (see Quantized)."""
+    """Symbol histograms i64 [num_tiles, 256], number of outliers, Σ dot, Σ energy of all strips (see Quantized)."""
 
     tiles: npt.NDArray[np.int64]
     outliers: int

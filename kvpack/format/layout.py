@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 
 from kvpack.errors import LayoutError
 
@@ -30,7 +29,6 @@ MAX_STEPS_U8_LENGTHS = 340
 
 MAX_RAW_BITS = 24
 OUTLIER_DELTA_BITS = 15
-OUTLIER_DELTA_MIN = -(1 << (OUTLIER_DELTA_BITS - 1))
 OUTLIER_DELTA_MAX = (1 << (OUTLIER_DELTA_BITS - 1)) - 1
 OUTLIER_BYTES = 4
 
@@ -133,12 +131,6 @@ class Layout:
     def alphabet_size(self) -> int:
         """Symbols that can occur: 2^(codes_per_symbol · code_bits)."""
         return 1 << (self.codes_per_symbol * self.code_bits)
-
-    @cached_property
-    def planes(self) -> tuple[int, ...]:
-        """Widths in bits of the raw planes, from the raw part's highest bits down (FORMAT.md §7.4)."""
-        wide, rest = divmod(self.raw_bits, 8)
-        return (8,) * wide + tuple(p for p in (4, 2, 1) if rest & p)
 
     @property
     def name(self) -> str:

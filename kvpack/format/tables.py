@@ -20,12 +20,6 @@ from kvpack.format.layout import (
 Frequencies = npt.NDArray[np.uint16]  # [256], sum 4096
 
 
-def packed_table_bytes(frequencies: Frequencies, alphabet_size: int) -> int:
-    """Size of one packed table: 2·floor(log2(f + 1)) + 1 bits a symbol, rounded up to bytes."""
-    exponents = np.frexp(frequencies[:alphabet_size].astype(np.float64) + 1)[1] - 1
-    return (int((2 * exponents + 1).sum()) + 7) // 8
-
-
 def _pack_table(frequencies: Frequencies, alphabet_size: int) -> bytes:
     bits: list[int] = []
     for value in frequencies[:alphabet_size].tolist():

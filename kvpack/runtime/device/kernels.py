@@ -62,7 +62,7 @@ def format_defines() -> dict[str, int]:
     defines["KVPACK_PREDICTOR_PREVIOUS"] = int(Predictor.PREVIOUS)
     defines |= {f"KVPACK_{name}": getattr(pages, name) for name in ("PAGE_TOKENS", "GROUP_DIMS", "ENTRY_FORMAT_BITS")}
     defines |= {f"KVPACK_FORMAT_{page_format.name}": int(page_format) for page_format in PageFormat}
-    # Of format f in bits 8·f … .
+    # Bits 8·f … say how many bits an element of format f has.
     defines["KVPACK_FORMAT_BITS"] = sum(page_format.element_bits << 8 * page_format for page_format in PageFormat)
     defines |= {f"KVPACK_SIDE_{side.name}": int(side) for side in Side}
     return defines
@@ -172,15 +172,6 @@ def _function(kernel: Kernel, device: int, shared_bytes: int) -> Any:
             raise DeviceError(f"{kernel.source} cannot be made ready for cuda:{device}: {error}") from error
         _functions[kernel, device, limit] = (function, shared_bytes)
     return function
-
-
-def compile_kernel(kernel: Kernel, device: torch.device) -> None:
-    """Compile now what would be compiled at the first launch."""
-    import cupy
-
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with cupy.cuda.Device(index):
-        _function(kernel, index, 0)
 
 
 def _argument(value: Any) -> Any:

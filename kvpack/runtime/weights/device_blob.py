@@ -124,7 +124,6 @@ class DeviceBlob:
         dtype: torch.dtype,
         shape: tuple[int, ...],
         *,
-        blob_bytes: int | None = None,
         host: memoryview | None = None,
     ) -> Self:
         """Take over a buffer that holds a blob and :data:`SLACK_BYTES` of zeros.
@@ -133,8 +132,7 @@ class DeviceBlob:
             host: the same bytes in the host's memory, if they are at hand (else they are copied back once).
         """
         if host is None:
-            size = len(blob) - SLACK_BYTES if blob_bytes is None else blob_bytes
-            host = blob[:size].cpu().numpy().data
+            host = blob[:-SLACK_BYTES].cpu().numpy().data
         return cls(blob, scales, dtype, shape, host)
 
     @property
@@ -180,13 +178,12 @@ class DeviceBlob:
         """
         return torch.ops.kvpack.linear(x, *self._arguments(), bias)  # type: ignore[no-any-return]
 
-    def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor as numbers, in its original shape.
 
         Args:
             dtype: of a quantized tensor: fp16, bf16 or fp32 (default: the original's). Lossless tensors are
                 converted from their own.
-            out: where to put it; contiguous, of that dtype, [matrices, rows, cols] of the blob.
         """
         wanted = self.dtype if dtype is None else dtype
         if len(self.scales):
@@ -199,8 +196,6 @@ class DeviceBlob:
             if not self.header.layout.element_kind.is_integer:
                 values = values.view(LOSSLESS_TYPES[self.header.layout.element_kind])
         values = values.to(wanted)
-        if out is not None:
-            return out.copy_(values)
         if self.header.transposed:
             values = values.swapaxes(1, 2)
         return values.reshape(self.shape)

@@ -27,7 +27,7 @@ _FRAGMENT_BYTES = 16 * GROUP_LANES
 _PASSING_BYTES = 2 * 32 * GROUP_LANES
 # Hardware has this many barriers for teams, besides that of the whole block.
 _MAX_TEAMS = 15
-# Of a launch in its second dimension.
+# A launch has no more blocks in its second dimension.
 _MAX_BLOCKS_Y = 65535
 # A second buffer for words hides the start of a tile; worth this much of the warps.
 _DOUBLE_BUFFER_GAIN = 1.15

@@ -44,7 +44,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 # What `dtype=` converts: numbers that stand for themselves. fp8 tensors have scales beside them.
 _PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Of torch's allocator: larger requests come from its pool of large segments, cut into multiples of these blocks.
+# Torch's allocator takes larger requests from its pool of large segments, cut into multiples of these blocks.
 _LARGE_BYTES = 1 << 20
 _BLOCK_BYTES = 512
 

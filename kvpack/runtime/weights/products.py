@@ -53,7 +53,7 @@ LOSSLESS_TYPES = {
     ElementKind.FP8_E4M3: torch.float8_e4m3fn,
     ElementKind.FP8_E5M2: torch.float8_e5m2,
 }
-# Of what a blob holds, outliers aside; bit patterns of 16 and 32 bits are signed, as torch prefers.
+# The type of what a blob holds, outliers aside; bit patterns of 16 and 32 bits are signed, as torch prefers.
 NUMBER_TYPES = {
     ElementKind.UNSIGNED: torch.uint8,
     ElementKind.SIGNED: torch.int8,

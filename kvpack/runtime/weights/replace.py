@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from kvpack.runtime.weights.load import Progress
 
-# Of transformers' GPT-2 family: y = x · W + b, with W stored inputs × outputs.
+# A class of transformers' GPT-2 family: y = x · W + b, with W stored inputs × outputs.
 CONV1D = "Conv1D"
 # How many names a message lists.
 _SHOWN = 5
