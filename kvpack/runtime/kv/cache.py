@@ -1075,8 +1075,8 @@ class KVCache:
             places.side,
             self._formats(places),
             importance,
-            np.where(pinned[:, None], 0, self.errors[places.layer, places.side]),
             pinned,
+            self.errors,
         )
         return allocate_widths(pages, self._page_bytes, round(budget), ladder=self.ladder, policy=self.policy)
 
