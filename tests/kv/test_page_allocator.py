@@ -182,6 +182,35 @@ def test_nothing_is_given_up_that_still_fits() -> None:
     assert allocate_widths(pages, PAGE_BYTES, int(2 * PAGE_BYTES[0, 3])).formats.tolist() == [PageFormat.INT8] * 2
 
 
+def test_of_equal_pages_the_first_get_more() -> None:
+    """For all that are worth the same the order is known, be they many or few."""
+    for n in (10, 5000):
+        pages = replace(
+            make_pages(n, fresh=True),
+            side=np.zeros(n, int),
+            pinned=np.zeros(n, bool),
+            importance=np.ones(n),
+            errors=np.tile(TYPICAL_ERROR, (3, 2, 1)),
+        )
+        raised = n // 3
+        budget = int(PAGE_BYTES[0, 1] * n + (PAGE_BYTES[0, 2] - PAGE_BYTES[0, 1]) * raised)
+        found = allocate_widths(pages, PAGE_BYTES, budget)
+        assert rungs(found.formats).tolist() == [2] * raised + [1] * (n - raised)
+        assert found.bytes == budget
+
+
+def test_errors_may_be_unknown_where_no_page_is_open() -> None:
+    pages = make_pages(60)
+    of_first = pages.layer == 0
+    pages = replace(pages, pinned=pages.pinned | of_first, errors=pages.errors.copy())
+    known = {policy: allocate_widths(pages, PAGE_BYTES, int(0.6 * 60 * FULL), policy=policy) for policy in POLICIES}
+    pages.errors[0] = np.nan
+    for policy, expected in known.items():
+        found = allocate_widths(pages, PAGE_BYTES, int(0.6 * 60 * FULL), policy=policy)
+        assert (found.formats == expected.formats).all()
+        assert found.outcome == Outcome.HELD
+
+
 def test_no_pages() -> None:
     for policy in POLICIES:
         assert allocate_widths(make_pages(0), PAGE_BYTES, 0, policy=policy).outcome == Outcome.HELD

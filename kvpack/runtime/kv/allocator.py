@@ -269,11 +269,9 @@ def _climb(hulls: _Hulls, row: _Ints, weight: _Floats, left: int) -> _Ints:
     least = np.maximum.accumulate(hulls.price, axis=1).reshape(-1)
     bought = np.zeros(len(row), np.int64)
     who, what, worth = _upgrades(hulls, row, weight)
+    if least.max(initial=0) > left:
+        who, what, worth = _chosen(least[what] <= left, who, what, worth)
     while len(who):
-        # Cheaper ones of other rows may still fit. Each turn buys at least one, and the first that does not fit is out
-        # of the next, so that turns are no more than there are prices.
-        if least[what].max() > left:
-            who, what, worth = _chosen(least[what] <= left, who, what, worth)
         # Sorting all would take most of the time: sign, exponent and four bits of the mantissa tell what is bought or
         # not, but for those that share them with the last one.
         key = worth.view(np.int64) >> 48
@@ -288,8 +286,10 @@ def _climb(hulls: _Hulls, row: _Ints, weight: _Floats, left: int) -> _Ints:
         fitting = int(np.searchsorted(spent, left, side="right"))
         taken[last[:fitting]] = True
         left -= int(spent[fitting - 1]) if fitting else 0
-        bought += np.bincount(who[taken], minlength=len(row))
-        who, what, worth = _chosen(~taken, who, what, worth)
+        bought += np.bincount(who[np.flatnonzero(taken)], minlength=len(row))
+        # Cheaper ones of other rows may still fit. Each turn buys at least one, and the first that does not fit is out
+        # of the next, so that turns are no more than there are prices.
+        who, what, worth = _chosen(~taken & (least[what] <= left), who, what, worth)
     return hulls.reached.reshape(-1)[row * (steps + 1) + bought]
 
 
