@@ -39,8 +39,8 @@ def make_pages(n: int, seed: int = 0, *, fresh: bool = False, layers: int = 3, s
         side=place % 2,
         format=np.full(n, int(PageFormat.FP16)) if fresh else formats,
         importance=rng.exponential(1, n) ** 2 * (rng.random(n) < 0.8),
-        error=TYPICAL_ERROR * rng.lognormal(0, 0.5, (n, 1)),
         pinned=index == 0,
+        errors=TYPICAL_ERROR * rng.lognormal(0, 0.5, (layers, 2, 1)),
     )
 
 
@@ -90,7 +90,7 @@ def test_within_one_upgrade_of_exhaustive_search(n: int, seed: int, fraction: fl
     found = allocate_widths(pages, PAGE_BYTES, budget, hysteresis=0)
     if found.outcome != Outcome.HELD:
         return
-    loss = pages.error * pages.importance[:, None]
+    loss = pages.errors[pages.layer, pages.side] * pages.importance[:, None]
     rows = np.arange(n)
     best = min(
         loss[rows, choice].sum()
@@ -103,7 +103,7 @@ def test_within_one_upgrade_of_exhaustive_search(n: int, seed: int, fraction: fl
 
 
 def test_bits_go_where_they_are_worth_most() -> None:
-    pages = replace(make_pages(400, fresh=True), error=np.tile(TYPICAL_ERROR, (400, 1)))
+    pages = replace(make_pages(400, fresh=True), errors=np.tile(TYPICAL_ERROR, (3, 2, 1)))
     found = allocate_widths(pages, PAGE_BYTES, int(0.3 * 400 * FULL))
     for side in Side:
         chosen = ~pages.pinned & (pages.side == side)
@@ -161,7 +161,7 @@ def test_a_quantized_page_yields_only_to_what_is_worth_the_margin() -> None:
         format=np.array([PageFormat.INT8, PageFormat.FP16]),
         side=np.zeros(2, int),
         pinned=np.zeros(2, bool),
-        error=np.tile(TYPICAL_ERROR, (2, 1)),
+        errors=np.tile(TYPICAL_ERROR, (3, 2, 1)),
     )
     budget = int(PAGE_BYTES[0, 3] + PAGE_BYTES[0, 2])
     for importance, expected in ((1.05, PageFormat.INT8), (1.15, PageFormat.INT4)):
@@ -177,9 +177,38 @@ def test_nothing_is_given_up_that_still_fits() -> None:
         side=np.zeros(2, int),
         pinned=np.zeros(2, bool),
         importance=np.array([1.0, 1e6]),
-        error=np.tile(TYPICAL_ERROR, (2, 1)),
+        errors=np.tile(TYPICAL_ERROR, (3, 2, 1)),
     )
     assert allocate_widths(pages, PAGE_BYTES, int(2 * PAGE_BYTES[0, 3])).formats.tolist() == [PageFormat.INT8] * 2
+
+
+def test_of_equal_pages_the_first_get_more() -> None:
+    """For all that are worth the same the order is known, be they many or few."""
+    for n in (10, 5000):
+        pages = replace(
+            make_pages(n, fresh=True),
+            side=np.zeros(n, int),
+            pinned=np.zeros(n, bool),
+            importance=np.ones(n),
+            errors=np.tile(TYPICAL_ERROR, (3, 2, 1)),
+        )
+        raised = n // 3
+        budget = int(PAGE_BYTES[0, 1] * n + (PAGE_BYTES[0, 2] - PAGE_BYTES[0, 1]) * raised)
+        found = allocate_widths(pages, PAGE_BYTES, budget)
+        assert rungs(found.formats).tolist() == [2] * raised + [1] * (n - raised)
+        assert found.bytes == budget
+
+
+def test_errors_may_be_unknown_where_no_page_is_open() -> None:
+    pages = make_pages(60)
+    of_first = pages.layer == 0
+    pages = replace(pages, pinned=pages.pinned | of_first, errors=pages.errors.copy())
+    known = {policy: allocate_widths(pages, PAGE_BYTES, int(0.6 * 60 * FULL), policy=policy) for policy in POLICIES}
+    pages.errors[0] = np.nan
+    for policy, expected in known.items():
+        found = allocate_widths(pages, PAGE_BYTES, int(0.6 * 60 * FULL), policy=policy)
+        assert (found.formats == expected.formats).all()
+        assert found.outcome == Outcome.HELD
 
 
 def test_no_pages() -> None:
@@ -191,8 +220,10 @@ def test_no_pages() -> None:
     ("change", "message"),
     [
         ({"importance": np.full(4, np.nan)}, "importance has values that are negative or not finite"),
-        ({"error": -np.ones((4, 5))}, "error has values"),
-        ({"error": np.ones((4, 3))}, r"error has shape \(4, 3\)"),
+        ({"errors": -np.ones((3, 2, 5))}, "errors has values"),
+        ({"errors": np.ones((3, 2, 3))}, r"errors has shape \(3, 2, 3\)"),
+        ({"errors": np.ones((1, 2, 5)), "layer": np.arange(4)}, "layer has values from 0 to 3; there are 1"),
+        ({"errors": np.full((3, 2, 5), np.nan), "pinned": np.zeros(4, bool)}, "errors has values of open pages"),
         ({"side": np.zeros(3, int)}, r"side has shape \(3,\); there are 4 pages"),
         ({"format": np.full(4, PageFormat.FP8_E4M3)}, "page 0 has format FP8_E4M3"),
     ],

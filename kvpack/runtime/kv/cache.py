@@ -926,7 +926,8 @@ class KVCache:
 
         Pages of the recent window are counted as if each had its part of the budget, and may win more.
         """
-        places = self.table.all_places(range(self.num_layers), lengths)
+        layers = range(self.num_layers)
+        places = self.table.all_places(layers, lengths)
         pinned = self.window.pinned(places, lengths)
         for layer in np.flatnonzero(np.isnan(self.errors).any(axis=(1, 2))).tolist():
             is_full = (places.layer == layer) & (places.index < lengths[places.sequence] // PAGE_TOKENS)
@@ -938,22 +939,24 @@ class KVCache:
         of_layer = room(lengths, self.window, self.table.max_pages, self._full_bytes)
         may = self.num_layers * of_layer.budget(budget)
         total = may - int(recent.sum()) * self._full_bytes * (1 - budget)
-        allocation = self._allocated(places, is_sink, total)
+        formats = self._formats(places)
+        allocation = self._allocated(layers, places, formats, is_sink, total)
         if allocation.outcome != Outcome.HELD:
             return None
-        formats = self._formats(places)
-        changed = ~pinned & (allocation.formats != formats)
-        new_bytes = self._bytes_of(places.side, allocation.formats)
-        lost = np.where(changed, self._bytes_of(places.side, formats) - new_bytes, 0)
-        used = np.array(self._used_bytes) - np.bincount(places.layer, lost, self.num_layers)
+        changing = np.flatnonzero(~pinned & (allocation.formats != formats))
+        changed, narrower = places[changing], allocation.formats[changing]
+        lost = self._bytes_of(changed.side, formats[changing]) - self._bytes_of(changed.side, narrower)
+        used = np.array(self._used_bytes) - np.bincount(changed.layer, lost, self.num_layers)
         spare = may - used.sum()
         if spare < 0:
             return None
         # What is left is for those who leave the window next, as much as they have won.
-        won = np.bincount(places.layer, np.where(recent, new_bytes, 0), self.num_layers)
+        winning = np.flatnonzero(recent)
+        won_bytes = self._bytes_of(places.side[winning], allocation.formats[winning])
+        won = np.bincount(places.layer[winning], won_bytes, self.num_layers)
         parts = won / won.sum() if won.any() else np.full(self.num_layers, 1 / self.num_layers)
         self.shares[:] = of_layer.shares(used + spare * parts)
-        return _Changes(places[changed], allocation.formats[changed])
+        return _Changes(changed, narrower)
 
     def _bytes_of(self, sides: Ints, formats: npt.NDArray[np.uint8]) -> Ints:
         """Bytes of pages, by side and format."""
@@ -1055,28 +1058,39 @@ class KVCache:
 
     def _planned(self, layer: int, lengths: npt.NDArray[np.int32], tokens: _Tokens | None = None) -> _Changes:
         """What changes in a layer that has these numbers of tokens, so that it holds its share: a look at all pages."""
-        places = self.table.all_places(range(layer, layer + 1), lengths)
+        layers = range(layer, layer + 1)
+        places = self.table.all_places(layers, lengths)
         pinned = self.window.pinned(places, lengths)
         self._measure(layer, places[~pinned], tokens)
         of_layer = room(lengths, self.window, self.table.max_pages, self._full_bytes)
-        allocation = self._allocated(places, pinned, of_layer.budget(float(self.shares[layer])))
-        changed = allocation.formats != self._formats(places)
+        formats = self._formats(places)
+        allocation = self._allocated(layers, places, formats, pinned, of_layer.budget(float(self.shares[layer])))
+        changed = np.flatnonzero(allocation.formats != formats)
         return _Changes(places[changed], allocation.formats[changed], allocation.outcome)
 
-    def _allocated(self, places: Places, pinned: npt.NDArray[np.bool_], budget: float) -> Allocation:
+    def _allocated(
+        self,
+        layers: range,
+        places: Places,
+        formats: npt.NDArray[np.uint8],
+        pinned: npt.NDArray[np.bool_],
+        budget: float,
+    ) -> Allocation:
+        """Of all places of these layers, layer by layer."""
         importance = np.empty(len(places))
-        for layer in np.unique(places.layer).tolist():
-            chosen = places.layer == layer
-            importance[chosen] = self.importance.forecast(layer)[places.sequence[chosen], places.index[chosen]]
+        ends = np.searchsorted(places.layer, layers, side="right").tolist()
+        for layer, start, end in zip(layers, [0, *ends], ends, strict=False):
+            of_layer = self.importance.forecast(layer)
+            importance[start:end] = of_layer[places.sequence[start:end], places.index[start:end]]
         pages = Pages(
             places.layer,
             places.sequence,
             places.index,
             places.side,
-            self._formats(places),
+            formats,
             importance,
-            np.where(pinned[:, None], 0, self.errors[places.layer, places.side]),
             pinned,
+            self.errors,
         )
         return allocate_widths(pages, self._page_bytes, round(budget), ladder=self.ladder, policy=self.policy)
 

@@ -123,7 +123,7 @@ class PageTable:
         self.lengths[:, sequence] = 0
 
     def all_places(self, layers: range, lengths: npt.NDArray[np.int32]) -> Places:
-        """All pages of sequences of these lengths, [sequences], in layers that all have them."""
+        """All pages of sequences of these lengths, [sequences], in layers that all have them; layer by layer."""
         present = np.arange(self.pages) < -(-lengths // PAGE_TOKENS)[:, None]
         shape = (len(layers), len(Side), *present.shape)
         layer, side, sequence, index = np.nonzero(np.broadcast_to(present, shape))
