@@ -64,7 +64,7 @@ from kvpack.runtime.kv.budget import FormatPairs, Window, formats_from_what_is_l
 from kvpack.runtime.kv.distortion import Queries, format_errors
 from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, left_out, new_status, quantize_pages, read_tokens, write_tokens
 from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools, PageViews
-from kvpack.runtime.kv.page_table import NO_PAGE, NO_PLACES, Ints, PageTable, Places, widened
+from kvpack.runtime.kv.page_table import NO_PAGE, Ints, PageTable, Place, Places, widened
 
 Widths = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
 
@@ -72,6 +72,7 @@ Widths = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
 MASS_UNIT = 2.0**-MASS_FRACTION_BITS
 # Lengths are i32, and kernels add to places.
 _MOST_TOKENS = 1 << 30
+_SIDES = tuple(Side)
 # How many batches' rows are remembered on the device.
 _REMEMBERED_ROWS = 256
 
@@ -146,10 +147,10 @@ class KVView:
 
 @dataclass(frozen=True)
 class _Changes:
-    """Pages that shall have another format, u8 [n]."""
+    """Pages that shall have another format."""
 
-    places: Places
-    formats: npt.NDArray[np.uint8]
+    places: list[Place]
+    formats: list[int]
     outcome: Outcome = Outcome.HELD
 
 
@@ -387,7 +388,7 @@ class KVCache:
             return
         self._require_replayed()
         if self._is_quiet(layer, ids, count):
-            with self._changing(NO_PLACES, None, lambda: self._clear(layer, k, rows)):
+            with self._changing([], None, lambda: self._clear(layer, k, rows)):
                 view = self._written(layer, ids, k, v, rows)
                 yield view
                 if not keep:
@@ -598,24 +599,25 @@ class KVCache:
                 f"than the {self.max_tokens} of max_tokens; free() the sequence, or make a larger cache"
             )
 
-    def _new_pages(self, layers: Sequence[int], ids: list[int], count: int) -> Places:
+    def _new_pages(self, layers: Sequence[int], ids: list[int], count: int) -> list[Place]:
         """Pages that sequences need for so many more tokens; there is room for them in the tables.
 
         Raises:
             CacheFullError: a sequence would exceed ``max_tokens``, or tables the memory.
         """
-        rows, pages = [], 0
+        found: list[Place] = []
+        pages = 0
         for layer in layers:
             self.check_room(layer, ids, count)
-            before = self.table.lengths[layer, ids]
-            ends = -(-(before + count) // PAGE_TOKENS)
-            pages = max(pages, int(ends.max()))
-            begins = -(-before // PAGE_TOKENS)
-            for at in np.flatnonzero(begins != ends).tolist():
+            begins = self.table.lengths[layer, ids] + (PAGE_TOKENS - 1)
+            ends = (begins + count) // PAGE_TOKENS
+            begins //= PAGE_TOKENS
+            for at in (begins != ends).nonzero()[0].tolist():
+                pages = max(pages, int(ends[at]))
                 for index in range(int(begins[at]), int(ends[at])):
-                    rows += [(layer, int(side), ids[at], index) for side in Side]
+                    found += [(layer, int(side), ids[at], index) for side in _SIDES]
         self._grow_tables(pages)
-        return Places.of(rows) if rows else NO_PLACES
+        return found
 
     def _grow_tables(self, pages: int) -> None:
         """
@@ -685,7 +687,7 @@ class KVCache:
         with suppress(CacheFullError):
             for layer in range(self.num_layers):
                 if self.budget is not None and self._is_over(layer):
-                    with self._changing(NO_PLACES, self._planned(layer, self.table.lengths[layer])):
+                    with self._changing([], self._planned(layer, self.table.lengths[layer])):
                         pass
 
     def _free_page(self, layer: int, entry: int) -> None:
@@ -693,11 +695,10 @@ class KVCache:
 
     @contextmanager
     def _changing(
-        self, new: Places, changes: _Changes | None, undo: Callable[[], None] | None = None
+        self, new: list[Place], changes: _Changes | None, undo: Callable[[], None] | None = None
     ) -> Iterator[None]:
         """New pages inside, other formats behind: all or nothing. ``undo`` is called while new pages are there."""
-        places, formats = (NO_PLACES, _NO_FORMATS) if changes is None else (changes.places, changes.formats)
-        if not len(new) and not len(places):  # most steps
+        if not new and (changes is None or not changes.places):  # most steps
             try:
                 yield
             except BaseException:
@@ -705,61 +706,63 @@ class KVCache:
                     undo()
                 raise
             return
-        kinds = list(zip(places.side.tolist(), self._formats(places).tolist(), formats.tolist(), strict=True))
-        if len(set(kinds)) > 1:  # pages of a kind lie side by side, so that one launch takes them
-            order = sorted(range(len(kinds)), key=kinds.__getitem__)
-            places, kinds = places[np.array(order)], [kinds[i] for i in order]
-        wanted = [(Side(side), self.full_format) for side in new.side.tolist()]
-        wanted += [(Side(side), PageFormat(target)) for side, _, target in kinds]
+        places, formats = ([], []) if changes is None else (changes.places, changes.formats)
+        table, full = self.table, int(self.full_format)
+        new_at, changed_at = [table.flat(place) for place in new], [table.flat(place) for place in places]
+        held = [table.entry(at) for at in changed_at]
+        kinds = [
+            (place[1], full if entry == NO_PAGE else entry & ENTRY_FORMAT_MASK, page_format)
+            for place, entry, page_format in zip(places, held, formats, strict=True)
+        ]
+        # Pages of a kind lie side by side, so that one launch takes them.
+        order = sorted(range(len(kinds)), key=kinds.__getitem__)
+        places, kinds = [places[i] for i in order], [kinds[i] for i in order]
+        changed_at, held = [changed_at[i] for i in order], [held[i] for i in order]
+        wanted = [(_SIDES[place[1]], self.full_format) for place in new]
+        wanted += [(_SIDES[side], PageFormat(target)) for side, _, target in kinds]
         self.pools.reserve(Counter(wanted))
         allocated: list[int] = []
-        layers = new.layer.tolist() + places.layer.tolist()
         try:
-            indices = new.index.tolist() + places.index.tolist()
-            for kind, layer, index in zip(wanted, layers, indices, strict=True):
-                allocated.append(self.pools.allocate(*kind, PageOwner(layer, index)))
-            entries = np.array(allocated, np.int64)
-            targets = entries[len(new) :]
-            at_new, at_places = self.table.flat(new), self.table.flat(places)
-            came = dict(zip(at_new.tolist(), allocated[: len(new)], strict=True))  # some leave as soon as they come
-            held = self.entries[places.where].tolist()
-            sources = [
-                came[at] if entry == NO_PAGE else entry for at, entry in zip(at_places.tolist(), held, strict=True)
-            ]
-            jobs = np.stack([np.array(sources, np.int64), targets], axis=1).reshape(-1)
+            for kind, place in zip(wanted, new + places, strict=True):
+                allocated.append(self.pools.allocate(*kind, PageOwner(place[0], place[3])))
+            new_entries, targets = allocated[: len(new)], allocated[len(new) :]
+            came = dict(zip(new_at, new_entries, strict=True))  # some leave the window as soon as they come
+            sources = [came[at] if entry == NO_PAGE else entry for at, entry in zip(changed_at, held, strict=True)]
+            jobs = [entry for job in zip(sources, targets, strict=True) for entry in job]
             # One copy, before anything has changed.
-            flat = np.concatenate([at_new, at_places, entries, jobs])
-            split = [len(new), len(places), len(new), len(places), 2 * len(places)]
-            new_at, places_at, new_entries, place_entries, all_jobs = self._upload(flat).split(split)
-            self.table.set(new, entries[: len(new)], new_at, new_entries)
+            uploaded = self._upload(np.array(new_at + changed_at + allocated + jobs, np.int64))
+            counts = [len(new), len(places), len(new), len(places), len(jobs)]
+            new_there, changed_there, new_to_put, targets_to_put, all_jobs = uploaded.split_with_sizes(counts)
+            table.set(new_at, new_entries, new_there, new_to_put)
             try:
                 yield
                 self._quantize(kinds, all_jobs.view(-1, 2))
-                self.table.set(places, targets, places_at, place_entries)
+                table.set(changed_at, targets, changed_there, targets_to_put)
             except BaseException:
                 try:
                     if undo is not None:
                         undo()
                 finally:
-                    self.table.clear(new, new_at)
+                    table.clear(new_at, new_there)
                 raise
         except BaseException:
             for entry in reversed(allocated):
                 self.pools.free(entry)
             raise
-        for (side, page_format), layer in zip(wanted, layers, strict=True):
-            self._used_bytes[layer] += self.pools.page_bytes(side, page_format)
-        for layer, entry in zip(places.layer.tolist(), sources, strict=True):
-            self._free_page(layer, entry)
+        for kind, place in zip(wanted, new + places, strict=True):
+            self._used_bytes[place[0]] += self.pools.page_bytes(*kind)
+        for place, entry in zip(places, sources, strict=True):
+            self._free_page(place[0], entry)
 
-    def _forget_pages(self, places: Places) -> None:
+    def _forget_pages(self, places: list[Place]) -> None:
         """Pages that hold nothing any more."""
-        if not len(places):
+        if not places:
             return
-        entries = self.entries[places.where].tolist()
-        self.table.clear(places, self._upload(self.table.flat(places)))
-        for layer, entry in zip(places.layer.tolist(), entries, strict=True):
-            self._free_page(layer, entry)
+        at = [self.table.flat(place) for place in places]
+        entries = [self.table.entry(where) for where in at]
+        self.table.clear(at, self._upload(np.array(at, np.int64)))
+        for place, entry in zip(places, entries, strict=True):
+            self._free_page(place[0], entry)
 
     def _quantize(self, kinds: list[tuple[int, int, int]], jobs: torch.Tensor) -> None:
         """``kinds``: side, format, format to be; those of a kind lie side by side. ``jobs``: i64 [n, 2]."""
@@ -914,7 +917,7 @@ class KVCache:
             if changes is None:
                 self.shares[:] = self.budget
                 changes = _joined([self._planned(layer, lengths) for layer in range(self.num_layers)])
-            with self._changing(NO_PLACES, changes):
+            with self._changing([], changes):
                 pass
         except BaseException:
             self.shares[:] = before
@@ -956,7 +959,7 @@ class KVCache:
         won = np.bincount(places.layer[winning], won_bytes, self.num_layers)
         parts = won / won.sum() if won.any() else np.full(self.num_layers, 1 / self.num_layers)
         self.shares[:] = of_layer.shares(used + spare * parts)
-        return _Changes(changed, narrower)
+        return _Changes(changed.each(), narrower.tolist())
 
     def _bytes_of(self, sides: Ints, formats: npt.NDArray[np.uint8]) -> Ints:
         """Bytes of pages, by side and format."""
@@ -979,21 +982,18 @@ class KVCache:
         ends, ends_after = self.window.open_ends(before), self.window.open_ends(before + count)
         leaving = [
             (ids[at], index)
-            for at in np.flatnonzero(ends != ends_after).tolist()
+            for at in (ends != ends_after).nonzero()[0].tolist()
             for index in range(max(self.window.sink_pages, int(ends[at])), int(ends_after[at]))
         ]
         # A sequence's beginning, and pages that leave the window, are what the budget is sensitive to: the pages that
         # come until the next one leaves are counted beforehand.
         if not leaving and (self.budget is None or before.all()):
             return None
-        places = Places.of([(layer, int(side), *page) for page in leaving for side in Side])
+        places: list[Place] = [(layer, side, *page) for page in leaving for side in (0, 1)]
         if self.budget is None:
             of_side = self._widths[layer].tolist()
-            if all(page_format == self.full_format for page_format in of_side):
-                return None
-            changed = np.array(of_side * len(leaving), np.uint8)
-            is_other = changed != self.full_format
-            return _Changes(places[is_other], changed[is_other])
+            changed = [place for place in places if of_side[place[1]] != self.full_format]
+            return _Changes(changed, [of_side[place[1]] for place in changed])
         lengths = self.table.lengths[layer].copy()
         lengths[ids] += count
         few = len(leaving) <= len(ids)
@@ -1004,15 +1004,15 @@ class KVCache:
         self,
         layer: int,
         leaving: list[tuple[int, int]],
-        places: Places,
+        places: list[Place],
         lengths: npt.NDArray[np.int32],
         before: npt.NDArray[np.int32],
         count: int,
         tokens: _Tokens | None,
     ) -> _Changes | None:
         """Formats of pages that leave the window, without a look at the others; None where those must lose bits."""
-        if leaving:
-            self._measure(layer, places, tokens)
+        if leaving and np.isnan(self.errors[layer]).any():
+            self._measure(layer, Places.of(places), tokens)
         share = float(self.shares[layer])
         of_layer = room(lengths, self.window, self.table.max_pages, self._full_bytes)
         new = int((-(-(before + count) // PAGE_TOKENS) + before // -PAGE_TOKENS).sum())
@@ -1029,9 +1029,9 @@ class KVCache:
             if not self._is_lowest(layer, lengths, used, len(leaving)):
                 return None
             found = [(self.ladder[0], self.ladder[0])] * len(leaving)
-        formats = np.array(found, np.uint8).reshape(-1)
-        changed = formats != self.full_format
-        return _Changes(places[changed], formats[changed])
+        formats = [page_format for pair in found for page_format in pair]
+        changed = [i for i, page_format in enumerate(formats) if page_format != self.full_format]
+        return _Changes([places[i] for i in changed], [int(formats[i]) for i in changed])
 
     def _is_lowest(self, layer: int, lengths: npt.NDArray[np.int32], used: int, leaving: int = 0) -> bool:
         """Whether open pages, but for those that are ``leaving`` and not in ``used``, have no bits to lose."""
@@ -1066,7 +1066,7 @@ class KVCache:
         formats = self._formats(places)
         allocation = self._allocated(layers, places, formats, pinned, of_layer.budget(float(self.shares[layer])))
         changed = np.flatnonzero(allocation.formats != formats)
-        return _Changes(places[changed], allocation.formats[changed], allocation.outcome)
+        return _Changes(places[changed].each(), allocation.formats[changed].tolist(), allocation.outcome)
 
     def _allocated(
         self,
@@ -1194,16 +1194,14 @@ class KVCache:
             raise PageEntryError(f"{found[0]} tokens or pages were left out, the first of them at {found[1]}")
 
 
-_NO_FORMATS = np.empty(0, np.uint8)
-_NO_CHANGES = _Changes(NO_PLACES, _NO_FORMATS)
+_NO_CHANGES = _Changes([], [])
 
 
 def _joined(changes: Sequence[_Changes]) -> _Changes:
     """The changes of several layers; the outcome is the first that is not HELD."""
-    if not changes:
-        return _NO_CHANGES
-    columns = zip(*(change.places.where for change in changes), strict=True)
-    places = Places(*(np.concatenate(column) for column in columns))
     outcomes = [change.outcome for change in changes if change.outcome != Outcome.HELD]
-    formats = np.concatenate([change.formats for change in changes])
-    return _Changes(places, formats, outcomes[0] if outcomes else Outcome.HELD)
+    return _Changes(
+        [place for change in changes for place in change.places],
+        [page_format for change in changes for page_format in change.formats],
+        outcomes[0] if outcomes else Outcome.HELD,
+    )

@@ -17,6 +17,7 @@ import os
 from bisect import bisect_right, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,16 +32,15 @@ _LEAST_SLAB_PAGES = 8
 _ARENA_START = 64
 
 
-@dataclass(frozen=True)
-class PageOwner:
-    """Where a page belongs: its layer, and which page of a sequence it is.
+class PageOwner(NamedTuple):
+    """Where a page belongs: its layer, and which page (0, 1, …) of a sequence it is.
 
     Which sequences hold it is the page table's to say: those that begin with the same tokens can hold the same page at
-    the same index, and a snapshot's page has no sequence yet. ``references`` of :class:`PageInfo` counts the holders.
+    the same place, and a snapshot's page has no sequence yet. ``references`` of :class:`PageInfo` counts the holders.
     """
 
     layer: int
-    index: int
+    page: int
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,8 @@ class PagePools:
         Raises:
             CacheFullError: the slabs would take more than ``max_bytes``, or than the device has. Nothing has changed.
         """
+        if all(count <= len(self._pools[kind].free) for kind, count in counts.items()):
+            return
         missing = [
             pool
             for kind, count in counts.items()
@@ -253,7 +255,7 @@ class PagePools:
         entry = pool.free.pop()
         slab, number = self._find(entry)
         slab.references[number] = 1
-        slab.owners[number] = owner.layer, owner.index
+        slab.owners[number] = owner.layer, owner.page
         pool.in_use += 1
         self._bytes_in_use += pool.page_bytes
         return entry

@@ -19,6 +19,8 @@ NO_PAGE = -1
 _FIRST_PAGES = 64
 
 Ints = npt.NDArray[np.int64]
+# One page's layer, side, sequence and index.
+Place = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class Places:
     index: Ints
 
     @classmethod
-    def of(cls, rows: list[tuple[int, int, int, int]]) -> Places:
-        """Rows of (layer, side, sequence, index)."""
-        return cls(*np.array(rows, np.int64).reshape(-1, 4).T)
+    def of(cls, places: list[Place]) -> Places:
+        return cls(*np.array(places, np.int64).reshape(-1, 4).T)
+
+    def each(self) -> list[Place]:
+        return list(zip(*(part.tolist() for part in self.where), strict=True))
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -45,9 +49,6 @@ class Places:
     def where(self) -> tuple[Ints, Ints, Ints, Ints]:
         """Indices into page tables."""
         return self.layer, self.side, self.sequence, self.index
-
-
-NO_PLACES = Places.of([])
 
 
 class PageTable:
@@ -69,6 +70,7 @@ class PageTable:
     def __init__(self, layers: int, sequences: int, max_pages: int, device: torch.device) -> None:
         self.max_pages, self.device = max_pages, device
         self.entries: Ints = np.full((layers, len(Side), sequences, min(max_pages, _FIRST_PAGES)), NO_PAGE, np.int64)
+        self._host_flat = self.entries.reshape(-1)
         self.lengths: npt.NDArray[np.int32] = np.zeros((layers, sequences), np.int32)
         with torch.inference_mode(False):  # tensors are changed outside of it, too
             self.device_lengths = torch.zeros((layers, sequences), dtype=torch.int32, device=device)
@@ -78,6 +80,10 @@ class PageTable:
     def _set_device_entries(self, entries: torch.Tensor) -> None:
         # Indexing a tensor takes as long as a launch.
         self.device_entries, self.layer_entries, self._flat = entries, entries.unbind(), entries.view(-1)
+
+    def entry(self, at: int) -> int:
+        """The entry at a place that :meth:`flat` has given, on the host."""
+        return int(self._host_flat[at])
 
     @property
     def pages(self) -> int:
@@ -96,24 +102,25 @@ class PageTable:
         """
         grown = widened(torch.from_numpy(self.entries), pages, NO_PAGE).numpy()
         self._set_device_entries(widened(self.device_entries, pages, NO_PAGE))
-        self.entries = grown
+        self.entries, self._host_flat = grown, grown.reshape(-1)
 
-    def flat(self, places: Places) -> Ints:
-        """Where places are in the table seen as one row."""
+    def flat(self, place: Place) -> int:
+        """Where a place is in the table seen as one row."""
+        layer, side, sequence, index = place
         _, sides, sequences, pages = self.entries.shape
-        return ((places.layer * sides + places.side) * sequences + places.sequence) * pages + places.index
+        return ((layer * sides + side) * sequences + sequence) * pages + index
 
-    def set(self, places: Places, entries: Ints, device_places: torch.Tensor, device_entries: torch.Tensor) -> None:
-        """Put entries at places; both are on the device already, places as :meth:`flat` gives them."""
-        if len(places):
-            self._flat.index_copy_(0, device_places, device_entries)
-            self.entries[places.where] = entries
+    def set(self, at: list[int], entries: list[int], device_at: torch.Tensor, device_entries: torch.Tensor) -> None:
+        """Put entries at places as :meth:`flat` gives them; both are on the device already."""
+        if at:
+            self._flat.index_copy_(0, device_at, device_entries)
+            self._host_flat[at] = entries
 
-    def clear(self, places: Places, device_places: torch.Tensor) -> None:
+    def clear(self, at: list[int], device_at: torch.Tensor) -> None:
         """Put :data:`NO_PAGE` at places."""
-        if len(places):
-            self._flat.index_fill_(0, device_places, NO_PAGE)
-            self.entries[places.where] = NO_PAGE
+        if at:
+            self._flat.index_fill_(0, device_at, NO_PAGE)
+            self._host_flat[at] = NO_PAGE
 
     def clear_sequence(self, sequence: int) -> None:
         """A sequence has no pages and no tokens."""
