@@ -638,3 +638,39 @@ def test_without_a_cache_one_is_made(device: str) -> None:
     out, _ = attention_with_kv_cache(q[:, :, :0], k[:, :, :0], v[:, :, :0], cache)
     assert out.shape == (3, 4, 0, 64)
     assert cache.length(0, 2) == 70
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_a_mask_hides_reaches_no_result(bad: float, side: str, device: str) -> None:
+    """Tokens before it have the results of a call without it; it and those behind it show that it is there."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 12, 64, generator=generator).half().to(device) for heads in (4, 2, 2))
+    expected, _ = attention_with_kv_cache(q, k, v, make_cache(device, num_layers=1))
+    with_bad = {"k": k.clone(), "v": v.clone()}
+    with_bad[side][0, 0, 5, 3] = bad
+    found, _ = attention_with_kv_cache(q, with_bad["k"], with_bad["v"], make_cache(device, num_layers=1))
+    assert torch.equal(found[:, :, :5], expected[:, :, :5])
+    assert torch.equal(found[:, 2:], expected[:, 2:])  # heads of the other KV head
+    if side == "v":
+        assert not found[:, :2, 5:, 3].isfinite().any()
+    elif math.isnan(bad):
+        assert found[:, :2, 5:].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_has_left_a_window_reaches_no_result(device: str) -> None:
+    found = []
+    for bad in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        cache, results = make_cache(device, num_layers=1), []
+        for token in range(40):
+            q, k, v = (torch.randn(1, heads, 1, 64, generator=generator).half().to(device) for heads in (4, 2, 2))
+            if bad and token == 10:
+                v[..., 0] = math.nan
+            results.append(attention_with_kv_cache(q, k, v, cache, window=8)[0])
+        found.append(torch.cat(results, 2))
+    assert torch.equal(found[0][:, :, :10], found[1][:, :, :10])
+    assert found[1][:, :, 10:18, 0].isnan().all()
+    assert torch.equal(found[0][:, :, 18:], found[1][:, :, 18:])

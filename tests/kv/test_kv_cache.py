@@ -532,3 +532,157 @@ def test_a_thousand_steps_take_no_more_than_pages(device: str) -> None:
     assert 0 <= allocated() - cache.pools.bytes_allocated - others < 1 << 16
     assert cache.length(1, 1) == 64 + steps
     cache.check()
+
+
+@pytest.mark.parametrize("what", ["_upload", "set"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_copies_that_fail_leave_both_tables_as_they_were(what: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New pages come and others are quantized; whichever copy to the device fails, host and device stay alike."""
+    cache = make_cache(widths=PageFormat.INT4, recent_tokens=64)
+    fill(cache, 128, 128)
+    before = state(cache)
+    owner: Any = cache if what == "_upload" else cache.table
+    done, calls = getattr(owner, what), 0
+
+    def fail(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise torch.OutOfMemoryError("no memory for a copy")
+        return done(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, what, fail)
+        if what == "_upload" and call == 2:  # there is one copy alone
+            cache.append(0, *random_tokens(cache, SEQUENCES, 70, 5))
+            assert calls == 1
+            return
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.append(0, *random_tokens(cache, SEQUENCES, 70, 5))
+    after = state(cache)
+    assert after["entries"] == before["entries"] == after["page_table"]
+    assert after["lengths"] == before["lengths"]
+    assert cache.pools.bytes_in_use == sum(cache._used_bytes)
+    cache.append(0, *random_tokens(cache, SEQUENCES, 70, 5))
+    cache.check()
+
+
+def test_tables_grow_by_need() -> None:
+    """A cache for a million tokens begins with tables of 64 pages a sequence; what they hold survives their growth."""
+    cache = KVCache(1, HEADS, HEAD_DIM, 1 << 20, device="cpu", max_sequences=2, budget=0.4)
+    assert cache.page_table.shape == (1, 2, 2, 64)
+    k, v = random_tokens(cache, 2, 64 * 64, 0)
+    cache.append(0, k, v)
+    assert cache.page_table.shape[3] == 64
+    cache.observe(0, torch.ones(2, 1, 64))
+    kept, mass = cache.entries.copy(), cache.mass.clone()
+    cache.append(0, k[:, :, :1], v[:, :, :1])
+    assert cache.page_table.shape[3] == cache.mass.shape[2] == 128
+    assert (cache.entries[..., 1:62] == kept[..., 1:62]).all()
+    assert torch.equal(cache.mass[..., :64], mass)
+    assert not cache.mass[..., 64:].any()
+    assert (cache.page_table.numpy() == cache.entries).all()
+    assert cache.length(0, 1) == 64 * 64 + 1
+    cache.reallocate()
+    cache.check()
+
+
+def test_tables_that_graphs_hold_do_not_grow() -> None:
+    cache = KVCache(1, HEADS, HEAD_DIM, 1 << 20, device="cpu")
+    cache.reserve_tokens(70 * 64)
+    assert cache.page_table.shape[3] == 128
+    cache._is_in_graphs = True
+    cache.append(0, *random_tokens(cache, 1, 128 * 64, 0))
+    before = state(cache)
+    with pytest.raises(CacheFullError, match=r"reserve_tokens\(\) before the first capture"):
+        cache.append(0, *random_tokens(cache, 1, 1, 0))
+    assert state(cache) == before
+    with pytest.raises(CacheInputError, match="max_tokens is 1048576"):
+        cache.reserve_tokens((1 << 20) + 1)
+
+
+def test_a_plan_without_its_graph_is_noticed() -> None:
+    """Whatever comes next outside of a graph; freeing the sequences mends it."""
+    cache = make_cache()
+    fill(cache, 70, 70)
+    cache.plan(2, [0, 1])
+    k, v = random_tokens(cache, SEQUENCES, 1, 0)
+    for use in (
+        lambda: cache.append(0, k, v),
+        lambda: cache.read(0, 0),
+        cache.reallocate,
+        cache.check,
+    ):
+        with pytest.raises(CacheInputError, match=r"sequences \[0, 1\] are up to 2 tokens behind on the device"):
+            use()
+    cache.free(0)
+    cache.free(1)
+    cache.append(0, k, v)
+    assert [cache.length(0, s) for s in range(3)] == [1, 1, 71]
+    cache.check()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_raised_inside_takes_tokens_back(keep: bool) -> None:
+    cache = make_cache(budget=0.3)
+    fill(cache, 130, 130)
+    before = state(cache)
+    k, v = random_tokens(cache, SEQUENCES, 126, 5)
+
+    def fail() -> None:
+        with cache.writing(0, k, v, keep=keep) as view:
+            assert view.lengths.tolist() == [256] * SEQUENCES
+            raise RuntimeError("attention failed")
+
+    with pytest.raises(RuntimeError, match="attention failed"):
+        fail()
+    after = state(cache)
+    assert after["entries"] == before["entries"] == after["page_table"]
+    assert after["lengths"] == before["lengths"]
+    with cache.writing(0, k, v, keep=keep):
+        pass
+    assert cache.length(0, 0) == (256 if keep else 130)
+
+
+@pytest.mark.gpu
+def test_batches_that_were_used_before_can_be_captured() -> None:
+    """Not the last one alone."""
+    cache = make_cache("cuda")
+    batches = [[0], [1], [2, 0]]
+    tokens = [random_tokens(cache, len(batch), 1, 0) for batch in batches]
+    for batch, (k, v) in zip(batches, tokens, strict=True):
+        cache.append(0, k, v, batch)
+        cache.append(1, k, v, batch)
+    torch.cuda.synchronize()
+    for batch, (k, v) in zip(batches, tokens, strict=True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            cache.append(0, k, v, batch)
+            cache.append(1, k, v, batch)
+        before = [cache.length(0, s) for s in batch]
+        cache.plan(1, batch)
+        graph.replay()
+        assert cache.lengths[0, batch].tolist() == [length + 1 for length in before]
+    cache.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["free", "plan", "reallocate", "try"])
+def test_what_the_host_decides_is_not_captured(what: str) -> None:
+    cache = make_cache("cuda", budget=0.5)
+    fill(cache, 70, 70)
+    k, v = random_tokens(cache, SEQUENCES, 1, 0)
+    torch.cuda.synchronize()
+    before = state(cache)
+    graph = torch.cuda.CUDAGraph()
+    decisions: dict[str, Any] = {
+        "free": lambda: cache.free(0),
+        "plan": cache.plan,
+        "reallocate": cache.reallocate,
+        "try": lambda: cache.writing(0, k, v, keep=False).__enter__(),
+    }
+    with torch.cuda.graph(graph):
+        k.add_(0)  # an empty graph is a warning
+        with pytest.raises(CacheInputError, match="capture"):
+            decisions[what]()
+    assert state(cache) == before

@@ -433,27 +433,24 @@ def _masked_attention(
 
     q [batch, heads, tokens, head_dim], k and v [batch, KV heads, places, head_dim], seen [batch, tokens, places].
     """
-    grouped = q.shape[1] != k.shape[1]
     finite = k.isfinite().all(-1) & v.isfinite().all(-1)  # [batch, KV heads, places]
-    bad = ~finite.all(1)[:, None]  # [batch, 1, places]
     out = torch.nn.functional.scaled_dot_product_attention(
         q,
         k.masked_fill(~finite[..., None], 0),
         v.masked_fill(~finite[..., None], 0),
         attn_mask=seen[:, None],
         scale=scale,
-        enable_gqa=grouped,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
+    if finite.all():
+        return out
     # 0 · NaN is NaN, and so is inf − inf: who sees such a place is computed from what it sees alone.
-    for row, token in (seen & bad).any(-1).nonzero().tolist():
-        at = seen[row, token]
-        out[row, :, token : token + 1] = torch.nn.functional.scaled_dot_product_attention(
-            q[row : row + 1, :, token : token + 1],
-            k[row : row + 1, :, at],
-            v[row : row + 1, :, at],
-            scale=scale,
-            enable_gqa=grouped,
-        )[0]
+    group = q.shape[1] // k.shape[1]
+    for row, head, token in (seen[:, None] & ~finite[:, :, None]).any(-1).nonzero().tolist():
+        at, heads = seen[row, token], slice(head * group, (head + 1) * group)
+        out[row, heads, token] = torch.nn.functional.scaled_dot_product_attention(
+            q[row, heads, token], k[row, head, at], v[row, head, at], scale=scale
+        )
     return out
 
 
