@@ -32,7 +32,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 def measure(sequences: int, tokens: int, layers: int, steps: int, budget: float | None) -> dict[str, Any]:
     """Times of one cache, in microseconds a layer and step."""
-    options: dict[str, Any] = {"budget": budget} if budget is not None else {"widths": kvpack.PageFormat.INT4}
+    options: dict[str, Any] = {"budget": budget} if budget is not None else {"formats": kvpack.PageFormat.INT4}
     cache = kvpack.KVCache(
         layers,
         _HEADS,

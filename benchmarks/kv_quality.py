@@ -100,7 +100,7 @@ def one_format(name: str) -> PageFormat:
 
 def equal_budget(page_format: PageFormat, tokens: int, kv_heads: int, head_dim: int) -> float:
     """The budget that allows as many bytes as pages of one format take when all tokens are there."""
-    cache = KVCache(1, kv_heads, head_dim, tokens, device="cpu", widths=page_format)
+    cache = KVCache(1, kv_heads, head_dim, tokens, device="cpu", formats=page_format)
     zeros = torch.zeros((1, kv_heads, tokens, head_dim), dtype=cache.dtype)
     cache.append(0, zeros, zeros)
     whole = cache.pools.page_bytes(Side.K, cache.full_format)
@@ -241,7 +241,7 @@ def read_text(
         device=model.device,
         budget=configuration.budget,
         policy=configuration.policy,
-        widths=None if configuration.widths is None else [configuration.widths] * model.num_layers,
+        formats=None if configuration.widths is None else [configuration.widths] * model.num_layers,
     )
     hidden = torch.empty((sequences, length, model.embedding.shape[1]), device=model.device)
     bits = 0.0

@@ -45,7 +45,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         options.head_dim,
         options.tokens + 1,
         device=device,
-        widths=PageFormat[options.format.upper()],
+        formats=PageFormat[options.format.upper()],
     )
     generator = torch.Generator(device).manual_seed(0)
 

@@ -341,6 +341,23 @@ def long_prompt() -> str:
     return table(headings, [[f"{result['tokens']}", *gigabytes, f"{result['seconds']:.1f}"]]) + gpu_origin(result)
 
 
+def kv_planning() -> str:
+    before, now = newest("kv-planning-before"), newest("kv-planning")
+    rows = []
+    for old, new in zip(before["rows"], now["rows"], strict=True):
+        assert [old[key] for key in ("sequences", "tokens", "budget")] == [
+            new[key] for key in ("sequences", "tokens", "budget")
+        ]
+        what = "INT4" if new["budget"] is None else f"budget {new['budget']:g}"
+        times = [
+            _number(row[key], 1) for row in (old, new) for key in ("append_us", "reallocate_us", "longest_append_us")
+        ]
+        rows.append([f"{new['sequences']} × {new['tokens']}", what, *times])
+    headings = ["sequences × tokens", "formats"]
+    headings += [f"{name} {when}" for when in ("before", "now") for name in ("append", "reallocate", "longest append")]
+    return table(headings, rows) + "\nBefore:\n\n" + origin(before) + "\nNow:\n\n" + origin(now)
+
+
 def generate_summary() -> str:
     result = newest("books-generate")
     rows = [
@@ -484,6 +501,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quality-configurations": kv_quality("configurations"),
     "kv-quality-equal-bytes": kv_quality("equal-bytes"),
     "kv-quality-verdicts": kv_quality_verdicts,
+    "kv-planning": kv_planning,
     "long-prompt": long_prompt,
     "generate-summary": generate_summary,
     "books-generate": books_generate,

@@ -181,7 +181,7 @@ class CacheFullError(KvpackError, RuntimeError):
 
 
 class AllocationError(KvpackError, ValueError):
-    """Columns of pages, a ladder of widths or a policy contradict each other. Nothing has been changed."""
+    """Columns of pages, a ladder of formats or a policy contradict each other. Nothing has been changed."""
 
 
 class PageEntryError(KvpackError, ValueError):

@@ -82,7 +82,7 @@ def attend_and_compare(
 
 
 LENGTHS = [1, 63, 64, 65, 193]
-WIDTHS = {
+FORMATS = {
     **{page_format.name: page_format for page_format in (FP16, INT8, INT4, INT3, INT2, E4M3, E5M2)},
     "INT8 and INT2": [(INT8, INT2)],
     "INT3 and INT4": [(INT3, INT4)],
@@ -90,18 +90,18 @@ WIDTHS = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize("ratio", KV_HEADS)
-def test_prompts_then_steps(ratio: int, widths: str, device: str) -> None:
+def test_prompts_then_steps(ratio: int, formats: str, device: str) -> None:
     """Sequences of different lengths begin one after another and go on together."""
     heads = ratio * KV_HEADS[ratio]
-    cache = make_cache(device, KV_HEADS[ratio], max_sequences=len(LENGTHS), widths=WIDTHS[widths], sinks=0)
+    cache = make_cache(device, KV_HEADS[ratio], max_sequences=len(LENGTHS), formats=FORMATS[formats], sinks=0)
     errors = [attend_and_compare(cache, heads, n, i, sequences=[i]) for i, n in enumerate(LENGTHS)]
     errors += [attend_and_compare(cache, heads, tokens, 10 + tokens) for tokens in (1, 1, 3, 65, 1)]
     assert max(errors) < 1e-3
     assert [cache.length(0, i) for i in range(len(LENGTHS))] == [n + 71 for n in LENGTHS]
     quantized = cache.precision_map(0)[:, 4, :3]
-    wanted = WIDTHS[widths]
+    wanted = FORMATS[formats]
     assert quantized.tolist() == [[f] * 3 for f in (wanted if isinstance(wanted, PageFormat) else 0, 0)[:1] * 2] or (
         isinstance(wanted, list) and quantized.tolist() == [[f] * 3 for f in wanted[0]]
     )
@@ -134,7 +134,7 @@ def test_dimensions_and_types(head_dim: int, dtype: torch.dtype, device: str) ->
     ids=str,
 )
 def test_masks(options: dict[str, Any], ratio: int, device: str) -> None:
-    cache = make_cache(device, widths=INT8)
+    cache = make_cache(device, formats=INT8)
     errors = [attend_and_compare(cache, 2 * ratio, tokens, tokens, **options) for tokens in (1, 330, 1, 4, 100)]
     assert max(errors) < 1e-3
 
@@ -191,7 +191,7 @@ def test_tokens_that_are_not_kept(tokens: int, device: str) -> None:
 def test_attention_is_observed(
     heads: int, tokens: int, sequences: list[int] | None, window: int | None, device: str
 ) -> None:
-    cache = make_cache(device, max_sequences=3, widths=INT4)
+    cache = make_cache(device, max_sequences=3, formats=INT4)
     for sequence, count in enumerate([200, 64, 131]):
         attention_with_kv_cache(*random_qkv(cache, heads, count, batch=1), cache, sequences=[sequence])
     ids = [0, 1, 2] if sequences is None else sequences
@@ -264,8 +264,8 @@ def test_keys_count_as_their_scores_do(device: str) -> None:
 @pytest.mark.parametrize(
     ("options", "steps", "steps_on_gpu"),
     # A prompt of 100 tokens and 130 steps: pages begin at 128 and 192 tokens. At 192, page 1 leaves the recent window
-    # of 64 tokens and is quantized; page 0 is pinned. One run is long: under a budget, widths change again and again.
-    [({"widths": FP16}, 130, 130), ({"widths": INT4}, 130, 130), ({"budget": 0.3}, 260, 1000)],
+    # of 64 tokens and is quantized; page 0 is pinned. One run is long: under a budget, formats change again and again.
+    [({"formats": FP16}, 130, 130), ({"formats": INT4}, 130, 130), ({"budget": 0.3}, 260, 1000)],
     ids=str,
 )
 def test_many_steps(options: dict[str, Any], steps: int, steps_on_gpu: int, device: str) -> None:
@@ -306,7 +306,7 @@ def two_layers(cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return second
 
 
-@pytest.mark.parametrize("options", [{"widths": INT4}, {"budget": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{"formats": INT4}, {"budget": 0.3}], ids=str)
 def test_planned_steps_are_those_of_append(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph would repeat, without a graph: the host's part first, then the device's."""
     eager, planned = (make_cache("cpu", num_layers=2, max_sequences=2, **options) for _ in range(2))
@@ -329,7 +329,7 @@ def test_planned_steps_are_those_of_append(options: dict[str, Any], monkeypatch:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"widths": FP16}, {"widths": INT4}, {"budget": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{"formats": FP16}, {"formats": INT4}, {"budget": 0.3}], ids=str)
 @pytest.mark.parametrize("sequences", [None, [2, 0]])
 def test_cuda_graph(sequences: list[int] | None, options: dict[str, Any]) -> None:
     """300 replays: bit for bit the results, pages and masses of a cache that gets the same calls without a graph."""
@@ -365,7 +365,7 @@ def test_cuda_graph(sequences: list[int] | None, options: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_plan_refuses(device: str) -> None:
-    cache = make_cache(device, num_layers=2, max_tokens=200, widths=INT4, recent_tokens=64)
+    cache = make_cache(device, num_layers=2, max_tokens=200, formats=INT4, recent_tokens=64)
     attention_with_kv_cache(*random_qkv(cache, 2, 190), cache, layer=0)
     before = cache_state(cache)
     with pytest.raises(CacheInputError, match="in the midst of a step"):
@@ -391,7 +391,7 @@ def test_compiled(backend: str, device: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(two_layers, fullgraph=True, dynamic=False, **options)
     for count in (130, 70):
-        caches = [make_cache(device, num_layers=2, widths=INT4) for _ in range(2)]
+        caches = [make_cache(device, num_layers=2, formats=INT4) for _ in range(2)]
         for tokens in (count, 1, 1, 1, 64, 1):
             for seed in range(2):
                 x = random_qkv(caches[0], 4, tokens, seed=seed)
@@ -536,11 +536,11 @@ def test_a_call_is_checked_as_a_whole(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [{"budget": 0.3}, {"widths": INT4}], ids=str)
+@pytest.mark.parametrize("options", [{"budget": 0.3}, {"formats": INT4}], ids=str)
 def test_kernels_that_fail_leave_no_trace(
     options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither tokens that are no numbers, nor what their queries would have told of widths."""
+    """Neither tokens that are no numbers, nor what their queries would have told of formats."""
     cache, other = (make_cache(device, max_tokens=1024, **options) for _ in range(2))
     for each in (cache, other):
         attention_with_kv_cache(*random_qkv(each, 4, 100), each)
@@ -617,7 +617,7 @@ def test_a_cache_made_in_inference_mode_serves_outside() -> None:
 
 
 def test_it_says_what_it_is() -> None:
-    cache = make_cache("cpu", num_layers=2, max_sequences=2, widths=INT4)
+    cache = make_cache("cpu", num_layers=2, max_sequences=2, formats=INT4)
     with pytest.raises(CacheInputError, match="the cache has 2 layers: say which one with layer="):
         attention_with_kv_cache(*random_qkv(cache, 4, 1), cache)
     attention_with_kv_cache(*random_qkv(cache, 4, 256), cache, layer=0)

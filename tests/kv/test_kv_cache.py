@@ -99,7 +99,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = make_cache(
             self.device,
             budget=bits_of if isinstance(bits_of, float) else None,
-            widths=None if isinstance(bits_of, float) else bits_of,
+            formats=None if isinstance(bits_of, float) else bits_of,
             policy=policy,
             recent_tokens=recent_tokens,
             sinks=sinks,
@@ -291,13 +291,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.cache.budget is None)
     @invariant()
-    def widths_are_those_given(self) -> None:
+    def formats_are_those_given(self) -> None:
         for layer in range(LAYERS):
             formats = self.cache.precision_map(layer)
             for (side, sequence, index), page_format in np.ndenumerate(formats):
                 tokens = self.tokens[layer, side, sequence].shape[1]
                 if page_format >= 0 and not is_pinned(self.cache, tokens, index):
-                    assert page_format == self.cache._widths[layer, side]
+                    assert page_format == self.cache._open_formats[layer, side]
 
     @invariant()
     def buckets_are_the_pages(self) -> None:
@@ -405,7 +405,7 @@ def test_what_is_looked_at_keeps_its_bits() -> None:
 
 
 def test_kernels_that_fail_leave_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = make_cache(widths=PageFormat.INT4, recent_tokens=100)
+    cache = make_cache(formats=PageFormat.INT4, recent_tokens=100)
     fill(cache, 130, 130)
     before = state(cache)
 
@@ -432,14 +432,14 @@ def test_kernels_that_fail_leave_the_cache_as_it_was(monkeypatch: pytest.MonkeyP
         ({"budget": 0.0}, r"budget is 0\.0; it is a fraction, more than 0 and at most 1"),
         ({"budget": 1.5}, r"budget is 1\.5"),
         ({"budget": float("nan")}, "budget is nan"),
-        ({"budget": 0.5, "widths": PageFormat.INT4}, "either a budget or widths"),
+        ({"budget": 0.5, "formats": PageFormat.INT4}, "either a budget or formats"),
         ({"policy": "best"}, "policy is 'best'; there are uniform, importance, per-layer, position"),
         ({"dtype": torch.float32}, r"dtype is torch\.float32"),
-        ({"widths": [(PageFormat.INT4, PageFormat.INT4)]}, "a pair .of K, of V. for each of 2 layers is wanted"),
-        ({"widths": 4}, r"widths are 4; a PageFormat for all, or a pair"),
-        ({"widths": "INT4"}, r"widths are 'INT4'"),
-        ({"widths": [PageFormat.INT4, PageFormat.INT8]}, r"for a layer; a PageFormat for all, or a pair"),
-        ({"widths": PageFormat.BF16}, r"pages of torch\.float16 cannot become BF16"),
+        ({"formats": [(PageFormat.INT4, PageFormat.INT4)]}, "a pair .of K, of V. for each of 2 layers is wanted"),
+        ({"formats": 4}, r"formats are 4; a PageFormat for all, or a pair"),
+        ({"formats": "INT4"}, r"formats are 'INT4'"),
+        ({"formats": [PageFormat.INT4, PageFormat.INT8]}, r"for a layer; a PageFormat for all, or a pair"),
+        ({"formats": PageFormat.BF16}, r"pages of torch\.float16 cannot become BF16"),
         ({"recent_tokens": -1}, "recent_tokens is -1"),
         ({"max_sequences": 0}, "max_sequences is 0"),
     ],
@@ -538,7 +538,7 @@ def test_a_thousand_steps_take_no_more_than_pages(device: str) -> None:
 @pytest.mark.parametrize("call", [1, 2])
 def test_copies_that_fail_leave_both_tables_as_they_were(what: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """New pages come and others are quantized; whichever copy to the device fails, host and device stay alike."""
-    cache = make_cache(widths=PageFormat.INT4, recent_tokens=64)
+    cache = make_cache(formats=PageFormat.INT4, recent_tokens=64)
     fill(cache, 128, 128)
     before = state(cache)
     owner: Any = cache if what == "_upload" else cache.table

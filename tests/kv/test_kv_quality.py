@@ -141,7 +141,7 @@ def test_equal_budgets_allow_equal_bytes(name: str, tokens: int) -> None:
     """By the pages that a budgeted cache has in the end."""
     chosen = kv_quality.parse_configuration(f"importance@{name}", tokens, 1, 16)
     used = {}
-    for key, options in (("one", {"widths": PageFormat[name.upper()]}), ("mixed", {"budget": chosen.budget})):
+    for key, options in (("one", {"formats": PageFormat[name.upper()]}), ("mixed", {"budget": chosen.budget})):
         cache = KVCache(1, 1, 16, tokens, device="cpu", **options)
         generator = torch.Generator().manual_seed(0)
         for _ in range(tokens // 64):

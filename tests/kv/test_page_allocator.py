@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvpack.errors import AllocationError
 from kvpack.format.pages import PageFormat, PageLayout, Side
-from kvpack.runtime.kv.allocator import LADDER, POLICIES, ImportanceEMA, Outcome, Pages, Policy, allocate_widths
+from kvpack.runtime.kv.allocator import LADDER, POLICIES, ImportanceEMA, Outcome, Pages, Policy, allocate_formats
 
 HEADS, HEAD_DIM = 2, 64
 PAGE_BYTES = np.array(
@@ -63,7 +63,7 @@ def test_what_every_choice_keeps(n: int, seed: int, policy: Policy, fraction: fl
     pages = make_pages(n, seed, fresh=fresh)
     least, most = least_and_most(pages)
     budget = int(fraction * n * FULL)
-    found = allocate_widths(pages, PAGE_BYTES, budget, policy=policy)
+    found = allocate_formats(pages, PAGE_BYTES, budget, policy=policy)
     assert found.bytes == size(pages, found.formats)
     assert (found.formats == pages.format)[pages.pinned].all()
     assert (rungs(found.formats) <= rungs(pages.format)).all()
@@ -87,7 +87,7 @@ def test_within_one_upgrade_of_exhaustive_search(n: int, seed: int, fraction: fl
     pages = make_pages(n, seed, fresh=fresh, layers=1, sequences=1)
     pages = replace(pages, pinned=np.zeros(n, bool))
     budget = int(fraction * n * FULL)
-    found = allocate_widths(pages, PAGE_BYTES, budget, hysteresis=0)
+    found = allocate_formats(pages, PAGE_BYTES, budget, hysteresis=0)
     if found.outcome != Outcome.HELD:
         return
     loss = pages.errors[pages.layer, pages.side] * pages.importance[:, None]
@@ -104,7 +104,7 @@ def test_within_one_upgrade_of_exhaustive_search(n: int, seed: int, fraction: fl
 
 def test_bits_go_where_they_are_worth_most() -> None:
     pages = replace(make_pages(400, fresh=True), errors=np.tile(TYPICAL_ERROR, (3, 2, 1)))
-    found = allocate_widths(pages, PAGE_BYTES, int(0.3 * 400 * FULL))
+    found = allocate_formats(pages, PAGE_BYTES, int(0.3 * 400 * FULL))
     for side in Side:
         chosen = ~pages.pinned & (pages.side == side)
         order = np.argsort(pages.importance[chosen], kind="stable")
@@ -114,9 +114,9 @@ def test_bits_go_where_they_are_worth_most() -> None:
 
 def test_uniform_is_one_width_and_per_layer_one_of_a_layer_and_side() -> None:
     pages = make_pages(300, fresh=True)
-    uniform = allocate_widths(pages, PAGE_BYTES, int(0.4 * 300 * FULL), policy="uniform")
+    uniform = allocate_formats(pages, PAGE_BYTES, int(0.4 * 300 * FULL), policy="uniform")
     assert set(uniform.formats[~pages.pinned]) == {PageFormat.INT4}
-    layered = allocate_widths(pages, PAGE_BYTES, int(0.4 * 300 * FULL), policy="per-layer")
+    layered = allocate_formats(pages, PAGE_BYTES, int(0.4 * 300 * FULL), policy="per-layer")
     widths = {
         (layer, side): set(layered.formats[~pages.pinned & (pages.layer == layer) & (pages.side == side)])
         for layer in range(3)
@@ -128,7 +128,7 @@ def test_uniform_is_one_width_and_per_layer_one_of_a_layer_and_side() -> None:
 
 def test_by_position_older_pages_have_fewer_bits() -> None:
     pages = make_pages(300, fresh=True)
-    found = allocate_widths(pages, PAGE_BYTES, int(0.3 * 300 * FULL), policy="position")
+    found = allocate_formats(pages, PAGE_BYTES, int(0.3 * 300 * FULL), policy="position")
     steps_back = 0
     for layer, sequence, side in itertools.product(range(3), range(2), Side):
         chosen = ~pages.pinned & (pages.layer == layer) & (pages.sequence == sequence) & (pages.side == side)
@@ -145,10 +145,10 @@ def test_a_wavering_importance_costs_no_bits(seed: int, fraction: float) -> None
     rng = np.random.default_rng(seed)
     pages = make_pages(120, seed, fresh=True)
     budget = int(fraction * 120 * FULL)
-    found = allocate_widths(pages, PAGE_BYTES, budget)
+    found = allocate_formats(pages, PAGE_BYTES, budget)
     for _ in range(5):
         moved = pages.importance * rng.uniform(0.95, 1.05, 120)
-        again = allocate_widths(replace(pages, format=found.formats, importance=moved), PAGE_BYTES, budget)
+        again = allocate_formats(replace(pages, format=found.formats, importance=moved), PAGE_BYTES, budget)
         assert (again.formats == found.formats)[pages.format != found.formats].all()
         found = again
 
@@ -166,7 +166,7 @@ def test_a_quantized_page_yields_only_to_what_is_worth_the_margin() -> None:
     budget = int(PAGE_BYTES[0, 3] + PAGE_BYTES[0, 2])
     for importance, expected in ((1.05, PageFormat.INT8), (1.15, PageFormat.INT4)):
         pages = replace(both, importance=np.array([1.0, importance]))
-        assert allocate_widths(pages, PAGE_BYTES, budget, hysteresis=0.1).formats[0] == expected
+        assert allocate_formats(pages, PAGE_BYTES, budget, hysteresis=0.1).formats[0] == expected
 
 
 def test_nothing_is_given_up_that_still_fits() -> None:
@@ -179,7 +179,7 @@ def test_nothing_is_given_up_that_still_fits() -> None:
         importance=np.array([1.0, 1e6]),
         errors=np.tile(TYPICAL_ERROR, (3, 2, 1)),
     )
-    assert allocate_widths(pages, PAGE_BYTES, int(2 * PAGE_BYTES[0, 3])).formats.tolist() == [PageFormat.INT8] * 2
+    assert allocate_formats(pages, PAGE_BYTES, int(2 * PAGE_BYTES[0, 3])).formats.tolist() == [PageFormat.INT8] * 2
 
 
 def test_of_equal_pages_the_first_get_more() -> None:
@@ -194,7 +194,7 @@ def test_of_equal_pages_the_first_get_more() -> None:
         )
         raised = n // 3
         budget = int(PAGE_BYTES[0, 1] * n + (PAGE_BYTES[0, 2] - PAGE_BYTES[0, 1]) * raised)
-        found = allocate_widths(pages, PAGE_BYTES, budget)
+        found = allocate_formats(pages, PAGE_BYTES, budget)
         assert rungs(found.formats).tolist() == [2] * raised + [1] * (n - raised)
         assert found.bytes == budget
 
@@ -203,17 +203,17 @@ def test_errors_may_be_unknown_where_no_page_is_open() -> None:
     pages = make_pages(60)
     of_first = pages.layer == 0
     pages = replace(pages, pinned=pages.pinned | of_first, errors=pages.errors.copy())
-    known = {policy: allocate_widths(pages, PAGE_BYTES, int(0.6 * 60 * FULL), policy=policy) for policy in POLICIES}
+    known = {policy: allocate_formats(pages, PAGE_BYTES, int(0.6 * 60 * FULL), policy=policy) for policy in POLICIES}
     pages.errors[0] = np.nan
     for policy, expected in known.items():
-        found = allocate_widths(pages, PAGE_BYTES, int(0.6 * 60 * FULL), policy=policy)
+        found = allocate_formats(pages, PAGE_BYTES, int(0.6 * 60 * FULL), policy=policy)
         assert (found.formats == expected.formats).all()
         assert found.outcome == Outcome.HELD
 
 
 def test_no_pages() -> None:
     for policy in POLICIES:
-        assert allocate_widths(make_pages(0), PAGE_BYTES, 0, policy=policy).outcome == Outcome.HELD
+        assert allocate_formats(make_pages(0), PAGE_BYTES, 0, policy=policy).outcome == Outcome.HELD
 
 
 @pytest.mark.parametrize(
@@ -230,23 +230,23 @@ def test_no_pages() -> None:
 )
 def test_columns_that_contradict(change: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(AllocationError, match=message):
-        allocate_widths(replace(make_pages(4), **change), PAGE_BYTES, FULL)
+        allocate_formats(replace(make_pages(4), **change), PAGE_BYTES, FULL)
 
 
 def test_options_that_are_none() -> None:
     pages = make_pages(4)
     with pytest.raises(AllocationError, match="policy is 'best'"):
-        allocate_widths(pages, PAGE_BYTES, FULL, policy="best")  # type: ignore[arg-type]
+        allocate_formats(pages, PAGE_BYTES, FULL, policy="best")  # type: ignore[arg-type]
     with pytest.raises(AllocationError, match=r"hysteresis is -0\.1"):
-        allocate_widths(pages, PAGE_BYTES, FULL, hysteresis=-0.1)
+        allocate_formats(pages, PAGE_BYTES, FULL, hysteresis=-0.1)
     with pytest.raises(AllocationError, match="must ascend"):
-        allocate_widths(pages, PAGE_BYTES[:, ::-1].copy(), FULL)
+        allocate_formats(pages, PAGE_BYTES[:, ::-1].copy(), FULL)
 
 
 def test_a_quarter_of_a_million_pages() -> None:
     pages = make_pages(32 * 16 * 256 * 2, fresh=True, layers=32, sequences=16)
     begun = time.perf_counter()
-    found = allocate_widths(pages, PAGE_BYTES, int(0.3 * len(pages) * FULL))
+    found = allocate_formats(pages, PAGE_BYTES, int(0.3 * len(pages) * FULL))
     assert time.perf_counter() - begun < 5  # a tenth of that on an idle machine
     assert 0 <= found.budget_bytes - found.bytes < FULL
 

@@ -84,7 +84,7 @@ class Allocation:
     outcome: Outcome
 
 
-def allocate_widths(
+def allocate_formats(
     pages: Pages,
     page_bytes: _Ints,
     budget_bytes: int,

@@ -2,7 +2,7 @@
 
 >>> import torch
 >>> from kvpack import KVCache, PageFormat, attention_with_kv_cache
->>> cache = KVCache(num_layers=1, num_kv_heads=2, head_dim=64, max_tokens=1024, device="cpu", widths=PageFormat.INT4)
+>>> cache = KVCache(num_layers=1, num_kv_heads=2, head_dim=64, max_tokens=1024, device="cpu", formats=PageFormat.INT4)
 >>> prompt, token = torch.randn(1, 12, 300, 64).half(), torch.randn(1, 12, 1, 64).half()
 >>> for x in (prompt, token):  # eight query heads, two of keys and of values
 ...     out, cache = attention_with_kv_cache(x[:, :8], x[:, 8:10], x[:, 10:], cache)

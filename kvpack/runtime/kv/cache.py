@@ -14,17 +14,17 @@ to less than what later ones get. So a layer's pages take at most the larger of:
     budget · (all pages in 16 bits)      and      pinned pages + 0.9 · budget · (open pages in 16 bits)
 
 the first of which rules from some 50 pages a sequence on, at a budget of 0.3; only where all open pages at 2 bits take
-more does the cache. Each layer holds its share by itself when tokens are appended; :meth:`KVCache.reallocate` moves
-shares between layers.
+more does the cache. Each layer holds its share by itself when tokens are appended: pages that leave the window take from
+what is left, and only where nothing is left do others lose bits. :meth:`KVCache.reallocate` looks at all pages at once.
 
 **Streams.** The host decides and enqueues; it waits for the device in :meth:`KVCache.reallocate`, and once a layer to
-measure what each width spoils. Freed pages are handed out again at once, which is right where all that uses the cache
+measure what each format spoils. Freed pages are handed out again at once, which is right where all that uses the cache
 is enqueued on one stream.
 
 **CUDA graphs.** What is decided cannot be repeated by a graph, what is enqueued can: an append that is captured writes
 tokens and advances the lengths on the device, and nothing else. Before each replay :meth:`KVCache.plan` does the rest.
 
-**Failures.** An operation that raises leaves tokens, pages and what is known of widths as they were. Attention that has
+**Failures.** An operation that raises leaves tokens, pages and what is known of formats as they were. Attention that has
 been observed until then stays counted.
 """
 
@@ -57,7 +57,7 @@ from kvpack.runtime.kv.allocator import (
     Outcome,
     Pages,
     Policy,
-    allocate_widths,
+    allocate_formats,
 )
 from kvpack.runtime.kv.attention_kernels import MASS_FRACTION_BITS
 from kvpack.runtime.kv.budget import FormatPairs, Window, formats_from_what_is_left, room
@@ -66,7 +66,7 @@ from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, left_out, new_status, q
 from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools, PageViews
 from kvpack.runtime.kv.page_table import NO_PAGE, Ints, PageTable, Place, Places, widened
 
-Widths = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
+OpenFormats = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
 
 # Attention mass is counted in integers, so that sums do not depend on their order.
 MASS_UNIT = 2.0**-MASS_FRACTION_BITS
@@ -176,8 +176,8 @@ class KVCache:
         device: of everything; None is CUDA if torch has it, else the CPU.
         budget: bytes of pages as a fraction of those in 16 bits, more than 0 and at most 1, which long sequences keep;
             short ones are mostly pages that stay in 16 bits. See the module.
-        policy: which pages get the budget's bytes: see :func:`allocate_widths`.
-        widths: without a budget, the formats that pages get when they leave the recent window: one for all, or
+        policy: which pages get the budget's bytes: see :func:`allocate_formats`.
+        formats: without a budget, the formats that pages get when they leave the recent window: one for all, or
             (of K, of V) of each layer. With neither, all pages stay in 16 bits.
         recent_tokens: the newest ones of each sequence, in 16 bits.
         sinks: the first ones of each sequence, in 16 bits.
@@ -190,7 +190,7 @@ class KVCache:
             *attention mass* of each page, softmax probabilities of its tokens summed, averaged over query heads, since
             :meth:`reallocate`, summed over steps.
         observed_steps: i32 [layers, max_sequences] on the device: how many steps those are.
-        errors: fp64 [layers, 2, widths of the ladder]: what each width spoils: of K the mean squared error of scores,
+        errors: fp64 [layers, 2, formats of the ladder]: what each width spoils: of K the mean squared error of scores,
             of V that of values relative to their mean square, which change the result of attention about alike. NaN
             until it has been measured, on the first page that is open to be quantized; values from elsewhere may be put
             in before.
@@ -217,7 +217,7 @@ class KVCache:
         device: torch.device | str | None = None,
         budget: float | None = None,
         policy: Policy = "importance",
-        widths: Widths | None = None,
+        formats: OpenFormats | None = None,
         recent_tokens: int = 64,
         sinks: int = 4,
         max_bytes: int | None = None,
@@ -236,8 +236,8 @@ class KVCache:
             raise CacheInputError(f"dtype is {dtype}; keys and values are float16 or bfloat16")
         if budget is not None and not 0 < budget <= 1:
             raise CacheInputError(f"budget is {budget}; it is a fraction, more than 0 and at most 1")
-        if budget is not None and widths is not None:
-            raise CacheInputError("either a budget or widths can be given, not both")
+        if budget is not None and formats is not None:
+            raise CacheInputError("either a budget or formats can be given, not both")
         if policy not in POLICIES:
             raise CacheInputError(f"policy is {policy!r}; there are {', '.join(POLICIES)}")
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
@@ -247,10 +247,10 @@ class KVCache:
         self.recent_tokens, self.sinks = recent_tokens, sinks
         self.full_format = PAGE_FORMATS[dtype]
         self.ladder = (*LADDER[:-1], self.full_format)
-        self._widths = self._checked_widths(widths)
+        self._open_formats = self._checked_formats(formats)
         self._possible_formats = [
             tuple(frozenset((self.full_format, PageFormat(f)) if budget is None else self.ladder) for f in pair)
-            for pair in self._widths
+            for pair in self._open_formats
         ]
         self.pools = PagePools(num_kv_heads, head_dim, self.device, max_bytes=max_bytes, slab_bytes=slab_bytes)
         self._page_bytes = np.array([[self.pools.page_bytes(side, f) for f in self.ladder] for side in Side])
@@ -311,18 +311,18 @@ class KVCache:
         """What a layer's pages can come to have, so that one kernel serves all that the cache becomes."""
         return self._possible_formats[layer][side]
 
-    def _checked_widths(self, widths: Widths | None) -> npt.NDArray[np.uint8]:
+    def _checked_formats(self, formats: OpenFormats | None) -> npt.NDArray[np.uint8]:
         """[layers, 2]"""
-        if widths is None:
-            widths = self.full_format
-        pairs: Any = [(widths, widths)] * self.num_layers if isinstance(widths, PageFormat) else widths
+        if formats is None:
+            formats = self.full_format
+        pairs: Any = [(formats, formats)] * self.num_layers if isinstance(formats, PageFormat) else formats
         wanted = f"a PageFormat for all, or a pair (of K, of V) for each of {self.num_layers} layers"
         if not isinstance(pairs, Sequence) or isinstance(pairs, str) or len(pairs) != self.num_layers:
-            raise CacheInputError(f"widths are {widths!r}; {wanted} is wanted")
+            raise CacheInputError(f"formats are {formats!r}; {wanted} is wanted")
         for pair in pairs:
             is_pair = isinstance(pair, Sequence) and len(pair) == len(Side)
             if not is_pair or not all(isinstance(page_format, PageFormat) for page_format in pair):
-                raise CacheInputError(f"widths have {pair!r} for a layer; {wanted} is wanted")
+                raise CacheInputError(f"formats have {pair!r} for a layer; {wanted} is wanted")
         for page_format in {page_format for pair in pairs for page_format in pair}:
             if not page_format.is_quantized and page_format != self.full_format:
                 raise CacheInputError(f"pages of {self.dtype} cannot become {page_format.name}")
@@ -522,7 +522,7 @@ class KVCache:
         ids = list(range(self.max_sequences) if sequences is None else sequences)
         self._check_place(0, ids)
         self._refuse_capture("plan()")
-        quantizes = self.budget is not None or (self._widths != self.full_format).any()
+        quantizes = self.budget is not None or (self._open_formats != self.full_format).any()
         if tokens < 1 or (quantizes and tokens > self.recent_tokens):
             raise CacheInputError(f"{tokens} tokens cannot be planned for; at most recent_tokens, {self.recent_tokens}")
         if (self.table.lengths[:, ids] != self.table.lengths[0, ids]).any():
@@ -991,7 +991,7 @@ class KVCache:
             return None
         places: list[Place] = [(layer, side, *page) for page in leaving for side in (0, 1)]
         if self.budget is None:
-            of_side = self._widths[layer].tolist()
+            of_side = self._open_formats[layer].tolist()
             changed = [place for place in places if of_side[place[1]] != self.full_format]
             return _Changes(changed, [of_side[place[1]] for place in changed])
         lengths = self.table.lengths[layer].copy()
@@ -1092,7 +1092,7 @@ class KVCache:
             pinned,
             self.errors,
         )
-        return allocate_widths(pages, self._page_bytes, round(budget), ladder=self.ladder, policy=self.policy)
+        return allocate_formats(pages, self._page_bytes, round(budget), ladder=self.ladder, policy=self.policy)
 
     def _measure(self, layer: int, pages: Places, tokens: _Tokens | None = None) -> None:
         """The errors of a layer's formats, on the first of these that is in 16 bits. Once, since the host must wait."""
