@@ -14,8 +14,8 @@ to less than what later ones get. So a layer's pages take at most the larger of:
     budget · (all pages in 16 bits)      and      pinned pages + 0.9 · budget · (open pages in 16 bits)
 
 the first of which rules from some 50 pages a sequence on, at a budget of 0.3; only where all open pages at 2 bits take
-more does the cache. Each layer holds its share by itself when tokens are appended: pages that leave the window take from
-what is left, and only where nothing is left do others lose bits. :meth:`KVCache.reallocate` looks at all pages at once.
+more does the cache. Each layer holds its share by itself when tokens are appended: pages that leave the window take
+from what is left, and only where nothing is left do others lose bits. :meth:`KVCache.reallocate` looks at all pages.
 
 **Streams.** The host decides and enqueues; it waits for the device in :meth:`KVCache.reallocate`, and once a layer to
 measure what each format spoils. Freed pages are handed out again at once, which is right where all that uses the cache
@@ -24,8 +24,8 @@ is enqueued on one stream.
 **CUDA graphs.** What is decided cannot be repeated by a graph, what is enqueued can: an append that is captured writes
 tokens and advances the lengths on the device, and nothing else. Before each replay :meth:`KVCache.plan` does the rest.
 
-**Failures.** An operation that raises leaves tokens, pages and what is known of formats as they were. Attention that has
-been observed until then stays counted.
+**Failures.** An operation that raises leaves tokens, pages and what is known of formats as they were. Attention that
+has been observed until then stays counted.
 """
 
 from __future__ import annotations
