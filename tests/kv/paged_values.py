@@ -166,15 +166,16 @@ def check_what_is_hidden(
     window: int = 0,
     sinks: int = 0,
     causal: bool = True,
+    infinite: bool = False,
 ) -> None:
     """Spoiled values reach the queries that see them, and change no bit of the others' results.
 
     Of V in 16 bits, that is one dimension of a result; in a quantized page, the token. K is to be in 16 bits, and NaN
-    is what shows of it: q · inf can be -inf, of which p is 0.
+    is what shows of it: q · inf can be -inf, of which p is 0. `infinite`: what sees inf is inf;
+    otherwise it may be NaN.
     """
     without, paged = make(()), make(spoiled)
-    expected, found = attend(without).cpu(), attend(paged).cpu()
-    dtype, expected, found = found.dtype, expected.float(), found.float()
+    expected, found = attend(without).float().cpu(), attend(paged).float().cpu()
     reached = torch.zeros(expected.shape, dtype=torch.bool)
     maybe = torch.zeros(expected.shape, dtype=torch.bool)
     sums = torch.zeros(expected.shape)
@@ -195,7 +196,7 @@ def check_what_is_hidden(
     assert expected.isfinite().all()
     assert not found[reached].isfinite().any()
     assert found[sums.isnan()].isnan().all()
-    if dtype == torch.float16:  # the halves of a p that bf16 splits have two signs: with inf, NaN
+    if infinite:
         assert torch.equal(found[sums.isinf()], sums[sums.isinf()])
 
 

@@ -228,7 +228,11 @@ def check_hidden(
     places = [(side, *place, value) for place in SPOILED_PLACES]
     if side == Side.V:
         places += [(side, 0, 140, 7, math.inf), (side, 0, 150, 7, -math.inf)]
-    check_what_is_hidden(make, lambda paged: prefill(q, paged, 2, formats, **options), places, tokens, **options)
+    # The two halves of a p that bf16 is split into may differ in sign: times inf, they add up to NaN.
+    infinite = dtype == HALF
+    check_what_is_hidden(
+        make, lambda paged: prefill(q, paged, 2, formats, **options), places, tokens, infinite=infinite, **options
+    )
 
 
 HIDDEN_CASES: list[tuple[int, dict[str, int]]] = [
