@@ -32,6 +32,11 @@ struct Visits {
   }
 };
 
+// Whether a column whose tokens end at `limit` sees one.
+__device__ __forceinline__ bool is_seen(u32 token, u32 limit, u32 window, u32 sinks) {
+  return token < limit && (window == 0 || token + window >= limit || token < sinks);
+}
+
 __device__ __forceinline__ float max_over_rows(float value) {
 #pragma unroll
   for (u32 step = 4; step < kLanes; step *= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
@@ -120,8 +125,8 @@ __device__ __forceinline__ void for_slices(u32 payload, u32 lane, Product&& prod
 }
 
 // Values that are not finite, in a page of which a column does not see all tokens. Its p of such a token is 0, but 0 · NaN and
-// 0 · inf are NaN: so products leave these values out, and then columns that do see one are given it. `is_seen(slice, i)`: as of
-// a lane's scores.
+// 0 · inf are NaN: so products leave these values out, and then columns that do see one are given it. `sees(token, column)`: of
+// the page's tokens and the warp's columns.
 
 // Bit 15 of each half that is inf or NaN, of fp16 or bf16.
 template <bool bf16>
@@ -141,8 +146,8 @@ __device__ __forceinline__ u32 leave_out_not_finite(u32& pair) {
 }
 
 // A token of a quantized page whose scale is NaN is NaN in all dimensions: so is p, where it is seen.
-template <class IsSeen>
-__device__ __forceinline__ void take_scales_apart(uint4& scales, Scores& probabilities, const IsSeen& is_seen) {
+template <class Sees>
+__device__ __forceinline__ void take_scales_apart(uint4& scales, Scores& probabilities, u32 lane, const Sees& sees) {
   u32 of_slice[kSlices] = {scales.x, scales.y, scales.z, scales.w}, found[kSlices];
 #pragma unroll
   for (u32 slice = 0; slice < kSlices; ++slice) found[slice] = leave_out_not_finite<false>(of_slice[slice]);
@@ -152,13 +157,14 @@ __device__ __forceinline__ void take_scales_apart(uint4& scales, Scores& probabi
   for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-      if (found[slice] >> (16 * (i / 2) + 15) & 1) probabilities[slice][i] = is_seen(slice, i) ? __uint_as_float(0x7FC00000) : 0.0f;
+      const bool seen = sees(16 * slice + 8 * (i / 2) + lane / 4, 2 * (lane % 4) + i % 2);
+      if (found[slice] >> (16 * (i / 2) + 15) & 1) probabilities[slice][i] = seen ? __uint_as_float(0x7FC00000) : 0.0f;
     }
 }
 
 // To the sums of a group of 16 bits, what products left out. A product counts what a column sees of it: inf as 1, -inf as 2^-8, NaN as both.
-template <class IsSeen>
-__device__ __forceinline__ void add_not_finite(u32 payload, u32 lane, const IsSeen& is_seen, float* sums) {
+template <class Sees>
+__device__ __forceinline__ void add_not_finite(u32 payload, u32 lane, const Sees& sees, float* sums) {
   constexpr u32 one = 0x3C00, small = 0x1C00, both = 0x3C04;
   constexpr u32 exponent = kBf16 ? 0x7F80 : 0x7C00;
   float counts[4] = {0, 0, 0, 0};
@@ -174,7 +180,8 @@ __device__ __forceinline__ void add_not_finite(u32 payload, u32 lane, const IsSe
     }
 #pragma unroll
     for (u32 h = 0; h < 2; ++h) {
-      seen[h] = transpose_matrix((is_seen(slice, 2 * h) ? one : 0) | (is_seen(slice, 2 * h + 1) ? one << 16 : 0));
+      const u32 token = 16 * slice + 8 * h + 2 * (lane % 4);
+      seen[h] = (sees(token, lane / 4) ? one : 0) | (sees(token + 1, lane / 4) ? one << 16 : 0);
     }
     mma_f16(counts, a, seen[0], seen[1]);
   }

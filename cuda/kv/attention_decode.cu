@@ -38,13 +38,7 @@ constexpr u32 kSumsBytes = 4 * kColumns * kHeadDim;
 constexpr u32 kQueryAreaBytes = (kBf16 ? 2 : 1) * kQueryBytes > kSumsBytes ? (kBf16 ? 2 : 1) * kQueryBytes : kSumsBytes;
 constexpr u32 kStatisticsBytes = 4 * 2 * kColumns * kWarps;
 constexpr bool kObserve = KVPACK_OBSERVE;
-// Beside a page's format: that not all columns see all of its tokens, and which of a lane's scores are hidden.
-constexpr u32 kPartial = 1u << KVPACK_ENTRY_FORMAT_BITS;
-__device__ constexpr u32 hidden_bit(u32 slice, u32 i) { return 16 + 4 * slice + i; }
-struct Seen {
-  u32 bits;
-  __device__ __forceinline__ bool operator()(u32 slice, u32 i) const { return (bits >> hidden_bit(slice, i) & 1) == 0; }
-};
+constexpr u32 kPartial = 1u << KVPACK_ENTRY_FORMAT_BITS;  // beside a page's format: not all columns see all of its tokens
 constexpr float kMassUnits = u64{1} << KVPACK_MASS_FRACTION_BITS;  // of a mass of 1
 
 // What a launch works on.
@@ -192,9 +186,9 @@ __device__ __forceinline__ void multiply_keys(Ring& ring, u32 queries, u32 lane,
 }
 
 // `careful`: values may be hidden from columns.
-template <u32 format, bool careful>
+template <u32 format, bool careful, class Sees>
 __device__ __forceinline__ void multiply_groups(Ring& ring, u32 slot, u32 lane, const Operands& p, const Operands& rest,
-                                                Softmax& softmax, u32 partial) {
+                                                Softmax& softmax, const Sees& sees) {
   constexpr u32 piece_groups = is_quantized(format) ? kPieceGroups : 1;
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {
@@ -213,29 +207,29 @@ __device__ __forceinline__ void multiply_groups(Ring& ring, u32 slot, u32 lane, 
       if constexpr (!is_quantized(format) && kBf16) mma_page<format>(sums, a, rest[slice][0], rest[slice][1]);
     });
     if constexpr (careful) {
-      if (__any_sync(kAllLanes, left_out != 0)) add_not_finite(payload, lane, Seen{partial}, sums);
+      if (__any_sync(kAllLanes, left_out != 0)) add_not_finite(payload, lane, sees, sums);
     }
   }
 }
 
-// `scores` are probabilities by now. `partial`: kPartial and hidden_bit, or 0.
-template <u32 format>
-__device__ __forceinline__ void multiply_values(Ring& ring, u32 lane, Scores& scores, Softmax& softmax, u32 partial) {
+// `scores` are probabilities by now. `whole`: all columns see all tokens of the page; otherwise `sees` says which.
+template <u32 format, class Sees>
+__device__ __forceinline__ void multiply_values(Ring& ring, u32 lane, Scores& scores, Softmax& softmax, bool whole, const Sees& sees) {
   const u32 slot = ring.next();
   Operands p, rest;
   uint4 scales = make_uint4(0, 0, 0, 0);
   if constexpr (is_quantized(format)) {
     scales = load_shared_v4(slot + 16 * (lane / 4));
-    if (partial != 0) take_scales_apart(scales, scores, Seen{partial});
+    if (!whole) take_scales_apart(scales, scores, lane, sees);
   }
   to_operands<format>(scores, scales, p, rest, softmax.scaled_sum);
   if constexpr (!is_quantized(format)) {
-    if (partial != 0) {
-      multiply_groups<format, true>(ring, slot, lane, p, rest, softmax, partial);
+    if (!whole) {
+      multiply_groups<format, true>(ring, slot, lane, p, rest, softmax, sees);
       return;
     }
   }
-  multiply_groups<format, false>(ring, slot, lane, p, rest, softmax, 0);
+  multiply_groups<format, false>(ring, slot, lane, p, rest, softmax, sees);
 }
 
 struct MultiplyKeys {
@@ -248,15 +242,17 @@ struct MultiplyKeys {
     multiply_keys<format>(ring, queries, lane, scores, offset);
   }
 };
+template <class Sees>
 struct MultiplyValues {
   Ring& ring;
   u32 lane;
   Scores& scores;
   Softmax& softmax;
-  u32 partial;
+  bool whole;
+  const Sees& sees;
   template <u32 format>
   __device__ __forceinline__ void operator()() {
-    multiply_values<format>(ring, lane, scores, softmax, partial);
+    multiply_values<format>(ring, lane, scores, softmax, whole, sees);
   }
 };
 
@@ -446,7 +442,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
 #pragma unroll 1
     while (unit < last) {
       const u32 k_format = entry_format(next_k);
-      u32 v_format = entry_format(next_v);  // with kPartial and hidden_bit
+      u32 v_format = entry_format(next_v);  // and kPartial
       const u32 first_token = work.visits(length).page_of(unit - segment.first) * kPageTokens;
       ring.following = block_of(pages, KVPACK_SIDE_V, next_v, head);
       unit += kWarps;
@@ -458,23 +454,18 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       float offset[2];
       with_format<KVPACK_K_FORMATS>(k_format, MultiplyKeys{ring, query_area, lane, scores, offset});
 
-      if (const Visits seen = work.visits(length); !seen.whole(first_token)) {  // made anew, since registers are scarce
+      auto sees = [&](u32 token, u32 column) {
+        const Visits seen = work.visits(length);  // made anew, since registers are scarce
+        const u32 limit = seen.whole_to + (kCausal ? min((tile * kColumns + column) / heads_per_kv_head, tokens - 1) : 0);
+        return is_seen(seen.page_of(unit - kWarps - segment.first) * kPageTokens + token, limit, window, sinks);
+      };
+      if (!work.visits(length).whole(first_token)) {
         v_format |= kPartial;
-        u32 limit[2];  // tokens that a column attends to
-#pragma unroll
-        for (u32 j = 0; j < 2; ++j) {
-          const u32 index = tile * kColumns + 2 * (lane % 4) + j;
-          limit[j] = seen.whole_to + (kCausal ? min(index / heads_per_kv_head, tokens - 1) : 0);
-        }
 #pragma unroll
         for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
           for (u32 i = 0; i < 4; ++i) {
-            const u32 token = first_token + 16 * slice + 8 * (i / 2) + lane / 4;
-            if (!(token < limit[i % 2] && (window == 0 || token + window >= limit[i % 2] || token < sinks))) {
-              scores[slice][i] = kUnseen;
-              v_format |= 1u << hidden_bit(slice, i);
-            }
+            if (!sees(16 * slice + 8 * (i / 2) + lane / 4, 2 * (lane % 4) + i % 2)) scores[slice][i] = kUnseen;
           }
       }
       float larger[2] = {kUnseen, kUnseen};
@@ -507,7 +498,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
         if (lane < kColumns) page_logs[(unit - kWarps) * kColumns + lane] = exponent + log;  // 2^32 of them would be 16 GiB
       }
       ring.following = unit < end ? block_of(pages, KVPACK_SIDE_K, next_k, ahead.part / work.tiles) : nothing;
-      with_format<KVPACK_V_FORMATS>(v_format % kPartial, MultiplyValues{ring, lane, scores, softmax, v_format & ~(kPartial - 1)});
+      with_format<KVPACK_V_FORMATS>(v_format % kPartial, MultiplyValues<decltype(sees)>{ring, lane, scores, softmax, v_format < kPartial, sees});
     }
 
     const bool alone = segment.first >= begin && segment.end() <= end;

@@ -220,15 +220,15 @@ __device__ __forceinline__ void multiply_groups(Pieces& pieces, u32 slot, u32 la
       if (__any_sync(kAllLanes, left_out != 0)) {
 #pragma unroll
         for (u32 tile = 0; tile < kTiles; ++tile) {
-          auto is_seen = [&](u32 slice, u32 i) { return sees(tile, slice, i); };
-          add_not_finite(payload, lane, is_seen, softmax[tile].values[group]);
+          auto of_tile = [&](u32 token, u32 column) { return sees(token, 8 * tile + column); };
+          add_not_finite(payload, lane, of_tile, softmax[tile].values[group]);
         }
       }
     }
   }
 }
 
-// `scores` are probabilities by now. `whole`: all columns see all tokens of the page; otherwise `sees(tile, slice, i)` says which.
+// `scores` are probabilities by now. `whole`: all columns see all tokens of the page; otherwise `sees` says which.
 template <u32 format, class Sees>
 __device__ __forceinline__ void multiply_values(Pieces& pieces, u32 lane, TileScores& scores, Softmax (&softmax)[kTiles], bool whole,
                                                 const Sees& sees) {
@@ -239,8 +239,8 @@ __device__ __forceinline__ void multiply_values(Pieces& pieces, u32 lane, TileSc
   for (u32 tile = 0; tile < kTiles; ++tile) {
     uint4 of_tile = scales;
     if constexpr (is_quantized(format)) {
-      auto is_seen = [&](u32 slice, u32 i) { return sees(tile, slice, i); };
-      if (!whole) take_scales_apart(of_tile, scores[tile], is_seen);
+      auto sees_column = [&](u32 token, u32 column) { return sees(token, 8 * tile + column); };
+      if (!whole) take_scales_apart(of_tile, scores[tile], lane, sees_column);
     }
     to_operands<format>(scores[tile], of_tile, p[tile], rest[tile], softmax[tile].scaled_sum);
   }
@@ -379,11 +379,8 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
     with_format<KVPACK_K_FORMATS>(formats & 0xFF, MultiplyKeys{pieces, queries, lane, scores});
 
     const bool whole = seen.whole(first_token);
-    // Of the scores, as they lie in registers.
-    auto sees = [&](u32 tile, u32 slice, u32 i) {
-      const u32 limit = limit_of(min(warp_column + 8 * tile + 2 * (lane % 4) + i % 2, columns - 1));
-      const u32 token = first_token + 16 * slice + 8 * (i / 2) + lane / 4;
-      return token < limit && (window == 0 || token + window >= limit || token < sinks);
+    auto sees = [&](u32 token, u32 column) {
+      return is_seen(first_token + token, limit_of(min(warp_column + column, columns - 1)), window, sinks);
     };
     if (!whole) {
 #pragma unroll
@@ -392,7 +389,8 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
         for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
           for (u32 i = 0; i < 4; ++i) {
-            if (!sees(tile, slice, i)) scores[tile][slice][i] = kUnseen;
+            const bool visible = sees(16 * slice + 8 * (i / 2) + lane / 4, 8 * tile + 2 * (lane % 4) + i % 2);
+            if (!visible) scores[tile][slice][i] = kUnseen;
           }
     }
 #pragma unroll
