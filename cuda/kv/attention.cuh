@@ -32,6 +32,11 @@ struct Visits {
   }
 };
 
+// Whether a column whose tokens end at `limit` sees one.
+__device__ __forceinline__ bool is_seen(u32 token, u32 limit, u32 window, u32 sinks) {
+  return token < limit && (window == 0 || token + window >= limit || token < sinks);
+}
+
 __device__ __forceinline__ float max_over_rows(float value) {
 #pragma unroll
   for (u32 step = 4; step < kLanes; step *= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
@@ -98,7 +103,7 @@ __device__ __forceinline__ void to_operands(const Scores& probabilities, const u
   }
 }
 
-// `product(slice, a)` for each of a group's four slices, with its operand.
+// `product(slice, a)` for each of a group's four slices, with its operand, which it may change.
 template <u32 format, class Product>
 __device__ __forceinline__ void for_slices(u32 payload, u32 lane, Product&& product) {
   u32 a[4];
@@ -116,6 +121,74 @@ __device__ __forceinline__ void for_slices(u32 payload, u32 lane, Product&& prod
       a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
       product(slice, a);
     }
+  }
+}
+
+// Values that are not finite, in a page of which a column does not see all tokens. Its p of such a token is 0, but 0 · NaN and
+// 0 · inf are NaN: so products leave these values out, and then columns that do see one are given it. `sees(token, column)`: of
+// the page's tokens and the warp's columns.
+
+// Bit 15 of each half that is inf or NaN, of fp16 or bf16.
+template <bool bf16>
+__device__ __forceinline__ u32 find_not_finite(u32 pair) {
+  constexpr u32 exponent = bf16 ? 0x7F80 : 0x7C00;
+  return ((pair & both_halves(exponent)) + both_halves(0x8000 - exponent)) & 0x80008000;
+}
+// All bits of the halves whose bit 15 is set.
+__device__ __forceinline__ u32 halves_of(u32 found) { return (found >> 15) * 0xFFFF; }
+
+// They become 0; what there was of them is not 0.
+template <bool bf16>
+__device__ __forceinline__ u32 leave_out_not_finite(u32& pair) {
+  const u32 found = find_not_finite<bf16>(pair);
+  pair &= ~halves_of(found);
+  return found;
+}
+
+// A token of a quantized page whose scale is NaN is NaN in all dimensions: so is p, where it is seen.
+template <class Sees>
+__device__ __forceinline__ void take_scales_apart(uint4& scales, Scores& probabilities, u32 lane, const Sees& sees) {
+  u32 of_slice[kSlices] = {scales.x, scales.y, scales.z, scales.w}, found[kSlices];
+#pragma unroll
+  for (u32 slice = 0; slice < kSlices; ++slice) found[slice] = leave_out_not_finite<false>(of_slice[slice]);
+  if (!__any_sync(kAllLanes, (found[0] | found[1] | found[2] | found[3]) != 0)) return;
+  scales = make_uint4(of_slice[0], of_slice[1], of_slice[2], of_slice[3]);
+#pragma unroll
+  for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+      const bool seen = sees(16 * slice + 8 * (i / 2) + lane / 4, 2 * (lane % 4) + i % 2);
+      if (found[slice] >> (16 * (i / 2) + 15) & 1) probabilities[slice][i] = seen ? __uint_as_float(0x7FC00000) : 0.0f;
+    }
+}
+
+// To the sums of a group of 16 bits, what products left out. A product counts what a column sees of it: inf as 1, -inf as 2^-8, NaN as both.
+template <class Sees>
+__device__ __forceinline__ void add_not_finite(u32 payload, u32 lane, const Sees& sees, float* sums) {
+  constexpr u32 one = 0x3C00, small = 0x1C00, both = 0x3C04;
+  constexpr u32 exponent = kBf16 ? 0x7F80 : 0x7C00;
+  float counts[4] = {0, 0, 0, 0};
+#pragma unroll 1
+  for (u32 slice = 0; slice < kSlices; ++slice) {
+    const uint4 v = load_shared_v4(payload + slice * 512 + 16 * lane);
+    u32 a[4] = {v.x, v.y, v.z, v.w}, seen[2];
+#pragma unroll
+    for (u32& pair : a) {
+      const u32 nan = halves_of(((pair & 0x7FFF7FFF) + both_halves(0x7FFF - exponent)) & 0x80008000);
+      const u32 negative = halves_of(pair & 0x80008000), infinite = negative & both_halves(small) | ~negative & both_halves(one);
+      pair = halves_of(find_not_finite<kBf16>(pair)) & (nan & both_halves(both) | ~nan & infinite);
+    }
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+      const u32 token = 16 * slice + 8 * h + 2 * (lane % 4);
+      seen[h] = (sees(token, lane / 4) ? one : 0) | (sees(token + 1, lane / 4) ? one << 16 : 0);
+    }
+    mma_f16(counts, a, seen[0], seen[1]);
+  }
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) {
+    if (counts[i] >= 1) sums[i] += __uint_as_float(0x7F800000);
+    if (counts[i] != floorf(counts[i])) sums[i] -= __uint_as_float(0x7F800000);
   }
 }
 

@@ -38,6 +38,7 @@ constexpr u32 kSumsBytes = 4 * kColumns * kHeadDim;
 constexpr u32 kQueryAreaBytes = (kBf16 ? 2 : 1) * kQueryBytes > kSumsBytes ? (kBf16 ? 2 : 1) * kQueryBytes : kSumsBytes;
 constexpr u32 kStatisticsBytes = 4 * 2 * kColumns * kWarps;
 constexpr bool kObserve = KVPACK_OBSERVE;
+constexpr u32 kPartial = 1u << KVPACK_ENTRY_FORMAT_BITS;  // beside a page's format: not all columns see all of its tokens
 constexpr float kMassUnits = u64{1} << KVPACK_MASS_FRACTION_BITS;  // of a mass of 1
 
 // What a launch works on.
@@ -184,13 +185,10 @@ __device__ __forceinline__ void multiply_keys(Ring& ring, u32 queries, u32 lane,
   offset[0] = centers[0], offset[1] = centers[1];
 }
 
-// `scores` are probabilities by now.
-template <u32 format>
-__device__ __forceinline__ void multiply_values(Ring& ring, u32 lane, const Scores& scores, Softmax& softmax) {
-  u32 slot = ring.next();
-  Operands p, rest;
-  const uint4 scales = is_quantized(format) ? load_shared_v4(slot + 16 * (lane / 4)) : make_uint4(0, 0, 0, 0);
-  to_operands<format>(scores, scales, p, rest, softmax.scaled_sum);
+// `careful`: values may be hidden from columns.
+template <u32 format, bool careful, class Sees>
+__device__ __forceinline__ void multiply_groups(Ring& ring, u32 slot, u32 lane, const Operands& p, const Operands& rest,
+                                                Softmax& softmax, const Sees& sees) {
   constexpr u32 piece_groups = is_quantized(format) ? kPieceGroups : 1;
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {
@@ -199,11 +197,39 @@ __device__ __forceinline__ void multiply_values(Ring& ring, u32 lane, const Scor
     const u32 header = group < piece_groups ? block_header_bytes(KVPACK_SIDE_V, format) : 0;
     const u32 payload = slot + header + group % piece_groups * payload_bytes(format);
     float* sums = softmax.values[group];
-    for_slices<format>(payload, lane, [&](u32 slice, const u32 (&a)[4]) {
+    u32 left_out = 0;
+    for_slices<format>(payload, lane, [&](u32 slice, u32 (&a)[4]) {
+      if constexpr (careful) {
+#pragma unroll
+        for (u32& pair : a) left_out |= leave_out_not_finite<kBf16>(pair);
+      }
       mma_page<format>(sums, a, p[slice][0], p[slice][1]);
       if constexpr (!is_quantized(format) && kBf16) mma_page<format>(sums, a, rest[slice][0], rest[slice][1]);
     });
+    if constexpr (careful) {
+      if (__any_sync(kAllLanes, left_out != 0)) add_not_finite(payload, lane, sees, sums);
+    }
   }
+}
+
+// `scores` are probabilities by now. `whole`: all columns see all tokens of the page; otherwise `sees` says which.
+template <u32 format, class Sees>
+__device__ __forceinline__ void multiply_values(Ring& ring, u32 lane, Scores& scores, Softmax& softmax, bool whole, const Sees& sees) {
+  const u32 slot = ring.next();
+  Operands p, rest;
+  uint4 scales = make_uint4(0, 0, 0, 0);
+  if constexpr (is_quantized(format)) {
+    scales = load_shared_v4(slot + 16 * (lane / 4));
+    if (!whole) take_scales_apart(scales, scores, lane, sees);
+  }
+  to_operands<format>(scores, scales, p, rest, softmax.scaled_sum);
+  if constexpr (!is_quantized(format)) {
+    if (!whole) {
+      multiply_groups<format, true>(ring, slot, lane, p, rest, softmax, sees);
+      return;
+    }
+  }
+  multiply_groups<format, false>(ring, slot, lane, p, rest, softmax, sees);
 }
 
 struct MultiplyKeys {
@@ -216,14 +242,17 @@ struct MultiplyKeys {
     multiply_keys<format>(ring, queries, lane, scores, offset);
   }
 };
+template <class Sees>
 struct MultiplyValues {
   Ring& ring;
   u32 lane;
-  const Scores& scores;
+  Scores& scores;
   Softmax& softmax;
+  bool whole;
+  const Sees& sees;
   template <u32 format>
   __device__ __forceinline__ void operator()() {
-    multiply_values<format>(ring, lane, scores, softmax);
+    multiply_values<format>(ring, lane, scores, softmax, whole, sees);
   }
 };
 
@@ -412,7 +441,8 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
     const u32 last = min(segment.end(), end);
 #pragma unroll 1
     while (unit < last) {
-      const u32 k_format = entry_format(next_k), v_format = entry_format(next_v);
+      const u32 k_format = entry_format(next_k);
+      u32 v_format = entry_format(next_v);  // and kPartial
       const u32 first_token = work.visits(length).page_of(unit - segment.first) * kPageTokens;
       ring.following = block_of(pages, KVPACK_SIDE_V, next_v, head);
       unit += kWarps;
@@ -424,20 +454,18 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       float offset[2];
       with_format<KVPACK_K_FORMATS>(k_format, MultiplyKeys{ring, query_area, lane, scores, offset});
 
-      if (const Visits seen = work.visits(length); !seen.whole(first_token)) {  // made anew, since registers are scarce
-        u32 limit[2];  // tokens that a column attends to
-#pragma unroll
-        for (u32 j = 0; j < 2; ++j) {
-          const u32 index = tile * kColumns + 2 * (lane % 4) + j;
-          limit[j] = seen.whole_to + (kCausal ? min(index / heads_per_kv_head, tokens - 1) : 0);
-        }
+      auto sees = [&](u32 token, u32 column) {
+        const Visits seen = work.visits(length);  // made anew, since registers are scarce
+        const u32 limit = seen.whole_to + (kCausal ? min((tile * kColumns + column) / heads_per_kv_head, tokens - 1) : 0);
+        return is_seen(seen.page_of(unit - kWarps - segment.first) * kPageTokens + token, limit, window, sinks);
+      };
+      if (!work.visits(length).whole(first_token)) {
+        v_format |= kPartial;
 #pragma unroll
         for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
           for (u32 i = 0; i < 4; ++i) {
-            const u32 token = first_token + 16 * slice + 8 * (i / 2) + lane / 4;
-            const bool visible = token < limit[i % 2] && (window == 0 || token + window >= limit[i % 2] || token < sinks);
-            if (!visible) scores[slice][i] = kUnseen;
+            if (!sees(16 * slice + 8 * (i / 2) + lane / 4, 2 * (lane % 4) + i % 2)) scores[slice][i] = kUnseen;
           }
       }
       float larger[2] = {kUnseen, kUnseen};
@@ -470,7 +498,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
         if (lane < kColumns) page_logs[(unit - kWarps) * kColumns + lane] = exponent + log;  // 2^32 of them would be 16 GiB
       }
       ring.following = unit < end ? block_of(pages, KVPACK_SIDE_K, next_k, ahead.part / work.tiles) : nothing;
-      with_format<KVPACK_V_FORMATS>(v_format, MultiplyValues{ring, lane, scores, softmax});
+      with_format<KVPACK_V_FORMATS>(v_format % kPartial, MultiplyValues<decltype(sees)>{ring, lane, scores, softmax, v_format < kPartial, sees});
     }
 
     const bool alone = segment.first >= begin && segment.end() <= end;

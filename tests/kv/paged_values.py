@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
-from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side
+from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, PageLayout, Side
 from kvpack.runtime.kv.page_kernels import PAGE_FORMATS
 
+Spoiled = tuple[Side, int, int, int, float]  # side, sequence, token, dimension, value
 NUMPY_TYPES = {torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -42,10 +44,12 @@ def paged_values(
     *,
     seed: int = 0,
     size: float = 1.0,
+    spoiled: Sequence[Spoiled] = (),
 ) -> Paged:
     """Pages in a random order, whose formats of K and V alternate; the last, partial page of a sequence has 16 bits.
 
-    What lies behind a sequence's end in its last page is large, so that it shows if it is used.
+    What lies behind a sequence's end in its last page is large, so that it shows if it is used. `spoiled` elements
+    are of all heads, and may lie there too.
     """
     rng = np.random.default_rng(seed)
     numpy_type = NUMPY_TYPES[dtype]
@@ -64,6 +68,9 @@ def paged_values(
         x += rng.normal(0, 0.5, head_dim) * (side == Side.K)
         x[:, filled:] = 1000
         x = x.astype(np.float16).astype(numpy_type)
+        for of_side, of_sequence, token, dim, value in spoiled:
+            if (of_side, of_sequence, token // PAGE_TOKENS) == (side, sequence, page):
+                x[:, token % PAGE_TOKENS, dim] = value
         blocks[number] = quantize_blocks(x, layout)
         values[sequence][side].append(dequantize_blocks(blocks[number], layout)[:, :filled].astype(np.float64))
     pages = np.zeros(0, np.uint8)
@@ -155,6 +162,48 @@ def expected_mass(
         of_pages = np.add.reduceat(p, np.arange(0, p.shape[-1], PAGE_TOKENS), axis=-1)
         mass[sequence, : of_pages.shape[-1]] = np.einsum("h,htp->p", of_heads, of_pages) / tokens
     return mass
+
+
+def check_what_is_hidden(
+    make: Callable[[Sequence[Spoiled]], Paged],
+    attend: Callable[[Paged], torch.Tensor],
+    spoiled: Sequence[Spoiled],
+    tokens: int,
+    window: int = 0,
+    sinks: int = 0,
+    causal: bool = True,
+    infinite: bool = False,
+) -> None:
+    """Spoiled values reach the queries that see them, and change no bit of the others' results.
+
+    Of V in 16 bits, that is one dimension of a result; in a quantized page, the token. K is to be in 16 bits, and NaN
+    is what shows of it: q · inf can be -inf, of which p is 0. `infinite`: what sees inf is inf;
+    otherwise it may be NaN.
+    """
+    without, paged = make(()), make(spoiled)
+    expected, found = attend(without).float().cpu(), attend(paged).float().cpu()
+    reached = torch.zeros(expected.shape, dtype=torch.bool)
+    maybe = torch.zeros(expected.shape, dtype=torch.bool)
+    sums = torch.zeros(expected.shape)
+    for side, sequence, token, dim, value in spoiled:
+        length = int(without.lengths[sequence])
+        limit = length - tokens + 1 + torch.arange(tokens) if causal else torch.full((tokens,), length)
+        seen = token < limit
+        if window:
+            seen &= (token >= limit - window) | (token < sinks)
+        page_format = PageFormat(int(without.table[side, sequence, token // PAGE_TOKENS]) & ENTRY_FORMAT_MASK)
+        dims = slice(dim, dim + 1) if side == Side.V and not page_format.is_quantized else slice(None)
+        if side == Side.K and not math.isnan(value):
+            maybe[sequence, :, seen] = True
+            continue
+        reached[sequence, :, seen, dims] = True
+        sums[sequence, :, seen, dims] += math.nan if page_format.is_quantized else value
+    assert torch.equal(found[~reached & ~maybe], expected[~reached & ~maybe])
+    assert expected.isfinite().all()
+    assert not found[reached].isfinite().any()
+    assert found[sums.isnan()].isnan().all()
+    if infinite:
+        assert torch.equal(found[sums.isinf()], sums[sums.isinf()])
 
 
 def attention_error(found: torch.Tensor, expected: np.ndarray) -> float:

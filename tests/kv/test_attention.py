@@ -674,3 +674,13 @@ def test_what_has_left_a_window_reaches_no_result(device: str) -> None:
     assert torch.equal(found[0][:, :, :10], found[1][:, :, :10])
     assert found[1][:, :, 10:18, 0].isnan().all()
     assert torch.equal(found[0][:, :, 18:], found[1][:, :, 18:])
+
+
+def test_a_huge_key_behind_the_mask_reaches_no_result() -> None:
+    """Its score is infinite in fp32, so that a mask that is added would make NaN of it."""
+    q, k, v = torch.full((1, 2, 4, 64), 10.0), torch.ones(1, 2, 4, 64), torch.randn(1, 2, 4, 64)
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    expected, _ = attention_with_kv_cache(q, k, v, make_cache("cpu", dtype=torch.bfloat16))
+    k[:, :, 3] = 1e38
+    found, _ = attention_with_kv_cache(q, k, v, make_cache("cpu", dtype=torch.bfloat16))
+    assert torch.equal(found[:, :, :3], expected[:, :, :3])

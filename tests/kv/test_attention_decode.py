@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import emulator
@@ -13,10 +14,18 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from emulated_device import emulated_launch  # noqa: E402
-from paged_values import Paged, attention_error, expected_attention, expected_mass, paged_values  # noqa: E402
+from paged_values import (  # noqa: E402
+    Paged,
+    Spoiled,
+    attention_error,
+    check_what_is_hidden,
+    expected_attention,
+    expected_mass,
+    paged_values,
+)
 
 from kvpack.errors import PageError  # noqa: E402
-from kvpack.format.pages import PageFormat  # noqa: E402
+from kvpack.format.pages import PageFormat, Side  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
 from kvpack.runtime.kv import attention_kernels, page_kernels  # noqa: E402
 from kvpack.runtime.kv.attention_kernels import MASS_FRACTION_BITS, Observed  # noqa: E402
@@ -194,6 +203,86 @@ def test_a_head_without_weight_does_not_show(emulated: object) -> None:
     assert observed.steps.tolist() == [1, 1, 0]
 
 
+# Sequence, token, dimension: in sequences of 200, 192 and 70 tokens, where windows begin, of the last ones, and behind
+# the ends.
+SPOILED_PLACES = [
+    *(
+        (0, 4, 1),
+        (0, 60, 2),
+        (0, 62, 17),
+        (0, 64, 3),
+        (0, 100, 18),
+        (0, 198, 40),
+        (0, 199, 63),
+        (0, 200, 5),
+        (0, 255, 6),
+    ),
+    *((1, 60, 1), (1, 90, 3), (2, 70, 7), (2, 127, 8)),
+]
+HIDDEN_CASES: list[tuple[int, dict[str, int]]] = [
+    (1, {}),
+    (1, {"window": 70}),
+    (5, {"window": 134}),  # of the first page, only the first of the queries see something
+    (5, {"window": 100, "sinks": 4}),
+    (5, {"causal": False}),
+]
+
+
+def check_hidden(
+    side: Side,
+    value: float,
+    dtype: torch.dtype,
+    formats: tuple[PageFormat, PageFormat],
+    device: str,
+    tokens: int,
+    **options: int,
+) -> None:
+    def make(spoiled: Sequence[Spoiled]) -> Paged:
+        paged = paged_values([200, 192, 70], 2, 64, dtype, [formats], spoiled=spoiled)
+        return paged.to(device) if device == "cuda" else paged
+
+    q = torch.randn(3, 8, tokens, 64, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+
+    def attend(paged: Paged) -> torch.Tensor:
+        return attention_kernels.decode(
+            q,
+            None if device == "cuda" else paged.pages,
+            paged.table,
+            paged.lengths,
+            2,
+            *({page_kernels.PAGE_FORMATS[dtype], page_format} for page_format in formats),
+            scale=1 / 8,
+            blocks=5,
+            **options,
+        )
+
+    places = [(side, *place, value) for place in SPOILED_PLACES]
+    if side == Side.V:
+        places += [(side, 0, 195, 7, math.inf), (side, 0, 194, 7, -math.inf)]
+    check_what_is_hidden(make, attend, places, tokens, **options)
+
+
+@EMULATED
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("tokens", "options"), HIDDEN_CASES, ids=str)
+@pytest.mark.parametrize("side", Side)
+def test_what_is_hidden_does_not_show(
+    side: Side, tokens: int, options: dict[str, int], value: float, dtype: torch.dtype, emulated: object
+) -> None:
+    check_hidden(side, value, dtype, (page_kernels.PAGE_FORMATS[dtype],) * 2, "cpu", tokens, **options)
+
+
+@EMULATED
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("v_format", [f for f in PageFormat if f.is_quantized])
+@pytest.mark.parametrize(("tokens", "options"), HIDDEN_CASES, ids=str)
+def test_what_is_hidden_in_a_quantized_page_does_not_show(
+    tokens: int, options: dict[str, int], v_format: PageFormat, dtype: torch.dtype, emulated: object
+) -> None:
+    check_hidden(Side.V, math.nan, dtype, (INT4, v_format), "cpu", tokens, **options)
+
+
 @EMULATED
 def test_order_of_blocks_does_not_show(emulated: pytest.MonkeyPatch) -> None:
     results, observations = [], []
@@ -230,6 +319,19 @@ def test_cuda_masses(name: str) -> None:
 @pytest.mark.parametrize("name", ["all formats", "32 heads to one", "several tokens"])
 def test_cuda_weights_of_heads(name: str) -> None:
     check_observed(name, "cuda", weights=some_weights(name))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("tokens", "options"), HIDDEN_CASES, ids=str)
+def test_cuda_what_is_hidden_does_not_show(
+    tokens: int, options: dict[str, int], value: float, dtype: torch.dtype
+) -> None:
+    for side in Side:
+        check_hidden(side, value, dtype, (page_kernels.PAGE_FORMATS[dtype],) * 2, "cuda", tokens, **options)
+    for v_format in [f for f in PageFormat if f.is_quantized]:
+        check_hidden(Side.V, value, dtype, (INT4, v_format), "cuda", tokens, **options)
 
 
 @pytest.mark.gpu

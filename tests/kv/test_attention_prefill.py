@@ -13,7 +13,14 @@ torch = pytest.importorskip("torch")
 
 import emulator  # noqa: E402
 from emulated_device import emulated_launch  # noqa: E402
-from paged_values import Paged, attention_error, expected_attention, paged_values  # noqa: E402
+from paged_values import (  # noqa: E402
+    Paged,
+    Spoiled,
+    attention_error,
+    check_what_is_hidden,
+    expected_attention,
+    paged_values,
+)
 
 from kvpack.errors import PageError  # noqa: E402
 from kvpack.format.pages import PageFormat as F  # noqa: E402
@@ -196,6 +203,65 @@ def test_equals_decode(emulated: object, dtype: torch.dtype) -> None:
             torch.testing.assert_close(found, decoded, rtol=2 * torch.finfo(dtype).eps, atol=2e-4)
 
 
+# Sequence, token, dimension: in sequences of 200 and 192 tokens, and behind the end of the first.
+SPOILED_PLACES = [
+    (0, 20, 1),
+    (0, 60, 2),
+    (0, 100, 3),
+    (0, 130, 18),
+    (0, 199, 40),
+    (0, 200, 5),
+    (0, 230, 63),
+    (1, 130, 3),
+]
+
+
+def check_hidden(
+    side: Side, value: float, dtype: torch.dtype, formats: Formats, device: str, tokens: int, **options: int
+) -> None:
+    def make(spoiled: Sequence[Spoiled]) -> Paged:
+        paged = paged_values([200, 192], 2, 64, dtype, formats, spoiled=spoiled)
+        return paged if device == "cpu" else paged.to(device)
+
+    q = (queries(2, 4, tokens, 64, dtype) / 8).to(device)
+    # Each place alone is of one dimension; two meet in dimension 7.
+    places = [(side, *place, value) for place in SPOILED_PLACES]
+    if side == Side.V:
+        places += [(side, 0, 140, 7, math.inf), (side, 0, 150, 7, -math.inf)]
+    # The two halves of a p that bf16 is split into may differ in sign: times inf, they add up to NaN.
+    infinite = dtype == HALF
+    check_what_is_hidden(
+        make, lambda paged: prefill(q, paged, 2, formats, **options), places, tokens, infinite=infinite, **options
+    )
+
+
+HIDDEN_CASES: list[tuple[int, dict[str, int]]] = [
+    (150, {}),
+    (30, {"window": 70, "sinks": 10}),
+    (100, {"window": 40}),
+    (30, {"causal": False}),
+]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("tokens", "options"), HIDDEN_CASES, ids=str)
+@pytest.mark.parametrize("side", Side)
+def test_what_is_hidden_does_not_show(
+    emulated: object, side: Side, tokens: int, options: dict[str, int], value: float, dtype: torch.dtype
+) -> None:
+    check_hidden(side, value, dtype, [(PAGE_FORMATS[dtype],) * 2], "cpu", tokens, **options)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("v_format", QUANTIZED)
+@pytest.mark.parametrize(("tokens", "options"), HIDDEN_CASES, ids=str)
+def test_what_is_hidden_in_a_quantized_page_does_not_show(
+    emulated: object, tokens: int, options: dict[str, int], v_format: F, dtype: torch.dtype
+) -> None:
+    check_hidden(Side.V, math.nan, dtype, [(F.INT4, v_format)], "cpu", tokens, **options)
+
+
 def test_order_of_blocks_and_threads(emulated: pytest.MonkeyPatch) -> None:
     paged = paged_values([64 * 8 + 5, 100], 2, 64, HALF, EVERY)
     q = queries(2, 4, 90, 64, HALF)
@@ -248,6 +314,19 @@ def test_window_on_a_gpu(window: int, sinks: int) -> None:
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
 def test_not_causal_on_a_gpu(dtype: torch.dtype) -> None:
     check_not_causal(dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("tokens", "options"), HIDDEN_CASES, ids=str)
+def test_what_is_hidden_does_not_show_on_a_gpu(
+    tokens: int, options: dict[str, int], value: float, dtype: torch.dtype
+) -> None:
+    for side in Side:
+        check_hidden(side, value, dtype, [(PAGE_FORMATS[dtype],) * 2], "cuda", tokens, **options)
+    for v_format in QUANTIZED:
+        check_hidden(Side.V, value, dtype, [(F.INT4, v_format)], "cuda", tokens, **options)
 
 
 @pytest.mark.gpu

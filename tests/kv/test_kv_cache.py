@@ -18,6 +18,7 @@ from kvpack.format.pages import PageFormat, PageLayout, Side
 
 torch = pytest.importorskip("torch")
 
+from kvpack.runtime.kv import page_table  # noqa: E402
 from kvpack.runtime.kv.allocator import POLICIES, Outcome, Policy  # noqa: E402
 from kvpack.runtime.kv.cache import KVCache  # noqa: E402
 from kvpack.runtime.kv.page_pools import PageInfo, PageOwner  # noqa: E402
@@ -96,6 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
         self, bits_of: Any, policy: Policy, recent_tokens: int, sinks: int, dtype: Any, limited: bool, count: int
     ) -> None:
         self.limited = limited
+        page_table._FIRST_PAGES = 2  # so that tables grow
         self.cache = make_cache(
             self.device,
             budget=bits_of if isinstance(bits_of, float) else None,
@@ -289,6 +291,31 @@ class CacheMachine(RuleBasedStateMachine):
             size = layer_bytes(self.cache, layer)
             assert size["used"] <= max(size["may"] + 1, size["least"])
 
+    @invariant()
+    def used_bytes_are_those_of_the_pages(self) -> None:
+        for layer in range(LAYERS):
+            held = self.cache.entries[layer, self.cache.entries[layer] >= 0]
+            kinds = [self.cache.pools.info(int(entry)) for entry in held]
+            size = sum(self.cache.pools.page_bytes(info.side, info.format) for info in kinds)
+            assert self.cache._used_bytes[layer] == size
+
+    @rule(layer=st.integers(0, LAYERS - 1), count=st.sampled_from([1, 63, 64, 130]), fails=st.booleans())
+    def take_back(self, layer: int, count: int, fails: bool) -> None:
+        """Tokens that are not kept, and those inside of which something is raised."""
+        before = state(self.cache)
+        k, v = random_tokens(self.cache, SEQUENCES, count, 0)
+        try:
+            with self.cache.writing(layer, k, v, keep=fails):
+                if fails:
+                    raise RuntimeError("attention failed")
+        except CacheFullError:
+            pass
+        except RuntimeError:
+            assert fails
+        after = state(self.cache)
+        for name in ("entries", "page_table", "lengths"):
+            assert after[name] == before[name]
+
     @precondition(lambda self: self.cache.budget is None)
     @invariant()
     def formats_are_those_given(self) -> None:
@@ -314,6 +341,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert (found == cache.precision_map(layer)[:, sequence]).all()
 
     def teardown(self) -> None:
+        page_table._FIRST_PAGES = 64
         if not hasattr(self, "cache"):
             return
         cache = self.cache
@@ -534,8 +562,9 @@ def test_a_thousand_steps_take_no_more_than_pages(device: str) -> None:
     cache.check()
 
 
-@pytest.mark.parametrize("what", ["_upload", "set"])
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(
+    ("what", "call", "keep"), [("_upload", 1, True), ("set", 1, True), ("set", 2, True), ("clear", 1, False)]
+)
 def test_copies_that_fail_leave_both_tables_as_they_were(what: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """New pages come and others are quantized; whichever copy to the device fails, host and device stay alike."""
     cache = make_cache(formats=PageFormat.INT4, recent_tokens=64)
@@ -553,12 +582,9 @@ def test_copies_that_fail_leave_both_tables_as_they_were(what: str, call: int, m
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, what, fail)
-        if what == "_upload" and call == 2:  # there is one copy alone
-            cache.append(0, *random_tokens(cache, SEQUENCES, 70, 5))
-            assert calls == 1
-            return
-        with pytest.raises(torch.OutOfMemoryError):
-            cache.append(0, *random_tokens(cache, SEQUENCES, 70, 5))
+        writing = cache.writing(0, *random_tokens(cache, SEQUENCES, 70, 5), keep=keep)
+        with pytest.raises(torch.OutOfMemoryError), writing:
+            pass
     after = state(cache)
     assert after["entries"] == before["entries"] == after["page_table"]
     assert after["lengths"] == before["lengths"]
@@ -685,4 +711,33 @@ def test_what_the_host_decides_is_not_captured(what: str) -> None:
         k.add_(0)  # an empty graph is a warning
         with pytest.raises(CacheInputError, match="capture"):
             decisions[what]()
+    assert state(cache) == before
+
+
+def test_nothing_else_while_tokens_are_written() -> None:
+    cache = make_cache(formats=PageFormat.INT4)
+    fill(cache, 64, 64)
+    k, v = random_tokens(cache, SEQUENCES, 64, 0)
+    with cache.writing(0, k, v):
+        for use in (
+            lambda: cache.append(1, k, v),
+            lambda: cache.free(0),
+            cache.plan,
+            cache.reallocate,
+            lambda: cache.reserve_tokens(1),
+        ):
+            with pytest.raises(CacheInputError, match="is being written to"):
+                use()
+    cache.append(1, k, v)
+    cache.check()
+
+
+@pytest.mark.parametrize("wrong", [1.5, "0", None])
+def test_numbers_that_are_none(wrong: Any) -> None:
+    cache = make_cache()
+    fill(cache, 64, 64)
+    before = state(cache)
+    for use in (lambda: cache.free(wrong), lambda: cache.plan(wrong), lambda: cache.plan(1, [wrong])):
+        with pytest.raises(CacheInputError, match="an integer is wanted"):
+            use()
     assert state(cache) == before

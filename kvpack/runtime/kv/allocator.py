@@ -354,7 +354,7 @@ class ImportanceEMA:
     page has seen.
 
     Args:
-        layers, sequences, pages: the shape of what is averaged; ``pages`` is the most that a sequence can have.
+        layers, sequences, pages: the shape of what is averaged; ``pages`` is the most that a sequence has for now.
         decay: of what was known, per step, 0 … 1.
 
     Raises:
@@ -397,10 +397,12 @@ class ImportanceEMA:
         self._average[layer][present] = kept * self._average[layer][present] + (1 - kept) * seen
         self._weight[layer][present] = kept * self._weight[layer][present] + (1 - kept)
 
-    def grow(self, pages: int) -> None:
-        """A sequence can have so many pages now; those to come have not been seen."""
-        more = ((0, 0), (0, 0), (0, pages - self._average.shape[2]))
-        self._average, self._weight = np.pad(self._average, more), np.pad(self._weight, more)
+    def grown(self, pages: int) -> ImportanceEMA:
+        """The same for sequences of up to ``pages`` pages; those to come have not been seen."""
+        layers, sequences, now = self._average.shape
+        found = ImportanceEMA(layers, sequences, pages, decay=self.decay)
+        found._average[:, :, :now], found._weight[:, :, :now] = self._average, self._weight
+        return found
 
     def forget(self, sequence: int) -> None:
         """The sequence's pages are no more."""

@@ -158,7 +158,7 @@ def attend(
     """
     call = _Call(
         layer,
-        None if sequences is None else tuple(map(int, sequences)),
+        None if sequences is None else _plain(sequences),
         1 / math.sqrt(cache.head_dim) if scale is None else scale,
         window,
         sinks,
@@ -205,6 +205,14 @@ class _Call:
     chunk_tokens: int | None
 
 
+def _plain(sequences: Sequence[int]) -> tuple[int, ...]:
+    plain = tuple(map(int, sequences))
+    for number, given in zip(plain, sequences, strict=True):
+        if number != given:
+            raise CacheInputError(f"a sequence is {given!r}; an integer is wanted")
+    return plain
+
+
 @torch.compiler.disable
 def _new_cache(q: torch.Tensor, k: torch.Tensor) -> KVCache:
     if k.dim() != 4:
@@ -238,7 +246,13 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
     for name, flag in (("causal", call.causal), ("update_cache", call.update_cache), ("observe", call.observe)):
         if not isinstance(flag, bool):
             raise CacheInputError(f"{name} is {flag!r}; True or False is wanted (a layer is given as layer=…)")
-    for name, count in (("layer", call.layer), ("window", call.window), ("sinks", call.sinks)):
+    counts = (
+        ("layer", call.layer),
+        ("window", call.window),
+        ("sinks", call.sinks),
+        ("chunk_tokens", call.chunk_tokens),
+    )
+    for name, count in counts:
         if count is not None and not isinstance(count, int):
             raise CacheInputError(f"{name} is {count!r}; an integer is wanted")
     if call.window is not None and call.window < 1:
@@ -433,7 +447,9 @@ def _masked_attention(
 
     q [batch, heads, tokens, head_dim], k and v [batch, KV heads, places, head_dim], seen [batch, tokens, places].
     """
-    finite = k.isfinite().all(-1) & v.isfinite().all(-1)  # [batch, KV heads, places]
+    # [batch, KV heads, places]; a mask is added to scores, so that those that overflow are as bad.
+    most = float(q.abs().nan_to_num(0, 0, 0).amax()) * q.shape[-1] * max(scale, 1.0)
+    finite = (k.abs().amax(-1) * most).isfinite() & v.isfinite().all(-1)
     out = torch.nn.functional.scaled_dot_product_attention(
         q,
         k.masked_fill(~finite[..., None], 0),

@@ -17,9 +17,10 @@ the first of which rules from some 50 pages a sequence on, at a budget of 0.3; o
 more does the cache. Each layer holds its share by itself when tokens are appended: pages that leave the window take
 from what is left, and only where nothing is left do others lose bits. :meth:`KVCache.reallocate` looks at all pages.
 
-**Streams.** The host decides and enqueues; it waits for the device in :meth:`KVCache.reallocate`, and once a layer to
-measure what each format spoils. Freed pages are handed out again at once, which is right where all that uses the cache
-is enqueued on one stream.
+**Streams.** The host decides and enqueues. It waits for the device in :meth:`KVCache.reallocate` and
+:meth:`KVCache.check`, in the first use after :meth:`KVCache.plan`, and once a layer to measure what each format spoils.
+Freed pages are handed out again at once, which is right where all that uses the cache is enqueued on one
+stream.
 
 **CUDA graphs.** What is decided cannot be repeated by a graph, what is enqueued can: an append that is captured writes
 tokens and advances the lengths on the device, and nothing else. Before each replay :meth:`KVCache.plan` does the rest.
@@ -140,7 +141,7 @@ class KVView:
 
     cache: KVCache
     layer: int
-    sequences: list[int]
+    sequences: tuple[int, ...]
     page_table: torch.Tensor
     lengths: torch.Tensor
 
@@ -271,7 +272,7 @@ class KVCache:
         self.shares = np.full(num_layers, 1.0 if budget is None else budget)
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
         self._captured_rows: dict[tuple[int, ...], torch.Tensor] = {}  # graphs hold their addresses
-        self._is_in_graphs = False
+        self._is_in_graphs = self._is_open = False
         self._is_planned_ahead = False
         # By layer: the last batch, and how many tokens it takes before a page comes or leaves the window.
         self._quiet: list[tuple[list[int], int] | None] = [None] * num_layers
@@ -356,7 +357,8 @@ class KVCache:
 
         Raises:
             CacheInputError: a wrong layer, sequence, shape, dtype or device; tokens that are not kept in a CUDA graph's
-                capture, which cannot allocate pages; :meth:`plan` was called without a replay of its graph.
+                capture, which cannot allocate pages; :meth:`plan` was called without a replay of its graph; another
+                ``writing`` has not ended.
             CacheFullError: a sequence would exceed ``max_tokens``, or pages ``max_bytes`` or the device's memory.
 
         >>> import torch
@@ -369,51 +371,73 @@ class KVCache:
         >>> cache.length(0, 0)
         10
         """
+        self._require_closed()
         ids = self.checked_input(layer, k, v, sequences)
         k, v, count = k.detach(), v.detach(), k.shape[2]
         rows = self._row_index(ids) if ids else None
         if not ids or count == 0:
             table, lengths = self._view_of(layer, rows)
-            yield KVView(self, layer, ids, table[:, : len(ids)], lengths[: len(ids)])
+            yield KVView(self, layer, tuple(ids), table[:, : len(ids)], lengths[: len(ids)])
             return
-        if self._is_captured():
-            if not keep:
-                raise CacheInputError(
-                    "tokens that are not kept need pages, which a CUDA graph's capture cannot allocate"
-                )
-            self._is_in_graphs = True
-            view = self._written(layer, ids, k, v, rows)
-            yield view
-            self._set_lengths(layer, rows, view.lengths)
-            return
-        self._require_replayed()
-        if self._is_quiet(layer, ids, count):
-            with self._changing([], None, lambda: self._clear(layer, k, rows)):
+        self._is_open = True
+        try:
+            if self._is_captured():
+                if not keep:
+                    raise CacheInputError(
+                        "tokens that are not kept need pages, which a CUDA graph's capture cannot allocate"
+                    )
                 view = self._written(layer, ids, k, v, rows)
                 yield view
-                if not keep:
-                    self._clear(layer, k, rows)
+                self._set_lengths(layer, rows, view.lengths)
+                return
+            self._require_replayed()
+            with self._measuring():
+                new, changes = self._plan_for(layer, ids, count, keep, k, v, queries)
+                with self._changing(new, changes, lambda: self._clear(layer, k, rows), keep_new=keep):
+                    view = self._written(layer, ids, k, v, rows)
+                    yield view
+                    if not keep:
+                        self._clear(layer, k, rows)
             if keep:
                 self._advance(layer, ids, rows, count, view, queries)
-            return
-        before, errors = self.table.lengths[layer, ids], self.errors[layer].copy()
+        finally:
+            self._is_open = False
+
+    def _plan_for(
+        self,
+        layer: int,
+        ids: list[int],
+        count: int,
+        keep: bool,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        queries: Queries | None,
+    ) -> tuple[list[Place], _Changes | None]:
+        """Pages that come, and pages that get other formats, when so many tokens are written."""
+        if self._is_quiet(layer, ids, count):
+            return [], None
+        starts = self.table.lengths[layer, ids].tolist()
+        new = self._new_pages([layer], ids, count)
+        return new, self._changes_for(layer, ids, count, _Tokens(k, v, ids, starts, queries)) if keep else None
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """What is raised inside leaves errors and shares as they were."""
+        errors, shares = self.errors, self.shares
+        self.errors, self.shares = errors.copy(), shares.copy()
         try:
-            new = self._new_pages([layer], ids, count)
-            changes = None
-            if keep:
-                changes = self._changes_for(layer, ids, count, _Tokens(k, v, ids, before.tolist(), queries))
-            with self._changing(new, changes, lambda: self._clear(layer, k, rows)):
-                view = self._written(layer, ids, k, v, rows)
-                yield view
-                if not keep:
-                    self._clear(layer, k, rows)
+            yield
         except BaseException:
-            self.errors[layer] = errors
+            self.errors, self.shares = errors, shares
             raise
-        if keep:
-            self._advance(layer, ids, rows, count, view, queries)
-        else:
-            self._forget_pages(new)
+
+    def _require_closed(self) -> None:
+        """
+        Raises:
+            CacheInputError: a ``with cache.writing(…)`` has not ended.
+        """
+        if self._is_open:
+            raise CacheInputError("the cache is being written to: end the `with cache.writing(…)` first")
 
     def append(
         self,
@@ -477,6 +501,8 @@ class KVCache:
         queries: Queries | None,
     ) -> None:
         """Tokens that are written stay."""
+        if queries is not None:  # first, as it may fail for want of memory
+            queries = queries + self._queries[layer]
         self._set_lengths(layer, rows, view.lengths)
         if rows is None:
             self.table.lengths[layer] += count
@@ -485,7 +511,7 @@ class KVCache:
         known = self._quiet[layer]
         self._quiet[layer] = None if known is None or known[0] != ids or known[1] < count else (ids, known[1] - count)
         if queries is not None:
-            self._queries[layer] = queries + self._queries[layer]
+            self._queries[layer] = queries
 
     def wants_queries(self, layer: int) -> bool:
         """Whether it is not known yet what a layer's formats spoil, and shall be. Not in a CUDA graph's capture."""
@@ -500,6 +526,9 @@ class KVCache:
             CacheInputError: more than ``max_tokens``.
             CacheFullError: there is no memory for them, or a CUDA graph has been captured.
         """
+        self._require_closed()
+        self._refuse_capture("reserve_tokens()")
+        tokens = _integer("tokens", tokens)
         if not 0 <= tokens <= self.max_tokens:
             raise CacheInputError(f"{tokens} tokens cannot be reserved; max_tokens is {self.max_tokens}")
         self._grow_tables(ceil_div(tokens, PAGE_TOKENS))
@@ -519,9 +548,10 @@ class KVCache:
             CacheFullError: a sequence would exceed ``max_tokens`` or what its graph has room for
                 (:meth:`reserve_tokens`), or pages ``max_bytes`` or the device's memory.
         """
-        ids = list(range(self.max_sequences) if sequences is None else sequences)
-        self._check_place(0, ids)
+        self._require_closed()
         self._refuse_capture("plan()")
+        ids = self._checked_sequences(0, range(self.max_sequences) if sequences is None else sequences)
+        tokens = _integer("tokens", tokens)
         quantizes = self.budget is not None or (self._open_formats != self.full_format).any()
         if tokens < 1 or (quantizes and tokens > self.recent_tokens):
             raise CacheInputError(f"{tokens} tokens cannot be planned for; at most recent_tokens, {self.recent_tokens}")
@@ -531,10 +561,11 @@ class KVCache:
             return
         layers = range(self.num_layers)
         if tokens > self._quiet_tokens(self.table.lengths[0, ids]):
-            new = self._new_pages(layers, ids, tokens)
-            changes = [self._changes_for(layer, ids, tokens, None) for layer in layers]
-            with self._changing(new, _joined([found for found in changes if found is not None])):
-                pass
+            with self._measuring():
+                new = self._new_pages(layers, ids, tokens)
+                changes = [self._changes_for(layer, ids, tokens, None) for layer in layers]
+                with self._changing(new, _joined([found for found in changes if found is not None])):
+                    pass
         self.table.lengths[:, ids] += tokens
         self._is_planned_ahead, self._quiet = True, [None] * self.num_layers
 
@@ -544,19 +575,35 @@ class KVCache:
         Raises:
             CacheInputError
         """
-        if not self._is_planned_ahead or self._is_captured():
-            return
+        if self._is_planned_ahead and not self._is_captured():
+            self._compare_lengths()
+            self._is_planned_ahead = False
+
+    def _compare_lengths(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            CacheInputError: it has other tokens than the host counts.
+        """
         ahead = self.table.lengths - self.table.device_lengths.cpu().numpy()
-        if ahead.any():
-            sequences = np.flatnonzero(ahead.any(axis=0)).tolist()
-            raise CacheInputError(
-                f"plan() made room for tokens that no graph has appended: sequences {sequences} are up to "
-                f"{int(ahead.max())} tokens behind on the device; replay a graph after each plan(), or free() them"
-            )
-        self._is_planned_ahead = False
+        if not ahead.any():
+            return
+        sequences = np.flatnonzero(ahead.any(axis=0)).tolist()
+        most = int(ahead.max())
+        what = (
+            f"plan() made room for tokens that no graph has appended: sequences {sequences} are up to {most} tokens "
+            "behind on the device"
+            if most > 0
+            else f"a graph was replayed without plan(): sequences {sequences} are up to {-int(ahead.min())} tokens "
+            "ahead on the device"
+        )
+        raise CacheInputError(f"{what}; call plan() once before each replay, and free() them now")
 
     def _is_captured(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return False
+        self._is_in_graphs = True  # and tables stay where they are
+        return True
 
     def _refuse_capture(self, what: str) -> None:
         if self._is_captured():
@@ -568,7 +615,7 @@ class KVCache:
         """Tokens in pages that are there; the cache's lengths are not advanced."""
         table, positions = self._view_of(layer, rows)
         write_tokens(k, v, table, positions, self.status, self.pools.pages)
-        return KVView(self, layer, ids, table, positions + k.shape[2])
+        return KVView(self, layer, tuple(ids), table, positions + k.shape[2])
 
     def _clear(self, layer: int, k: torch.Tensor, rows: torch.Tensor | None) -> None:
         """Zeros where tokens were that are not kept: what may be no number must not stay behind a sequence's end."""
@@ -632,10 +679,9 @@ class KVCache:
                 f"{pages * PAGE_TOKENS} are needed: call reserve_tokens() before the first capture"
             )
         grown = self.table.grown_pages(pages)
-        mass = widened(self.mass, grown, 0)
+        mass, importance = widened(self.mass, grown, 0), self.importance.grown(grown)
         self.table.grow(grown)
-        self.mass = mass
-        self.importance.grow(grown)
+        self.mass, self.importance = mass, importance
 
     def read(self, layer: int, sequence: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values that a sequence has in a layer, dequantized: [num_kv_heads, tokens, head_dim] each.
@@ -673,8 +719,9 @@ class KVCache:
         Raises:
             CacheInputError: a wrong sequence; a CUDA graph's capture.
         """
-        self._check_place(0, [sequence])
+        self._require_closed()
         self._refuse_capture("free()")
+        (sequence,) = self._checked_sequences(0, [sequence])
         for layer, entries in enumerate(self.entries[:, :, sequence].reshape(self.num_layers, -1)):
             for entry in entries[entries != NO_PAGE].tolist():
                 self._free_page(layer, entry)
@@ -695,9 +742,17 @@ class KVCache:
 
     @contextmanager
     def _changing(
-        self, new: list[Place], changes: _Changes | None, undo: Callable[[], None] | None = None
+        self,
+        new: list[Place],
+        changes: _Changes | None,
+        undo: Callable[[], None] | None = None,
+        *,
+        keep_new: bool = True,
     ) -> Iterator[None]:
-        """New pages inside, other formats behind: all or nothing. ``undo`` is called while new pages are there."""
+        """New pages inside, other formats behind: all or nothing. ``undo`` is called while new pages are there.
+
+        Without ``keep_new`` new pages go on exit; nothing else may change then.
+        """
         if not new and (changes is None or not changes.places):  # most steps
             try:
                 yield
@@ -738,6 +793,8 @@ class KVCache:
                 yield
                 self._quantize(kinds, all_jobs.view(-1, 2))
                 table.set(changed_at, targets, changed_there, targets_to_put)
+                if not keep_new:
+                    table.clear(new_at, new_there)
             except BaseException:
                 try:
                     if undo is not None:
@@ -751,17 +808,10 @@ class KVCache:
             raise
         for kind, place in zip(wanted, new + places, strict=True):
             self._used_bytes[place[0]] += self.pools.page_bytes(*kind)
+        if not keep_new:
+            for place, entry in zip(new, new_entries, strict=True):
+                self._free_page(place[0], entry)
         for place, entry in zip(places, sources, strict=True):
-            self._free_page(place[0], entry)
-
-    def _forget_pages(self, places: list[Place]) -> None:
-        """Pages that hold nothing any more."""
-        if not places:
-            return
-        at = [self.table.flat(place) for place in places]
-        entries = [self.table.entry(where) for where in at]
-        self.table.clear(at, self._upload(np.array(at, np.int64)))
-        for place, entry in zip(places, entries, strict=True):
             self._free_page(place[0], entry)
 
     def _quantize(self, kinds: list[tuple[int, int, int]], jobs: torch.Tensor) -> None:
@@ -790,19 +840,29 @@ class KVCache:
         if self.is_everything(sequences):
             return None
         key, captured = tuple(sequences), self._is_captured()
-        if key not in self._rows:
+        found = self._rows.get(key)
+        if found is None:
+            found = self._captured_rows.get(key)
+        if found is None:
             if captured:
                 raise CacheInputError(f"sequences {sequences} are captured in a CUDA graph: use them once before")
             if len(self._rows) >= _REMEMBERED_ROWS:
                 del self._rows[next(iter(self._rows))]  # the oldest
-            self._rows[key] = self._upload(np.array(sequences, np.int64))
+            found = self._rows[key] = self._upload(np.array(sequences, np.int64))
         if captured:
-            self._captured_rows[key] = self._rows[key]
-        return self._rows[key]
+            self._captured_rows[key] = found
+        return found
 
     def _upload(self, values: Ints) -> torch.Tensor:
-        """Without waiting: CUDA has taken what lies in pageable memory when it returns."""
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        """Without waiting: CUDA has taken what lies in pageable memory when it returns.
+
+        Raises:
+            CacheFullError: the device has no memory for it.
+        """
+        try:
+            return torch.from_numpy(values).to(self.device, non_blocking=True)
+        except torch.OutOfMemoryError as error:
+            raise CacheFullError(f"{self.device} has no memory for {values.nbytes} bytes of places: {error}") from None
 
     def checked_input(self, layer: int, k: torch.Tensor, v: torch.Tensor, sequences: Sequence[int] | None) -> list[int]:
         """The sequences that a batch is.
@@ -821,9 +881,18 @@ class KVCache:
                     f"{name} is {tensor.dtype} on {tensor.device}; this cache is {self.dtype} on {self.device} "
                     "(KVCache(dtype=…, device=…))"
                 )
-        ids = list(range(k.shape[0]) if sequences is None else map(operator.index, sequences))
+        ids = self._checked_sequences(layer, range(k.shape[0]) if sequences is None else sequences)
         if len(ids) != k.shape[0]:
             raise CacheInputError(f"{len(ids)} sequences are named for a batch of {k.shape[0]}")
+        return ids
+
+    def _checked_sequences(self, layer: int, sequences: Sequence[int]) -> list[int]:
+        """As plain numbers.
+
+        Raises:
+            CacheInputError: no such layer or sequence, no integer, or a sequence named twice.
+        """
+        ids = list(sequences) if isinstance(sequences, range) else [_integer("a sequence", s) for s in sequences]
         self._check_place(layer, ids)
         return ids
 
@@ -858,8 +927,7 @@ class KVCache:
         Raises:
             CacheInputError: a wrong layer, sequence or shape.
         """
-        ids = list(range(mass.shape[0]) if sequences is None else sequences)
-        self._check_place(layer, ids)
+        ids = self._checked_sequences(layer, range(mass.shape[0]) if sequences is None else sequences)
         batch, heads, pages = mass.shape
         if batch != len(ids) or pages > self.mass.shape[2]:
             raise CacheInputError(
@@ -878,8 +946,8 @@ class KVCache:
         self, layer: int, mass: torch.Tensor, steps: torch.Tensor, sequences: Sequence[int] | None = None
     ) -> None:
         """What an attention kernel has observed: ``mass`` i64 [batch, pages], ``steps`` i32 [batch]."""
-        ids = list(range(len(mass)) if sequences is None else sequences)
-        self._check_place(layer, ids)
+        ids = self._checked_sequences(layer, range(len(mass)) if sequences is None else sequences)
+        self._is_captured()  # a graph would hold the address of what is added to
         rows = self._row_index(ids)
         if rows is None:
             self.mass[layer, :, : mass.shape[1]] += mass
@@ -903,6 +971,7 @@ class KVCache:
                 :meth:`plan` was called without a replay of its graph.
             CacheFullError: narrower pages need more than ``max_bytes``, before wider ones can be freed.
         """
+        self._require_closed()
         self._refuse_capture("reallocate()")
         self._require_replayed()
         if (self.table.lengths != self.table.lengths[0]).any():
@@ -911,17 +980,13 @@ class KVCache:
         self._take_in_observed(lengths)
         if self.budget is None:
             return Outcome.HELD
-        before = self.shares.copy()
-        try:
+        with self._measuring():
             changes = self._competition(self.budget, lengths)
             if changes is None:
                 self.shares[:] = self.budget
                 changes = _joined([self._planned(layer, lengths) for layer in range(self.num_layers)])
             with self._changing([], changes):
                 pass
-        except BaseException:
-            self.shares[:] = before
-            raise
         return changes.outcome
 
     def _competition(self, budget: float, lengths: npt.NDArray[np.int32]) -> _Changes | None:
@@ -1102,6 +1167,8 @@ class KVCache:
         if tokens is not None and tokens.queries is not None:
             queries = tokens.queries + queries
         for side in Side:
+            if not np.isnan(self.errors[layer, side]).any():  # given from elsewhere
+                continue
             found = np.flatnonzero((pages.side == side) & (self._formats(pages) == self.full_format))
             if not len(found):
                 continue
@@ -1159,7 +1226,7 @@ class KVCache:
         return BucketedCacheLayer(self, layer)
 
     def precision_map(self, layer: int) -> npt.NDArray[np.int8]:
-        """[2, max_sequences, max_pages]: the number of each page's :class:`PageFormat`, or -1 of no page.
+        """[2, max_sequences, pages of the table]: the number of each page's :class:`PageFormat`, or -1 of no page.
 
         The number is no width: ``PageFormat(number).element_bits`` is.
 
@@ -1186,15 +1253,26 @@ class KVCache:
 
         Raises:
             PageEntryError: kernels met entries that are none: something has written to the page table.
-            CacheInputError: :meth:`plan` was called without a replay of its graph.
+            CacheInputError: :meth:`plan` was called without a replay of its graph, or the other way round.
         """
-        self._require_replayed()
+        self._compare_lengths()
         if (found := left_out(self.status)) is not None:
             self.status.zero_()
             raise PageEntryError(f"{found[0]} tokens or pages were left out, the first of them at {found[1]}")
 
 
 _NO_CHANGES = _Changes([], [])
+
+
+def _integer(name: str, value: int) -> int:
+    """
+    Raises:
+        CacheInputError: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise CacheInputError(f"{name} is {value!r}; an integer is wanted") from None
 
 
 def _joined(changes: Sequence[_Changes]) -> _Changes:

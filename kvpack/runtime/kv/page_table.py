@@ -146,7 +146,10 @@ def widened(values: torch.Tensor, pages: int, fill: int) -> torch.Tensor:
     try:
         with torch.inference_mode(False):
             grown = torch.full((*values.shape[:-1], pages), fill, dtype=values.dtype, device=values.device)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
+        # On the CPU torch says so in words alone.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
         raise CacheFullError(
             f"{values.device} has no memory for a page table of {pages} pages a sequence: {error}"
         ) from None
