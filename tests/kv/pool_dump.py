@@ -22,13 +22,17 @@ def dump(pools: PagePools) -> dict[str, Any]:
 
 
 def cache_state(cache: KVCache) -> dict[str, Any]:
-    """Everything that callers can notice of a cache."""
+    """Everything that callers can notice of a cache, however many pages its tables have room for."""
+    pages = int(-(-cache.table.lengths.max() // 64))
+    assert (cache.entries[..., pages:] == -1).all()
+    assert (cache.page_table[..., pages:] == -1).all()
     return {
-        "entries": cache.entries.tolist(),
-        "page_table": cache.page_table.tolist(),
+        "entries": cache.entries[..., :pages].tolist(),
+        "page_table": cache.page_table[..., :pages].tolist(),
         "lengths": (cache.table.lengths.tolist(), cache.lengths.tolist()),
-        "mass": (cache.mass.tolist(), cache.observed_steps.tolist()),
+        "mass": (cache.mass.nonzero().tolist(), cache.mass[cache.mass != 0].tolist(), cache.observed_steps.tolist()),
         "shares": cache.shares.tolist(),
+        "used_bytes": list(cache._used_bytes),
         "errors": cache.errors.tobytes(),
         "queries": [None if one is None else (one.squares.tolist(), one.count) for one in cache._queries],
         "pools": dump(cache.pools),
