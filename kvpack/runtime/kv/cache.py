@@ -474,8 +474,8 @@ class KVCache:
         Raises:
             CacheInputError, CacheFullError: as of :func:`kvpack.attention_with_kv_cache`.
         """
-        if not isinstance(layer, int):
-            raise CacheInputError(f"layer is a {type(layer).__name__}: attend(layer, q, k, v) has the layer first")
+        if isinstance(layer, torch.Tensor):
+            raise CacheInputError("layer is a tensor: attend(layer, q, k, v) has the layer first")
         from kvpack.runtime.kv.attention import attend  # which stands on this module
 
         return attend(self, layer, q, k, v, sequences, **options)
