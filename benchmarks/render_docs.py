@@ -358,6 +358,19 @@ def kv_planning() -> str:
     return table(headings, rows) + "\nBefore:\n\n" + origin(before) + "\nNow:\n\n" + origin(now)
 
 
+def same_speed() -> str:
+    lines, results = [], []
+    for bench in ("linear", "attention"):
+        results.append(newest(f"same-speed-{bench}"))
+        for section in dict.fromkeys(row["section"] for row in results[-1]["rows"]):
+            ratios = sorted(row["ratio"] for row in results[-1]["rows"] if row["section"] == section)
+            beyond = sum(abs(ratio - 1) > results[-1]["limit"] for ratio in ratios)
+            cells = [_number(ratio, 3) for ratio in (ratios[len(ratios) // 2], ratios[0], ratios[-1])]
+            lines.append([bench, section, str(len(ratios)), *cells, str(beyond)])
+    headings = ["bench", "section", "rows", "median of after / before", "lowest", "highest", "rows beyond 3 %"]
+    return table(headings, lines) + "".join(map(origin, results))
+
+
 def generate_summary() -> str:
     result = newest("books-generate")
     rows = [
@@ -502,6 +515,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quality-equal-bytes": kv_quality("equal-bytes"),
     "kv-quality-verdicts": kv_quality_verdicts,
     "kv-planning": kv_planning,
+    "same-speed": same_speed,
     "long-prompt": long_prompt,
     "generate-summary": generate_summary,
     "books-generate": books_generate,

@@ -474,7 +474,7 @@ class KVCache:
         Raises:
             CacheInputError, CacheFullError: as of :func:`kvpack.attention_with_kv_cache`.
         """
-        if isinstance(layer, torch.Tensor):
+        if getattr(layer, "ndim", 0):
             raise CacheInputError("layer is a tensor: attend(layer, q, k, v) has the layer first")
         from kvpack.runtime.kv.attention import attend  # which stands on this module
 
