@@ -743,3 +743,21 @@ def test_numbers_that_are_none(wrong: Any) -> None:
         with pytest.raises(CacheInputError, match="an integer is wanted"):
             use()
     assert state(cache) == before
+
+
+def test_a_plan_that_fails_has_measured_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(budget=0.3, recent_tokens=64)
+    fill(cache, 191, 191)
+    before = state(cache)
+    assert np.isnan(cache.errors).all()
+
+    def fail(_: object) -> None:
+        raise CacheFullError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.pools, "reserve", fail)
+        with pytest.raises(CacheFullError, match="no memory"):
+            cache.plan(1)
+    assert state(cache) == before
+    cache.plan(1)
+    assert not np.isnan(cache.errors).any()
