@@ -474,8 +474,6 @@ class KVCache:
         Raises:
             CacheInputError, CacheFullError: as of :func:`kvpack.attention_with_kv_cache`.
         """
-        if getattr(layer, "ndim", 0):
-            raise CacheInputError("layer is a tensor: attend(layer, q, k, v) has the layer first")
         from kvpack.runtime.kv.attention import attend  # which stands on this module
 
         return attend(self, layer, q, k, v, sequences, **options)
