@@ -40,7 +40,7 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[d
     found = []
     for same in zip(*(rows for side in sides for rows in side), strict=True):
         keys = {(section, *(str(row.get(key)) for key in _SHOWN)) for section, row in same}
-        if len(keys) != 1 and not all(section == same[0][0] for section, _ in same):
+        if len(keys) != 1:
             raise ValueError(f"the reports have different rows: {sorted(keys)}")
         times = [float(row["us"]) for _, row in same]
         old, new = times[: len(before)], times[len(before) :]
