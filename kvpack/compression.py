@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvpack.encode.compress import CompressReport
 from kvpack.encode.compress import compress as compress_with
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.tensor_encoder import CPU_CODER, Coder
-from kvpack.errors import DeviceError
+from kvpack.errors import DeviceError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,7 @@ def compress(
     force: bool = False,
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
+    **settings: Any,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory.
 
@@ -59,8 +60,10 @@ def compress(
         dry_run: do everything but write.
         force: replace an existing output; a directory that holds anything else is refused.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
+        settings: options of :class:`kvpack.QuantConfig` by name, in place of ``config``.
 
     Raises:
+        TypeError: a setting is none of :class:`kvpack.QuantConfig`.
         InputError: the input, the output or the number of threads cannot be used, or a pattern matches no tensor.
         DeviceError: the device is not there, or something that it needs is not installed.
         FormatError: the input is damaged.
@@ -68,13 +71,15 @@ def compress(
 
     Example::
 
-        report = kvpack.compress("model.safetensors", config=kvpack.QuantConfig(bits=4.25))
+        report = kvpack.compress("model.safetensors", bits=4.25, exclude="lm_head")
         print(report.ratio, report.noise_db)
     """
+    if settings and config is not None:
+        raise InputError(f"config, and {', '.join(settings)} beside it: make it part of the config")
     return compress_with(
         path,
         out,
-        config,
+        QuantConfig(**settings) if settings else config,
         threads=threads,
         dry_run=dry_run,
         force=force,

@@ -112,6 +112,21 @@ def test_json_of_something_else() -> None:
         QuantConfig.from_json(4)  # type: ignore[arg-type]
 
 
+def test_options_by_name_are_a_config(tmp_path: Path) -> None:
+    values = np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)
+    save_file({"a.weight": values, "b.weight": values}, tmp_path / "m.safetensors")
+    reports = [
+        kvpack.compress(tmp_path / "m.safetensors", tmp_path / "one", bits=3, exclude="b"),
+        kvpack.compress(tmp_path / "m.safetensors", tmp_path / "two", QuantConfig(bits=3, exclude="b")),
+    ]
+    assert Path(reports[0].output).read_bytes() == Path(reports[1].output).read_bytes()
+    with pytest.raises(InputError, match="config, and bits beside it"):
+        kvpack.compress(tmp_path / "m.safetensors", tmp_path / "three", QuantConfig(), bits=3)
+    with pytest.raises(TypeError, match="bitz"):
+        kvpack.compress(tmp_path / "m.safetensors", tmp_path / "three", bitz=3)
+    assert not (tmp_path / "three").exists()
+
+
 def test_the_command_has_the_same_names() -> None:
     for names, option in ((LAYOUTS, LayoutOption), (PRESETS, PresetOption), (ALLOCATIONS, AllocationOption)):
         assert sorted(names) == sorted(option)
