@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvpack.encode.model_directory import write_index
-from kvpack.encode.reader import shard_paths
+from kvpack.encode.model_directory import write_json
+from kvpack.encode.model_tree import DIFFUSERS_STEM, INDEX_NAME, SUFFIX, Index, ModelTree, is_index_name, list_files
 from kvpack.errors import InputError
 
 _COPY_BYTES = 1 << 24
@@ -21,7 +21,8 @@ def check_target(source: Path, target: Path, *, force: bool) -> None:
     """
     if not source.exists():
         raise InputError(f"{source} does not exist")
-    shard_paths(source)  # raises where there are none
+    if is_index_name(source.name) and source.is_file():
+        raise InputError(f"{source} is an index: give the folder that it is in")
     if target.exists():
         if target.resolve() == source.resolve():
             raise InputError(f"the output {target} is the input")
@@ -32,7 +33,7 @@ def check_target(source: Path, target: Path, *, force: bool) -> None:
             raise InputError(f"{target} exists already; --force (force=True) replaces it")
         if target.is_dir() != source.is_dir():
             raise InputError(f"{target} is {'a directory' if target.is_dir() else 'a file'}")
-        if target.is_dir() and not empty and not any(target.glob("*.safetensors")):
+        if target.is_dir() and not empty and not _holds_weights(target):
             raise InputError(f"{target} holds no .safetensors file: it is not replaced, since it may hold other things")
         if target.is_dir() and source.resolve().is_relative_to(target.resolve()):
             raise InputError(f"the output {target} contains the input")
@@ -42,20 +43,56 @@ def check_target(source: Path, target: Path, *, force: bool) -> None:
         raise InputError(f"the directory {target.parent} does not exist")
 
 
+def _holds_weights(folder: Path) -> bool:
+    return any(file.name.endswith(SUFFIX) for file in list_files(folder).files)
+
+
 @dataclass
 class Shard:
-    """What one output file holds, for the index and config.json."""
+    """What one output file holds, for the index and config.json.
 
-    name: str
-    stored_names: list[str]
-    stored_bytes: int
-    blob_bytes: dict[str, int]
+    Attributes:
+        path: relative to the directory.
+        stored: stored tensor → original tensor, names as in the file.
+        stored_bytes: of each stored tensor.
+        blob_bytes: coded tensor, named as in the file → length of its blob.
+    """
+
+    path: Path
+    stored: dict[str, str] = field(default_factory=dict)
+    stored_bytes: dict[str, int] = field(default_factory=dict)
+    blob_bytes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, stored: str, original: str, size_bytes: int) -> None:
+        """Note a stored tensor."""
+        self.stored[stored] = original
+        self.stored_bytes[stored] = size_bytes
 
 
-def write_shard_index(directory: Path, shards: list[Shard]) -> None:
-    """The index of a directory of such files."""
-    weight_map = {name: shard.name for shard in shards for name in shard.stored_names}
-    write_index(directory, weight_map, sum(shard.stored_bytes for shard in shards))
+def _weight_map(shards: Iterable[Shard], file_of: dict[str, str]) -> tuple[dict[str, str], int]:
+    """Stored tensor → file, and the bytes of all; of copies in several files the one of ``file_of`` counts."""
+    weight_map, size = {}, 0
+    for shard in shards:
+        for stored, original in shard.stored.items():
+            if file_of.get(original, shard.path.name) == shard.path.name:
+                weight_map[stored] = shard.path.name
+                size += shard.stored_bytes[stored]
+    return weight_map, size
+
+
+def write_indexes(directory: Path, tree: ModelTree, shards: list[Shard]) -> None:
+    """The indexes of ``tree`` for the same files with other contents; and one for a model of shards that has none."""
+    for index in tree.indexes:
+        beside = [s for s in shards if s.path.parent == index.path.parent and s.path.name in index.weight_map.values()]
+        write_json(directory / index.path, index.rewritten(*_weight_map(beside, tree.counted_files(index))))
+    model = {file.path for file in tree.weight_files if file.reason is None}
+    for folder in tree.folders:
+        own = [shard for shard in shards if shard.path in model and shard.path.parent == folder]
+        if len(own) > 1 and not any(index.path.parent == folder for index in tree.indexes):
+            diffusers = all(shard.path.name.startswith(DIFFUSERS_STEM) for shard in own)
+            name = f"{DIFFUSERS_STEM}.safetensors.index.json" if diffusers else INDEX_NAME
+            index = Index(folder / name, {"metadata": {"total_size": 0}}, {})
+            write_json(directory / index.path, index.rewritten(*_weight_map(own, {})))
 
 
 def pieces(data: memoryview) -> Iterator[memoryview]:

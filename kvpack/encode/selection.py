@@ -25,7 +25,7 @@ class Selection:
 
     ``bits`` is the rate, or None with ``lossless`` or for INT8 rows (``near-lossless``). ``include`` codes what would
     be kept, ``exclude`` keeps what would be coded and wins. ``tensor_bits`` gives names that match a
-    rate of their own.
+    rate of their own. Patterns see ``prefix`` and the tensor's name: where in a directory it is.
     """
 
     bits: float | None = None
@@ -33,6 +33,7 @@ class Selection:
     include: re.Pattern[str] | None = None
     exclude: re.Pattern[str] | None = None
     tensor_bits: tuple[tuple[re.Pattern[str], float], ...] = field(default=())
+    prefix: str = ""
 
     @classmethod
     def from_config(cls, config: QuantConfig) -> Selection:
@@ -54,13 +55,13 @@ class Selection:
     def bits_of(self, name: str) -> float | None:
         """The rate of a tensor; the last matching ``tensor_bits`` counts."""
         for pattern, bits in reversed(self.tensor_bits):
-            if pattern.search(name):
+            if pattern.search(self.prefix + name):
                 return bits
         return self.bits
 
     def has_own_rate(self, name: str) -> bool:
         """Whether a pattern of ``tensor_bits`` matches."""
-        return any(pattern.search(name) for pattern, _ in self.tensor_bits)
+        return any(pattern.search(self.prefix + name) for pattern, _ in self.tensor_bits)
 
     def reason_to_keep(self, tensor: StoredTensor) -> str | None:
         """Why a tensor is stored as it is, or None if it is coded."""
@@ -74,9 +75,9 @@ class Selection:
             return "empty"
         if len(shape) < 2:
             return f"{len(shape)}-D"
-        if self.exclude and self.exclude.search(name):
+        if self.exclude and self.exclude.search(self.prefix + name):
             return "excluded"
-        if (self.include and self.include.search(name)) or self.has_own_rate(name):
+        if (self.include and self.include.search(self.prefix + name)) or self.has_own_rate(name):
             return None
         if elements < MIN_ELEMENTS:
             return f"small ({elements} elements)"

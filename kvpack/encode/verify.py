@@ -11,6 +11,7 @@ import numpy as np
 
 from kvpack.encode.blob_decoder import check_element_limit, verify_tiles
 from kvpack.encode.dtypes import as_float32
+from kvpack.encode.file_comparison import compare_files
 from kvpack.encode.reader import Reader
 from kvpack.encode.tensor_encoder import noise_db
 from kvpack.format.container import SCALE_SUFFIX
@@ -28,7 +29,10 @@ class Verification:
     Attributes:
         bytes_without_checksum: stored bytes in which ``against`` alone finds damage: tensors that are kept as they
             are, and scales, of a file that gives no CRCs for them (§9.3).
-        mismatches: tensor → what differs from the original.
+        mismatches: tensor, or file of a directory, → what differs from the original.
+        files: how many files of a directory were compared.
+        left_out: files of the original directory that compress leaves out → why.
+        extra_files: those that the original directory does not have.
     """
 
     tensors: int = 0
@@ -38,6 +42,9 @@ class Verification:
     bytes_without_checksum: int = 0
     compared: bool = False
     mismatches: dict[str, str] = field(default_factory=dict)
+    files: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
+    extra_files: list[str] = field(default_factory=list)
 
 
 def verify(
@@ -49,7 +56,8 @@ def verify(
 ) -> Verification:
     """Check structure, CRCs and every lane; with ``against`` also that the original is reproduced.
 
-    Lossless and kept tensors must be equal bit for bit; quantized ones must have the noise that was recorded.
+    Lossless and kept tensors must be equal bit for bit; quantized ones must have the noise that was recorded. Of two
+    directories every file is compared, but those that compress leaves out.
 
     Args:
         progress: called with stored bytes as they are done.
@@ -82,7 +90,13 @@ def verify(
             if progress:
                 progress(len(blob.buffer))
         if against is not None:
-            with Reader(against, threads=threads) as original:
+            with Reader(against, threads=threads, without=Path(path)) as original:
+                if Path(path).is_dir() and Path(against).is_dir():
+                    files = compare_files(reader.tree, original.tree)
+                    result.mismatches |= files.differences
+                    result.files = files.compared
+                    result.left_out = {file.path: str(file.reason) for file in files.left_out}
+                    result.extra_files = files.extra
                 for name in sorted({*reader.keys(), *original.keys()}):
                     difference = _difference(name, reader, original)
                     if difference:

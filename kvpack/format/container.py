@@ -17,7 +17,7 @@ import weakref
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -269,6 +269,20 @@ class Container:
         """Names of the original tensors: coded ones without their suffix, others as they are."""
         parts = {name + suffix for name in self.coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
         return sorted([*self.coded, *(name for name in self.tensors if name not in parts)])
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Let the original tensors have other names, as those of a file in a directory of many; the file stays.
+
+        Args:
+            names: each original name → its other one.
+        """
+        new = dict(names)
+        for name in self.coded:
+            for suffix in (BLOB_SUFFIX, SCALE_SUFFIX):
+                new[name + suffix] = names[name] + suffix
+        self.tensors = {new[name]: replace(tensor, name=new[name]) for name, tensor in self.tensors.items()}
+        self.coded = {new[name]: entry for name, entry in self.coded.items()}
+        self.crc32 = {new[name]: crc for name, crc in self.crc32.items()}
 
     def data(self, name: str) -> memoryview:
         """The bytes of a stored tensor, not copied."""

@@ -214,10 +214,20 @@ class State(Mapping[str, Any]):
         state = kvpack.load("model.kvpack.safetensors", device="cuda")
         y = state.linear("model.layers.0.mlp.down_proj")(x)
         w = state["model.layers.0.mlp.down_proj.weight"].dequantize()
+
+    Attributes:
+        device: where the tensors are.
+        not_loaded: other sets of weights in the directory; give such a file or index as the path to load it.
     """
 
-    def __init__(self, tensors: Mapping[str, DeviceBlob | torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, DeviceBlob | torch.Tensor],
+        device: torch.device,
+        not_loaded: Iterable[str] = (),
+    ) -> None:
         self._tensors = dict(tensors)
+        self.not_loaded = list(not_loaded)
         self._layers: dict[str, RansLinear] = {}
         self.device = device
 
@@ -268,7 +278,8 @@ class State(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         coded = sum(isinstance(tensor, DeviceBlob) for tensor in self._tensors.values())
-        return f"<kvpack state: {len(self)} tensors, {coded} coded, {self.nbytes / 1e6:.2f} MB on {self.device}>"
+        rest = f"; not loaded: {', '.join(self.not_loaded)}" if self.not_loaded else ""
+        return f"<kvpack state: {len(self)} tensors, {coded} coded, {self.nbytes / 1e6:.2f} MB on {self.device}{rest}>"
 
 
 @contextmanager
@@ -332,7 +343,8 @@ def load(
     it must (§5.2); on the CPU that happens whenever a tensor is decoded.
 
     Args:
-        path: a .safetensors file, or a directory of them.
+        path: a .safetensors file, or a model directory: its own tensors by their names, those of a subfolder's model
+            with the folder before (``unet/…``). Other sets of weights in a folder, as variants, are not loaded.
         device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where torch has it, else the CPU.
         verify: check all CRCs as well, on the CPU: those of coded tensors, as ``kvpack.open`` does, and those that the
             file gives for the others.
@@ -347,11 +359,12 @@ def load(
     """
     where = resolve_device(device)
     with Reader(Path(path)) as reader:
-        names = reader.keys()
+        names = reader.main_keys()
+        others = reader.other_sets()
         with shown_progress(progress, "loading", sum(stored_bytes(reader, name) for name in names)) as advance:
             loaded = load_tensors(reader, names, where, verify=verify, progress=advance)
     if dtype is not None:
         for name, tensor in loaded.items():
             if isinstance(tensor, torch.Tensor) and tensor.dtype in _PLAIN_FLOATS:
                 loaded[name] = tensor.to(dtype)
-    return State({name: loaded[name] for name in names}, where)
+    return State({name: loaded[name] for name in names}, where, others)

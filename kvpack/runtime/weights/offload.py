@@ -222,7 +222,7 @@ class LayerStream:
     # Setting up --------------------------------------------------------------------------------------------------
 
     def _set_up(self, layers: Sequence[Sequence[RansLinear]], path: Path | None) -> None:
-        with nullcontext() if path is None else Reader(path) as reader:
+        with nullcontext() if path is None else Reader(path, components=False) as reader:
             self._layers = [self._lay_out(layer, reader) for layer in layers]
             self._slots = self._make_slots(min(self.prefetch + 1, len(self._layers)))
             if self.source == "pinned":

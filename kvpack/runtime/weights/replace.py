@@ -41,6 +41,7 @@ class Replacement:
         tied: tensor of the model that is not in the file → the one that it shares.
         missing: tensors of the model that are neither in the file nor tied (with ``strict=False``).
         unexpected: tensors of the file for which the model has no place (with ``strict=False``).
+        other_weights: subfolders with weights, and other sets of weights, that were left alone.
         bytes_before: parameters and buffers of the model as it was, each counted once; on meta what they would take.
         bytes_after: the same now, with the tables that decoding needs; what is deferred is not counted.
     """
@@ -51,6 +52,7 @@ class Replacement:
     tied: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    other_weights: list[str] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
 
@@ -65,6 +67,8 @@ class Replacement:
             for names, what in ((self.tied, "tied"), (self.missing, "missing"), (self.unexpected, "unexpected"))
             if names
         ]
+        if self.other_weights:
+            parts.append(f"left alone: {_list(self.other_weights)}")
         return f"{', '.join(parts)}; {self.bytes_before / 1e6:.2f} MB → {self.bytes_after / 1e6:.2f} MB"
 
 
@@ -395,7 +399,8 @@ def replace_linears(
     Everything is compared before anything is changed; an error while loading leaves the model without weights.
 
     Args:
-        path: a .safetensors file, or a directory of them, with the names of the model.
+        path: a .safetensors file or a directory, with the names of the model. Of a directory with components give the
+            component's folder: subfolders are other models.
         device: where all goes; by default each tensor stays on the device where it is, and a model that is on meta,
             be it in parts, goes to CUDA where torch has it, else to the CPU.
         include: only weights whose names match this regular expression (``re.search``) stay coded.
@@ -414,14 +419,17 @@ def replace_linears(
     places = _places(model)
     on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     home = resolve_device(device) if device is not None or on_meta else None
-    with Reader(Path(path)) as reader:
+    with Reader(Path(path), components=False) as reader:
+        report.other_weights = [*reader.tree.not_opened, *reader.other_sets()]
         if strict:
             _refuse_coded_model(model, reader)
         coded_names = [name for container in reader.containers for name in container.coded]
         selection = _Selection(_pattern(include, "include", coded_names), _pattern(exclude, "exclude", coded_names))
         differences = _plan(_tied_groups(places), reader, selection, report)
         known = {name for place in places for name in place.names}
-        report.unexpected = _not_ignored(model, "unexpected", [name for name in reader if name not in known])
+        report.unexpected = _not_ignored(
+            model, "unexpected", [name for name in reader.main_keys() if name not in known]
+        )
         report.missing = _not_ignored(model, "missing", report.missing)
         _refuse_differences(reader, differences, report, strict)
         if any(place.coded and "" in place.module_names for place in places):
