@@ -31,7 +31,7 @@ from kvpack.encode.model_directory import (
     write_json,
 )
 from kvpack.encode.model_tree import ModelTree, WeightFile, folder_prefix
-from kvpack.encode.output_files import Shard, check_target, pieces, write_indexes
+from kvpack.encode.output_files import Shard, added_indexes, check_target, pieces, write_indexes
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram, RatePlan
@@ -422,6 +422,7 @@ def compress(
             progress.total(model.total_bytes + (0 if dry_run else copied_bytes))
             if source.is_dir() and not dry_run:
                 written = [Path(file.path) for file in files if file.action != "left out"]
+                written += [index.path for index in added_indexes(model.tree)]
                 refuse_other_files(target, [Path(CONFIG_NAME), *written])
             plans = {}
             if config.allocation == "model" and config.bits is not None:
@@ -538,10 +539,11 @@ def _compress_directory(
                 metadata, shard = _encode_file(model, file, plans, writer, progress, reports)
                 writer.finish(metadata)
             shards.append(shard)
-        write_indexes(temporary, tree, shards)
+        write_indexes(temporary, tree, shards, added_indexes(tree))
         for folder in tree.folders:
             exists = (source / folder / CONFIG_NAME).exists()
-            if not exists and folder != Path():  # of a folder without a configuration nobody makes a model
+            is_model = folder == Path() and any(file.reason is None for file in tree.files_of(folder))
+            if not exists and not is_model:  # nobody makes a model of a folder without a configuration
                 continue
             prefix = folder_prefix(folder)
             blob_bytes = {

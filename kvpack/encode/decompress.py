@@ -90,7 +90,7 @@ def decompress(
                 shards = [
                     _decompress_file(reader, file, temporary / file.path, dtype, progress) for file in tree.weight_files
                 ]
-                write_indexes(temporary, tree, shards)
+                write_indexes(temporary, tree, shards, [])
                 for file, config in configs.items():
                     if config is not None:
                         write_json(temporary / file, config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from kvpack.encode.model_config import CONFIG_NAME, decompressed_config, read_config
 from kvpack.encode.model_directory import FileReport, sort_files
 from kvpack.encode.model_tree import ModelTree
+from kvpack.encode.output_files import added_indexes
 
 
 @dataclass
@@ -75,8 +76,8 @@ def compare_files(tree: ModelTree, original: ModelTree) -> FileComparison:
         else:
             result.left_out.append(report)
     added = {folder / CONFIG_NAME for folder in tree.folders if _is_added(tree.path / folder)}
-    written_indexes = {index.path for index in tree.indexes if index.path.parent in original.folders}
-    result.extra = sorted(str(path) for path in ours - theirs - added - written_indexes)
+    added |= {index.path for index in added_indexes(original)}
+    result.extra = sorted(str(path) for path in ours - theirs - added)
     return result
 
 

@@ -20,12 +20,13 @@ from kvpack.encode.model_config import check_config
 from kvpack.errors import DirectoryIndexError, InputError
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, VERSION_KEY, Container
 
-INDEX_NAME = "model.safetensors.index.json"
 PIPELINE_NAME = "model_index.json"
+TRANSFORMERS_STEM = "model"
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 # What a folder of Hugging Face's cache consists of.
 _CACHE_FOLDERS = ("blobs", "refs", "snapshots")
 SUFFIX = ".safetensors"
+INDEX_NAME = f"{TRANSFORMERS_STEM}{SUFFIX}.index.json"
 
 _INDEX = re.compile(r"^.+\.safetensors\.index(\.[^.]+)*\.json$")
 _VARIANT_INDEX = re.compile(r"(\.[^.]+\.safetensors\.index\.json|\.index\.[^.]+(\.[^.]+)*\.json)$")
@@ -369,7 +370,7 @@ class ModelTree:
     def _open_folders(self, without: Path | None, components: bool) -> None:
         if all((self.path / name).is_dir() for name in _CACHE_FOLDERS):
             raise InputError(
-                f"{self.path} is a folder of Hugging Face's cache, with all revisions of a model: give one of the folders "
+                f"{self.path} is a folder of Hugging Face's cache, with all revisions of a model: give a folder "
                 f"in {self.path / 'snapshots'}"
             )
         listing = list_files(self.path, without)

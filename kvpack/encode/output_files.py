@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvpack.encode.model_directory import write_json
-from kvpack.encode.model_tree import DIFFUSERS_STEM, INDEX_NAME, SUFFIX, Index, ModelTree, is_index_name, list_files
+from kvpack.encode.model_tree import (
+    DIFFUSERS_STEM,
+    SUFFIX,
+    TRANSFORMERS_STEM,
+    Index,
+    ModelTree,
+    is_index_name,
+    list_files,
+)
 from kvpack.errors import InputError
 
 _COPY_BYTES = 1 << 24
@@ -80,19 +88,28 @@ def _weight_map(shards: Iterable[Shard], file_of: dict[str, str]) -> tuple[dict[
     return weight_map, size
 
 
-def write_indexes(directory: Path, tree: ModelTree, shards: list[Shard]) -> None:
-    """The indexes of ``tree`` for the same files with other contents; and one for a model of shards that has none."""
-    for index in tree.indexes:
-        beside = [s for s in shards if s.path.parent == index.path.parent and s.path.name in index.weight_map.values()]
-        write_json(directory / index.path, index.rewritten(*_weight_map(beside, tree.counted_files(index))))
-    model = {file.path for file in tree.weight_files if file.reason is None}
+def added_indexes(tree: ModelTree) -> list[Index]:
+    """An index for each folder's model of several files that has none, nor a single file that loaders take."""
+    found = []
     for folder in tree.folders:
-        own = [shard for shard in shards if shard.path in model and shard.path.parent == folder]
-        if len(own) > 1 and not any(index.path.parent == folder for index in tree.indexes):
-            diffusers = all(shard.path.name.startswith(DIFFUSERS_STEM) for shard in own)
-            name = f"{DIFFUSERS_STEM}.safetensors.index.json" if diffusers else INDEX_NAME
-            index = Index(folder / name, {"metadata": {"total_size": 0}}, {})
-            write_json(directory / index.path, index.rewritten(*_weight_map(own, {})))
+        names = [file.path.name for file in tree.files_of(folder) if file.reason is None]
+        is_single = any(f"{stem}{SUFFIX}" in names for stem in (TRANSFORMERS_STEM, DIFFUSERS_STEM))
+        if len(names) > 1 and not is_single and not any(index.path.parent == folder for index in tree.indexes):
+            stem = DIFFUSERS_STEM if all(name.startswith(DIFFUSERS_STEM) for name in names) else TRANSFORMERS_STEM
+            path = folder / f"{stem}.safetensors.index.json"
+            found.append(Index(path, {"metadata": {"total_size": 0}}, dict.fromkeys(names, "")))
+    return found
+
+
+def write_indexes(directory: Path, tree: ModelTree, shards: list[Shard], added: Iterable[Index]) -> None:
+    """The indexes of ``tree`` for the same files with other contents, and ``added`` ones."""
+    for index in tree.indexes:
+        names = set(index.weight_map.values())
+        beside = [s for s in shards if s.path.parent == index.path.parent and s.path.name in names]
+        write_json(directory / index.path, index.rewritten(*_weight_map(beside, tree.counted_files(index))))
+    for index in added:
+        own = [s for s in shards if s.path.parent == index.path.parent and s.path.name in index.weight_map]
+        write_json(directory / index.path, index.rewritten(*_weight_map(own, {})))
 
 
 def pieces(data: memoryview) -> Iterator[memoryview]:
