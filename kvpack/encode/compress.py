@@ -423,7 +423,8 @@ def compress(
             if source.is_dir() and not dry_run:
                 written = [Path(file.path) for file in files if file.action != "left out"]
                 written += [index.path for index in added_indexes(model.tree)]
-                refuse_other_files(target, [Path(CONFIG_NAME), *written])
+                written += [Path(CONFIG_NAME)] if _adds_config(model.tree) else []
+                refuse_other_files(target, written)
             plans = {}
             if config.allocation == "model" and config.bits is not None:
                 plans = _common_step_plans(model, progress)
@@ -466,6 +467,11 @@ def _file_reports(model: _Model, source: Path) -> list[FileReport]:
     reports += [FileReport(str(path), (source / path).stat().st_size, "rewritten") for path in rewritten]
     copied, left_out = sort_files(source, tree)
     return reports + copied + left_out
+
+
+def _adds_config(tree: ModelTree) -> bool:
+    """Whether the output gets a config.json of its own: a pipeline and folders without one are no model to load."""
+    return any(file.reason is None for file in tree.files_of(Path()))
 
 
 def _reason_for_set(file: WeightFile) -> str | None:
@@ -542,8 +548,7 @@ def _compress_directory(
         write_indexes(temporary, tree, shards, added_indexes(tree))
         for folder in tree.folders:
             exists = (source / folder / CONFIG_NAME).exists()
-            is_model = folder == Path() and any(file.reason is None for file in tree.files_of(folder))
-            if not exists and not is_model:  # nobody makes a model of a folder without a configuration
+            if not exists and not (folder == Path() and _adds_config(tree)):
                 continue
             prefix = folder_prefix(folder)
             blob_bytes = {

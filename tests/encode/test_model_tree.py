@@ -21,7 +21,7 @@ from kvpack.cli import app
 from kvpack.encode.model_directory import other_form
 from kvpack.encode.model_tree import ModelTree, list_files
 from kvpack.encode.progress import Progress
-from kvpack.errors import DirectoryIndexError, InputError
+from kvpack.errors import DirectoryIndexError, InputError, OtherFilesError
 
 OK, USAGE, CORRUPT, MISMATCH = 0, 2, 3, 4
 INDEX = "model.safetensors.index.json"
@@ -245,6 +245,17 @@ def test_a_dry_run_counts_what_is_written_and_progress_ends_at_its_total(tmp_pat
     assert dry.output_bytes == pytest.approx(report.output_bytes, rel=0.03)
 
 
+def test_force_spares_a_configuration_that_is_not_its_own(tmp_path: Path) -> None:
+    source, packed = pipeline(tmp_path / "sd"), tmp_path / "packed"
+    run("compress", source, "-o", packed)
+    put(packed, {"config.json": {"mine": 1}})
+    began: list[str] = []
+    with pytest.raises(OtherFilesError, match=r"config\.json"):
+        kvpack.compress(source, packed, force=True, progress=Progress(tensor=began.append))
+    assert began == []
+    assert json.loads((packed / "config.json").read_text()) == {"mine": 1}
+
+
 def test_force_on_a_tree(tmp_path: Path) -> None:
     source, packed = pipeline(tmp_path / "sd"), tmp_path / "packed"
     run("compress", source, "-o", packed)
@@ -353,31 +364,37 @@ def test_weights_in_other_forms(tmp_path: Path, file: str, form: str | None) -> 
             file: "123456789",
         },
     )
-    report = run_json("compress", source)
+    report = run_json("compress", source, "--dry-run")
     found = {f["path"]: f for f in report["files"]}[file]
-    output = Path(report["output"])
     assert found["size_bytes"] == 9
     if form is None:
-        assert found["action"] == "copied"
-        assert found["reason"] == "weights that no safetensors file is known to hold"
-        assert (output / file).read_text() == "123456789"
+        assert (found["action"], found["reason"]) == ("copied", "weights that no safetensors file is known to hold")
         assert report["left_out"] == []
-        return
-    reason = f"the weights as {'a ' if form == 'PyTorch pickle' else ''}{form}: the safetensors hold them"
-    assert (found["action"], found["reason"]) == ("left out", reason)
-    assert report["left_out"] == [file]
-    assert not (output / file).exists()
-    assert f"left out ({reason}): {file}, 9 B\n" in run("compress", source, "--force").stdout
-    verified = run("verify", output, "--against", source)
-    assert f"kvpack: not in it: {file} ({reason})\n" in verified.stderr
-    assert run_json("verify", output, "--against", source)["left_out"] == {file: reason}
-    put(output, {file: "987654321"})  # by hand, and wrong
-    assert run_json("verify", output, "--against", source, code=MISMATCH)["mismatches"] == {file: "its bytes differ"}
-    shutil.copy(source / file, output / file)
+    else:
+        reason = f"the weights as {'a ' if form == 'PyTorch pickle' else ''}{form}: the safetensors hold them"
+        assert (found["action"], found["reason"]) == ("left out", reason)
+        assert report["left_out"] == [file]
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    files = {"a/pytorch_model.bin": "123456789", "optimizer.pt": "1234"}
+    source = put(tmp_path / "m", {"model.safetensors": {"w": weights(1)}, **files})
+    output, reason = tmp_path / "m-kvpack", "the weights as a PyTorch pickle: the safetensors hold them"
+    printed = run("compress", source).stdout
+    assert f"left out ({reason}): a/pytorch_model.bin, 9 B\n" in printed
+    assert "copied (weights that no safetensors file is known to hold): optimizer.pt, 4 B\n" in printed
+    assert (output / "optimizer.pt").read_text() == "1234"
+    assert not (output / "a").exists()
+    assert f"kvpack: not in it: a/pytorch_model.bin ({reason})\n" in run("verify", output, "--against", source).stderr
+    assert run_json("verify", output, "--against", source)["left_out"] == {"a/pytorch_model.bin": reason}
+    put(output, {"a/pytorch_model.bin": "987654321"})  # by hand, and wrong
+    report = run_json("verify", output, "--against", source, code=MISMATCH)
+    assert report["mismatches"] == {"a/pytorch_model.bin": "its bytes differ"}
+    put(output, files)
     report = run_json("verify", output, "--against", source)
     assert (report["left_out"], report["extra_files"]) == ({}, [])
     run("decompress", output, "-o", tmp_path / "back")
-    assert (tmp_path / "back" / file).read_text() == "123456789"
+    assert (tmp_path / "back" / "a" / "pytorch_model.bin").read_text() == "123456789"
 
 
 def test_other_form_needs_safetensors_above_it() -> None:

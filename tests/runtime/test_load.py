@@ -21,13 +21,15 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from happens_before import Detector, detecting  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from small_models import LAYERS, layer_file  # noqa: E402
 
 import kvpack  # noqa: E402
-from kvpack.encode.model_directory import write_index  # noqa: E402
+from kvpack.encode.model_directory import write_json  # noqa: E402
+from kvpack.encode.model_tree import INDEX_NAME  # noqa: E402
 from kvpack.errors import (  # noqa: E402
     DeviceError,
+    DirectoryIndexError,
     FormatError,
     HeaderCrcError,
     LaneStateError,
@@ -102,6 +104,35 @@ def test_files_that_are_not_compressed(path: Path) -> None:
         assert state[name].equal(tensor)
 
 
+def test_a_directory_with_components(tmp_path: Path) -> None:
+    """Those of a subfolder have the folder before their names; a variant, the same weights again, is not loaded."""
+    source = tmp_path / "pipe"
+    torch.manual_seed(0)
+    root, dense = torch.randn(64, 128), torch.randn(64, 128)
+    for file, tensors in {
+        "model.safetensors": {"a.weight": root},
+        "model.fp16.safetensors": {"a.weight": root.half()},
+        "2_Dense/model.safetensors": {"a.weight": dense, "a.bias": dense[:, 0].contiguous()},
+    }.items():
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, source / file)
+    packed = Path(str(kvpack.compress(source, preset="lossless").output))
+    state = load(packed, "cpu")
+    assert list(state) == ["2_Dense/a.bias", "2_Dense/a.weight", "a.weight"]
+    assert state["a.weight"].dequantize().equal(root)
+    x = torch.randn(3, 128)
+    expected = torch.nn.functional.linear(x, dense, dense[:, 0])
+    torch.testing.assert_close(state.linear("2_Dense/a")(x), expected)
+    assert state.not_loaded == ["model.fp16.safetensors"]
+    assert repr(state).endswith("; not loaded: model.fp16.safetensors>")
+    assert load(packed / "2_Dense", "cpu")["a.weight"].dequantize().equal(dense)
+    variant = load(packed / "model.fp16.safetensors", "cpu")
+    assert variant["a.weight"].dequantize().equal(root.half())
+    (packed / "2_Dense" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(DirectoryIndexError, match="'gptq'"):
+        load(packed, "cpu")
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_directory(path: Path, tmp_path: Path, index: bool) -> None:
     shards = [path.with_name("1.safetensors"), path.with_name("2.safetensors")]
@@ -112,7 +143,7 @@ def test_directory(path: Path, tmp_path: Path, index: bool) -> None:
         for shard in shards:
             with Container(shard) as container:
                 names |= dict.fromkeys(container.tensors, shard.name)
-        write_index(tmp_path, names, 0)
+        write_json(tmp_path / INDEX_NAME, {"metadata": {"total_size": 0}, "weight_map": names})
     state, whole = load(tmp_path, "cpu"), load(path, "cpu")
     assert_equals_reader(state, tmp_path)
     assert list(state) == list(whole)
