@@ -149,10 +149,11 @@ class _Model:
             # By path: what a tensor is, its own name and its folder's config.json say, what is asked for, its name in
             # the directory.
             self.selections = {f.path: replace(selection, prefix=f.set_prefix) for f in self.tree.weight_files}
-            self.transposed: dict[Path, set[str]] = {}
-            for file in self.tree.weight_files:
-                model_type = read_config(source / file.folder).get("model_type") if source.is_dir() else None
-                self.transposed[file.path] = transposed_names(file.container.tensors, model_type)
+            configs = {folder: read_config(source / folder) for folder in self.tree.folders} if source.is_dir() else {}
+            self.transposed = {
+                file.path: transposed_names(file.container.tensors, configs.get(file.folder, {}).get("model_type"))
+                for file in self.tree.weight_files
+            }
         except BaseException:
             self.close()
             raise

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSY_DTYPES, NUMPY_DTYPES
-from kvpack.encode.model_config import CONFIG_NAME, decompressed_config, read_config
+from kvpack.encode.model_config import CONFIG_NAME, decompressed_config, is_compressed, read_config
 from kvpack.encode.model_directory import (
     copy_files,
     directory_in_place,
@@ -112,9 +112,9 @@ def decompress(
 
 
 def _decompressed_configs(tree: ModelTree) -> dict[Path, dict[str, Any] | None]:
-    """config.json of each folder with weights, as it was; None where there was none."""
-    folders = [folder for folder in tree.folders if (tree.path / folder / CONFIG_NAME).exists()]
-    return {folder / CONFIG_NAME: decompressed_config(read_config(tree.path / folder)) for folder in folders}
+    """Each config.json that compress has changed, as it was; None where there was none."""
+    configs = {folder / CONFIG_NAME: read_config(tree.path / folder) for folder in tree.folders}
+    return {path: decompressed_config(config) for path, config in configs.items() if is_compressed(config)}
 
 
 def _decompress_file(reader: Reader, file: WeightFile, target: Path, dtype: str, progress: Progress) -> Shard:

@@ -60,6 +60,11 @@ def _is_kvpack(quantization: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
+def is_compressed(config: Mapping[str, Any]) -> bool:
+    """Whether :func:`compressed_config` made it."""
+    return _is_kvpack(config.get(QUANTIZATION_KEY))
+
+
 def written_options(directory: Path) -> Any:
     """What config.json says of the options, as it stands there; None if it says nothing.
 

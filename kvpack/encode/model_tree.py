@@ -155,6 +155,8 @@ def read_index(root: Path, relative: Path) -> Index:
     for name in sorted(set(weight_map.values())):
         if not os.path.isfile(path.parent / name):
             raise DirectoryIndexError(f"{path}: names {name!r}, which does not exist")
+        if not name.endswith(SUFFIX) or name.startswith("."):
+            raise DirectoryIndexError(f"{path}: names {name!r}, which is no {SUFFIX} file, or a hidden one")
     return Index(relative, content, weight_map)
 
 

@@ -465,6 +465,13 @@ def test_an_empty_configuration_and_none(tmp_path: Path) -> None:
 # Sets of weights in one folder
 
 
+def test_what_was_not_compressed_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    source = sharded(tmp_path / "m")
+    (source / "config.json").write_text('{"a":1}')
+    run("decompress", source, "-o", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_text() == '{"a":1}'
+
+
 def test_both_precisions(tmp_path: Path) -> None:
     x = weights(1)
     source = put(
@@ -619,6 +626,7 @@ def test_shards_of_diffusers_without_an_index_get_its_name(tmp_path: Path) -> No
         ({"a.weight": B, "b.weight": B}, "'a.weight' is not where the index says"),
         ({}, "weight_map is empty"),
         ({"a.weight": "model-00009-of-00009.safetensors"}, "which does not exist"),
+        ({"a.weight": A, "b.weight": "config.json"}, "names 'config.json', which is no .safetensors file"),
         (f'{{"a.weight": "{A}", "b.weight": "{B}", "a.weight": "{B}"}}', "names 'a.weight' twice"),
     ],
 )

@@ -32,6 +32,7 @@ from kvpack.errors import (  # noqa: E402
     DirectoryIndexError,
     FormatError,
     HeaderCrcError,
+    InputError,
     LaneStateError,
     ModelMismatchError,
     PayloadCrcError,
@@ -128,6 +129,10 @@ def test_a_directory_with_components(tmp_path: Path) -> None:
     assert load(packed / "2_Dense", "cpu")["a.weight"].dequantize().equal(dense)
     variant = load(packed / "model.fp16.safetensors", "cpu")
     assert variant["a.weight"].dequantize().equal(root.half())
+    save_file({"a.weight": dense}, packed / "2_Dense" / "model.bf16.safetensors")
+    (packed / "2_Dense" / "model.safetensors").rename(packed / "2_Dense" / "model.fp8.safetensors")
+    with pytest.raises(InputError, match=r"several sets of weights.*'model\.bf16\.safetensors', 'model\.fp8"):
+        load(packed / "2_Dense", "cpu")
     (packed / "2_Dense" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(DirectoryIndexError, match="'gptq'"):
         load(packed, "cpu")

@@ -14,6 +14,7 @@ import torch
 
 from kvpack.encode.reader import Reader
 from kvpack.encode.threads import map_ordered
+from kvpack.errors import InputError
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Uploader
@@ -352,7 +353,7 @@ def load(
         dtype: convert tensors that are not coded, if they are fp16, bf16, fp32 or fp64, to this type.
 
     Raises:
-        InputError: a directory without a safetensors file.
+        InputError: a directory without a safetensors file, or with several sets of weights of which none is the model.
         FormatError: the file is damaged; the message names the tensor.
         DeviceError: the device cannot be used; the message says what to install.
         OSError: a file cannot be read.
@@ -361,6 +362,8 @@ def load(
     with Reader(Path(path)) as reader:
         names = reader.main_keys()
         others = reader.other_sets()
+        if others and not names:
+            raise InputError(f"{path} holds several sets of weights, none of them its model: give one of {others}")
         with shown_progress(progress, "loading", sum(stored_bytes(reader, name) for name in names)) as advance:
             loaded = load_tensors(reader, names, where, verify=verify, progress=advance)
     if dtype is not None:
