@@ -404,7 +404,7 @@ class KVCache:
             table, lengths = self._view_of(layer, rows)
             yield KVView(self, layer, tuple(ids), table[:, : len(ids)], lengths[: len(ids)])
             return
-        self._is_open = True
+        self._is_open, errors = True, self.errors
         try:
             if self._is_captured():
                 self.check_room(layer, ids, count)
@@ -417,37 +417,35 @@ class KVCache:
                 self._set_lengths(layer, rows, view.lengths)
                 return
             self._require_replayed()
-            errors = self.errors
-            step = None if self._is_quiet(layer, ids, count) else self._step(layer, ids, count)
+            step, begun = None, None
+            if not self._is_quiet(layer, ids, count):
+                step = self._step(layer, ids, count)
+                new = self._coming(layer, step)
+                changes = self._changes_for(layer, step, _Tokens(k, v, ids, queries)) if keep else _NO_CHANGES
+                begun = self._begin(new, changes)
             try:
-                begun = None
-                if step is not None:
-                    new = self._coming(layer, step)
-                    changes = self._changes_for(layer, step, _Tokens(k, v, ids, queries)) if keep else _NO_CHANGES
-                    begun = self._begin(new, changes)
-                try:
-                    view = self._written(layer, ids, k, v, rows)
-                    yield view
-                    if not keep:
-                        self._clear(layer, k, rows)
-                    elif queries is not None:
-                        queries = queries + self._queries[layer]
-                    if begun is not None:
-                        self._change(begun, keep_new=keep)
-                except BaseException:
-                    try:
-                        self._clear(layer, k, rows)
-                    finally:
-                        if begun is not None:
-                            self._take_back(begun)
-                    raise
+                view = self._written(layer, ids, k, v, rows)
+                yield view
+                if not keep:
+                    self._clear(layer, k, rows)
+                elif queries is not None:
+                    queries = queries + self._queries[layer]
+                if begun is not None:
+                    self._change(begun, keep_new=keep)
             except BaseException:
-                self.errors = errors
+                try:
+                    self._clear(layer, k, rows)
+                finally:
+                    if begun is not None:
+                        self._take_back(begun)
                 raise
             if keep:
                 self._advance(layer, ids, rows, count, step, view)
                 if queries is not None:
                     self._queries[layer] = queries
+        except BaseException:
+            self.errors = errors
+            raise
         finally:
             self._is_open = False
 
@@ -829,9 +827,8 @@ class KVCache:
         for layer, _, _, _ in begun.new:
             self._used_bytes[layer] += self._full_bytes
         for place, (side, _, target), source in zip(begun.places, begun.kinds, begun.sources, strict=True):
-            self._used_bytes[place[0]] += self.pools.page_bytes(_SIDES[side], _FORMATS[target]) - self.pools.free(
-                source
-            )
+            wider, narrower = self.pools.free(source), self.pools.page_bytes(_SIDES[side], _FORMATS[target])
+            self._used_bytes[place[0]] += narrower - wider
 
     def _take_back(self, begun: _Begun) -> None:
         """What :meth:`_begin` has done."""
@@ -847,8 +844,7 @@ class KVCache:
     def _quantize(self, kinds: list[tuple[int, int, int]], jobs: torch.Tensor) -> None:
         """``kinds``: side, format, format to be; those of a kind lie side by side. ``jobs``: i64 [n, 2]."""
         first = 0
-        for (side, source, target), same in itertools.groupby(kinds):
-            count = len(list(same))
+        for (side, source, target), count in Counter(kinds).items():
             quantize_pages(
                 jobs[first : first + count],
                 _SIDES[side],
