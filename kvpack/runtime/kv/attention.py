@@ -283,7 +283,6 @@ def _attend_in_chunks(
     if q.numel() == 0:
         cache.append(call.layer, k, v, call.sequences)
         return torch.empty_like(q)
-    cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), tokens)
     whole = not call.causal or not call.update_cache
     step = tokens if whole or tokens <= _LEAST_CHUNK_TOKENS else _chunk_tokens(cache, q.shape[0])
     if call.chunk_tokens is not None and not whole:
@@ -293,6 +292,8 @@ def _attend_in_chunks(
         if progress is not None:
             progress(tokens, tokens)
         return out
+    # The first chunk must not be written if there is no room for the last.
+    cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), tokens)
     found = []
     for first in range(0, tokens, step):
         part = slice(first, first + step)
@@ -347,7 +348,8 @@ def _attend_by_kernel(q: torch.Tensor, view: KVView, call: _Call, head_importanc
         "causal": call.causal,
     }
     longest_pages = cache.longest_pages(call.layer, q.shape[2])
-    observed = _new_observed(q, longest_pages, cache, call, head_importance) if call.observe else None
+    whole = call.observe and cache.is_everything(view.sequences)
+    observed = _new_observed(q, longest_pages, cache, call, head_importance, whole=whole) if call.observe else None
     observing = q[:, :, -_observing_tokens(q, cache) :]
     all_observe = observing.shape[2] == q.shape[2]
     if _is_split(q, cache):
@@ -359,7 +361,7 @@ def _attend_by_kernel(q: torch.Tensor, view: KVView, call: _Call, head_importanc
     if observed is not None and not all_observe:
         blocks = _decode_blocks(observing, longest_pages, cache, call)
         attention_kernels.decode(observing, **pages, blocks=blocks, observed=observed)
-    if observed is not None and not _is_whole(call, q, cache):
+    if observed is not None and not whole:
         cache.add_observed(call.layer, observed.mass, observed.steps, call.sequences)
     return out
 
@@ -378,16 +380,18 @@ def _observing_tokens(q: torch.Tensor, cache: KVCache) -> int:
     return max(1, _OBSERVING_COLUMNS * cache.num_kv_heads // q.shape[1])
 
 
-def _is_whole(call: _Call, q: torch.Tensor, cache: KVCache) -> bool:
-    return cache.is_everything(range(len(q)) if call.sequences is None else call.sequences)
-
-
 def _new_observed(
-    q: torch.Tensor, longest_pages: int, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
+    q: torch.Tensor,
+    longest_pages: int,
+    cache: KVCache,
+    call: _Call,
+    head_importance: torch.Tensor | None,
+    *,
+    whole: bool,
 ) -> Observed:
-    """Where the kernel adds: to the cache itself, if it can."""
+    """Where the kernel adds: to the cache itself, if the batch is the ``whole`` of it."""
     weights = None if head_importance is None else head_importance / q.shape[1]
-    if _is_whole(call, q, cache):
+    if whole:
         return Observed(cache.mass[call.layer], cache.observed_steps[call.layer], weights, longest_pages)
     mass = torch.zeros((len(q), cache.mass.shape[2]), dtype=torch.int64, device=q.device)
     return Observed(mass, torch.zeros(len(q), dtype=torch.int32, device=q.device), weights, longest_pages)
