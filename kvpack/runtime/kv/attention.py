@@ -270,7 +270,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
         raise CacheInputError("attention to a cache has no gradient: call it under torch.no_grad()")
     # Beyond, kernels could not tell what is not to be seen.
     if not isinstance(call.scale, (float, int)) or not 1e-6 <= call.scale <= 1e6:
-        raise CacheInputError(f"scale is {call.scale!r}; it must be a number between 1e-6 and 1e6")
+        raise CacheInputError(f"scale is {call.scale!r}; it must be between 1e-6 and 1e6")
     for name, flag in (("causal", call.causal), ("update_cache", call.update_cache), ("observe", call.observe)):
         if not isinstance(flag, bool):
             raise CacheInputError(f"{name} is {flag!r}; True or False is wanted (a layer is given as layer=…)")
