@@ -179,7 +179,8 @@ class KVCache:
         budget: bytes of pages as a fraction of those in 16 bits, at most 1 and at least what pages of 2 bits take
             (0.15 at a head_dim of 64), which long sequences keep; short ones are mostly pages that stay in 16 bits.
             See the module. Slabs come on top: those of a side and format have room for 8 pages, or for at most twice
-            the most that were ever in use, and less than ``slab_bytes`` of it unused; ``pools.bytes_allocated`` counts them.
+            the most that were ever in use, and less than ``slab_bytes`` of it unused: ``pools.bytes_allocated`` says how
+            much they take.
         policy: which pages get the budget's bytes: see :func:`allocate_formats`.
         formats: without a budget, the formats that pages get when they leave the recent window: one for all, or
             (of K, of V) of each layer. With neither, all pages stay in 16 bits.
