@@ -311,13 +311,8 @@ def _attend_in_chunks(
     if q.numel() == 0:
         cache.append(call.layer, k, v, call.sequences)
         return torch.empty_like(q)
-    ids = cache.checked_input(call.layer, k, v, call.sequences)
-    if call.cached_tokens is not None:
-        _check_cached_tokens(cache, call, ids)
-    if k.shape[2] == 0:
-        _check_queries_alone(cache, call, ids, tokens)
-    else:
-        cache.check_room(call.layer, ids, tokens)
+    if k.shape[2] == 0 or call.cached_tokens is not None:
+        _check_held(cache, call, cache.checked_input(call.layer, k, v, call.sequences), tokens, alone=k.shape[2] == 0)
     whole = not call.causal or not call.update_cache or k.shape[2] == 0
     step = tokens if whole else call.chunk_tokens or _CHUNK_TOKENS
     if step >= tokens:
@@ -325,6 +320,8 @@ def _attend_in_chunks(
         if progress is not None:
             progress(tokens, tokens)
         return out
+    # The first chunk must not be written if there is no room for the last.
+    cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), tokens)
     out = torch.empty_like(q)
     for first in range(0, tokens, step):
         part = slice(first, first + step)
@@ -334,25 +331,22 @@ def _attend_in_chunks(
     return out
 
 
-def _check_cached_tokens(cache: KVCache, call: _Call, ids: list[int]) -> None:
-    assert call.cached_tokens is not None
-    if len(call.cached_tokens) != len(ids):
+def _check_held(cache: KVCache, call: _Call, ids: list[int], tokens: int, *, alone: bool) -> None:
+    """Whether the cache holds what the caller says, and what queries alone need."""
+    if call.cached_tokens is not None and len(call.cached_tokens) != len(ids):
         raise CacheInputError(f"cached_tokens has {len(call.cached_tokens)} numbers for a batch of {len(ids)}")
-    for sequence, expected in zip(ids, call.cached_tokens, strict=True):
-        if (held := cache.length(call.layer, sequence)) != expected:
-            raise CacheInputError(
-                f"layer {call.layer}, sequence {sequence}: the cache holds {held} tokens, where cached_tokens says "
-                f"{expected}; give it what comes behind them alone, or free() the sequence first"
-            )
-
-
-def _check_queries_alone(cache: KVCache, call: _Call, ids: list[int], tokens: int) -> None:
     least = tokens if call.causal else 1
-    for sequence in ids:
-        if (held := cache.length(call.layer, sequence)) < least:
+    for row, sequence in enumerate(ids):
+        held, where = cache.length(call.layer, sequence), f"layer {call.layer}, sequence {sequence}"
+        if call.cached_tokens is not None and held != call.cached_tokens[row]:
             raise CacheInputError(
-                f"layer {call.layer}, sequence {sequence}: queries alone are of the last tokens in the cache, which "
-                f"holds {held}; at least {least} are wanted"
+                f"{where}: the cache holds {held} tokens, where cached_tokens says {call.cached_tokens[row]}; give it "
+                "what comes behind them alone, or free() the sequence first"
+            )
+        if alone and held < least:
+            raise CacheInputError(
+                f"{where}: queries alone are of the last tokens in the cache, which holds {held}; at least {least} are "
+                "wanted"
             )
 
 
@@ -395,7 +389,8 @@ def _attend_by_kernel(q: torch.Tensor, view: KVView, call: _Call, head_importanc
         "causal": call.causal,
     }
     longest_pages = cache.longest_pages(call.layer, q.shape[2])
-    observed = _new_observed(q, longest_pages, cache, call, head_importance) if call.observe else None
+    whole = call.observe and cache.is_everything(view.sequences)
+    observed = _new_observed(q, longest_pages, cache, call, head_importance, whole=whole) if call.observe else None
     observing = q[:, :, -_observing_tokens(q, cache) :]
     all_observe = observing.shape[2] == q.shape[2]
     if _is_split(q, cache):
@@ -407,7 +402,7 @@ def _attend_by_kernel(q: torch.Tensor, view: KVView, call: _Call, head_importanc
     if observed is not None and not all_observe:
         blocks = _decode_blocks(observing, longest_pages, cache, call)
         attention_kernels.decode(observing, **pages, blocks=blocks, observed=observed)
-    if observed is not None and not _is_whole(call, q, cache):
+    if observed is not None and not whole:
         cache.add_observed(call.layer, observed.mass, observed.steps, call.sequences)
     return out
 
@@ -426,16 +421,18 @@ def _observing_tokens(q: torch.Tensor, cache: KVCache) -> int:
     return max(1, _OBSERVING_COLUMNS * cache.num_kv_heads // q.shape[1])
 
 
-def _is_whole(call: _Call, q: torch.Tensor, cache: KVCache) -> bool:
-    return cache.is_everything(range(len(q)) if call.sequences is None else call.sequences)
-
-
 def _new_observed(
-    q: torch.Tensor, longest_pages: int, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
+    q: torch.Tensor,
+    longest_pages: int,
+    cache: KVCache,
+    call: _Call,
+    head_importance: torch.Tensor | None,
+    *,
+    whole: bool,
 ) -> Observed:
-    """Where the kernel adds: to the cache itself, if it can."""
+    """Where the kernel adds: to the cache itself, if the batch is the ``whole`` of it."""
     weights = None if head_importance is None else head_importance / q.shape[1]
-    if _is_whole(call, q, cache):
+    if whole:
         return Observed(cache.mass[call.layer], cache.observed_steps[call.layer], weights, longest_pages)
     mass = torch.zeros((len(q), cache.mass.shape[2]), dtype=torch.int64, device=q.device)
     return Observed(mass, torch.zeros(len(q), dtype=torch.int32, device=q.device), weights, longest_pages)

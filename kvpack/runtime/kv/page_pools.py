@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import mmap
 import os
+from array import array
 from bisect import bisect_right, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvpack.errors import CacheFullError, PageEntryError
-from kvpack.format.pages import ENTRY_FORMAT_MASK, GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
+from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
 
 SLAB_BYTES = 4 << 20
 _LEAST_SLAB_PAGES = 8
@@ -82,14 +81,16 @@ class _Slab:
 
     def __init__(self, memory: torch.Tensor, base: int, layout: PageLayout, num_kv_heads: int) -> None:
         self.memory, self.base, self.layout = memory, base, layout
+        self.first = base | int(layout.format)  # the first page's entry
         self.page_bytes = num_kv_heads * layout.block_bytes
         self.page_count = memory.numel() // self.page_bytes
-        self.owners: npt.NDArray[np.int32] = np.full((self.page_count, 2), -1, np.int32)
-        self.references: npt.NDArray[np.int32] = np.zeros(self.page_count, np.int32)
+        # One number is set at a time, for which NumPy's arrays are slow.
+        self.layers, self.pages = (array("i", [-1]) * self.page_count for _ in range(2))
+        self.references = array("i", [0]) * self.page_count
         self.views = _views(memory, layout, num_kv_heads)
 
-    def entry(self, number: int) -> int:
-        return self.base + number * self.page_bytes | int(self.layout.format)
+    def entries(self) -> range:
+        return range(self.first, self.first + self.page_count * self.page_bytes, self.page_bytes)
 
 
 def _views(memory: torch.Tensor, layout: PageLayout, num_kv_heads: int) -> PageViews:
@@ -229,7 +230,7 @@ class PagePools:
             pool = self._pools[slab.layout.side, slab.layout.format]
             pool.slabs.append(slab)
             # In front of the free pages, so that slabs in use are filled first.
-            pool.free[:0] = [slab.entry(number) for number in reversed(range(slab.page_count))]
+            pool.free[:0] = reversed(slab.entries())
             insort(self._bases, slab.base)
             self._slab_at[slab.base] = slab
         self._bytes_allocated += needed
@@ -255,7 +256,7 @@ class PagePools:
         entry = pool.free.pop()
         slab, number = self._find(entry)
         slab.references[number] = 1
-        slab.owners[number] = owner.layer, owner.page
+        slab.layers[number], slab.pages[number] = owner
         pool.in_use += 1
         self._bytes_in_use += pool.page_bytes
         return entry
@@ -273,7 +274,7 @@ class PagePools:
         slab.references[number] -= 1
         if slab.references[number] == 0:
             pool = self._pools[slab.layout.side, slab.layout.format]
-            slab.owners[number] = -1
+            slab.layers[number] = slab.pages[number] = -1
             pool.free.append(entry)
             pool.in_use -= 1
             self._bytes_in_use -= pool.page_bytes
@@ -287,8 +288,8 @@ class PagePools:
             PageEntryError: no page in use.
         """
         slab, number = self._in_use(entry)
-        owner = PageOwner(*slab.owners[number].tolist())
-        return PageInfo(slab.layout.side, slab.layout.format, owner, int(slab.references[number]))
+        owner = PageOwner(slab.layers[number], slab.pages[number])
+        return PageInfo(slab.layout.side, slab.layout.format, owner, slab.references[number])
 
     def blocks(self, entry: int) -> torch.Tensor:
         """u8 [heads, block_bytes], a view of a page in use.
@@ -311,11 +312,11 @@ class PagePools:
 
     def _find(self, entry: int) -> tuple[_Slab, int]:
         """The slab and the page in it."""
-        place = bisect_right(self._bases, entry & ~ENTRY_FORMAT_MASK) - 1
+        place = bisect_right(self._bases, entry) - 1
         if place >= 0:
             slab = self._slab_at[self._bases[place]]
-            number, rest = divmod((entry & ~ENTRY_FORMAT_MASK) - slab.base, slab.page_bytes)
-            if not rest and number < slab.page_count and entry & ENTRY_FORMAT_MASK == slab.layout.format:
+            number, rest = divmod(entry - slab.first, slab.page_bytes)
+            if not rest and 0 <= number < slab.page_count:
                 return slab, number
         raise PageEntryError(f"{entry:#x} is the entry of no page of these pools")
 
