@@ -311,9 +311,10 @@ def _attend_in_chunks(
     if q.numel() == 0:
         cache.append(call.layer, k, v, call.sequences)
         return torch.empty_like(q)
-    if k.shape[2] == 0 or call.cached_tokens is not None:
-        _check_held(cache, call, cache.checked_input(call.layer, k, v, call.sequences), tokens, alone=k.shape[2] == 0)
-    whole = not call.causal or not call.update_cache or k.shape[2] == 0
+    alone = k.numel() == 0
+    if alone or call.cached_tokens is not None:
+        _check_held(cache, call, cache.checked_input(call.layer, k, v, call.sequences), tokens, alone=alone)
+    whole = alone or not call.causal or not call.update_cache
     step = tokens if whole else call.chunk_tokens or _CHUNK_TOKENS
     if step >= tokens:
         out = _attend_once(q, k, v, cache, call, head_importance)
@@ -367,7 +368,7 @@ def _attend_once(
     attend_to = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
     q = q.detach() if q.stride(-1) == 1 else q.detach().contiguous()
     noted = None
-    if k.shape[2] > 0 and call.update_cache and cache.wants_queries(call.layer):
+    if call.update_cache and k.numel() > 0 and cache.wants_queries(call.layer):
         noted = Queries.of(q, cache.num_kv_heads, call.scale)
     with cache.writing(call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache) as view:
         return attend_to(q, view, call, head_importance)
