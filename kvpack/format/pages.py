@@ -203,7 +203,7 @@ def scale_index(side: Side) -> npt.NDArray[np.int_]:
 def code_shifts(bits: int) -> npt.NDArray[np.uint32]:
     """Where the codes of a word's pairs begin, in bits: [pair, half]."""
     step, half = (16, 8) if bits == 8 else (bits, 16)
-    return (step * np.arange(16 // bits, dtype=np.uint32)[:, None] + np.array([0, half])).astype(np.uint32)
+    return np.array([[pair * step, pair * step + half] for pair in range(16 // bits)], np.uint32)
 
 
 def pack_codes(codes: npt.NDArray[np.unsignedinteger], layout: PageLayout) -> npt.NDArray[np.uint8]:
