@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -198,14 +199,18 @@ class KVCache:
         max_sequences: how many there are; they are named 0, 1, ….
         dtype: of keys and values, fp16 or bf16.
         device: of everything; None is CUDA if torch has it, else the CPU.
-        budget: bytes of pages as a fraction of those in 16 bits, more than 0 and at most 1, which long sequences keep;
-            short ones are mostly pages that stay in 16 bits. See the module.
+        budget: bytes of pages as a fraction of those in 16 bits, at most 1 and at least what pages of 2 bits take
+            (0.15 at a head_dim of 64), which long sequences keep; short ones are mostly pages that stay in 16 bits.
+            See the module. Slabs come on top: those of a side and format have room for 8 pages, or for at most twice
+            the most that were ever in use, and less than ``slab_bytes`` of it unused; ``pools.bytes_allocated`` counts
+            them.
         policy: which pages get the budget's bytes: see :func:`allocate_formats`.
         formats: without a budget, the formats that pages get when they leave the recent window: one for all, or
             (of K, of V) of each layer. With neither, all pages stay in 16 bits.
         recent_tokens: the newest ones of each sequence, in 16 bits.
         sinks: the first ones of each sequence, in 16 bits.
         max_bytes, slab_bytes: as of :class:`PagePools`.
+        widths: the former name of ``formats``.
 
     Attributes:
         pools: where the pages lie.
@@ -246,20 +251,28 @@ class KVCache:
         sinks: int = 4,
         max_bytes: int | None = None,
         slab_bytes: int = SLAB_BYTES,
+        widths: OpenFormats | None = None,
     ) -> None:
-        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "max_tokens": max_tokens}
-        for name, value in (sizes | {"max_sequences": max_sequences}).items():
-            if value < 1:
-                raise CacheInputError(f"{name} is {value}; it must be at least 1")
-        for name, value in (("recent_tokens", recent_tokens), ("sinks", sinks)):
-            if value < 0:
-                raise CacheInputError(f"{name} is {value}; it must not be negative")
+        if widths is not None:
+            warnings.warn("KVCache(widths=…) is called formats=…", DeprecationWarning, stacklevel=2)
+            if formats is not None:
+                raise CacheInputError("formats, and widths, their former name, are both given")
+            formats = widths
+        num_layers = _integer("num_layers", num_layers, 1)
+        num_kv_heads = _integer("num_kv_heads", num_kv_heads, 1)
+        head_dim = _integer("head_dim", head_dim, 1)
+        max_tokens = _integer("max_tokens", max_tokens, 1)
+        max_sequences = _integer("max_sequences", max_sequences, 1)
+        recent_tokens = _integer("recent_tokens", recent_tokens, 0)
+        sinks = _integer("sinks", sinks, 0)
+        slab_bytes = _integer("slab_bytes", slab_bytes, 1)
+        max_bytes = None if max_bytes is None else _integer("max_bytes", max_bytes, 0)
         if max_tokens > _MOST_TOKENS:
             raise CacheInputError(f"max_tokens is {max_tokens}; it must be at most {_MOST_TOKENS}")
         if dtype not in PAGE_FORMATS:
             raise CacheInputError(f"dtype is {dtype}; keys and values are float16 or bfloat16")
-        if budget is not None and not 0 < budget <= 1:
-            raise CacheInputError(f"budget is {budget}; it is a fraction, more than 0 and at most 1")
+        if budget is not None and not (isinstance(budget, (float, int, np.floating)) and 0 < budget <= 1):
+            raise CacheInputError(f"budget is {budget!r}; it is a fraction, more than 0 and at most 1")
         if budget is not None and formats is not None:
             raise CacheInputError("either a budget or formats can be given, not both")
         if policy not in POLICIES:
@@ -279,6 +292,12 @@ class KVCache:
         self.pools = PagePools(num_kv_heads, head_dim, self.device, max_bytes=max_bytes, slab_bytes=slab_bytes)
         self._page_bytes = np.array([[self.pools.page_bytes(side, f) for f in self.ladder] for side in Side])
         self._full_bytes = int(self._page_bytes[0, -1])
+        least = self._page_bytes.min(1).sum() / self._page_bytes[:, -1].sum()
+        if budget is not None and budget < least:
+            raise CacheInputError(
+                f"budget is {budget}; with head_dim {head_dim}, pages of {self.ladder[0].name} take {least:.4f} of the "
+                "bytes of those in 16 bits: that is the least"
+            )
         self.window = Window(recent_tokens, sinks)
         self.table = PageTable(num_layers, max_sequences, ceil_div(max_tokens, PAGE_TOKENS), self.device)
         self._used_bytes = [0] * num_layers  # of a layer's pages
@@ -287,7 +306,7 @@ class KVCache:
             self.mass = torch.zeros(shape, dtype=torch.int64, device=self.device)
             self.observed_steps = torch.zeros((num_layers, max_sequences), dtype=torch.int32, device=self.device)
             self.status = new_status(self.device)
-            self.calls = torch.zeros(1, dtype=torch.int32)
+            self.calls = torch.zeros(1, dtype=torch.int32, device="cpu")
         self.errors = np.full((num_layers, len(Side), len(self.ladder)), np.nan)
         self._pairs: list[tuple[bytes, FormatPairs] | None] = [None] * num_layers
         self._queries: list[Queries | None] = [None] * num_layers
@@ -482,18 +501,18 @@ class KVCache:
         self,
         layer: int,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
         sequences: Sequence[int] | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """Attention of new tokens to themselves and to what the cache holds of their sequences.
 
         Args:
-            q: [batch, query heads, tokens, head_dim]; k, v: [batch, num_kv_heads, tokens, head_dim].
+            q: [batch, query heads, tokens, head_dim]; k, v: [batch, num_kv_heads, tokens, head_dim], or None: q alone.
             sequences: as of :meth:`writing`.
-            options: ``update_cache``, ``causal``, ``scale``, ``window``, ``sinks``, ``observe``, ``head_importance``,
-                ``chunk_tokens``, ``progress``: as of :func:`kvpack.attention_with_kv_cache`.
+            options: ``cached_tokens``, ``update_cache``, ``causal``, ``scale``, ``window``, ``sinks``, ``observe``,
+                ``head_importance``, ``chunk_tokens``, ``progress``: as of :func:`kvpack.attention_with_kv_cache`.
 
         Returns:
             The result, like q.
@@ -896,6 +915,9 @@ class KVCache:
         Raises:
             CacheInputError: a wrong layer, sequence, shape, dtype or device.
         """
+        for name, tensor in (("k", k), ("v", v)):
+            if not isinstance(tensor, torch.Tensor):
+                raise CacheInputError(f"{name} is a {type(tensor).__name__}; a tensor is wanted")
         shape = k.shape
         if shape != v.shape or len(shape) != 4 or (shape[1], shape[3]) != (self.num_kv_heads, self.head_dim):
             wanted = f"[batch, {self.num_kv_heads}, tokens, {self.head_dim}]"
@@ -1285,15 +1307,18 @@ class KVCache:
 _NO_CHANGES = _Changes([], [])
 
 
-def _integer(name: str, value: int) -> int:
+def _integer(name: str, value: int, least: int | None = None) -> int:
     """
     Raises:
-        CacheInputError: it is none.
+        CacheInputError: it is none, or less than the least.
     """
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise CacheInputError(f"{name} is {value!r}; an integer is wanted") from None
+    if least is not None and number < least:
+        raise CacheInputError(f"{name} is {number}; it must be at least {least}")
+    return number
 
 
 def _joined(changes: Sequence[_Changes]) -> _Changes:
