@@ -95,9 +95,19 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
 def _parse_header(text: bytes) -> Any:
     try:
-        return json.loads(text.decode(), object_pairs_hook=_unique_keys)
+        # Python reads NaN, Infinity and 1e999; JSON, and so the safetensors library, does not.
+        return json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_number, parse_float=_finite)
     except _RepeatedKeyError as error:
         raise TensorTableError(f"the JSON header: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -105,8 +115,8 @@ def _parse_header(text: bytes) -> Any:
 
 
 def _parse_tensor(name: str, entry: object) -> StoredTensor:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise TensorTableError(f"tensor {name!r}: needs exactly dtype, shape and data_offsets")
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise TensorTableError(f"tensor {name!r}: needs dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise TensorTableError(f"tensor {name!r}: unknown dtype {dtype!r}")
@@ -185,7 +195,9 @@ class Container:
         header = _parse_header(bytes(self._view[8 : 8 + header_bytes]))
         if not isinstance(header, dict):
             raise NotAContainerError("the header is not a JSON object")
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        if metadata is None:  # null is no metadata, as the safetensors library has it
+            metadata = {}
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise TensorTableError("__metadata__ is not a map of strings")
         self.metadata: dict[str, str] = metadata
