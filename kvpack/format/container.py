@@ -32,6 +32,7 @@ from kvpack.errors import (
     TensorCrcError,
     TensorTableError,
 )
+from kvpack.format.file_kinds import HEAD_BYTES, describe
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 
 CONTAINER_VERSION = "1"
@@ -176,11 +177,18 @@ class Container:
         self.file = OpenFile(self.path)
         size = os.fstat(self.file.descriptor).st_size
         if size < 8:
-            raise NotAContainerError(f"{self.path}: {size} bytes are too few for a safetensors file")
+            kind = describe(os.pread(self.file.descriptor, size, 0), size)
+            what = "" if kind is None else f"; it is {kind}"
+            raise NotAContainerError(f"{self.path}: {size} bytes are too few for a safetensors file{what}")
         self._map = mmap.mmap(self.file.descriptor, 0, access=mmap.ACCESS_READ)
         self._view = memoryview(self._map)
         try:
             self._parse(size)
+        except NotAContainerError as error:
+            kind = describe(bytes(self._view[:HEAD_BYTES]), size)
+            self.close()
+            found = str(error) if kind is None else f"not a safetensors file but {kind}"
+            raise NotAContainerError(f"{self.path}: {found}") from None
         except ValueError as error:  # every FormatError is one
             self.close()
             error.args = (f"{self.path}: {error}",)
@@ -189,8 +197,6 @@ class Container:
     def _parse(self, size: int) -> None:
         (header_bytes,) = struct.unpack_from("<Q", self._view)
         if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > size:
-            if bytes(self._view[:2]) in (b"PK", b"\x80\x02"):
-                raise NotAContainerError("a PyTorch pickle, not a safetensors file: convert it with safetensors first")
             raise NotAContainerError(f"not a safetensors file: a header of {header_bytes} bytes in a file of {size}")
         header = _parse_header(bytes(self._view[8 : 8 + header_bytes]))
         if not isinstance(header, dict):
