@@ -1,6 +1,6 @@
 """What ``kvpack.compress`` does: whole files and model directories, a tensor at a time.
 
-Memory holds one tensor's blob and a few strips, whatever the model's size; sources are mapped. Outputs are
+Memory holds one tensor's blob and a few strips, whatever the model's size; sources are read strip by strip. Outputs are
 written beside their place and renamed at the end, files and directories alike.
 """
 
@@ -11,9 +11,12 @@ import math
 import os
 import time
 import zlib
+from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +35,13 @@ from kvpack.encode.model_directory import (
     size_bytes,
     write_json,
 )
-from kvpack.encode.output_files import Shard, check_target, pieces, write_shard_index
+from kvpack.encode.output_files import Crc32, Shard, check_target, pieces, write_shard_index
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram, RatePlan
 from kvpack.encode.reader import INDEX_NAME, locate_tensors, shard_paths
 from kvpack.encode.selection import Selection, transposed_names
+from kvpack.encode.stored_matrices import StoredMatrices
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
     Coder,
@@ -122,11 +126,6 @@ def default_output(source: Path) -> Path:
     return source.with_name(source.name.removesuffix(".safetensors") + ".kvpack.safetensors")
 
 
-def _as_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, np.dtype[Any]]:
-    data = container.data(tensor.name)
-    return np.frombuffer(data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
-
-
 class _Model:
     """The sources of a compression: containers, what to do with each tensor, and the common step if there is one."""
 
@@ -161,8 +160,7 @@ class _Model:
         return sum(t.size_bytes for c in self.containers for t in c.tensors.values())
 
     def matrices(self, container: Container, tensor: StoredTensor) -> Matrices:
-        array = _as_array(container, tensor)
-        return Matrices(array, transposed=tensor.name in self.transposed)
+        return StoredMatrices(container, tensor, transposed=tensor.name in self.transposed)
 
     def common_step_tensors(self) -> list[tuple[Container, StoredTensor]]:
         selection = self.selection
@@ -280,11 +278,13 @@ def _encode_container(
     kept: list[tuple[StoredTensor, str]] = []
     scales: list[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]] = []
 
-    def add(name: str, dtype: str, shape: list[int], *parts: memoryview) -> None:
+    def add(name: str, dtype: str, shape: list[int], size_bytes: int, data: Iterable[memoryview]) -> None:
         if writer is not None:
-            writer.add(name, dtype, shape, (piece for part in parts for piece in pieces(part)))
+            writer.add(name, dtype, shape, data)
+        else:
+            deque(data, maxlen=0)  # a dry run reads what a real one would
         shard.stored_names.append(name)
-        shard.stored_bytes += sum(map(len, parts))
+        shard.stored_bytes += size_bytes
 
     for tensor in container.tensors.values():
         reason = selection.reason_to_keep(tensor)
@@ -305,7 +305,8 @@ def _encode_container(
             continue
         name = tensor.name
         blob = encoded.blob
-        add(name + BLOB_SUFFIX, "U8", [blob.size_bytes], memoryview(blob.front), memoryview(blob.payload))
+        parts = memoryview(blob.front), memoryview(blob.payload)
+        add(name + BLOB_SUFFIX, "U8", [blob.size_bytes], blob.size_bytes, chain.from_iterable(map(pieces, parts)))
         shard.blob_bytes[name] = blob.size_bytes
         if encoded.scales is not None:
             scales.append((name + SCALE_SUFFIX, np.ascontiguousarray(encoded.scales, "<f4")))
@@ -335,7 +336,7 @@ def _encode_container(
         for name, values in scales:
             data = values.data.cast("B")
             crc32[name] = zlib.crc32(data)
-            add(name, "F32", [len(values)], data)
+            add(name, "F32", [len(values)], len(data), [data])
         scales.clear()
 
     # Widest dtypes first, so that each tensor stays aligned to its own size behind blobs of 16-byte multiples.
@@ -343,9 +344,9 @@ def _encode_container(
         if _alignment(tensor) <= _SCALE_BYTES:
             add_scales()
         progress.tensor(tensor.name)
-        data = container.data(tensor.name)
-        crc32[tensor.name] = zlib.crc32(data)
-        add(tensor.name, tensor.dtype, list(tensor.shape), data)
+        computed = Crc32(container.pieces(tensor.name))
+        add(tensor.name, tensor.dtype, list(tensor.shape), tensor.size_bytes, computed)
+        crc32[tensor.name] = computed.value
         elements = math.prod(tensor.shape)
         reports.append(
             TensorReport(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,20 @@ def write_shard_index(directory: Path, shards: list[Shard]) -> None:
     write_index(directory, weight_map, sum(shard.stored_bytes for shard in shards))
 
 
+class Crc32:
+    """Passes pieces on; ``value`` is the CRC-32 of all that went through, so of the very bytes that are written."""
+
+    def __init__(self, data: Iterable[memoryview]) -> None:
+        self.value = 0
+        self._data = data
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for piece in self._data:
+            self.value = zlib.crc32(piece, self.value)
+            yield piece
+
+
 def pieces(data: memoryview) -> Iterator[memoryview]:
-    """The bytes in parts of at most 16 MiB, so that mapped ones are never in memory as a whole."""
+    """The bytes in parts of at most 16 MiB, for who writes them one after another."""
     for first in range(0, len(data), _COPY_BYTES):
         yield data[first : first + _COPY_BYTES]

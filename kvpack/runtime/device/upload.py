@@ -8,8 +8,6 @@ own memory.
 
 from __future__ import annotations
 
-import errno
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -84,13 +82,8 @@ def split_pieces(pieces: Sequence[Piece], chunk_bytes: int, gap_bytes: int) -> l
 
 
 def read_exactly(file: OpenFile, view: memoryview, offset: int) -> None:
-    """Fill ``view`` from a file. Raises OSError if the file ends before."""
-    done = 0
-    while done < len(view):
-        count = os.preadv(file.descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise OSError(errno.EIO, "the file ended while it was read: was it overwritten?", str(file.path))
-        done += count
+    """Fill ``view`` from a file. Raises FileChangedError, an OSError, if it ends before or was written to."""
+    file.read_into(view, offset)
 
 
 class Upload:
