@@ -11,7 +11,7 @@ import typer
 
 from kvpack.cli.failures import exit_codes
 from kvpack.cli.options import Force, Json, Source, Threads
-from kvpack.cli.printing import data_console, print_tensors, progress_bar, shown_number, shown_size
+from kvpack.cli.printing import data_console, print_tensors, printable, progress_bar, shown_number, shown_size
 from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
 
 
@@ -105,7 +105,7 @@ def compress(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a .safetensors file or a model directory.
+    """Compress a .safetensors file or a model directory; or a .bin, .pt, .pth or .gguf file.
 
     Embeddings, output layers, norms, biases and small tensors are kept as they are (the report lists them).
     """
@@ -146,6 +146,8 @@ def compress(
     for reason, names in kept.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         console.print(f"kept ({reason}): {shown}", markup=False, highlight=False)
+    for note in report.notes:
+        console.print(f"note: {printable(note)}", markup=False, highlight=False)
     coded = ""
     if report.bits_per_weight is not None:
         coded = f"; coded tensors {report.bits_per_weight:.3f} bits a weight"

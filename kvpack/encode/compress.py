@@ -1,6 +1,6 @@
 """What ``kvpack.compress`` does: whole files and model directories, a tensor at a time.
 
-Memory holds one tensor's blob and a few strips, whatever the model's size; sources are mapped. Outputs are
+Memory holds one tensor's blob and a few strips, whatever the model's size; sources are read strip by strip. Outputs are
 written beside their place and renamed at the end, files and directories alike.
 """
 
@@ -11,9 +11,12 @@ import math
 import os
 import time
 import zlib
+from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +35,13 @@ from kvpack.encode.model_directory import (
     size_bytes,
     write_json,
 )
-from kvpack.encode.output_files import Shard, check_target, pieces, write_shard_index
+from kvpack.encode.output_files import Crc32, Shard, check_target, pieces, write_shard_index
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram, RatePlan
 from kvpack.encode.reader import INDEX_NAME, locate_tensors, shard_paths
 from kvpack.encode.selection import Selection, transposed_names
+from kvpack.encode.stored_matrices import StoredMatrices
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
     Coder,
@@ -63,6 +67,7 @@ from kvpack.format.container import (
     VERSION_KEY,
     Container,
     ContainerWriter,
+    Readable,
     StoredTensor,
 )
 
@@ -96,7 +101,8 @@ class CompressReport:
     """What a compression gave.
 
     ``bits_per_weight`` and ``noise_db`` are those of the coded tensors (the noise: the mean of the quantized tensors'
-    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over.
+    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over; ``notes`` are
+    sentences on an input that was converted first.
     """
 
     input: str
@@ -108,6 +114,7 @@ class CompressReport:
     noise_db: float | None
     seconds: float
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     tensors: list[TensorReport] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,28 +122,31 @@ class CompressReport:
 
 
 def default_output(source: Path) -> Path:
-    """``model.safetensors`` → ``model.kvpack.safetensors``, ``dir`` → ``dir-kvpack``."""
+    """``model.safetensors`` → ``model.kvpack.safetensors``, ``dir`` → ``dir-kvpack``.
+
+    Checkpoints of torch become files as well, and ``model.gguf`` the directory ``model-kvpack``.
+    """
     source = Path(os.path.abspath(source))  # beside a symbolic link, not beside what it points to
     if source.is_dir():
         return source.with_name(source.name + "-kvpack")
-    return source.with_name(source.name.removesuffix(".safetensors") + ".kvpack.safetensors")
-
-
-def _as_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, np.dtype[Any]]:
-    data = container.data(tensor.name)
-    return np.frombuffer(data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    if source.suffix.lower() == ".gguf":
+        return source.with_name(source.stem + "-kvpack")
+    named = source.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    return source.with_name((source.stem if named else source.name) + ".kvpack.safetensors")
 
 
 class _Model:
     """The sources of a compression: containers, what to do with each tensor, and the common step if there is one."""
 
-    def __init__(self, source: Path, config: QuantConfig, executor: ThreadPoolExecutor, coder: Coder) -> None:
+    def __init__(
+        self, source: Path, config: QuantConfig, executor: ThreadPoolExecutor, coder: Coder, file: Readable | None
+    ) -> None:
         self.config, self.executor, self.coder = config, executor, coder
         self.selection = Selection.from_config(config)
         self.containers: list[Container] = []
         try:
             for path in shard_paths(source):
-                self.containers.append(Container(path))
+                self.containers.append(Container(path, file))
             for container in self.containers:
                 if container.coded:
                     raise InputError(f"{container.path} is compressed already")
@@ -161,8 +171,7 @@ class _Model:
         return sum(t.size_bytes for c in self.containers for t in c.tensors.values())
 
     def matrices(self, container: Container, tensor: StoredTensor) -> Matrices:
-        array = _as_array(container, tensor)
-        return Matrices(array, transposed=tensor.name in self.transposed)
+        return StoredMatrices(container, tensor, transposed=tensor.name in self.transposed)
 
     def common_step_tensors(self) -> list[tuple[Container, StoredTensor]]:
         selection = self.selection
@@ -280,11 +289,13 @@ def _encode_container(
     kept: list[tuple[StoredTensor, str]] = []
     scales: list[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]] = []
 
-    def add(name: str, dtype: str, shape: list[int], *parts: memoryview) -> None:
+    def add(name: str, dtype: str, shape: list[int], size_bytes: int, data: Iterable[memoryview]) -> None:
         if writer is not None:
-            writer.add(name, dtype, shape, (piece for part in parts for piece in pieces(part)))
+            writer.add(name, dtype, shape, data)
+        else:
+            deque(data, maxlen=0)  # a dry run reads what a real one would
         shard.stored_names.append(name)
-        shard.stored_bytes += sum(map(len, parts))
+        shard.stored_bytes += size_bytes
 
     for tensor in container.tensors.values():
         reason = selection.reason_to_keep(tensor)
@@ -305,7 +316,8 @@ def _encode_container(
             continue
         name = tensor.name
         blob = encoded.blob
-        add(name + BLOB_SUFFIX, "U8", [blob.size_bytes], memoryview(blob.front), memoryview(blob.payload))
+        parts = memoryview(blob.front), memoryview(blob.payload)
+        add(name + BLOB_SUFFIX, "U8", [blob.size_bytes], blob.size_bytes, chain.from_iterable(map(pieces, parts)))
         shard.blob_bytes[name] = blob.size_bytes
         if encoded.scales is not None:
             scales.append((name + SCALE_SUFFIX, np.ascontiguousarray(encoded.scales, "<f4")))
@@ -335,7 +347,7 @@ def _encode_container(
         for name, values in scales:
             data = values.data.cast("B")
             crc32[name] = zlib.crc32(data)
-            add(name, "F32", [len(values)], data)
+            add(name, "F32", [len(values)], len(data), [data])
         scales.clear()
 
     # Widest dtypes first, so that each tensor stays aligned to its own size behind blobs of 16-byte multiples.
@@ -343,9 +355,9 @@ def _encode_container(
         if _alignment(tensor) <= _SCALE_BYTES:
             add_scales()
         progress.tensor(tensor.name)
-        data = container.data(tensor.name)
-        crc32[tensor.name] = zlib.crc32(data)
-        add(tensor.name, tensor.dtype, list(tensor.shape), data)
+        computed = Crc32(container.pieces(tensor.name))
+        add(tensor.name, tensor.dtype, list(tensor.shape), tensor.size_bytes, computed)
+        crc32[tensor.name] = computed.value
         elements = math.prod(tensor.shape)
         reports.append(
             TensorReport(
@@ -386,11 +398,13 @@ def compress(
     force: bool = False,
     progress: Progress | None = None,
     coder: Coder = CPU_CODER,
+    file: Readable | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
     Args:
         coder: who counts and codes; whoever it is, the bytes are the same.
+        file: what is read in place of a file at ``path``, which is a name alone then.
 
     Raises:
         InputError: the input, the output or the number of threads cannot be used.
@@ -402,14 +416,14 @@ def compress(
     source = Path(path)
     config = QuantConfig() if config is None else config
     target = Path(out) if out is not None else default_output(source)
-    check_target(source, target, force=force or dry_run)
+    check_target(source, target, force=force or dry_run, exists=file is None)
     carried, left_out = other_files(source, target) if source.is_dir() else ([], [])
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads: at least 1 is needed")
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, config, executor, coder)
+        model = _Model(source, config, executor, coder, file)
         try:
             progress.total(model.total_bytes)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
@@ -417,8 +431,9 @@ def compress(
                 shards = [Path(c.path.name) for c in model.containers]
                 refuse_other_files(target, [Path(CONFIG_NAME), *shards, *carried])
             own = [source / name for name in (CONFIG_NAME, INDEX_NAME) if source.is_dir() and (source / name).exists()]
-            input_files = [c.path for c in model.containers] + own + [source / file for file in carried]
-            input_bytes = sum(file.stat().st_size for file in input_files)
+            other_files_read = own + [source / relative for relative in carried]
+            input_bytes = sum(c.file.size_bytes for c in model.containers)
+            input_bytes += sum(other.stat().st_size for other in other_files_read)
             coded = {c.path.resolve() for c in model.containers}
             left_out = [file for file in left_out if (source / file).resolve() not in coded]
             plans = {}

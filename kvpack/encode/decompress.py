@@ -25,7 +25,7 @@ from kvpack.encode.model_directory import (
     size_bytes,
     write_json,
 )
-from kvpack.encode.output_files import Shard, check_target, pieces, write_shard_index
+from kvpack.encode.output_files import Crc32, Shard, check_target, pieces, write_shard_index
 from kvpack.encode.progress import Progress
 from kvpack.encode.reader import INDEX_NAME, Reader
 from kvpack.errors import InputError
@@ -131,17 +131,15 @@ def _decompress_container(reader: Reader, container: Container, target: Path, dt
                 container.check_crc32(name + SCALE_SUFFIX)
                 own = container.coded[name]["dtype"] == stored_dtype(name)
                 values = np.ascontiguousarray(reader.dequantize(name, "original" if own else dtype))
-                data = values.view(np.uint8).reshape(-1).data
-                shape = list(values.shape)
-                done = container.tensors[name + BLOB_SUFFIX].size_bytes
+                size, done = values.nbytes, container.tensors[name + BLOB_SUFFIX].size_bytes
+                writer.add(name, stored_dtype(name), values.shape, pieces(values.view(np.uint8).reshape(-1).data))
             else:
-                container.check_crc32(name)
-                data = container.data(name)
-                shape = list(container.tensors[name].shape)
-                done = len(data)
-            writer.add(name, stored_dtype(name), shape, pieces(data))
+                computed = Crc32(container.pieces(name))
+                size, done = container.tensors[name].size_bytes, container.tensors[name].size_bytes
+                writer.add(name, stored_dtype(name), container.tensors[name].shape, computed)
+                container.compare_crc32(name, computed.value)
             shard.stored_names.append(name)
-            shard.stored_bytes += len(data)
+            shard.stored_bytes += size
             progress.advance(done)
         own_keys = (VERSION_KEY, TENSORS_KEY, CRC_KEY) if VERSION_KEY in container.metadata else ()
         writer.finish({k: v for k, v in container.metadata.items() if k not in own_keys})

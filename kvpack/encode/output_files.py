@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from kvpack.errors import InputError
 _COPY_BYTES = 1 << 24
 
 
-def check_target(source: Path, target: Path, *, force: bool) -> None:
-    """Check that ``source`` can be read and ``target`` written.
+def check_target(source: Path, target: Path, *, force: bool, exists: bool = True) -> None:
+    """Check that ``source``, if it ``exists`` outside of memory, can be read, and ``target`` written.
 
     Raises:
         InputError: there is no source, or the target is there already, is of another kind, or holds what must stay.
     """
-    if not source.exists():
+    if exists and not source.exists():
         raise InputError(f"{source} does not exist")
     shard_paths(source)  # raises where there are none
     if target.exists():
@@ -58,7 +59,20 @@ def write_shard_index(directory: Path, shards: list[Shard]) -> None:
     write_index(directory, weight_map, sum(shard.stored_bytes for shard in shards))
 
 
+class Crc32:
+    """Passes pieces on; ``value`` is the CRC-32 of all that went through, so of the very bytes that are written."""
+
+    def __init__(self, data: Iterable[memoryview]) -> None:
+        self.value = 0
+        self._data = data
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for piece in self._data:
+            self.value = zlib.crc32(piece, self.value)
+            yield piece
+
+
 def pieces(data: memoryview) -> Iterator[memoryview]:
-    """The bytes in parts of at most 16 MiB, so that mapped ones are never in memory as a whole."""
+    """The bytes in parts of at most 16 MiB, for who writes them one after another."""
     for first in range(0, len(data), _COPY_BYTES):
         yield data[first : first + _COPY_BYTES]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES, NUMPY_DTYPES
-from kvpack.encode.threads import default_threads
+from kvpack.encode.threads import ThreadPool
 from kvpack.errors import ContainerMetadataError, DirectoryIndexError, InputError, ScaleError
 from kvpack.format.blob import Blob
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
@@ -100,7 +100,8 @@ def locate_tensors(containers: Iterable[Container]) -> dict[str, Container]:
 class Reader:
     """Tensors of a safetensors file, or of a directory of shards, by their original names.
 
-    Opening maps the files and reads their headers; tensors are decoded when asked for. May be used by several threads.
+    Opening reads the files' headers; tensors are decoded when asked for. May be used by several threads,
+    and by processes forked from the one that opened it.
 
     Example::
 
@@ -129,7 +130,7 @@ class Reader:
         self.path = Path(path)
         self.max_elements = max_elements
         self.containers: list[Container] = []
-        self._executor = ThreadPoolExecutor(threads or default_threads())
+        self._pool = ThreadPool(threads)
         self._where: dict[str, Container] = {}
         try:
             for shard in shard_paths(self.path):
@@ -150,6 +151,10 @@ class Reader:
         wrong |= stored.keys() - weight_map.keys()
         if wrong:
             raise DirectoryIndexError(f"{index}: {min(wrong)!r} is not where the index says")
+
+    @property
+    def _executor(self) -> ThreadPoolExecutor:
+        return self._pool.executor
 
     def keys(self) -> list[str]:
         """Names of all tensors, as in the original model."""
@@ -274,7 +279,7 @@ class Reader:
             raise
 
     def stored(self, name: str) -> npt.NDArray[Any]:
-        """A kept tensor as it is stored: read-only, not copied."""
+        """A kept tensor as it is stored: read-only, in memory of its own."""
         container = self.container(name)
         tensor = container.tensors[name]
         dtype = NUMPY_DTYPES.get(tensor.dtype)
@@ -331,7 +336,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the files. Arrays handed out stay valid."""
-        self._executor.shutdown()
+        self._pool.close()
         for container in self.containers:
             container.close()
 

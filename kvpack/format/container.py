@@ -1,31 +1,31 @@
 """The container: a safetensors file that holds blobs (docs/FORMAT.md §9).
 
-Reading is done here and not by the safetensors package for three reasons: zero-copy views of any dtype, a named
-error for each rule, and 10,000 tensors in well under a second. The tests open files with that package too.
+Reading is done here and not by the safetensors package for three reasons: any dtype, a named error for each rule, and
+10,000 tensors in well under a second. The tests open files with that package too. Files are read and not mapped: a
+mapped file that is cut by another process kills its reader with SIGBUS, a read says how much there was.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import secrets
 import shutil
 import struct
-import weakref
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 
 from kvpack.errors import (
     ContainerMetadataError,
+    FileChangedError,
     LimitError,
     NotAContainerError,
     ScaleError,
@@ -34,6 +34,7 @@ from kvpack.errors import (
 )
 from kvpack.format.file_kinds import HEAD_BYTES, describe
 from kvpack.format.header import HEADER_BYTES, BlobHeader
+from kvpack.format.open_files import OpenFile
 
 CONTAINER_VERSION = "1"
 VERSION_KEY = "kvpack_version"
@@ -138,67 +139,69 @@ def _parse_tensor(name: str, entry: object) -> StoredTensor:
     return StoredTensor(name, dtype, tuple(shape), begin, end)
 
 
-class OpenFile:
-    """A file that stays open until the last reference to it is gone, whatever its path leads to meanwhile.
+class Readable(Protocol):
+    """A file, or what can be read like one: :class:`OpenFile`, :class:`SerializedTensors`."""
 
-    Attributes:
-        path: under which it was opened; for messages.
-        descriptor: to be read at given offsets alone, since the position is shared.
+    path: Path
+    size_bytes: int
 
-    Raises:
-        OSError: it cannot be opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:  # which refuses folders
-            self.descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self.descriptor)
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset`` on."""
 
 
 class Container:
-    """A safetensors file, mapped into memory and checked; works for files without blobs too.
+    """A safetensors file, opened and its header checked; works for files without blobs too.
 
     Attributes:
-        file: what is mapped, for who reads it otherwise. Kept open by the container and by all who hold it.
+        file: what is read, for who reads it otherwise. Kept open by the container and by all who hold it.
         data_begin: where in the file the tensors' data begin.
         tensors: all stored tensors by name, in the order of their offsets.
         metadata: the strings of ``__metadata__``.
         coded: the entries of ``kvpack_tensors`` (empty if the file has none).
         crc32: what ``kvpack_crc32`` gives for stored tensors that are not blobs (empty if the file has none).
 
+    Args:
+        path: of the file, to be opened.
+        file: instead, what was opened already; ``path`` is its name alone.
+
     Raises:
         ContainerError: the file breaks a rule of FORMAT.md §9.
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], file: Readable | None = None) -> None:
         self.path = Path(path)
-        self.file = OpenFile(self.path)
-        size = os.fstat(self.file.descriptor).st_size
+        self.file: Readable = OpenFile(self.path) if file is None else file
+        size = self.file.size_bytes
         if size < 8:
-            kind = describe(os.pread(self.file.descriptor, size, 0), size)
-            what = "" if kind is None else f"; it is {kind}"
-            raise NotAContainerError(f"{self.path}: {size} bytes are too few for a safetensors file{what}")
-        self._map = mmap.mmap(self.file.descriptor, 0, access=mmap.ACCESS_READ)
-        self._view = memoryview(self._map)
+            kind = self._kind("; it is ")
+            raise NotAContainerError(f"{self.path}: {size} bytes are too few for a safetensors file{kind}")
         try:
             self._parse(size)
-        except NotAContainerError as error:
-            kind = describe(bytes(self._view[:HEAD_BYTES]), size)
+        except FileChangedError:  # which names the file
             self.close()
-            found = str(error) if kind is None else f"not a safetensors file but {kind}"
+            raise
+        except NotAContainerError as error:
+            found = self._kind("not a safetensors file but ") or str(error)
+            self.close()
             raise NotAContainerError(f"{self.path}: {found}") from None
         except ValueError as error:  # every FormatError is one
             self.close()
             error.args = (f"{self.path}: {error}",)
             raise
 
+    def _kind(self, introduction: str) -> str:
+        """What the file is by its first bytes, if these tell."""
+        size = self.file.size_bytes
+        kind = describe(bytes(self._read(0, min(size, HEAD_BYTES))), size)
+        return "" if kind is None else introduction + kind
+
     def _parse(self, size: int) -> None:
-        (header_bytes,) = struct.unpack_from("<Q", self._view)
+        beginning = self._read(0, 8)
+        (header_bytes,) = struct.unpack("<Q", beginning)
         if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > size:
             raise NotAContainerError(f"not a safetensors file: a header of {header_bytes} bytes in a file of {size}")
-        header = _parse_header(bytes(self._view[8 : 8 + header_bytes]))
+        header = _parse_header(bytes(self._read(8, header_bytes)))
         if not isinstance(header, dict):
             raise NotAContainerError("the header is not a JSON object")
         metadata = header.pop("__metadata__", None)
@@ -212,14 +215,14 @@ class Container:
             key=lambda tensor: (tensor.begin, tensor.end),
         )
         self.data_begin = 8 + header_bytes
-        self._data = self._view[self.data_begin :]
+        data_bytes = size - self.data_begin
         at = 0
         for tensor in tensors:
             if tensor.begin != at:
                 raise TensorTableError(f"tensor {tensor.name!r} begins at {tensor.begin}, expected {at}")
             at = tensor.end
-        if at != len(self._data):
-            raise TensorTableError(f"the tensors end at {at}, the data at {len(self._data)}")
+        if at != data_bytes:
+            raise TensorTableError(f"the tensors end at {at}, the data at {data_bytes}")
         self.tensors = {tensor.name: tensor for tensor in tensors}
         self.coded = self._parse_coded()
         self.crc32 = self._parse_crc32()
@@ -288,10 +291,30 @@ class Container:
         parts = {name + suffix for name in self.coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
         return sorted([*self.coded, *(name for name in self.tensors if name not in parts)])
 
+    def _read(self, offset: int, size_bytes: int) -> memoryview:
+        if "file" not in vars(self):
+            raise ValueError(f"{self.path} is closed")
+        buffer = np.empty(size_bytes, np.uint8)
+        self.file.read_into(buffer.data, offset)
+        return buffer.data.toreadonly()
+
+    def read(self, name: str, begin: int, end: int) -> memoryview:
+        """The bytes ``begin … end`` of a stored tensor, read-only, in memory of their own.
+
+        Raises:
+            FileChangedError: the file was cut or written to since it was opened.
+        """
+        return self._read(self.data_begin + self.tensors[name].begin + begin, end - begin)
+
     def data(self, name: str) -> memoryview:
-        """The bytes of a stored tensor, not copied."""
-        tensor = self.tensors[name]
-        return self._data[tensor.begin : tensor.end]
+        """All bytes of a stored tensor, as :meth:`read` gives them."""
+        return self.read(name, 0, self.tensors[name].size_bytes)
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a stored tensor in parts of at most 16 MiB, so that they are never in memory as a whole."""
+        size = self.tensors[name].size_bytes
+        for begin in range(0, size, _COPY_BYTES):
+            yield self.read(name, begin, min(begin + _COPY_BYTES, size))
 
     def check_crc32(self, name: str) -> bool:
         """Compare the bytes of a stored tensor that is not a blob with their CRC; False if the file gives none.
@@ -299,17 +322,29 @@ class Container:
         Raises:
             TensorCrcError: they are damaged.
         """
-        given = self.crc32.get(name)
-        if given is None:
+        if name not in self.crc32:
             return False
-        computed = zlib.crc32(self.data(name))
+        computed = 0
+        for piece in self.pieces(name):
+            computed = zlib.crc32(piece, computed)
+        self.compare_crc32(name, computed)
+        return True
+
+    def compare_crc32(self, name: str, computed: int) -> None:
+        """For who reads a stored tensor anyway: its CRC against the one that the file gives, if it does.
+
+        Raises:
+            TensorCrcError: they differ.
+        """
+        given = self.crc32.get(name, computed)
         if computed != given:
             raise TensorCrcError(f"{self.path}, tensor {name!r}: {CRC_KEY} is 0x{given:08X}, computed 0x{computed:08X}")
-        return True
 
     def blob_header(self, name: str) -> BlobHeader:
         """The header alone of a coded tensor's blob, unverified by its CRC."""
-        return BlobHeader.parse(self.data(name + BLOB_SUFFIX)[:HEADER_BYTES])
+        return BlobHeader.parse(
+            self.read(name + BLOB_SUFFIX, 0, min(HEADER_BYTES, self.tensors[name + BLOB_SUFFIX].size_bytes))
+        )
 
     def scales(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]] | None:
         """The scales of a coded tensor, f32 [1] or [matrices · rows], or None."""
@@ -323,15 +358,8 @@ class Container:
         return scales
 
     def close(self) -> None:
-        """Unmap the file and let go of it, as soon as no array refers to the one, and nobody holds the other."""
+        """Let go of the file; it is closed as soon as nobody else holds it. What was read stays."""
         vars(self).pop("file", None)
-        for view in (getattr(self, "_data", None), self._view):
-            if view is not None:
-                view.release()
-        try:
-            self._map.close()
-        except BufferError:  # an array still refers to the map; it is unmapped with the last one
-            return
 
     def __enter__(self) -> Self:
         return self

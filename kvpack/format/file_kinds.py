@@ -28,6 +28,8 @@ _ONNX = re.compile(rb"\x08[\x01-\x20](\x12|\x1a|\x22|\x3a)")
 _TFLITE = b"TFL3"
 # Flax: a map of MessagePack whose first key is a text.
 _MSGPACK = re.compile(rb"(?:[\x81-\x8f]|\xde..|\xdf....)(?:[\xa1-\xbf]|\xd9.)[A-Za-z_]", re.DOTALL)
+# What torch.save puts first, and torch.jit.save.
+_TORCH_MEMBER = re.compile(rb"[^/]+/(data\.pkl|version|byteorder|\.format_version|data/\d+)")
 _LFS_SIZE = re.compile(rb"^size (\d{1,20})$", re.MULTILINE)
 _SHOWN_CHARACTERS = 60
 _MAX_PLAUSIBLE_HEADER = 100_000_000  # that of container.py
@@ -50,7 +52,7 @@ def _first_member(head: bytes) -> bytes:
 
 def _is_torch_zip(head: bytes) -> bool:
     name = _first_member(head)
-    return head[:4] == b"PK\3\4" and name.endswith((b"/data.pkl", b"/version", b"/byteorder", b"/.format_version"))
+    return head[:4] == b"PK\3\4" and _TORCH_MEMBER.fullmatch(name) is not None
 
 
 def _lfs_pointer(head: bytes) -> str:

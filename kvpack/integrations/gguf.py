@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.errors import InputError, NotAContainerError, NotInstalledError
-from kvpack.format.file_kinds import HEAD_BYTES, describe, is_gguf
 
 # How many names a message lists.
 _SHOWN = 5
@@ -29,24 +28,20 @@ def write_model_directory(path: Path, directory: Path) -> list[str]:
 
     Raises:
         NotInstalledError: gguf, transformers or torch is missing.
-        NotAContainerError: it is no GGUF file, or is damaged.
+        NotAContainerError: the gguf package cannot read it.
         InputError: transformers does not know the architecture, or the file lacks tensors of the model.
     """
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-    if not is_gguf(head):
-        kind = describe(head, path.stat().st_size)
-        raise NotAContainerError(f"{path}: not a GGUF file" + ("" if kind is None else f" but {kind}"))
     try:
         import gguf
         import torch
         import transformers
         from safetensors.torch import save_file
-        from transformers import modeling_gguf_pytorch_utils as converter
+        from transformers import modeling_gguf_pytorch_utils
     except ImportError as error:
         raise NotInstalledError(
             f"{path} is a GGUF file: to read it takes {error.name}: pip install 'kvpack[gguf]'"
         ) from None
+    converter: Any = modeling_gguf_pytorch_utils
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:

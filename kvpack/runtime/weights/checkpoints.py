@@ -13,7 +13,6 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvpack.errors import InputError, NotAContainerError
-from kvpack.format.file_kinds import HEAD_BYTES, describe, is_pickle
 from kvpack.format.serialized import TensorSource
 from kvpack.runtime.weights.load import TORCH_DTYPES
 
@@ -78,6 +77,21 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
     notes: list[str] = field(default_factory=list)
 
+    def sources(self) -> dict[str, TensorSource]:
+        """All of them as :func:`tensor_source` gives them."""
+        return {name: tensor_source(name, tensor) for name, tensor in self.tensors.items()}
+
+    def ties(self) -> list[str]:
+        """A note on names of one and the same tensor: each gets its values, as in any safetensors file."""
+        first: dict[tuple[Any, ...], str] = {}
+        again = []
+        for name, tensor in self.tensors.items():
+            if tensor.layout == torch.strided and not is_lazy(tensor) and not tensor.is_meta and tensor.numel():
+                place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                if first.setdefault(place, name) != name:
+                    again.append(name)
+        return [f"the same tensors as others, and stored again: {_listed(again)}"] if again else []
+
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """A ``.bin``, ``.pt`` or ``.pth`` file of ``torch.save``, by torch's loader that runs no code.
@@ -86,16 +100,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     (``state_dict``, ``model``, …) are taken out of it; whatever is no tensor is left out, and named in a note.
 
     Raises:
-        NotAContainerError: the file is no pickle of torch's, or is damaged.
+        NotAContainerError: torch cannot read the file.
         InputError: it holds other objects than tensors and plain values, or no tensors, or several models.
     """
     with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-    if not is_pickle(head):
-        kind = describe(head, path.stat().st_size)
-        raise NotAContainerError(f"{path}: not a PyTorch pickle" + ("" if kind is None else f" but {kind}"))
+        zipped = file.read(2) == b"PK"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
     except pickle.UnpicklingError as error:
@@ -105,12 +116,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path}: torch's loader of plain weights refuses it ({detail}). What else it holds could run code; if you "
             "trust the file, load it yourself, and give kvpack.compress the mapping of names to tensors"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except RuntimeError as error:
+        if "TorchScript" in str(error):
+            raise InputError(
+                f"{path} is a TorchScript archive, which holds a program: save the model's state_dict instead, or give "
+                "kvpack.compress torch.jit.load(...).state_dict()"
+            ) from None
+        raise NotAContainerError(f"{path}: a PyTorch pickle that torch cannot read: {_first_line(error)}") from None
+    except (EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise NotAContainerError(
             f"{path}: a PyTorch pickle that torch cannot read: {str(error).splitlines()[0]}"
         ) from None
     checkpoint = _take_tensors(content, str(path))
-    checkpoint.notes += shared_memory_notes(checkpoint.tensors)
+    checkpoint.notes += checkpoint.ties()
     return checkpoint
 
 
@@ -153,20 +171,5 @@ def _has_tensors(value: object) -> bool:
     )
 
 
-def shared_memory_notes(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Which tensors are one and the same: each name gets its values, as in a safetensors file."""
-    first: dict[tuple[Any, ...], str] = {}
-    again = []
-    for name, tensor in tensors.items():
-        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta and not is_lazy(tensor):
-            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if first.setdefault(place, name) != name:
-                again.append(name)
-    if not again:
-        return []
-    return [f"stored under each of their names, since safetensors knows no ties: {_listed(again)}"]
-
-
-def sources(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSource]:
-    """All of them as :func:`tensor_source` gives them."""
-    return {name: tensor_source(name, tensor) for name, tensor in tensors.items()}
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
