@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +107,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on TorchScript, which is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
     except pickle.UnpicklingError as error:
