@@ -6,6 +6,7 @@ pattern and can be locked belongs to nobody, and the next writer of the same out
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -14,12 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # no POSIX system: nothing is locked, and nothing removed
-    fcntl = None  # type: ignore[assignment]
-
-_NO_SURPRISES = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # no link, no wait for a FIFO's writer
+_NO_SURPRISES = os.O_NOFOLLOW | os.O_NONBLOCK  # no link, no wait for a FIFO's writer
 _TOKEN_BYTES = 4
 _TOKEN = f"[0-9a-f]{{{2 * _TOKEN_BYTES}}}"
 
@@ -30,8 +26,6 @@ def hidden_name(name: str, ending: str) -> str:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
-    if fcntl is None:
-        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:  # held by another process, or a file system without locks
