@@ -54,15 +54,8 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: object = None,
-    line: object = None,
-) -> None:
-    """One line, as errors have."""
+def _show_warning(message: Warning | str, *where: object) -> None:
+    """One line, as errors have, without the place in the code."""
     print(f"kvpack: {message}", file=sys.stderr)
 
 

@@ -45,7 +45,7 @@ _ADVICE = {
     errno.EMFILE: "; a higher limit of open files helps: ulimit -n",
     errno.ENFILE: "; all programs of this machine together have too many files open",
     errno.ENOSPC: "; free some space: while a file is written it takes twice its size. Nothing was left behind",
-    errno.EDQUOT: "; your quota is used up, and a file takes twice its size while it is written. Nothing was left behind",
+    errno.EDQUOT: "; your quota is used up: while a file is written it takes twice its size. Nothing was left behind",
     errno.EROFS: "; -o names an output on a file system that can be written to",
     errno.EACCES: "; check the permissions of the file and its folders, or choose another output with -o",
     errno.EPERM: "; check the permissions of the file and its folders, or choose another output with -o",

@@ -57,7 +57,7 @@ def check_expansion(container: Container, max_elements: int | None) -> None:
     limit = element_limit(blob_bytes) if max_elements is None else max_elements
     if elements > limit:
         raise LimitError(
-            f"{container.path}: {elements} elements in {blob_bytes} bytes of coded tensors exceed the limit of {limit}; "
+            f"{container.path}: {elements} elements in {blob_bytes} bytes of blobs exceed the limit of {limit}; "
             "pass max_elements to allow more"
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kvpack.encode.reader import INDEX_NAME
-from kvpack.errors import DirectoryIndexError, OtherFilesError
+from kvpack.errors import DirectoryIndexError, InputError, OtherFilesError
 from kvpack.format.container import VERSION_KEY, Container
 from kvpack.format.layout import VERSION
 from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
@@ -96,7 +96,16 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
-    """model.safetensors.index.json: which shard holds which stored tensor."""
+    """model.safetensors.index.json: which shard holds which stored tensor.
+
+    Raises:
+        InputError: a shard's name is not UTF-8.
+    """
+    for shard in set(weight_map.values()):
+        try:
+            shard.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{shard!r} is no name in UTF-8, which an index needs: rename the file") from None
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(directory / INDEX_NAME, index)
 
