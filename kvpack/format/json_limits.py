@@ -7,6 +7,7 @@ beforehand, in one pass that builds nothing.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 import numpy as np
@@ -62,7 +63,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str) -> NoReturn:
     """Python's parser takes NaN and Infinity, which RFC 8259 does not have."""
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
 
 
 def load_json(text: bytes) -> Any:
@@ -75,6 +81,6 @@ def load_json(text: bytes) -> Any:
     """
     _check_size(text)
     try:
-        return json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_number)
+        return json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_number, parse_float=_finite)
     except RecursionError as error:  # from a caller that is deep in its own stack already
         raise ValueError(str(error)) from None
