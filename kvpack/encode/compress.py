@@ -297,6 +297,7 @@ def _encode_container(
         shard.stored_names.append(name)
         shard.stored_bytes += size_bytes
 
+    coded_elements = coded_bytes = 0
     for tensor in container.tensors.values():
         reason = selection.reason_to_keep(tensor)
         if reason is not None:
@@ -311,9 +312,12 @@ def _encode_container(
         if encoded.size_bytes >= tensor.size_bytes:
             kept.append((tensor, "coding does not make it smaller"))
             continue
-        if math.prod(tensor.shape) > element_limit(encoded.blob.size_bytes):
+        elements = math.prod(tensor.shape)
+        size = encoded.blob.size_bytes
+        if elements > element_limit(size) or coded_elements + elements > element_limit(coded_bytes + size):
             kept.append((tensor, "nearly all equal: readers refuse to expand so much from so few bytes"))
             continue
+        coded_elements, coded_bytes = coded_elements + elements, coded_bytes + size
         name = tensor.name
         blob = encoded.blob
         parts = memoryview(blob.front), memoryview(blob.payload)
@@ -321,7 +325,6 @@ def _encode_container(
         shard.blob_bytes[name] = blob.size_bytes
         if encoded.scales is not None:
             scales.append((name + SCALE_SUFFIX, np.ascontiguousarray(encoded.scales, "<f4")))
-        elements = math.prod(tensor.shape)
         report = TensorReport(
             name=name,
             shape=list(tensor.shape),

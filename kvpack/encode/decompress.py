@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvpack.encode.blob_decoder import check_expansion
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSY_DTYPES, NUMPY_DTYPES
 from kvpack.encode.model_directory import (
     CONFIG_NAME,
@@ -63,11 +64,13 @@ def decompress(
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    max_elements: int | None = None,
 ) -> DecompressReport:
     """Write a compressed file or directory back as ordinary safetensors.
 
     Args:
         dtype: ``original``, or a float dtype for all coded float tensors (kept ones stay as they are).
+        max_elements: refuse files whose coded tensors have more, all together (default: max(2^28, 256 × their bytes)).
 
     Raises:
         InputError, FormatError, OSError: as for :func:`compress`.
@@ -78,7 +81,9 @@ def decompress(
     check_target(source, target, force=force)
     if dtype != "original" and dtype not in FLOAT_NAMES:
         raise InputError(f"dtype {dtype!r}: there are original, {', '.join(FLOAT_NAMES)}")
-    with Reader(source, threads=threads) as reader:
+    with Reader(source, threads=threads, max_elements=max_elements) as reader:
+        for container in reader.containers:
+            check_expansion(container, max_elements)
         progress.total(sum(t.size_bytes for c in reader.containers for t in c.tensors.values()))
         if source.is_dir():
             carried, _ = other_files(source, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from numba import njit
@@ -27,7 +28,7 @@ def _tell(reason: object) -> None:
         )
 
 
-class _KernelCache(FunctionCache):  # type: ignore[misc]
+class _KernelCache(FunctionCache):
     """numba's cache, without which a kernel works as well: no failure of it is the caller's."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -35,12 +36,14 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
             return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
         except Exception as error:  # an unreadable directory, or whatever unpickling makes of a damaged file
             _tell(error)
+            with suppress(OSError):
+                self.flush()  # type: ignore[no-untyped-call]
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)  # type: ignore[no-untyped-call]
-        except OSError as error:  # full, read-only, gone, out of descriptors
+        except Exception as error:  # full, read-only, gone, out of descriptors
             _tell(error)
 
 
@@ -51,7 +54,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
         compiled._cache = _KernelCache(function)  # type: ignore[no-untyped-call]  # what njit(cache=True) does, with numba's own class
     except (RuntimeError, OSError) as error:  # numba: no locator available for the file
         _tell(error)
-    return compiled
+    return compiled  # type: ignore[no-any-return]
 
 
 # A fork while another thread compiles would leave the child with a lock that nobody opens. So a fork waits for the

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kvpack.encode.reader import INDEX_NAME
-from kvpack.errors import DirectoryIndexError, OtherFilesError
+from kvpack.errors import DirectoryIndexError, InputError, OtherFilesError
 from kvpack.format.container import VERSION_KEY, Container
 from kvpack.format.layout import VERSION
+from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
 
 CONFIG_NAME = "config.json"
 QUANTIZATION_KEY = "quantization_config"
@@ -96,7 +96,16 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
-    """model.safetensors.index.json: which shard holds which stored tensor."""
+    """model.safetensors.index.json: which shard holds which stored tensor.
+
+    Raises:
+        InputError: a shard's name is not UTF-8.
+    """
+    for shard in set(weight_map.values()):
+        try:
+            shard.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{shard!r} is no name in UTF-8, which an index needs: rename the file") from None
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(directory / INDEX_NAME, index)
 
@@ -189,21 +198,22 @@ def directory_in_place(target: Path) -> Iterator[Path]:
     """A temporary directory beside ``target`` that takes its place on success and vanishes otherwise.
 
     An existing ``target`` is moved aside first and deleted last; a directory cannot be exchanged in one step, so a
-    process killed between the two renames leaves the old one under its hidden name.
+    process killed between the two renames leaves the old one under its hidden name, ``.NAME.12345678.old``. That is
+    nobody's to remove but the user's; a ``.tmp`` left by a killed process is removed by the next.
 
     Raises:
         OtherFilesError: ``target`` holds something that is no part of an output; it stays as it is.
     """
     target = Path(os.path.abspath(target))  # "." has no name
-    suffix = secrets.token_hex(4)
-    temporary = target.with_name(f".{target.name}.{suffix}.tmp")
-    temporary.mkdir(parents=True)
+    remove_abandoned(target, "tmp")
+    temporary = target.with_name(hidden_name(target.name, "tmp"))
+    lock = create_directory(temporary)
     try:
         yield temporary
         if not target.exists():
             temporary.rename(target)
             return
-        previous = target.with_name(f".{target.name}.{suffix}.old")
+        previous = target.with_name(hidden_name(target.name, "old"))
         target.rename(previous)
         try:
             # Again, for what came while the output was made; where it lies now, nobody puts anything.
@@ -220,3 +230,5 @@ def directory_in_place(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)

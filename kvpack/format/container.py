@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import shutil
 import struct
 import zlib
@@ -34,7 +33,9 @@ from kvpack.errors import (
 )
 from kvpack.format.file_kinds import HEAD_BYTES, describe
 from kvpack.format.header import HEADER_BYTES, BlobHeader
+from kvpack.format.json_limits import RepeatedKeyError, load_json
 from kvpack.format.open_files import OpenFile
+from kvpack.format.temporary_files import create_file, hidden_name, remove_abandoned
 
 CONTAINER_VERSION = "1"
 VERSION_KEY = "kvpack_version"
@@ -43,8 +44,10 @@ CRC_KEY = "kvpack_crc32"
 BLOB_SUFFIX = "_kvpack"
 SCALE_SUFFIX = "_kvpack_scale"
 MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 1 << 18  # in one file; a reader's own limit (FORMAT.md §10)
 _DATA_ALIGNMENT_BYTES = 64
 _COPY_BYTES = 1 << 24
+_ENDINGS = ("data", "tmp")
 MAX_DIMENSIONS = 64  # NumPy's
 _MAX_EMPTY_EXTENT = 1 << 58  # NumPy's is 2^63 bytes, zeros left out
 
@@ -57,7 +60,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as the safetensors header lists it; offsets are from the data's start."""
 
@@ -80,40 +83,28 @@ def _is_shape(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_count, value))
 
 
-class _RepeatedKeyError(ValueError):
-    pass
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _RepeatedKeyError(f"{twice!r} is there twice")
-    for key, value in pairs:  # a lone surrogate, as "\ud800", is not text: encode() refuses it
-        key.encode()
-        if isinstance(value, str):
-            value.encode()
-    return found
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _no_number(text)
-
-
 def _parse_header(text: bytes) -> Any:
     try:
-        # Python reads NaN, Infinity and 1e999; JSON, and so the safetensors library, does not.
-        return json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_number, parse_float=_finite)
-    except _RepeatedKeyError as error:
+        return load_json(text)
+    except RepeatedKeyError as error:
         raise TensorTableError(f"the JSON header: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except LimitError as error:
+        raise LimitError(f"the header: {error}") from None
+    except ValueError as error:
         raise NotAContainerError(f"the header is not valid JSON: {error}") from None
+
+
+def _parse_metadata(key: str, text: str) -> dict[str, Any]:
+    """An object of ``__metadata__``, which is the JSON text of one."""
+    try:
+        value = load_json(text.encode())
+    except LimitError as error:
+        raise LimitError(f"{key}: {error}") from None
+    except ValueError as error:
+        raise ContainerMetadataError(f"{key} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ContainerMetadataError(f"{key} is not a JSON object")
+    return value
 
 
 def _parse_tensor(name: str, entry: object) -> StoredTensor:
@@ -210,6 +201,8 @@ class Container:
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise TensorTableError("__metadata__ is not a map of strings")
         self.metadata: dict[str, str] = metadata
+        if len(header) > MAX_TENSORS:
+            raise LimitError(f"{len(header)} tensors in one file: this reader takes {MAX_TENSORS}")
         tensors = sorted(
             (_parse_tensor(name, entry) for name, entry in header.items()),
             key=lambda tensor: (tensor.begin, tensor.end),
@@ -241,12 +234,7 @@ class Container:
             return {}
         if version != CONTAINER_VERSION:
             raise ContainerMetadataError(f"{VERSION_KEY} is {version!r}, this reader knows {CONTAINER_VERSION!r}")
-        try:
-            coded = json.loads(text or "", object_pairs_hook=_unique_keys)
-        except (ValueError, RecursionError) as error:
-            raise ContainerMetadataError(f"{TENSORS_KEY} is not valid JSON: {error}") from None
-        if not isinstance(coded, dict):
-            raise ContainerMetadataError(f"{TENSORS_KEY} is not a JSON object")
+        coded = _parse_metadata(TENSORS_KEY, text or "")
         for name, entry in coded.items():
             if (
                 not isinstance(entry, dict)
@@ -273,12 +261,7 @@ class Container:
         text = self.metadata.get(CRC_KEY)
         if text is None or VERSION_KEY not in self.metadata:  # absent, or an ordinary file's own affair
             return {}
-        try:
-            given = json.loads(text, object_pairs_hook=_unique_keys)
-        except (ValueError, RecursionError) as error:
-            raise ContainerMetadataError(f"{CRC_KEY} is not valid JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise ContainerMetadataError(f"{CRC_KEY} is not a JSON object")
+        given = _parse_metadata(CRC_KEY, text)
         for name, crc in given.items():
             if name not in self.tensors or name.removesuffix(BLOB_SUFFIX) in self.coded:
                 raise ContainerMetadataError(f"{CRC_KEY}: {name!r} is no stored tensor, or a blob, which has its own")
@@ -378,16 +361,17 @@ class ContainerWriter:
 
     Data goes to a spool file beside the target (its offsets are part of the header, which comes first); ``finish``
     writes the header, appends the spool, flushes to disk and renames. Leaving the ``with`` block otherwise removes
-    all traces.
+    all traces, and a process that is killed leaves ``.NAME.12345678.data`` and ``.tmp``, which the next writer of the
+    same file removes.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        # A process killed before may have had this number too: containers begin theirs at 1.
-        unique = f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}"
-        self._spool_path = self.path.with_name(f"{unique}.data")
-        self._final_path = self.path.with_name(f"{unique}.tmp")
-        self._spool: BinaryIO = self._spool_path.open("xb")
+        remove_abandoned(self.path, *_ENDINGS)
+        self._spool_path, self._final_path = (
+            self.path.with_name(hidden_name(self.path.name, ending)) for ending in _ENDINGS
+        )
+        self._spool: BinaryIO = create_file(self._spool_path)
         self._tensors: dict[str, dict[str, Any]] = {}
         self._at = 0
 
@@ -405,19 +389,18 @@ class ContainerWriter:
 
     def finish(self, metadata: Mapping[str, str]) -> int:
         """Put the file in place; returns its size in bytes."""
-        self._spool.close()
+        self._spool.flush()  # and not closed: its lock says that it is in use
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         text = json.dumps(header | self._tensors, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-(8 + len(text)) % _DATA_ALIGNMENT_BYTES)
-        with self._final_path.open("xb") as final, self._spool_path.open("rb") as spool:
+        with create_file(self._final_path) as final, self._spool_path.open("rb") as spool:
             final.write(struct.pack("<Q", len(text)))
             final.write(text)
             shutil.copyfileobj(spool, final, _COPY_BYTES)
             final.flush()
             os.fsync(final.fileno())
-            size = final.tell()
-        self._final_path.replace(self.path)
-        return size
+            self._final_path.replace(self.path)  # while it is locked
+            return final.tell()
 
     def __enter__(self) -> Self:
         return self
