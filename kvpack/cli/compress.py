@@ -11,7 +11,15 @@ import typer
 
 from kvpack.cli.failures import exit_codes
 from kvpack.cli.options import Force, Json, Source, Threads
-from kvpack.cli.printing import data_console, print_tensors, progress_bar, shown_names, shown_number, shown_size
+from kvpack.cli.printing import (
+    data_console,
+    print_tensors,
+    printable,
+    progress_bar,
+    shown_names,
+    shown_number,
+    shown_size,
+)
 from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
 
 if TYPE_CHECKING:
@@ -108,7 +116,7 @@ def compress(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a .safetensors file or a model directory.
+    """Compress a .safetensors file or a model directory; or a .bin, .pt, .pth or .gguf file.
 
     Embeddings, output layers, norms, biases and small tensors are kept as they are (the report lists them). Of a
     directory every file comes along, subfolders too; hidden files and weights in other forms than safetensors do not,
@@ -158,6 +166,8 @@ def compress(
         size = shown_size(sum(file.size_bytes for file in files))
         line = f"{action} ({reason}): {shown_names([file.path for file in files])}, {size}"
         console.print(line, markup=False, highlight=False)
+    for note in report.notes:
+        console.print(f"note: {printable(note)}", markup=False, highlight=False)
     coded = ""
     if report.bits_per_weight is not None:
         coded = f"; coded tensors {report.bits_per_weight:.3f} bits a weight"

@@ -1,6 +1,6 @@
 """What ``kvpack.compress`` does: whole files and model directories, a tensor at a time.
 
-Memory holds one tensor's blob and a few strips, whatever the model's size; sources are mapped. Outputs are
+Memory holds one tensor's blob and a few strips, whatever the model's size; sources are read strip by strip. Outputs are
 written beside their place and renamed at the end, files and directories alike.
 """
 
@@ -11,8 +11,11 @@ import math
 import os
 import time
 import zlib
+from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,12 @@ from kvpack.encode.model_directory import (
     write_json,
 )
 from kvpack.encode.model_tree import ModelTree, WeightFile, folder_prefix
-from kvpack.encode.output_files import Shard, added_indexes, check_target, pieces, write_indexes
+from kvpack.encode.output_files import Crc32, Shard, added_indexes, check_target, pieces, write_indexes
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram, RatePlan
 from kvpack.encode.selection import Selection, transposed_names
+from kvpack.encode.stored_matrices import StoredMatrices
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
     Coder,
@@ -59,8 +63,8 @@ from kvpack.format.container import (
     SCALE_SUFFIX,
     TENSORS_KEY,
     VERSION_KEY,
-    Container,
     ContainerWriter,
+    Readable,
     StoredTensor,
 )
 
@@ -95,7 +99,8 @@ class CompressReport:
 
     ``bits_per_weight`` and ``noise_db`` are those of the coded tensors (the noise: the mean of the quantized tensors'
     ratios, weighted by size). ``files`` says of each file of a directory what became of it; ``left_out`` names those
-    with weights in other forms that were not carried over.
+    with weights in other forms that were not carried over; ``notes`` are sentences on an input that was converted
+    first.
     """
 
     input: str
@@ -108,6 +113,7 @@ class CompressReport:
     seconds: float
     left_out: list[str] = field(default_factory=list)
     files: list[FileReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     tensors: list[TensorReport] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,26 +121,33 @@ class CompressReport:
 
 
 def default_output(source: Path) -> Path:
-    """``model.safetensors`` → ``model.kvpack.safetensors``, ``dir`` → ``dir-kvpack``."""
+    """``model.safetensors`` → ``model.kvpack.safetensors``, ``dir`` → ``dir-kvpack``.
+
+    Checkpoints of torch become files as well, and ``model.gguf`` the directory ``model-kvpack``.
+    """
     source = Path(os.path.abspath(source))  # beside a symbolic link, not beside what it points to
     if source.is_dir():
         return source.with_name(source.name + "-kvpack")
-    return source.with_name(source.name.removesuffix(".safetensors") + ".kvpack.safetensors")
-
-
-def _as_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, np.dtype[Any]]:
-    data = container.data(tensor.name)
-    return np.frombuffer(data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    if source.suffix.lower() == ".gguf":
+        return source.with_name(source.stem + "-kvpack")
+    named = source.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    return source.with_name((source.stem if named else source.name) + ".kvpack.safetensors")
 
 
 class _Model:
     """The sources of a compression, and what to do with each tensor."""
 
     def __init__(
-        self, source: Path, target: Path, config: QuantConfig, executor: ThreadPoolExecutor, coder: Coder
+        self,
+        source: Path,
+        target: Path,
+        config: QuantConfig,
+        executor: ThreadPoolExecutor,
+        coder: Coder,
+        tensors: Readable | None,
     ) -> None:
         self.config, self.executor, self.coder = config, executor, coder
-        self.tree = ModelTree(source, without=target)
+        self.tree = ModelTree(source, without=target, file=tensors)
         try:
             selection = Selection.from_config(config)
             for file in self.tree.weight_files:
@@ -166,8 +179,7 @@ class _Model:
         return sum(t.size_bytes for file in self.tree.weight_files for t in file.container.tensors.values())
 
     def matrices(self, file: WeightFile, tensor: StoredTensor) -> Matrices:
-        array = _as_array(file.container, tensor)
-        return Matrices(array, transposed=tensor.name in self.transposed[file.path])
+        return StoredMatrices(file.container, tensor, transposed=tensor.name in self.transposed[file.path])
 
     def common_step_tensors(self) -> list[tuple[WeightFile, StoredTensor]]:
         return [
@@ -286,11 +298,14 @@ def _encode_file(
     kept: list[tuple[StoredTensor, str]] = []
     scales: list[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]] = []
 
-    def add(name: str, suffix: str, dtype: str, shape: list[int], *parts: memoryview) -> None:
+    def add(name: str, suffix: str, dtype: str, shape: list[int], size_bytes: int, data: Iterable[memoryview]) -> None:
         if writer is not None:
-            writer.add(name + suffix, dtype, shape, (piece for part in parts for piece in pieces(part)))
-        shard.add(name + suffix, name, sum(map(len, parts)))
+            writer.add(name + suffix, dtype, shape, data)
+        else:
+            deque(data, maxlen=0)  # a dry run reads what a real one would
+        shard.add(name + suffix, name, size_bytes)
 
+    coded_elements = coded_bytes = 0
     for tensor in container.tensors.values():
         reason = selection.reason_to_keep(tensor)
         if reason is not None:
@@ -305,12 +320,16 @@ def _encode_file(
         if encoded.size_bytes >= tensor.size_bytes:
             kept.append((tensor, "coding does not make it smaller"))
             continue
-        if math.prod(tensor.shape) > element_limit(encoded.blob.size_bytes):
+        elements = math.prod(tensor.shape)
+        size = encoded.blob.size_bytes
+        if elements > element_limit(size) or coded_elements + elements > element_limit(coded_bytes + size):
             kept.append((tensor, "nearly all equal: readers refuse to expand so much from so few bytes"))
             continue
+        coded_elements, coded_bytes = coded_elements + elements, coded_bytes + size
         name = tensor.name
         blob = encoded.blob
-        add(name, BLOB_SUFFIX, "U8", [blob.size_bytes], memoryview(blob.front), memoryview(blob.payload))
+        parts = memoryview(blob.front), memoryview(blob.payload)
+        add(name, BLOB_SUFFIX, "U8", [blob.size_bytes], blob.size_bytes, chain.from_iterable(map(pieces, parts)))
         shard.blob_bytes[name] = blob.size_bytes
         if encoded.scales is not None:
             scales.append((name, np.ascontiguousarray(encoded.scales, "<f4")))
@@ -340,7 +359,7 @@ def _encode_file(
         for name, values in scales:
             data = values.data.cast("B")
             crc32[name + SCALE_SUFFIX] = zlib.crc32(data)
-            add(name, SCALE_SUFFIX, "F32", [len(values)], data)
+            add(name, SCALE_SUFFIX, "F32", [len(values)], len(data), [data])
         scales.clear()
 
     # Widest dtypes first, so that each tensor stays aligned to its own size behind blobs of 16-byte multiples.
@@ -348,9 +367,9 @@ def _encode_file(
         if _alignment(tensor) <= _SCALE_BYTES:
             add_scales()
         progress.tensor(file.names[tensor.name])
-        data = container.data(tensor.name)
-        crc32[tensor.name] = zlib.crc32(data)
-        add(tensor.name, "", tensor.dtype, list(tensor.shape), data)
+        computed = Crc32(container.pieces(tensor.name))
+        add(tensor.name, "", tensor.dtype, list(tensor.shape), tensor.size_bytes, computed)
+        crc32[tensor.name] = computed.value
         elements = math.prod(tensor.shape)
         reports.append(
             TensorReport(
@@ -391,11 +410,13 @@ def compress(
     force: bool = False,
     progress: Progress | None = None,
     coder: Coder = CPU_CODER,
+    file: Readable | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
     Args:
         coder: who counts and codes; whoever it is, the bytes are the same.
+        file: what is read in place of a file at ``path``, which is a name alone then.
 
     Raises:
         InputError: the input, the output or the number of threads cannot be used.
@@ -407,13 +428,13 @@ def compress(
     source = Path(path)
     config = QuantConfig() if config is None else config
     target = Path(out) if out is not None else default_output(source)
-    check_target(source, target, force=force or dry_run)
+    check_target(source, target, force=force or dry_run, exists=file is None)
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads: at least 1 is needed")
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, target, config, executor, coder)
+        model = _Model(source, target, config, executor, coder, file)
         try:
             files = _file_reports(model, source)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
@@ -459,7 +480,7 @@ def _file_reports(model: _Model, source: Path) -> list[FileReport]:
     tree = model.tree
     reports = []
     for file in tree.weight_files:
-        size = file.container.path.stat().st_size
+        size = file.container.file.size_bytes
         reports.append(FileReport(str(file.path), size, "coded", _reason_for_set(file)))
     if not source.is_dir():
         return reports

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvpack.encode.blob_decoder import check_expansion
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSY_DTYPES, NUMPY_DTYPES
 from kvpack.encode.model_config import CONFIG_NAME, decompressed_config, is_compressed, read_config
 from kvpack.encode.model_directory import (
@@ -23,7 +24,7 @@ from kvpack.encode.model_directory import (
     write_json,
 )
 from kvpack.encode.model_tree import ModelTree, WeightFile
-from kvpack.encode.output_files import Shard, check_target, pieces, write_indexes
+from kvpack.encode.output_files import Crc32, Shard, check_target, pieces, write_indexes
 from kvpack.encode.progress import Progress
 from kvpack.encode.reader import Reader
 from kvpack.errors import InputError
@@ -61,11 +62,13 @@ def decompress(
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    max_elements: int | None = None,
 ) -> DecompressReport:
     """Write a compressed file or directory back as ordinary safetensors.
 
     Args:
         dtype: ``original``, or a float dtype for all coded float tensors (kept ones stay as they are).
+        max_elements: refuse files whose coded tensors have more, all together (default: max(2^28, 256 × their bytes)).
 
     Raises:
         InputError, FormatError, OSError: as for :func:`compress`.
@@ -76,7 +79,9 @@ def decompress(
     check_target(source, target, force=force)
     if dtype != "original" and dtype not in FLOAT_NAMES:
         raise InputError(f"dtype {dtype!r}: there are original, {', '.join(FLOAT_NAMES)}")
-    with Reader(source, threads=threads, without=target) as reader:
+    with Reader(source, threads=threads, max_elements=max_elements, without=target) as reader:
+        for container in reader.containers:
+            check_expansion(container, max_elements)
         tree = reader.tree
         total = sum(t.size_bytes for c in reader.containers for t in c.tensors.values())
         if source.is_dir():
@@ -140,16 +145,16 @@ def _decompress_file(reader: Reader, file: WeightFile, target: Path, dtype: str,
                 container.check_crc32(name + SCALE_SUFFIX)
                 own = container.coded[name]["dtype"] == stored_dtype(name)
                 values = np.ascontiguousarray(reader.dequantize(name, "original" if own else dtype))
-                data = values.view(np.uint8).reshape(-1).data
-                shape = list(values.shape)
-                done = container.tensors[name + BLOB_SUFFIX].size_bytes
+                size, done = values.nbytes, container.tensors[name + BLOB_SUFFIX].size_bytes
+                writer.add(
+                    own_names[name], stored_dtype(name), values.shape, pieces(values.view(np.uint8).reshape(-1).data)
+                )
             else:
-                container.check_crc32(name)
-                data = container.data(name)
-                shape = list(container.tensors[name].shape)
-                done = len(data)
-            writer.add(own_names[name], stored_dtype(name), shape, pieces(data))
-            shard.add(own_names[name], own_names[name], len(data))
+                computed = Crc32(container.pieces(name))
+                size, done = container.tensors[name].size_bytes, container.tensors[name].size_bytes
+                writer.add(own_names[name], stored_dtype(name), container.tensors[name].shape, computed)
+                container.compare_crc32(name, computed.value)
+            shard.add(own_names[name], own_names[name], size)
             progress.advance(done)
         own_keys = (VERSION_KEY, TENSORS_KEY, CRC_KEY) if VERSION_KEY in container.metadata else ()
         writer.finish({k: v for k, v in container.metadata.items() if k not in own_keys})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from kvpack.encode.model_config import CONFIG_NAME
 from kvpack.encode.model_tree import ModelTree, is_index_name
 from kvpack.errors import OtherFilesError
 from kvpack.format.container import VERSION_KEY, Container
+from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
 
 # Weights in other forms than safetensors, by the names that tools give them. What has any other name is copied: an
 # optimizer's state, a voice or a training state is nobody's copy.
@@ -200,21 +200,22 @@ def directory_in_place(target: Path) -> Iterator[Path]:
     """A temporary directory beside ``target`` that takes its place on success and vanishes otherwise.
 
     An existing ``target`` is moved aside first and deleted last; a directory cannot be exchanged in one step, so a
-    process killed between the two renames leaves the old one under its hidden name.
+    process killed between the two renames leaves the old one under its hidden name, ``.NAME.12345678.old``. That is
+    nobody's to remove but the user's; a ``.tmp`` left by a killed process is removed by the next.
 
     Raises:
         OtherFilesError: ``target`` holds something that is no part of an output; it stays as it is.
     """
     target = Path(os.path.abspath(target))  # "." has no name
-    suffix = secrets.token_hex(4)
-    temporary = target.with_name(f".{target.name}.{suffix}.tmp")
-    temporary.mkdir(parents=True)
+    remove_abandoned(target, "tmp")
+    temporary = target.with_name(hidden_name(target.name, "tmp"))
+    lock = create_directory(temporary)
     try:
         yield temporary
         if not target.exists():
             temporary.rename(target)
             return
-        previous = target.with_name(f".{target.name}.{suffix}.old")
+        previous = target.with_name(hidden_name(target.name, "old"))
         target.rename(previous)
         try:
             # Again, for what came while the output was made; where it lies now, nobody puts anything.
@@ -231,3 +232,5 @@ def directory_in_place(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)

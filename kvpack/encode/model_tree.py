@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from kvpack.encode.model_config import check_config
 from kvpack.errors import DirectoryIndexError, InputError
-from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, VERSION_KEY, Container
+from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, VERSION_KEY, Container, Readable
 
 PIPELINE_NAME = "model_index.json"
 TRANSFORMERS_STEM = "model"
@@ -338,6 +338,7 @@ class ModelTree:
         path: a safetensors file, an index, or a directory.
         without: a folder below the directory that is no part of it.
         components: False opens the directory's own model alone: no subfolders, no other sets.
+        file: what to read in place of the file under ``path``.
 
     Raises:
         InputError: there is no safetensors file.
@@ -345,7 +346,14 @@ class ModelTree:
         OSError: a file cannot be read.
     """
 
-    def __init__(self, path: Path, *, without: Path | None = None, components: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        without: Path | None = None,
+        components: bool = True,
+        file: Readable | None = None,
+    ) -> None:
         self.path = path
         self.weight_files: list[WeightFile] = []
         self.indexes: list[Index] = []
@@ -361,7 +369,7 @@ class ModelTree:
                 index = read_index(self.path, Path(path.name))
                 self._open_folder(Path(), sorted(set(index.weight_map.values())), [index.path], with_config=False)
             else:
-                container = Container(path)
+                container = Container(path, file)
                 names = {name: name for name in container.original_names()}
                 self.weight_files.append(WeightFile(Path(path.name), container, names))
             self._check_names()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +22,13 @@ from kvpack.errors import InputError
 _COPY_BYTES = 1 << 24
 
 
-def check_target(source: Path, target: Path, *, force: bool) -> None:
-    """Check that ``source`` can be read and ``target`` written.
+def check_target(source: Path, target: Path, *, force: bool, exists: bool = True) -> None:
+    """Check that ``source``, if it ``exists`` outside of memory, can be read, and ``target`` written.
 
     Raises:
         InputError: there is no source, or the target is there already, is of another kind, or holds what must stay.
     """
-    if not source.exists():
+    if exists and not source.exists():
         raise InputError(f"{source} does not exist")
     if is_index_name(source.name) and source.is_file():
         raise InputError(f"{source} is an index: give the folder that it is in")
@@ -112,7 +113,20 @@ def write_indexes(directory: Path, tree: ModelTree, shards: list[Shard], added: 
         write_json(directory / index.path, index.rewritten(*_weight_map(own, {})))
 
 
+class Crc32:
+    """Passes pieces on; ``value`` is the CRC-32 of all that went through, so of the very bytes that are written."""
+
+    def __init__(self, data: Iterable[memoryview]) -> None:
+        self.value = 0
+        self._data = data
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for piece in self._data:
+            self.value = zlib.crc32(piece, self.value)
+            yield piece
+
+
 def pieces(data: memoryview) -> Iterator[memoryview]:
-    """The bytes in parts of at most 16 MiB, so that mapped ones are never in memory as a whole."""
+    """The bytes in parts of at most 16 MiB, for who writes them one after another."""
     for first in range(0, len(data), _COPY_BYTES):
         yield data[first : first + _COPY_BYTES]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES, NUMPY_DTYPES
 from kvpack.encode.model_tree import ModelTree
-from kvpack.encode.threads import default_threads
+from kvpack.encode.threads import ThreadPool
 from kvpack.errors import ContainerMetadataError, ScaleError
 from kvpack.format.blob import Blob
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
@@ -51,7 +51,8 @@ class Reader:
     for the model of a subfolder, ``model.fp16.safetensors/`` for another set of weights in a folder (docs/FORMAT.md
     §9.4 says which is which). ``main_keys`` leaves such other sets out.
 
-    Opening maps the files and reads their headers; tensors are decoded when asked for. May be used by several threads.
+    Opening reads the files' headers; tensors are decoded when asked for. May be used by several threads,
+    and by processes forked from the one that opened it.
 
     Example::
 
@@ -84,7 +85,7 @@ class Reader:
         self.path = Path(path)
         self.max_elements = max_elements
         self.containers: list[Container] = []
-        self._executor = ThreadPoolExecutor(threads or default_threads())
+        self._pool = ThreadPool(threads)
         self._where: dict[str, Container] = {}
         try:
             self.tree = ModelTree(self.path, components=components, without=without)
@@ -95,6 +96,10 @@ class Reader:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _executor(self) -> ThreadPoolExecutor:
+        return self._pool.executor
 
     def keys(self) -> list[str]:
         """Names of all tensors, as in the original model."""
@@ -235,7 +240,7 @@ class Reader:
             raise
 
     def stored(self, name: str) -> npt.NDArray[Any]:
-        """A kept tensor as it is stored: read-only, not copied."""
+        """A kept tensor as it is stored: read-only, in memory of its own."""
         container = self.container(name)
         tensor = container.tensors[name]
         dtype = NUMPY_DTYPES.get(tensor.dtype)
@@ -292,7 +297,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the files. Arrays handed out stay valid."""
-        self._executor.shutdown()
+        self._pool.close()
         for container in self.containers:
             container.close()
 

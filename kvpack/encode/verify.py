@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from kvpack.encode.blob_decoder import check_element_limit, verify_tiles
-from kvpack.encode.dtypes import as_float32
+from kvpack.encode.dtypes import NUMPY_DTYPES, as_float32
 from kvpack.encode.file_comparison import compare_files
+from kvpack.encode.output_files import pieces
 from kvpack.encode.reader import Reader
 from kvpack.encode.tensor_encoder import noise_db
 from kvpack.format.container import SCALE_SUFFIX
@@ -118,12 +119,14 @@ def _difference(name: str, reader: Reader, original: Reader) -> str | None:
         kept = reader.container(name).tensors[name]
         if (kept.dtype, kept.shape) != (source.dtype, source.shape):
             return f"is {kept.dtype} {list(kept.shape)}, the original {source.dtype} {list(source.shape)}"
-        same = reader.container(name).data(name) == original.container(name).data(name)
+        ours, theirs = reader.container(name).pieces(name), original.container(name).pieces(name)
+        same = all(map(operator.eq, ours, theirs))
         return None if same else "its bytes differ"
     if (info.dtype, info.shape) != (source.dtype, source.shape):
         return f"was {info.dtype} {list(info.shape)}, the original is {source.dtype} {list(source.shape)}"
     if reader.container(name).scales(name) is None:
-        same = reader.dequantize(name, "original").tobytes() == original.container(name).data(name)
+        bits = np.ascontiguousarray(reader.dequantize(name, "original")).view(np.uint8).reshape(-1).data
+        same = all(map(operator.eq, pieces(bits), original.container(name).pieces(name)))
         return None if same else "its bits differ"
     measured = measured_noise_db(reader, original, name)
     if (measured is None) != (info.noise_db is None) or (
@@ -141,12 +144,16 @@ def measured_noise_db(reader: Reader, original: Reader, name: str) -> float | No
     """10·log10(Σ(w − ŵ)² / Σw²) in f64, None where that is not finite."""
     decoded = reader.dequantize(name, "float32")
     noise = signal = 0.0
-    source: np.ndarray[Any, np.dtype[Any]] = original.stored(name)
-    source = source.reshape(-1, source.shape[-1])
-    decoded = decoded.reshape(source.shape)
-    for first in range(0, len(source), 256):
-        w = as_float32(source[first : first + 256]).astype(np.float64)
-        error = w - decoded[first : first + 256]
+    container = original.container(name)
+    source = container.tensors[name]
+    dtype = NUMPY_DTYPES[source.dtype]
+    decoded = decoded.reshape(-1, source.shape[-1])
+    row_bytes = source.shape[-1] * dtype.itemsize
+    for first in range(0, len(decoded), 256):
+        rows = decoded[first : first + 256]
+        stored = container.read(name, first * row_bytes, (first + len(rows)) * row_bytes)
+        w = as_float32(np.frombuffer(stored, dtype).reshape(rows.shape)).astype(np.float64)
+        error = w - rows
         noise += float(np.vdot(error, error))
         signal += float(np.vdot(w, w))
     return noise_db([(noise, signal)])

@@ -38,7 +38,8 @@ from kvpack.errors import (  # noqa: E402
     PayloadCrcError,
     TensorCrcError,
 )
-from kvpack.format.container import Container, OpenFile  # noqa: E402
+from kvpack.format.container import Container  # noqa: E402
+from kvpack.format.open_files import OpenFile  # noqa: E402
 from kvpack.runtime.device import upload as upload_module  # noqa: E402
 from kvpack.runtime.device.upload import Piece, Uploader, split_pieces  # noqa: E402
 from kvpack.runtime.weights import load as load_module  # noqa: E402

@@ -8,8 +8,6 @@ own memory.
 
 from __future__ import annotations
 
-import errno
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +19,7 @@ from typing import Self
 import torch
 
 from kvpack.encode.threads import default_threads
-from kvpack.format.container import OpenFile
+from kvpack.format.container import Readable
 
 CHUNK_BYTES = 8 << 20
 # Read through gaps up to this size: cheaper than another read.
@@ -35,7 +33,7 @@ BUFFERS_PER_THREAD = 2
 class Piece:
     """``len(target)`` bytes of a file from ``offset`` on, and where they go: u8, 1-D, contiguous, on the device."""
 
-    file: OpenFile
+    file: Readable
     offset: int
     target: torch.Tensor
 
@@ -48,7 +46,7 @@ class Piece:
 class Chunk:
     """A range of a file, read at once. Parts: number of a piece, and begin and end of what it takes, in the file."""
 
-    file: OpenFile
+    file: Readable
     offset: int
     size: int = 0
     parts: list[tuple[int, int, int]] = field(default_factory=list)
@@ -61,7 +59,7 @@ def split_pieces(pieces: Sequence[Piece], chunk_bytes: int, gap_bytes: int) -> l
     def place(number: int) -> tuple[str, int, int]:
         """Two files may have been opened under one path, one after the other."""
         file = pieces[number].file
-        return str(file.path), file.descriptor, pieces[number].offset
+        return str(file.path), id(file), pieces[number].offset
 
     for number in sorted(range(len(pieces)), key=place):
         piece = pieces[number]
@@ -83,14 +81,9 @@ def split_pieces(pieces: Sequence[Piece], chunk_bytes: int, gap_bytes: int) -> l
     return chunks
 
 
-def read_exactly(file: OpenFile, view: memoryview, offset: int) -> None:
-    """Fill ``view`` from a file. Raises OSError if the file ends before."""
-    done = 0
-    while done < len(view):
-        count = os.preadv(file.descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise OSError(errno.EIO, "the file ended while it was read: was it overwritten?", str(file.path))
-        done += count
+def read_exactly(file: Readable, view: memoryview, offset: int) -> None:
+    """Fill ``view`` from a file. Raises FileChangedError, an OSError, if it ends before or was written to."""
+    file.read_into(view, offset)
 
 
 class Upload:

@@ -14,8 +14,8 @@ import torch
 
 from kvpack.encode.reader import Reader
 from kvpack.encode.threads import map_ordered
-from kvpack.errors import InputError
-from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
+from kvpack.errors import InputError, TensorTableError
+from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container, StoredTensor
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Uploader
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
@@ -42,6 +42,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F4": torch.float4_e2m1fn_x2,
 }
 # What `dtype=` converts: numbers that stand for themselves. fp8 tensors have scales beside them.
 _PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -136,6 +139,17 @@ def stored_bytes(reader: Reader, name: str) -> int:
     return reader.container(name).tensors[stored_name(reader, name)].size_bytes
 
 
+def kept_shape(tensor: StoredTensor) -> tuple[int, ...]:
+    """The shape that torch gives a kept tensor: of F4 it counts pairs, a byte each, in the last dimension."""
+    if tensor.dtype != "F4":
+        return tensor.shape
+    if not tensor.shape or tensor.shape[-1] % 2:
+        raise TensorTableError(
+            f"tensor {tensor.name!r}: F4 {list(tensor.shape)}, and torch has F4 in pairs along a row"
+        )
+    return (*tensor.shape[:-1], tensor.shape[-1] // 2)
+
+
 def _allocate(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
     """Memory for a tensor: a blob's bytes with slack, or the tensor itself."""
     container = reader.container(name)
@@ -145,7 +159,7 @@ def _allocate(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
     dtype = TORCH_DTYPES.get(tensor.dtype)
     if dtype is None:
         raise TypeError(f"{container.path}, tensor {name!r}: torch has no type for {tensor.dtype}")
-    return torch.empty(tensor.shape, dtype=dtype, device=device)
+    return torch.empty(kept_shape(tensor), dtype=dtype, device=device)
 
 
 def _reserve(size_bytes: int, device: torch.device) -> None:

@@ -31,7 +31,7 @@ from torch import nn
 
 from kvpack.encode.reader import Reader
 from kvpack.errors import StreamingError
-from kvpack.format.container import BLOB_SUFFIX, OpenFile
+from kvpack.format.container import BLOB_SUFFIX, Readable
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
 from kvpack.runtime.device.devices import resolve_device
@@ -56,7 +56,7 @@ class _Member:
     linear: RansLinear
     offset: int
     blob_bytes: int
-    piece: tuple[OpenFile, int] | None  # where the file has them: the one whose fronts and scales were read
+    piece: tuple[Readable, int] | None  # where the file has them: the one whose fronts and scales were read
     blob: DeviceBlob | None = None
 
     @property

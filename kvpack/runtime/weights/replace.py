@@ -17,7 +17,7 @@ from kvpack.format.header import BlobHeader
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.weights.device_blob import DeviceBlob
 from kvpack.runtime.weights.linear import RansLinear
-from kvpack.runtime.weights.load import TORCH_DTYPES, load_tensors, shown_progress, stored_bytes
+from kvpack.runtime.weights.load import TORCH_DTYPES, kept_shape, load_tensors, shown_progress, stored_bytes
 
 if TYPE_CHECKING:
     import os
@@ -143,6 +143,17 @@ class _Selection:
         return None
 
 
+def _stored_dtype(reader: Reader, name: str) -> str:
+    container = reader.container(name)
+    return str(container.coded[name]["dtype"]) if name in container.coded else container.tensors[name].dtype
+
+
+def _refuse_other_type(name: str, stored: torch.dtype | None, wanted: torch.dtype) -> None:
+    """Pairs of F4 are the one dtype that torch converts neither to others nor from them."""
+    if stored != wanted and torch.float4_e2m1fn_x2 in (stored, wanted):
+        raise ModelMismatchError(f"{name} is {stored} in the file, {wanted} in the model: torch does not convert F4")
+
+
 def _plan(groups: list[list[_Place]], reader: Reader, selection: _Selection, report: Replacement) -> list[str]:
     """Decide for each place which tensor of the file it gets, and how. Returns differences of shape."""
     differences = []
@@ -158,10 +169,11 @@ def _plan(groups: list[list[_Place]], reader: Reader, selection: _Selection, rep
         for place, name in zip(group, own, strict=True):
             source = name or shared
             info = reader.info(source)
-            stored = info.shape if info is not None else reader.container(source).tensors[source].shape
+            stored = info.shape if info is not None else kept_shape(reader.container(source).tensors[source])
             if tuple(stored) != tuple(place.tensor.shape):
                 differences.append(f"{source} is {list(stored)} in the file, {list(place.tensor.shape)} in the model")
                 continue
+            _refuse_other_type(source, TORCH_DTYPES.get(_stored_dtype(reader, source)), place.tensor.dtype)
             reason = "is not coded" if info is None else selection.reason_against(place, source, info.header)
             place.coded = reason is None and source != dense
             if not place.coded:
