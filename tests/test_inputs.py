@@ -328,3 +328,11 @@ def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(NotInstalledError, match=r"gguf: pip install 'kvpack\[gguf\]'"):
         kvpack.compress(tmp_path / "m.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu(tmp_path: Path) -> None:
+    tensors = state()
+    expected = kvpack.compress(saved(tensors, tmp_path / "saved.safetensors"))
+    kvpack.compress({name: tensor.cuda() for name, tensor in tensors.items()}, tmp_path / "direct.safetensors")
+    assert (tmp_path / "direct.safetensors").read_bytes() == Path(expected.output).read_bytes()
