@@ -83,8 +83,6 @@ def _is_shape(value: object) -> bool:
 
 
 def _parse_header(text: bytes) -> Any:
-    if text[:1] != b"{":  # nor does the safetensors library take spaces in front
-        raise NotAContainerError("the header does not begin with {, as a JSON object does")
     try:
         return load_json(text)
     except RepeatedKeyError as error:
