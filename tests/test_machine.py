@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 import kvpack
 from kvpack.encode import blob_decoder, jit
 from kvpack.encode.threads import ThreadPool
-from kvpack.errors import FileChangedError, InputError, LimitError
+from kvpack.errors import FileChangedError, InputError, LimitError, StreamingError
 from kvpack.format import container as container_module
 from kvpack.format.blob import TILE_METADATA, pack_front
 from kvpack.format.container import Container, ContainerWriter
@@ -190,6 +190,41 @@ def test_multiprocessing(model: Path) -> None:
         for worker in workers:
             worker.join(FORK_SECONDS)
             assert worker.exitcode == 0
+
+
+def test_uploads_after_a_fork(tmp_path: Path) -> None:
+    """A streamed model reads on in a child; what was under way at the fork is refused there, not waited for."""
+    torch = pytest.importorskip("torch")
+    from kvpack.format.container import OpenFile
+    from kvpack.runtime.device import upload as upload_module
+
+    (tmp_path / "numbers").write_bytes(bytes(range(100)))
+    file, gate = OpenFile(tmp_path / "numbers"), threading.Event()
+    read = upload_module.read_exactly
+
+    def gated(*arguments: Any) -> None:
+        gate.wait()
+        read(*arguments)
+
+    def pieces() -> list[Any]:
+        return [upload_module.Piece(file, 7, torch.zeros(20, dtype=torch.uint8))]
+
+    with pytest.MonkeyPatch.context() as patch, upload_module.Uploader(torch.device("cpu")) as uploader:
+        patch.setattr(upload_module, "read_exactly", gated)
+        begun = uploader.submit(pieces())
+
+        def child() -> bool:
+            with pytest.raises(StreamingError, match="when the process was forked"):
+                begun.wait()
+            gate.set()
+            own = uploader.submit(pieces())
+            own.wait()
+            return bytes(own.pieces[0].target.tolist()) == bytes(range(7, 27))
+
+        in_a_fork(child)
+        gate.set()
+        begun.wait()
+        assert begun.pieces[0].target.tolist() == list(range(7, 27))
 
 
 def test_a_pool_makes_its_threads_late() -> None:

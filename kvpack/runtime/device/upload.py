@@ -154,7 +154,7 @@ class Upload:
     def _refuse_another_process(self) -> None:
         if not self.finished and self._process != os.getpid():
             raise StreamingError(
-                "this upload was under way when the process was forked: only the parent has its threads"
+                "this upload was under way when the process was forked, and goes on in the parent alone"
             )
 
     def wait_piece(self, number: int) -> None:
