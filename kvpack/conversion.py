@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvpack.encode.array_sources import array_source
-from kvpack.errors import DirectoryIndexError, InputError, NotInstalledError
+from kvpack.errors import DirectoryIndexError, InputError, NotAContainerError, NotInstalledError
 from kvpack.format.container import Container, ContainerWriter
-from kvpack.format.file_kinds import HEAD_BYTES, is_gguf, is_pickle
+from kvpack.format.file_kinds import HEAD_BYTES, describe, is_gguf, is_pickle
 from kvpack.format.serialized import SerializedTensors, TensorSource
 
 if TYPE_CHECKING:
@@ -82,8 +82,12 @@ def serialized_checkpoint(path: Path) -> tuple[SerializedTensors, list[str]]:
 
     Raises:
         NotInstalledError: torch is not there.
-        NotAContainerError, InputError: as of ``read_checkpoint``.
+        NotAContainerError, InputError: it is none, or as of ``read_checkpoint``.
     """
+    head = _head(path)
+    if not is_pickle(head):
+        kind = describe(head, path.stat().st_size)
+        raise NotAContainerError(f"{path}: not a PyTorch pickle" + ("" if kind is None else f" but {kind}"))
     checkpoint = _read_checkpoint(path)
     return SerializedTensors(path, checkpoint.sources(), _METADATA), checkpoint.notes
 

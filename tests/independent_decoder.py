@@ -303,7 +303,6 @@ def _read_safetensors(file: bytes | mmap.mmap) -> tuple[dict[str, Array], dict[s
     _check(file_length=len(file) >= 8)
     start = 8 + int.from_bytes(file[:8], "little")
     _check(header_length=start <= 8 + 100_000_000 and start <= len(file))
-    _check(header=file[8:9] == b"{")
     header = _load_json(file[8:start].decode())
     metadata = header.pop("__metadata__", {})
     _check(metadata=isinstance(metadata, dict) and all(type(v) is str for v in metadata.values()))

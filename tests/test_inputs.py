@@ -313,9 +313,26 @@ def test_a_directory_of_checkpoints_that_lacks_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [source]
 
 
+def test_a_directory_of_pointers(tmp_path: Path) -> None:
+    source, _ = checkpoint_directory(tmp_path / "model")
+    pointer = source / "pytorch_model-00002-of-00002.bin"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n")
+    with pytest.raises(NotAContainerError, match=f"{pointer}: not a PyTorch pickle but a git-lfs pointer .*12,345"):
+        kvpack.compress(source)
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
     with pytest.raises(NotInstalledError, match=r"gguf: pip install 'kvpack\[gguf\]'"):
         kvpack.compress(tmp_path / "m.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu(tmp_path: Path) -> None:
+    tensors = state()
+    expected = kvpack.compress(saved(tensors, tmp_path / "saved.safetensors"))
+    kvpack.compress({name: tensor.cuda() for name, tensor in tensors.items()}, tmp_path / "direct.safetensors")
+    assert (tmp_path / "direct.safetensors").read_bytes() == Path(expected.output).read_bytes()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvpack.encode.model_config import CONFIG_NAME
 from kvpack.encode.model_tree import ModelTree, is_index_name
-from kvpack.errors import OtherFilesError
+from kvpack.errors import InputError, OtherFilesError
 from kvpack.format.container import VERSION_KEY, Container
 from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
 
@@ -42,7 +42,18 @@ _SHOWN = 5
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write an index or config.json.
+
+    Raises:
+        InputError: a file's name in it is not UTF-8.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = text[: error.start].rpartition('"')[2] + text[error.start :].partition('"')[0]
+        raise InputError(f"{path.name}: {bad!r} is no name in UTF-8, which JSON needs: rename the file") from None
+    path.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,12 @@ class ThreadPool:
 
     Args:
         threads: how many; all cores by default.
+        name: what their names begin with.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, name: str = "kvpack") -> None:
         self._threads = threads or default_threads()
+        self._name = name
         self._process = os.getpid()
         self._executor: ThreadPoolExecutor | None = None
 
@@ -40,7 +42,7 @@ class ThreadPool:
             if self._process != os.getpid():
                 self._process, self._executor = os.getpid(), None
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(self._threads)
+                self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix=self._name)
             return self._executor
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,13 +119,13 @@ def _difference(name: str, reader: Reader, original: Reader) -> str | None:
         if (kept.dtype, kept.shape) != (source.dtype, source.shape):
             return f"is {kept.dtype} {list(kept.shape)}, the original {source.dtype} {list(source.shape)}"
         ours, theirs = reader.container(name).pieces(name), original.container(name).pieces(name)
-        same = all(map(operator.eq, ours, theirs))
+        same = all(map(np.array_equal, ours, theirs))
         return None if same else "its bytes differ"
     if (info.dtype, info.shape) != (source.dtype, source.shape):
         return f"was {info.dtype} {list(info.shape)}, the original is {source.dtype} {list(source.shape)}"
     if reader.container(name).scales(name) is None:
         bits = np.ascontiguousarray(reader.dequantize(name, "original")).view(np.uint8).reshape(-1).data
-        same = all(map(operator.eq, pieces(bits), original.container(name).pieces(name)))
+        same = all(map(np.array_equal, pieces(bits), original.container(name).pieces(name)))
         return None if same else "its bits differ"
     measured = measured_noise_db(reader, original, name)
     if (measured is None) != (info.noise_db is None) or (

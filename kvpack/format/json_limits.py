@@ -14,7 +14,7 @@ import numpy as np
 
 from kvpack.errors import LimitError
 
-MAX_JSON_DEPTH = 16
+MAX_JSON_DEPTH = 127  # what the safetensors library takes
 MAX_JSON_VALUES = 1 << 22
 _BLOCK_BYTES = 1 << 20
 

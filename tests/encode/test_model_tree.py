@@ -492,6 +492,18 @@ def test_both_precisions(tmp_path: Path) -> None:
     )
 
 
+def test_names_that_no_index_can_hold(tmp_path: Path) -> None:
+    """Of shards that need an index, and of a second set, which config.json names."""
+    for names in (("\udcffa", "\udcffb"), ("model", "model.\udcff")):
+        source = put(tmp_path / names[0].encode("ascii", "replace").decode(), {"config.json": {}})
+        for name in names:
+            save_file({"x" if name.startswith("m") else name[-1]: weights(1)}, tmp_path / "one")
+            (tmp_path / "one").rename(source / f"{name}.safetensors")
+        with pytest.raises(InputError, match=r"is no name in UTF-8, which JSON needs: rename the file"):
+            kvpack.compress(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_variant_alone_is_the_model(tmp_path: Path) -> None:
     source = put(tmp_path / "m", {"model.fp16.safetensors": {"a": weights(1)}})
     with kvpack.open(source) as reader:

@@ -8,17 +8,18 @@ own memory.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import torch
 
-from kvpack.encode.threads import default_threads
+from kvpack.encode.threads import ThreadPool, default_threads
+from kvpack.errors import StreamingError
 from kvpack.format.container import Readable
 
 CHUNK_BYTES = 8 << 20
@@ -102,6 +103,7 @@ class Upload:
         self._begin = begin
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+        self._process = os.getpid()
         self._chunks_left = len(chunks)
         self._parts_left = [0] * len(pieces)
         for chunk in chunks:
@@ -149,8 +151,15 @@ class Upload:
         """No thread will touch the targets again."""
         return not self._chunks_left
 
+    def _refuse_another_process(self) -> None:
+        if not self.finished and self._process != os.getpid():
+            raise StreamingError(
+                "this upload was under way when the process was forked, and goes on in the parent alone"
+            )
+
     def wait_piece(self, number: int) -> None:
         """Until a piece has been read: what reads the file after this finds it in the page cache."""
+        self._refuse_another_process()
         with self._changed:
             self._changed.wait_for(lambda: self.finished or not self._parts_left[number])
         if self._parts_left[number]:
@@ -160,9 +169,11 @@ class Upload:
         """Until all is read, and the copies are enqueued; the device may still be copying.
 
         Raises:
+            StreamingError: another process, of which this is a fork, began it.
             OSError: a file cannot be read. Nothing may be assumed of the targets then, but that no thread writes to
                 them any more.
         """
+        self._refuse_another_process()
         with self._changed:
             self._changed.wait_for(lambda: self.finished)
         if self._error is not None:
@@ -218,7 +229,7 @@ class Uploader:
         self._free: queue.SimpleQueue[_Pinned] = queue.SimpleQueue()
         self._buffers = 0
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="kvpack-upload")
+        self._pool = ThreadPool(self._threads, "kvpack-upload")
 
     def after_current_work(self) -> Callable[[], None] | None:
         """For ``begin``: wait for the current stream as it is now. Fresh memory is what its last work may have left."""
@@ -240,7 +251,7 @@ class Uploader:
             upload = Upload(listed, chunks, self.stream, begin)
         self._uploads = [*(u for u in self._uploads if not u.finished), upload]
         for chunk in chunks:
-            self._pool.submit(self._work, upload, chunk)
+            self._pool.executor.submit(self._work, upload, chunk)
         return upload
 
     def _work(self, upload: Upload, chunk: Chunk) -> None:
@@ -292,7 +303,7 @@ class Uploader:
         """Give up what has not been read, wait for what is in flight, and let go of buffers and pieces."""
         for upload in self._uploads:
             upload.cancel()
-        self._pool.shutdown(wait=True)
+        self._pool.close()
         if self.stream is not None:
             self.stream.synchronize()
         self._uploads.clear()

@@ -58,7 +58,7 @@ Progress = Callable[[int, int], None]
 def piece_of(container: Container, stored: str, target: torch.Tensor) -> Piece:
     """A stored tensor's bytes in its file, to be brought to the front of ``target`` (u8).
 
-    They are read from the file that the container has mapped and checked, whatever lies under its path by now.
+    They are read from the file that the container has opened and checked, whatever lies under its path by now.
     """
     tensor = container.tensors[stored]
     return Piece(container.file, container.data_begin + tensor.begin, target[: tensor.size_bytes])
@@ -206,7 +206,7 @@ def load_tensors(
         for number, name in enumerate(order):
             coded = name in pieces_of[name].coded
             if coded or verify:
-                # The host reads the mapped file here and there: behind the readers, it need not wait for the disk.
+                # The host reads the file, too: behind the readers, it need not wait for the disk.
                 upload.wait_piece(number)
             if verify:
                 check_crcs(reader, name)
