@@ -1,0 +1,208 @@
+"""What the tensors of a checkpoint are by the module tree of transformers, on torch's meta device: no weights, no memory.
+
+A process of its own builds the tree, as ``python -P module_tree.py``: what a config.json asks for may take long or end
+the interpreter, and who compresses needs no torch of his own. It reads ``{"config": …, "names": […]}`` and writes
+``{"source": …, "kinds": {name: kind}}``; kinds are those of :class:`kvpack.encode.tensor_kinds.Kind`. No code of a
+checkpoint runs: only architectures of transformers are built.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 120
+_SHOWN_CHARACTERS = 200
+_BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
+# Parameters that are matrices although no Linear holds them: Zamba's dt_proj_weight, XLNet's q, Funnel's r_kernel.
+_MATRIX = re.compile(r"(\w*_)?(weight|proj|projection|kernel)|[qkvor]")
+_OUTPUT_MODULES = re.compile(r"(^|\.)(classifier|score|\w*head)(\.\d+)?$")
+
+
+def kinds_by_module_tree(config: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """What tensors are by the modules that they belong to.
+
+    Args:
+        config: what config.json says.
+        names: of the checkpoint's tensors, as they stand there; transformers' renamings are followed.
+
+    Returns:
+        Which model this is by, and the kinds of the tensors that it has. Of tensors that are parameters of modules
+        with a computation of their own, the kind is ``parameter``.
+
+    Raises:
+        NoModuleTreeError: transformers or torch is not installed, or cannot build the model.
+    """
+    from kvpack.encode.tensor_kinds import NoModuleTreeError
+
+    for package in ("transformers", "torch"):
+        if importlib.util.find_spec(package) is None:
+            raise NoModuleTreeError(f"{package} is not installed")
+    if not sys.executable:
+        raise NoModuleTreeError("there is no Python interpreter to ask transformers with")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-W", "ignore", str(Path(__file__).resolve())],
+            input=json.dumps({"config": dict(config), "names": list(names)}),
+            capture_output=True,
+            encoding="utf-8",
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise NoModuleTreeError(f"building the model takes more than {TIMEOUT_S} s") from None
+    except OSError as error:
+        raise NoModuleTreeError(f"no process to build the model in ({error})") from None
+    try:
+        answer = json.loads(done.stdout.rpartition("\n{")[2] if "\n{" in done.stdout else done.stdout)
+        return str(answer["source"]), dict(answer["kinds"])
+    except (ValueError, KeyError, TypeError):
+        said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        raise NoModuleTreeError(f"transformers does not build it: {said[:_SHOWN_CHARACTERS]}") from None
+
+
+def build_model(config: Mapping[str, Any]) -> Any:
+    """The model that ``config`` describes, on the meta device.
+
+    Raises:
+        Exception: whatever transformers raises.
+    """
+    import torch
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    configuration_class = transformers.CONFIG_MAPPING[values.get("model_type")]
+    configuration = configuration_class.from_dict(values)
+    named = [getattr(transformers, str(name), None) for name in values.get("architectures") or []]
+    classes = [c for c in named if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)]
+    for mapping in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_MAPPING):
+        if not classes and configuration_class in mapping:
+            found = mapping[configuration_class]
+            classes = [found[0] if isinstance(found, tuple) else found]
+    if not classes:
+        raise ValueError(f"no model class for {values.get('model_type')}")
+    with torch.device("meta"):
+        return classes[0]._from_config(configuration, attn_implementation="eager")
+
+
+def parameter_kinds(model: Any) -> dict[str, str]:
+    """Kinds of a model's parameters of two or more dimensions, by their names in the tree."""
+    output = None
+    try:
+        output = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        pass
+    vocabularies = set(_sizes(model.config, "vocab"))
+    labels = getattr(model.config, "num_labels", None)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    kinds = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dim() < 2:
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner, holder = modules[path], modules[path.rpartition(".")[0]]
+        kind = _kind_of_parameter(owner, holder, leaf, parameter.dim())
+        if kind == "linear" and leaf == "weight":
+            rows = parameter.shape[-2]
+            outside = not re.search(r"(^|\.)\d+\.", path)
+            if owner is output or (outside and (rows in vocabularies or _is_classifier(path, rows, labels))):
+                kind = "output layer"
+            elif (
+                re.fullmatch(r"(.*\.)?(\w*router|gate|\w*expert\w*_gate)", path)
+                and parameter.shape[0] < parameter.shape[1]
+            ):
+                kind = "router"
+        kinds[name] = kind
+    return kinds
+
+
+def checkpoint_names(model: Any, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of a checkpoint's names and the parameters of the tree that transformers makes of them."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # older than 5: names are those of the tree
+        renamings, converters, rename_source_key = [], [], None
+    else:
+        conversions = get_model_conversion_mapping(model)
+        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    prefix = model.base_model_prefix
+    for name in names:
+        target = name
+        if rename_source_key is not None:
+            target, _ = rename_source_key(name, renamings, converters, prefix, known)
+        for candidate in (target, name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+            if candidate in known:
+                yield name, candidate
+                break
+
+
+def _sizes(config: Any, word: str) -> Iterator[int]:
+    for key, value in vars(config).items():
+        if word in key and isinstance(value, int):
+            yield value
+        elif hasattr(value, "model_type"):
+            yield from _sizes(value, word)
+
+
+def _is_classifier(path: str, rows: int, labels: int | None) -> bool:
+    return rows == labels and _OUTPUT_MODULES.search(path) is not None
+
+
+def _kind_of_parameter(owner: Any, holder: Any, leaf: str, dimensions: int) -> str:
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+
+    own, outer = type(owner).__name__, type(holder).__name__
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag) or re.search(r"Embeddings?(Table)?$", own):
+        return "embedding"
+    if _BIAS.search(leaf):
+        return "bias"
+    if re.search(r"Norm(\dd|Gated|alization)?$", own):
+        return "norm"
+    if leaf == "weight" and re.search(r"(Router|Gate|Gating)$", own):
+        return "router"
+    if isinstance(owner, nn.Linear) and re.search(r"(Router|Gating)$", outer):
+        return "router"
+    if own == "Conv1D":
+        return "transposed linear"
+    if isinstance(owner, _ConvNd) or re.search(r"Conv(Transpose)?\d[dD]$", own):
+        return "convolution"
+    if isinstance(owner, nn.Linear) or own.endswith("Linear"):
+        return "linear"
+    if isinstance(owner, nn.RNNBase | nn.MultiheadAttention) and "weight" in leaf:
+        return "linear"
+    if own.endswith("Experts") and dimensions == 3:
+        return "linear"
+    if own.endswith("Head") and leaf == "weight":
+        return "output layer"
+    if own == "ParametrizationList" and leaf == "original1":
+        return "convolution"
+    if _MATRIX.fullmatch(leaf):
+        return "linear"
+    return "parameter"
+
+
+def _answer() -> None:
+    asked = json.load(sys.stdin)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model = build_model(asked["config"])
+    kinds = parameter_kinds(model)
+    found = {name: kinds[target] for name, target in checkpoint_names(model, asked["names"]) if target in kinds}
+    source = f"{type(model).__name__} of transformers {transformers.__version__}"
+    sys.stdout.write("\n" + json.dumps({"source": source, "kinds": found}))
+
+
+if __name__ == "__main__":
+    _answer()
