@@ -1,6 +1,6 @@
 """What the tensors of transformers' architectures are, by their module trees and by their names alone.
 
-    python benchmarks/tensor_kinds.py survey               # builds every architecture, writes tests/data/tensor_kinds.json
+    python benchmarks/tensor_kinds.py survey              # builds them all, writes tests/data/tensor_kinds.json
     python benchmarks/tensor_kinds.py compare [-o RESULTS]  # the table of names against the survey
 
 The survey builds each architecture from its default configuration on the meta device, turns its names into those of
@@ -30,6 +30,20 @@ from kvpack.encode.tensor_kinds import Kind, kind_of_name
 ROOT = Path(__file__).resolve().parents[1]
 SURVEY = ROOT / "tests" / "data" / "tensor_kinds.json"
 _BUILD_S = 60
+# What default configurations leave open.
+_HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "dots1": {"n_shared_experts": 2, "n_routed_experts": 64},
+    "hunyuan_v1_dense": _HEADS,
+    "hunyuan_v1_moe": {**_HEADS, "num_experts": 16, "moe_topk": 1},
+    "hunyuan_vl_text": _HEADS,
+    "ministral": _HEADS,
+    "nemotron": _HEADS,
+    "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "reformer": {"is_decoder": True},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
+}
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -64,8 +78,10 @@ def tensors_of(model_type: str, name: str) -> dict[tuple[str, str], list[int]]:
 
     from kvpack.integrations.module_tree import build_model, checkpoint_names, parameter_kinds
 
-    config = transformers.CONFIG_MAPPING[model_type]()
-    model = build_model({**config.to_dict(), "model_type": model_type, "architectures": [name]})
+    configuration_class = getattr(transformers, name).config_class or transformers.CONFIG_MAPPING[model_type]
+    config = configuration_class(**_SETTINGS.get(configuration_class.model_type, {}))
+    values = {**config.to_dict(), "model_type": configuration_class.model_type, "architectures": [name]}
+    model = build_model(values)
     kinds = parameter_kinds(model)
     tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

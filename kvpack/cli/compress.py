@@ -109,8 +109,8 @@ def compress(
 ) -> None:
     """Compress a .safetensors file or a model directory.
 
-    Embeddings, output layers, norms, routers, biases, other parameters and small tensors are kept as they are, and so are
-    the scales of what is quantized already (the report lists them).
+    Embeddings, output layers, norms, routers, biases, other parameters and small tensors are kept as they are, and so
+    are the scales of what is quantized already (the report lists them).
     """
     with exit_codes(as_json):
         from kvpack.compression import compress as run

@@ -97,8 +97,8 @@ class CompressReport:
     """What a compression gave.
 
     ``bits_per_weight`` and ``noise_db`` are those of the coded tensors (the noise: the mean of the quantized tensors'
-    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over; ``notes`` are sentences on how it was found
-    out what the tensors are.
+    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over;
+    ``notes`` are sentences on how it was found out what the tensors are, and on other quantizations.
     """
 
     input: str

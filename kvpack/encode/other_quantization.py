@@ -48,13 +48,13 @@ def quantization_parts(tensors: Mapping[str, StoredTensor], config: Mapping[str,
     for name in tensors:
         holder, _, leaf = name.rpartition(".")
         outer, _, inner = holder.rpartition(".")
-        beside = payloads.get(holder)
-        if beside is None and _is_auxiliary(inner):  # VPTQ: centroids.weight
-            beside, leaf = payloads.get(outer), inner
-        if leaf in (beside or {}):
+        beside = payloads.get(holder, {})
+        if leaf in beside:
             continue
         if _OWN_NAMES.fullmatch(leaf) or (beside and (_is_auxiliary(leaf) or (leaf == "s" and "B" in beside))):
-            parts[name] = declared or _name_of(holder, leaf, beside or {}, tensors)
+            parts[name] = declared or _name_of(holder, leaf, beside, tensors)
+        elif outer in payloads and _is_auxiliary(inner):  # VPTQ: centroids.weight
+            parts[name] = declared or _name_of(outer, inner, payloads[outer], tensors)
     # Packed weights that kvpack does not code count as parts, too, so that the report tells of all that was kept.
     labels = {name.rpartition(".")[0]: method for name, method in parts.items()}
     for holder, own in payloads.items():

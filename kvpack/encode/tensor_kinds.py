@@ -7,6 +7,7 @@ linear layer. ``tests/data/tensor_kinds.json`` holds the names of the architectu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
@@ -56,38 +57,62 @@ _NORM_WORDS = frozenset(
 _EMBEDDING_WORDS = frozenset(
     {"embed", "embeds", "embedding", "embeddings", "emb", "embs", "embedder", "wte", "wpe", "codebook", "rotary"}
 )
-# A module whose name ends so is applied to an embedding, or makes one of something else.
+# A module with such a word in its name is applied to an embedding, or makes one of something else.
 _PROJECTION_WORDS = frozenset(
     {"proj", "projs", "projection", "project", "projector", "linear", "dense", "fc", "transform", "transformation",
-     "mapping", "conv", "inner", "in", "generator"}
+     "mapping", "conv", "inner", "inner2emb", "patch"}
 )  # fmt: skip
 # Learned values that no module multiplies activations with as a matrix. The name is that of the tensor itself.
 _PARAMETER_WORDS = frozenset(
-    {"token", "tokens", "pos", "position", "positional", "cls", "latents", "latent", "probe", "alpha", "beta", "gamma",
-     "lambda", "scale", "scales", "sinks", "freq", "freqs", "encoding", "table", "temperature", "slopes", "offset",
-     "ape", "lerp", "mix", "maa", "decay", "faaaa", "pointer"}
+    {"token", "tokens", "pos", "position", "positional", "cls", "latents", "latent", "probe", "prompt", "pad", "alpha",
+     "beta", "gamma", "lambda", "scale", "scales", "sinks", "freq", "freqs", "encoding", "table", "temperature",
+     "slopes", "offset", "ape", "lerp", "mix", "maa", "decay", "faaaa", "pointer", "query", "queries", "fn"}
 )  # fmt: skip
 _PARAMETERS = frozenset(
-    {"A_log", "A", "D", "dt", "dt_bias", "weight_g", "original0", "query", "queries", "fn", "hc_fn", "r_k", "x_r", "x_w",
-     "x_k", "x_v", "x_a", "x_g", "proj_scale", "lightning_attn_decay"}
+    {"A_log", "A", "D", "dt", "weight_g", "original0", "r_k", "x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w_g",
+     "index_kpool_compress_gate"}
 )  # fmt: skip
 
-_ROUTERS = frozenset({"gate", "gates", "wg", "router", "routers", "shared_expert_gate", "shared_experts_gate"})
-_ROUTER_WORDS = frozenset({"router", "gating"})
+_ROUTERS = frozenset({"gate", "gates", "wg", "shared_expert_gate", "shared_experts_gate"})
+_ROUTER_WORDS = frozenset({"router", "routers", "gating"})
+
+# Embeddings that no known architecture uses for anything else.
+_SURE_EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings", "tok_embeddings",
+     "shared", "embed_positions", "relative_attention_bias"}
+)  # fmt: skip
+_EMBEDDINGS = frozenset({"query_feat", "queries_features", "pe_k", "pe_v", "bias_values"})
 
 # Output layers wherever they stand.
-_OUTPUTS = frozenset(
-    {"embed_out", "unembed", "to_logits", "lm_loss", "vocab_projector", "output_wte", "word_timestamp_head"}
-)
+_OUTPUTS = frozenset({"lm_head", "embed_out", "unembed", "to_logits", "lm_loss", "vocab_projector", "output_wte"})
 # Output layers if they stand outside all numbered layers, where inner modules have these names, too.
-_OUTER_OUTPUTS = frozenset(
-    {"head", "heads", "output", "output_layer", "output_projection", "proj_out", "classifier", "classification_head",
-     "score", "logits_proj", "logits"}
-)  # fmt: skip
+_OUTER_OUTPUTS = frozenset({"output", "output_layer", "output_projection", "proj_out", "classifier", "score"})
 # (module, the one that holds it)
 _INNER_OUTPUTS = frozenset({("decoder", "predictions"), ("decoder", "lm_head"), ("proj", "pred_layer")})
+# What stands above the modules of a whole model.
+_WHOLE_MODEL = frozenset({"model", "transformer", "backbone", "module", "language_model", "net", "decoder"})
+# A matrix outside all layers that has at least so many rows, and so many times its columns, has one for each token.
+_VOCABULARY_ROWS = 8192
+_VOCABULARY_RATIO = 3
 
-_LINEARS = frozenset()
+# Linear layers that no known architecture uses for anything else.
+_SURE_LINEARS = frozenset(
+    {"Wi", "Wo", "Wqkv", "att_proj", "attention_weights", "b_proj", "conv", "conv1", "conv1d", "conv2", "conv3",
+     "conv_1", "conv_layers", "conv_out", "conv_pre", "convolution", "dense", "dense1", "dense2", "dense_4h_to_h",
+     "dense_h_to_4h", "depthwise_conv", "down_proj", "dt_proj", "dwconv", "f_a_proj", "f_b_proj", "fc", "fc1", "fc2",
+     "feature_projection", "final_proj", "g_a_proj", "g_b_proj", "g_proj", "gate_proj", "gate_up_proj", "in_proj",
+     "in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_weight", "in_proj_z", "input_linear", "input_proj",
+     "intermediate_dense", "k", "k_lin", "k_proj", "k_sconv", "key", "key_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+     "lin1", "lin2", "linear", "linear1", "linear2", "linear_1", "linear_2", "linear_fc1", "linear_fc2", "linear_k",
+     "linear_out", "linear_pos", "linear_q", "linear_v", "mm_input_projection_weight", "o", "o_proj", "out_lin",
+     "out_proj", "output_dense", "output_linear", "output_proj", "patch_embedding", "patch_embeddings",
+     "per_layer_input_gate", "per_layer_model_projection", "per_layer_projection", "pointwise_conv",
+     "pointwise_conv1", "pointwise_conv2", "proj", "proj_in", "projection", "q", "q_a_proj", "q_b_proj", "q_lin",
+     "q_proj", "qkv", "qkv_proj", "query", "query_key_value", "query_proj", "relative_k_proj", "sampling_offsets",
+     "text_proj", "text_projection", "to_kv", "to_out", "to_q", "up_proj", "v", "v_lin", "v_proj", "v_sconv", "value",
+     "value_proj", "visual_projection", "w1", "w2", "w3", "weights_proj", "wi", "wi_0", "wi_1", "wk", "wo", "wq",
+     "wq_b", "wv", "x_proj"}
+)  # fmt: skip
 
 
 def words(name: str) -> list[str]:
@@ -98,22 +123,43 @@ def words(name: str) -> list[str]:
 def kind_of_name(name: str, shape: tuple[int, ...]) -> NamedKind:
     """What a tensor of two or more dimensions is by its name.
 
-    The shape decides one thing: a ``gate`` with fewer rows than columns is a router, another one half of an MLP.
+    The shape decides little: a ``gate`` with fewer rows than columns is a router, another one half of an MLP; what has
+    the rows of a vocabulary, outside all layers, is an embedding or an output layer.
     """
     *path, leaf = name.split(".")
+    if leaf.isdigit() and path:
+        leaf = path.pop()
     if kind := _kind_of_leaf(leaf):
         return NamedKind(kind, is_sure=True)
-    named = [part for part in path if not part.isdigit()]
     outside = not any(part.isdigit() for part in path[:-1])
-    if not _WEIGHT.fullmatch(leaf):  # a tensor of its own, as fused experts' are
-        named.append(leaf)
+    is_weight = _WEIGHT.fullmatch(leaf) is not None
+    # A tensor that is no module's weight is its own module, as fused experts' are.
+    named = [part for part in path if not part.isdigit()] + ([] if is_weight else [leaf])
     if not named:
         return NamedKind(Kind.LINEAR, is_sure=False)
     module, holder = named[-1], named[-2] if len(named) > 1 else ""
-    if kind := _kind_of_module(module, holder, shape, outside=outside):
-        return NamedKind(kind, is_sure=True)
+    own = words(module)
+    last = next((word for word in reversed(own) if not word.isdigit()), "")
+    if last in _NORM_WORDS or own[:1] == ["ln"]:
+        return NamedKind(Kind.NORM, is_sure=True)
+    if _is_router(named, shape):
+        return NamedKind(Kind.ROUTER, is_sure=True)
+    if module in _OUTPUTS or own[-2:] == ["lm", "head"] or (module, holder) in _INNER_OUTPUTS:
+        return NamedKind(Kind.OUTPUT, is_sure=module in _OUTPUTS)
+    if outside and _is_output(named, shape):
+        return NamedKind(Kind.OUTPUT, is_sure=False)
+    if module in _EMBEDDINGS or _is_embedding(module, own, last, shape, outside=outside):
+        return NamedKind(Kind.EMBEDDING, is_sure=module in _SURE_EMBEDDINGS)
+    if (
+        outside
+        and is_weight
+        and _PROJECTION_WORDS.isdisjoint(own)
+        and _has_vocabulary(shape)
+        and module not in _SURE_LINEARS
+    ):
+        return NamedKind(Kind.OUTPUT, is_sure=False)
     kind = Kind.CONVOLUTION if len(shape) > 3 or (len(shape) == 3 and "conv" in module) else Kind.LINEAR
-    return NamedKind(kind, is_sure=module in _LINEARS)
+    return NamedKind(kind, is_sure=module in _SURE_LINEARS)
 
 
 def _kind_of_leaf(leaf: str) -> Kind | None:
@@ -123,37 +169,43 @@ def _kind_of_leaf(leaf: str) -> Kind | None:
         return Kind.BIAS
     if leaf in _PARAMETERS:
         return Kind.PARAMETER
-    if _WEIGHT.fullmatch(leaf) or (own and own[-1] in _PROJECTION_WORDS):
+    if _WEIGHT.fullmatch(leaf) or _PROJECTION_WORDS.intersection(own) or own[-1:] == ["weight"]:
         return None
     if _EMBEDDING_WORDS.intersection(own):
         return Kind.EMBEDDING
     if _NORM_WORDS.intersection(own):
         return Kind.NORM
-    return Kind.PARAMETER if _PARAMETER_WORDS.intersection(own) else None
+    return Kind.PARAMETER if len(leaf) > 1 and _PARAMETER_WORDS.intersection(own) else None
 
 
-def _kind_of_module(module: str, holder: str, shape: tuple[int, ...], *, outside: bool) -> Kind | None:
-    """What a weight is by its module's name, None for a linear layer or a convolution."""
-    own = words(module)
-    last = next((word for word in reversed(own) if not word.isdigit()), "")
-    if last in _NORM_WORDS or own[:1] == ["ln"]:
-        return Kind.NORM
-    if module in _ROUTERS or _ROUTER_WORDS.intersection(own) or _ROUTER_WORDS.intersection(words(holder)):
-        return Kind.ROUTER if shape[-2] < shape[-1] else None
-    if _is_output(module, holder, own, outside=outside):
-        return Kind.OUTPUT
+def _is_router(named: list[str], shape: tuple[int, ...]) -> bool:
+    module, holder = named[-1], named[-2] if len(named) > 1 else ""
+    if "experts" in words(holder) or "expert" in words(holder):
+        return False
+    if _ROUTER_WORDS.intersection(words(module)) or any(_ROUTER_WORDS.intersection(words(part)) for part in named[-3:]):
+        return True
+    rows, cols = shape[-2:]
+    few = rows < cols or (rows >= 4 * cols and cols <= 512)  # some store them inputs x experts
+    return few and (module in _ROUTERS or holder == "gate")
+
+
+def _is_output(named: list[str], shape: tuple[int, ...]) -> bool:
+    module = named[-1]
+    if words(module)[-1:] in (["head"], ["heads"]) or "logits" in words(module):
+        return True
+    if module not in _OUTER_OUTPUTS or math.prod(shape[2:]) > 1:
+        return False
+    # Deeper inside, what has such a name may end a part of the model only.
+    return _WHOLE_MODEL.issuperset(named[:-1]) or shape[0] >= 2 * shape[1]
+
+
+def _is_embedding(module: str, own: list[str], last: str, shape: tuple[int, ...], *, outside: bool) -> bool:
+    if _PROJECTION_WORDS.intersection(own) or (len(shape) > 2 and own[:1] != ["pos"]):
+        return False
     if module == "shared" and outside:  # T5's; shared experts lie in numbered layers
-        return Kind.EMBEDDING
-    if _BIAS_WORDS.intersection(own):
-        return Kind.BIAS
-    if _EMBEDDING_WORDS.intersection(own) and last not in _PROJECTION_WORDS and "patch" not in own:
-        return Kind.EMBEDDING
-    return None
+        return True
+    return last in ("bias", "token", "tokens") or not _EMBEDDING_WORDS.isdisjoint(own)
 
 
-def _is_output(module: str, holder: str, own: list[str], *, outside: bool) -> bool:
-    if module in _OUTPUTS or "lm_head" in "_".join(own):
-        return True
-    if (module, holder) in _INNER_OUTPUTS:
-        return True
-    return outside and (module in _OUTER_OUTPUTS or own[-1:] == ["head"])
+def _has_vocabulary(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[0] >= max(_VOCABULARY_ROWS, _VOCABULARY_RATIO * shape[1])

@@ -8,6 +8,7 @@ checkpoint runs: only architectures of transformers are built.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -22,7 +23,10 @@ _SHOWN_CHARACTERS = 200
 _BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
 # Parameters that are matrices although no Linear holds them: Zamba's dt_proj_weight, XLNet's q, Funnel's r_kernel.
 _MATRIX = re.compile(r"(\w*_)?(weight|proj|projection|kernel)|[qkvor]")
-_OUTPUT_MODULES = re.compile(r"(^|\.)(classifier|score|\w*head)(\.\d+)?$")
+# Names of a model's last layers, and of routers that are a plain Linear.
+_HEAD = re.compile(r"(^|[._])(heads?(\.\d+)?|logits(_\w+)?)$")
+_CLASSIFIER = re.compile(r"(^|\.)(classifier|score)(\.\d+)?$")
+_GATE = re.compile(r"\w*router|gate|\w*expert\w*_gate")
 
 
 def kinds_by_module_tree(config: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -95,11 +99,9 @@ def build_model(config: Mapping[str, Any]) -> Any:
 def parameter_kinds(model: Any) -> dict[str, str]:
     """Kinds of a model's parameters of two or more dimensions, by their names in the tree."""
     output = None
-    try:
+    with contextlib.suppress(AttributeError, NotImplementedError):
         output = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        pass
-    vocabularies = set(_sizes(model.config, "vocab"))
+    vocabularies = _vocabulary_sizes(model.config)
     labels = getattr(model.config, "num_labels", None)
     modules = dict(model.named_modules(remove_duplicate=False))
     kinds = {}
@@ -107,17 +109,17 @@ def parameter_kinds(model: Any) -> dict[str, str]:
         if parameter.dim() < 2:
             continue
         path, _, leaf = name.rpartition(".")
-        owner, holder = modules[path], modules[path.rpartition(".")[0]]
-        kind = _kind_of_parameter(owner, holder, leaf, parameter.dim())
-        if kind == "linear" and leaf == "weight":
-            rows = parameter.shape[-2]
+        owner = modules[path]
+        parts = path.split(".")
+        holders = [type(modules[".".join(parts[:depth])]).__name__ for depth in range(len(parts))]
+        kind = _kind_of_parameter(owner, holders, leaf, parameter.dim())
+        if kind in ("linear", "convolution") and leaf == "weight":
+            rows, cols = parameter.shape[:2]
             outside = not re.search(r"(^|\.)\d+\.", path)
-            if owner is output or (outside and (rows in vocabularies or _is_classifier(path, rows, labels))):
+            ends_model = rows in vocabularies or _HEAD.search(path) or (rows == labels and _CLASSIFIER.search(path))
+            if owner is output or (outside and ends_model):
                 kind = "output layer"
-            elif (
-                re.fullmatch(r"(.*\.)?(\w*router|gate|\w*expert\w*_gate)", path)
-                and parameter.shape[0] < parameter.shape[1]
-            ):
+            elif kind == "linear" and rows < cols and _GATE.fullmatch(parts[-1]):
                 kind = "router"
         kinds[name] = kind
     return kinds
@@ -146,23 +148,27 @@ def checkpoint_names(model: Any, names: Sequence[str]) -> Iterator[tuple[str, st
                 break
 
 
-def _sizes(config: Any, word: str) -> Iterator[int]:
-    for key, value in vars(config).items():
-        if word in key and isinstance(value, int):
-            yield value
-        elif hasattr(value, "model_type"):
-            yield from _sizes(value, word)
+def _vocabulary_sizes(config: Any) -> set[int]:
+    """Sizes of vocabularies, here and in nested configurations, that are no other size of the model."""
+    found: dict[bool, set[int]] = {True: set(), False: set()}
+
+    def collect(one: Any) -> None:
+        for key, value in vars(one).items():
+            if isinstance(value, int):
+                found["vocab" in key].add(value)
+            elif hasattr(value, "model_type"):
+                collect(value)
+
+    collect(config)
+    return found[True] - found[False]
 
 
-def _is_classifier(path: str, rows: int, labels: int | None) -> bool:
-    return rows == labels and _OUTPUT_MODULES.search(path) is not None
-
-
-def _kind_of_parameter(owner: Any, holder: Any, leaf: str, dimensions: int) -> str:
+def _kind_of_parameter(owner: Any, holders: list[str], leaf: str, dimensions: int) -> str:
+    """The kind by the classes of the module that has the parameter, and of those that hold that module."""
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
-    own, outer = type(owner).__name__, type(holder).__name__
+    own = type(owner).__name__
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag) or re.search(r"Embeddings?(Table)?$", own):
         return "embedding"
     if _BIAS.search(leaf):
@@ -171,7 +177,7 @@ def _kind_of_parameter(owner: Any, holder: Any, leaf: str, dimensions: int) -> s
         return "norm"
     if leaf == "weight" and re.search(r"(Router|Gate|Gating)$", own):
         return "router"
-    if isinstance(owner, nn.Linear) and re.search(r"(Router|Gating)$", outer):
+    if isinstance(owner, nn.Linear) and any(re.search(r"(Router|Gating)$", holder) for holder in holders):
         return "router"
     if own == "Conv1D":
         return "transposed linear"
