@@ -20,7 +20,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench_common import provenance, write_result
 
@@ -71,8 +71,8 @@ def architectures() -> list[tuple[str, str, str]]:
     return found
 
 
-def tensors_of(model_type: str, name: str) -> dict[tuple[str, str], list[int]]:
-    """(name, kind) → shape of an architecture's tensors, layers' numbers collapsed."""
+def tensors_of(model_type: str, name: str) -> tuple[dict[tuple[str, str], list[int]], int]:
+    """(name, kind) → shape of an architecture's tensors, layers' numbers collapsed; and how many the tree lacks."""
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -84,14 +84,13 @@ def tensors_of(model_type: str, name: str) -> dict[tuple[str, str], list[int]]:
     model = build_model(values)
     kinds = parameter_kinds(model)
     tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in parameters and name not in tied}
     shapes = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
     shapes = {n: s for n, s in shapes.items() if len(s) > 1 and math.prod(s) >= MIN_ELEMENTS}
-    found = {}
-    for stored, target in checkpoint_names(model, list(shapes)):
-        if target in kinds:
-            found[_LAYER.sub("N", stored), kinds[target]] = shapes[stored]
-    return found
+    targets = dict(checkpoint_names(model, list(shapes)))
+    found = {(_LAYER.sub("N", stored), kinds[target]): shapes[stored] for stored, target in targets.items()}
+    return found, len({_LAYER.sub("N", stored) for stored in shapes if stored not in targets})
 
 
 def survey(output: Path) -> None:
@@ -111,7 +110,7 @@ def survey(output: Path) -> None:
     for group, model_type, name in architectures():
         signal.alarm(_BUILD_S)
         try:
-            tensors = tensors_of(model_type, name)
+            tensors, lacking = tensors_of(model_type, name)
         except Exception as error:
             said = (str(error).strip().splitlines() or [""])[0]
             not_built[model_type] = f"{type(error).__name__}: {said[:60]}"
@@ -125,7 +124,7 @@ def survey(output: Path) -> None:
                 numbers[key] = len(rows)
                 rows.append([stored, shape, list(Kind).index(Kind(kind))])
             own.add(numbers[key])
-        built[model_type] = [group, sorted(own)]
+        built[model_type] = [group, lacking, sorted(own)]
         print(f"{model_type}: {len(own)}", file=sys.stderr)
     write_survey(output, transformers.__version__, rows, built, not_built)
     print(f"{len(built)} architectures, {len(rows)} names; not built: {len(not_built)}")
@@ -151,19 +150,29 @@ def write_survey(
     lines = [f'{{"transformers":{dump(version)},"kinds":{dump(list(Kind))},"tensors":[']
     lines.append(",\n".join(map(dump, rows)))
     lines.append('],"architectures":{')
-    lines.append(",\n".join(f"{dump(n)}:{dump([group, ranges(own)])}" for n, (group, own) in built.items()))
+    lines.append(
+        ",\n".join(f"{dump(n)}:{dump([group, lacking, ranges(own)])}" for n, (group, lacking, own) in built.items())
+    )
     lines.append(f'}},"not built":{dump(not_built)}}}')
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def read_survey(path: Path = SURVEY) -> tuple[str, dict[str, tuple[str, list[tuple[str, tuple[int, ...], Kind]]]]]:
-    """The version of transformers, and model type → group, (name, shape, kind) of its tensors."""
+class Architecture(NamedTuple):
+    """Its group, how many of its tensors' names the tree lacks, and name, shape and kind of the others."""
+
+    group: str
+    lacking: int
+    tensors: list[tuple[str, tuple[int, ...], Kind]]
+
+
+def read_survey(path: Path = SURVEY) -> tuple[str, dict[str, Architecture]]:
+    """The version of transformers, and model type → what the survey found."""
     value = json.loads(path.read_text(encoding="utf-8"))
     tensors = [(name, tuple(shape), Kind(value["kinds"][kind])) for name, shape, kind in value["tensors"]]
     found = {}
-    for model_type, (group, spans) in value["architectures"].items():
+    for model_type, (group, lacking, spans) in value["architectures"].items():
         numbers = [n for span in spans for n in (range(span[0], span[1] + 1) if isinstance(span, list) else [span])]
-        found[model_type] = group, [tensors[number] for number in numbers]
+        found[model_type] = Architecture(group, lacking, [tensors[number] for number in numbers])
     return value["transformers"], found
 
 
@@ -185,18 +194,19 @@ def judge(tensors: list[tuple[str, tuple[int, ...], Kind]]) -> Counter[str]:
 def compare(output: Path | None, *, verbose: bool) -> None:
     version, surveyed = read_survey()
     groups: dict[str, Counter[str]] = {}
-    for model_type, (group, tensors) in surveyed.items():
+    for model_type, (group, lacking, tensors) in surveyed.items():
         counts = judge(tensors)
         total = groups.setdefault(group, Counter())
         total.update(counts)
         total["architectures"] += 1
+        total["not in the tree"] += lacking
         total["architectures all right"] += counts["right"] == counts["tensors"]
         if verbose:
             for name, shape, kind in tensors:
                 by_name = kind_of_name(name.replace(".N", ".0"), shape)
                 if by_name.kind.is_coded != kind.is_coded:
                     print(model_type, name, shape, kind, "by name", by_name.kind, "SURE" if by_name.is_sure else "")
-    columns = ["architectures", "architectures all right", "tensors", "right", "kept, though linear",
+    columns = ["architectures", "architectures all right", "tensors", "not in the tree", "right", "kept, though linear",
                "coded, though to be kept", "sure", "sure, and wrong"]  # fmt: skip
     rows = [{"group": group, **{column: counts[column] for column in columns}} for group, counts in groups.items()]
     for row in rows:

@@ -80,7 +80,7 @@ class QuantConfig:
         object.__setattr__(self, "tensor_bits", {name: _rate(rate) for name, rate in self.tensor_bits.items()})
 
     def to_json(self) -> dict[str, Any]:
-        """All options as what JSON has: text, numbers, null, a list of several patterns, and ``tensor_bits`` an object."""
+        """All options as what JSON has: text, numbers, null, lists of several patterns; ``tensor_bits`` is an object."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
@@ -120,13 +120,14 @@ def _check_name(option: str, value: object, names: tuple[str, ...]) -> None:
         raise InputError(f"{option} {value!r}: there are {', '.join(names)}")
 
 
-def _check_pattern(option: str, pattern: object) -> None:
+def _check_pattern(option: str, pattern: object) -> str:
     if not isinstance(pattern, str):
         raise InputError(f"{option} {pattern!r}: not text")
     try:
         re.compile(pattern)
     except re.error as error:
         raise InputError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+    return pattern
 
 
 def _patterns(option: str, value: object) -> str | tuple[str, ...] | None:
@@ -134,9 +135,7 @@ def _patterns(option: str, value: object) -> str | tuple[str, ...] | None:
     if value is None:
         return None
     given = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-    for pattern in given:
-        _check_pattern(option, pattern)
-    patterns = tuple(dict.fromkeys(given))
+    patterns = tuple(dict.fromkeys(_check_pattern(option, pattern) for pattern in given))
     return patterns if len(patterns) > 1 else next(iter(patterns), None)
 
 

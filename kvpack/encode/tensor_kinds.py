@@ -48,7 +48,7 @@ class NoModuleTreeError(Exception):
 ModuleTree = Callable[[Mapping[str, Any], Sequence[str]], tuple[str, Mapping[str, str]]]
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_WEIGHT = re.compile(r"weight|weight_v|weight_[ih]h_l\d+(_reverse)?|kernel|original1|static_weight")
+_WEIGHT = re.compile(r"weights?|weight_v|weight_[ih]h_l\d+(_reverse)?|kernel|original1|static_weight")
 
 _BIAS_WORDS = frozenset({"bias", "biases"})
 _NORM_WORDS = frozenset(
@@ -200,7 +200,7 @@ def _is_output(named: list[str], shape: tuple[int, ...]) -> bool:
 
 
 def _is_embedding(module: str, own: list[str], last: str, shape: tuple[int, ...], *, outside: bool) -> bool:
-    if _PROJECTION_WORDS.intersection(own) or (len(shape) > 2 and own[:1] != ["pos"]):
+    if _PROJECTION_WORDS.intersection(own) or (len(shape) > 2 and own[:1] not in (["pos"], ["position"])):
         return False
     if module == "shared" and outside:  # T5's; shared experts lie in numbered layers
         return True
@@ -208,4 +208,4 @@ def _is_embedding(module: str, own: list[str], last: str, shape: tuple[int, ...]
 
 
 def _has_vocabulary(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and shape[0] >= max(_VOCABULARY_ROWS, _VOCABULARY_RATIO * shape[1])
+    return math.prod(shape[2:]) == 1 and shape[0] >= max(_VOCABULARY_ROWS, _VOCABULARY_RATIO * shape[1])

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are by the module tree of transformers, on torch's meta device: no weights, no memory.
+"""What a checkpoint's tensors are by the module tree of transformers, on torch's meta device: no weights, no memory.
 
 A process of its own builds the tree, as ``python -P module_tree.py``: what a config.json asks for may take long or end
 the interpreter, and who compresses needs no torch of his own. It reads ``{"config": …, "names": […]}`` and writes
@@ -9,6 +9,7 @@ checkpoint runs: only architectures of transformers are built.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import re
@@ -26,7 +27,7 @@ _MATRIX = re.compile(r"(\w*_)?(weight|proj|projection|kernel)|[qkvor]")
 # Names of a model's last layers, and of routers that are a plain Linear.
 _HEAD = re.compile(r"(^|[._])(heads?(\.\d+)?|logits(_\w+)?)$")
 _CLASSIFIER = re.compile(r"(^|\.)(classifier|score)(\.\d+)?$")
-_GATE = re.compile(r"\w*router|gate|\w*expert\w*_gate")
+_GATE = re.compile(r"\w*router|gate|wg|\w*expert\w*_gate")
 
 
 def kinds_by_module_tree(config: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -78,14 +79,15 @@ def build_model(config: Mapping[str, Any]) -> Any:
         Exception: whatever transformers raises.
     """
     import torch
-    import transformers
     from transformers.models.auto import modeling_auto
+
+    transformers: Any = importlib.import_module("transformers")
 
     values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     configuration_class = transformers.CONFIG_MAPPING[values.get("model_type")]
     configuration = configuration_class.from_dict(values)
     named = [getattr(transformers, str(name), None) for name in values.get("architectures") or []]
-    classes = [c for c in named if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)]
+    classes: list[Any] = [c for c in named if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)]
     for mapping in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_MAPPING):
         if not classes and configuration_class in mapping:
             found = mapping[configuration_class]
@@ -132,16 +134,20 @@ def checkpoint_names(model: Any, names: Sequence[str]) -> Iterator[tuple[str, st
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # older than 5: names are those of the tree
-        renamings, converters, rename_source_key = [], [], None
+
+        def renamed(name: str) -> str:
+            return name
     else:
         conversions = get_model_conversion_mapping(model)
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+
+        def renamed(name: str) -> str:
+            return rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0]
+
     prefix = model.base_model_prefix
     for name in names:
-        target = name
-        if rename_source_key is not None:
-            target, _ = rename_source_key(name, renamings, converters, prefix, known)
+        target = renamed(name)
         for candidate in (target, name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
             if candidate in known:
                 yield name, candidate
@@ -200,8 +206,7 @@ def _kind_of_parameter(owner: Any, holders: list[str], leaf: str, dimensions: in
 
 def _answer() -> None:
     asked = json.load(sys.stdin)
-    import transformers
-
+    transformers: Any = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
     model = build_model(asked["config"])
     kinds = parameter_kinds(model)
