@@ -80,7 +80,7 @@ class QuantConfig:
         object.__setattr__(self, "tensor_bits", {name: _rate(rate) for name, rate in self.tensor_bits.items()})
 
     def to_json(self) -> dict[str, Any]:
-        """All options as what JSON has: text, numbers, null, lists of several patterns; ``tensor_bits`` is an object."""
+        """All options as what JSON has: text, numbers, null, lists of patterns, an object for ``tensor_bits``."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
