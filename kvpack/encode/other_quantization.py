@@ -6,6 +6,7 @@ are decoded with. Some names are nobody else's, and count alone, as the packed t
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -64,6 +65,7 @@ def quantization_parts(tensors: Mapping[str, StoredTensor], config: Mapping[str,
     return parts
 
 
+@functools.lru_cache(4096)
 def _is_auxiliary(leaf: str) -> bool:
     return not _WORDS.isdisjoint(words(leaf)) or _OWN_NAMES.fullmatch(leaf) is not None
 

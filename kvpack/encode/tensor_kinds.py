@@ -88,7 +88,15 @@ _OUTPUTS = frozenset({"lm_head", "embed_out", "unembed", "to_logits", "lm_loss",
 # Output layers if they stand outside all numbered layers, where inner modules have these names, too.
 _OUTER_OUTPUTS = frozenset({"output", "output_layer", "output_projection", "proj_out", "classifier", "score"})
 # (module, the one that holds it)
-_INNER_OUTPUTS = frozenset({("decoder", "predictions"), ("decoder", "lm_head"), ("proj", "pred_layer")})
+_INNER_OUTPUTS = frozenset(
+    {
+        ("decoder", "predictions"),
+        ("decoder", "lm_head"),
+        ("proj", "pred_layer"),
+        ("fc", "head"),
+        ("out_proj", "classifier"),
+    }
+)
 # What stands above the modules of a whole model.
 _WHOLE_MODEL = frozenset({"model", "transformer", "backbone", "module", "language_model", "net", "decoder"})
 # A matrix outside all layers that has at least so many rows, and so many times its columns, has one for each token.

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120
+_MEMORY_BYTES = 8 << 30
 _SHOWN_CHARACTERS = 200
 _BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
 # Parameters that are matrices although no Linear holds them: Zamba's dt_proj_weight, XLNet's q, Funnel's r_kernel.
@@ -57,6 +59,7 @@ def kinds_by_module_tree(config: Mapping[str, Any], names: Sequence[str]) -> tup
             input=json.dumps({"config": dict(config), "names": list(names)}),
             capture_output=True,
             encoding="utf-8",
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},  # a configuration may name another model's weights
             timeout=TIMEOUT_S,
             check=False,
         )
@@ -65,11 +68,12 @@ def kinds_by_module_tree(config: Mapping[str, Any], names: Sequence[str]) -> tup
     except OSError as error:
         raise NoModuleTreeError(f"no process to build the model in ({error})") from None
     try:
-        answer = json.loads(done.stdout.rpartition("\n{")[2] if "\n{" in done.stdout else done.stdout)
+        # Packages may print while they are imported: the answer is the last line.
+        answer = json.loads((done.stdout.splitlines() or [""])[-1])
         return str(answer["source"]), dict(answer["kinds"])
     except (ValueError, KeyError, TypeError):
         said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        raise NoModuleTreeError(f"transformers does not build it: {said[:_SHOWN_CHARACTERS]}") from None
+        raise NoModuleTreeError(f"the model is not built: {said[:_SHOWN_CHARACTERS]}") from None
 
 
 def build_model(config: Mapping[str, Any]) -> Any:
@@ -84,7 +88,10 @@ def build_model(config: Mapping[str, Any]) -> Any:
     transformers: Any = importlib.import_module("transformers")
 
     values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    configuration_class = transformers.CONFIG_MAPPING[values.get("model_type")]
+    model_type = values.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise ValueError(f"transformers {transformers.__version__} has no model_type {model_type!r}")
+    configuration_class = transformers.CONFIG_MAPPING[model_type]
     configuration = configuration_class.from_dict(values)
     named = [getattr(transformers, str(name), None) for name in values.get("architectures") or []]
     classes: list[Any] = [c for c in named if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)]
@@ -93,7 +100,7 @@ def build_model(config: Mapping[str, Any]) -> Any:
             found = mapping[configuration_class]
             classes = [found[0] if isinstance(found, tuple) else found]
     if not classes:
-        raise ValueError(f"no model class for {values.get('model_type')}")
+        raise ValueError(f"transformers {transformers.__version__} has no model class for {model_type!r}")
     with torch.device("meta"):
         return classes[0]._from_config(configuration, attn_implementation="eager")
 
@@ -204,7 +211,18 @@ def _kind_of_parameter(owner: Any, holders: list[str], leaf: str, dimensions: in
     return "parameter"
 
 
+def _limit_memory() -> None:
+    """A configuration may ask for a billion layers: this process ends before the machine has no memory left."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES if hard < 0 else min(hard, _MEMORY_BYTES), hard))
+
+
 def _answer() -> None:
+    _limit_memory()
     asked = json.load(sys.stdin)
     transformers: Any = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()

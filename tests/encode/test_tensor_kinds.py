@@ -76,6 +76,13 @@ def matrix(*shape: int) -> Array:
         ("model.layers.0.mlp.shared_expert_gate.weight", (1, 4096), Kind.ROUTER),
         ("model.layers.0.mamba.A_log", (1536, 16), Kind.PARAMETER),
         ("model.layers.0.mamba.x_proj.weight", (264, 512), Kind.LINEAR),
+        ("transformer.output_layer.weight", (1000, 512), Kind.OUTPUT),
+        ("emb.weight", (1000, 512), Kind.EMBEDDING),
+        ("pred_layer.proj.weight", (1000, 512), Kind.OUTPUT),
+        ("classifier.weight", (1000, 768), Kind.OUTPUT),
+        ("head.fc.weight", (1000, 768), Kind.OUTPUT),
+        ("transformer.w.weight", (246534, 1280), Kind.OUTPUT),
+        ("blocks.0.att.time_maa_w1", (160, 512), Kind.PARAMETER),
         ("embeddings.cls_token", (1, 1, 768), Kind.PARAMETER),
         ("embeddings.patch_embeddings.projection.weight", (768, 3, 16, 16), Kind.CONVOLUTION),
         ("weight", (512, 512), Kind.LINEAR),
@@ -208,14 +215,18 @@ def test_the_module_tree_decides_where_a_name_leaves_doubt(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("config", "said"),
-    [({"model_type": "no_such"}, "no_such"), ({"n_head": 0}, "ZeroDivisionError"), ({"n_embd": "wide"}, "Error")],
+    [
+        ({"model_type": "no_such"}, "has no model_type 'no_such'"),
+        ({"n_head": 0}, "ZeroDivisionError"),
+        ({"n_embd": "wide"}, "Error"),
+    ],
 )
 def test_a_tree_that_cannot_be_built_is_said(tmp_path: Path, config: dict[str, Any], said: str) -> None:
     pytest.importorskip("transformers", reason="the module tree is that of transformers, which is not installed")
     report = kvpack.compress(ctrl(tmp_path / "ctrl", **config), bits=6)
     assert {t.method for t in report.tensors} == {"uniform"}
     (note,) = report.notes
-    assert "judged by names alone: transformers does not build it" in note
+    assert "judged by names alone: the model is not built" in note
     assert said in note
 
 
