@@ -9,6 +9,7 @@ checkpoint runs: only architectures of transformers are built.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -54,26 +55,34 @@ def kinds_by_module_tree(config: Mapping[str, Any], names: Sequence[str]) -> tup
     if not sys.executable:
         raise NoModuleTreeError("there is no Python interpreter to ask transformers with")
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-W", "ignore", str(Path(__file__).resolve())],
-            input=json.dumps({"config": dict(config), "names": list(names)}),
-            capture_output=True,
-            encoding="utf-8",
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},  # a configuration may name another model's weights
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        said, errors, status = _ask(json.dumps({"config": dict(config), "names": list(names)}))
     except subprocess.TimeoutExpired:
         raise NoModuleTreeError(f"building the model takes more than {TIMEOUT_S} s") from None
     except OSError as error:
         raise NoModuleTreeError(f"no process to build the model in ({error})") from None
     try:
         # Packages may print while they are imported: the answer is the last line.
-        answer = json.loads((done.stdout.splitlines() or [""])[-1])
+        answer = json.loads((said.splitlines() or [""])[-1])
         return str(answer["source"]), dict(answer["kinds"])
     except (ValueError, KeyError, TypeError):
-        said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        raise NoModuleTreeError(f"the model is not built: {said[:_SHOWN_CHARACTERS]}") from None
+        why = (errors.strip().splitlines() or [f"exit {status}"])[-1]
+        raise NoModuleTreeError(f"the model is not built: {why[:_SHOWN_CHARACTERS]}") from None
+
+
+@functools.lru_cache(8)  # who compresses a model at several rates waits once
+def _ask(question: str) -> tuple[str, str, int]:
+    """What the process writes to its outputs, and its exit status."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", str(Path(__file__).resolve())],
+        input=question,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},  # a configuration may name another model's weights
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    return done.stdout, done.stderr, done.returncode
 
 
 def build_model(config: Mapping[str, Any]) -> Any:
