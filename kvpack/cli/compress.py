@@ -100,9 +100,11 @@ def compress(
         AllocationOption,
         typer.Option("--allocation", help="The rate for each tensor, or one step for the model."),
     ] = AllocationOption.TENSOR,
-    include: Annotated[str | None, typer.Option("--include", metavar="REGEX", help="Code these names too.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="REGEX", help="Code these names too; repeatable.")
+    ] = None,
     exclude: Annotated[
-        str | None, typer.Option("--exclude", metavar="REGEX", help="Keep these names as they are.")
+        list[str] | None, typer.Option("--exclude", metavar="REGEX", help="Keep these names as they are; repeatable.")
     ] = None,
     tensor_bits: Annotated[
         list[str] | None,
@@ -118,9 +120,9 @@ def compress(
 ) -> None:
     """Compress a .safetensors file or a model directory; or a .bin, .pt, .pth or .gguf file.
 
-    Embeddings, output layers, norms, biases and small tensors are kept as they are (the report lists them). Of a
-    directory every file comes along, subfolders too; hidden files and weights in other forms than safetensors do not,
-    and are named.
+    Embeddings, output layers, norms, routers, biases, other parameters and small tensors are kept as they are, and so
+    are the scales of what is quantized already (the report lists them). Of a directory every file comes along,
+    subfolders too; hidden files and weights in other forms than safetensors do not, and are named.
     """
     with exit_codes(as_json):
         from kvpack.compression import compress as run

@@ -38,7 +38,7 @@ from kvpack.encode.output_files import Crc32, Shard, added_indexes, check_target
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram, RatePlan
-from kvpack.encode.selection import Selection, transposed_names
+from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
 from kvpack.encode.stored_matrices import StoredMatrices
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
@@ -54,6 +54,7 @@ from kvpack.encode.tensor_encoder import (
     plan_at_common_step,
     planned_bytes,
 )
+from kvpack.encode.tensor_kinds import ModuleTree
 from kvpack.encode.threads import default_threads
 from kvpack.errors import InputError
 from kvpack.format.container import (
@@ -100,7 +101,7 @@ class CompressReport:
     ``bits_per_weight`` and ``noise_db`` are those of the coded tensors (the noise: the mean of the quantized tensors'
     ratios, weighted by size). ``files`` says of each file of a directory what became of it; ``left_out`` names those
     with weights in other forms that were not carried over; ``notes`` are sentences on an input that was converted
-    first.
+    first, on how it was found out what the tensors are, and on other quantizations.
     """
 
     input: str
@@ -145,6 +146,7 @@ class _Model:
         executor: ThreadPoolExecutor,
         coder: Coder,
         tensors: Readable | None,
+        module_tree: ModuleTree | None,
     ) -> None:
         self.config, self.executor, self.coder = config, executor, coder
         self.tree = ModelTree(source, without=target, file=tensors)
@@ -162,14 +164,30 @@ class _Model:
             # By path: what a tensor is, its own name and its folder's config.json say, what is asked for, its name in
             # the directory.
             self.selections = {f.path: replace(selection, prefix=f.set_prefix) for f in self.tree.weight_files}
-            configs = {folder: read_config(source / folder) for folder in self.tree.folders} if source.is_dir() else {}
-            self.transposed = {
-                file.path: transposed_names(file.container.tensors, configs.get(file.folder, {}).get("model_type"))
-                for file in self.tree.weight_files
+            # Where every bit stays, it does not matter what a tensor is.
+            modules = None if selection.lossless and not selection.tensor_bits else module_tree
+            self.kinds = {
+                prefix: self._kinds_of(prefix, source, modules)
+                for prefix in dict.fromkeys(f.set_prefix for f in self.tree.weight_files)
             }
         except BaseException:
             self.close()
             raise
+
+    def _kinds_of(self, prefix: str, source: Path, modules: ModuleTree | None) -> TensorKinds:
+        """What the tensors of a set of weights are, by their own names and their folder's config.json."""
+        files = [file for file in self.tree.weight_files if file.set_prefix == prefix]
+        tensors = {name: tensor for file in files for name, tensor in file.container.tensors.items()}
+        config = read_config(source / files[0].folder) if source.is_dir() else {}
+        return TensorKinds.of(tensors, config, modules)
+
+    def notes(self) -> list[str]:
+        """What there is to say of how it was found out, each sentence once, with where it holds."""
+        return list(
+            dict.fromkeys(
+                f"{prefix}: {n}" if prefix else n for prefix, kinds in self.kinds.items() for n in kinds.notes
+            )
+        )
 
     def close(self) -> None:
         self.tree.close()
@@ -179,16 +197,16 @@ class _Model:
         return sum(t.size_bytes for file in self.tree.weight_files for t in file.container.tensors.values())
 
     def matrices(self, file: WeightFile, tensor: StoredTensor) -> Matrices:
-        return StoredMatrices(file.container, tensor, transposed=tensor.name in self.transposed[file.path])
+        return StoredMatrices(file.container, tensor, transposed=tensor.name in self.kinds[file.set_prefix].transposed)
 
     def common_step_tensors(self) -> list[tuple[WeightFile, StoredTensor]]:
         return [
             (file, tensor)
             for file in self.tree.weight_files
-            for selection in [self.selections[file.path]]
+            for selection, kinds in [(self.selections[file.path], self.kinds[file.set_prefix])]
             for tensor in file.container.tensors.values()
-            if selection.reason_to_keep(tensor) is None
-            and selection.is_lossy(tensor)
+            if selection.reason_to_keep(tensor, kinds) is None
+            and selection.is_lossy(tensor, kinds)
             and not selection.has_own_rate(tensor.name)
         ]
 
@@ -196,7 +214,7 @@ class _Model:
         """One tensor by whatever method the options say."""
         config, selection = self.config, self.selections[file.path]
         weights = self.matrices(file, tensor)
-        if not selection.is_lossy(tensor):
+        if not selection.is_lossy(tensor, self.kinds[file.set_prefix]):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
         if plan is not None:
             return encode_plan(weights, *plan, tile_cols=config.tile_cols, executor=self.executor, coder=self.coder)
@@ -307,7 +325,7 @@ def _encode_file(
 
     coded_elements = coded_bytes = 0
     for tensor in container.tensors.values():
-        reason = selection.reason_to_keep(tensor)
+        reason = selection.reason_to_keep(tensor, model.kinds[file.set_prefix])
         if reason is not None:
             kept.append((tensor, reason))
             continue
@@ -411,12 +429,14 @@ def compress(
     progress: Progress | None = None,
     coder: Coder = CPU_CODER,
     file: Readable | None = None,
+    module_tree: ModuleTree | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
     Args:
         coder: who counts and codes; whoever it is, the bytes are the same.
         file: what is read in place of a file at ``path``, which is a name alone then.
+        module_tree: who says what a directory's tensors are where their names leave doubt; None: names alone do.
 
     Raises:
         InputError: the input, the output or the number of threads cannot be used.
@@ -434,7 +454,7 @@ def compress(
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, target, config, executor, coder, file)
+        model = _Model(source, target, config, executor, coder, file, module_tree)
         try:
             files = _file_reports(model, source)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
@@ -471,6 +491,7 @@ def compress(
         reports,
         files if source.is_dir() else [],
         [str(file) for file in model.tree.passed_over],
+        [*model.notes(), *quantization_notes(report.reason for report in reports)],
         time.perf_counter() - began,
     )
 
@@ -513,6 +534,7 @@ def _report(
     reports: list[TensorReport],
     files: list[FileReport],
     passed_over: list[str],
+    notes: list[str],
     seconds: float,
 ) -> CompressReport:
     coded = [report for report in reports if report.method != "keep"]
@@ -530,6 +552,7 @@ def _report(
         seconds=round(seconds, 3),
         left_out=[f.path for f in files if f.action == "left out" and f.path not in passed_over],
         files=files,
+        notes=notes,
         tensors=sorted(reports, key=lambda report: report.name),
     )
 

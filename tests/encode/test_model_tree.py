@@ -221,8 +221,10 @@ def test_names_decide_by_themselves_and_patterns_by_where(tmp_path: Path) -> Non
 def test_allocation_by_model_over_components(tmp_path: Path) -> None:
     source = pipeline(tmp_path / "sd")
     report = run_json("compress", source, "--bits", 4, "--allocation", "model")
+    kept = [tensor["name"] for tensor in report["tensors"] if tensor["method"] == "keep"]
+    assert kept == ["text_encoder/text_model.embeddings.token_embedding.weight"]
     assert {t["method"] for t in report["tensors"]} == {"uniform", "keep"}
-    assert run_json("verify", report["output"], "--against", source)["coded"] == 7
+    assert run_json("verify", report["output"], "--against", source)["coded"] == 8
 
 
 def test_a_dry_run_counts_what_is_written_and_progress_ends_at_its_total(tmp_path: Path) -> None:
