@@ -89,6 +89,8 @@ def compress(
     """
     if settings and config is not None:
         raise InputError(f"config, and {', '.join(settings)} beside it: make it part of the config")
+    from kvpack.integrations.module_tree import kinds_by_module_tree
+
     options: dict[str, Any] = {
         "config": QuantConfig(**settings) if settings else config,
         "threads": threads,
@@ -96,6 +98,7 @@ def compress(
         "force": force,
         "progress": progress,
         "coder": coder_of(device),
+        "module_tree": kinds_by_module_tree,
     }
     if not isinstance(path, str | os.PathLike):
         if not isinstance(path, Mapping):
@@ -103,11 +106,13 @@ def compress(
         if out is None:
             raise InputError("tensors in memory need the output's name: kvpack.compress(tensors, out)")
         file, notes = conversion.serialized_mapping(path)
-        return replace(compress_with(file.path, out, file=file, **options), notes=notes)
+        report = compress_with(file.path, out, file=file, **options)
+        return replace(report, notes=[*notes, *report.notes])
     source = Path(path)
     if conversion.is_checkpoint(source):
         file, notes = conversion.serialized_checkpoint(source)
-        return replace(compress_with(source, out, file=file, **options), notes=notes)
+        report = compress_with(source, out, file=file, **options)
+        return replace(report, notes=[*notes, *report.notes])
     if conversion.has_checkpoints_alone(source) or conversion.is_gguf_file(source):
         target = default_output(source) if out is None else Path(out)
         if target.exists() and not (force or dry_run):
@@ -116,5 +121,6 @@ def compress(
             report = compress_with(directory, target, **options)
         size_bytes = source.stat().st_size if source.is_file() else report.input_bytes
         ratio = round(size_bytes / report.output_bytes, 6)
+        notes += report.notes
         return replace(report, input=str(source), input_bytes=size_bytes, ratio=ratio, notes=notes)
     return compress_with(source, out, **options)
