@@ -169,7 +169,7 @@ def compress(
         line = f"{action} ({reason}): {shown_names([file.path for file in files])}, {size}"
         console.print(line, markup=False, highlight=False)
     for note in report.notes:
-        console.print(f"note: {printable(note)}", markup=False, highlight=False)
+        console.print(printable(note), markup=False, highlight=False)
     coded = ""
     if report.bits_per_weight is not None:
         coded = f"; coded tensors {report.bits_per_weight:.3f} bits a weight"
