@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -229,7 +230,11 @@ class Uploader:
         self._free: queue.SimpleQueue[_Pinned] = queue.SimpleQueue()
         self._buffers = 0
         self._lock = threading.Lock()
-        self._pool = ThreadPool(self._threads, "kvpack-upload")
+        self._pools = ThreadPool(self._threads, "kvpack-upload")
+
+    @property
+    def _pool(self) -> ThreadPoolExecutor:
+        return self._pools.executor
 
     def after_current_work(self) -> Callable[[], None] | None:
         """For ``begin``: wait for the current stream as it is now. Fresh memory is what its last work may have left."""
@@ -251,7 +256,7 @@ class Uploader:
             upload = Upload(listed, chunks, self.stream, begin)
         self._uploads = [*(u for u in self._uploads if not u.finished), upload]
         for chunk in chunks:
-            self._pool.executor.submit(self._work, upload, chunk)
+            self._pool.submit(self._work, upload, chunk)
         return upload
 
     def _work(self, upload: Upload, chunk: Chunk) -> None:
@@ -303,7 +308,7 @@ class Uploader:
         """Give up what has not been read, wait for what is in flight, and let go of buffers and pieces."""
         for upload in self._uploads:
             upload.cancel()
-        self._pool.close()
+        self._pool.shutdown(wait=True)
         if self.stream is not None:
             self.stream.synchronize()
         self._uploads.clear()
