@@ -119,7 +119,7 @@ def transformers_names(model: nn.Module, shapes: Mapping[str, Sequence[int]]) ->
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
 
-    names = CheckpointNames()
+    names = CheckpointNames(unties=True)
     found: dict[str, list[tuple[str, str]]] = {}
     stripped = False
     for name in sorted(shapes, key=dot_natural_key):

@@ -295,13 +295,13 @@ def test_damaged_front(path: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_payload(path: Path, tmp_path: Path) -> None:
-    """A changed word: found by verify at once, and without it by the first product."""
+    """A changed word: found at once, and with verify=False by the first product."""
     with kvpack.open(path) as reader:
         payload = reader.blob("quantized.weight").header.payload_offset
     broken = damaged(path, tmp_path, "quantized.weight_kvpack", payload + 2200, 0x10)
     with pytest.raises(PayloadCrcError, match=r"tensor 'quantized\.weight': tile 0"):
-        load(broken, "cpu", verify=True)
-    state = load(broken, "cpu")
+        load(broken, "cpu")
+    state = load(broken, "cpu", verify=False)
     with pytest.raises(FormatError):
         state.linear("quantized")(torch.zeros(1, 416))
 
@@ -310,8 +310,8 @@ def test_damaged_payload(path: Path, tmp_path: Path) -> None:
 def test_damage_in_what_is_not_coded(path: Path, tmp_path: Path, name: str) -> None:
     broken = damaged(path, tmp_path, name, 8)
     with pytest.raises(TensorCrcError, match=rf"damaged\.safetensors, tensor {name!r}: kvpack_crc32"):
-        load(broken, "cpu", verify=True)
-    load(broken, "cpu")
+        load(broken, "cpu")
+    load(broken, "cpu", verify=False)
 
 
 def test_lanes_of_all_tensors(path: Path) -> None:
@@ -328,7 +328,7 @@ def test_lanes_of_all_tensors(path: Path) -> None:
 def test_damaged_scale(path: Path, tmp_path: Path) -> None:
     broken = damaged(path, tmp_path, "quantized.weight_kvpack_scale", 3, 0x80)
     with pytest.raises(FormatError, match=r"scale 0 of 'quantized\.weight' is -"):
-        load(broken, "cpu")
+        load(broken, "cpu", verify=False)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class CheckpointNames:
         computed: tensors of the file that the model computes, or that its class says are of no account.
         heads: tensors of the file that belong to a head, where the model is the body alone.
         unexpected: the rest of the file.
+        unties: whether tensors that are tied in the model get one each where the file has both and they differ.
     """
 
     direct: dict[str, str] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class CheckpointNames:
     computed: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    unties: bool = False
 
 
 # (model, tensor of the file → its shape) → where they go, or None if the model is none of that library's.

@@ -160,7 +160,7 @@ def load_tensors(
     names: Iterable[str],
     device: torch.device,
     *,
-    verify: bool = False,
+    verify: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, DeviceBlob | torch.Tensor]:
     """The named tensors on ``device``, complete when this returns.
@@ -322,7 +322,7 @@ def load(
     path: str | os.PathLike[str],
     device: torch.device | str | None = None,
     *,
-    verify: bool = False,
+    verify: bool = True,
     progress: bool | Progress | None = None,
     dtype: torch.dtype | None = None,
 ) -> State:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,7 +21,7 @@ from kvpack.runtime.weights.checkpoint_names import CheckpointNames, Conversion,
 from kvpack.runtime.weights.device_blob import DeviceBlob
 from kvpack.runtime.weights.experts import keep_coded
 from kvpack.runtime.weights.linear import RansLinear
-from kvpack.runtime.weights.load import TORCH_DTYPES, load_tensors, shown_progress, stored_bytes
+from kvpack.runtime.weights.load import TORCH_DTYPES, load_tensors, shown_progress, stored_bytes, stored_name
 
 if TYPE_CHECKING:
     import os
@@ -247,13 +248,21 @@ def _plan(
             place.coded = reason is None and source != dense
             if not place.coded:
                 # All plain places of a group stay tied, to the numbers of the first.
-                source = dense = dense or source
+                dense = dense or source
+                if name is None or not names.unties or _same_bytes(reader, dense, name):
+                    source = dense
                 if reason and reader.info(source) is not None:
                     report.dequantized.setdefault(source, reason)
             place.source = source
             if source != name:
                 report.tied[place.names[0]] = source
     return list(dict.fromkeys(differences))  # tied places may differ from one tensor in the same way
+
+
+def _same_bytes(reader: Reader, one: str, other: str) -> bool:
+    """Whether two tensors of a file are stored as the same bytes."""
+    stored = [reader.container(name).data(stored_name(reader, name)) for name in (one, other)]
+    return one == other or np.array_equal(*(np.frombuffer(data, np.uint8) for data in stored))
 
 
 def _pattern(text: str | None, what: str, names: Iterable[str]) -> re.Pattern[str] | None:
@@ -310,8 +319,12 @@ def _refuse_differences(
     if strict and names.unexpected:
         lines.append(f"{len(names.unexpected)} of the file are not in the model: {_list(names.unexpected)}")
     if lines:
-        # A model that runs without some of its weights computes noise: that is nothing to advise.
-        advice = "" if differences or report.missing else " (strict=False leaves these out)"
+        advice = " (strict=False leaves these out)"
+        if report.missing and strict:
+            # A model that runs without some of its weights computes noise: strict=False is nothing to advise.
+            advice = "; what has no weights would be random: make the model of the class and config that was saved"
+        elif differences:
+            advice = ""
         raise ModelMismatchError(f"{reader.path}: the tensors are not the model's; {'; '.join(lines)}{advice}")
 
 
@@ -598,7 +611,7 @@ def replace_linears(
     exclude: str | None = None,
     strict: bool = True,
     defer: Iterable[nn.Module] = (),
-    verify: bool = False,
+    verify: bool = True,
     progress: bool | Progress | None = None,
 ) -> Replacement:
     """Load a compressed file or directory into a model of plain modules, in place.
