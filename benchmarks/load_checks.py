@@ -1,7 +1,8 @@
 """What checking all CRCs adds to loading a file that the system has cached.
 
     python benchmarks/load_checks.py MODEL.kvpack.safetensors --device cpu
-    python benchmarks/load_checks.py MODEL.kvpack.safetensors --device cuda --json benchmarks/results/DATE-load-checks.json
+    python benchmarks/load_checks.py MODEL.kvpack.safetensors --device cuda \\
+        --json benchmarks/results/DATE-load-checks.json
 
 Loads the file or directory --repeats times with ``verify=True`` (the default of ``kvpack.load``) and with
 ``verify=False``, by turns, and gives the medians. The first load of each is not counted: it brings the file into the

@@ -275,8 +275,11 @@ class Container:
         tensor = self.tensors[name]
         return self._data[tensor.begin : tensor.end]
 
-    def check_crc32(self, name: str) -> bool:
+    def check_crc32(self, name: str, data: memoryview | None = None) -> bool:
         """Compare the bytes of a stored tensor that is not a blob with their CRC; False if the file gives none.
+
+        Args:
+            data: its bytes, if they have been read already.
 
         Raises:
             TensorCrcError: they are damaged.
@@ -284,7 +287,7 @@ class Container:
         given = self.crc32.get(name)
         if given is None:
             return False
-        computed = zlib.crc32(self.data(name))
+        computed = zlib.crc32(self.data(name) if data is None else data)
         if computed != given:
             raise TensorCrcError(f"{self.path}, tensor {name!r}: {CRC_KEY} is 0x{given:08X}, computed 0x{computed:08X}")
         return True

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -261,8 +262,11 @@ def _plan(
 
 def _same_bytes(reader: Reader, one: str, other: str) -> bool:
     """Whether two tensors of a file are stored as the same bytes."""
-    stored = [reader.container(name).data(stored_name(reader, name)) for name in (one, other)]
-    return one == other or np.array_equal(*(np.frombuffer(data, np.uint8) for data in stored))
+
+    def stored(name: str) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(reader.container(name).data(stored_name(reader, name)), np.uint8)
+
+    return one == other or np.array_equal(stored(one), stored(other))
 
 
 def _pattern(text: str | None, what: str, names: Iterable[str]) -> re.Pattern[str] | None:
