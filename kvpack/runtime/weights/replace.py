@@ -183,7 +183,7 @@ class _Selection:
             if info.header.transposed or info.header.matrices != 1:
                 return f"{conversion.what}, of which {name} is no matrix of outputs × inputs"
             if reason := self._not_chosen(name):
-                return reason
+                return f"{name} is {reason}, and experts stay coded all together"
         return None
 
     def _not_chosen(self, name: str) -> str | None:
