@@ -112,6 +112,7 @@ class Reader:
         path: a .safetensors file or a model directory.
         threads: cores to decode with; all by default.
         max_elements: refuse to decode tensors of more elements (default: max(2^28, 256 × blob bytes)).
+        verify: compare what is asked for with the CRCs that the file gives, kept tensors and scales once each.
 
     Raises:
         InputError: a directory without a safetensors file.
@@ -125,7 +126,10 @@ class Reader:
         *,
         threads: int | None = None,
         max_elements: int | None = None,
+        verify: bool = True,
     ) -> None:
+        self.verify = verify
+        self._intact: set[str] = set()
         self.path = Path(path)
         self.max_elements = max_elements
         self.containers: list[Container] = []
@@ -214,6 +218,7 @@ class Reader:
         if name not in container.coded:
             raise KeyError(f"tensor {name!r} is not coded")
         try:
+            self._check_crc(container, name + SCALE_SUFFIX)
             blob = Blob(container.data(name + BLOB_SUFFIX))
             self._check_shape(name, container.coded[name], blob.header)
             self._check_scales(name, container, blob.header)
@@ -260,6 +265,11 @@ class Reader:
         if scales is not None and len(scales) not in (1, header.matrices * header.rows):
             raise ScaleError(f"tensor {name!r}: {len(scales)} scales for {header.matrices} × {header.rows} rows")
 
+    def _check_crc(self, container: Container, stored: str) -> None:
+        if self.verify and stored not in self._intact:
+            container.check_crc32(stored)
+            self._intact.add(stored)
+
     def _to_shape(self, name: str, array: npt.NDArray[Any], header: BlobHeader) -> npt.NDArray[Any]:
         """[matrices, rows, cols] → the original shape."""
         if header.transposed:
@@ -274,8 +284,13 @@ class Reader:
             raise
 
     def stored(self, name: str) -> npt.NDArray[Any]:
-        """A kept tensor as it is stored: read-only, not copied."""
+        """A kept tensor as it is stored: read-only, not copied.
+
+        Raises:
+            TensorCrcError: it is damaged.
+        """
         container = self.container(name)
+        self._check_crc(container, name)
         tensor = container.tensors[name]
         dtype = NUMPY_DTYPES.get(tensor.dtype)
         if dtype is None:

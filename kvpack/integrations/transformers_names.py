@@ -35,6 +35,17 @@ def _ignored(model: Any) -> list[re.Pattern[str]]:
     return [re.compile(pattern) for pattern in patterns]
 
 
+def _kept_in_fp32(model: Any, names: Iterable[str]) -> set[str]:
+    """Tensors that from_pretrained loads in fp32 though the model is of 16 bits: biases of routers, for one."""
+    patterns: set[str] = set()
+    if model.dtype in (torch.float16, torch.bfloat16):
+        patterns |= set(model._keep_in_fp32_modules_strict or ())
+    if model.dtype == torch.float16:
+        patterns |= set(model._keep_in_fp32_modules or ())
+    found = [re.compile(pattern.replace("*", ".*")) for pattern in patterns]
+    return {name for name in names if any(pattern.search(name) for pattern in found)}
+
+
 def _by_pattern(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """(source pattern, tensor of the file) in order → the tensors of each pattern."""
     grouped: dict[str, list[str]] = {}
@@ -119,7 +130,7 @@ def transformers_names(model: nn.Module, shapes: Mapping[str, Sequence[int]]) ->
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
 
-    names = CheckpointNames(unties=True)
+    names = CheckpointNames(unties=True, fp32=_kept_in_fp32(model, state))
     found: dict[str, list[tuple[str, str]]] = {}
     stripped = False
     for name in sorted(shapes, key=dot_natural_key):

@@ -314,6 +314,36 @@ def test_damage_in_what_is_not_coded(path: Path, tmp_path: Path, name: str) -> N
     load(broken, "cpu", verify=False)
 
 
+def test_every_byte_counts(path: Path, tmp_path: Path) -> None:
+    """Whichever byte of whichever tensor is changed, load says so, and names file and tensor."""
+    rng = np.random.default_rng(5)
+    found = 0
+    with Container(path) as container:
+        tensors = dict(container.tensors)
+    for name, tensor in tensors.items():
+        size = tensor.size_bytes
+        few = {0, size - 1, *rng.integers(0, size, 12).tolist()} if size else set()
+        for offset in sorted(few):
+            broken = damaged(path, tmp_path, name, offset, 1 << int(rng.integers(8)))
+            original = name.removesuffix("_kvpack_scale").removesuffix("_kvpack")
+            with pytest.raises(FormatError, match=rf"damaged\.safetensors.*{original}"):
+                load(broken, "cpu")
+            found += 1
+    assert found > 200
+
+
+@pytest.mark.parametrize("name", ["norm", "rows.weight_kvpack_scale"])
+def test_reader_checks_what_is_asked_for(path: Path, tmp_path: Path, name: str) -> None:
+    broken = damaged(path, tmp_path, name, 8)
+    original = name.removesuffix("_kvpack_scale")
+    with kvpack.open(broken) as reader:
+        reader.dequantize("ids" if name != "ids" else "norm")
+        with pytest.raises(TensorCrcError, match=rf"damaged\.safetensors, tensor {name!r}: kvpack_crc32"):
+            reader.dequantize(original)
+    with kvpack.open(broken, verify=False) as reader:
+        reader.dequantize(original)
+
+
 def test_lanes_of_all_tensors(path: Path) -> None:
     """Kernels count corrupt lanes beside each tensor; whichever it is, it is found and named."""
     with kvpack.open(path) as reader:

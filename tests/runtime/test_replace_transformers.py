@@ -128,10 +128,11 @@ def test_lossless_and_lossy(tmp_path: Path, kind: str) -> None:
     assert len(report.replaced) == CODED[kind]
     assert (report.missing, report.unexpected) == ([], [])
 
+    half = checkpoint(tmp_path / "half", kind, lambda t: {name: x.bfloat16() for name, x in t.items()})
     model = fresh(kind, dtype=torch.bfloat16)
-    kvpack.replace_linears(model, coded, device="cpu")
-    # Weights that are not rounded to bf16 before products, and another order of sums.
-    torch.testing.assert_close(output(model), loaded(path, kind, torch.bfloat16), rtol=0.02, atol=0.02)
+    kvpack.replace_linears(model, lossless(half), device="cpu")
+    # Products are rounded once, from fp32.
+    torch.testing.assert_close(output(model), loaded(half, kind, torch.bfloat16), rtol=0.02, atol=0.02)
 
     kvpack.compress(path, tmp_path / "lossy", kvpack.QuantConfig(bits=4.25))
     kvpack.decompress(tmp_path / "lossy", tmp_path / "plain")
@@ -139,6 +140,18 @@ def test_lossless_and_lossy(tmp_path: Path, kind: str) -> None:
     kvpack.replace_linears(model, tmp_path / "lossy", device="cpu")
     torch.testing.assert_close(output(model), loaded(tmp_path / "plain", kind), rtol=0, atol=3e-6)
     assert float((output(model) - expected).abs().max()) > 1e-3  # quantization can be seen
+
+
+def test_what_is_kept_in_fp32(tmp_path: Path) -> None:
+    """transformers keeps the biases of DeepSeek's routers in fp32: in bf16 other experts are chosen."""
+    path = checkpoint(tmp_path, "deepseek_v3")
+    model = fresh("deepseek_v3", dtype=torch.bfloat16)
+    kvpack.replace_linears(model, lossless(path), device="cpu")
+    expected = transformers.DeepseekV3ForCausalLM.from_pretrained(path, dtype=torch.bfloat16).state_dict()
+    kept = {name for name, tensor in expected.items() if tensor.dtype == torch.float32}
+    assert kept == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    for name, tensor in model.state_dict().items():
+        assert "weight_kvpack" in name or tensor.dtype == expected[name].dtype, name
 
 
 def test_experts_stay_coded(tmp_path: Path) -> None:
@@ -181,9 +194,9 @@ def test_experts_are_copied_saved_and_streamed(tmp_path: Path) -> None:
     # save_pretrained gives them the file's names.
     saved.save_pretrained(tmp_path / "saved")
     with Container(path / "model.safetensors") as container:
-        coded = {f"{name}.weight_kvpack".replace(".weight.", ".") for name in container.coded}
-    names = {name.replace(".weight.", ".") for name in load_file(tmp_path / "saved" / "model.safetensors")}
-    assert {name for name in coded if "experts" in name} <= {f"{n}" for n in names} | coded - coded
+        expected_names = {f"{name}_kvpack" for name in container.coded if "experts" in name}
+    assert len(expected_names) == 24
+    assert expected_names <= load_file(tmp_path / "saved" / "model.safetensors").keys()
 
     for source in ("pinned", "disk"):
         model = fresh("mixtral")
@@ -219,7 +232,9 @@ def renamed(*pairs: tuple[str, str]) -> Callable[[Tensors], Tensors]:
 
 FORMS: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     "gpt2 without prefix": ("gpt2", without_prefix("transformer.")),
-    "gpt2 with masks": ("gpt2", lambda t: t | {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in (0, 1)}),
+    "gpt2 with masks": (
+        "gpt2", lambda t: t | {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in (0, 1)},
+    ),
     "bert without prefix": ("bert", without_prefix("bert.")),
     "bert with gamma and beta": (
         "bert", renamed(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
@@ -231,7 +246,8 @@ FORMS: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     ),
     "marian without sinusoids": ("marian", lambda t: {k: x for k, x in t.items() if "embed_positions" not in k}),
     "wav2vec2 with weight_g and weight_v": (
-        "wav2vec2", renamed(("parametrizations.weight.original0", "weight_g"), ("parametrizations.weight.original1", "weight_v")),
+        "wav2vec2",
+        renamed(("parametrizations.weight.original0", "weight_g"), ("parametrizations.weight.original1", "weight_v")),
     ),
 }  # fmt: skip
 

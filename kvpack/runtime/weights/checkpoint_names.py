@@ -44,6 +44,7 @@ class CheckpointNames:
         heads: tensors of the file that belong to a head, where the model is the body alone.
         unexpected: the rest of the file.
         unties: whether tensors that are tied in the model get one each where the file has both and they differ.
+        fp32: tensors of the model that are loaded in fp32 though the model is narrower.
     """
 
     direct: dict[str, str] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class CheckpointNames:
     heads: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     unties: bool = False
+    fp32: set[str] = field(default_factory=set)
 
 
 # (model, tensor of the file → its shape) → where they go, or None if the model is none of that library's.

@@ -111,6 +111,7 @@ class _Place:
     module_names: list[str]
     source: str = ""
     coded: bool = False
+    fp32: bool = False
     conversion: Conversion | None = None
     converted: str = ""
 
@@ -120,6 +121,11 @@ class _Place:
         if self.conversion is not None:
             return self.conversion.sources
         return [self.source] if self.source else []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that the place gets, if they are not coded."""
+        return torch.float32 if self.fp32 and self.tensor.is_floating_point() else self.tensor.dtype
 
     @property
     def names(self) -> list[str]:
@@ -145,6 +151,8 @@ def _places(model: nn.Module, names: CheckpointNames) -> list[_Place]:
             if tensor is not None and not (unsaved and _joined(name, key) not in names.direct):
                 place = found.setdefault((id(module), key), _Place(module, key, tensor, []))
                 place.module_names.append(name)
+    for place in found.values():
+        place.fp32 = not names.fp32.isdisjoint(place.names)
     return list(found.values())
 
 
@@ -534,7 +542,7 @@ class _Loading:
         for place, device in zip(self.places, self.devices, strict=True):
             if place.coded:
                 continue
-            is_parameter, dtype = place.key in place.module._parameters, place.tensor.dtype
+            is_parameter, dtype = place.key in place.module._parameters, place.dtype
             key = (place.converted or place.source, device)
             if key not in shared:
                 if place.conversion is None:
