@@ -1035,7 +1035,7 @@ def test_mutants_of_whole_files(path: Path) -> None:
     # A smaller one, so that mutants are quick to read.
     file.put_blob("w", encoded((6, 40)))
     file.entries["w"]["shape"] = [6, 40]
-    file.metadata["kvpack_crc32"] = json.dumps({"bias": 1, "empty": 0})
+    file.metadata["kvpack_crc32"] = json.dumps({"bias": zlib.crc32(file.tensors["bias"][2]), "empty": 0})
     header, data, content = file.header(), file.data, file.build()
     data_start = len(content) - len(data)
     path.write_bytes(content)
