@@ -37,7 +37,7 @@ from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram, RatePlan
 from kvpack.encode.reader import INDEX_NAME, locate_tensors, shard_paths
-from kvpack.encode.selection import Selection, transposed_names
+from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
     Coder,
@@ -52,6 +52,7 @@ from kvpack.encode.tensor_encoder import (
     plan_at_common_step,
     planned_bytes,
 )
+from kvpack.encode.tensor_kinds import ModuleTree
 from kvpack.encode.threads import default_threads
 from kvpack.errors import InputError
 from kvpack.format.container import (
@@ -96,7 +97,8 @@ class CompressReport:
     """What a compression gave.
 
     ``bits_per_weight`` and ``noise_db`` are those of the coded tensors (the noise: the mean of the quantized tensors'
-    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over.
+    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over;
+    ``notes`` are sentences on how it was found out what the tensors are, and on other quantizations.
     """
 
     input: str
@@ -108,6 +110,7 @@ class CompressReport:
     noise_db: float | None
     seconds: float
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     tensors: list[TensorReport] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -130,7 +133,14 @@ def _as_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, np.
 class _Model:
     """The sources of a compression: containers, what to do with each tensor, and the common step if there is one."""
 
-    def __init__(self, source: Path, config: QuantConfig, executor: ThreadPoolExecutor, coder: Coder) -> None:
+    def __init__(
+        self,
+        source: Path,
+        config: QuantConfig,
+        executor: ThreadPoolExecutor,
+        coder: Coder,
+        module_tree: ModuleTree | None,
+    ) -> None:
         self.config, self.executor, self.coder = config, executor, coder
         self.selection = Selection.from_config(config)
         self.containers: list[Container] = []
@@ -147,10 +157,10 @@ class _Model:
         for option, pattern in self.selection.patterns():
             if not any(pattern.search(name) for name in names):
                 raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
-        model_type = read_config(source).get("model_type") if source.is_dir() else None
-        self.transposed = {
-            name for container in self.containers for name in transposed_names(container.tensors, model_type)
-        }
+        tensors = {name: tensor for container in self.containers for name, tensor in container.tensors.items()}
+        # Where every bit stays, it does not matter what a tensor is.
+        tree = None if self.selection.lossless and not self.selection.tensor_bits else module_tree
+        self.kinds = TensorKinds.of(tensors, read_config(source) if source.is_dir() else {}, tree)
 
     def close(self) -> None:
         for container in self.containers:
@@ -162,7 +172,7 @@ class _Model:
 
     def matrices(self, container: Container, tensor: StoredTensor) -> Matrices:
         array = _as_array(container, tensor)
-        return Matrices(array, transposed=tensor.name in self.transposed)
+        return Matrices(array, transposed=tensor.name in self.kinds.transposed)
 
     def common_step_tensors(self) -> list[tuple[Container, StoredTensor]]:
         selection = self.selection
@@ -170,8 +180,8 @@ class _Model:
             (container, tensor)
             for container in self.containers
             for tensor in container.tensors.values()
-            if selection.reason_to_keep(tensor) is None
-            and selection.is_lossy(tensor)
+            if selection.reason_to_keep(tensor, self.kinds) is None
+            and selection.is_lossy(tensor, self.kinds)
             and not selection.has_own_rate(tensor.name)
         ]
 
@@ -179,7 +189,7 @@ class _Model:
         """One tensor by whatever method the options say."""
         config, selection = self.config, self.selection
         weights = self.matrices(container, tensor)
-        if not selection.is_lossy(tensor):
+        if not selection.is_lossy(tensor, self.kinds):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
         if plan is not None:
             return encode_plan(weights, *plan, tile_cols=config.tile_cols, executor=self.executor, coder=self.coder)
@@ -287,7 +297,7 @@ def _encode_container(
         shard.stored_bytes += sum(map(len, parts))
 
     for tensor in container.tensors.values():
-        reason = selection.reason_to_keep(tensor)
+        reason = selection.reason_to_keep(tensor, model.kinds)
         if reason is not None:
             kept.append((tensor, reason))
             continue
@@ -386,11 +396,13 @@ def compress(
     force: bool = False,
     progress: Progress | None = None,
     coder: Coder = CPU_CODER,
+    module_tree: ModuleTree | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
     Args:
         coder: who counts and codes; whoever it is, the bytes are the same.
+        module_tree: who says what a directory's tensors are where their names leave doubt; None: names alone do.
 
     Raises:
         InputError: the input, the output or the number of threads cannot be used.
@@ -409,7 +421,7 @@ def compress(
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, config, executor, coder)
+        model = _Model(source, config, executor, coder, module_tree)
         try:
             progress.total(model.total_bytes)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
@@ -441,6 +453,7 @@ def compress(
         output_bytes,
         reports,
         [str(file) for file in left_out if not file.name.endswith(".index.json")],
+        [*model.kinds.notes, *quantization_notes(report.reason for report in reports)],
         time.perf_counter() - began,
     )
 
@@ -452,6 +465,7 @@ def _report(
     output_bytes: int,
     reports: list[TensorReport],
     left_out: list[str],
+    notes: list[str],
     seconds: float,
 ) -> CompressReport:
     coded = [report for report in reports if report.method != "keep"]
@@ -468,6 +482,7 @@ def _report(
         noise_db=(round(10 * math.log10(sum(size * ratio for size, ratio in noise) / noisy), 4) if noise else None),
         seconds=round(seconds, 3),
         left_out=left_out,
+        notes=notes,
         tensors=sorted(reports, key=lambda report: report.name),
     )
 
