@@ -149,7 +149,7 @@ def test_what_is_kept_in_fp32(tmp_path: Path) -> None:
     kvpack.replace_linears(model, lossless(path), device="cpu")
     expected = transformers.DeepseekV3ForCausalLM.from_pretrained(path, dtype=torch.bfloat16).state_dict()
     kept = {name for name, tensor in expected.items() if tensor.dtype == torch.float32}
-    assert kept == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in kept  # later versions keep more
     for name, tensor in model.state_dict().items():
         assert "weight_kvpack" in name or tensor.dtype == expected[name].dtype, name
 
