@@ -66,6 +66,7 @@ class Reader:
         max_elements: refuse to decode tensors of more elements (default: max(2^28, 256 × blob bytes)).
         components: False opens a directory's own model alone: no subfolders, no other sets of weights.
         without: a folder in the directory that is no part of it.
+        verify: compare what is asked for with the CRCs that the file gives, kept tensors and scales once each.
 
     Raises:
         InputError: a directory without a safetensors file.
@@ -81,7 +82,10 @@ class Reader:
         max_elements: int | None = None,
         components: bool = True,
         without: Path | None = None,
+        verify: bool = True,
     ) -> None:
+        self.verify = verify
+        self._intact: set[str] = set()
         self.path = Path(path)
         self.max_elements = max_elements
         self.containers: list[Container] = []
@@ -180,6 +184,7 @@ class Reader:
         if name not in container.coded:
             raise KeyError(f"tensor {name!r} is not coded")
         try:
+            self._check_crc(container, name + SCALE_SUFFIX)
             blob = Blob(container.data(name + BLOB_SUFFIX))
             self._check_shape(name, container.coded[name], blob.header)
             self._check_scales(name, container, blob.header)
@@ -226,6 +231,11 @@ class Reader:
         if scales is not None and len(scales) not in (1, header.matrices * header.rows):
             raise ScaleError(f"tensor {name!r}: {len(scales)} scales for {header.matrices} × {header.rows} rows")
 
+    def _check_crc(self, container: Container, stored: str, data: memoryview | None = None) -> None:
+        if self.verify and stored not in self._intact:
+            container.check_crc32(stored, data)
+            self._intact.add(stored)
+
     def _to_shape(self, name: str, array: npt.NDArray[Any], header: BlobHeader) -> npt.NDArray[Any]:
         """[matrices, rows, cols] → the original shape."""
         if header.transposed:
@@ -240,13 +250,19 @@ class Reader:
             raise
 
     def stored(self, name: str) -> npt.NDArray[Any]:
-        """A kept tensor as it is stored: read-only, in memory of its own."""
+        """A kept tensor as it is stored: read-only, in memory of its own.
+
+        Raises:
+            TensorCrcError: it is damaged.
+        """
         container = self.container(name)
         tensor = container.tensors[name]
         dtype = NUMPY_DTYPES.get(tensor.dtype)
         if dtype is None:
             raise TypeError(f"tensor {name!r}: NumPy has no type for {tensor.dtype}")
-        return np.frombuffer(container.data(name), dtype).reshape(tensor.shape)
+        data = container.data(name)
+        self._check_crc(container, name, data)
+        return np.frombuffer(data, dtype).reshape(tensor.shape)
 
     def decode(self, name: str) -> npt.NDArray[Any]:
         """The stored numbers, exactly: integers of a quantized tensor, bit patterns of a lossless float one.

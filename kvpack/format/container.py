@@ -313,8 +313,11 @@ class Container:
         for begin in range(0, size, _COPY_BYTES):
             yield self.read(name, begin, min(begin + _COPY_BYTES, size))
 
-    def check_crc32(self, name: str) -> bool:
+    def check_crc32(self, name: str, data: memoryview | None = None) -> bool:
         """Compare the bytes of a stored tensor that is not a blob with their CRC; False if the file gives none.
+
+        Args:
+            data: its bytes, if they have been read already.
 
         Raises:
             TensorCrcError: they are damaged.
@@ -322,7 +325,7 @@ class Container:
         if name not in self.crc32:
             return False
         computed = 0
-        for piece in self.pieces(name):
+        for piece in self.pieces(name) if data is None else (data,):
             computed = zlib.crc32(piece, computed)
         self.compare_crc32(name, computed)
         return True

@@ -332,13 +332,13 @@ def test_damaged_front(path: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_payload(path: Path, tmp_path: Path) -> None:
-    """A changed word: found by verify at once, and without it by the first product."""
+    """A changed word: found at once, and with verify=False by the first product."""
     with kvpack.open(path) as reader:
         payload = reader.blob("quantized.weight").header.payload_offset
     broken = damaged(path, tmp_path, "quantized.weight_kvpack", payload + 2200, 0x10)
     with pytest.raises(PayloadCrcError, match=r"tensor 'quantized\.weight': tile 0"):
-        load(broken, "cpu", verify=True)
-    state = load(broken, "cpu")
+        load(broken, "cpu")
+    state = load(broken, "cpu", verify=False)
     with pytest.raises(FormatError):
         state.linear("quantized")(torch.zeros(1, 416))
 
@@ -347,8 +347,38 @@ def test_damaged_payload(path: Path, tmp_path: Path) -> None:
 def test_damage_in_what_is_not_coded(path: Path, tmp_path: Path, name: str) -> None:
     broken = damaged(path, tmp_path, name, 8)
     with pytest.raises(TensorCrcError, match=rf"damaged\.safetensors, tensor {name!r}: kvpack_crc32"):
-        load(broken, "cpu", verify=True)
-    load(broken, "cpu")
+        load(broken, "cpu")
+    load(broken, "cpu", verify=False)
+
+
+def test_every_byte_counts(path: Path, tmp_path: Path) -> None:
+    """Whichever byte of whichever tensor is changed, load says so, and names file and tensor."""
+    rng = np.random.default_rng(5)
+    found = 0
+    with Container(path) as container:
+        tensors = dict(container.tensors)
+    for name, tensor in tensors.items():
+        size = tensor.size_bytes
+        few = {0, size - 1, *rng.integers(0, size, 12).tolist()} if size else set()
+        for offset in sorted(few):
+            broken = damaged(path, tmp_path, name, offset, 1 << int(rng.integers(8)))
+            original = name.removesuffix("_kvpack_scale").removesuffix("_kvpack")
+            with pytest.raises(FormatError, match=rf"damaged\.safetensors.*{original}"):
+                load(broken, "cpu")
+            found += 1
+    assert found > 200
+
+
+@pytest.mark.parametrize("name", ["norm", "rows.weight_kvpack_scale"])
+def test_reader_checks_what_is_asked_for(path: Path, tmp_path: Path, name: str) -> None:
+    broken = damaged(path, tmp_path, name, 8)
+    original = name.removesuffix("_kvpack_scale")
+    with kvpack.open(broken) as reader:
+        reader.dequantize("ids" if name != "ids" else "norm")
+        with pytest.raises(TensorCrcError, match=rf"damaged\.safetensors, tensor {name!r}: kvpack_crc32"):
+            reader.dequantize(original)
+    with kvpack.open(broken, verify=False) as reader:
+        reader.dequantize(original)
 
 
 def test_lanes_of_all_tensors(path: Path) -> None:
@@ -365,7 +395,7 @@ def test_lanes_of_all_tensors(path: Path) -> None:
 def test_damaged_scale(path: Path, tmp_path: Path) -> None:
     broken = damaged(path, tmp_path, "quantized.weight_kvpack_scale", 3, 0x80)
     with pytest.raises(FormatError, match=r"scale 0 of 'quantized\.weight' is -"):
-        load(broken, "cpu")
+        load(broken, "cpu", verify=False)
 
 
 def test_missing_file(tmp_path: Path) -> None:
