@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import pickle
 import re
@@ -534,6 +535,24 @@ def test_compiled_steps_that_name_the_cached_tokens(as_list: bool) -> None:
     assert counter.frame_count <= 3
     with pytest.raises(CacheInputError, match="the cache holds 12 tokens, where cached_tokens says 11"):
         compiled(*x, [11] if as_list else 11)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
+def test_compiled_for_many_batches() -> None:
+    """Other sequences at each step are not a recompilation each time."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    cache = make_cache("cpu", max_sequences=4)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: list[int]) -> torch.Tensor:
+        return attention_with_kv_cache(q, k, v, cache, sequences=sequences)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    x = random_qkv(cache, 4, 1, batch=2)
+    for batch in itertools.permutations(range(4), 2):
+        compiled(*x, list(batch))
+    assert cache.lengths.tolist() == [[6] * 4]
+    assert counter.frame_count <= 4
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")

@@ -591,7 +591,7 @@ _LIBRARY = torch.library.Library("kvpack", "FRAGMENT")
 # lengths nor tables, of which a compiler might hand over copies, to be copied back afterwards.
 _LIBRARY.define(
     "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? head_importance, Tensor(a!) calls, SymInt cache, "
-    "SymInt layer, int[]? sequences, SymInt[]? cached_tokens, float scale, int? window, int sinks, bool causal, "
+    "SymInt layer, SymInt[]? sequences, SymInt[]? cached_tokens, float scale, int? window, int sinks, bool causal, "
     "bool update_cache, bool observe, int? chunk_tokens) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
