@@ -9,13 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from kvpack.encode.reader import Reader
 from kvpack.errors import ModelMismatchError
+from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX
 from kvpack.format.header import BlobHeader
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.weights.checkpoint_names import CheckpointNames, Conversion, names_for
@@ -28,7 +27,6 @@ from kvpack.runtime.weights.load import (
     load_tensors,
     shown_progress,
     stored_bytes,
-    stored_name,
 )
 
 if TYPE_CHECKING:
@@ -281,7 +279,7 @@ def _plan(
             if not place.coded:
                 # All plain places of a group stay tied, to the numbers of the first.
                 dense = dense or source
-                if name is None or not names.unties or _same_bytes(reader, dense, name):
+                if name is None or not names.unties or _same_numbers(reader, dense, name):
                     source = dense
                 if reason and reader.info(source) is not None:
                     report.dequantized.setdefault(source, reason)
@@ -291,13 +289,22 @@ def _plan(
     return list(dict.fromkeys(differences))  # tied places may differ from one tensor in the same way
 
 
-def _same_bytes(reader: Reader, one: str, other: str) -> bool:
-    """Whether two tensors of a file are stored as the same bytes."""
-
-    def stored(name: str) -> npt.NDArray[np.uint8]:
-        return np.frombuffer(reader.container(name).data(stored_name(reader, name)), np.uint8)
-
-    return one == other or np.array_equal(stored(one), stored(other))
+def _same_numbers(reader: Reader, one: str, other: str) -> bool:
+    """Whether two tensors of a file are stored as the same bytes of the same type, and with the same scales."""
+    if one == other:
+        return True
+    if _stored_dtype(reader, one) != _stored_dtype(reader, other):
+        return False
+    first, second = reader.container(one), reader.container(other)
+    for suffix in ("", BLOB_SUFFIX, SCALE_SUFFIX):
+        a, b = first.tensors.get(one + suffix), second.tensors.get(other + suffix)
+        if a is None and b is None:
+            continue
+        if a is None or b is None or a.size_bytes != b.size_bytes:
+            return False
+        if any(left != right for left, right in zip(first.pieces(a.name), second.pieces(b.name), strict=True)):
+            return False
+    return True
 
 
 def _pattern(text: str | None, what: str, names: Iterable[str]) -> re.Pattern[str] | None:
@@ -683,7 +690,11 @@ def replace_linears(
             _refuse_coded_model(model, reader)
         coded_names = [name for container in reader.containers for name in container.coded]
         selection = _Selection(_pattern(include, "include", coded_names), _pattern(exclude, "exclude", coded_names))
-        names = names_for(model, _shapes(reader))
+        try:
+            names = names_for(model, _shapes(reader))
+        except ModelMismatchError as error:
+            error.args = (f"{reader.path}: {error}",)
+            raise
         places = _places(model, names)
         differences = _plan(_tied_groups(places), reader, names, selection, report)
         report.unexpected = [*names.unexpected, *names.heads]
