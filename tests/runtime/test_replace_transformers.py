@@ -427,6 +427,25 @@ def test_a_file_without_coded_tensors(tmp_path: Path) -> None:
     assert str(report).endswith("nothing in the file is coded: the model is as an uncompressed file would have made it")
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_another_attempt(tmp_path: Path, device: str) -> None:
+    """What failed for a damaged or changed file can be tried again with the same model, ties and all."""
+    path = lossless(checkpoint(tmp_path, "tied"))
+    file = path / "model.safetensors"
+    intact = file.read_bytes()
+    with Container(file) as container:
+        at = container.data_begin + container.tensors["model.norm.weight"].begin
+    file.write_bytes(intact[:at] + b"!" + intact[at + 1 :])
+    model = fresh("tied", device)
+    with pytest.raises(TensorCrcError):
+        kvpack.replace_linears(model, path, device="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    file.write_bytes(intact)
+    kvpack.replace_linears(model, path, device="cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(output(model), loaded(tmp_path / "model", "tied"), rtol=0, atol=3e-6)
+
+
 def test_damage_is_found(tmp_path: Path) -> None:
     path = lossless(checkpoint(tmp_path, "llama")) / "model.safetensors"
     with Container(path) as container:

@@ -524,10 +524,16 @@ def _deferred_layer(reader: Reader, name: str) -> RansLinear:
     )
 
 
-def _strip(place: _Place) -> None:
-    """Let go of a tensor, so that what comes in its place finds room."""
-    place.tensor = torch.empty_like(place.tensor, device="meta", requires_grad=place.tensor.requires_grad)
-    _put_tensor(place.module, place.key, place.tensor.detach())
+def _strip(group: Sequence[_Place]) -> None:
+    """Let go of a tensor, so that what comes in its place finds room. Its places stay tied, for another attempt."""
+    old = group[0].tensor
+    empty = torch.empty_like(old, device="meta", requires_grad=False)
+    if isinstance(old, nn.Parameter):
+        empty = nn.Parameter(empty, old.requires_grad)
+    for place in group:
+        home = place.module._parameters if place.key in place.module._parameters else place.module._buffers
+        home[place.key] = empty  # type: ignore[assignment]
+        place.tensor = empty
 
 
 def _name_in_expert(name: str) -> str:
@@ -558,7 +564,8 @@ class _Loading:
         for place, device in zip(self.places, self.devices, strict=True):
             if not place.coded or id(place.module) not in deferred:
                 by_device.setdefault(device, {}).update(dict.fromkeys(place.sources))
-            _strip(place)
+        for group in _tied_groups(self.places):
+            _strip(group)
         total = sum(stored_bytes(self.reader, name) for names in by_device.values() for name in names)
         with shown_progress(progress, "loading", total) as advance:
             for device, names in by_device.items():
@@ -662,7 +669,8 @@ def replace_linears(
     are loaded in the model's own dtypes; coded ones of other modules, as embeddings, are decoded. Weights that are tied
     stay tied: a layer that shares an embedding's numbers multiplies with those. The model may be on the meta device.
 
-    Everything is compared before anything is changed; an error while loading leaves the model without weights.
+    Everything is compared before anything is changed; an error while loading leaves the model without weights,
+    on the meta device and still tied, so that it can be tried again.
 
     Args:
         path: a .safetensors file or a directory, with the names of the model. Of a directory with components give the
