@@ -28,6 +28,7 @@ class PresetOption(StrEnum):
     """Names for --preset."""
 
     NEAR_LOSSLESS = "near-lossless"
+    INT8_ROW = "int8-row"
     LOSSLESS = "lossless"
 
 

@@ -32,10 +32,11 @@ from kvpack.encode.model_directory import (
     size_bytes,
     write_json,
 )
+from kvpack.encode.nearest import CommonPlan, EncodeOptions, encode_nearest
 from kvpack.encode.output_files import Shard, check_target, pieces, write_shard_index
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
-from kvpack.encode.rate import FineHistogram, RatePlan
+from kvpack.encode.rate import FineHistogram
 from kvpack.encode.reader import INDEX_NAME, locate_tensors, shard_paths
 from kvpack.encode.selection import Selection, transposed_names
 from kvpack.encode.tensor_encoder import (
@@ -44,10 +45,7 @@ from kvpack.encode.tensor_encoder import (
     EncodedTensor,
     Matrices,
     NotEncodableError,
-    encode_at_bits,
-    encode_int8_rows,
     encode_lossless,
-    encode_plan,
     measure,
     plan_at_common_step,
     planned_bytes,
@@ -60,6 +58,7 @@ from kvpack.format.container import (
     CRC_KEY,
     SCALE_SUFFIX,
     TENSORS_KEY,
+    VARIANCE_NOISE_KEY,
     VERSION_KEY,
     Container,
     ContainerWriter,
@@ -70,13 +69,14 @@ _SCALE_BYTES = 4
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
 
-# A tensor's histogram, and what to do with it if the whole model has one step.
-CommonPlan = tuple[FineHistogram, RatePlan]
-
 
 @dataclass
 class TensorReport:
-    """One tensor of the output. Kept tensors: method ``keep``, the reason, and null for what does not apply."""
+    """One tensor of the output.
+
+    ``reason`` says why it is kept, or why it is not coded as was asked for. Kept tensors: method ``keep``, and null for what
+    does not apply. ``noise_db`` is over the variance where the mean matters, else over the power (FORMAT.md §9.3).
+    """
 
     name: str
     shape: list[int]
@@ -181,24 +181,12 @@ class _Model:
         weights = self.matrices(container, tensor)
         if not selection.is_lossy(tensor):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
-        if plan is not None:
-            return encode_plan(weights, *plan, tile_cols=config.tile_cols, executor=self.executor, coder=self.coder)
-        bits = selection.bits_of(tensor.name)
-        if bits is None:
-            return encode_int8_rows(
-                weights,
-                layout_name=config.layout,
-                tile_cols=config.tile_cols,
-                executor=self.executor,
-                coder=self.coder,
-            )
-        return encode_at_bits(
+        return encode_nearest(
             weights,
-            bits,
-            layout_name=config.layout,
-            tile_cols=config.tile_cols,
-            executor=self.executor,
-            coder=self.coder,
+            tensor.dtype,
+            selection.quality_of(tensor.name),
+            plan,
+            EncodeOptions(config.layout, config.tile_cols, self.executor, self.coder),
         )
 
 
@@ -318,9 +306,10 @@ def _encode_container(
             layout=encoded.layout.name,
             bits_per_weight=round(8 * encoded.size_bytes / elements, 6),
             entropy_bits=round(encoded.blob.entropy_bits_per_element, 6),
-            noise_db=None if encoded.noise_db is None else round(encoded.noise_db, 4),
+            noise_db=_rounded(encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db),
             outliers=encoded.blob.outlier_count,
             bytes=encoded.size_bytes,
+            reason=encoded.reason,
         )
         reports.append(report)
         entries[name] = {
@@ -329,6 +318,9 @@ def _encode_container(
                 "shape", "dtype", "method", "layout", "bits_per_weight", "entropy_bits", "noise_db", "outliers"
             )
         }  # fmt: skip
+        entries[name]["noise_db"] = _rounded(encoded.noise_db)
+        if encoded.variance_noise_db is not None:
+            entries[name][VARIANCE_NOISE_KEY] = report.noise_db
         progress.advance(tensor.size_bytes)
 
     def add_scales() -> None:
@@ -369,6 +361,10 @@ def _encode_container(
     metadata[TENSORS_KEY] = json.dumps(entries, separators=(",", ":"))
     metadata[CRC_KEY] = json.dumps(crc32, separators=(",", ":"))
     return metadata, shard
+
+
+def _rounded(decibels: float | None) -> float | None:
+    return None if decibels is None else round(decibels, 4)
 
 
 def _alignment(tensor: StoredTensor) -> int:

@@ -20,7 +20,7 @@ from kvpack.encode.dtypes import FLOAT_NAMES, LOSSLESS_KINDS, LOSSY_DTYPES, NARR
 from kvpack.encode.threads import default_threads
 from kvpack.errors import ContainerMetadataError, DirectoryIndexError, InputError, ScaleError
 from kvpack.format.blob import Blob
-from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
+from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, VARIANCE_NOISE_KEY, Container
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind
 
@@ -30,7 +30,10 @@ METHODS = ("lossless", "uniform", "int8-row")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a coded tensor without decoding it. ``noise_db`` is None where nothing was lost."""
+    """What is known of a coded tensor without decoding it.
+
+    ``noise_db`` is over the variance where the file says so, else over the power; None where nothing was lost.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -202,7 +205,7 @@ class Reader:
             layout=header.layout.name,
             bits_per_weight=8 * total / header.num_elements,
             entropy_bits=number("entropy_bits", 64),
-            noise_db=number("noise_db", 1000),
+            noise_db=number(VARIANCE_NOISE_KEY if VARIANCE_NOISE_KEY in entry else "noise_db", 1000),
             outliers=int(number("outliers", header.num_elements) or 0),
             blob_bytes=stored,
             header=header,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kvpack.encode.dtypes import LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES
 from kvpack.encode.quant_config import QuantConfig
+from kvpack.encode.rates import LOSSLESS
 from kvpack.format.container import StoredTensor
 
 MIN_ELEMENTS = 4096
@@ -23,23 +24,23 @@ _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 class Selection:
     """What the user asked for.
 
-    ``bits`` is the rate, or None with ``lossless`` or for INT8 rows (``near-lossless``). ``include`` codes what would
+    ``bits`` is the rate, or None with a ``preset``. ``include`` codes what would
     be kept, ``exclude`` keeps what would be coded and wins. ``tensor_bits`` gives names that match a
     rate of their own.
     """
 
     bits: float | None = None
-    lossless: bool = False
+    preset: str | None = None
     include: re.Pattern[str] | None = None
     exclude: re.Pattern[str] | None = None
-    tensor_bits: tuple[tuple[re.Pattern[str], float], ...] = field(default=())
+    tensor_bits: tuple[tuple[re.Pattern[str], float | str], ...] = field(default=())
 
     @classmethod
     def from_config(cls, config: QuantConfig) -> Selection:
         """What the options say of tensors; ``config`` has checked the patterns."""
         return cls(
             bits=config.bits,
-            lossless=config.preset == "lossless",
+            preset=config.preset,
             include=None if config.include is None else re.compile(config.include),
             exclude=None if config.exclude is None else re.compile(config.exclude),
             tensor_bits=tuple((re.compile(pattern), bits) for pattern, bits in config.tensor_bits.items()),
@@ -51,12 +52,19 @@ class Selection:
         found += [("tensor_bits", pattern) for pattern, _ in self.tensor_bits]
         return [(option, pattern) for option, pattern in found if pattern is not None]
 
-    def bits_of(self, name: str) -> float | None:
-        """The rate of a tensor; the last matching ``tensor_bits`` counts."""
+    @property
+    def lossless(self) -> bool:
+        """Whether all that has no rate of its own is coded exactly."""
+        return self.preset == LOSSLESS
+
+    def quality_of(self, name: str) -> float | str:
+        """The rate of a tensor, or a preset's name; the last matching ``tensor_bits`` counts."""
         for pattern, bits in reversed(self.tensor_bits):
             if pattern.search(name):
                 return bits
-        return self.bits
+        quality = self.preset if self.bits is None else self.bits
+        assert quality is not None
+        return quality
 
     def has_own_rate(self, name: str) -> bool:
         """Whether a pattern of ``tensor_bits`` matches."""
@@ -92,7 +100,7 @@ class Selection:
         """Whether a coded tensor is quantized; what is quantized already is recoded losslessly."""
         if tensor.dtype in NARROW_DTYPES:
             return False
-        return tensor.dtype in LOSSY_DTYPES and (self.has_own_rate(tensor.name) or not self.lossless)
+        return tensor.dtype in LOSSY_DTYPES and self.quality_of(tensor.name) != LOSSLESS
 
 
 def transposed_names(tensors: dict[str, StoredTensor], model_type: str | None) -> set[str]:

@@ -21,6 +21,7 @@ from kvpack.encode.blob_encoder import (
     estimate_blob_bytes,
     even_tile_cols,
 )
+from kvpack.encode.distinct import distinct_values, grid_step
 from kvpack.encode.dtypes import BIT_PATTERNS, LOSSLESS_KINDS, as_float32
 from kvpack.encode.quantize import (
     FIXED_POINT,
@@ -41,8 +42,12 @@ from kvpack.encode.rate import (
     FineHistogram,
     RatePlan,
     candidate_layouts,
+    fixed_bits_per_weight,
+    plan_at_step,
     plan_for_bits,
+    plan_for_noise,
     plan_for_step,
+    raw_layouts,
 )
 from kvpack.encode.threads import map_ordered
 from kvpack.format.header import BlobHeader
@@ -66,36 +71,65 @@ _MAX_CORRECTIONS = 6
 _KEEP_ELEMENTS = 1 << 26
 _TRIM_AT_RMS = 16
 _TRIMMING_ROUNDS = 8
+# Means of fewer numbers than this say nothing; a variance below this part of the power is rounding.
+_MEANS_OF_AT_LEAST = 8
+_CONSTANT = 1e-13
+# Noise, over the variance, of the near-lossless preset: what makes weights as large as INT8 rows did.
+NEAR_LOSSLESS_DB = -41.5
+# How much noisier than planned, and than a plain quantizer at the rate, a tensor may come out.
+_NOISE_TOLERANCE_DB = 0.5
+_PLAIN_TOLERANCE_DB = 4.5
 
 
 class NotEncodableError(Exception):
-    """The tensor is better kept as it is; the message says why."""
+    """The tensor is better not quantized; the message says why."""
+
+
+class RateOutOfReachError(NotEncodableError):
+    """The tensor's overhead leaves too little of the rate; a higher one may do."""
 
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """A blob, its scales (f32 [1] or [matrices · rows], None if lossless), and what was measured."""
+    """A blob, its scales (f32 [1] or [matrices · rows], None if lossless), and what was measured.
+
+    ``noise_db`` is over Σ w²; ``variance_noise_db`` over the variance, None where the mean does not matter (see
+    :class:`Moments`). ``reason`` says why it is not coded as was asked for.
+    """
 
     blob: EncodedBlob
     scales: npt.NDArray[np.float32] | None
     method: str
     layout: Layout
     noise_db: float | None
+    variance_noise_db: float | None = None
+    reason: str | None = None
 
     @property
     def size_bytes(self) -> int:
         return self.blob.size_bytes + (0 if self.scales is None else self.scales.nbytes)
 
 
+def _is_stack(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of 3 or more dimensions is a matrix for each of the leading ones.
+
+    Every matrix has tiles of its own, of 256 rows and as many as 512 columns: matrices of a few rows, or of few columns,
+    are mostly overhead (a patch embedding [768, 3, 32, 32], a convolution [258, 1, 256]).
+    """
+    if len(shape) <= 2 or shape[-1] < 32:
+        return False
+    return shape[-2] >= 32 if len(shape) == 3 else min(shape[-2:]) >= 64
+
+
 class Matrices:
     """A tensor of 2 or more dimensions seen as [matrices, rows, cols], outputs × inputs, in strips of 256 rows.
 
-    3 and more dimensions: as many matrices as the leading dimensions give if the last one has at least 32 elements
-    (stacked experts), else one matrix of the first dimension × the rest (convolutions).
+    3 and more dimensions: as many matrices as the leading dimensions give (stacked experts), or one matrix of the first
+    dimension × the rest (convolutions), see :func:`_is_stack`.
     """
 
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
-        if array.ndim > 2 and array.shape[-1] >= 32:
+        if _is_stack(array.shape):
             array = array.reshape(-1, *array.shape[-2:])
         else:
             array = array.reshape(1, array.shape[0], -1)
@@ -230,6 +264,47 @@ def encode_lossless(
     return EncodedTensor(blob, None, "lossless", layout, None)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Sums over a tensor, in f64, that say what its noise is to be compared with.
+
+    ``power`` is Σ w²; the others are Σ (w − mean)², with the mean of the tensor, of each row, or of each column.
+    """
+
+    power: float
+    centred: float
+    within_rows: float
+    within_columns: float
+
+    @property
+    def reference(self) -> float:
+        """What noise is measured against: the power, or less where a mean makes up much of it.
+
+        The variance if the mean is at least 1 % of the power; the variance within rows, or within columns, if that is
+        less than half. (By chance alone the means of K numbers have 1/K of their power.) What varies by less than rounding is
+        constant, and no reference.
+        """
+        candidates = [self.power]
+        candidates += [self.centred] * (self.centred <= 0.99 * self.power)
+        candidates += [value for value in (self.within_rows, self.within_columns) if value < 0.5 * self.power]
+        return min(value for value in candidates if value > _CONSTANT * self.power or value is self.power)
+
+
+def _moments_of(
+    weights: Matrices, power: float, row_energy: float, column_sums: npt.NDArray[np.float64]
+) -> Moments:
+    """``column_sums`` are f64 [strips, cols]."""
+    by_matrix = column_sums.reshape(weights.matrices, weights.tile_rows, weights.cols).sum(axis=1)
+    enough_rows = weights.rows >= _MEANS_OF_AT_LEAST
+    enough_cols = weights.cols >= _MEANS_OF_AT_LEAST
+    return Moments(
+        power=power,
+        centred=power - float(column_sums.sum()) ** 2 / weights.size,
+        within_rows=power - row_energy / weights.cols if enough_cols else power,
+        within_columns=power - float(np.square(by_matrix).sum()) / weights.rows if enough_rows else power,
+    )
+
+
 def _encode_quantized(
     weights: Matrices,
     header: BlobHeader,
@@ -247,17 +322,20 @@ def _encode_quantized(
     """
     half = 1 << (header.layout.element_bits - 1)
     sums: list[tuple[float, float]] = [(0.0, 0.0)] * weights.num_strips
+    row_energies = [0.0] * weights.num_strips
+    column_sums = np.zeros((weights.num_strips, weights.cols))
     largest = np.zeros(weights.num_strips, np.float32)
     by_row = np.broadcast_to(scales, weights.matrices * weights.rows)
 
     def source(index: int) -> Strip:
         strip = quantized.strip(index)
-        *pair, largest[index] = strip_noise(
+        *pair, row_energies[index], largest[index] = strip_noise(
             as_float32(weights.strip(index)),
             strip.elements,
             half,
             np.ascontiguousarray(by_row[weights.strip_rows(index)]),
             strip.outliers,
+            column_sums[index],
         )
         sums[index] = pair[0], pair[1]
         return Strip(strip.elements, strip.outliers)
@@ -268,7 +346,14 @@ def _encode_quantized(
     if not (all(math.isfinite(noise) for noise, _ in sums) and np.isfinite(as_stored).all()):
         name = str(as_stored.dtype).replace("bfloat", "bf").replace("float", "fp")
         raise NotEncodableError(f"values near the end of the {name} range: some would decode to infinity")
-    return EncodedTensor(blob, scales, method, header.layout, noise_db(sums))
+    against_power = noise_db(sums)
+    against_variance = None
+    power = math.fsum(signal for _, signal in sums)
+    if against_power is not None:
+        reference = _moments_of(weights, power, math.fsum(row_energies), column_sums).reference
+        if reference < power:
+            against_variance = against_power + 10 * math.log10(power / reference)
+    return EncodedTensor(blob, scales, method, header.layout, against_power, against_variance)
 
 
 def noise_db(sums: list[tuple[float, float]]) -> float | None:
@@ -303,20 +388,25 @@ def _count_quantized(
     return _Counted(strips, counts.tiles, counts.outliers, scale, size)
 
 
-def _moments(weights: Matrices, limit: float, executor: ThreadPoolExecutor | None) -> tuple[float, float]:
-    """rms of the values within ``limit``, and the largest magnitude of all.
+def _moments(
+    weights: Matrices, limit: float, executor: ThreadPoolExecutor | None
+) -> tuple[float, float, float]:
+    """rms and mean of the values within ``limit``, and the largest magnitude of all.
 
     Raises:
         NotEncodableError: values that are not finite.
     """
 
-    def work(index: int) -> tuple[float, int, float, int]:
+    def work(index: int) -> tuple[float, float, int, float, int]:
         return strip_moments(as_float32(weights.strip(index)), np.float32(limit))  # type: ignore[no-any-return]
 
-    energies, within, largest, strange = zip(*map_ordered(work, range(weights.num_strips), executor), strict=True)
+    energies, totals, within, largest, strange = zip(
+        *map_ordered(work, range(weights.num_strips), executor), strict=True
+    )
     if sum(strange):
         raise NotEncodableError(f"{sum(strange)} values are NaN or infinite")
-    return math.sqrt(math.fsum(energies) / max(1, sum(within))), float(max(largest))
+    number = max(1, sum(within))
+    return math.sqrt(math.fsum(energies) / number), math.fsum(totals) / number, float(max(largest))
 
 
 def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> FineHistogram:
@@ -327,18 +417,22 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
     Raises:
         NotEncodableError: values that are not finite, or too small for a step.
     """
-    rms, largest = _moments(weights, math.inf, executor)
+    rms, mean, largest = _moments(weights, math.inf, executor)
     for _ in range(_TRIMMING_ROUNDS):
         if largest <= _TRIM_AT_RMS * rms:
             break
-        trimmed, _ = _moments(weights, _TRIM_AT_RMS * rms, executor)
+        trimmed, trimmed_mean, _ = _moments(weights, _TRIM_AT_RMS * rms, executor)
         if trimmed == 0 or trimmed > 0.99 * rms:
             break
-        rms = trimmed
+        rms, mean = trimmed, trimmed_mean
     if rms == 0:
         return FineHistogram(np.zeros(FINE_BINS, np.int64), 0.0, 0.0)
     if rms < _TINY * 2**24:
         raise NotEncodableError(f"values near the end of the fp32 range (rms {rms:.3g})")
+    few = distinct_values(as_float32(weights.strip(index)) for index in range(weights.num_strips))
+    if few is not None:
+        values, counts = few
+        return FineHistogram(counts, rms, largest, mean, values.astype(np.float64), grid_step(values))
     per_width = np.float32(FINE_BINS_PER_RMS / rms)
 
     def count(index: int) -> npt.NDArray[np.int64]:
@@ -349,7 +443,7 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
     counts = np.zeros(FINE_BINS, np.int64)
     for histogram in map_ordered(count, range(weights.num_strips), executor):
         counts += histogram
-    return FineHistogram(counts, rms, largest)
+    return FineHistogram(counts, rms, largest, mean)
 
 
 def _run_plan(
@@ -372,15 +466,40 @@ def _run_plan(
 
 def _finish(
     weights: Matrices,
+    fine: FineHistogram,
     plan: RatePlan,
     counted: _Counted,
     tile_cols: int | None,
     executor: ThreadPoolExecutor | None,
     coder: Coder,
+    asked_bits: float = 0.0,
 ) -> EncodedTensor:
+    """Code what a pass has counted.
+
+    Raises:
+        NotEncodableError: the means of the tensor leave too little of its rate (the one asked for, if there is one).
+    """
     header = weights.header(plan.layout, tile_cols)
-    scales = np.full(1, counted.scale, np.float32)
-    return _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor, coder)
+    # Multiples of the grid's step are exact with that scale alone.
+    scale = plan.step if plan.step == fine.grid_step else counted.scale
+    scales = np.full(1, scale, np.float32)
+    encoded = _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor, coder)
+    if encoded.variance_noise_db is not None:
+        bits = max(asked_bits, 8 * encoded.size_bytes / weights.size)
+        if encoded.variance_noise_db > _most_offset_noise_db(bits):
+            raise NotEncodableError(
+                f"far from zero for their spread (mean {fine.mean:.3g}, deviation {fine.deviation:.3g}): noise would be "
+                f"{encoded.variance_noise_db:.1f} dB of the variance"
+            )
+    return encoded
+
+
+def _most_offset_noise_db(bits: float) -> float:
+    """Noise over the variance above which the means of a tensor have eaten its rate.
+
+    An entropy-coded uniform quantizer around the mean has 1.53 − 6.02·bits dB.
+    """
+    return min(-1.0, 1.53 - 6.02 * (bits - 0.2) + _PLAIN_TOLERANCE_DB)
 
 
 def _encode_zeros(
@@ -420,13 +539,20 @@ def encode_at_bits(
     fine = measure(weights, executor)
     if fine.rms == 0:
         return _encode_zeros(weights, tile_cols, executor, coder)
-    layouts = candidate_layouts(layout_name, bits)
+    layouts = candidate_layouts(layout_name, bits, fine)
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
+    for layout in raw_layouts(layouts, bits, headers) if fine.is_smooth else []:
+        headers.setdefault(layout, weights.header(layout, tile_cols))
+    layouts = list(headers)
     target_bits = bits - _RATE_TOLERANCE_BITS / 2
     aim = target_bits
     best: tuple[RatePlan, _Counted] | None = None
+    previous = None
     for _ in range(_MAX_CORRECTIONS):
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
+        if previous == (plan.step, plan.layout):  # neither more bits nor fewer change anything
+            break
+        previous = plan.step, plan.layout
         counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
         achieved = 8 * counted.size_bytes / weights.size
         if achieved <= bits and (best is None or counted.size_bytes > best[1].size_bytes):
@@ -435,14 +561,15 @@ def encode_at_bits(
             break
         # The histogram's prediction is off by nearly the same amount at a neighbouring step.
         aim += target_bits - achieved
-        layouts = [plan.layout]
+        if fine.is_smooth:
+            layouts = [plan.layout]
     for attempt in range(_MAX_CORRECTIONS):
         if best is not None:
-            encoded = _finish(weights, *best, tile_cols, executor, coder)
+            encoded = _finish(weights, fine, *best, tile_cols, executor, coder, bits)
             excess = 8 * encoded.size_bytes / weights.size - bits
             if excess <= 0:
                 if encoded.noise_db is not None and encoded.noise_db > _most_noise_db(bits):
-                    raise NotEncodableError(
+                    raise RateOutOfReachError(
                         f"overhead leaves too little of {bits} bits a weight (noise {encoded.noise_db:.1f} dB)"
                     )
                 return encoded
@@ -452,7 +579,45 @@ def encode_at_bits(
         aim -= 2 * excess + attempt * _RATE_TOLERANCE_BITS / 2
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
         best = plan, _run_plan(weights, fine, plan, tile_cols, executor, coder)
-    raise NotEncodableError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
+    raise RateOutOfReachError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
+
+
+def encode_near_lossless(
+    weights: Matrices,
+    *,
+    layout_name: str = "auto",
+    tile_cols: int | None = None,
+    executor: ThreadPoolExecutor | None = None,
+    coder: Coder = CPU_CODER,
+) -> EncodedTensor:
+    """Quantize with one step so that the noise is NEAR_LOSSLESS_DB of the variance, whatever rate that takes.
+
+    The variance is that of the values within 16 times its root: a column a hundred times larger than the others, whose
+    values are outliers, does not make these coarser.
+
+    Raises:
+        NotEncodableError: see :func:`measure`, or values too far from one another, or from zero, for such a step.
+    """
+    fine = measure(weights, executor)
+    if fine.rms == 0:
+        return _encode_zeros(weights, tile_cols, executor, coder)
+    if fine.is_smooth:
+        names = ("balanced", "fast") if layout_name == "auto" else (layout_name,)
+        layouts = [integer_layout(name, ElementKind.SIGNED, 8) for name in names]
+    else:
+        layouts = candidate_layouts(layout_name, 8.0, fine)
+    headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
+    plan = plan_for_noise(fine, 10 ** (NEAR_LOSSLESS_DB / 10), layouts, headers)
+    if fine.is_smooth and layout_name == "auto":
+        fast = plan_at_step(fine, plan.step, layouts[1], fixed_bits_per_weight(headers[layouts[1]]), LAMBDA)
+        if fast.predicted.bits <= plan.predicted.bits * (1 + FAST_COSTS_AT_MOST):
+            plan = fast
+    counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
+    encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
+    noise = encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db
+    if noise is not None and noise > NEAR_LOSSLESS_DB + _NOISE_TOLERANCE_DB:
+        raise NotEncodableError(f"no step reaches {NEAR_LOSSLESS_DB} dB (noise {noise:.1f} dB)")
+    return encoded
 
 
 def plan_at_common_step(
@@ -492,7 +657,7 @@ def encode_plan(
         NotEncodableError: the step is so small that a value exceeds what an outlier can hold.
     """
     counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
-    return _finish(weights, plan, counted, tile_cols, executor, coder)
+    return _finish(weights, fine, plan, counted, tile_cols, executor, coder)
 
 
 def encode_int8_rows(
@@ -503,12 +668,10 @@ def encode_int8_rows(
     executor: ThreadPoolExecutor | None = None,
     coder: Coder = CPU_CODER,
 ) -> EncodedTensor:
-    """INT8 with a scale of max |w|/127 for each row: the near-lossless preset.
-
-    Rows of zeros, and rows whose scale would be denormal, get scale 0.
+    """INT8 with a scale of max |w|/127 for each row. Rows of zeros get scale 0.
 
     Raises:
-        NotEncodableError: values that are not finite.
+        NotEncodableError: values that are not finite, or a row whose scale would be denormal.
     """
     absmax = np.empty(weights.matrices * weights.rows, np.float32)
 
@@ -519,7 +682,9 @@ def encode_int8_rows(
         pass
     _moments(weights, math.inf, executor)
     scales: npt.NDArray[np.float32] = np.divide(absmax, np.float32(127), dtype=np.float32)
-    scales[scales < _TINY] = 0
+    tiny = int(np.count_nonzero((absmax > 0) & (scales < _TINY)))
+    if tiny:
+        raise NotEncodableError(f"{tiny} rows have values near the end of the fp32 range")
     strips = coder.quantize(weights, scales, 8, NEAREST)
     names = ("balanced", "fast") if layout_name == "auto" else (layout_name,)
     trials = []
