@@ -74,8 +74,8 @@ _STEP_MARGIN_BITS = 0.005
 class TensorReport:
     """One tensor of the output.
 
-    ``reason`` says why it is kept, or why it is not coded as was asked for. Kept tensors: method ``keep``, and null for what
-    does not apply. ``noise_db`` is over the variance where the mean matters, else over the power (FORMAT.md §9.3).
+    ``reason`` says why it is kept, or why it is not coded as was asked for. Kept tensors: method ``keep``, and null for
+    what does not apply. ``noise_db`` is over the variance where the mean matters, else over the power (FORMAT.md §9.3).
     """
 
     name: str

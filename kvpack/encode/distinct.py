@@ -1,4 +1,7 @@
-"""Tensors of few distinct values: integers, ternary weights, codebooks. Where a step divides them all, nothing is lost."""
+"""Tensors of few distinct values: integers, ternary weights, codebooks.
+
+Where a step divides them all, nothing is lost.
+"""
 
 from __future__ import annotations
 

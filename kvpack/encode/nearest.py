@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvpack.encode.rate import FineHistogram, RatePlan
-from kvpack.encode.rates import LOSSLESS, MAX_BITS, MIN_BITS
+from kvpack.encode.rate import FineHistogram, RatePlan, fixed_bits_per_weight
+from kvpack.encode.rates import MAX_BITS, MIN_BITS
 from kvpack.encode.tensor_encoder import (
     Coder,
     EncodedTensor,
@@ -27,10 +27,14 @@ from kvpack.encode.tensor_encoder import (
     encode_near_lossless,
     encode_plan,
 )
+from kvpack.format.layout import ElementKind, integer_layout
 
 # Rates that are tried in turn where the one asked for is out of reach. They do not depend on that one, so that of two
 # such rates the lower one never gives more bytes.
 _RATES = tuple(np.arange(MIN_BITS, MAX_BITS + 0.01, 0.25).tolist())
+
+# Exact coding stores 8 bits of each weight raw, and cannot take less.
+_LEAST_EXACT_BITS = 8.0
 
 # A tensor's histogram, and what to do with it if the whole model has one step.
 CommonPlan = tuple[FineHistogram, RatePlan]
@@ -57,33 +61,42 @@ def encode_nearest(
     Raises:
         NotEncodableError: only keeping the tensor as it is is left.
     """
-    keywords = options._asdict()
     if isinstance(quality, float) and quality > MAX_BITS and plan is None:
         exact = _lossless(weights, dtype, options)
         if 8 * exact.size_bytes <= quality * weights.size:
             return exact
         quality = MAX_BITS
+    found: EncodedTensor | None = None
     try:
-        if plan is not None:
-            return encode_plan(
-                weights, *plan, tile_cols=options.tile_cols, executor=options.executor, coder=options.coder
-            )
-        if isinstance(quality, float):
-            return encode_at_bits(weights, quality, **keywords)
-        return encode_int8_rows(weights, **keywords) if quality == "int8-row" else encode_near_lossless(weights, **keywords)
+        found = _as_asked(weights, quality, plan, options)
+        if 8 * found.size_bytes <= _LEAST_EXACT_BITS * weights.size:
+            return found
+        reason = "exact coding takes no more"
     except RateOutOfReachError as error:
-        assert isinstance(quality, float)
-        found = _lowest_rate(weights, quality, options)
         reason = str(error)
+        if isinstance(quality, float):
+            found = _lowest_rate(weights, quality, options)
     except NotEncodableError as error:
-        found = None
         reason = str(error)
     exact = _lossless(weights, dtype, options)
-    if found is None or exact.size_bytes <= found.size_bytes:
-        found = exact
-    if found.size_bytes >= weights.array.nbytes:
+    nearest = exact if found is None or exact.size_bytes <= found.size_bytes else found
+    if nearest.size_bytes >= weights.array.nbytes:
         raise NotEncodableError(reason)
-    return replace(found, reason=reason)
+    return nearest if nearest is found and reason.startswith("exact") else replace(nearest, reason=reason)
+
+
+def _as_asked(
+    weights: Matrices, quality: float | str, plan: CommonPlan | None, options: EncodeOptions
+) -> EncodedTensor:
+    keywords = options._asdict()
+    if plan is not None:
+        del keywords["layout_name"]  # it is part of the plan
+        return encode_plan(weights, *plan, **keywords)
+    if isinstance(quality, float):
+        return encode_at_bits(weights, quality, **keywords)
+    if quality == "int8-row":
+        return encode_int8_rows(weights, **keywords)
+    return encode_near_lossless(weights, **keywords)
 
 
 def _lossless(weights: Matrices, dtype: str, options: EncodeOptions) -> EncodedTensor:
@@ -92,8 +105,10 @@ def _lossless(weights: Matrices, dtype: str, options: EncodeOptions) -> EncodedT
 
 def _lowest_rate(weights: Matrices, bits: float, options: EncodeOptions) -> EncodedTensor | None:
     """The coding at the lowest rate above ``bits`` that the tensor can have; None if there is none."""
+    layout = integer_layout("balanced", ElementKind.SIGNED, 2)
+    least = 1 + fixed_bits_per_weight(weights.header(layout, options.tile_cols)).raw
     for rate in _RATES:
-        if rate > bits:
+        if rate > max(bits, least):
             try:
                 return encode_at_bits(weights, rate, **options._asdict())
             except RateOutOfReachError:

@@ -36,11 +36,11 @@ class QuantConfig:
     give its result there; how it was made would be a field here, so that config.json says it.
 
     Attributes:
-        bits: bits a weight, 1.5 to 32, every overhead counted. Without a preset 4.85 by default; None with one. Weights are
-            quantized at no more than 7.5: with a higher rate tensors whose exact coding fits it are coded exactly, the others
-            at 7.5.
-        preset: instead of a rate ``near-lossless`` (a noise of −41.5 dB of the variance), ``int8-row`` (INT8 with a scale
-            for each row) or ``lossless``.
+        bits: bits a weight, 1.5 to 32, every overhead counted. Without a preset 4.85 by default; None with one.
+            Weights are quantized at no more than 7.5: with a higher rate tensors whose exact coding fits it are coded
+            exactly, the others at 7.5.
+        preset: instead of a rate ``near-lossless`` (a noise of −41.5 dB of the variance), ``int8-row`` (INT8 with a
+            scale for each row) or ``lossless``.
         layout: how weights become symbols: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
         tile_cols: columns of a tile, a multiple of 32 up to 512; None: equal parts of at most 512.
         allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
@@ -88,7 +88,11 @@ class QuantConfig:
         # The class is frozen: this is how it takes what was asked for in its one form.
         object.__setattr__(self, "bits", None if rate is None else _rate(rate))
         object.__setattr__(self, "tile_cols", None if self.tile_cols is None else _columns(self.tile_cols))
-        object.__setattr__(self, "tensor_bits", {name: rate if rate == LOSSLESS else _rate(rate) for name, rate in self.tensor_bits.items()})
+        object.__setattr__(
+            self,
+            "tensor_bits",
+            {name: rate if rate == LOSSLESS else _rate(rate) for name, rate in self.tensor_bits.items()},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """All options as what JSON has: text, numbers, null, and an object for ``tensor_bits``."""

@@ -98,8 +98,11 @@ def quantize_strip(weights, steps, thresholds, clamp, half, elements):  # type: 
 
 @kernel
 def strip_moments(weights, limit):  # type: ignore[no-untyped-def]
-    """Σ w², Σ w in f64 and number of those with |w| ≤ ``limit``, max |w|, number not finite; of f32 ``weights`` [R, K]."""
-    energy, total, within, largest, strange = 0.0, 0.0, 0, F32(0), 0
+    """Sums over the values of f32 ``weights`` [R, K] with |w| ≤ ``limit``, and what there is of others.
+
+    Returns (Σ w², Σ w in f64, number within, number within that are not zero, max |w| of all, number not finite).
+    """
+    energy, total, within, zeros, largest, strange = 0.0, 0.0, 0, 0, F32(0), 0
     for row in range(weights.shape[0]):
         for col in range(weights.shape[1]):
             w = weights[row, col]
@@ -110,9 +113,10 @@ def strip_moments(weights, limit):  # type: ignore[no-untyped-def]
                     within += 1
                     energy += np.float64(w) * np.float64(w)
                     total += np.float64(w)
+                    zeros += a == F32(0)
             else:
                 strange += 1
-    return energy, total, within, largest, strange
+    return energy, total, within, within - zeros, largest, strange
 
 
 @kernel

@@ -17,7 +17,7 @@ the rate is no smooth function of the step: a ladder of steps is tried, and layo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,11 @@ _OFFSET_MATTERS_AT = 0.25
 # Steps tried where the rate is no smooth function of them: from four deviations downwards, 16 an octave.
 _LADDER_OCTAVES = (2.0, -8.5)
 _LADDER_STEPS_PER_OCTAVE = 16
+# A rate that a layout leaves so much of is not what limits it; noises of this ratio are equal.
+_RATE_IS_SLACK_AT = 0.05
+_EQUAL_NOISE = 1.01
+# How far, in octaves, steps stay above the one by which the largest value has the largest magnitude.
+_ABOVE_LIMIT = 0.001
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ class FineHistogram:
 
     Attributes:
         mean: of the values that ``rms`` is of.
-        values: f64, sorted: the distinct values, where they are few; ``counts`` then counts these, and nothing is binned.
+        values: f64, sorted: the distinct values, where they are few; ``counts`` then counts these.
         grid_step: f32: the step of which all ``values`` are exact multiples of −128 … 127; 0.0 if there is none.
+        width: of the bins; None: rms/256.
     """
 
     counts: npt.NDArray[np.int64]
@@ -67,6 +73,7 @@ class FineHistogram:
     mean: float = 0.0
     values: npt.NDArray[np.float64] | None = None
     grid_step: float = 0.0
+    width: float | None = None
 
     @property
     def deviation(self) -> float:
@@ -83,7 +90,7 @@ class FineHistogram:
 
     @property
     def bin_width(self) -> float:
-        return self.rms / FINE_BINS_PER_RMS if self.values is None else 0.0
+        return self.rms / FINE_BINS_PER_RMS if self.width is None else self.width
 
     @property
     def centres(self) -> npt.NDArray[np.float64]:
@@ -108,6 +115,8 @@ class Overhead(NamedTuple):
 
     rans: float
     raw: float
+    padding: float = 0.0
+    """Padding columns, as a part of the columns: in mode rans they are coded like these."""
 
 
 def fixed_bits_per_weight(header: BlobHeader) -> Overhead:
@@ -120,9 +129,9 @@ def fixed_bits_per_weight(header: BlobHeader) -> Overhead:
     total += 8 * (HEADER_BYTES + _TYPICAL_TABLE_BYTES + 4)
     raw_bits = header.num_tiles * 8 * (TILE_METADATA_BYTES + 8) + 8 * (HEADER_BYTES + 4)
     padding = geometry.chunks * 32 * header.num_tiles_col / header.cols - 1
-    padding += geometry.lanes * header.num_tiles_row / header.rows - 1 if header.num_tiles_row == 1 else 0
+    idle = geometry.lanes * header.num_tiles_row / header.rows - 1 if header.num_tiles_row == 1 else 0
     return Overhead(
-        total / header.num_elements + padding * header.layout.raw_bits, raw_bits / header.num_elements
+        total / header.num_elements + (padding + idle) * header.layout.raw_bits, raw_bits / header.num_elements, padding
     )
 
 
@@ -142,7 +151,8 @@ def estimate(fine: FineHistogram, step: float, layout: Layout, overhead: Overhea
     outlier = (q != clipped) & (beyond >= rounding.clamp)
     codes = np.bincount((clipped + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits)
     total = fine.counts.sum()
-    bits = min(entropy_bits(codes) + layout.raw_bits + overhead.rans, layout.element_bits + overhead.raw)
+    bits = entropy_bits(codes) * (1 + overhead.padding) + layout.raw_bits + overhead.rans
+    bits = min(bits, layout.element_bits + overhead.raw)
     bits += 8 * OUTLIER_BYTES * float(fine.counts[outlier].sum()) / total
     error = fine.centres - step * np.where(outlier, q, clipped)
     noise = float(fine.counts @ (error * error)) / total
@@ -181,9 +191,7 @@ class RatePlan:
     predicted: Estimate
 
 
-def plan_at_step(
-    fine: FineHistogram, step: float, layout: Layout, overhead: Overhead, rate_weight: float
-) -> RatePlan:
+def plan_at_step(fine: FineHistogram, step: float, layout: Layout, overhead: Overhead, rate_weight: float) -> RatePlan:
     """The plan of one given step."""
     rounding = rounding_for(fine, step, layout, rate_weight)
     plan = RatePlan(step, layout, rounding, estimate(fine, step, layout, overhead, rounding))
@@ -197,8 +205,11 @@ def plan_at_step(
 
 def _solve(fine: FineHistogram, bits: float, layout: Layout, overhead: Overhead, rate_weight: float) -> RatePlan:
     """The smallest step whose predicted rate does not exceed ``bits`` (bisection on its logarithm)."""
-    low = np.log2(fine.deviation) - (bits - _GAUSSIAN_BITS) - 2.5
+    low = np.log2(fine.rms) - (bits - _GAUSSIAN_BITS) - 2.5
     high = low + 7.0
+    # An outlier's magnitude has 14 bits.
+    low = max(low, np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
+    high = max(high, low)
     plan = plan_at_step(fine, float(2.0**high), layout, overhead, rate_weight)
     for _ in range(13):
         middle = (low + high) / 2
@@ -210,10 +221,11 @@ def _solve(fine: FineHistogram, bits: float, layout: Layout, overhead: Overhead,
     return plan
 
 
-def _ladder(
-    fine: FineHistogram, layouts: Iterable[Layout], header_of: dict[Layout, BlobHeader]
-) -> list[RatePlan]:
-    """Plans of every step of the ladder that holds all values, and of the grid's, whatever the rate."""
+def plan_ladder(fine: FineHistogram, layouts: Iterable[Layout], header_of: dict[Layout, BlobHeader]) -> list[RatePlan]:
+    """Plans of every step of a ladder that holds all values, and of the grid's, the least noise first.
+
+    What they are does not depend on a rate, so that a higher one always has all the plans of a lower one.
+    """
     first, last = _LADDER_OCTAVES
     exponents = np.arange(first, last, -1 / _LADDER_STEPS_PER_OCTAVE)
     steps = [float(np.float32(fine.deviation * 2.0**exponent)) for exponent in exponents]
@@ -221,11 +233,13 @@ def _ladder(
     steps = [step for step in steps if fine.largest <= OUTLIER_DELTA_MAX * step] or steps[:1]
     if fine.grid_step > 0:
         steps.insert(0, fine.grid_step)
+    occupied = fine.counts > 0
+    fine = replace(fine, counts=fine.counts[occupied], values=fine.centres[occupied], width=fine.bin_width)
     plans = []
     for layout in layouts:
         overhead = fixed_bits_per_weight(header_of[layout])
         plans += [plan_at_step(fine, step, layout, overhead, 0.0) for step in steps]
-    return plans
+    return sorted(plans, key=lambda plan: (plan.predicted.noise, plan.predicted.bits))
 
 
 def candidate_layouts(layout_name: str, bits: float, fine: FineHistogram | None = None) -> list[Layout]:
@@ -264,18 +278,18 @@ def plan_for_bits(
     header_of: dict[Layout, BlobHeader],
     rate_weight: float = LAMBDA,
 ) -> RatePlan:
-    """The plan with the least predicted noise at ``bits`` bits a weight; of equal ones the smaller."""
-    if fine.is_smooth:
-        plans = [
-            _solve(fine, bits, layout, fixed_bits_per_weight(header_of[layout]), rate_weight) for layout in layouts
-        ]
-    else:
-        plans = _ladder(fine, layouts, header_of)
+    """The plan with the least predicted noise at ``bits`` bits a weight, for a tensor whose histogram is smooth."""
+    plans = [_solve(fine, bits, layout, fixed_bits_per_weight(header_of[layout]), rate_weight) for layout in layouts]
     # A layout that cannot go as low as asked for stays above the rate.
     feasible = [plan for plan in plans if plan.predicted.bits <= bits]
     if not feasible:
         return min(plans, key=lambda plan: plan.predicted.bits)
-    return min(feasible, key=lambda plan: (plan.predicted.noise, plan.predicted.bits))
+    best = min(feasible, key=lambda plan: plan.predicted.noise)
+    if min(plan.predicted.bits for plan in feasible) < bits - _RATE_IS_SLACK_AT:
+        # A value that is the largest by far sets the step, whatever the rate: more bits would buy nothing.
+        equal = [plan for plan in feasible if plan.predicted.noise <= best.predicted.noise * _EQUAL_NOISE]
+        return min(equal, key=lambda plan: plan.predicted.bits)
+    return best
 
 
 def plan_for_noise(
@@ -284,16 +298,15 @@ def plan_for_noise(
     """The plan of the least predicted bits whose predicted noise, over the variance, is at most ``noise``."""
     limit = noise * (fine.deviation / fine.rms) ** 2
     if not fine.is_smooth:
-        plans = _ladder(fine, layouts, header_of)
-        quiet = [plan for plan in plans if plan.predicted.noise <= limit]
-        if not quiet:
-            return min(plans, key=lambda plan: plan.predicted.noise)
-        return min(quiet, key=lambda plan: (plan.predicted.bits, plan.predicted.noise))
+        plans = plan_ladder(fine, layouts, header_of)
+        quiet = [plan for plan in plans if plan.predicted.noise <= limit] or plans[:1]
+        return min(quiet, key=lambda plan: plan.predicted.bits)
     plans = []
     for layout in layouts:
         overhead = fixed_bits_per_weight(header_of[layout])
         low = np.log2(fine.rms * np.sqrt(12 * limit)) - 1.0
         high = low + 2.0
+        low = max(low, np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
         plan = plan_at_step(fine, float(2.0**low), layout, overhead, LAMBDA)
         for _ in range(12):
             middle = (low + high) / 2

@@ -47,6 +47,7 @@ from kvpack.encode.rate import (
     plan_for_bits,
     plan_for_noise,
     plan_for_step,
+    plan_ladder,
     raw_layouts,
 )
 from kvpack.encode.threads import map_ordered
@@ -67,10 +68,16 @@ FAST_COSTS_AT_MOST = 0.01
 # How far below the rate a tensor may land, and how often the step is corrected.
 _RATE_TOLERANCE_BITS = 0.004
 _MAX_CORRECTIONS = 6
+# How far a histogram's prediction may be above what a tensor takes, and how many predictions may be wrong.
+_PREDICTION_IS_OFF_BY_BITS = 0.1
+_MAX_TRIED = 24
 # Elements that are kept between passes rather than quantized again.
 _KEEP_ELEMENTS = 1 << 26
 _TRIM_AT_RMS = 16
 _TRIMMING_ROUNDS = 8
+# What is more than this part of a tensor's values that are not zero is no outlier.
+_TRIM_TO_AT_LEAST = 0.97
+_MOSTLY_NOT_ZERO = 0.9
 # Means of fewer numbers than this say nothing; a variance below this part of the power is rounding.
 _MEANS_OF_AT_LEAST = 8
 _CONSTANT = 1e-13
@@ -113,8 +120,8 @@ class EncodedTensor:
 def _is_stack(shape: tuple[int, ...]) -> bool:
     """Whether a tensor of 3 or more dimensions is a matrix for each of the leading ones.
 
-    Every matrix has tiles of its own, of 256 rows and as many as 512 columns: matrices of a few rows, or of few columns,
-    are mostly overhead (a patch embedding [768, 3, 32, 32], a convolution [258, 1, 256]).
+    Every matrix has tiles of its own, of 256 rows and as many as 512 columns: matrices of few rows, or of few
+    columns, are mostly overhead (a patch embedding [768, 3, 32, 32], a convolution [258, 1, 256]).
     """
     if len(shape) <= 2 or shape[-1] < 32:
         return False
@@ -129,10 +136,8 @@ class Matrices:
     """
 
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
-        if _is_stack(array.shape):
-            array = array.reshape(-1, *array.shape[-2:])
-        else:
-            array = array.reshape(1, array.shape[0], -1)
+        matrices = (-1, *array.shape[-2:]) if _is_stack(array.shape) else (1, array.shape[0], -1)
+        array = array.reshape(matrices)
         self.transposed = transposed
         self.array = array.swapaxes(1, 2) if transposed else array
         self.matrices, self.rows, self.cols = self.array.shape
@@ -280,9 +285,9 @@ class Moments:
     def reference(self) -> float:
         """What noise is measured against: the power, or less where a mean makes up much of it.
 
-        The variance if the mean is at least 1 % of the power; the variance within rows, or within columns, if that is
-        less than half. (By chance alone the means of K numbers have 1/K of their power.) What varies by less than rounding is
-        constant, and no reference.
+        The variance if the mean is at least 1 % of the power; the variance within rows, or within columns, if that
+        is less than half. (By chance alone the means of K numbers have 1/K of their power.) What varies by less than
+        rounding is constant, and no reference.
         """
         candidates = [self.power]
         candidates += [self.centred] * (self.centred <= 0.99 * self.power)
@@ -290,9 +295,7 @@ class Moments:
         return min(value for value in candidates if value > _CONSTANT * self.power or value is self.power)
 
 
-def _moments_of(
-    weights: Matrices, power: float, row_energy: float, column_sums: npt.NDArray[np.float64]
-) -> Moments:
+def _moments_of(weights: Matrices, power: float, row_energy: float, column_sums: npt.NDArray[np.float64]) -> Moments:
     """``column_sums`` are f64 [strips, cols]."""
     by_matrix = column_sums.reshape(weights.matrices, weights.tile_rows, weights.cols).sum(axis=1)
     enough_rows = weights.rows >= _MEANS_OF_AT_LEAST
@@ -388,25 +391,34 @@ def _count_quantized(
     return _Counted(strips, counts.tiles, counts.outliers, scale, size)
 
 
-def _moments(
-    weights: Matrices, limit: float, executor: ThreadPoolExecutor | None
-) -> tuple[float, float, float]:
-    """rms and mean of the values within ``limit``, and the largest magnitude of all.
+class _Spread(NamedTuple):
+    """rms and mean of the values within a limit, how many they are and are not zero, and the largest magnitude of all."""
+
+    rms: float
+    mean: float
+    within: int
+    nonzero: int
+    largest: float
+
+
+def _moments(weights: Matrices, limit: float, executor: ThreadPoolExecutor | None) -> _Spread:
+    """The spread of the values within ``limit``.
 
     Raises:
         NotEncodableError: values that are not finite.
     """
 
-    def work(index: int) -> tuple[float, float, int, float, int]:
+    def work(index: int) -> tuple[float, float, int, int, float, int]:
         return strip_moments(as_float32(weights.strip(index)), np.float32(limit))  # type: ignore[no-any-return]
 
-    energies, totals, within, largest, strange = zip(
+    energies, totals, within, nonzero, largest, strange = zip(
         *map_ordered(work, range(weights.num_strips), executor), strict=True
     )
     if sum(strange):
         raise NotEncodableError(f"{sum(strange)} values are NaN or infinite")
     number = max(1, sum(within))
-    return math.sqrt(math.fsum(energies) / number), math.fsum(totals) / number, float(max(largest))
+    rms = math.sqrt(math.fsum(energies) / number)
+    return _Spread(rms, math.fsum(totals) / number, number, sum(nonzero), float(max(largest)))
 
 
 def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> FineHistogram:
@@ -417,14 +429,20 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
     Raises:
         NotEncodableError: values that are not finite, or too small for a step.
     """
-    rms, mean, largest = _moments(weights, math.inf, executor)
+    everything = spread = _moments(weights, math.inf, executor)
+    largest = everything.largest
     for _ in range(_TRIMMING_ROUNDS):
-        if largest <= _TRIM_AT_RMS * rms:
+        if largest <= _TRIM_AT_RMS * spread.rms:
             break
-        trimmed, trimmed_mean, _ = _moments(weights, _TRIM_AT_RMS * rms, executor)
-        if trimmed == 0 or trimmed > 0.99 * rms:
+        trimmed = _moments(weights, _TRIM_AT_RMS * spread.rms, executor)
+        if trimmed.rms > 0.99 * spread.rms or trimmed.nonzero < _TRIM_TO_AT_LEAST * everything.nonzero:
             break
-        rms, mean = trimmed, trimmed_mean
+        spread = trimmed
+    rms, mean = spread.rms, spread.mean
+    if 0 < spread.nonzero < _MOSTLY_NOT_ZERO * spread.within:
+        # Zeros cost next to nothing: a sparse tensor's unit is that of its other values.
+        rms *= math.sqrt(spread.within / spread.nonzero)
+        mean *= spread.within / spread.nonzero
     if rms == 0:
         return FineHistogram(np.zeros(FINE_BINS, np.int64), 0.0, 0.0)
     if rms < _TINY * 2**24:
@@ -432,7 +450,7 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
     few = distinct_values(as_float32(weights.strip(index)) for index in range(weights.num_strips))
     if few is not None:
         values, counts = few
-        return FineHistogram(counts, rms, largest, mean, values.astype(np.float64), grid_step(values))
+        return FineHistogram(counts, rms, largest, mean, values.astype(np.float64), grid_step(values), 0.0)
     per_width = np.float32(FINE_BINS_PER_RMS / rms)
 
     def count(index: int) -> npt.NDArray[np.int64]:
@@ -472,26 +490,44 @@ def _finish(
     tile_cols: int | None,
     executor: ThreadPoolExecutor | None,
     coder: Coder,
-    asked_bits: float = 0.0,
 ) -> EncodedTensor:
-    """Code what a pass has counted.
-
-    Raises:
-        NotEncodableError: the means of the tensor leave too little of its rate (the one asked for, if there is one).
-    """
     header = weights.header(plan.layout, tile_cols)
     # Multiples of the grid's step are exact with that scale alone.
     scale = plan.step if plan.step == fine.grid_step else counted.scale
     scales = np.full(1, scale, np.float32)
-    encoded = _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor, coder)
-    if encoded.variance_noise_db is not None:
-        bits = max(asked_bits, 8 * encoded.size_bytes / weights.size)
-        if encoded.variance_noise_db > _most_offset_noise_db(bits):
-            raise NotEncodableError(
-                f"far from zero for their spread (mean {fine.mean:.3g}, deviation {fine.deviation:.3g}): noise would be "
-                f"{encoded.variance_noise_db:.1f} dB of the variance"
-            )
-    return encoded
+    return _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor, coder)
+
+
+def _check_noise(weights: Matrices, fine: FineHistogram, plan: RatePlan, encoded: EncodedTensor, bits: float) -> None:
+    """Check that ``bits`` bits a weight went into weights, not into means, outliers or overhead.
+
+    Raises:
+        NotEncodableError: into means, or into outliers: a step that holds these is too coarse for the others.
+        RateOutOfReachError: into overhead.
+    """
+    if encoded.noise_db is None:
+        return
+    if encoded.variance_noise_db is not None and encoded.variance_noise_db > _most_offset_noise_db(bits):
+        raise NotEncodableError(_far_from_zero(fine, encoded.variance_noise_db))
+    if encoded.noise_db > _most_noise_db(bits):
+        raise RateOutOfReachError(
+            f"overhead leaves too little of {bits} bits a weight (noise {encoded.noise_db:.1f} dB)"
+        )
+    achieved = 8 * encoded.size_bytes / weights.size
+    if fine.largest < 0.99 * MAX_MAGNITUDE * plan.step:
+        return
+    if 10 * math.log10(plan.predicted.noise) > _most_noise_db(min(bits, achieved)):
+        raise NotEncodableError(
+            f"the largest value ({fine.largest:.3g}) is more than {MAX_MAGNITUDE} steps of any that suits the others "
+            f"(rms {fine.rms:.3g})"
+        )
+
+
+def _far_from_zero(fine: FineHistogram, noise: float) -> str:
+    return (
+        f"far from zero for their spread (mean {fine.mean:.3g}, deviation {fine.deviation:.3g}): noise would be "
+        f"{noise:.1f} dB of the variance"
+    )
 
 
 def _most_offset_noise_db(bits: float) -> float:
@@ -541,18 +577,16 @@ def encode_at_bits(
         return _encode_zeros(weights, tile_cols, executor, coder)
     layouts = candidate_layouts(layout_name, bits, fine)
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
-    for layout in raw_layouts(layouts, bits, headers) if fine.is_smooth else []:
+    if not fine.is_smooth:
+        return _encode_from_ladder(weights, fine, bits, headers, tile_cols, executor, coder)
+    for layout in raw_layouts(layouts, bits, headers):
         headers.setdefault(layout, weights.header(layout, tile_cols))
     layouts = list(headers)
     target_bits = bits - _RATE_TOLERANCE_BITS / 2
     aim = target_bits
     best: tuple[RatePlan, _Counted] | None = None
-    previous = None
     for _ in range(_MAX_CORRECTIONS):
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
-        if previous == (plan.step, plan.layout):  # neither more bits nor fewer change anything
-            break
-        previous = plan.step, plan.layout
         counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
         achieved = 8 * counted.size_bytes / weights.size
         if achieved <= bits and (best is None or counted.size_bytes > best[1].size_bytes):
@@ -561,17 +595,13 @@ def encode_at_bits(
             break
         # The histogram's prediction is off by nearly the same amount at a neighbouring step.
         aim += target_bits - achieved
-        if fine.is_smooth:
-            layouts = [plan.layout]
+        layouts = [plan.layout]
     for attempt in range(_MAX_CORRECTIONS):
         if best is not None:
-            encoded = _finish(weights, fine, *best, tile_cols, executor, coder, bits)
+            encoded = _finish(weights, fine, *best, tile_cols, executor, coder)
             excess = 8 * encoded.size_bytes / weights.size - bits
             if excess <= 0:
-                if encoded.noise_db is not None and encoded.noise_db > _most_noise_db(bits):
-                    raise RateOutOfReachError(
-                        f"overhead leaves too little of {bits} bits a weight (noise {encoded.noise_db:.1f} dB)"
-                    )
+                _check_noise(weights, fine, best[0], encoded, bits)
                 return encoded
         else:
             excess = 0.02
@@ -579,6 +609,35 @@ def encode_at_bits(
         aim -= 2 * excess + attempt * _RATE_TOLERANCE_BITS / 2
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
         best = plan, _run_plan(weights, fine, plan, tile_cols, executor, coder)
+    raise RateOutOfReachError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
+
+
+def _encode_from_ladder(
+    weights: Matrices,
+    fine: FineHistogram,
+    bits: float,
+    headers: dict[Layout, BlobHeader],
+    tile_cols: int | None,
+    executor: ThreadPoolExecutor | None,
+    coder: Coder,
+) -> EncodedTensor:
+    """:func:`encode_at_bits` where the rate is no smooth function of the step: the quietest plan that fits it."""
+    tried = 0
+    excess = -_PREDICTION_IS_OFF_BY_BITS
+    for plan in plan_ladder(fine, headers, headers):
+        if plan.predicted.bits + excess > bits:
+            continue
+        counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
+        if 8 * counted.size_bytes <= (bits + _RATE_TOLERANCE_BITS) * weights.size:
+            encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
+            if 8 * encoded.size_bytes <= bits * weights.size:
+                _check_noise(weights, fine, plan, encoded, bits)
+                return encoded
+        # What a prediction is off by is nearly the same for the next plan.
+        excess = 0.9 * (8 * counted.size_bytes / weights.size - plan.predicted.bits)
+        tried += 1
+        if tried == _MAX_TRIED:
+            break
     raise RateOutOfReachError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
 
 
@@ -607,17 +666,22 @@ def encode_near_lossless(
     else:
         layouts = candidate_layouts(layout_name, 8.0, fine)
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
-    plan = plan_for_noise(fine, 10 ** (NEAR_LOSSLESS_DB / 10), layouts, headers)
-    if fine.is_smooth and layout_name == "auto":
-        fast = plan_at_step(fine, plan.step, layouts[1], fixed_bits_per_weight(headers[layouts[1]]), LAMBDA)
-        if fast.predicted.bits <= plan.predicted.bits * (1 + FAST_COSTS_AT_MOST):
-            plan = fast
-    counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
-    encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
-    noise = encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db
-    if noise is not None and noise > NEAR_LOSSLESS_DB + _NOISE_TOLERANCE_DB:
-        raise NotEncodableError(f"no step reaches {NEAR_LOSSLESS_DB} dB (noise {noise:.1f} dB)")
-    return encoded
+    aim_db = NEAR_LOSSLESS_DB
+    for _ in range(_MAX_CORRECTIONS):
+        plan = plan_for_noise(fine, 10 ** (aim_db / 10), layouts, headers)
+        if fine.is_smooth and layout_name == "auto":
+            fast = plan_at_step(fine, plan.step, layouts[1], fixed_bits_per_weight(headers[layouts[1]]), LAMBDA)
+            if fast.predicted.bits <= plan.predicted.bits * (1 + FAST_COSTS_AT_MOST):
+                plan = fast
+        counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
+        encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
+        noise = encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db
+        if noise is None or noise <= NEAR_LOSSLESS_DB + _NOISE_TOLERANCE_DB:
+            if 10 * math.log10(max(plan.predicted.noise, 1e-30)) <= aim_db + _NOISE_TOLERANCE_DB:
+                return encoded
+            break
+        aim_db -= noise - NEAR_LOSSLESS_DB
+    raise NotEncodableError(f"no step that holds all values reaches {NEAR_LOSSLESS_DB} dB of the variance")
 
 
 def plan_at_common_step(
@@ -657,7 +721,11 @@ def encode_plan(
         NotEncodableError: the step is so small that a value exceeds what an outlier can hold.
     """
     counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
-    return _finish(weights, fine, plan, counted, tile_cols, executor, coder)
+    encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
+    noise = encoded.variance_noise_db
+    if noise is not None and noise > _most_offset_noise_db(8 * encoded.size_bytes / weights.size):
+        raise NotEncodableError(_far_from_zero(fine, noise))
+    return encoded
 
 
 def encode_int8_rows(
