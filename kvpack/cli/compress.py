@@ -12,7 +12,7 @@ import typer
 from kvpack.cli.failures import exit_codes
 from kvpack.cli.options import Force, Json, Source, Threads
 from kvpack.cli.printing import data_console, print_tensors, progress_bar, shown_number, shown_size
-from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
+from kvpack.encode.rates import DEFAULT_BITS, LOSSLESS, MAX_BITS, MIN_BITS
 
 
 class LayoutOption(StrEnum):
@@ -55,16 +55,16 @@ class DtypeOption(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-def _parse_tensor_bits(values: list[str] | None) -> dict[str, float]:
-    rates = {}
+def _parse_tensor_bits(values: list[str] | None) -> dict[str, float | str]:
+    rates: dict[str, float | str] = {}
     for value in values or []:
         pattern, separator, bits = value.rpartition("=")
         try:
-            rates[pattern] = float(bits)
+            rates[pattern] = bits if bits == LOSSLESS else float(bits)
         except ValueError:
             separator = ""
         if not separator or not pattern:
-            raise typer.BadParameter(f"{value!r} is not REGEX=BITS", param_hint="--tensor-bits")
+            raise typer.BadParameter(f"{value!r} is not REGEX=BITS or REGEX=lossless", param_hint="--tensor-bits")
     return rates
 
 
@@ -77,7 +77,9 @@ def compress(
     bits: Annotated[
         float | None,
         typer.Option(
-            "--bits", help=f"Bits a weight, {MIN_BITS} to {MAX_BITS}, every overhead counted. Default: {DEFAULT_BITS}."
+            "--bits",
+            help=f"Bits a weight, {MIN_BITS} to {MAX_BITS}, every overhead counted; above, exact where that fits. "
+            f"Default: {DEFAULT_BITS}.",
         ),
     ] = None,
     preset: Annotated[PresetOption | None, typer.Option("--preset", help="Instead of a rate.")] = None,
@@ -96,7 +98,7 @@ def compress(
     ] = None,
     tensor_bits: Annotated[
         list[str] | None,
-        typer.Option("--tensor-bits", metavar="REGEX=BITS", help="A rate of their own; repeatable."),
+        typer.Option("--tensor-bits", metavar="REGEX=BITS", help="A rate of their own, or lossless; repeatable."),
     ] = None,
     threads: Threads = None,
     device: Annotated[
@@ -140,13 +142,16 @@ def compress(
         return
     console = data_console()
     print_tensors([vars(tensor) for tensor in report.tensors], kept_singly=False)
-    kept: dict[str, list[str]] = {}
+    otherwise: dict[tuple[str, str], list[str]] = {}
     for tensor in report.tensors:
-        if tensor.method == "keep":
-            kept.setdefault(str(tensor.reason), []).append(tensor.name)
-    for reason, names in kept.items():
+        if tensor.reason is not None:
+            done = {"keep": "kept", "lossless": "coded exactly"}.get(tensor.method, "coded at another rate")
+            otherwise.setdefault((done, tensor.reason), []).append(tensor.name)
+    for (done, reason), names in otherwise.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        console.print(f"kept ({reason}): {shown}", markup=False, highlight=False)
+        console.print(f"{done} ({reason}): {shown}", markup=False, highlight=False)
+    for note in report.notes:
+        console.print(note, markup=False, highlight=False)
     coded = ""
     if report.bits_per_weight is not None:
         coded = f"; coded tensors {report.bits_per_weight:.3f} bits a weight"

@@ -21,6 +21,7 @@ import numpy as np
 
 from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.dtypes import NUMPY_DTYPES
+from kvpack.encode.fp8 import DequantizedContainer, dequantized_config, find_fp8
 from kvpack.encode.model_directory import (
     CONFIG_NAME,
     compressed_config,
@@ -96,7 +97,8 @@ class CompressReport:
     """What a compression gave.
 
     ``bits_per_weight`` and ``noise_db`` are those of the coded tensors (the noise: the mean of the quantized tensors'
-    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over.
+    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over; ``notes`` are
+    sentences on what was done otherwise than might be thought.
     """
 
     input: str
@@ -108,6 +110,7 @@ class CompressReport:
     noise_db: float | None
     seconds: float
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     tensors: list[TensorReport] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,7 +134,7 @@ class _Model:
     """The sources of a compression: containers, what to do with each tensor, and the common step if there is one."""
 
     def __init__(self, source: Path, config: QuantConfig, executor: ThreadPoolExecutor, coder: Coder) -> None:
-        self.config, self.executor, self.coder = config, executor, coder
+        self.source, self.config, self.executor, self.coder = source, config, executor, coder
         self.selection = Selection.from_config(config)
         self.containers: list[Container] = []
         try:
@@ -140,6 +143,10 @@ class _Model:
             for container in self.containers:
                 if container.coded:
                     raise InputError(f"{container.path} is compressed already")
+            self.fp8 = find_fp8(self.containers, read_config(source) if source.is_dir() else {})
+            self.dequantizes_fp8 = bool(self.fp8.weights) and bool(config.dequantize_fp8)
+            if self.dequantizes_fp8:
+                self.containers = [DequantizedContainer(container, self.fp8) for container in self.containers]
             names = locate_tensors(self.containers)
         except BaseException:
             self.close()
@@ -151,6 +158,12 @@ class _Model:
         self.transposed = {
             name for container in self.containers for name in transposed_names(container.tensors, model_type)
         }
+
+    @property
+    def source_config(self) -> dict[str, Any]:
+        """config.json of the source, as it is true of the weights that are coded."""
+        config = read_config(self.source)
+        return dequantized_config(config) if self.dequantizes_fp8 else config
 
     def close(self) -> None:
         for container in self.containers:
@@ -437,6 +450,7 @@ def compress(
         output_bytes,
         reports,
         [str(file) for file in left_out if not file.name.endswith(".index.json")],
+        model.fp8.notes(dequantized=model.dequantizes_fp8),
         time.perf_counter() - began,
     )
 
@@ -448,6 +462,7 @@ def _report(
     output_bytes: int,
     reports: list[TensorReport],
     left_out: list[str],
+    notes: list[str],
     seconds: float,
 ) -> CompressReport:
     coded = [report for report in reports if report.method != "keep"]
@@ -464,6 +479,7 @@ def _report(
         noise_db=(round(10 * math.log10(sum(size * ratio for size, ratio in noise) / noisy), 4) if noise else None),
         seconds=round(seconds, 3),
         left_out=left_out,
+        notes=notes,
         tensors=sorted(reports, key=lambda report: report.name),
     )
 
@@ -517,6 +533,6 @@ def _compress_directory(
         if (source / INDEX_NAME).exists() or len(shards) > 1:
             write_shard_index(temporary, shards)
         blob_bytes = {name: size for shard in shards for name, size in shard.blob_bytes.items()}
-        write_json(temporary / CONFIG_NAME, compressed_config(read_config(source), model.config.to_json(), blob_bytes))
+        write_json(temporary / CONFIG_NAME, compressed_config(model.source_config, model.config.to_json(), blob_bytes))
         copy_files(source, temporary, carried)
         return size_bytes(temporary)

@@ -30,7 +30,7 @@ class QuantConfig:
     True
     >>> QuantConfig(bits=1)
     Traceback (most recent call last):
-    kvpack.errors.InputError: 1 bits a weight: rates from 1.5 to 32.0 are possible
+    kvpack.errors.InputError: 1 bits a weight: rates from 1.5 to 32 are possible
 
     ``tensor_bits`` is the one place for what differs between tensors. A calibration, which kvpack does not have, would
     give its result there; how it was made would be a field here, so that config.json says it.

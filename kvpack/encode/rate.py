@@ -65,6 +65,7 @@ class FineHistogram:
         values: f64, sorted: the distinct values, where they are few; ``counts`` then counts these.
         grid_step: f32: the step of which all ``values`` are exact multiples of −128 … 127; 0.0 if there is none.
         width: of the bins; None: rms/256.
+        sparse: many values are 0, and ``rms`` and ``mean`` are those of the others.
     """
 
     counts: npt.NDArray[np.int64]
@@ -74,6 +75,7 @@ class FineHistogram:
     values: npt.NDArray[np.float64] | None = None
     grid_step: float = 0.0
     width: float | None = None
+    sparse: bool = False
 
     @property
     def deviation(self) -> float:
@@ -86,7 +88,7 @@ class FineHistogram:
     @property
     def is_smooth(self) -> bool:
         """Whether finer steps cost more bits and give less noise, all the way."""
-        return self.values is None and self.deviation == self.rms
+        return self.values is None and self.deviation == self.rms and not self.sparse
 
     @property
     def bin_width(self) -> float:
@@ -249,7 +251,7 @@ def candidate_layouts(layout_name: str, bits: float, fine: FineHistogram | None 
     element say little, and its low bits are not evenly spread.
     """
     needed = int(np.ceil(bits - _GAUSSIAN_BITS + np.log2(7.0)))
-    names = ("balanced",) if layout_name == "auto" else (layout_name,)
+    names: tuple[str, ...] = ("balanced",) if layout_name == "auto" else (layout_name,)
     if any(name not in LAYOUT_NAMES for name in names):
         raise ValueError(f"unknown layout {layout_name!r}")
     widths = sorted({min(8, max(2, needed + shift)) for shift in (-1, 0, 1)})

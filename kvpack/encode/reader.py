@@ -32,7 +32,8 @@ METHODS = ("lossless", "uniform", "int8-row")
 class TensorInfo:
     """What is known of a coded tensor without decoding it.
 
-    ``noise_db`` is over the variance where the file says so, else over the power; None where nothing was lost.
+    ``noise_db`` is over the variance where the file says so, else over the power, as ``power_noise_db`` always is; None
+    where nothing was lost.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TensorInfo:
     bits_per_weight: float
     entropy_bits: float | None
     noise_db: float | None
+    power_noise_db: float | None
     outliers: int
     blob_bytes: int
     header: BlobHeader
@@ -174,6 +176,15 @@ class Reader:
         except KeyError:
             raise KeyError(f"{self.path} has no tensor {name!r}") from None
 
+    def dtype(self, name: str) -> str:
+        """The original dtype of a tensor, as safetensors names it."""
+        container = self.container(name)
+        return str(container.coded[name]["dtype"]) if name in container.coded else container.tensors[name].dtype
+
+    def show(self, containers: list[Container]) -> None:
+        """Read from other views of the same files."""
+        self._where = locate_tensors(containers)
+
     def info(self, name: str) -> TensorInfo | None:
         """Shape, method, bits and noise of a coded tensor; None for one that is kept as it is."""
         container = self.container(name)
@@ -206,6 +217,7 @@ class Reader:
             bits_per_weight=8 * total / header.num_elements,
             entropy_bits=number("entropy_bits", 64),
             noise_db=number(VARIANCE_NOISE_KEY if VARIANCE_NOISE_KEY in entry else "noise_db", 1000),
+            power_noise_db=number("noise_db", 1000),
             outliers=int(number("outliers", header.num_elements) or 0),
             blob_bytes=stored,
             header=header,

@@ -78,6 +78,8 @@ _TRIMMING_ROUNDS = 8
 # What is more than this part of a tensor's values that are not zero is no outlier.
 _TRIM_TO_AT_LEAST = 0.97
 _MOSTLY_NOT_ZERO = 0.9
+# From so many steps on the largest value may be what keeps the step from being finer.
+_AT_THE_LIMIT = 0.99 * MAX_MAGNITUDE
 # Means of fewer numbers than this say nothing; a variance below this part of the power is rounding.
 _MEANS_OF_AT_LEAST = 8
 _CONSTANT = 1e-13
@@ -392,7 +394,7 @@ def _count_quantized(
 
 
 class _Spread(NamedTuple):
-    """rms and mean of the values within a limit, how many they are and are not zero, and the largest magnitude of all."""
+    """rms, mean and number of the values within a limit, number of those that are not 0; the largest magnitude of all."""
 
     rms: float
     mean: float
@@ -439,7 +441,8 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
             break
         spread = trimmed
     rms, mean = spread.rms, spread.mean
-    if 0 < spread.nonzero < _MOSTLY_NOT_ZERO * spread.within:
+    sparse = 0 < spread.nonzero < _MOSTLY_NOT_ZERO * spread.within
+    if sparse:
         # Zeros cost next to nothing: a sparse tensor's unit is that of its other values.
         rms *= math.sqrt(spread.within / spread.nonzero)
         mean *= spread.within / spread.nonzero
@@ -461,7 +464,7 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
     counts = np.zeros(FINE_BINS, np.int64)
     for histogram in map_ordered(count, range(weights.num_strips), executor):
         counts += histogram
-    return FineHistogram(counts, rms, largest, mean)
+    return FineHistogram(counts, rms, largest, mean, sparse=sparse)
 
 
 def _run_plan(
@@ -514,7 +517,7 @@ def _check_noise(weights: Matrices, fine: FineHistogram, plan: RatePlan, encoded
             f"overhead leaves too little of {bits} bits a weight (noise {encoded.noise_db:.1f} dB)"
         )
     achieved = 8 * encoded.size_bytes / weights.size
-    if fine.largest < 0.99 * MAX_MAGNITUDE * plan.step:
+    if fine.largest < _AT_THE_LIMIT * plan.step:
         return
     if 10 * math.log10(plan.predicted.noise) > _most_noise_db(min(bits, achieved)):
         raise NotEncodableError(
@@ -677,7 +680,10 @@ def encode_near_lossless(
         encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
         noise = encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db
         if noise is None or noise <= NEAR_LOSSLESS_DB + _NOISE_TOLERANCE_DB:
-            if 10 * math.log10(max(plan.predicted.noise, 1e-30)) <= aim_db + _NOISE_TOLERANCE_DB:
+            # Where the largest value sets the step, the others' noise is beyond what all of them have on average.
+            if fine.largest < _AT_THE_LIMIT * plan.step:
+                return encoded
+            if 10 * math.log10(plan.predicted.noise) <= aim_db + _NOISE_TOLERANCE_DB:
                 return encoded
             break
         aim_db -= noise - NEAR_LOSSLESS_DB

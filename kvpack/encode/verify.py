@@ -11,6 +11,8 @@ import numpy as np
 
 from kvpack.encode.blob_decoder import check_element_limit, verify_tiles
 from kvpack.encode.dtypes import as_float32
+from kvpack.encode.fp8 import DequantizedContainer, find_fp8
+from kvpack.encode.model_directory import read_config
 from kvpack.encode.reader import Reader
 from kvpack.encode.tensor_encoder import noise_db
 from kvpack.format.container import SCALE_SUFFIX
@@ -83,11 +85,20 @@ def verify(
                 progress(len(blob.buffer))
         if against is not None:
             with Reader(against, threads=threads) as original:
+                _dequantize_fp8(reader, original)
                 for name in sorted({*reader.keys(), *original.keys()}):
                     difference = _difference(name, reader, original)
                     if difference:
                         result.mismatches[name] = difference
     return result
+
+
+def _dequantize_fp8(reader: Reader, original: Reader) -> None:
+    """Let ``original`` be seen without fp8 scales, if ``reader``'s model was made so."""
+    config = read_config(original.path) if original.path.is_dir() else {}
+    fp8 = find_fp8(original.containers, config)
+    if any(name in reader and reader.dtype(name) == "BF16" for name in fp8.weights):
+        original.show([DequantizedContainer(container, fp8) for container in original.containers])
 
 
 def _difference(name: str, reader: Reader, original: Reader) -> str | None:
@@ -112,10 +123,11 @@ def _difference(name: str, reader: Reader, original: Reader) -> str | None:
         same = reader.dequantize(name, "original").tobytes() == original.container(name).data(name)
         return None if same else "its bits differ"
     measured = measured_noise_db(reader, original, name)
-    if (measured is None) != (info.noise_db is None) or (
-        measured is not None and info.noise_db is not None and abs(measured - info.noise_db) > NOISE_TOLERANCE_DB
+    recorded = info.power_noise_db
+    if (measured is None) != (recorded is None) or (
+        measured is not None and recorded is not None and abs(measured - recorded) > NOISE_TOLERANCE_DB
     ):
-        return f"noise is {_decibels(measured)}, recorded {_decibels(info.noise_db)}"
+        return f"noise is {_decibels(measured)}, recorded {_decibels(recorded)}"
     return None
 
 
