@@ -1,9 +1,9 @@
 """Checkpoints of fp8 weights with scales: found by their names and shapes, and seen as the bf16 weights they stand for.
 
-DeepSeek's ``weight_scale_inv`` has a number for each block of 128×128 weights; ``weight_scale`` has one for the tensor or
-one for each row. Both are multiplied by. By default fp8 numbers are coded exactly and their scales kept. If weights are to
-be quantized, what is quantized must be the weights: the scales are multiplied in and dropped, the tensors become bf16, and
-config.json no longer says that the model is quantized.
+DeepSeek's ``weight_scale_inv`` has a number for each block of 128×128 weights; ``weight_scale`` has one for the tensor
+or one for each row. Both are multiplied by. By default fp8 numbers are coded exactly and their scales kept. If weights
+are to be quantized, what is quantized must be the weights: the scales are multiplied in and dropped, the tensors become
+bf16, and config.json no longer says that the model is quantized.
 """
 
 from __future__ import annotations
@@ -52,18 +52,17 @@ class Fp8Weights:
 
     def notes(self, *, dequantized: bool) -> list[str]:
         """What is said of them in the report."""
+        lines = []
         if dequantized:
-            lines = [
+            lines.append(
                 f"fp8: {len(self.weights)} tensors multiplied by their scales and coded as bf16; "
                 f"{len(self.dropped)} tensors of scales dropped, quantization_config removed from config.json"
-            ]
+            )
         elif self.weights:
-            lines = [
+            lines.append(
                 f"fp8: {len(self.weights)} tensors coded exactly, their scales kept; "
                 "--bits codes the weights they stand for at a rate"
-            ]
-        else:
-            lines = []
+            )
         if self.without_scale:
             shown = ", ".join(self.without_scale[:4])
             more = f" and {len(self.without_scale) - 4} more" if len(self.without_scale) > 4 else ""

@@ -20,7 +20,6 @@ from kvpack.encode.tensor_encoder import (
     EncodedTensor,
     Matrices,
     NotEncodableError,
-    RateOutOfReachError,
     encode_at_bits,
     encode_int8_rows,
     encode_lossless,
@@ -72,12 +71,10 @@ def encode_nearest(
         if 8 * found.size_bytes <= _LEAST_EXACT_BITS * weights.size:
             return found
         reason = "exact coding takes no more"
-    except RateOutOfReachError as error:
-        reason = str(error)
-        if isinstance(quality, float):
-            found = _lowest_rate(weights, quality, options)
     except NotEncodableError as error:
         reason = str(error)
+        if isinstance(quality, float) and plan is None:
+            found = _lowest_rate(weights, quality, options)
     exact = _lossless(weights, dtype, options)
     nearest = exact if found is None or exact.size_bytes <= found.size_bytes else found
     if nearest.size_bytes >= weights.array.nbytes:
@@ -104,18 +101,26 @@ def _lossless(weights: Matrices, dtype: str, options: EncodeOptions) -> EncodedT
 
 
 def _lowest_rate(weights: Matrices, bits: float, options: EncodeOptions) -> EncodedTensor | None:
-    """The coding at the lowest rate above ``bits`` that the tensor can have; None if there is none."""
+    """The coding at the lowest rate that has the noise ``bits`` should have; None if there is none."""
     layout = integer_layout("balanced", ElementKind.SIGNED, 2)
     least = 1 + fixed_bits_per_weight(weights.header(layout, options.tile_cols)).raw
-    for rate in _RATES:
-        if rate > max(bits, least):
-            try:
-                return encode_at_bits(weights, rate, **options._asdict())
-            except RateOutOfReachError:
-                continue
-            except NotEncodableError:
-                return None
+    rates = [rate for rate in _RATES if rate > max(bits, least)]
+    highest = _worthy(weights, MAX_BITS, bits, options)
+    if highest is None:
+        try:
+            return encode_near_lossless(weights, **options._asdict())
+        except NotEncodableError:
+            return None
+    for rate in rates[:-1]:
+        found = _worthy(weights, rate, bits, options)
+        if found is not None:
+            return found
+    return highest
+
+
+def _worthy(weights: Matrices, rate: float, bits: float, options: EncodeOptions) -> EncodedTensor | None:
+    """The coding at ``rate``, if its noise is what one of ``bits`` should have."""
     try:
-        return encode_near_lossless(weights, **options._asdict())
+        return encode_at_bits(weights, rate, worth_bits=bits, **options._asdict())
     except NotEncodableError:
         return None

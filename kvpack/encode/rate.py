@@ -65,7 +65,7 @@ class FineHistogram:
         values: f64, sorted: the distinct values, where they are few; ``counts`` then counts these.
         grid_step: f32: the step of which all ``values`` are exact multiples of −128 … 127; 0.0 if there is none.
         width: of the bins; None: rms/256.
-        sparse: many values are 0, and ``rms`` and ``mean`` are those of the others.
+        uneven: many values are equal. If many are 0, ``rms`` and ``mean`` are those of the others.
     """
 
     counts: npt.NDArray[np.int64]
@@ -75,7 +75,7 @@ class FineHistogram:
     values: npt.NDArray[np.float64] | None = None
     grid_step: float = 0.0
     width: float | None = None
-    sparse: bool = False
+    uneven: bool = False
 
     @property
     def deviation(self) -> float:
@@ -88,7 +88,7 @@ class FineHistogram:
     @property
     def is_smooth(self) -> bool:
         """Whether finer steps cost more bits and give less noise, all the way."""
-        return self.values is None and self.deviation == self.rms and not self.sparse
+        return self.values is None and self.deviation == self.rms and not self.uneven
 
     @property
     def bin_width(self) -> float:

@@ -78,6 +78,8 @@ _TRIMMING_ROUNDS = 8
 # What is more than this part of a tensor's values that are not zero is no outlier.
 _TRIM_TO_AT_LEAST = 0.97
 _MOSTLY_NOT_ZERO = 0.9
+# Part of the values in one fine bin from which on the histogram is not smooth.
+_SPIKE_AT = 0.05
 # From so many steps on the largest value may be what keeps the step from being finer.
 _AT_THE_LIMIT = 0.99 * MAX_MAGNITUDE
 # Means of fewer numbers than this say nothing; a variance below this part of the power is rounding.
@@ -88,6 +90,7 @@ NEAR_LOSSLESS_DB = -41.5
 # How much noisier than planned, and than a plain quantizer at the rate, a tensor may come out.
 _NOISE_TOLERANCE_DB = 0.5
 _PLAIN_TOLERANCE_DB = 4.5
+_MEANS_TOLERANCE_DB = 12.0
 
 
 class NotEncodableError(Exception):
@@ -102,8 +105,9 @@ class RateOutOfReachError(NotEncodableError):
 class EncodedTensor:
     """A blob, its scales (f32 [1] or [matrices · rows], None if lossless), and what was measured.
 
-    ``noise_db`` is over Σ w²; ``variance_noise_db`` over the variance, None where the mean does not matter (see
-    :class:`Moments`). ``reason`` says why it is not coded as was asked for.
+    ``noise_db`` is over Σ w²; ``variance_noise_db`` over the variance, None where no mean matters (see
+    :class:`Moments`), ``centred_noise_db`` over that around the tensor's mean. ``reason`` says why it is not coded as
+    was asked for.
     """
 
     blob: EncodedBlob
@@ -112,6 +116,7 @@ class EncodedTensor:
     layout: Layout
     noise_db: float | None
     variance_noise_db: float | None = None
+    centred_noise_db: float | None = None
     reason: str | None = None
 
     @property
@@ -352,13 +357,14 @@ def _encode_quantized(
         name = str(as_stored.dtype).replace("bfloat", "bf").replace("float", "fp")
         raise NotEncodableError(f"values near the end of the {name} range: some would decode to infinity")
     against_power = noise_db(sums)
-    against_variance = None
+    against_variance = centred = None
     power = math.fsum(signal for _, signal in sums)
     if against_power is not None:
-        reference = _moments_of(weights, power, math.fsum(row_energies), column_sums).reference
-        if reference < power:
-            against_variance = against_power + 10 * math.log10(power / reference)
-    return EncodedTensor(blob, scales, method, header.layout, against_power, against_variance)
+        moments = _moments_of(weights, power, math.fsum(row_energies), column_sums)
+        if moments.reference < power:
+            against_variance = against_power + 10 * math.log10(power / moments.reference)
+            centred = against_power + 10 * math.log10(power / max(moments.centred, moments.reference))
+    return EncodedTensor(blob, scales, method, header.layout, against_power, against_variance, centred)
 
 
 def noise_db(sums: list[tuple[float, float]]) -> float | None:
@@ -394,7 +400,7 @@ def _count_quantized(
 
 
 class _Spread(NamedTuple):
-    """rms, mean and number of the values within a limit, number of those that are not 0; the largest magnitude of all."""
+    """rms, mean and number of the values within a limit, number of those not zero; the largest magnitude of all."""
 
     rms: float
     mean: float
@@ -464,7 +470,9 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
     counts = np.zeros(FINE_BINS, np.int64)
     for histogram in map_ordered(count, range(weights.num_strips), executor):
         counts += histogram
-    return FineHistogram(counts, rms, largest, mean, sparse=sparse)
+    # A value that is there thousands of times is off by its place between two steps, not by their mean error.
+    spiked = max(counts[: FINE_BINS // 2 - 1].max(), counts[FINE_BINS // 2 + 1 :].max()) > _SPIKE_AT * weights.size
+    return FineHistogram(counts, rms, largest, mean, uneven=sparse or bool(spiked))
 
 
 def _run_plan(
@@ -510,8 +518,7 @@ def _check_noise(weights: Matrices, fine: FineHistogram, plan: RatePlan, encoded
     """
     if encoded.noise_db is None:
         return
-    if encoded.variance_noise_db is not None and encoded.variance_noise_db > _most_offset_noise_db(bits):
-        raise NotEncodableError(_far_from_zero(fine, encoded.variance_noise_db))
+    _check_offset(fine, encoded, bits)
     if encoded.noise_db > _most_noise_db(bits):
         raise RateOutOfReachError(
             f"overhead leaves too little of {bits} bits a weight (noise {encoded.noise_db:.1f} dB)"
@@ -526,19 +533,25 @@ def _check_noise(weights: Matrices, fine: FineHistogram, plan: RatePlan, encoded
         )
 
 
-def _far_from_zero(fine: FineHistogram, noise: float) -> str:
-    return (
-        f"far from zero for their spread (mean {fine.mean:.3g}, deviation {fine.deviation:.3g}): noise would be "
-        f"{noise:.1f} dB of the variance"
-    )
+def _check_offset(fine: FineHistogram, encoded: EncodedTensor, bits: float) -> None:
+    """Check that the means of the tensor, its rows or its columns have not eaten the rate.
 
+    An entropy-coded uniform quantizer around the mean has 1.53 − 6.02·bits dB. Rows and columns whose means are far
+    apart may cost two bits.
 
-def _most_offset_noise_db(bits: float) -> float:
-    """Noise over the variance above which the means of a tensor have eaten its rate.
-
-    An entropy-coded uniform quantizer around the mean has 1.53 − 6.02·bits dB.
+    Raises:
+        NotEncodableError: they have.
     """
-    return min(-1.0, 1.53 - 6.02 * (bits - 0.2) + _PLAIN_TOLERANCE_DB)
+    plain_db = 1.53 - 6.02 * (bits - 0.2)
+    for noise, tolerance_db in (
+        (encoded.centred_noise_db, _PLAIN_TOLERANCE_DB),
+        (encoded.variance_noise_db, _MEANS_TOLERANCE_DB),
+    ):
+        if noise is not None and noise > min(-1.0, plain_db + tolerance_db):
+            raise NotEncodableError(
+                f"far from zero for their spread (mean {fine.mean:.3g}, deviation {fine.deviation:.3g}): "
+                f"noise would be {noise:.1f} dB of the variance"
+            )
 
 
 def _encode_zeros(
@@ -564,6 +577,7 @@ def encode_at_bits(
     weights: Matrices,
     bits: float,
     *,
+    worth_bits: float | None = None,
     layout_name: str = "auto",
     tile_cols: int | None = None,
     rate_weight: float = LAMBDA,
@@ -572,16 +586,21 @@ def encode_at_bits(
 ) -> EncodedTensor:
     """Quantize with one step so that the tensor takes at most ``bits`` bits a weight, everything counted.
 
+    Args:
+        worth_bits: the rate of which the noise must be worthy; ``bits`` by default.
+
     Raises:
-        NotEncodableError: see :func:`measure`, or the rate is not far above what the tensor's overhead takes.
+        NotEncodableError: see :func:`measure`, or the values are too far from zero, or from one another.
+        RateOutOfReachError: the rate is not far above what the tensor's overhead takes.
     """
+    worth_bits = worth_bits or bits
     fine = measure(weights, executor)
     if fine.rms == 0:
         return _encode_zeros(weights, tile_cols, executor, coder)
     layouts = candidate_layouts(layout_name, bits, fine)
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     if not fine.is_smooth:
-        return _encode_from_ladder(weights, fine, bits, headers, tile_cols, executor, coder)
+        return _encode_from_ladder(weights, fine, bits, worth_bits, headers, tile_cols, executor, coder)
     for layout in raw_layouts(layouts, bits, headers):
         headers.setdefault(layout, weights.header(layout, tile_cols))
     layouts = list(headers)
@@ -604,7 +623,7 @@ def encode_at_bits(
             encoded = _finish(weights, fine, *best, tile_cols, executor, coder)
             excess = 8 * encoded.size_bytes / weights.size - bits
             if excess <= 0:
-                _check_noise(weights, fine, best[0], encoded, bits)
+                _check_noise(weights, fine, best[0], encoded, worth_bits)
                 return encoded
         else:
             excess = 0.02
@@ -619,6 +638,7 @@ def _encode_from_ladder(
     weights: Matrices,
     fine: FineHistogram,
     bits: float,
+    worth_bits: float,
     headers: dict[Layout, BlobHeader],
     tile_cols: int | None,
     executor: ThreadPoolExecutor | None,
@@ -634,7 +654,7 @@ def _encode_from_ladder(
         if 8 * counted.size_bytes <= (bits + _RATE_TOLERANCE_BITS) * weights.size:
             encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
             if 8 * encoded.size_bytes <= bits * weights.size:
-                _check_noise(weights, fine, plan, encoded, bits)
+                _check_noise(weights, fine, plan, encoded, worth_bits)
                 return encoded
         # What a prediction is off by is nearly the same for the next plan.
         excess = 0.9 * (8 * counted.size_bytes / weights.size - plan.predicted.bits)
@@ -728,9 +748,7 @@ def encode_plan(
     """
     counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
     encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
-    noise = encoded.variance_noise_db
-    if noise is not None and noise > _most_offset_noise_db(8 * encoded.size_bytes / weights.size):
-        raise NotEncodableError(_far_from_zero(fine, noise))
+    _check_offset(fine, encoded, 8 * encoded.size_bytes / weights.size)
     return encoded
 
 

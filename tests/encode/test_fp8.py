@@ -1,4 +1,4 @@
-"""fp8 checkpoints: exact by default, the weights they stand for at a rate, and what then becomes of scales and config."""
+"""fp8 checkpoints: exact by default, the weights they stand for at a rate; what then becomes of scales and config."""
 
 from __future__ import annotations
 
@@ -79,10 +79,11 @@ def test_a_rate_codes_the_weights_that_are_meant(tmp_path: Path) -> None:
     tensors, meant = checkpoint()
     source = directory(tmp_path, tensors)
     report = kvpack.compress(source, tmp_path / "out", bits=5, tensor_bits={"rows": "lossless"})
-    assert report.notes == [
+    note = (
         "fp8: 4 tensors multiplied by their scales and coded as bf16; 5 tensors of scales dropped, "
         "quantization_config removed from config.json"
-    ]
+    )
+    assert report.notes == [note]
     methods = {tensor.name: tensor.method for tensor in report.tensors}
     assert methods == {
         "a.blocks.weight": "uniform", "b.rows.weight": "lossless", "c.one.weight": "uniform", "d.experts": "uniform",
