@@ -472,6 +472,15 @@ def runtime_encode() -> str:
     return table(["out × in", "layout", "where", "ms", "10⁹ elements/s", "remark"], rows) + gpu_origin(result)
 
 
+def tensor_kinds() -> str:
+    result = newest("tensor-kinds")
+    columns = [column for column in result["rows"][0] if column != "group"]
+    total = {"group": "all", **{column: sum(row[column] for row in result["rows"]) for column in columns}}
+    rows = [[str(row[column]) for column in ("group", *columns)] for row in [*result["rows"], total]]
+    text = table(["transformers " + result["transformers"], *columns], rows)
+    return text + origin(result)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "minilm-short": lambda: minilm_rates(short=True),
     "minilm-rates": lambda: minilm_rates(short=False),
@@ -480,6 +489,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "books-short": lambda: books(short=True),
     "books": lambda: books(short=False),
     "books-default": books_default,
+    "tensor-kinds": tensor_kinds,
     "codec": codec,
     "memory": memory,
     "processes": processes,

@@ -76,6 +76,8 @@ def compress(
     """
     if settings and config is not None:
         raise InputError(f"config, and {', '.join(settings)} beside it: make it part of the config")
+    from kvpack.integrations.module_tree import kinds_by_module_tree
+
     return compress_with(
         path,
         out,
@@ -85,4 +87,5 @@ def compress(
         force=force,
         progress=progress,
         coder=coder_of(device),
+        module_tree=kinds_by_module_tree,
     )

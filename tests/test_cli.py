@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OK, FAILED, USAGE, CORRUPT, MISMATCH, NO_DEVICE = 0, 1, 2, 3, 4, 5
 REPORT_KEYS = {
     "ok", "input", "output", "input_bytes", "output_bytes", "ratio", "bits_per_weight", "noise_db", "seconds",
-    "left_out", "tensors",
+    "left_out", "notes", "tensors",
 }  # fmt: skip
 TENSOR_KEYS = {
     "name", "shape", "dtype", "method", "layout", "bits_per_weight", "entropy_bits", "noise_db", "outliers",

@@ -5,6 +5,7 @@
 
 constexpr bool kBf16 = KVPACK_ACTIVATION == 1;
 constexpr u32 kFloatFormat = kBf16 ? KVPACK_FORMAT_BF16 : KVPACK_FORMAT_FP16;
+constexpr bool kQuantizedValues = KVPACK_V_FORMATS != 1u << kFloatFormat;  // some pages may be
 constexpr bool kCausal = KVPACK_CAUSAL;
 constexpr float kNothing = -1e30f;  // a maximum below all scores, and finite: differences stay numbers
 constexpr float kUnseen = -3e38f;   // a score whose p is 0 even beside that
@@ -125,8 +126,7 @@ __device__ __forceinline__ void for_slices(u32 payload, u32 lane, Product&& prod
 }
 
 // Values that are not finite, in a page of which a column does not see all tokens. Its p of such a token is 0, but 0 · NaN and
-// 0 · inf are NaN: so products leave these values out, and then columns that do see one are given it. `sees(token, column)`: of
-// the page's tokens and the warp's columns.
+// 0 · inf are NaN: so products leave these values out, and then columns that do see one (p is not 0) are given it.
 
 // Bit 15 of each half that is inf or NaN, of fp16 or bf16.
 template <bool bf16>
@@ -137,41 +137,57 @@ __device__ __forceinline__ u32 find_not_finite(u32 pair) {
 // All bits of the halves whose bit 15 is set.
 __device__ __forceinline__ u32 halves_of(u32 found) { return (found >> 15) * 0xFFFF; }
 
-// They become 0; what there was of them is not 0.
-template <bool bf16>
-__device__ __forceinline__ u32 leave_out_not_finite(u32& pair) {
-  const u32 found = find_not_finite<bf16>(pair);
-  pair &= ~halves_of(found);
-  return found;
+// A token of a quantized page whose scale is NaN is NaN in all dimensions: so is p, where it is seen.
+template <u32 tiles>
+__device__ __forceinline__ void take_scales_apart(uint4& scales, Scores* probabilities) {
+  u32 of_slice[kSlices] = {scales.x, scales.y, scales.z, scales.w}, all = 0;
+#pragma unroll
+  for (u32 found : of_slice) all |= find_not_finite<false>(found);
+  if (!__any_sync(kAllLanes, all != 0)) return;
+#pragma unroll
+  for (u32 slice = 0; slice < kSlices; ++slice) {
+    const u32 found = find_not_finite<false>(of_slice[slice]);
+    of_slice[slice] &= ~halves_of(found);
+#pragma unroll
+    for (u32 i = 0; i < 4 * tiles; ++i) {
+      float& p = probabilities[i / 4][slice][i % 4];
+      if (found >> (i % 4 < 2 ? 15 : 31) & 1) p = p == 0 ? 0 : __uint_as_float(0x7FC00000);
+    }
+  }
+  scales = make_uint4(of_slice[0], of_slice[1], of_slice[2], of_slice[3]);
 }
 
-// A token of a quantized page whose scale is NaN is NaN in all dimensions: so is p, where it is seen.
-template <class Sees>
-__device__ __forceinline__ void take_scales_apart(uint4& scales, Scores& probabilities, u32 lane, const Sees& sees) {
-  u32 of_slice[kSlices] = {scales.x, scales.y, scales.z, scales.w}, found[kSlices];
-#pragma unroll
-  for (u32 slice = 0; slice < kSlices; ++slice) found[slice] = leave_out_not_finite<false>(of_slice[slice]);
-  if (!__any_sync(kAllLanes, (found[0] | found[1] | found[2] | found[3]) != 0)) return;
-  scales = make_uint4(of_slice[0], of_slice[1], of_slice[2], of_slice[3]);
+// Bit 4 · slice + i: the column sees the token of probabilities[slice][i].
+__device__ __forceinline__ u32 seen_bits(const Scores& probabilities) {
+  u32 seen = 0;
 #pragma unroll
   for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-      const bool seen = sees(16 * slice + 8 * (i / 2) + lane / 4, 2 * (lane % 4) + i % 2);
-      if (found[slice] >> (16 * (i / 2) + 15) & 1) probabilities[slice][i] = seen ? __uint_as_float(0x7FC00000) : 0.0f;
-    }
+    for (u32 i = 0; i < 4; ++i) seen |= probabilities[slice][i] == 0 ? 0 : 1u << (4 * slice + i);
+  return seen;
 }
 
-// To the sums of a group of 16 bits, what products left out. A product counts what a column sees of it: inf as 1, -inf as 2^-8, NaN as both.
-template <class Sees>
-__device__ __forceinline__ void add_not_finite(u32 payload, u32 lane, const Sees& sees, float* sums) {
+// Whether a group of 16 bits has values that are not finite.
+__device__ __forceinline__ bool has_not_finite(u32 payload, u32 lane) {
+  u32 found = 0;
+#pragma unroll 1
+  for (u32 slice = 0; slice < kSlices; ++slice) {
+    const uint4 v = load_shared_v4(payload + slice * 512 + 16 * lane);
+    found |= find_not_finite<kBf16>(v.x) | find_not_finite<kBf16>(v.y) | find_not_finite<kBf16>(v.z) | find_not_finite<kBf16>(v.w);
+  }
+  return __any_sync(kAllLanes, found != 0);
+}
+
+// What its products left out, for their sums. A product counts what a column sees of it: inf as 1, -inf as 2^-8, NaN as both.
+// A function of its own: few pages come here, and the instructions of all others shall be close to each other.
+__device__ __noinline__ float4 sum_not_finite(u32 payload, u32 lane, u32 seen) {
   constexpr u32 one = 0x3C00, small = 0x1C00, both = 0x3C04;
   constexpr u32 exponent = kBf16 ? 0x7F80 : 0x7C00;
   float counts[4] = {0, 0, 0, 0};
 #pragma unroll 1
   for (u32 slice = 0; slice < kSlices; ++slice) {
     const uint4 v = load_shared_v4(payload + slice * 512 + 16 * lane);
-    u32 a[4] = {v.x, v.y, v.z, v.w}, seen[2];
+    u32 a[4] = {v.x, v.y, v.z, v.w}, ones[2];
 #pragma unroll
     for (u32& pair : a) {
       const u32 nan = halves_of(((pair & 0x7FFF7FFF) + both_halves(0x7FFF - exponent)) & 0x80008000);
@@ -180,16 +196,17 @@ __device__ __forceinline__ void add_not_finite(u32 payload, u32 lane, const Sees
     }
 #pragma unroll
     for (u32 h = 0; h < 2; ++h) {
-      const u32 token = 16 * slice + 8 * h + 2 * (lane % 4);
-      seen[h] = (sees(token, lane / 4) ? one : 0) | (sees(token + 1, lane / 4) ? one << 16 : 0);
+      const u32 of_h = seen >> (4 * slice + 2 * h);
+      ones[h] = transpose_matrix((of_h & 1) * one | (of_h >> 1 & 1) * (one << 16));
     }
-    mma_f16(counts, a, seen[0], seen[1]);
+    mma_f16(counts, a, ones[0], ones[1]);
   }
 #pragma unroll
-  for (u32 i = 0; i < 4; ++i) {
-    if (counts[i] >= 1) sums[i] += __uint_as_float(0x7F800000);
-    if (counts[i] != floorf(counts[i])) sums[i] -= __uint_as_float(0x7F800000);
+  for (float& count : counts) {
+    const float positive = count >= 1 ? __uint_as_float(0x7F800000) : 0, negative = count == floorf(count) ? 0 : __uint_as_float(0xFF800000);
+    count = positive + negative;
   }
+  return make_float4(counts[0], counts[1], counts[2], counts[3]);
 }
 
 // One case for each format that KVPACK_K_FORMATS or KVPACK_V_FORMATS, sets of bits, has.

@@ -185,11 +185,15 @@ __device__ __forceinline__ void multiply_keys(Ring& ring, u32 queries, u32 lane,
   offset[0] = centers[0], offset[1] = centers[1];
 }
 
-// `careful`: values may be hidden from columns.
-template <u32 format, bool careful, class Sees>
-__device__ __forceinline__ void multiply_groups(Ring& ring, u32 slot, u32 lane, const Operands& p, const Operands& rest,
-                                                Softmax& softmax, const Sees& sees) {
+// `scores` are probabilities by now. `slot`: the first piece; `scales`: a lane's, if the format has some. `whole`: all columns see
+// all tokens of the page.
+template <u32 format>
+__device__ __forceinline__ void multiply_values(Ring& ring, u32 slot, const uint4& scales, u32 lane, Scores& scores, Softmax& softmax,
+                                                bool whole) {
   constexpr u32 piece_groups = is_quantized(format) ? kPieceGroups : 1;
+  const u32 seen = is_quantized(format) || whole ? 0 : seen_bits(scores);
+  Operands p, rest;
+  to_operands<format>(scores, scales, p, rest, softmax.scaled_sum);
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {
     if (group > 0 && group % piece_groups == 0) slot = ring.next();
@@ -197,39 +201,20 @@ __device__ __forceinline__ void multiply_groups(Ring& ring, u32 slot, u32 lane, 
     const u32 header = group < piece_groups ? block_header_bytes(KVPACK_SIDE_V, format) : 0;
     const u32 payload = slot + header + group % piece_groups * payload_bytes(format);
     float* sums = softmax.values[group];
-    u32 left_out = 0;
+    const bool leave_out = !is_quantized(format) && !whole && has_not_finite(payload, lane);
     for_slices<format>(payload, lane, [&](u32 slice, u32 (&a)[4]) {
-      if constexpr (careful) {
+      if (leave_out) {
 #pragma unroll
-        for (u32& pair : a) left_out |= leave_out_not_finite<kBf16>(pair);
+        for (u32& pair : a) pair &= ~halves_of(find_not_finite<kBf16>(pair));
       }
       mma_page<format>(sums, a, p[slice][0], p[slice][1]);
       if constexpr (!is_quantized(format) && kBf16) mma_page<format>(sums, a, rest[slice][0], rest[slice][1]);
     });
-    if constexpr (careful) {
-      if (__any_sync(kAllLanes, left_out != 0)) add_not_finite(payload, lane, sees, sums);
+    if (leave_out) {
+      const float4 left_out = sum_not_finite(payload, lane, seen);
+      sums[0] += left_out.x, sums[1] += left_out.y, sums[2] += left_out.z, sums[3] += left_out.w;
     }
   }
-}
-
-// `scores` are probabilities by now. `whole`: all columns see all tokens of the page; otherwise `sees` says which.
-template <u32 format, class Sees>
-__device__ __forceinline__ void multiply_values(Ring& ring, u32 lane, Scores& scores, Softmax& softmax, bool whole, const Sees& sees) {
-  const u32 slot = ring.next();
-  Operands p, rest;
-  uint4 scales = make_uint4(0, 0, 0, 0);
-  if constexpr (is_quantized(format)) {
-    scales = load_shared_v4(slot + 16 * (lane / 4));
-    if (!whole) take_scales_apart(scales, scores, lane, sees);
-  }
-  to_operands<format>(scores, scales, p, rest, softmax.scaled_sum);
-  if constexpr (!is_quantized(format)) {
-    if (!whole) {
-      multiply_groups<format, true>(ring, slot, lane, p, rest, softmax, sees);
-      return;
-    }
-  }
-  multiply_groups<format, false>(ring, slot, lane, p, rest, softmax, sees);
 }
 
 struct MultiplyKeys {
@@ -242,17 +227,17 @@ struct MultiplyKeys {
     multiply_keys<format>(ring, queries, lane, scores, offset);
   }
 };
-template <class Sees>
 struct MultiplyValues {
   Ring& ring;
+  u32 slot;
+  const uint4& scales;
   u32 lane;
   Scores& scores;
   Softmax& softmax;
   bool whole;
-  const Sees& sees;
   template <u32 format>
   __device__ __forceinline__ void operator()() {
-    multiply_values<format>(ring, lane, scores, softmax, whole, sees);
+    multiply_values<format>(ring, slot, scales, lane, scores, softmax, whole);
   }
 };
 
@@ -454,19 +439,20 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       float offset[2];
       with_format<KVPACK_K_FORMATS>(k_format, MultiplyKeys{ring, query_area, lane, scores, offset});
 
-      auto sees = [&](u32 token, u32 column) {
-        const Visits seen = work.visits(length);  // made anew, since registers are scarce
-        const u32 limit = seen.whole_to + (kCausal ? min((tile * kColumns + column) / heads_per_kv_head, tokens - 1) : 0);
-        return is_seen(seen.page_of(unit - kWarps - segment.first) * kPageTokens + token, limit, window, sinks);
-      };
-      if (!work.visits(length).whole(first_token)) {
+      const Visits seen = work.visits(length);
+      if (!seen.whole(first_token)) {
         v_format |= kPartial;
 #pragma unroll
-        for (u32 slice = 0; slice < kSlices; ++slice)
+        for (u32 i = 0; i < 2; ++i) {
+          const u32 column = tile * kColumns + 2 * (lane % 4) + i;
+          const u32 limit = seen.whole_to + (kCausal ? min(column / heads_per_kv_head, tokens - 1) : 0);
 #pragma unroll
-          for (u32 i = 0; i < 4; ++i) {
-            if (!sees(16 * slice + 8 * (i / 2) + lane / 4, 2 * (lane % 4) + i % 2)) scores[slice][i] = kUnseen;
-          }
+          for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) {
+              if (!is_seen(first_token + 16 * slice + 8 * h + lane / 4, limit, window, sinks)) scores[slice][2 * h + i] = kUnseen;
+            }
+        }
       }
       float larger[2] = {kUnseen, kUnseen};
 #pragma unroll
@@ -498,7 +484,13 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
         if (lane < kColumns) page_logs[(unit - kWarps) * kColumns + lane] = exponent + log;  // 2^32 of them would be 16 GiB
       }
       ring.following = unit < end ? block_of(pages, KVPACK_SIDE_K, next_k, ahead.part / work.tiles) : nothing;
-      with_format<KVPACK_V_FORMATS>(v_format % kPartial, MultiplyValues<decltype(sees)>{ring, lane, scores, softmax, v_format < kPartial, sees});
+      const u32 slot = ring.next();
+      uint4 scales = make_uint4(0, 0, 0, 0);
+      if (kQuantizedValues && v_format % kPartial != kFloatFormat) {
+        scales = load_shared_v4(slot + 16 * (lane / 4));
+        if (v_format >= kPartial) take_scales_apart<1>(scales, &scores);
+      }
+      with_format<KVPACK_V_FORMATS>(v_format % kPartial, MultiplyValues{ring, slot, scales, lane, scores, softmax, v_format < kPartial});
     }
 
     const bool alone = segment.first >= begin && segment.end() <= end;

@@ -188,22 +188,30 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
   }
 }
 
-// `careful`: values may be hidden from columns.
-template <u32 format, bool careful, class Sees>
-__device__ __forceinline__ void multiply_groups(Pieces& pieces, u32 slot, u32 lane, const Operands (&p)[kTiles],
-                                                const Operands (&rest)[kTiles], Softmax (&softmax)[kTiles], const Sees& sees) {
+// `scores` are probabilities by now. `slot`: the first piece; `scales`: a lane's, if the format has some. `whole`: all columns see
+// all tokens of the page.
+template <u32 format>
+__device__ __forceinline__ void multiply_values(Pieces& pieces, u32 slot, const uint4& scales, u32 lane, TileScores& scores,
+                                                Softmax (&softmax)[kTiles], bool whole) {
   constexpr u32 piece_groups = groups_of_piece(element_bits(format));
+  u32 seen[kTiles];
+  Operands p[kTiles], rest[kTiles];
+#pragma unroll
+  for (u32 tile = 0; tile < kTiles; ++tile) {
+    seen[tile] = is_quantized(format) || whole ? 0 : seen_bits(scores[tile]);
+    to_operands<format>(scores[tile], scales, p[tile], rest[tile], softmax[tile].scaled_sum);
+  }
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {
     if (group > 0 && group % piece_groups == 0) slot = pieces.next();
     if constexpr (!is_quantized(format) && kBf16) __syncwarp();  // loads of later groups stay behind it, and out of registers
     const u32 header = group < piece_groups ? block_header_bytes(KVPACK_SIDE_V, format) : 0;
     const u32 payload = slot + header + group % piece_groups * payload_bytes(format);
-    u32 left_out = 0;
+    const bool leave_out = !is_quantized(format) && !whole && has_not_finite(payload, lane);
     for_slices<format>(payload, lane, [&](u32 slice, u32 (&a)[4]) {
-      if constexpr (careful) {
+      if (leave_out) {
 #pragma unroll
-        for (u32& pair : a) left_out |= leave_out_not_finite<kBf16>(pair);
+        for (u32& pair : a) pair &= ~halves_of(find_not_finite<kBf16>(pair));
       }
 #pragma unroll
       for (u32 tile = 0; tile < kTiles; ++tile) {
@@ -216,41 +224,15 @@ __device__ __forceinline__ void multiply_groups(Pieces& pieces, u32 slot, u32 la
         }
       }
     });
-    if constexpr (careful) {
-      if (__any_sync(kAllLanes, left_out != 0)) {
+    if (leave_out) {
 #pragma unroll
-        for (u32 tile = 0; tile < kTiles; ++tile) {
-          auto of_tile = [&](u32 token, u32 column) { return sees(token, 8 * tile + column); };
-          add_not_finite(payload, lane, of_tile, softmax[tile].values[group]);
-        }
+      for (u32 tile = 0; tile < kTiles; ++tile) {
+        float* sums = softmax[tile].values[group];
+        const float4 left_out = sum_not_finite(payload, lane, seen[tile]);
+        sums[0] += left_out.x, sums[1] += left_out.y, sums[2] += left_out.z, sums[3] += left_out.w;
       }
     }
   }
-}
-
-// `scores` are probabilities by now. `whole`: all columns see all tokens of the page; otherwise `sees` says which.
-template <u32 format, class Sees>
-__device__ __forceinline__ void multiply_values(Pieces& pieces, u32 lane, TileScores& scores, Softmax (&softmax)[kTiles], bool whole,
-                                                const Sees& sees) {
-  const u32 slot = pieces.next();
-  Operands p[kTiles], rest[kTiles];
-  const uint4 scales = is_quantized(format) ? load_shared_v4(slot + 16 * (lane / 4)) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-  for (u32 tile = 0; tile < kTiles; ++tile) {
-    uint4 of_tile = scales;
-    if constexpr (is_quantized(format)) {
-      auto sees_column = [&](u32 token, u32 column) { return sees(token, 8 * tile + column); };
-      if (!whole) take_scales_apart(of_tile, scores[tile], lane, sees_column);
-    }
-    to_operands<format>(scores[tile], of_tile, p[tile], rest[tile], softmax[tile].scaled_sum);
-  }
-  if constexpr (!is_quantized(format)) {
-    if (!whole) {
-      multiply_groups<format, true>(pieces, slot, lane, p, rest, softmax, sees);
-      return;
-    }
-  }
-  multiply_groups<format, false>(pieces, slot, lane, p, rest, softmax, sees);
 }
 
 struct MultiplyKeys {
@@ -262,17 +244,17 @@ struct MultiplyKeys {
     multiply_keys<format>(pieces, queries, lane, scores);
   }
 };
-template <class Sees>
 struct MultiplyValues {
   Pieces& pieces;
+  u32 slot;
+  const uint4& scales;
   u32 lane;
   TileScores& scores;
   Softmax (&softmax)[kTiles];
   bool whole;
-  const Sees& sees;
   template <u32 format>
   __device__ __forceinline__ void operator()() {
-    multiply_values<format>(pieces, lane, scores, softmax, whole, sees);
+    multiply_values<format>(pieces, slot, scales, lane, scores, softmax, whole);
   }
 };
 
@@ -379,9 +361,6 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
     with_format<KVPACK_K_FORMATS>(formats & 0xFF, MultiplyKeys{pieces, queries, lane, scores});
 
     const bool whole = seen.whole(first_token);
-    auto sees = [&](u32 token, u32 column) {
-      return is_seen(first_token + token, limit_of(min(warp_column + column, columns - 1)), window, sinks);
-    };
     if (!whole) {
 #pragma unroll
       for (u32 tile = 0; tile < kTiles; ++tile)
@@ -389,8 +368,9 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
         for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
           for (u32 i = 0; i < 4; ++i) {
-            const bool visible = sees(16 * slice + 8 * (i / 2) + lane / 4, 8 * tile + 2 * (lane % 4) + i % 2);
-            if (!visible) scores[tile][slice][i] = kUnseen;
+            const u32 column = min(warp_column + 8 * tile + 2 * (lane % 4) + i % 2, columns - 1);
+            const u32 token = first_token + 16 * slice + 8 * (i / 2) + lane / 4;
+            if (!is_seen(token, limit_of(column), window, sinks)) scores[tile][slice][i] = kUnseen;
           }
     }
 #pragma unroll
@@ -422,7 +402,13 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
           scores[tile][slice][i] = p;
         }
     }
-    with_format<KVPACK_V_FORMATS>(formats >> 8, MultiplyValues<decltype(sees)>{pieces, lane, scores, softmax, whole, sees});
+    const u32 slot = pieces.next();
+    uint4 scales = make_uint4(0, 0, 0, 0);
+    if (kQuantizedValues && formats >> 8 != kFloatFormat) {
+      scales = load_shared_v4(slot + 16 * (lane / 4));
+      if (!whole) take_scales_apart<kTiles>(scales, scores);
+    }
+    with_format<KVPACK_V_FORMATS>(formats >> 8, MultiplyValues{pieces, slot, scales, lane, scores, softmax, whole});
   }
 
   // Results of two columns and one dimension become those of one column, g, and two dimensions.

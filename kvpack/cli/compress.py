@@ -11,7 +11,7 @@ import typer
 
 from kvpack.cli.failures import exit_codes
 from kvpack.cli.options import Force, Json, Source, Threads
-from kvpack.cli.printing import data_console, print_tensors, progress_bar, shown_number, shown_size
+from kvpack.cli.printing import data_console, print_tensors, printable, progress_bar, shown_number, shown_size
 from kvpack.encode.rates import DEFAULT_BITS, LOSSLESS, MAX_BITS, MIN_BITS
 
 
@@ -92,9 +92,11 @@ def compress(
         AllocationOption,
         typer.Option("--allocation", help="The rate for each tensor, or one step for the model."),
     ] = AllocationOption.TENSOR,
-    include: Annotated[str | None, typer.Option("--include", metavar="REGEX", help="Code these names too.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="REGEX", help="Code these names too; repeatable.")
+    ] = None,
     exclude: Annotated[
-        str | None, typer.Option("--exclude", metavar="REGEX", help="Keep these names as they are.")
+        list[str] | None, typer.Option("--exclude", metavar="REGEX", help="Keep these names as they are; repeatable.")
     ] = None,
     tensor_bits: Annotated[
         list[str] | None,
@@ -110,7 +112,8 @@ def compress(
 ) -> None:
     """Compress a .safetensors file or a model directory.
 
-    Embeddings, output layers, norms, biases and small tensors are kept as they are (the report lists them).
+    Embeddings, output layers, norms, routers, biases, other parameters and small tensors are kept as they are, and so
+    are the scales of what is quantized already (the report lists them).
     """
     with exit_codes(as_json):
         from kvpack.compression import compress as run
@@ -151,7 +154,7 @@ def compress(
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         console.print(f"{done} ({reason}): {shown}", markup=False, highlight=False)
     for note in report.notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(printable(note), markup=False, highlight=False)
     coded = ""
     if report.bits_per_weight is not None:
         coded = f"; coded tensors {report.bits_per_weight:.3f} bits a weight"

@@ -39,7 +39,7 @@ from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram
 from kvpack.encode.reader import INDEX_NAME, locate_tensors, shard_paths
-from kvpack.encode.selection import Selection, transposed_names
+from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
     Coder,
@@ -51,6 +51,7 @@ from kvpack.encode.tensor_encoder import (
     plan_at_common_step,
     planned_bytes,
 )
+from kvpack.encode.tensor_kinds import ModuleTree
 from kvpack.encode.threads import default_threads
 from kvpack.errors import InputError
 from kvpack.format.container import (
@@ -97,8 +98,8 @@ class CompressReport:
     """What a compression gave.
 
     ``bits_per_weight`` and ``noise_db`` are those of the coded tensors (the noise: the mean of the quantized tensors'
-    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over; ``notes`` are
-    sentences on what was done otherwise than might be thought.
+    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over;
+    ``notes`` are sentences on how it was found out what the tensors are, and on other quantizations, fp8 among them.
     """
 
     input: str
@@ -133,7 +134,14 @@ def _as_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, np.
 class _Model:
     """The sources of a compression: containers, what to do with each tensor, and the common step if there is one."""
 
-    def __init__(self, source: Path, config: QuantConfig, executor: ThreadPoolExecutor, coder: Coder) -> None:
+    def __init__(
+        self,
+        source: Path,
+        config: QuantConfig,
+        executor: ThreadPoolExecutor,
+        coder: Coder,
+        module_tree: ModuleTree | None,
+    ) -> None:
         self.source, self.config, self.executor, self.coder = source, config, executor, coder
         self.selection = Selection.from_config(config)
         self.containers: list[Container] = []
@@ -154,15 +162,15 @@ class _Model:
         for option, pattern in self.selection.patterns():
             if not any(pattern.search(name) for name in names):
                 raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
-        model_type = read_config(source).get("model_type") if source.is_dir() else None
-        self.transposed = {
-            name for container in self.containers for name in transposed_names(container.tensors, model_type)
-        }
+        tensors = {name: tensor for container in self.containers for name, tensor in container.tensors.items()}
+        # Where every bit stays, it does not matter what a tensor is.
+        tree = None if self.selection.lossless and not self.selection.tensor_bits else module_tree
+        self.kinds = TensorKinds.of(tensors, self.source_config, tree)
 
     @property
     def source_config(self) -> dict[str, Any]:
         """config.json of the source, as it is true of the weights that are coded."""
-        config = read_config(self.source)
+        config = read_config(self.source) if self.source.is_dir() else {}
         return dequantized_config(config) if self.dequantizes_fp8 else config
 
     def close(self) -> None:
@@ -175,7 +183,7 @@ class _Model:
 
     def matrices(self, container: Container, tensor: StoredTensor) -> Matrices:
         array = _as_array(container, tensor)
-        return Matrices(array, transposed=tensor.name in self.transposed)
+        return Matrices(array, transposed=tensor.name in self.kinds.transposed)
 
     def common_step_tensors(self) -> list[tuple[Container, StoredTensor]]:
         selection = self.selection
@@ -183,8 +191,8 @@ class _Model:
             (container, tensor)
             for container in self.containers
             for tensor in container.tensors.values()
-            if selection.reason_to_keep(tensor) is None
-            and selection.is_lossy(tensor)
+            if selection.reason_to_keep(tensor, self.kinds) is None
+            and selection.is_lossy(tensor, self.kinds)
             and not selection.has_own_rate(tensor.name)
         ]
 
@@ -192,7 +200,7 @@ class _Model:
         """One tensor by whatever method the options say."""
         config, selection = self.config, self.selection
         weights = self.matrices(container, tensor)
-        if not selection.is_lossy(tensor):
+        if not selection.is_lossy(tensor, self.kinds):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
         return encode_nearest(
             weights,
@@ -288,7 +296,7 @@ def _encode_container(
         shard.stored_bytes += sum(map(len, parts))
 
     for tensor in container.tensors.values():
-        reason = selection.reason_to_keep(tensor)
+        reason = selection.reason_to_keep(tensor, model.kinds)
         if reason is not None:
             kept.append((tensor, reason))
             continue
@@ -395,11 +403,13 @@ def compress(
     force: bool = False,
     progress: Progress | None = None,
     coder: Coder = CPU_CODER,
+    module_tree: ModuleTree | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
     Args:
         coder: who counts and codes; whoever it is, the bytes are the same.
+        module_tree: who says what a directory's tensors are where their names leave doubt; None: names alone do.
 
     Raises:
         InputError: the input, the output or the number of threads cannot be used.
@@ -418,7 +428,7 @@ def compress(
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, config, executor, coder)
+        model = _Model(source, config, executor, coder, module_tree)
         try:
             progress.total(model.total_bytes)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
@@ -450,7 +460,11 @@ def compress(
         output_bytes,
         reports,
         [str(file) for file in left_out if not file.name.endswith(".index.json")],
-        model.fp8.notes(dequantized=model.dequantizes_fp8),
+        [
+            *model.kinds.notes,
+            *model.fp8.notes(asked=bool(config.dequantize_fp8)),
+            *quantization_notes(report.reason for report in reports),
+        ],
         time.perf_counter() - began,
     )
 

@@ -50,10 +50,10 @@ class Fp8Weights:
         """Scales that a dequantized model does not have."""
         return self.activation_scales | {scale.name for _, scale in self.weights.values()}
 
-    def notes(self, *, dequantized: bool) -> list[str]:
-        """What is said of them in the report."""
+    def notes(self, *, asked: bool) -> list[str]:
+        """What is said of them in the report; ``asked``: to dequantize them."""
         lines = []
-        if dequantized:
+        if asked and self.weights:
             lines.append(
                 f"fp8: {len(self.weights)} tensors multiplied by their scales and coded as bf16; "
                 f"{len(self.dropped)} tensors of scales dropped, quantization_config removed from config.json"
@@ -63,7 +63,7 @@ class Fp8Weights:
                 f"fp8: {len(self.weights)} tensors coded exactly, their scales kept; "
                 "--bits codes the weights they stand for at a rate"
             )
-        if self.without_scale:
+        if asked and self.without_scale:
             shown = ", ".join(self.without_scale[:4])
             more = f" and {len(self.without_scale) - 4} more" if len(self.without_scale) > 4 else ""
             lines.append(f"fp8 without scales of a known shape, coded exactly: {shown}{more}")

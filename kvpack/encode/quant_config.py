@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -44,8 +44,9 @@ class QuantConfig:
         layout: how weights become symbols: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
         tile_cols: columns of a tile, a multiple of 32 up to 512; None: equal parts of at most 512.
         allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
-        include: a regular expression; tensors that would be kept as they are, are coded if it is found in their names.
-        exclude: a regular expression for names to keep; it wins over all others.
+        include: a regular expression, or several; tensors that would be kept as they are, are coded if one of them is
+            found in their names. One is held as text, several as a tuple (in JSON a list).
+        exclude: the same for names to keep; it wins over all others.
         tensor_bits: regular expression → rate, or ``"lossless"``, of the tensors in whose names it is found; the last
             match counts.
         dequantize_fp8: code the weights that fp8 numbers and their scales stand for, as bf16, and drop the scales;
@@ -60,8 +61,8 @@ class QuantConfig:
     layout: str = "auto"
     tile_cols: int | None = None
     allocation: str = "tensor"
-    include: str | None = None
-    exclude: str | None = None
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
     tensor_bits: Mapping[str, float | str] = field(default_factory=dict, hash=False)
     dequantize_fp8: bool | None = None
 
@@ -72,10 +73,7 @@ class QuantConfig:
             _check_name("preset", self.preset, PRESETS)
         _check_name("layout", self.layout, LAYOUTS)
         _check_name("allocation", self.allocation, ALLOCATIONS)
-        if self.include is not None:
-            _check_pattern("include", self.include)
-        if self.exclude is not None:
-            _check_pattern("exclude", self.exclude)
+        include, exclude = _patterns("include", self.include), _patterns("exclude", self.exclude)
         if not isinstance(self.tensor_bits, Mapping):
             raise InputError(f"tensor_bits {self.tensor_bits!r}: not a mapping of regular expressions to rates")
         for pattern in self.tensor_bits:
@@ -86,6 +84,8 @@ class QuantConfig:
             object.__setattr__(self, "dequantize_fp8", self.bits is not None)
         rate = DEFAULT_BITS if self.bits is None and self.preset is None else self.bits
         # The class is frozen: this is how it takes what was asked for in its one form.
+        object.__setattr__(self, "include", include)
+        object.__setattr__(self, "exclude", exclude)
         object.__setattr__(self, "bits", None if rate is None else _rate(rate))
         object.__setattr__(self, "tile_cols", None if self.tile_cols is None else _columns(self.tile_cols))
         object.__setattr__(
@@ -95,8 +95,8 @@ class QuantConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All options as what JSON has: text, numbers, null, and an object for ``tensor_bits``."""
-        return asdict(self)
+        """All options as what JSON has: text, numbers, null, lists of patterns, an object for ``tensor_bits``."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> QuantConfig:
@@ -135,13 +135,28 @@ def _check_name(option: str, value: object, names: tuple[str, ...]) -> None:
         raise InputError(f"{option} {value!r}: there are {', '.join(names)}")
 
 
-def _check_pattern(option: str, pattern: object) -> None:
+def _check_pattern(option: str, pattern: object) -> str:
     if not isinstance(pattern, str):
         raise InputError(f"{option} {pattern!r}: not text")
     try:
         re.compile(pattern)
     except re.error as error:
         raise InputError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+def _patterns(option: str, value: object) -> str | tuple[str, ...] | None:
+    """One form for each set of patterns: None, the only one, or a tuple of several, each once."""
+    if value is None:
+        return None
+    given = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+    patterns = tuple(dict.fromkeys(_check_pattern(option, pattern) for pattern in given))
+    return patterns if len(patterns) > 1 else next(iter(patterns), None)
+
+
+def pattern_list(value: str | Sequence[str] | None) -> list[str]:
+    """The patterns of ``include`` or ``exclude``, however many."""
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _rate(bits: object) -> float:

@@ -181,6 +181,13 @@ def element_index(side: Side) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp
 
 
 @cache
+def element_places(side: Side) -> npt.NDArray[np.intp]:
+    """The inverse: where the elements [token, dimension] of a group lie in the order of lanes, pairs and halves."""
+    token, dim = element_index(side)
+    return np.argsort((token * GROUP_DIMS + dim).reshape(-1))
+
+
+@cache
 def scale_index(side: Side) -> npt.NDArray[np.int_]:
     """The dimension of a group's (K, [16]) or the token of a block's (V, [64]) scales, in their order."""
     if side == Side.K:
@@ -192,25 +199,27 @@ def scale_index(side: Side) -> npt.NDArray[np.int_]:
     return np.asarray(places).reshape(-1)
 
 
+@cache
+def code_shifts(bits: int) -> npt.NDArray[np.uint32]:
+    """Where the codes of a word's pairs begin, in bits: [pair, half]."""
+    step, half = (16, 8) if bits == 8 else (bits, 16)
+    return np.array([[pair * step, pair * step + half] for pair in range(16 // bits)], np.uint32)
+
+
 def pack_codes(codes: npt.NDArray[np.unsignedinteger], layout: PageLayout) -> npt.NDArray[np.uint8]:
     """Codes [..., 64 tokens, head_dim] of ``element_bits`` bits → payloads u8 [..., groups, payload_bytes]."""
     token, dim = element_index(layout.side)
     grouped = codes.reshape(*codes.shape[:-1], layout.groups, GROUP_DIMS)
     pairs = np.moveaxis(grouped, -2, -3)[..., token, dim].astype(np.uint32)  # [..., groups, lane, pair, half]
     bits, lead = layout.format.element_bits, pairs.shape[:-3]
-    words = np.zeros((*lead, WARP_LANES, layout.words_per_lane), np.uint32)
-    for pair in range(PAIRS):
-        first, second = pairs[..., pair, 0], pairs[..., pair, 1]
-        if bits == 16:
-            words[..., pair] = first | second << 16
-        elif bits == 8:
-            words[..., pair // 2] |= (first | second << 8) << (16 * (pair % 2))
-        elif bits == 3 and pair == PAIRS - 1:
-            for bit in range(3):
-                words[..., bit] |= (first >> bit & 1) << 15 | (second >> bit & 1) << 31
-        else:
-            per_word = 16 // bits
-            words[..., pair // per_word] |= (first | second << 16) << (bits * (pair % per_word))
+    shifts = code_shifts(bits)
+    whole = PAIRS // len(shifts) * len(shifts)
+    shifted = pairs[..., :whole, :].reshape(*lead, WARP_LANES, -1, shifts.size) << shifts.reshape(-1)
+    words = np.bitwise_or.reduce(shifted, axis=-1)
+    if whole < PAIRS:  # of 3 bits: the last pair lies in what the others leave of their words, a bit in each
+        first, second = pairs[..., -1, :1], pairs[..., -1, 1:]
+        bit = np.arange(bits, dtype=np.uint32)
+        words |= (first >> bit & 1) << 15 | (second >> bit & 1) << 31
     loads = words.reshape(*lead, WARP_LANES, -1, layout.words_per_load)
     ordered = np.ascontiguousarray(np.swapaxes(loads, -3, -2), dtype="<u4")
     return ordered.reshape(*lead, -1).view(np.uint8)
@@ -222,28 +231,14 @@ def unpack_codes(payload: npt.NDArray[np.uint8], layout: PageLayout) -> npt.NDAr
     words = np.ascontiguousarray(payload).view("<u4")
     loads = words.reshape(*lead, -1, WARP_LANES, layout.words_per_load)
     words = np.swapaxes(loads, -3, -2).reshape(*lead, WARP_LANES, -1)
-    pairs = np.zeros((*lead, WARP_LANES, PAIRS, 2), np.uint32)
-    mask = (1 << bits) - 1
-    for pair in range(PAIRS):
-        if bits == 16:
-            word, first, second = words[..., pair], 0, 16
-        elif bits == 8:
-            word, first = words[..., pair // 2], 16 * (pair % 2)
-            second = first + 8
-        elif bits == 3 and pair == PAIRS - 1:
-            for bit in range(3):
-                pairs[..., pair, 0] |= (words[..., bit] >> 15 & 1) << bit
-                pairs[..., pair, 1] |= (words[..., bit] >> 31) << bit
-            continue
-        else:
-            per_word = 16 // bits
-            word, first = words[..., pair // per_word], bits * (pair % per_word)
-            second = first + 16
-        pairs[..., pair, 0] = word >> first & mask
-        pairs[..., pair, 1] = word >> second & mask
-    token, dim = element_index(layout.side)
-    groups = np.zeros((*lead, PAGE_TOKENS, GROUP_DIMS), np.uint16)
-    groups[..., token, dim] = pairs
+    shifts = code_shifts(bits)
+    pairs = (words[..., None, None] >> shifts & ((1 << bits) - 1)).reshape(*lead, WARP_LANES, -1, 2)
+    if pairs.shape[-2] < PAIRS:
+        halves = words[..., None] >> np.array([15, 31], np.uint32) & 1
+        last = np.bitwise_or.reduce(halves << np.arange(bits, dtype=np.uint32)[:, None], axis=-2)
+        pairs = np.concatenate([pairs, last[..., None, :]], axis=-2)
+    flat = pairs.reshape(*lead, -1).astype(np.uint16)
+    groups = flat.take(element_places(layout.side), axis=-1).reshape(*lead, PAGE_TOKENS, GROUP_DIMS)
     return np.moveaxis(groups, -3, -2).reshape(*lead[:-1], PAGE_TOKENS, layout.head_dim)
 
 

@@ -65,8 +65,7 @@ def test_exact_unless_a_rate_is_given(tmp_path: Path, options: dict[str, Any]) -
     tensors, _ = checkpoint()
     source = directory(tmp_path, tensors)
     report = kvpack.compress(source, tmp_path / "out", **options)
-    assert len(report.notes) == 1
-    assert "4 tensors coded exactly" in report.notes[0]
+    assert sum("4 tensors coded exactly" in note for note in report.notes) == 1
     with kvpack.open(tmp_path / "out") as reader:
         for name, values in tensors.items():
             assert reader.dequantize(name, "original").tobytes() == values.tobytes(), name
@@ -83,7 +82,7 @@ def test_a_rate_codes_the_weights_that_are_meant(tmp_path: Path) -> None:
         "fp8: 4 tensors multiplied by their scales and coded as bf16; 5 tensors of scales dropped, "
         "quantization_config removed from config.json"
     )
-    assert report.notes == [note]
+    assert note in report.notes
     methods = {tensor.name: tensor.method for tensor in report.tensors}
     assert methods == {
         "a.blocks.weight": "uniform", "b.rows.weight": "lossless", "c.one.weight": "uniform", "d.experts": "uniform",
@@ -119,7 +118,7 @@ def test_scales_of_an_unknown_shape_leave_everything_as_it_is(tmp_path: Path) ->
     tensors = {"a.weight": tensors["a.blocks.weight"], "a.weight_scale_inv": np.ones((5, 7), np.float32)}
     save_file(tensors, tmp_path / "m.safetensors")
     report = kvpack.compress(tmp_path / "m.safetensors", bits=5)
-    assert report.notes == ["fp8 without scales of a known shape, coded exactly: a.weight"]
+    assert "fp8 without scales of a known shape, coded exactly: a.weight" in report.notes
     with kvpack.open(report.output) as reader:
         assert reader.dequantize("a.weight", "original").tobytes() == tensors["a.weight"].tobytes()
 

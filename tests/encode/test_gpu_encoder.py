@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +47,6 @@ torch = pytest.importorskip("torch")
 
 from emulated_device import emulated_launch  # noqa: E402
 
-from kvpack.runtime.device.kernels import Kernel  # noqa: E402
 from kvpack.runtime.weights import encoder  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
@@ -366,42 +364,6 @@ def test_no_device(tmp_path: Path) -> None:
     assert result.exit_code == ExitCode.NO_DEVICE
     assert json.loads(result.stdout)["error"] == "DeviceError"
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
-
-
-def registers(kernel: Kernel, arch: str) -> int:
-    """Compile as CuPy would, without a device: registers a thread. None may be spilled."""
-    from cupy._core.core import assemble_cupy_compiler_options
-    from cupy_backends.cuda.libs import nvrtc
-
-    flags = assemble_cupy_compiler_options(kernel.options())
-    flags += ("-ftz=true", "--device-as-default-execution-space", f"-arch={arch}", "--ptxas-options=-v")
-    program = nvrtc.createProgram(f'#line 1 "{kernel.source}"\n{kernel.text()}', kernel.source, (), ())
-    try:
-        nvrtc.compileProgram(program, flags)
-        log = nvrtc.getProgramLog(program)
-    except nvrtc.NVRTCError as error:
-        raise AssertionError(nvrtc.getProgramLog(program)) from error
-    finally:
-        nvrtc.destroyProgram(program)
-    assert sum(map(int, re.findall(r"(\d+) bytes spill", log))) == 0
-    return max(map(int, re.findall(r"Used (\d+) registers", log)))
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_registers(arch: str) -> None:
-    """Up to 64 registers, four blocks of 256 threads share a multiprocessor."""
-    pytest.importorskip("cupy")
-    layouts = [INTEGER_LAYOUTS[0], INTEGER_LAYOUTS[3], INTEGER_LAYOUTS[6], *FLOAT_LAYOUTS[:2], FLOAT_LAYOUTS[5]]
-    used = {
-        (operation, layout_id(layout)): registers(encoder._kernel(operation, layout, ()), arch)
-        for operation in ("encode_count", "encode_lanes", "encode_pack")
-        for layout in layouts
-    }
-    for kind in (ElementKind.FP32, ElementKind.FP16, ElementKind.BF16):
-        used["encode_quantize", kind.name] = registers(encoder._quantize_kernel(kind), arch)
-    used["encode_place", ""] = registers(encoder._PLACE, arch)
-    used["crc32", ""] = registers(encoder._CRC, arch)
-    assert not {name: count for name, count in used.items() if count > 64}
 
 
 @pytest.mark.gpu

@@ -204,3 +204,17 @@ def test_a_directory_without_options_is_read(folder: Path, tmp_path: Path) -> No
     assert kvpack.verify(tmp_path / "out", folder).mismatches == {}
     kvpack.decompress(tmp_path / "out", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == {"model_type": "llama"}
+
+
+def test_several_patterns_have_one_form() -> None:
+    config = QuantConfig(include=["a", "b", "a"], exclude=["c"])
+    assert (config.include, config.exclude) == (("a", "b"), "c")
+    assert json.loads(json.dumps(config.to_json()))["include"] == ["a", "b"]
+    assert QuantConfig.from_json(config.to_json()) == config
+    assert hash(QuantConfig.from_json(config.to_json())) == hash(config)
+    assert QuantConfig(include=[]) == QuantConfig(include=()) == QuantConfig()
+    for value, message in (("(", "include '\\(' is not a regular"), (5, "include 5: not text"), (b"a", "not text")):
+        with pytest.raises(InputError, match=message):
+            QuantConfig(include=["a", value])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="not text"):
+        QuantConfig(include={"a": 1})  # type: ignore[arg-type]

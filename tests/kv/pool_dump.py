@@ -17,7 +17,9 @@ def dump(pools: PagePools) -> dict[str, Any]:
             kind: (list(pool.free), pool.in_use, [slab.base for slab in pool.slabs])
             for kind, pool in pools._pools.items()
         },
-        "pages": [(slab.owners.tolist(), slab.references.tolist()) for slab in pools._slab_at.values()],
+        "pages": [
+            (slab.layers.tolist(), slab.pages.tolist(), slab.references.tolist()) for slab in pools._slab_at.values()
+        ],
     }
 
 

@@ -598,6 +598,11 @@ def small(**options: Any) -> Any:
     return parse_options(models="4:2x64", sequences="1,3", contexts="128,576", quick=True, **options)
 
 
+def smallest() -> Any:
+    """For what is not about decode: one case of it."""
+    return parse_options(models="4:2x64", sequences="1", contexts="128", quick=True)
+
+
 def test_a_run_measures_everything_and_reports_as_it_goes(bench: Any) -> None:
     seen: list[str] = []
     stages: list[str] = []
@@ -635,7 +640,7 @@ def test_a_run_measures_everything_and_reports_as_it_goes(bench: Any) -> None:
 
 
 def test_a_run_measures_prefill_few_tokens_and_observed_decode(bench: Any) -> None:
-    report = bench.bench_attention(small())
+    report = bench.bench_attention(smallest())
     whole, chunk = SMALL_CASES["QUICK_PREFILL_CASES"]
     expected = [(name, True) for name in PEERS] + [(name, causal) for name in PREFILL_NAMES for causal in (True, False)]
     assert [(row["name"], row["causal"]) for row in report["prefill"]] == 2 * expected
@@ -668,7 +673,7 @@ def test_a_kernel_without_the_causal_limit_is_not_timed(bench: Any, monkeypatch:
         return attend_with_torch(*arguments, causal=False, **options)
 
     monkeypatch.setattr(bench.attention_kernels, "prefill", blind)
-    report = bench.bench_attention(small())
+    report = bench.bench_attention(smallest())
     for row in report["prefill"]:
         assert (row["us"] is None) == (row["causal"] and row["name"] not in PEERS)
     for row in report["few_tokens"]:
@@ -681,7 +686,7 @@ def test_sums_that_nobody_adds_are_not_timed(bench: Any, monkeypatch: pytest.Mon
         return attend_with_torch(*arguments, **options)
 
     monkeypatch.setattr(bench.attention_kernels, "decode", idle)
-    report = bench.bench_attention(small())
+    report = bench.bench_attention(smallest())
     assert all((row["us"] is None) == row["observed"] for row in report["observed"])
     assert len(wrong_results(report)) == len(OBSERVED_FORMATS)
 

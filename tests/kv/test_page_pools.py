@@ -186,5 +186,5 @@ def test_a_device_without_the_memory() -> None:
     pools = small_pools("cuda", max_bytes=None, slab_bytes=1 << 44)
     before = dump(pools)
     with pytest.raises(CacheFullError, match="cuda has no memory for"):
-        pools.allocate(Side.K, PageFormat.FP16, OWNER)
+        pools.reserve({(Side.K, PageFormat.FP16): 1 << 31})
     assert dump(pools) == before

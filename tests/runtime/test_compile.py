@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import emulator  # noqa: E402
 import nvrtc  # noqa: E402
 from nvrtc import compile_for  # noqa: E402
 
@@ -36,6 +38,9 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # On these the selection has each layout and each option; on the others some of them.
 COVERED = (80, 90)
 _EVERY = 5  # odd, so that options which alternate meet every layout
+# Of many layouts and options: one above a multiple of 4, so that each layout meets both numbers of buffers with both of
+# resident blocks. sm_80 and sm_90 have other pairs, which together are more than _EVERY gives.
+_EVERY_OF_MANY = 9
 _EVERY_ELSEWHERE = 9
 
 _REGISTERS = 1 << 16  # of a multiprocessor
@@ -61,7 +66,8 @@ FLOATS = tuple(layout for kind in ElementKind if not kind.is_integer for layout 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BUFFERS = (1, 2)
 RESIDENT = (1, 2)
-HEAD_DIMS = (64, 80, 96, 128, 256)
+# Kernels that take elements for bits, whatever these mean.
+KINDLESS = ("encode_count", "encode_lanes", "encode_pack")
 # What a cache has pages of beside those of 16 bits.
 PAGE_FORMATS = (
     (),
@@ -70,23 +76,28 @@ PAGE_FORMATS = (
 )
 
 
-def selected(layouts: Iterable[T], options: Sequence[Any], everything: bool) -> Iterator[tuple[T, Any]]:
-    """All pairs, or so many that each layout and each option is in one."""
-    every = min(_EVERY, len(options))
+def selected(
+    layouts: Iterable[T], options: Sequence[Any], everything: bool, architecture: int = 0
+) -> Iterator[tuple[T, Any]]:
+    """All pairs, or so many that each layout and each option is in one; if there are many, other ones on sm_90."""
+    layouts = list(layouts)
+    every, first = min(_EVERY, len(options)), 0
+    if architecture in COVERED and len(layouts) >= 2 * _EVERY_OF_MANY and len(options) >= 2 * _EVERY_OF_MANY:
+        every, first = _EVERY_OF_MANY, _EVERY_OF_MANY // 2 * COVERED.index(architecture)
     for (i, layout), (j, option) in itertools.product(enumerate(layouts), enumerate(options)):
-        if everything or (i + j) % every == 0:
+        if everything or (i + j) % every == first:
             yield layout, option
 
 
 def gemv_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
     options = list(itertools.product(weights.ACTIVATIONS, BUFFERS, RESIDENT))
-    for layout, (activation, buffers, resident) in selected(SIGNED, options, everything):
+    for layout, (activation, buffers, resident) in selected(SIGNED, options, everything, architecture):
         yield weights.gemv_kernel(layout, activation, buffers, resident, architecture)
 
 
 def gemm_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
     options = list(itertools.product(weights.ACTIVATIONS, weights.TOKEN_TILES, BUFFERS, RESIDENT))
-    for layout, (activation, token_tiles, buffers, resident) in selected(SIGNED, options, everything):
+    for layout, (activation, token_tiles, buffers, resident) in selected(SIGNED, options, everything, architecture):
         yield weights.gemm_kernel(layout, activation, buffers, resident, token_tiles, architecture)
 
 
@@ -104,7 +115,8 @@ def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
         (FLOATS, list(itertools.product([(nothing, False), (numbers, False)], [False], BUFFERS))),
     ]
     for layouts, options in of_kinds:
-        for layout, ((output, outliers), predicted, buffers) in selected(layouts, options, everything):
+        for layout, option in selected(layouts, options, everything, architecture):
+            (output, outliers), predicted, buffers = option
             yield weights.decode_kernel(layout, output, buffers, architecture, outliers=outliers, predicted=predicted)
 
 
@@ -116,10 +128,22 @@ def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
 
 
 def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
-    """The kernels of each layout; they have no options."""
-    return lambda _everything, _architecture: (
-        encoder._kernel(operation, layout) for layout in (*SIGNED, *UNSIGNED, *FLOATS)
-    )
+    """The kernels of each layout, which have no options; the selection has one for all kinds of the same numbers."""
+
+    def of_all(everything: bool, architecture: int) -> Iterator[Kernel]:
+        kernels = (encoder._kernel(operation, layout) for layout in (*SIGNED, *UNSIGNED, *FLOATS))
+        return (
+            kernels
+            if everything or architecture not in COVERED
+            else iter({without_kind(kernel): kernel for kernel in kernels}.values())
+        )
+
+    return of_all
+
+
+def without_kind(kernel: Kernel) -> tuple[tuple[str, int], ...]:
+    """The defines that an encoder's kernel asks for."""
+    return tuple(pair for pair in kernel.defines if pair[0] != "KVPACK_ELEMENT_KIND")
 
 
 def matrix_kernels(
@@ -156,9 +180,7 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemv": gemv_kernels,
     "gemm": gemm_kernels,
     "decode": decode_kernels,
-    "encode_count": encoder_kernels("encode_count"),
-    "encode_lanes": encoder_kernels("encode_lanes"),
-    "encode_pack": encoder_kernels("encode_pack"),
+    **{operation: encoder_kernels(operation) for operation in KINDLESS},
     "encode_place": lambda _everything, _architecture: [encoder._PLACE],
     "encode_quantize": lambda _everything, _architecture: [
         encoder._quantize_kernel(kind) for kind in encoder._WEIGHT_KINDS.values()
@@ -226,14 +248,38 @@ def test_resources_of_all(operation: str, architecture: int) -> None:
 
 
 @pytest.mark.parametrize("operation", KERNELS)
-def test_selection_has_every_layout_and_option(operation: str) -> None:
+@pytest.mark.parametrize("architecture", COVERED)
+def test_selection_has_every_layout_and_option(operation: str, architecture: int) -> None:
     def parts(kernel: Kernel) -> set[tuple[tuple[str, int], ...]]:
         of_layout = layout_defines(SIGNED[0]).keys()
-        layout = tuple(pair for pair in kernel.defines if pair[0] in of_layout)
-        return {layout, *((pair,) for pair in kernel.defines if pair not in layout)}
+        asked = without_kind(kernel) if operation in KINDLESS else kernel.defines
+        layout = tuple(pair for pair in asked if pair[0] in of_layout)
+        return {layout, *((pair,) for pair in asked if pair not in layout)}
 
-    every, some = (set().union(*map(parts, KERNELS[operation](everything, 90))) for everything in (True, False))
+    every, some = (
+        set().union(*map(parts, KERNELS[operation](everything, architecture))) for everything in (True, False)
+    )
     assert some == every
+
+
+@pytest.mark.parametrize("architecture", COVERED)
+def test_each_layout_meets_both_buffers_with_both_residents(architecture: int) -> None:
+    names = ("KVPACK_BUFFERS", "KVPACK_BLOCKS_PER_SM")
+    met: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for kernel in gemm_kernels(False, architecture):
+        defines = dict(kernel.defines)
+        layout = tuple(defines[name] for name in layout_defines(SIGNED[0]))
+        met.setdefault(layout, set()).add(tuple(defines[name] for name in names))
+    assert set(map(len, met.values())) == {len(BUFFERS) * len(RESIDENT)}
+
+
+@pytest.mark.parametrize("operation", KINDLESS)
+def test_kernels_that_do_not_ask_for_the_kind(operation: str) -> None:
+    """Otherwise the kinds are different kernels, and each has to be compiled."""
+    path = Path(encoder._kernel(operation, SIGNED[0]).source)
+    sources = emulator._sources(emulator.CUDA / path)
+    assert len(sources) > 2
+    assert not [source for source in sources if re.search("ELEMENT_KIND|kSigned", source.read_text())]
 
 
 # What the measuring itself sees --------------------------------------------------------------------------------------

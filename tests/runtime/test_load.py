@@ -479,20 +479,30 @@ def test_file_that_ends_too_early(numbers: tuple[OpenFile, bytes]) -> None:
         assert bytes(good.pieces[0].target.numpy()) == data[5:15]
 
 
-def test_closing_with_work_left(numbers: tuple[OpenFile, bytes]) -> None:
+def test_closing_with_work_left(numbers: tuple[OpenFile, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread goes on when close() has come to wait for it, not before: it would have read all on a busy machine."""
     file, _ = numbers
     go, started = threading.Event(), threading.Event()
+    read = upload_module.read_exactly
 
-    def begin() -> None:
+    def gated(*arguments: Any) -> None:
         started.set()
         go.wait(10)
+        read(*arguments)
 
+    monkeypatch.setattr(upload_module, "read_exactly", gated)
     uploader = Uploader(CPU, threads=1, chunk_bytes=100)
-    upload = uploader.submit([Piece(file, 0, torch.zeros(50_000, dtype=torch.uint8))], begin=begin)
-    started.wait(10)
+    upload = uploader.submit([Piece(file, 0, torch.zeros(50_000, dtype=torch.uint8))])
+    assert started.wait(10)
+    shutdown = uploader._pool.shutdown
+
+    def released(**options: Any) -> None:
+        go.set()
+        shutdown(**options)
+
+    monkeypatch.setattr(uploader._pool, "shutdown", released)
     closing = threading.Thread(target=uploader.close)
     closing.start()
-    go.set()
     closing.join(10)
     assert not closing.is_alive()
     with pytest.raises(RuntimeError, match="closed"):

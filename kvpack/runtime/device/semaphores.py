@@ -32,7 +32,7 @@ def prepare(device: torch.device) -> None:
 def take(count: int, device: torch.device) -> torch.Tensor:
     """i32 [at least count], for a launch on the current stream that leaves them at 0."""
     if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device)
     key = (stream.device_index, stream.cuda_stream)
     captured = torch.cuda.is_current_stream_capturing()

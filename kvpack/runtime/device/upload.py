@@ -184,7 +184,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream | None:
 def pinned_memory(size: int, device: torch.device) -> torch.Tensor:
     """u8 [size] from which copies to ``device`` need not wait."""
     with torch.cuda.device(device):  # or pinning would make a context on device 0
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 class _Pinned:

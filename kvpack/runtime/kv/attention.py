@@ -43,19 +43,21 @@ _MAX_TOKENS = 1 << 30
 _DECODE_COLUMNS, _MOST_DECODE_COLUMNS = 4 * COLUMNS, 32 * COLUMNS
 # Of the last tokens, which show which pages are looked at.
 _OBSERVING_COLUMNS = 2 * COLUMNS
-_CHUNK_TOKENS, _LEAST_CHUNK_TOKENS = 2048, 512
+# Not by free memory: what a token sees of other chunks is quantized, so results would depend on it.
+_CHUNK_TOKENS = 2048
 
 
 def attention_with_kv_cache(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
     past_key_value: KVCache | None = None,
     update_cache: bool = True,
     causal: bool = True,
     *,
     layer: int | None = None,
     sequences: Sequence[int] | None = None,
+    cached_tokens: int | Sequence[int] | None = None,
     scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
@@ -73,7 +75,8 @@ def attention_with_kv_cache(
     Args:
         q: [batch, query heads, tokens, head_dim], fp16 or bf16, positions already applied.
         k, v: [batch, KV heads, tokens, head_dim], of q's dtype and device. Query heads are a multiple of KV heads; the
-            first ones belong to the first.
+            first ones belong to the first. None, or no tokens: q is of the last tokens that the cache holds, or with
+            ``causal=False`` of any others.
         past_key_value: whose tokens come before these. None makes one with a single layer, in 16 bits, that
             grows by need.
         update_cache: whether the cache keeps the new tokens. Without, no chunks.
@@ -81,6 +84,8 @@ def attention_with_kv_cache(
             first is attended to: no chunks.
         layer: of the cache; None if it has one only.
         sequences: which ones of the cache the batch is, each once; None is 0, 1, ….
+        cached_tokens: how many tokens the cache holds of all sequences, or of each: it is refused if that is not so, as
+            when a prompt comes a second time. None: whatever it holds.
         scale: from 10^-6 to 10^6; None is 1 / √head_dim.
         window: how many tokens each one sees, itself included; None is all.
         sinks: how many of a sequence's first tokens are seen beyond the window.
@@ -88,7 +93,8 @@ def attention_with_kv_cache(
             each chunk: what :meth:`KVCache.reallocate` divides bits by.
         head_importance: [query heads], how much each counts in that, compared with those of other layers as well. What
             is negative or no number counts as 0.
-        chunk_tokens: None is 2,048, or fewer where a chunk's pages would take more than a quarter of the free memory.
+        chunk_tokens: None is 2,048. A chunk's pages are in 16 bits until it is done: fewer take less memory, and see
+            more of the prompt quantized.
         progress: called behind each chunk with how many tokens are done and how many there are. What it raises ends
             the call between two chunks; the cache holds the chunks that are done.
 
@@ -96,7 +102,8 @@ def attention_with_kv_cache(
         The result, like q, and the cache.
 
     Raises:
-        CacheInputError: shapes, dtypes, devices, a layer or sequences that do not fit; a gradient is wanted.
+        CacheInputError: shapes, dtypes, devices, a layer, sequences or their tokens that do not fit; a gradient is
+            wanted.
         CacheFullError: a sequence would exceed ``max_tokens``, or pages ``max_bytes`` or the device's memory.
 
     With either, the cache is as it was before the chunk that failed. That is the first one, but for ``max_bytes`` and
@@ -104,6 +111,8 @@ def attention_with_kv_cache(
     some layers have its tokens.
     """
     if past_key_value is None:
+        if not isinstance(k, torch.Tensor):
+            raise CacheInputError("k and v are missing, and so is past_key_value: there is nothing to attend to")
         past_key_value = _new_cache(q, k)
     if not isinstance(past_key_value, KVCache):
         raise CacheInputError(
@@ -120,6 +129,7 @@ def attention_with_kv_cache(
         k,
         v,
         sequences,
+        cached_tokens=cached_tokens,
         update_cache=update_cache,
         causal=causal,
         scale=scale,
@@ -137,10 +147,11 @@ def attend(
     cache: KVCache,
     layer: int,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
     sequences: Sequence[int] | None = None,
     *,
+    cached_tokens: int | Sequence[int] | None = None,
     update_cache: bool = True,
     causal: bool = True,
     scale: float | None = None,
@@ -156,9 +167,20 @@ def attend(
     Raises:
         CacheInputError, CacheFullError
     """
+    if not isinstance(q, torch.Tensor):
+        raise CacheInputError(f"q is a {type(q).__name__}; a tensor is wanted")
+    if k is None and v is None and q.dim() == 4:
+        k = v = q.new_empty((q.shape[0], cache.num_kv_heads, 0, cache.head_dim))
+    if not isinstance(k, torch.Tensor) or not isinstance(v, torch.Tensor):
+        raise CacheInputError(
+            f"k is a {type(k).__name__} and v a {type(v).__name__}; tensors are wanted, or None for both"
+        )
+    if isinstance(cached_tokens, int):
+        cached_tokens = [cached_tokens] * len(q)
     call = _Call(
         layer,
-        None if sequences is None else _plain(sequences),
+        None if sequences is None else _plain("a sequence", sequences),
+        None if cached_tokens is None else _plain("cached_tokens", cached_tokens),
         1 / math.sqrt(cache.head_dim) if scale is None else scale,
         window,
         sinks,
@@ -180,6 +202,7 @@ def attend(
             cache.number,
             call.layer,
             call.sequences,
+            call.cached_tokens,
             call.scale,
             call.window,
             call.sinks,
@@ -196,6 +219,7 @@ def attend(
 class _Call:
     layer: int
     sequences: tuple[int, ...] | None
+    cached_tokens: tuple[int, ...] | None
     scale: float
     window: int | None
     sinks: int
@@ -205,11 +229,14 @@ class _Call:
     chunk_tokens: int | None
 
 
-def _plain(sequences: Sequence[int]) -> tuple[int, ...]:
-    plain = tuple(map(int, sequences))
-    for number, given in zip(plain, sequences, strict=True):
+def _plain(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
+    try:
+        plain = tuple(map(int, numbers))
+    except (TypeError, ValueError):
+        raise CacheInputError(f"{name} is not an integer in {numbers!r}; a sequence of integers is wanted") from None
+    for number, given in zip(plain, numbers, strict=True):
         if number != given:
-            raise CacheInputError(f"a sequence is {given!r}; an integer is wanted")
+            raise CacheInputError(f"{name} is {given!r}; an integer is wanted")
     return plain
 
 
@@ -230,10 +257,10 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
     heads = q.shape[1]
     if heads == 0 or heads % cache.num_kv_heads != 0:
         raise CacheInputError(f"{heads} query heads are no multiple of {cache.num_kv_heads} KV heads")
-    if k.dim() == 4 and (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+    if k.dim() == 4 and (q.shape[0] != k.shape[0] or k.shape[2] not in (0, q.shape[2])):
         raise CacheInputError(
             f"q has shape {list(q.shape)} and k {list(k.shape)}; [batch, heads, tokens, head_dim] with the same batch "
-            "and tokens is wanted"
+            "and tokens is wanted, or a k and v of no tokens"
         )
     if q.dtype != cache.dtype or q.device != cache.device:
         raise CacheInputError(
@@ -241,8 +268,9 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise CacheInputError("attention to a cache has no gradient: call it under torch.no_grad()")
-    if not 1e-6 <= call.scale <= 1e6:  # beyond, kernels could not tell what is not to be seen
-        raise CacheInputError(f"scale is {call.scale}; it must be between 1e-6 and 1e6")
+    # Beyond, kernels could not tell what is not to be seen.
+    if not isinstance(call.scale, (float, int)) or not 1e-6 <= call.scale <= 1e6:
+        raise CacheInputError(f"scale is {call.scale!r}; it must be between 1e-6 and 1e6")
     for name, flag in (("causal", call.causal), ("update_cache", call.update_cache), ("observe", call.observe)):
         if not isinstance(flag, bool):
             raise CacheInputError(f"{name} is {flag!r}; True or False is wanted (a layer is given as layer=…)")
@@ -283,26 +311,49 @@ def _attend_in_chunks(
     if q.numel() == 0:
         cache.append(call.layer, k, v, call.sequences)
         return torch.empty_like(q)
-    cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), tokens)
-    whole = not call.causal or not call.update_cache
-    step = tokens if whole or tokens <= _LEAST_CHUNK_TOKENS else _chunk_tokens(cache, q.shape[0])
-    if call.chunk_tokens is not None and not whole:
-        step = call.chunk_tokens
+    alone = k.numel() == 0
+    if alone or call.cached_tokens is not None:
+        _check_held(cache, call, cache.checked_input(call.layer, k, v, call.sequences), tokens, alone=alone)
+    whole = alone or not call.causal or not call.update_cache
+    step = tokens if whole else call.chunk_tokens or _CHUNK_TOKENS
     if step >= tokens:
         out = _attend_once(q, k, v, cache, call, head_importance)
         if progress is not None:
             progress(tokens, tokens)
         return out
-    found = []
+    # The first chunk must not be written if there is no room for the last.
+    cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), tokens)
+    out = torch.empty_like(q)
     for first in range(0, tokens, step):
         part = slice(first, first + step)
-        found.append(_attend_once(q[:, :, part], k[:, :, part], v[:, :, part], cache, call, head_importance))
+        out[:, :, part] = _attend_once(q[:, :, part], k[:, :, part], v[:, :, part], cache, call, head_importance)
         if progress is not None:
             progress(min(first + step, tokens), tokens)
-    return torch.cat(found, dim=2)
+    return out
+
+
+def _check_held(cache: KVCache, call: _Call, ids: list[int], tokens: int, *, alone: bool) -> None:
+    """Whether the cache holds what the caller says, and what queries alone need."""
+    if call.cached_tokens is not None and len(call.cached_tokens) != len(ids):
+        raise CacheInputError(f"cached_tokens has {len(call.cached_tokens)} numbers for a batch of {len(ids)}")
+    least = tokens if call.causal else 1
+    for row, sequence in enumerate(ids):
+        held, where = cache.length(call.layer, sequence), f"layer {call.layer}, sequence {sequence}"
+        if call.cached_tokens is not None and held != call.cached_tokens[row]:
+            raise CacheInputError(
+                f"{where}: the cache holds {held} tokens, where cached_tokens says {call.cached_tokens[row]}; give it "
+                "what comes behind them alone, or free() the sequence first"
+            )
+        if alone and held < least:
+            raise CacheInputError(
+                f"{where}: queries alone are of the last tokens in the cache, which holds {held}; at least {least} are "
+                "wanted"
+            )
 
 
 def _checked_importance(head_importance: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    if not isinstance(head_importance, torch.Tensor):
+        raise CacheInputError(f"head_importance is a {type(head_importance).__name__}; a tensor is wanted")
     if head_importance.shape != (q.shape[1],) or head_importance.device != q.device:
         raise CacheInputError(
             f"head_importance has shape {list(head_importance.shape)} on {head_importance.device}; q has {q.shape[1]} "
@@ -311,21 +362,13 @@ def _checked_importance(head_importance: torch.Tensor, q: torch.Tensor) -> torch
     return head_importance.detach().float().nan_to_num(0, 0, 0).clamp(min=0)
 
 
-def _chunk_tokens(cache: KVCache, batch: int) -> int:
-    token_bytes = batch * len(Side) * cache.pools.page_bytes(Side.K, cache.full_format) // PAGE_TOKENS
-    free, chunk = cache.pools.free_bytes(), _CHUNK_TOKENS
-    while chunk > _LEAST_CHUNK_TOKENS and 4 * chunk * token_bytes > free:
-        chunk //= 2
-    return chunk
-
-
 def _attend_once(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
 ) -> torch.Tensor:
     attend_to = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
     q = q.detach() if q.stride(-1) == 1 else q.detach().contiguous()
     noted = None
-    if call.update_cache and cache.wants_queries(call.layer):
+    if call.update_cache and k.numel() > 0 and cache.wants_queries(call.layer):
         noted = Queries.of(q, cache.num_kv_heads, call.scale)
     with cache.writing(call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache) as view:
         return attend_to(q, view, call, head_importance)
@@ -347,7 +390,8 @@ def _attend_by_kernel(q: torch.Tensor, view: KVView, call: _Call, head_importanc
         "causal": call.causal,
     }
     longest_pages = cache.longest_pages(call.layer, q.shape[2])
-    observed = _new_observed(q, longest_pages, cache, call, head_importance) if call.observe else None
+    whole = call.observe and cache.is_everything(view.sequences)
+    observed = _new_observed(q, longest_pages, cache, call, head_importance, whole=whole) if call.observe else None
     observing = q[:, :, -_observing_tokens(q, cache) :]
     all_observe = observing.shape[2] == q.shape[2]
     if _is_split(q, cache):
@@ -359,7 +403,7 @@ def _attend_by_kernel(q: torch.Tensor, view: KVView, call: _Call, head_importanc
     if observed is not None and not all_observe:
         blocks = _decode_blocks(observing, longest_pages, cache, call)
         attention_kernels.decode(observing, **pages, blocks=blocks, observed=observed)
-    if observed is not None and not _is_whole(call, q, cache):
+    if observed is not None and not whole:
         cache.add_observed(call.layer, observed.mass, observed.steps, call.sequences)
     return out
 
@@ -378,16 +422,18 @@ def _observing_tokens(q: torch.Tensor, cache: KVCache) -> int:
     return max(1, _OBSERVING_COLUMNS * cache.num_kv_heads // q.shape[1])
 
 
-def _is_whole(call: _Call, q: torch.Tensor, cache: KVCache) -> bool:
-    return cache.is_everything(range(len(q)) if call.sequences is None else call.sequences)
-
-
 def _new_observed(
-    q: torch.Tensor, longest_pages: int, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
+    q: torch.Tensor,
+    longest_pages: int,
+    cache: KVCache,
+    call: _Call,
+    head_importance: torch.Tensor | None,
+    *,
+    whole: bool,
 ) -> Observed:
-    """Where the kernel adds: to the cache itself, if it can."""
+    """Where the kernel adds: to the cache itself, if the batch is the ``whole`` of it."""
     weights = None if head_importance is None else head_importance / q.shape[1]
-    if _is_whole(call, q, cache):
+    if whole:
         return Observed(cache.mass[call.layer], cache.observed_steps[call.layer], weights, longest_pages)
     mass = torch.zeros((len(q), cache.mass.shape[2]), dtype=torch.int64, device=q.device)
     return Observed(mass, torch.zeros(len(q), dtype=torch.int32, device=q.device), weights, longest_pages)
@@ -410,11 +456,37 @@ def _decode_blocks(q: torch.Tensor, pages: int, cache: KVCache, call: _Call) -> 
 
 
 def _attend_on_cpu(q: torch.Tensor, view: KVView, call: _Call, head_importance: torch.Tensor | None) -> torch.Tensor:
-    cache, lengths = view.cache, view.lengths
-    tokens, longest = q.shape[2], int(lengths.max())
+    """Sequences of about the same length together: none is padded to twice its length or more."""
+    lengths: dict[int, list[int]] = {}
+    for row, length in enumerate(view.lengths.tolist()):
+        lengths.setdefault(length.bit_length(), []).append(row)
+    out, few = torch.empty_like(q), _observing_tokens(q, view.cache)
+    shape = (*q.shape[:2], view.page_table.shape[2])
+    mass = torch.zeros(shape, dtype=torch.float32, device=q.device) if call.observe else None
+    with torch.autocast("cpu", enabled=False):
+        for rows in lengths.values():
+            of_rows = torch.tensor(rows, dtype=torch.int64, device=q.device)
+            q32 = q[of_rows].float()
+            k, v, seen = _dequantized(view, of_rows, q.shape[2], call)
+            if mass is not None:
+                found = _observed_mass(q32[:, :, -few:], k, seen[:, -few:], call.scale)
+                mass[of_rows, :, : found.shape[2]] = found
+            out[of_rows] = _masked_attention(q32, k, v, seen, call.scale).to(q.dtype)
+    if mass is not None:
+        view.cache.observe(call.layer, mass, call.sequences, head_importance)
+    return out
+
+
+def _dequantized(
+    view: KVView, rows: torch.Tensor, tokens: int, call: _Call
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of some of a view's sequences: k and v, fp32 [rows, KV heads, places, head_dim], and what each of the last
+    tokens sees, [rows, tokens, places]."""
+    cache, lengths = view.cache, view.lengths[rows]
+    longest = int(lengths.max())
     k, v = (
         read_tokens(
-            view.page_table[side].contiguous(),
+            view.page_table[side, rows],
             side,
             torch.zeros_like(lengths),
             lengths,
@@ -427,17 +499,18 @@ def _attend_on_cpu(q: torch.Tensor, view: KVView, call: _Call, head_importance: 
         )
         for side in Side
     )
-    place = torch.arange(longest)
-    # [batch, tokens]: how many tokens each one sees.
-    limit = lengths[:, None] + (torch.arange(1 - tokens, 1) if call.causal else torch.zeros(tokens, dtype=torch.int64))
+    place = torch.arange(longest, device="cpu")
+    # [rows, tokens]: how many tokens each one sees.
+    behind = (
+        torch.arange(1 - tokens, 1, device="cpu")
+        if call.causal
+        else torch.zeros(tokens, dtype=torch.int64, device="cpu")
+    )
+    limit = lengths[:, None] + behind
     seen = place < limit[..., None]
     if call.window is not None:
         seen &= (place + call.window >= limit[..., None]) | (place < call.sinks)
-    q32 = q.float()
-    if call.observe:
-        few = _observing_tokens(q, cache)
-        _observe_on_cpu(q32[:, :, -few:], k, seen[:, -few:], cache, call, head_importance)
-    return _masked_attention(q32, k, v, seen, call.scale).to(q.dtype)
+    return k, v, seen
 
 
 def _masked_attention(
@@ -470,21 +543,15 @@ def _masked_attention(
     return out
 
 
-def _observe_on_cpu(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    seen: torch.Tensor,
-    cache: KVCache,
-    call: _Call,
-    head_importance: torch.Tensor | None,
-) -> None:
-    """q [batch, heads, tokens, head_dim], k [batch, KV heads, places, head_dim], seen [batch, tokens, places]."""
-    grouped = q.unflatten(1, (cache.num_kv_heads, -1))
-    scores = torch.einsum("bhgtd,bhpd->bhgtp", grouped, k).flatten(1, 2) * call.scale
+def _observed_mass(q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
+    """[batch, heads, pages], the mean over tokens, of q [batch, heads, tokens, head_dim], k [batch, KV heads, places,
+    head_dim] and seen [batch, tokens, places]."""
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("bhgtd,bhpd->bhgtp", grouped, k).flatten(1, 2) * scale
     p = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
     rest = -p.shape[-1] % PAGE_TOKENS
     by_page = torch.nn.functional.pad(p, (0, rest)).unflatten(-1, (-1, PAGE_TOKENS)).sum(-1)
-    cache.observe(call.layer, by_page.mean(2), call.sequences, head_importance)
+    return by_page.mean(2)
 
 
 def _operator(
@@ -496,6 +563,7 @@ def _operator(
     cache: int,
     layer: int,
     sequences: list[int] | None,
+    cached_tokens: list[int] | None,
     scale: float,
     window: int | None,
     sinks: int,
@@ -505,7 +573,8 @@ def _operator(
     chunk_tokens: int | None,
 ) -> torch.Tensor:
     named = None if sequences is None else tuple(sequences)
-    call = _Call(layer, named, scale, window, sinks, causal, update_cache, observe, chunk_tokens)
+    cached = None if cached_tokens is None else tuple(cached_tokens)
+    call = _Call(layer, named, cached, scale, window, sinks, causal, update_cache, observe, chunk_tokens)
     _check(q, k, v, cache_of(cache), call)
     return _attend_in_chunks(q, k, v, cache_of(cache), call, head_importance, None).contiguous()
 
@@ -515,8 +584,8 @@ _LIBRARY = torch.library.Library("kvpack", "FRAGMENT")
 # lengths nor tables, of which a compiler might hand over copies, to be copied back afterwards.
 _LIBRARY.define(
     "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? head_importance, Tensor(a!) calls, SymInt cache, "
-    "SymInt layer, int[]? sequences, float scale, int? window, int sinks, bool causal, bool update_cache, "
-    "bool observe, int? chunk_tokens) -> Tensor",
+    "SymInt layer, int[]? sequences, int[]? cached_tokens, float scale, int? window, int sinks, bool causal, "
+    "bool update_cache, bool observe, int? chunk_tokens) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _LIBRARY.impl("attention_with_kv_cache", _operator, "CompositeExplicitAutograd")

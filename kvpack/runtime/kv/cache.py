@@ -33,11 +33,12 @@ from __future__ import annotations
 
 import itertools
 import operator
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -66,6 +67,7 @@ from kvpack.runtime.kv.distortion import Queries, format_errors
 from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, left_out, new_status, quantize_pages, read_tokens, write_tokens
 from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools, PageViews
 from kvpack.runtime.kv.page_table import NO_PAGE, Ints, PageTable, Place, Places, widened
+from kvpack.runtime.kv.steps import Step, quiet_tokens
 
 OpenFormats = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
 
@@ -73,7 +75,8 @@ OpenFormats = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
 MASS_UNIT = 2.0**-MASS_FRACTION_BITS
 # Lengths are i32, and kernels add to places.
 _MOST_TOKENS = 1 << 30
-_SIDES = tuple(Side)
+# By number, which takes a fifth of the time that calling the class takes.
+_SIDES, _FORMATS = tuple(Side), tuple(PageFormat)
 # How many batches' rows are remembered on the device.
 _REMEMBERED_ROWS = 256
 
@@ -146,8 +149,7 @@ class KVView:
     lengths: torch.Tensor
 
 
-@dataclass(frozen=True)
-class _Changes:
+class _Changes(NamedTuple):
     """Pages that shall have another format."""
 
     places: list[Place]
@@ -155,15 +157,37 @@ class _Changes:
     outcome: Outcome = Outcome.HELD
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Tokens that are not in the cache yet: [batch, heads, tokens, head_dim], at ``starts`` of ``sequences``."""
+class _Tokens(NamedTuple):
+    """Tokens that are not in the cache yet: [batch, heads, tokens, head_dim], behind those of ``sequences``."""
 
     k: torch.Tensor
     v: torch.Tensor
     sequences: list[int]
-    starts: list[int]
     queries: Queries | None
+
+
+class _Begun(NamedTuple):
+    """Pages that have come, and others that are to take the place of some; what is on the device is a tensor.
+
+    Attributes:
+        new, new_at, new_there, new_entries: places of pages that have come, and their entries.
+        places, at, there, sources, targets, targets_there: of pages that change, with their entries before and after.
+        kinds: side, format and format to be of these; those of a kind lie side by side.
+        jobs: i64 [n, 2]: sources and targets.
+    """
+
+    new: list[Place]
+    new_at: list[int]
+    new_there: torch.Tensor
+    new_entries: list[int]
+    places: list[Place]
+    at: list[int]
+    there: torch.Tensor
+    sources: list[int]
+    targets: list[int]
+    targets_there: torch.Tensor
+    kinds: list[tuple[int, int, int]]
+    jobs: torch.Tensor
 
 
 class KVCache:
@@ -175,14 +199,18 @@ class KVCache:
         max_sequences: how many there are; they are named 0, 1, ….
         dtype: of keys and values, fp16 or bf16.
         device: of everything; None is CUDA if torch has it, else the CPU.
-        budget: bytes of pages as a fraction of those in 16 bits, more than 0 and at most 1, which long sequences keep;
-            short ones are mostly pages that stay in 16 bits. See the module.
+        budget: bytes of pages as a fraction of those in 16 bits, at most 1 and at least what pages of 2 bits take
+            (0.15 at a head_dim of 64), which long sequences keep; short ones are mostly pages that stay in 16 bits.
+            See the module. Slabs come on top: those of a side and format have room for 8 pages, or for at most twice
+            the most that were ever in use, and less than ``slab_bytes`` of it unused; ``pools.bytes_allocated`` counts
+            them.
         policy: which pages get the budget's bytes: see :func:`allocate_formats`.
         formats: without a budget, the formats that pages get when they leave the recent window: one for all, or
             (of K, of V) of each layer. With neither, all pages stay in 16 bits.
         recent_tokens: the newest ones of each sequence, in 16 bits.
         sinks: the first ones of each sequence, in 16 bits.
         max_bytes, slab_bytes: as of :class:`PagePools`.
+        widths: the former name of ``formats``.
 
     Attributes:
         pools: where the pages lie.
@@ -223,20 +251,28 @@ class KVCache:
         sinks: int = 4,
         max_bytes: int | None = None,
         slab_bytes: int = SLAB_BYTES,
+        widths: OpenFormats | None = None,
     ) -> None:
-        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "max_tokens": max_tokens}
-        for name, value in (sizes | {"max_sequences": max_sequences}).items():
-            if value < 1:
-                raise CacheInputError(f"{name} is {value}; it must be at least 1")
-        for name, value in (("recent_tokens", recent_tokens), ("sinks", sinks)):
-            if value < 0:
-                raise CacheInputError(f"{name} is {value}; it must not be negative")
+        if widths is not None:
+            warnings.warn("KVCache(widths=…) is called formats=…", DeprecationWarning, stacklevel=2)
+            if formats is not None:
+                raise CacheInputError("formats, and widths, their former name, are both given")
+            formats = widths
+        num_layers = _integer("num_layers", num_layers, 1)
+        num_kv_heads = _integer("num_kv_heads", num_kv_heads, 1)
+        head_dim = _integer("head_dim", head_dim, 1)
+        max_tokens = _integer("max_tokens", max_tokens, 1)
+        max_sequences = _integer("max_sequences", max_sequences, 1)
+        recent_tokens = _integer("recent_tokens", recent_tokens, 0)
+        sinks = _integer("sinks", sinks, 0)
+        slab_bytes = _integer("slab_bytes", slab_bytes, 1)
+        max_bytes = None if max_bytes is None else _integer("max_bytes", max_bytes, 0)
         if max_tokens > _MOST_TOKENS:
             raise CacheInputError(f"max_tokens is {max_tokens}; it must be at most {_MOST_TOKENS}")
         if dtype not in PAGE_FORMATS:
             raise CacheInputError(f"dtype is {dtype}; keys and values are float16 or bfloat16")
-        if budget is not None and not 0 < budget <= 1:
-            raise CacheInputError(f"budget is {budget}; it is a fraction, more than 0 and at most 1")
+        if budget is not None and not (isinstance(budget, (float, int, np.floating)) and 0 < budget <= 1):
+            raise CacheInputError(f"budget is {budget!r}; it is a fraction, more than 0 and at most 1")
         if budget is not None and formats is not None:
             raise CacheInputError("either a budget or formats can be given, not both")
         if policy not in POLICIES:
@@ -256,6 +292,12 @@ class KVCache:
         self.pools = PagePools(num_kv_heads, head_dim, self.device, max_bytes=max_bytes, slab_bytes=slab_bytes)
         self._page_bytes = np.array([[self.pools.page_bytes(side, f) for f in self.ladder] for side in Side])
         self._full_bytes = int(self._page_bytes[0, -1])
+        least = self._page_bytes.min(1).sum() / self._page_bytes[:, -1].sum()
+        if budget is not None and budget < least:
+            raise CacheInputError(
+                f"budget is {budget}; with head_dim {head_dim}, pages of {self.ladder[0].name} take {least:.4f} of the "
+                "bytes of those in 16 bits: that is the least"
+            )
         self.window = Window(recent_tokens, sinks)
         self.table = PageTable(num_layers, max_sequences, ceil_div(max_tokens, PAGE_TOKENS), self.device)
         self._used_bytes = [0] * num_layers  # of a layer's pages
@@ -264,7 +306,7 @@ class KVCache:
             self.mass = torch.zeros(shape, dtype=torch.int64, device=self.device)
             self.observed_steps = torch.zeros((num_layers, max_sequences), dtype=torch.int32, device=self.device)
             self.status = new_status(self.device)
-            self.calls = torch.zeros(1, dtype=torch.int32)
+            self.calls = torch.zeros(1, dtype=torch.int32, device="cpu")
         self.errors = np.full((num_layers, len(Side), len(self.ladder)), np.nan)
         self._pairs: list[tuple[bytes, FormatPairs] | None] = [None] * num_layers
         self._queries: list[Queries | None] = [None] * num_layers
@@ -274,6 +316,8 @@ class KVCache:
         self._captured_rows: dict[tuple[int, ...], torch.Tensor] = {}  # graphs hold their addresses
         self._is_in_graphs = self._is_open = False
         self._is_planned_ahead = False
+        self._everything = list(range(max_sequences))
+        self._last_step: tuple[tuple[bytes, list[int], int], Step] | None = None
         # By layer: the last batch, and how many tokens it takes before a page comes or leaves the window.
         self._quiet: list[tuple[list[int], int] | None] = [None] * num_layers
         self.number = next(_numbers)
@@ -379,9 +423,10 @@ class KVCache:
             table, lengths = self._view_of(layer, rows)
             yield KVView(self, layer, tuple(ids), table[:, : len(ids)], lengths[: len(ids)])
             return
-        self._is_open = True
+        self._is_open, errors = True, self.errors
         try:
             if self._is_captured():
+                self.check_room(layer, ids, count)
                 if not keep:
                     raise CacheInputError(
                         "tokens that are not kept need pages, which a CUDA graph's capture cannot allocate"
@@ -391,45 +436,37 @@ class KVCache:
                 self._set_lengths(layer, rows, view.lengths)
                 return
             self._require_replayed()
-            with self._measuring():
-                new, changes = self._plan_for(layer, ids, count, keep, k, v, queries)
-                with self._changing(new, changes, lambda: self._clear(layer, k, rows), keep_new=keep):
-                    view = self._written(layer, ids, k, v, rows)
-                    yield view
-                    if not keep:
-                        self._clear(layer, k, rows)
+            step, begun = None, None
+            if not self._is_quiet(layer, ids, count):
+                step = self._step(layer, ids, count)
+                new = self._coming(layer, step)
+                changes = self._changes_for(layer, step, _Tokens(k, v, ids, queries)) if keep else _NO_CHANGES
+                begun = self._begin(new, changes)
+            try:
+                view = self._written(layer, ids, k, v, rows)
+                yield view
+                if not keep:
+                    self._clear(layer, k, rows)
+                elif queries is not None:
+                    queries = queries + self._queries[layer]
+                if begun is not None:
+                    self._change(begun, keep_new=keep)
+            except BaseException:
+                try:
+                    self._clear(layer, k, rows)
+                finally:
+                    if begun is not None:
+                        self._take_back(begun)
+                raise
             if keep:
-                self._advance(layer, ids, rows, count, view, queries)
+                self._advance(layer, ids, rows, count, step, view)
+                if queries is not None:
+                    self._queries[layer] = queries
+        except BaseException:
+            self.errors = errors
+            raise
         finally:
             self._is_open = False
-
-    def _plan_for(
-        self,
-        layer: int,
-        ids: list[int],
-        count: int,
-        keep: bool,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        queries: Queries | None,
-    ) -> tuple[list[Place], _Changes | None]:
-        """Pages that come, and pages that get other formats, when so many tokens are written."""
-        if self._is_quiet(layer, ids, count):
-            return [], None
-        starts = self.table.lengths[layer, ids].tolist()
-        new = self._new_pages([layer], ids, count)
-        return new, self._changes_for(layer, ids, count, _Tokens(k, v, ids, starts, queries)) if keep else None
-
-    @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        """What is raised inside leaves errors and shares as they were."""
-        errors, shares = self.errors, self.shares
-        self.errors, self.shares = errors.copy(), shares.copy()
-        try:
-            yield
-        except BaseException:
-            self.errors, self.shares = errors, shares
-            raise
 
     def _require_closed(self) -> None:
         """
@@ -438,6 +475,15 @@ class KVCache:
         """
         if self._is_open:
             raise CacheInputError("the cache is being written to: end the `with cache.writing(…)` first")
+
+    def _require_between_steps(self, what: str) -> None:
+        """
+        Raises:
+            CacheInputError: a ``with cache.writing(…)`` has not ended; a CUDA graph is being captured.
+        """
+        self._require_closed()
+        if self._is_captured():
+            raise CacheInputError(f"{what} cannot be captured in a CUDA graph: the host's tables would not follow")
 
     def append(
         self,
@@ -455,18 +501,18 @@ class KVCache:
         self,
         layer: int,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
         sequences: Sequence[int] | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """Attention of new tokens to themselves and to what the cache holds of their sequences.
 
         Args:
-            q: [batch, query heads, tokens, head_dim]; k, v: [batch, num_kv_heads, tokens, head_dim].
+            q: [batch, query heads, tokens, head_dim]; k, v: [batch, num_kv_heads, tokens, head_dim], or None: q alone.
             sequences: as of :meth:`writing`.
-            options: ``update_cache``, ``causal``, ``scale``, ``window``, ``sinks``, ``observe``, ``head_importance``,
-                ``chunk_tokens``, ``progress``: as of :func:`kvpack.attention_with_kv_cache`.
+            options: ``cached_tokens``, ``update_cache``, ``causal``, ``scale``, ``window``, ``sinks``, ``observe``,
+                ``head_importance``, ``chunk_tokens``, ``progress``: as of :func:`kvpack.attention_with_kv_cache`.
 
         Returns:
             The result, like q.
@@ -479,39 +525,38 @@ class KVCache:
         return attend(self, layer, q, k, v, sequences, **options)
 
     def _is_quiet(self, layer: int, ids: list[int], count: int) -> bool:
-        """Whether sequences have room for so many tokens and no page leaves the window: most steps."""
+        """Whether it is known that sequences have room for so many tokens and no page leaves the window: most steps."""
         known = self._quiet[layer]
-        if known is None or known[0] != ids:
-            known = self._quiet[layer] = ids, self._quiet_tokens(self.table.lengths[layer, ids])
-        return count <= known[1]
+        return known is not None and count <= known[1] and known[0] == ids
 
-    def _quiet_tokens(self, lengths: npt.NDArray[np.int32]) -> int:
-        """How many tokens sequences of these lengths take before a page comes or leaves the window."""
-        until_new = -lengths % PAGE_TOKENS
-        until_leaving = PAGE_TOKENS - 1 - (lengths - self.recent_tokens) % PAGE_TOKENS
-        return int(np.minimum(np.minimum(until_new, until_leaving), self.max_tokens - lengths).min())
+    def _step(self, layer: int, ids: list[int], count: int) -> Step:
+        """What so many more tokens do to a layer's pages.
+
+        Raises:
+            CacheFullError: a sequence would exceed ``max_tokens``.
+        """
+        lengths = self.table.lengths[layer]
+        key = lengths.tobytes(), ids, count
+        if self._last_step is None or self._last_step[0] != key:
+            self.check_room(layer, ids, count)
+            self._last_step = key, Step(lengths, ids, count, self.window, self.max_tokens, self._full_bytes)
+        return self._last_step[1]
 
     def _advance(
-        self,
-        layer: int,
-        ids: list[int],
-        rows: torch.Tensor | None,
-        count: int,
-        view: KVView,
-        queries: Queries | None,
+        self, layer: int, ids: list[int], rows: torch.Tensor | None, count: int, step: Step | None, view: KVView
     ) -> None:
         """Tokens that are written stay."""
-        if queries is not None:  # first, as it may fail for want of memory
-            queries = queries + self._queries[layer]
         self._set_lengths(layer, rows, view.lengths)
+        lengths = self.table.lengths[layer]
         if rows is None:
-            self.table.lengths[layer] += count
+            lengths += count
         else:
-            self.table.lengths[layer, ids] += count
+            lengths[ids] += count
         known = self._quiet[layer]
-        self._quiet[layer] = None if known is None or known[0] != ids or known[1] < count else (ids, known[1] - count)
-        if queries is not None:
-            self._queries[layer] = queries
+        if step is not None:
+            self._quiet[layer] = ids, step.quiet_tokens
+        elif known is not None:
+            self._quiet[layer] = ids, known[1] - count
 
     def wants_queries(self, layer: int) -> bool:
         """Whether it is not known yet what a layer's formats spoil, and shall be. Not in a CUDA graph's capture."""
@@ -526,8 +571,7 @@ class KVCache:
             CacheInputError: more than ``max_tokens``.
             CacheFullError: there is no memory for them, or a CUDA graph has been captured.
         """
-        self._require_closed()
-        self._refuse_capture("reserve_tokens()")
+        self._require_between_steps("reserve_tokens()")
         tokens = _integer("tokens", tokens)
         if not 0 <= tokens <= self.max_tokens:
             raise CacheInputError(f"{tokens} tokens cannot be reserved; max_tokens is {self.max_tokens}")
@@ -548,8 +592,7 @@ class KVCache:
             CacheFullError: a sequence would exceed ``max_tokens`` or what its graph has room for
                 (:meth:`reserve_tokens`), or pages ``max_bytes`` or the device's memory.
         """
-        self._require_closed()
-        self._refuse_capture("plan()")
+        self._require_between_steps("plan()")
         ids = self._checked_sequences(0, range(self.max_sequences) if sequences is None else sequences)
         tokens = _integer("tokens", tokens)
         quantizes = self.budget is not None or (self._open_formats != self.full_format).any()
@@ -559,13 +602,17 @@ class KVCache:
             raise CacheInputError("plan() in the midst of a step: layers have different numbers of tokens")
         if not ids:
             return
-        layers = range(self.num_layers)
-        if tokens > self._quiet_tokens(self.table.lengths[0, ids]):
-            with self._measuring():
-                new = self._new_pages(layers, ids, tokens)
-                changes = [self._changes_for(layer, ids, tokens, None) for layer in layers]
-                with self._changing(new, _joined([found for found in changes if found is not None])):
-                    pass
+        left = quiet_tokens(self.table.lengths[0, ids], self.window, self.max_tokens)
+        if tokens > left:
+            errors = self.errors
+            try:
+                steps = [self._step(layer, ids, tokens) for layer in range(self.num_layers)]
+                new = [place for layer, step in enumerate(steps) for place in self._coming(layer, step)]
+                changes = [self._changes_for(layer, step, None) for layer, step in enumerate(steps)]
+                self._change_all(new, _joined(changes))
+            except BaseException:
+                self.errors = errors
+                raise
         self.table.lengths[:, ids] += tokens
         self._is_planned_ahead, self._quiet = True, [None] * self.num_layers
 
@@ -605,10 +652,6 @@ class KVCache:
         self._is_in_graphs = True  # and tables stay where they are
         return True
 
-    def _refuse_capture(self, what: str) -> None:
-        if self._is_captured():
-            raise CacheInputError(f"{what} cannot be captured in a CUDA graph: the host's tables would not follow")
-
     def _written(
         self, layer: int, ids: list[int], k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | None
     ) -> KVView:
@@ -646,25 +689,14 @@ class KVCache:
                 f"than the {self.max_tokens} of max_tokens; free() the sequence, or make a larger cache"
             )
 
-    def _new_pages(self, layers: Sequence[int], ids: list[int], count: int) -> list[Place]:
-        """Pages that sequences need for so many more tokens; there is room for them in the tables.
+    def _coming(self, layer: int, step: Step) -> list[Place]:
+        """Where pages come; there is room for them in the tables.
 
         Raises:
-            CacheFullError: a sequence would exceed ``max_tokens``, or tables the memory.
+            CacheFullError: tables exceed the memory.
         """
-        found: list[Place] = []
-        pages = 0
-        for layer in layers:
-            self.check_room(layer, ids, count)
-            begins = self.table.lengths[layer, ids] + (PAGE_TOKENS - 1)
-            ends = (begins + count) // PAGE_TOKENS
-            begins //= PAGE_TOKENS
-            for at in (begins != ends).nonzero()[0].tolist():
-                pages = max(pages, int(ends[at]))
-                for index in range(int(begins[at]), int(ends[at])):
-                    found += [(layer, int(side), ids[at], index) for side in _SIDES]
-        self._grow_tables(pages)
-        return found
+        self._grow_tables(step.pages)
+        return [(layer, side, *page) for page in step.coming for side in (0, 1)]
 
     def _grow_tables(self, pages: int) -> None:
         """
@@ -719,12 +751,11 @@ class KVCache:
         Raises:
             CacheInputError: a wrong sequence; a CUDA graph's capture.
         """
-        self._require_closed()
-        self._refuse_capture("free()")
+        self._require_between_steps("free()")
         (sequence,) = self._checked_sequences(0, [sequence])
         for layer, entries in enumerate(self.entries[:, :, sequence].reshape(self.num_layers, -1)):
             for entry in entries[entries != NO_PAGE].tolist():
-                self._free_page(layer, entry)
+                self._used_bytes[layer] -= self.pools.free(entry)
         self.table.clear_sequence(sequence)
         self._quiet = [None] * self.num_layers
         self.mass[:, sequence] = 0
@@ -734,47 +765,39 @@ class KVCache:
         with suppress(CacheFullError):
             for layer in range(self.num_layers):
                 if self.budget is not None and self._is_over(layer):
-                    with self._changing([], self._planned(layer, self.table.lengths[layer])):
-                        pass
+                    self._change_all([], self._planned(layer, self.table.lengths[layer]))
 
-    def _free_page(self, layer: int, entry: int) -> None:
-        self._used_bytes[layer] -= self.pools.free(entry)
-
-    @contextmanager
-    def _changing(
-        self,
-        new: list[Place],
-        changes: _Changes | None,
-        undo: Callable[[], None] | None = None,
-        *,
-        keep_new: bool = True,
-    ) -> Iterator[None]:
-        """New pages inside, other formats behind: all or nothing. ``undo`` is called while new pages are there.
-
-        Without ``keep_new`` new pages go on exit; nothing else may change then.
-        """
-        if not new and (changes is None or not changes.places):  # most steps
-            try:
-                yield
-            except BaseException:
-                if undo is not None:
-                    undo()
-                raise
+    def _change_all(self, new: list[Place], changes: _Changes) -> None:
+        """Pages come, and others get other formats: all or nothing."""
+        if (begun := self._begin(new, changes)) is None:
             return
-        places, formats = ([], []) if changes is None else (changes.places, changes.formats)
+        try:
+            self._change(begun)
+        except BaseException:
+            self._take_back(begun)
+            raise
+
+    def _begin(self, new: list[Place], changes: _Changes) -> _Begun | None:
+        """New pages come, and pages of other formats are allocated; None if there are none of either.
+
+        Behind it, :meth:`_change` or :meth:`_take_back` is to be called.
+        """
+        if not new and not changes.places:
+            return None
         table, full = self.table, int(self.full_format)
-        new_at, changed_at = [table.flat(place) for place in new], [table.flat(place) for place in places]
-        held = [table.entry(at) for at in changed_at]
-        kinds = [
-            (place[1], full if entry == NO_PAGE else entry & ENTRY_FORMAT_MASK, page_format)
-            for place, entry, page_format in zip(places, held, formats, strict=True)
-        ]
-        # Pages of a kind lie side by side, so that one launch takes them.
-        order = sorted(range(len(kinds)), key=kinds.__getitem__)
-        places, kinds = [places[i] for i in order], [kinds[i] for i in order]
-        changed_at, held = [changed_at[i] for i in order], [held[i] for i in order]
+        new_at = [table.flat(place) for place in new]
         wanted = [(_SIDES[place[1]], self.full_format) for place in new]
-        wanted += [(_SIDES[side], PageFormat(target)) for side, _, target in kinds]
+        # Pages of a kind lie side by side, so that one launch takes them.
+        changing = []
+        for number, (place, target) in enumerate(zip(changes.places, changes.formats, strict=True)):
+            at = table.flat(place)
+            entry = table.entry(at)
+            source = full if entry == NO_PAGE else entry & ENTRY_FORMAT_MASK
+            changing.append((place[1], source, target, number, place, at, entry))
+        changing.sort()
+        kinds = [one[:3] for one in changing]
+        places, changed_at = [one[4] for one in changing], [one[5] for one in changing]
+        wanted += [(_SIDES[side], _FORMATS[target]) for side, _, target in kinds]
         self.pools.reserve(Counter(wanted))
         allocated: list[int] = []
         try:
@@ -782,48 +805,70 @@ class KVCache:
                 allocated.append(self.pools.allocate(*kind, PageOwner(place[0], place[3])))
             new_entries, targets = allocated[: len(new)], allocated[len(new) :]
             came = dict(zip(new_at, new_entries, strict=True))  # some leave the window as soon as they come
-            sources = [came[at] if entry == NO_PAGE else entry for at, entry in zip(changed_at, held, strict=True)]
+            sources = [came[one[5]] if one[6] == NO_PAGE else one[6] for one in changing]
             jobs = [entry for job in zip(sources, targets, strict=True) for entry in job]
             # One copy, before anything has changed.
             uploaded = self._upload(np.array(new_at + changed_at + allocated + jobs, np.int64))
             counts = [len(new), len(places), len(new), len(places), len(jobs)]
-            new_there, changed_there, new_to_put, targets_to_put, all_jobs = uploaded.split_with_sizes(counts)
+            new_there, there, new_to_put, targets_there, all_jobs = uploaded.split_with_sizes(counts)
             table.set(new_at, new_entries, new_there, new_to_put)
-            try:
-                yield
-                self._quantize(kinds, all_jobs.view(-1, 2))
-                table.set(changed_at, targets, changed_there, targets_to_put)
-                if not keep_new:
-                    table.clear(new_at, new_there)
-            except BaseException:
-                try:
-                    if undo is not None:
-                        undo()
-                finally:
-                    table.clear(new_at, new_there)
-                raise
         except BaseException:
-            for entry in reversed(allocated):
-                self.pools.free(entry)
+            self._free_again(allocated)
             raise
-        for kind, place in zip(wanted, new + places, strict=True):
-            self._used_bytes[place[0]] += self.pools.page_bytes(*kind)
+        return _Begun(
+            new,
+            new_at,
+            new_there,
+            new_entries,
+            places,
+            changed_at,
+            there,
+            sources,
+            targets,
+            targets_there,
+            kinds,
+            all_jobs,
+        )
+
+    def _change(self, begun: _Begun, *, keep_new: bool = True) -> None:
+        """Pages get their other formats. What raises has changed nothing: :meth:`_take_back`.
+
+        Without ``keep_new`` new pages go; nothing else may change then.
+        """
+        if begun.places:
+            self._quantize(begun.kinds, begun.jobs.view(-1, 2))
+            self.table.set(begun.at, begun.targets, begun.there, begun.targets_there)
         if not keep_new:
-            for place, entry in zip(new, new_entries, strict=True):
-                self._free_page(place[0], entry)
-        for place, entry in zip(places, sources, strict=True):
-            self._free_page(place[0], entry)
+            self.table.clear(begun.new_at, begun.new_there)
+            for entry in begun.new_entries:
+                self.pools.free(entry)
+            return
+        for layer, _, _, _ in begun.new:
+            self._used_bytes[layer] += self._full_bytes
+        for place, (side, _, target), source in zip(begun.places, begun.kinds, begun.sources, strict=True):
+            wider, narrower = self.pools.free(source), self.pools.page_bytes(_SIDES[side], _FORMATS[target])
+            self._used_bytes[place[0]] += narrower - wider
+
+    def _take_back(self, begun: _Begun) -> None:
+        """What :meth:`_begin` has done."""
+        try:
+            self.table.clear(begun.new_at, begun.new_there)
+        finally:
+            self._free_again(begun.new_entries + begun.targets)
+
+    def _free_again(self, allocated: list[int]) -> None:
+        for entry in reversed(allocated):
+            self.pools.free(entry)
 
     def _quantize(self, kinds: list[tuple[int, int, int]], jobs: torch.Tensor) -> None:
         """``kinds``: side, format, format to be; those of a kind lie side by side. ``jobs``: i64 [n, 2]."""
         first = 0
-        for (side, source, target), same in itertools.groupby(kinds):
-            count = len(list(same))
+        for (side, source, target), count in Counter(kinds).items():
             quantize_pages(
                 jobs[first : first + count],
-                Side(side),
-                PageFormat(source),
-                PageFormat(target),
+                _SIDES[side],
+                _FORMATS[source],
+                _FORMATS[target],
                 self.head_dim,
                 self.num_kv_heads,
                 self.status,
@@ -833,11 +878,11 @@ class KVCache:
 
     def is_everything(self, sequences: Sequence[int]) -> bool:
         """Whether these are all sequences, in order."""
-        return len(sequences) == self.max_sequences and list(sequences) == list(range(self.max_sequences))
+        return list(sequences) == self._everything
 
     def _row_index(self, sequences: list[int]) -> torch.Tensor | None:
         """On the device; None if they are all, in order."""
-        if self.is_everything(sequences):
+        if sequences == self._everything:
             return None
         key, captured = tuple(sequences), self._is_captured()
         found = self._rows.get(key)
@@ -870,20 +915,24 @@ class KVCache:
         Raises:
             CacheInputError: a wrong layer, sequence, shape, dtype or device.
         """
-        shape = ("batch", self.num_kv_heads, "tokens", self.head_dim)
-        if k.shape != v.shape or k.dim() != 4 or (k.shape[1], k.shape[3]) != (self.num_kv_heads, self.head_dim):
-            raise CacheInputError(
-                f"k has shape {list(k.shape)} and v {list(v.shape)}; this cache takes [{', '.join(map(str, shape))}]"
-            )
+        for name, tensor in (("k", k), ("v", v)):
+            if not isinstance(tensor, torch.Tensor):
+                raise CacheInputError(f"{name} is a {type(tensor).__name__}; a tensor is wanted")
+        shape = k.shape
+        if shape != v.shape or len(shape) != 4 or (shape[1], shape[3]) != (self.num_kv_heads, self.head_dim):
+            wanted = f"[batch, {self.num_kv_heads}, tokens, {self.head_dim}]"
+            raise CacheInputError(f"k has shape {list(shape)} and v {list(v.shape)}; this cache takes {wanted}")
         for name, tensor in (("k", k), ("v", v)):
             if tensor.dtype != self.dtype or tensor.device != self.device:
                 raise CacheInputError(
                     f"{name} is {tensor.dtype} on {tensor.device}; this cache is {self.dtype} on {self.device} "
                     "(KVCache(dtype=…, device=…))"
                 )
-        ids = self._checked_sequences(layer, range(k.shape[0]) if sequences is None else sequences)
-        if len(ids) != k.shape[0]:
-            raise CacheInputError(f"{len(ids)} sequences are named for a batch of {k.shape[0]}")
+        if sequences is None and shape[0] == self.max_sequences and 0 <= layer < self.num_layers:
+            return self._everything
+        ids = self._checked_sequences(layer, range(shape[0]) if sequences is None else sequences)
+        if len(ids) != shape[0]:
+            raise CacheInputError(f"{len(ids)} sequences are named for a batch of {shape[0]}")
         return ids
 
     def _checked_sequences(self, layer: int, sequences: Sequence[int]) -> list[int]:
@@ -971,8 +1020,7 @@ class KVCache:
                 :meth:`plan` was called without a replay of its graph.
             CacheFullError: narrower pages need more than ``max_bytes``, before wider ones can be freed.
         """
-        self._require_closed()
-        self._refuse_capture("reallocate()")
+        self._require_between_steps("reallocate()")
         self._require_replayed()
         if (self.table.lengths != self.table.lengths[0]).any():
             raise CacheInputError("reallocate() in the midst of a step: layers have different numbers of tokens")
@@ -980,13 +1028,16 @@ class KVCache:
         self._take_in_observed(lengths)
         if self.budget is None:
             return Outcome.HELD
-        with self._measuring():
+        errors, shares = self.errors, self.shares
+        try:
             changes = self._competition(self.budget, lengths)
             if changes is None:
-                self.shares[:] = self.budget
+                self.shares = np.full(self.num_layers, self.budget)
                 changes = _joined([self._planned(layer, lengths) for layer in range(self.num_layers)])
-            with self._changing([], changes):
-                pass
+            self._change_all([], changes)
+        except BaseException:
+            self.errors, self.shares = errors, shares
+            raise
         return changes.outcome
 
     def _competition(self, budget: float, lengths: npt.NDArray[np.int32]) -> _Changes | None:
@@ -1023,7 +1074,7 @@ class KVCache:
         won_bytes = self._bytes_of(places.side[winning], allocation.formats[winning])
         won = np.bincount(places.layer[winning], won_bytes, self.num_layers)
         parts = won / won.sum() if won.any() else np.full(self.num_layers, 1 / self.num_layers)
-        self.shares[:] = of_layer.shares(used + spare * parts)
+        self.shares = of_layer.shares(used + spare * parts)
         return _Changes(changed.each(), narrower.tolist())
 
     def _bytes_of(self, sides: Ints, formats: npt.NDArray[np.uint8]) -> Ints:
@@ -1041,62 +1092,50 @@ class KVCache:
         self.mass.zero_()
         self.observed_steps.zero_()
 
-    def _changes_for(self, layer: int, ids: list[int], count: int, tokens: _Tokens | None) -> _Changes | None:
-        """Pages of a layer that change when so many tokens are appended; pages to come are not in use yet."""
-        before = self.table.lengths[layer, ids]
-        ends, ends_after = self.window.open_ends(before), self.window.open_ends(before + count)
-        leaving = [
-            (ids[at], index)
-            for at in (ends != ends_after).nonzero()[0].tolist()
-            for index in range(max(self.window.sink_pages, int(ends[at])), int(ends_after[at]))
-        ]
+    def _changes_for(self, layer: int, step: Step, tokens: _Tokens | None) -> _Changes:
+        """Pages of a layer that change in a step; pages to come are not in use yet."""
+        places: list[Place] = [(layer, side, *page) for page in step.leaving for side in (0, 1)]
+        if self.budget is None:
+            formats = self._open_formats[layer].tolist() * len(step.leaving)
+            return _Changes(*self._changed(places, formats))
         # A sequence's beginning, and pages that leave the window, are what the budget is sensitive to: the pages that
         # come until the next one leaves are counted beforehand.
-        if not leaving and (self.budget is None or before.all()):
-            return None
-        places: list[Place] = [(layer, side, *page) for page in leaving for side in (0, 1)]
-        if self.budget is None:
-            of_side = self._open_formats[layer].tolist()
-            changed = [place for place in places if of_side[place[1]] != self.full_format]
-            return _Changes(changed, [of_side[place[1]] for place in changed])
-        lengths = self.table.lengths[layer].copy()
-        lengths[ids] += count
-        few = len(leaving) <= len(ids)
-        changes = self._from_what_is_left(layer, leaving, places, lengths, before, count, tokens) if few else None
-        return self._planned(layer, lengths, tokens) if changes is None else changes
+        if not step.leaving and not step.begins:
+            return _NO_CHANGES
+        few = len(step.leaving) <= len(step.ids)
+        changes = self._from_what_is_left(layer, step, places, tokens) if few else None
+        return self._planned(layer, step.lengths, tokens) if changes is None else changes
+
+    def _changed(self, places: list[Place], formats: list[int]) -> tuple[list[Place], list[int]]:
+        """Without those that stay in 16 bits."""
+        if self.full_format not in formats:
+            return places, formats
+        changed = [i for i, page_format in enumerate(formats) if page_format != self.full_format]
+        return [places[i] for i in changed], [formats[i] for i in changed]
 
     def _from_what_is_left(
-        self,
-        layer: int,
-        leaving: list[tuple[int, int]],
-        places: list[Place],
-        lengths: npt.NDArray[np.int32],
-        before: npt.NDArray[np.int32],
-        count: int,
-        tokens: _Tokens | None,
+        self, layer: int, step: Step, places: list[Place], tokens: _Tokens | None
     ) -> _Changes | None:
         """Formats of pages that leave the window, without a look at the others; None where those must lose bits."""
-        if leaving and np.isnan(self.errors[layer]).any():
-            self._measure(layer, Places.of(places), tokens)
-        share = float(self.shares[layer])
-        of_layer = room(lengths, self.window, self.table.max_pages, self._full_bytes)
-        new = int((-(-(before + count) // PAGE_TOKENS) + before // -PAGE_TOKENS).sum())
-        full_pair = len(Side) * self._full_bytes
-        used = self._used_bytes[layer] + (new - len(leaving)) * full_pair
-        left = of_layer.budget(share) - used
-        if not leaving:
-            return _NO_CHANGES if left >= 0 or self._is_lowest(layer, lengths, used) else None
-        if np.isnan(self.errors[layer]).any():
-            return None
+        leaving = len(step.leaving)
         pairs = self._format_pairs(layer)
-        found = formats_from_what_is_left(pairs, len(leaving), left, share * full_pair, int(np.count_nonzero(lengths)))
+        if leaving and pairs is None:
+            self._measure(layer, Places.of(places), tokens)
+            pairs = self._format_pairs(layer)
+        share = float(self.shares[layer])
+        full_pair = len(Side) * self._full_bytes
+        used = self._used_bytes[layer] + (len(step.coming) - leaving) * full_pair
+        left = step.room.budget(share) - used
+        if not leaving:
+            return _NO_CHANGES if left >= 0 or self._is_lowest(layer, step.lengths, used) else None
+        if pairs is None:
+            return None
+        found = formats_from_what_is_left(pairs, leaving, left, share * full_pair, step.sequences)
         if found is None:
-            if not self._is_lowest(layer, lengths, used, len(leaving)):
+            if not self._is_lowest(layer, step.lengths, used, leaving):
                 return None
-            found = [(self.ladder[0], self.ladder[0])] * len(leaving)
-        formats = [page_format for pair in found for page_format in pair]
-        changed = [i for i, page_format in enumerate(formats) if page_format != self.full_format]
-        return _Changes([places[i] for i in changed], [int(formats[i]) for i in changed])
+            found = [(self.ladder[0], self.ladder[0])] * leaving
+        return _Changes(*self._changed(places, [page_format for pair in found for page_format in pair]))
 
     def _is_lowest(self, layer: int, lengths: npt.NDArray[np.int32], used: int, leaving: int = 0) -> bool:
         """Whether open pages, but for those that are ``leaving`` and not in ``used``, have no bits to lose."""
@@ -1111,13 +1150,16 @@ class KVCache:
         may = room(lengths, self.window, self.table.max_pages, self._full_bytes).budget(float(self.shares[layer]))
         return used > may and not self._is_lowest(layer, lengths, used)
 
-    def _format_pairs(self, layer: int) -> FormatPairs:
-        """Made anew when the layer's errors have changed, which others may set."""
-        key = self.errors[layer].tobytes()
+    def _format_pairs(self, layer: int) -> FormatPairs | None:
+        """Made anew when the layer's errors have changed, which others may set; None while some are not known."""
+        errors = self.errors[layer]
+        key = errors.tobytes()
         known = self._pairs[layer]
         if known is None or known[0] != key:
+            if np.isnan(errors).any():
+                return None
             is_uniform = self.policy == "uniform"
-            known = key, FormatPairs(self.errors[layer], self._page_bytes, self.ladder, is_uniform=is_uniform)
+            known = key, FormatPairs(errors, self._page_bytes, self.ladder, is_uniform=is_uniform)
             self._pairs[layer] = known
         return known[1]
 
@@ -1174,6 +1216,7 @@ class KVCache:
                 continue
             sequence, index = int(pages.sequence[found[0]]), int(pages.index[found[0]])
             x = self._page_values(layer, side, sequence, index, tokens)
+            self.errors = self.errors.copy()  # what fails behind it puts the others back
             self.errors[layer, side, :-1] = format_errors(x, side, self.ladder[:-1], queries)
             self.errors[layer, side, -1] = 0
 
@@ -1188,7 +1231,7 @@ class KVCache:
             values[:] = dequantize_blocks(self.pools.blocks(entry).cpu().numpy(), layout)
         if tokens is not None and sequence in tokens.sequences:
             row = tokens.sequences.index(sequence)
-            given, start = (tokens.k, tokens.v)[side][row], tokens.starts[row]
+            given, start = (tokens.k, tokens.v)[side][row], int(self.table.lengths[layer, sequence])
             begin, end = max(first, start), min(first + PAGE_TOKENS, start + given.shape[1])
             if begin < end:
                 values[:, begin - first : end - first] = given[:, begin - start : end - start].float().cpu().numpy()
@@ -1264,15 +1307,18 @@ class KVCache:
 _NO_CHANGES = _Changes([], [])
 
 
-def _integer(name: str, value: int) -> int:
+def _integer(name: str, value: int, least: int | None = None) -> int:
     """
     Raises:
-        CacheInputError: it is none.
+        CacheInputError: it is none, or less than the least.
     """
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise CacheInputError(f"{name} is {value!r}; an integer is wanted") from None
+    if least is not None and number < least:
+        raise CacheInputError(f"{name} is {number}; it must be at least {least}")
+    return number
 
 
 def _joined(changes: Sequence[_Changes]) -> _Changes:

@@ -440,7 +440,7 @@ def _read_on_cpu(
 ) -> torch.Tensor:
     assert pages_base is not None
     pages = pages_base.numpy()
-    out = torch.zeros((len(table), heads, num_tokens, head_dim), dtype=dtype)
+    out = torch.zeros((len(table), heads, num_tokens, head_dim), dtype=dtype, device="cpu")
     for b, (given, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         start = max(given, 0)
         for first, last, page in _pieces(start, min(start + num_tokens, end)):

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import mmap
 import os
+from array import array
 from bisect import bisect_right, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvpack.errors import CacheFullError, PageEntryError
-from kvpack.format.pages import ENTRY_FORMAT_MASK, GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
+from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
 
 SLAB_BYTES = 4 << 20
 _LEAST_SLAB_PAGES = 8
@@ -82,14 +81,16 @@ class _Slab:
 
     def __init__(self, memory: torch.Tensor, base: int, layout: PageLayout, num_kv_heads: int) -> None:
         self.memory, self.base, self.layout = memory, base, layout
+        self.first = base | int(layout.format)  # the first page's entry
         self.page_bytes = num_kv_heads * layout.block_bytes
         self.page_count = memory.numel() // self.page_bytes
-        self.owners: npt.NDArray[np.int32] = np.full((self.page_count, 2), -1, np.int32)
-        self.references: npt.NDArray[np.int32] = np.zeros(self.page_count, np.int32)
+        # One number is set at a time, for which NumPy's arrays are slow.
+        self.layers, self.pages = (array("i", [-1]) * self.page_count for _ in range(2))
+        self.references = array("i", [0]) * self.page_count
         self.views = _views(memory, layout, num_kv_heads)
 
-    def entry(self, number: int) -> int:
-        return self.base + number * self.page_bytes | int(self.layout.format)
+    def entries(self) -> range:
+        return range(self.first, self.first + self.page_count * self.page_bytes, self.page_bytes)
 
 
 def _views(memory: torch.Tensor, layout: PageLayout, num_kv_heads: int) -> PageViews:
@@ -116,14 +117,22 @@ def _views(memory: torch.Tensor, layout: PageLayout, num_kv_heads: int) -> PageV
 class _Pool:
     def __init__(self, layout: PageLayout, page_bytes: int, slab_bytes: int) -> None:
         self.layout, self.page_bytes = layout, page_bytes
-        self.slab_pages = max(_LEAST_SLAB_PAGES, slab_bytes // page_bytes)
+        self.most_slab_pages = max(_LEAST_SLAB_PAGES, slab_bytes // page_bytes)
         self.slabs: list[_Slab] = []
         self.free: list[int] = []  # entries; the last is the next
         self.in_use = 0
 
-    @property
-    def slab_bytes(self) -> int:
-        return self.slab_pages * self.page_bytes
+    def growth(self, missing: int, *, sparing: bool) -> list[int]:
+        """Pages of the slabs that bring so many pages: at least as many as there are, so that slabs of a small cache
+        are small and those of a large one few. `sparing`: no more than are missing."""
+        slabs: list[int] = []
+        held = sum(slab.page_count for slab in self.slabs)
+        while missing > 0:
+            wanted = missing if sparing else max(_LEAST_SLAB_PAGES, held, missing)
+            slabs.append(min(wanted, self.most_slab_pages))
+            held += slabs[-1]
+            missing -= slabs[-1]
+        return slabs
 
 
 class PagePools:
@@ -133,7 +142,8 @@ class PagePools:
         num_kv_heads, head_dim: of a page.
         device: where the pages lie.
         max_bytes: of all slabs. On the CPU, without it, as much as the machine has.
-        slab_bytes: by how much a pool grows; by 8 pages, if they are larger.
+        slab_bytes: by how much a pool grows at most; by 8 pages, if they are larger. At first it grows by 8 pages,
+            then by as many as it has; by what is asked for alone where ``max_bytes`` leaves no more.
 
     Attributes:
         pages: what entries count from: u8, on the CPU alone; None on CUDA.
@@ -181,15 +191,6 @@ class PagePools:
         """Of the pages that have been handed out."""
         return self._bytes_in_use
 
-    def free_bytes(self) -> int:
-        """What new slabs can take, for all that is known now."""
-        limited = None if self.max_bytes is None else self.max_bytes - self._bytes_allocated
-        if self.device.type != "cuda":
-            assert limited is not None
-            return limited
-        free = torch.cuda.mem_get_info(self.device)[0]
-        return free if limited is None else min(free, limited)
-
     def page_bytes(self, side: Side, page_format: PageFormat) -> int:
         """One page, of all heads."""
         return self._pools[side, page_format].page_bytes
@@ -205,21 +206,20 @@ class PagePools:
         """
         if all(count <= len(self._pools[kind].free) for kind, count in counts.items()):
             return
-        missing = [
-            pool
-            for kind, count in counts.items()
-            for pool in [self._pools[kind]]
-            for _ in range(-(-max(0, count - len(pool.free)) // pool.slab_pages))
-        ]
-        needed = sum(pool.slab_bytes for pool in missing)
-        if self.max_bytes is not None and self._bytes_allocated + needed > self.max_bytes:
+        missing = [(pool, count - len(pool.free)) for kind, count in counts.items() for pool in [self._pools[kind]]]
+        for sparing in (False, True):
+            grown = [(pool, pages) for pool, count in missing for pages in pool.growth(count, sparing=sparing)]
+            needed = sum(pages * pool.page_bytes for pool, pages in grown)
+            if self.max_bytes is None or self._bytes_allocated + needed <= self.max_bytes:
+                break
+        else:
             raise CacheFullError(
                 f"{sum(counts.values())} pages need {needed} bytes in new slabs; {self._bytes_allocated} of at most "
                 f"{self.max_bytes} bytes are allocated"
             )
         arena_end = self._arena_end
         try:
-            slabs = [self._new_slab(pool) for pool in missing]
+            slabs = [self._new_slab(pool, pages) for pool, pages in grown]
         except torch.OutOfMemoryError as error:
             self._arena_end = arena_end
             raise CacheFullError(
@@ -230,17 +230,18 @@ class PagePools:
             pool = self._pools[slab.layout.side, slab.layout.format]
             pool.slabs.append(slab)
             # In front of the free pages, so that slabs in use are filled first.
-            pool.free[:0] = [slab.entry(number) for number in reversed(range(slab.page_count))]
+            pool.free[:0] = reversed(slab.entries())
             insort(self._bases, slab.base)
             self._slab_at[slab.base] = slab
         self._bytes_allocated += needed
 
-    def _new_slab(self, pool: _Pool) -> _Slab:
+    def _new_slab(self, pool: _Pool, pages: int) -> _Slab:
+        size_bytes = pages * pool.page_bytes
         if self.pages is None:
-            memory = torch.zeros(pool.slab_bytes, dtype=torch.uint8, device=self.device)
+            memory = torch.zeros(size_bytes, dtype=torch.uint8, device=self.device)
             return _Slab(memory, memory.data_ptr(), pool.layout, self.num_kv_heads)
         base = self._arena_end
-        self._arena_end += pool.slab_bytes
+        self._arena_end += size_bytes
         return _Slab(self.pages[base : self._arena_end], base, pool.layout, self.num_kv_heads)
 
     def allocate(self, side: Side, page_format: PageFormat, owner: PageOwner) -> int:
@@ -255,7 +256,7 @@ class PagePools:
         entry = pool.free.pop()
         slab, number = self._find(entry)
         slab.references[number] = 1
-        slab.owners[number] = owner.layer, owner.page
+        slab.layers[number], slab.pages[number] = owner
         pool.in_use += 1
         self._bytes_in_use += pool.page_bytes
         return entry
@@ -273,7 +274,7 @@ class PagePools:
         slab.references[number] -= 1
         if slab.references[number] == 0:
             pool = self._pools[slab.layout.side, slab.layout.format]
-            slab.owners[number] = -1
+            slab.layers[number] = slab.pages[number] = -1
             pool.free.append(entry)
             pool.in_use -= 1
             self._bytes_in_use -= pool.page_bytes
@@ -287,8 +288,8 @@ class PagePools:
             PageEntryError: no page in use.
         """
         slab, number = self._in_use(entry)
-        owner = PageOwner(*slab.owners[number].tolist())
-        return PageInfo(slab.layout.side, slab.layout.format, owner, int(slab.references[number]))
+        owner = PageOwner(slab.layers[number], slab.pages[number])
+        return PageInfo(slab.layout.side, slab.layout.format, owner, slab.references[number])
 
     def blocks(self, entry: int) -> torch.Tensor:
         """u8 [heads, block_bytes], a view of a page in use.
@@ -311,11 +312,11 @@ class PagePools:
 
     def _find(self, entry: int) -> tuple[_Slab, int]:
         """The slab and the page in it."""
-        place = bisect_right(self._bases, entry & ~ENTRY_FORMAT_MASK) - 1
+        place = bisect_right(self._bases, entry) - 1
         if place >= 0:
             slab = self._slab_at[self._bases[place]]
-            number, rest = divmod((entry & ~ENTRY_FORMAT_MASK) - slab.base, slab.page_bytes)
-            if not rest and number < slab.page_count and entry & ENTRY_FORMAT_MASK == slab.layout.format:
+            number, rest = divmod(entry - slab.first, slab.page_bytes)
+            if not rest and 0 <= number < slab.page_count:
                 return slab, number
         raise PageEntryError(f"{entry:#x} is the entry of no page of these pools")
 

@@ -114,7 +114,8 @@ class PageTable:
         """Put entries at places as :meth:`flat` gives them; both are on the device already."""
         if at:
             self._flat.index_copy_(0, device_at, device_entries)
-            self._host_flat[at] = entries
+            for place, entry in zip(at, entries, strict=True):  # most often two, for which NumPy takes longer
+                self._host_flat[place] = entry
 
     def clear(self, at: list[int], device_at: torch.Tensor) -> None:
         """Put :data:`NO_PAGE` at places."""

@@ -265,7 +265,7 @@ class _Copy:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host, self._done = tensor, None
         if tensor.device.type != "cpu":
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._done = torch.cuda.current_stream(tensor.device).record_event()
 
@@ -668,7 +668,10 @@ class _DeviceCoder:
         self._weights = None
         stored = weights.array.swapaxes(1, 2) if weights.transposed else weights.array
         host = torch.empty(
-            stored.shape, dtype=_BIT_PATTERNS[8 * stored.dtype.itemsize], pin_memory=self.device.type == "cuda"
+            stored.shape,
+            dtype=_BIT_PATTERNS[8 * stored.dtype.itemsize],
+            device="cpu",
+            pin_memory=self.device.type == "cuda",
         )
         np.copyto(host.numpy(), stored.view(host.numpy().dtype))
         values = host.to(self.device, non_blocking=True)
@@ -695,7 +698,7 @@ class _DeviceCoder:
         self._sent = None  # frees the last source's elements before there are new ones
         shape = header.matrices, header.rows, header.cols
         dtype = _BIT_PATTERNS[max(8, header.layout.element_bits)]
-        host = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        host = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda")
         array = host.numpy()
 
         def work(index: int) -> npt.NDArray[np.uint32] | None:

@@ -94,7 +94,7 @@ class _Slot:
 def _whole_pages(size_bytes: int) -> torch.Tensor:
     """Zeroed host memory that shares no page with any other, since CUDA pins pages, each of them once."""
     if size_bytes == 0:
-        return torch.zeros(0, dtype=torch.uint8)
+        return torch.zeros(0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(mmap.mmap(-1, size_bytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
 

@@ -152,7 +152,7 @@ def _linear_cpu(
     rows, cols = integers.shape
     kind = ElementKind(geometry[0])
     tokens = x.reshape(-1, cols).to(torch.float32)
-    out = torch.empty(len(tokens), rows, dtype=torch.float32)
+    out = torch.empty(len(tokens), rows, dtype=torch.float32, device="cpu")
     by_row = _by_row(scales, rows) if len(scales) else None
     for first in range(0, rows, TILE_ROWS):  # so that fp32 weights never exist all at once
         part = integers[first : first + TILE_ROWS]
