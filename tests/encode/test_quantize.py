@@ -612,10 +612,10 @@ def test_narrow_tensors_have_the_noise_of_plain_integers(pack: Pack, cols: int, 
 
 
 def test_a_tensor_of_16_columns(pack: Pack) -> None:
-    packed = pack({"mixer.A_log": student_t((1536, 16), 28)})
-    assert packed["mixer.A_log"].method == "uniform"
-    assert packed.assert_recorded_noise("mixer.A_log") < -18
-    assert packed["mixer.A_log"].bits_per_weight <= 4.85
+    packed = pack({"mixer.in_proj.weight": student_t((1536, 16), 28)})
+    assert packed["mixer.in_proj.weight"].method == "uniform"
+    assert packed.assert_recorded_noise("mixer.in_proj.weight") < -18
+    assert packed["mixer.in_proj.weight"].bits_per_weight <= 4.85
 
 
 @pytest.mark.parametrize(
