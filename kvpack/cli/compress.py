@@ -64,7 +64,7 @@ def _parse_tensor_bits(values: list[str] | None) -> dict[str, float | str]:
         except ValueError:
             separator = ""
         if not separator or not pattern:
-            raise typer.BadParameter(f"{value!r} is not REGEX=BITS or REGEX=lossless", param_hint="--tensor-bits")
+            raise typer.BadParameter(f"{value!r} is not REGEX=BITS", param_hint="--tensor-bits")
     return rates
 
 
