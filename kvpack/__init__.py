@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         ContainerMetadataError,
         DeviceError,
         DirectoryIndexError,
+        FileChangedError,
         FormatError,
         GeometryError,
         HeaderCrcError,
@@ -77,12 +78,12 @@ if TYPE_CHECKING:
         VersionError,
     )
     from kvpack.format.pages import PageFormat
+    from kvpack.integrations.transformers_names import replace_linears
     from kvpack.runtime.kv.attention import attention_with_kv_cache
     from kvpack.runtime.kv.cache import KVCache
     from kvpack.runtime.weights.linear import RansLinear
     from kvpack.runtime.weights.load import load
     from kvpack.runtime.weights.offload import run_concurrently, stream_modules
-    from kvpack.runtime.weights.replace import replace_linears
     from kvpack.runtime.weights.warmup import warmup
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "ContainerMetadataError",
     "DeviceError",
     "DirectoryIndexError",
+    "FileChangedError",
     "FormatError",
     "GeometryError",
     "HeaderCrcError",
@@ -152,7 +154,7 @@ _HOMES = {
     "QuantConfig": ("kvpack.encode.quant_config", "QuantConfig"),
     "RansLinear": ("kvpack.runtime.weights.linear", "RansLinear"),
     "Reader": ("kvpack.encode.reader", "Reader"),
-    "replace_linears": ("kvpack.runtime.weights.replace", "replace_linears"),
+    "replace_linears": ("kvpack.integrations.transformers_names", "replace_linears"),
     "run_concurrently": ("kvpack.runtime.weights.offload", "run_concurrently"),
     "stream_modules": ("kvpack.runtime.weights.offload", "stream_modules"),
     "verify": ("kvpack.encode.verify", "verify"),

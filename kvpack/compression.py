@@ -1,11 +1,15 @@
-"""``kvpack.compress``: ``kvpack.encode.compress``, with the device that it runs on."""
+"""``kvpack.compress``: ``kvpack.encode.compress``, with the device that it runs on, and for other inputs as well."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpack.encode.compress import CompressReport
+from kvpack import conversion
+from kvpack.encode.compress import CompressReport, default_output
 from kvpack.encode.compress import compress as compress_with
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
@@ -37,7 +41,7 @@ def coder_of(device: str | torch.device) -> Coder:
 
 
 def compress(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Mapping[str, Any],
     out: str | os.PathLike[str] | None = None,
     config: QuantConfig | None = None,
     *,
@@ -48,13 +52,21 @@ def compress(
     device: str | torch.device = "cpu",
     **settings: Any,
 ) -> CompressReport:
-    """Compress a .safetensors file or a model directory.
+    """Compress a .safetensors file, a model directory, or tensors in memory.
+
+    Checkpoints of torch (``.bin``, ``.pt``, ``.pth``) are read by torch's loader that runs no code, and so are those of
+    a directory without any safetensors file; a ``.gguf`` file becomes a model directory, as far as transformers knows
+    how. The output is what it would be for the same tensors in a safetensors file. ``notes`` of the report says what
+    such an input had that the output has not.
 
     The same file comes from every device: on a GPU weights are quantized, counted and coded there, while what is
     summed in floating point to choose a step, or to measure the noise, stays with the CPU.
 
     Args:
-        out: the output; by default ``NAME.kvpack.safetensors`` or ``NAME-kvpack`` beside the input.
+        path: the input, or a mapping of names to tensors of torch (of any device and strides) or arrays of NumPy, as
+            ``model.state_dict()``; each name gets its values, those of tied tensors too.
+        out: the output; by default ``NAME.kvpack.safetensors`` or ``NAME-kvpack`` beside the input. Tensors in memory
+            need it.
         config: the rate and all other options of :class:`kvpack.QuantConfig`; by default those of ``QuantConfig()``.
         threads: CPU threads; all cores by default.
         dry_run: do everything but write.
@@ -66,7 +78,8 @@ def compress(
         TypeError: a setting is none of :class:`kvpack.QuantConfig`.
         InputError: the input, the output or the number of threads cannot be used, or a pattern matches no tensor.
         DeviceError: the device is not there, or something that it needs is not installed.
-        FormatError: the input is damaged.
+        NotInstalledError: a checkpoint of torch without torch, a GGUF file without the extra ``gguf``.
+        FormatError: the input is damaged, or none of these.
         OSError: reading or writing failed; no output is left.
 
     Example::
@@ -78,14 +91,35 @@ def compress(
         raise InputError(f"config, and {', '.join(settings)} beside it: make it part of the config")
     from kvpack.integrations.module_tree import kinds_by_module_tree
 
-    return compress_with(
-        path,
-        out,
-        QuantConfig(**settings) if settings else config,
-        threads=threads,
-        dry_run=dry_run,
-        force=force,
-        progress=progress,
-        coder=coder_of(device),
-        module_tree=kinds_by_module_tree,
-    )
+    options: dict[str, Any] = {
+        "config": QuantConfig(**settings) if settings else config,
+        "threads": threads,
+        "dry_run": dry_run,
+        "force": force,
+        "progress": progress,
+        "coder": coder_of(device),
+        "module_tree": kinds_by_module_tree,
+    }
+    if not isinstance(path, str | os.PathLike):
+        if not isinstance(path, Mapping):
+            raise InputError(f"a {type(path).__name__} is neither a path nor a mapping of names to tensors")
+        if out is None:
+            raise InputError("tensors in memory need the output's name: kvpack.compress(tensors, out)")
+        file, notes = conversion.serialized_mapping(path)
+        report = compress_with(file.path, out, file=file, **options)
+        return replace(report, notes=[*notes, *report.notes])
+    source = Path(path)
+    if conversion.is_checkpoint(source):
+        file, notes = conversion.serialized_checkpoint(source)
+        report = compress_with(source, out, file=file, **options)
+        return replace(report, notes=[*notes, *report.notes])
+    if conversion.has_checkpoints_alone(source) or conversion.is_gguf_file(source):
+        target = default_output(source) if out is None else Path(out)
+        if target.exists() and not (force or dry_run):
+            raise InputError(f"{target} exists already; --force (force=True) replaces it")
+        with conversion.staged(source, target) as (directory, notes):
+            report = compress_with(directory, target, **options)
+        size_bytes = source.stat().st_size if source.is_file() else report.input_bytes
+        ratio = round(size_bytes / report.output_bytes, 6)
+        return replace(report, input=str(source), input_bytes=size_bytes, ratio=ratio, notes=[*notes, *report.notes])
+    return compress_with(source, out, **options)

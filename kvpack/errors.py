@@ -10,6 +10,7 @@
     │   │   ├── ContainerMetadataError     kvpack_version, kvpack_tensors, kvpack_crc32, shapes, missing blobs or scales
     │   │   ├── ScaleError                 scales of a wrong number, negative, denormal, infinite or NaN
     │   │   ├── TensorCrcError             bytes of a kept tensor, or scales, damaged
+    │   │   ├── FileChangedError (OSError) cut, or written to, while it was read
     │   │   └── DirectoryIndexError        model.safetensors.index.json or config.json of a directory
     │   ├── BlobError                      one coded tensor (§§2–7)
     │   │   ├── TruncatedError             fewer or more bytes than the header announces
@@ -74,6 +75,10 @@ class ScaleError(ContainerError):
 
 class TensorCrcError(ContainerError):
     """A tensor that is kept as it is, or scales, do not have the CRC that `kvpack_crc32` gives."""
+
+
+class FileChangedError(ContainerError, OSError):
+    """The file was cut, or written to, between its opening and its reading. What was read before is worth nothing."""
 
 
 class DirectoryIndexError(ContainerError):

@@ -282,10 +282,16 @@ def _load_json(text: str | bytes) -> dict[str, Any]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         _check(duplicate_name=len(dict(pairs)) == len(pairs))
+        for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+            _check(lone_surrogate=not any(0xD800 <= ord(character) <= 0xDFFF for character in text))
         return dict(pairs)
 
+    def number(text: str) -> float:
+        _check(number=math.isfinite(float(text)))  # NaN, Infinity, 1e999
+        return float(text)
+
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=number, parse_float=number)
     except RecursionError as error:
         raise ValueError("kvpack: illegal JSON: nested too deeply") from error
     _check(json=isinstance(value, dict))
@@ -297,7 +303,7 @@ def _read_safetensors(file: bytes | mmap.mmap) -> tuple[dict[str, Array], dict[s
     _check(file_length=len(file) >= 8)
     start = 8 + int.from_bytes(file[:8], "little")
     _check(header_length=start <= 8 + 100_000_000 and start <= len(file))
-    header = _load_json(file[8:start])
+    header = _load_json(file[8:start].decode())
     metadata = header.pop("__metadata__", {})
     _check(metadata=isinstance(metadata, dict) and all(type(v) is str for v in metadata.values()))
     tensors, at = {}, start
@@ -305,7 +311,7 @@ def _read_safetensors(file: bytes | mmap.mmap) -> tuple[dict[str, Array], dict[s
         for name, info in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
             begin, end = (start + offset for offset in info["data_offsets"])
             dtype = np.dtype(NUMPY_DTYPE[info["dtype"]])
-            _check(shape=all(type(d) is int and d >= 0 for d in info["shape"]))
+            _check(shape=len(info["shape"]) <= 64 and all(type(d) is int and 0 <= d < 1 << 63 for d in info["shape"]))
             _check(data_offsets=begin == at and end - begin == math.prod(info["shape"]) * dtype.itemsize)
             tensors[name] = np.frombuffer(file[begin:end], dtype).reshape(info["shape"])
             at = end

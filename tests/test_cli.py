@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OK, FAILED, USAGE, CORRUPT, MISMATCH, NO_DEVICE = 0, 1, 2, 3, 4, 5
 REPORT_KEYS = {
     "ok", "input", "output", "input_bytes", "output_bytes", "ratio", "bits_per_weight", "noise_db", "seconds",
-    "left_out", "notes", "tensors",
+    "left_out", "files", "notes", "tensors",
 }  # fmt: skip
 TENSOR_KEYS = {
     "name", "shape", "dtype", "method", "layout", "bits_per_weight", "entropy_bits", "noise_db", "outliers",
@@ -663,6 +663,7 @@ def test_verify_against(source: Path, tmp_path: Path) -> None:
     assert report == {
         "ok": True, "tensors": 6, "coded": 3, "tiles": 2 + 1 + 1, "elements": 2 * 384 * 256 + 128 * 256,
         "bytes_without_checksum": 0, "compared": True, "mismatches": {},
+        "files": 0, "left_out": {}, "extra_files": [],
     }  # fmt: skip
     changed = model()
     changed["model.layers.1.mlp.up_proj.weight"] = changed["model.layers.1.mlp.up_proj.weight"] * np.float32(1.01)

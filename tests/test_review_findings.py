@@ -201,5 +201,9 @@ def test_other_forms_of_weights_are_named(tmp_path: Path) -> None:
     assert code == 3
     assert "PyTorch pickle" in answer["message"]
     code, answer = kvpack_json("compress", tmp_path)
+    assert code == 3
+    assert "PyTorch pickle" in answer["message"]
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "model.onnx")
+    code, answer = kvpack_json("compress", tmp_path)
     assert code == 2
     assert "must be converted first" in answer["message"]

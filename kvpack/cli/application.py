@@ -10,7 +10,8 @@ import io
 import json
 import signal
 import sys
-from typing import Annotated, Any, NoReturn
+import warnings
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -53,8 +54,21 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line, as errors have, without the place in the code."""
+    print(f"kvpack: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point of the ``kvpack`` script."""
+    warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvpack.cli.failures import exit_codes
 from kvpack.cli.options import Force, Json, Source, Threads
-from kvpack.cli.printing import data_console, print_tensors, printable, progress_bar, shown_number, shown_size
+from kvpack.cli.printing import (
+    data_console,
+    print_tensors,
+    printable,
+    progress_bar,
+    shown_names,
+    shown_number,
+    shown_size,
+)
 from kvpack.encode.rates import DEFAULT_BITS, LOSSLESS, MAX_BITS, MIN_BITS
+
+if TYPE_CHECKING:
+    from kvpack.encode.model_directory import FileReport
 
 
 class LayoutOption(StrEnum):
@@ -110,10 +121,11 @@ def compress(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a .safetensors file or a model directory.
+    """Compress a .safetensors file or a model directory; or a .bin, .pt, .pth or .gguf file.
 
     Embeddings, output layers, norms, routers, biases, other parameters and small tensors are kept as they are, and so
-    are the scales of what is quantized already (the report lists them).
+    are the scales of what is quantized already (the report lists them). Of a directory every file comes along,
+    subfolders too; hidden files and weights in other forms than safetensors do not, and are named.
     """
     with exit_codes(as_json):
         from kvpack.compression import compress as run
@@ -151,8 +163,15 @@ def compress(
             done = {"keep": "kept", "lossless": "coded exactly"}.get(tensor.method, "coded at another rate")
             otherwise.setdefault((done, tensor.reason), []).append(tensor.name)
     for (done, reason), names in otherwise.items():
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        console.print(f"{done} ({reason}): {shown}", markup=False, highlight=False)
+        console.print(f"{done} ({reason}): {shown_names(names)}", markup=False, highlight=False)
+    told: dict[tuple[str, str], list[FileReport]] = {}
+    for file in report.files:
+        if file.reason is not None:
+            told.setdefault((file.action, file.reason), []).append(file)
+    for (action, reason), files in told.items():
+        size = shown_size(sum(file.size_bytes for file in files))
+        line = f"{action} ({reason}): {shown_names([file.path for file in files])}, {size}"
+        console.print(line, markup=False, highlight=False)
     for note in report.notes:
         console.print(printable(note), markup=False, highlight=False)
     coded = ""
@@ -194,3 +213,5 @@ def decompress(
         f"{report.tensors} tensors, {shown_size(report.input_bytes)} → {shown_size(report.output_bytes)} "
         f"in {report.seconds:.1f} s\nwrote {report.output}"
     )
+    if report.left_out:
+        print(f"left out (hidden, or nothing to copy): {shown_names(report.left_out)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +40,19 @@ def fail(code: ExitCode, kind: str, message: str, as_json: bool) -> NoReturn:
     raise typer.Exit(int(code))
 
 
+# What to do where the system refuses something. Nothing is left of an output that failed.
+_ADVICE = {
+    errno.EMFILE: "; a higher limit of open files helps: ulimit -n",
+    errno.ENFILE: "; all programs of this machine together have too many files open",
+    errno.ENOSPC: "; free some space: while a file is written it takes twice its size. Nothing was left behind",
+    errno.EDQUOT: "; your quota is used up: while a file is written it takes twice its size. Nothing was left behind",
+    errno.EROFS: "; -o names an output on a file system that can be written to",
+    errno.EACCES: "; check the permissions of the file and its folders, or choose another output with -o",
+    errno.EPERM: "; check the permissions of the file and its folders, or choose another output with -o",
+    errno.EIO: "; the disk or the network behind it failed",
+}
+
+
 @contextmanager
 def exit_codes(as_json: bool) -> Iterator[None]:
     """Known failures become one sentence (or one JSON object) and an exit code; others stay tracebacks."""
@@ -57,9 +72,19 @@ def exit_codes(as_json: bool) -> Iterator[None]:
         fail(ExitCode.USAGE, "InputError", error.message, as_json)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and error.filename:
-            fail(ExitCode.USAGE, "InputError", f"{error.filename} does not exist", as_json)
-        where = f": {error.filename}" if error.filename else ""
-        fail(ExitCode.FAILED, type(error).__name__, f"{error.strerror or error}{where}", as_json)
+            fail(ExitCode.USAGE, "InputError", f"{os.fsdecode(error.filename)} does not exist", as_json)
+        where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+        advice = _ADVICE.get(error.errno or 0, "")
+        fail(ExitCode.FAILED, type(error).__name__, f"{error.strerror or error}{where}{advice}", as_json)
+    except MemoryError as error:
+        what = f"not enough memory ({error})" if str(error) else "not enough memory"
+        advice = "; fewer --threads need less, and so does a model in more and smaller shards"
+        fail(ExitCode.FAILED, "MemoryError", what + advice, as_json)
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        advice = "; fewer --threads may do, or a higher limit of processes (ulimit -u) or memory"
+        fail(ExitCode.FAILED, "RuntimeError", f"no thread can be started{advice}", as_json)
     except KeyboardInterrupt:
         fail(ExitCode.INTERRUPTED, "KeyboardInterrupt", "interrupted; no output was left behind", as_json)
 

@@ -11,7 +11,15 @@ import typer
 
 from kvpack.cli.failures import ExitCode, exit_codes, require_matplotlib
 from kvpack.cli.options import Json, Source, Threads
-from kvpack.cli.printing import data_console, print_tensors, printable, progress_bar, shown_number, shown_size
+from kvpack.cli.printing import (
+    data_console,
+    print_tensors,
+    printable,
+    progress_bar,
+    shown_names,
+    shown_number,
+    shown_size,
+)
 
 _SHOWN_MISMATCHES = 20
 
@@ -47,6 +55,10 @@ def inspect(
         return
     console = data_console()
     print_tensors(report["tensors"], kept_singly=True)
+    for file in report["files"] if tensor is None else []:
+        if file["reason"] is not None:
+            line = f"{printable(file['path'])}: {file['reason']}; its tensors are {printable(file['prefix'])}…"
+            console.print(line, markup=False, highlight=False)
     console.print(
         f"{len(report['tensors'])} tensors, {report['coded']} coded, {shown_size(report['output_bytes'])}; "
         f"coded tensors {shown_number(report['bits_per_weight'], 3)} bits a weight, "
@@ -82,10 +94,16 @@ def verify(
         for name, difference in list(result.mismatches.items())[:_SHOWN_MISMATCHES]:
             print(f"kvpack: {printable(name)}: {difference}", file=sys.stderr)
         if len(result.mismatches) > _SHOWN_MISMATCHES:
-            print(f"kvpack: {len(result.mismatches)} tensors differ in all", file=sys.stderr)
+            print(f"kvpack: {len(result.mismatches)} tensors and files differ in all", file=sys.stderr)
         if not result.coded:
             print("kvpack: nothing in it is coded: this is an ordinary safetensors file", file=sys.stderr)
+        for reason in dict.fromkeys(result.left_out.values()):
+            names = [name for name, why in result.left_out.items() if why == reason]
+            print(f"kvpack: not in it: {shown_names(names)} ({printable(reason)})", file=sys.stderr)
+        if result.extra_files:
+            print(f"kvpack: not in the original: {shown_names(result.extra_files)}", file=sys.stderr)
         compared = ", compared with the original" if result.compared else ""
+        compared += f", {result.files} files too" if result.files else ""
         unchecked = ""
         if result.bytes_without_checksum:
             unchecked = f"; {shown_size(result.bytes_without_checksum)} carry no checksum"
@@ -100,6 +118,8 @@ def verify(
 
 
 def _data_bytes(source: Path) -> int:
-    from kvpack.encode.reader import shard_paths
+    from kvpack.encode.model_tree import SUFFIX, list_files
 
-    return sum(path.stat().st_size for path in shard_paths(source))
+    if not source.is_dir():
+        return source.stat().st_size
+    return sum((source / file).stat().st_size for file in list_files(source).files if file.name.endswith(SUFFIX))

@@ -86,6 +86,12 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
+def shown_names(names: list[str], most: int = 4) -> str:
+    """The first of them, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(map(printable, names[:most])) + (f" and {rest} more" if rest > 0 else "")
+
+
 def print_tensors(tensors: list[dict[str, Any]], *, kept_singly: bool) -> None:
     """A table in plain text: rich takes seven seconds for 10,000 rows."""
     rows = [("tensor", "shape", "dtype", "method", "layout", "bits", "entropy", "noise dB", "outliers")]

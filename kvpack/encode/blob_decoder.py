@@ -5,6 +5,7 @@ Every decode checks what can be checked: CRCs, lane tables, and that each lane e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,7 @@ from kvpack.encode.threads import map_ordered
 from kvpack.encode.tile_coder import decode_constant_tile, decode_rans_tile
 from kvpack.errors import LaneStateError, LimitError
 from kvpack.format.blob import Blob, Tile
+from kvpack.format.container import BLOB_SUFFIX, Container
 from kvpack.format.layout import (
     CHUNK_COLS,
     GROUP_LANES,
@@ -38,8 +40,26 @@ ELEMENTS_PER_BLOB_BYTE = 256
 
 
 def element_limit(blob_bytes: int) -> int:
-    """How many elements a blob of that size may have, if the reader is not told otherwise."""
+    """How many elements blobs of that size may have, a tensor's or a file's, if the reader is not told otherwise."""
     return max(FREE_ELEMENTS, ELEMENTS_PER_BLOB_BYTE * blob_bytes)
+
+
+def check_expansion(container: Container, max_elements: int | None) -> None:
+    """Refuse to decode all of a file if that is more than ``max_elements``, by default max(2^28, 256 × blob bytes).
+
+    Tensors that keep the limit each may be many. Shapes tell before anything is decoded.
+
+    Raises:
+        LimitError
+    """
+    elements = sum(math.prod(entry["shape"]) for entry in container.coded.values())
+    blob_bytes = sum(container.tensors[name + BLOB_SUFFIX].size_bytes for name in container.coded)
+    limit = element_limit(blob_bytes) if max_elements is None else max_elements
+    if elements > limit:
+        raise LimitError(
+            f"{container.path}: {elements} elements in {blob_bytes} bytes of blobs exceed the limit of {limit}; "
+            "pass max_elements to allow more"
+        )
 
 
 def element_dtype(element_bits: int) -> type[np.unsignedinteger[Any]]:

@@ -1,6 +1,6 @@
 """What ``kvpack.compress`` does: whole files and model directories, a tensor at a time.
 
-Memory holds one tensor's blob and a few strips, whatever the model's size; sources are mapped. Outputs are
+Memory holds one tensor's blob and a few strips, whatever the model's size; sources are read strip by strip. Outputs are
 written beside their place and renamed at the end, files and directories alike.
 """
 
@@ -11,9 +11,11 @@ import math
 import os
 import time
 import zlib
+from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,25 @@ import numpy as np
 
 from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.dtypes import NUMPY_DTYPES
-from kvpack.encode.fp8 import DequantizedContainer, dequantized_config, find_fp8
+from kvpack.encode.fp8 import dequantize_tree, dequantized_config, find_fp8
+from kvpack.encode.model_config import CONFIG_NAME, compressed_config, read_config
 from kvpack.encode.model_directory import (
-    CONFIG_NAME,
-    compressed_config,
+    FileReport,
     copy_files,
     directory_in_place,
-    other_files,
-    read_config,
     refuse_other_files,
     size_bytes,
+    sort_files,
     write_json,
 )
+from kvpack.encode.model_tree import ModelTree, WeightFile, folder_prefix
 from kvpack.encode.nearest import CommonPlan, EncodeOptions, encode_nearest
-from kvpack.encode.output_files import Shard, check_target, pieces, write_shard_index
+from kvpack.encode.output_files import Crc32, Shard, added_indexes, check_target, pieces, write_indexes
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram
-from kvpack.encode.reader import INDEX_NAME, locate_tensors, shard_paths
 from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
+from kvpack.encode.stored_matrices import StoredMatrices
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
     Coder,
@@ -62,8 +64,8 @@ from kvpack.format.container import (
     TENSORS_KEY,
     VARIANCE_NOISE_KEY,
     VERSION_KEY,
-    Container,
     ContainerWriter,
+    Readable,
     StoredTensor,
 )
 
@@ -98,8 +100,9 @@ class CompressReport:
     """What a compression gave.
 
     ``bits_per_weight`` and ``noise_db`` are those of the coded tensors (the noise: the mean of the quantized tensors'
-    ratios, weighted by size); ``left_out`` names other files with weights that were not carried over;
-    ``notes`` are sentences on how it was found out what the tensors are, and on other quantizations, fp8 among them.
+    ratios, weighted by size). ``files`` says of each file of a directory what became of it; ``left_out`` names those
+    with weights in other forms that were not carried over; ``notes`` are sentences on an input that was converted
+    first, on how it was found out what the tensors are, and on other quantizations, fp8 among them.
     """
 
     input: str
@@ -111,6 +114,7 @@ class CompressReport:
     noise_db: float | None
     seconds: float
     left_out: list[str] = field(default_factory=list)
+    files: list[FileReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tensors: list[TensorReport] = field(default_factory=list)
 
@@ -119,88 +123,113 @@ class CompressReport:
 
 
 def default_output(source: Path) -> Path:
-    """``model.safetensors`` → ``model.kvpack.safetensors``, ``dir`` → ``dir-kvpack``."""
+    """``model.safetensors`` → ``model.kvpack.safetensors``, ``dir`` → ``dir-kvpack``.
+
+    Checkpoints of torch become files as well, and ``model.gguf`` the directory ``model-kvpack``.
+    """
     source = Path(os.path.abspath(source))  # beside a symbolic link, not beside what it points to
     if source.is_dir():
         return source.with_name(source.name + "-kvpack")
-    return source.with_name(source.name.removesuffix(".safetensors") + ".kvpack.safetensors")
-
-
-def _as_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, np.dtype[Any]]:
-    data = container.data(tensor.name)
-    return np.frombuffer(data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    if source.suffix.lower() == ".gguf":
+        return source.with_name(source.stem + "-kvpack")
+    named = source.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    return source.with_name((source.stem if named else source.name) + ".kvpack.safetensors")
 
 
 class _Model:
-    """The sources of a compression: containers, what to do with each tensor, and the common step if there is one."""
+    """The sources of a compression, and what to do with each tensor."""
 
     def __init__(
         self,
         source: Path,
+        target: Path,
         config: QuantConfig,
         executor: ThreadPoolExecutor,
         coder: Coder,
+        tensors: Readable | None,
         module_tree: ModuleTree | None,
     ) -> None:
-        self.source, self.config, self.executor, self.coder = source, config, executor, coder
-        self.selection = Selection.from_config(config)
-        self.containers: list[Container] = []
+        self.config, self.executor, self.coder = config, executor, coder
+        self.tree = ModelTree(source, without=target, file=tensors)
         try:
-            for path in shard_paths(source):
-                self.containers.append(Container(path))
-            for container in self.containers:
-                if container.coded:
-                    raise InputError(f"{container.path} is compressed already")
-            self.fp8 = find_fp8(self.containers, read_config(source) if source.is_dir() else {})
-            self.dequantizes_fp8 = bool(self.fp8.weights) and bool(config.dequantize_fp8)
+            selection = Selection.from_config(config)
+            for file in self.tree.weight_files:
+                if file.container.coded:
+                    whole = file.container.path == source or len(self.tree.weight_files) == 1
+                    advice = "" if whole else f": move it out of {source}, or decompress it"
+                    raise InputError(f"{file.container.path} is compressed already{advice}")
+            self.fp8 = find_fp8(self.tree)
+            self.dequantizes_fp8 = bool(config.dequantize_fp8)
             if self.dequantizes_fp8:
-                self.containers = [DequantizedContainer(container, self.fp8) for container in self.containers]
-            names = locate_tensors(self.containers)
+                dequantize_tree(self.tree, self.fp8)
+            names = [name for file in self.tree.weight_files for name in file.names.values()]
+            for option, pattern in selection.patterns():
+                if not any(pattern.search(name) for name in names):
+                    raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
+            # By path: what a tensor is, its own name and its folder's config.json say, what is asked for, its name in
+            # the directory.
+            self.selections = {f.path: replace(selection, prefix=f.set_prefix) for f in self.tree.weight_files}
+            # Where every bit stays, it does not matter what a tensor is.
+            modules = None if selection.lossless and not selection.tensor_bits else module_tree
+            self.kinds = {
+                prefix: self._kinds_of(prefix, source, modules)
+                for prefix in dict.fromkeys(f.set_prefix for f in self.tree.weight_files)
+            }
         except BaseException:
             self.close()
             raise
-        for option, pattern in self.selection.patterns():
-            if not any(pattern.search(name) for name in names):
-                raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
-        tensors = {name: tensor for container in self.containers for name, tensor in container.tensors.items()}
-        # Where every bit stays, it does not matter what a tensor is.
-        tree = None if self.selection.lossless and not self.selection.tensor_bits else module_tree
-        self.kinds = TensorKinds.of(tensors, self.source_config, tree)
 
-    @property
-    def source_config(self) -> dict[str, Any]:
-        """config.json of the source, as it is true of the weights that are coded."""
-        config = read_config(self.source) if self.source.is_dir() else {}
-        return dequantized_config(config) if self.dequantizes_fp8 else config
+    def _kinds_of(self, prefix: str, source: Path, modules: ModuleTree | None) -> TensorKinds:
+        """What the tensors of a set of weights are, by their own names and their folder's config.json."""
+        files = [file for file in self.tree.weight_files if file.set_prefix == prefix]
+        tensors = {name: tensor for file in files for name, tensor in file.container.tensors.items()}
+        config = read_config(source / files[0].folder) if source.is_dir() else {}
+        if self.dequantizes_fp8 and self.fp8[prefix].weights:
+            config = dequantized_config(config)
+        return TensorKinds.of(tensors, config, modules)
+
+    def config_of(self, folder: Path) -> dict[str, Any]:
+        """config.json of a folder, as it is true of the weights that are coded."""
+        config = read_config(self.tree.path / folder)
+        is_dequantized = self.dequantizes_fp8 and any(fp8.config_folder == folder for fp8 in self.fp8.values())
+        return dequantized_config(config) if is_dequantized else config
+
+    def notes(self) -> list[str]:
+        """What there is to say of how it was found out, and of fp8, each sentence once, with where it holds."""
+        return list(
+            dict.fromkeys(
+                f"{prefix}: {note}" if prefix else note
+                for prefix, kinds in self.kinds.items()
+                for note in (*kinds.notes, *self.fp8[prefix].notes(asked=self.dequantizes_fp8))
+            )
+        )
 
     def close(self) -> None:
-        for container in self.containers:
-            container.close()
+        self.tree.close()
 
     @property
     def total_bytes(self) -> int:
-        return sum(t.size_bytes for c in self.containers for t in c.tensors.values())
+        return sum(t.size_bytes for file in self.tree.weight_files for t in file.container.tensors.values())
 
-    def matrices(self, container: Container, tensor: StoredTensor) -> Matrices:
-        array = _as_array(container, tensor)
-        return Matrices(array, transposed=tensor.name in self.kinds.transposed)
+    def matrices(self, file: WeightFile, tensor: StoredTensor) -> Matrices:
+        return StoredMatrices(file.container, tensor, transposed=tensor.name in self.kinds[file.set_prefix].transposed)
 
-    def common_step_tensors(self) -> list[tuple[Container, StoredTensor]]:
-        selection = self.selection
+    def common_step_tensors(self) -> list[tuple[WeightFile, StoredTensor]]:
         return [
-            (container, tensor)
-            for container in self.containers
-            for tensor in container.tensors.values()
-            if selection.reason_to_keep(tensor, self.kinds) is None
-            and selection.is_lossy(tensor, self.kinds)
+            (file, tensor)
+            for file in self.tree.weight_files
+            for selection, kinds in [(self.selections[file.path], self.kinds[file.set_prefix])]
+            for tensor in file.container.tensors.values()
+            if selection.reason_to_keep(tensor, kinds) is None
+            and selection.is_lossy(tensor, kinds)
             and not selection.has_own_rate(tensor.name)
         ]
 
-    def encode(self, container: Container, tensor: StoredTensor, plan: CommonPlan | None) -> EncodedTensor:
+    def encode(self, file: WeightFile, tensor: StoredTensor, plan: CommonPlan | None) -> EncodedTensor:
         """One tensor by whatever method the options say."""
-        config, selection = self.config, self.selection
-        weights = self.matrices(container, tensor)
-        if not selection.is_lossy(tensor, self.kinds):
+        config, selection = self.config, self.selections[file.path]
+        weights = self.matrices(file, tensor)
+        if not selection.is_lossy(tensor, self.kinds[file.set_prefix]):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
         return encode_nearest(
             weights,
@@ -213,28 +242,29 @@ class _Model:
 
 def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPlan]:
     """One step for all tensors, such that together they take the rate (equal slope: least total squared error)."""
-    config, bits = model.config, model.selection.bits
+    config, bits = model.config, model.config.bits
     assert bits is not None
-    measured: list[tuple[StoredTensor, Matrices, FineHistogram]] = []
-    for container, tensor in model.common_step_tensors():
-        progress.tensor(tensor.name)
-        weights = model.matrices(container, tensor)
+    measured: list[tuple[str, Matrices, FineHistogram]] = []
+    for file, tensor in model.common_step_tensors():
+        name = file.names[tensor.name]
+        progress.tensor(name)
+        weights = model.matrices(file, tensor)
         try:
             fine = measure(weights, model.executor)
         except NotEncodableError:
             continue
         if fine.rms > 0:
-            measured.append((tensor, weights, fine))
+            measured.append((name, weights, fine))
     if not measured:
         return {}
     total = sum(weights.size for _, weights, _ in measured)
 
     def plans_at(step: float) -> tuple[float, dict[str, CommonPlan]]:
         plans = {
-            tensor.name: (fine, plan_at_common_step(weights, fine, step, config.layout, config.tile_cols))
-            for tensor, weights, fine in measured
+            name: (fine, plan_at_common_step(weights, fine, step, config.layout, config.tile_cols))
+            for name, weights, fine in measured
         }
-        used = sum(plans[tensor.name][1].predicted.bits * weights.size for tensor, weights, _ in measured)
+        used = sum(plans[name][1].predicted.bits * weights.size for name, weights, _ in measured)
         return used / total, plans
 
     smallest = min(fine.rms for _, _, fine in measured)
@@ -259,9 +289,9 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
         plans = solve(aim)
         # The histograms leave table rounding out; a pass over the weights counts what the tensors really take.
         counted = 0.0
-        for tensor, weights, _ in measured:
+        for name, weights, _ in measured:
             try:
-                counted += planned_bytes(weights, *plans[tensor.name], config.tile_cols, model.executor, model.coder)
+                counted += planned_bytes(weights, *plans[name], config.tile_cols, model.executor, model.coder)
             except NotEncodableError:  # it will be kept; the others get their rate as if it were not
                 counted += bits * weights.size / 8
         achieved = 8 * counted / total
@@ -273,54 +303,60 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
     return plans if best is None else best[1]
 
 
-def _encode_container(
+def _encode_file(
     model: _Model,
-    container: Container,
+    file: WeightFile,
     plans: dict[str, CommonPlan],
     writer: ContainerWriter | None,
     progress: Progress,
     reports: list[TensorReport],
 ) -> tuple[dict[str, str], Shard]:
     """Encode one file's tensors into ``writer`` (None: a dry run); returns its metadata and its contents."""
-    selection = model.selection
+    container, selection = file.container, model.selections[file.path]
     entries: dict[str, dict[str, Any]] = {}
     crc32: dict[str, int] = {}
-    shard = Shard(container.path.name, [], 0, {})
+    shard = Shard(file.path)
     kept: list[tuple[StoredTensor, str]] = []
     scales: list[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]] = []
 
-    def add(name: str, dtype: str, shape: list[int], *parts: memoryview) -> None:
+    def add(name: str, suffix: str, dtype: str, shape: list[int], size_bytes: int, data: Iterable[memoryview]) -> None:
         if writer is not None:
-            writer.add(name, dtype, shape, (piece for part in parts for piece in pieces(part)))
-        shard.stored_names.append(name)
-        shard.stored_bytes += sum(map(len, parts))
+            writer.add(name + suffix, dtype, shape, data)
+        else:
+            deque(data, maxlen=0)  # a dry run reads what a real one would
+        shard.add(name + suffix, name, size_bytes)
 
+    coded_elements = coded_bytes = 0
     for tensor in container.tensors.values():
-        reason = selection.reason_to_keep(tensor, model.kinds)
+        reason = selection.reason_to_keep(tensor, model.kinds[file.set_prefix])
         if reason is not None:
             kept.append((tensor, reason))
             continue
-        progress.tensor(tensor.name)
+        progress.tensor(file.names[tensor.name])
         try:
-            encoded = model.encode(container, tensor, plans.get(tensor.name))
+            encoded = model.encode(file, tensor, plans.get(file.names[tensor.name]))
         except NotEncodableError as error:
             kept.append((tensor, str(error)))
             continue
         if encoded.size_bytes >= tensor.size_bytes:
             kept.append((tensor, "coding does not make it smaller"))
             continue
-        if math.prod(tensor.shape) > element_limit(encoded.blob.size_bytes):
+        elements = math.prod(tensor.shape)
+        size = encoded.blob.size_bytes
+        if elements > element_limit(size) or coded_elements + elements > element_limit(coded_bytes + size):
             kept.append((tensor, "nearly all equal: readers refuse to expand so much from so few bytes"))
             continue
+        coded_elements, coded_bytes = coded_elements + elements, coded_bytes + size
         name = tensor.name
         blob = encoded.blob
-        add(name + BLOB_SUFFIX, "U8", [blob.size_bytes], memoryview(blob.front), memoryview(blob.payload))
+        parts = memoryview(blob.front), memoryview(blob.payload)
+        add(name, BLOB_SUFFIX, "U8", [blob.size_bytes], blob.size_bytes, chain.from_iterable(map(pieces, parts)))
         shard.blob_bytes[name] = blob.size_bytes
         if encoded.scales is not None:
-            scales.append((name + SCALE_SUFFIX, np.ascontiguousarray(encoded.scales, "<f4")))
+            scales.append((name, np.ascontiguousarray(encoded.scales, "<f4")))
         elements = math.prod(tensor.shape)
         report = TensorReport(
-            name=name,
+            name=file.names[name],
             shape=list(tensor.shape),
             dtype=tensor.dtype,
             method=encoded.method,
@@ -347,22 +383,22 @@ def _encode_container(
     def add_scales() -> None:
         for name, values in scales:
             data = values.data.cast("B")
-            crc32[name] = zlib.crc32(data)
-            add(name, "F32", [len(values)], data)
+            crc32[name + SCALE_SUFFIX] = zlib.crc32(data)
+            add(name, SCALE_SUFFIX, "F32", [len(values)], len(data), [data])
         scales.clear()
 
     # Widest dtypes first, so that each tensor stays aligned to its own size behind blobs of 16-byte multiples.
     for tensor, reason in sorted(kept, key=lambda item: (-_alignment(item[0]), item[0].begin)):
         if _alignment(tensor) <= _SCALE_BYTES:
             add_scales()
-        progress.tensor(tensor.name)
-        data = container.data(tensor.name)
-        crc32[tensor.name] = zlib.crc32(data)
-        add(tensor.name, tensor.dtype, list(tensor.shape), data)
+        progress.tensor(file.names[tensor.name])
+        computed = Crc32(container.pieces(tensor.name))
+        add(tensor.name, "", tensor.dtype, list(tensor.shape), tensor.size_bytes, computed)
+        crc32[tensor.name] = computed.value
         elements = math.prod(tensor.shape)
         reports.append(
             TensorReport(
-                name=tensor.name,
+                name=file.names[tensor.name],
                 shape=list(tensor.shape),
                 dtype=tensor.dtype,
                 method="keep",
@@ -403,12 +439,14 @@ def compress(
     force: bool = False,
     progress: Progress | None = None,
     coder: Coder = CPU_CODER,
+    file: Readable | None = None,
     module_tree: ModuleTree | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
     Args:
         coder: who counts and codes; whoever it is, the bytes are the same.
+        file: what is read in place of a file at ``path``, which is a name alone then.
         module_tree: who says what a directory's tensors are where their names leave doubt; None: names alone do.
 
     Raises:
@@ -421,34 +459,37 @@ def compress(
     source = Path(path)
     config = QuantConfig() if config is None else config
     target = Path(out) if out is not None else default_output(source)
-    check_target(source, target, force=force or dry_run)
-    carried, left_out = other_files(source, target) if source.is_dir() else ([], [])
+    check_target(source, target, force=force or dry_run, exists=file is None)
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads: at least 1 is needed")
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, config, executor, coder, module_tree)
+        model = _Model(source, target, config, executor, coder, file, module_tree)
         try:
-            progress.total(model.total_bytes)
+            files = _file_reports(model, source)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
+            input_bytes = sum(file.size_bytes for file in files if file.action != "left out")
+            carried = [Path(file.path) for file in files if file.action == "copied"]
+            copied_bytes = sum(file.size_bytes for file in files if file.action == "copied")
+            progress.total(model.total_bytes + (0 if dry_run else copied_bytes))
             if source.is_dir() and not dry_run:
-                shards = [Path(c.path.name) for c in model.containers]
-                refuse_other_files(target, [Path(CONFIG_NAME), *shards, *carried])
-            own = [source / name for name in (CONFIG_NAME, INDEX_NAME) if source.is_dir() and (source / name).exists()]
-            input_files = [c.path for c in model.containers] + own + [source / file for file in carried]
-            input_bytes = sum(file.stat().st_size for file in input_files)
-            coded = {c.path.resolve() for c in model.containers}
-            left_out = [file for file in left_out if (source / file).resolve() not in coded]
+                written = [Path(file.path) for file in files if file.action != "left out"]
+                written += [index.path for index in added_indexes(model.tree)]
+                written += [Path(CONFIG_NAME)] if _adds_config(model.tree) else []
+                refuse_other_files(target, written)
             plans = {}
             if config.allocation == "model" and config.bits is not None:
                 plans = _common_step_plans(model, progress)
-            if source.is_dir():
-                output_bytes = _compress_directory(
-                    model, source, target, plans, progress, reports, carried, dry_run=dry_run
+            if dry_run:
+                output_bytes = copied_bytes + sum(
+                    _file_bytes(*_encode_file(model, file, plans, None, progress, reports))
+                    for file in model.tree.weight_files
                 )
+            elif source.is_dir():
+                output_bytes = _compress_directory(model, source, target, plans, progress, reports, carried)
             else:
-                output_bytes = _compress_file(model, target, plans, progress, reports, dry_run=dry_run)
+                output_bytes = _compress_file(model, target, plans, progress, reports)
         finally:
             model.close()
     finally:
@@ -459,14 +500,41 @@ def compress(
         input_bytes,
         output_bytes,
         reports,
-        [str(file) for file in left_out if not file.name.endswith(".index.json")],
-        [
-            *model.kinds.notes,
-            *model.fp8.notes(asked=bool(config.dequantize_fp8)),
-            *quantization_notes(report.reason for report in reports),
-        ],
+        files if source.is_dir() else [],
+        [str(file) for file in model.tree.passed_over],
+        [*model.notes(), *quantization_notes(report.reason for report in reports)],
         time.perf_counter() - began,
     )
+
+
+def _file_reports(model: _Model, source: Path) -> list[FileReport]:
+    """What becomes of each file of the input."""
+    tree = model.tree
+    reports = []
+    for file in tree.weight_files:
+        size = file.container.file.size_bytes
+        reports.append(FileReport(str(file.path), size, "coded", _reason_for_set(file)))
+    if not source.is_dir():
+        return reports
+    rewritten = [index.path for index in tree.indexes]
+    rewritten += [folder / CONFIG_NAME for folder in tree.folders if (source / folder / CONFIG_NAME).exists()]
+    reports += [FileReport(str(path), (source / path).stat().st_size, "rewritten") for path in rewritten]
+    copied, left_out = sort_files(source, tree)
+    return reports + copied + left_out
+
+
+def _adds_config(tree: ModelTree) -> bool:
+    """Whether the output gets a config.json of its own: a pipeline and folders without one are no model to load."""
+    return any(file.reason is None for file in tree.files_of(Path()))
+
+
+def _reason_for_set(file: WeightFile) -> str | None:
+    """What is to be said of a file that is not all of its folder's model."""
+    copies = [own for own, name in file.names.items() if name != file.set_prefix + own]
+    if copies:
+        shown = ", ".join(copies[:3]) + (f" and {len(copies) - 3} more" if len(copies) > 3 else "")
+        return f"the index takes {shown} from another file: coded here, too, as a copy that does not count"
+    return file.reason
 
 
 def _report(
@@ -475,7 +543,8 @@ def _report(
     input_bytes: int,
     output_bytes: int,
     reports: list[TensorReport],
-    left_out: list[str],
+    files: list[FileReport],
+    passed_over: list[str],
     notes: list[str],
     seconds: float,
 ) -> CompressReport:
@@ -492,7 +561,8 @@ def _report(
         bits_per_weight=round(8 * sum(r.bytes for r in coded) / weights, 6) if weights else None,
         noise_db=(round(10 * math.log10(sum(size * ratio for size, ratio in noise) / noisy), 4) if noise else None),
         seconds=round(seconds, 3),
-        left_out=left_out,
+        left_out=[f.path for f in files if f.action == "left out" and f.path not in passed_over],
+        files=files,
         notes=notes,
         tensors=sorted(reports, key=lambda report: report.name),
     )
@@ -500,25 +570,17 @@ def _report(
 
 def _file_bytes(metadata: dict[str, str], shard: Shard) -> int:
     """About what a file takes that a dry run does not write."""
-    header = sum(len(name) + 80 for name in shard.stored_names)
-    return 8 + shard.stored_bytes + header + sum(map(len, metadata.values()))
+    header = sum(len(name) + 80 for name in shard.stored)
+    return 8 + sum(shard.stored_bytes.values()) + header + sum(map(len, metadata.values()))
 
 
 def _compress_file(
-    model: _Model,
-    target: Path,
-    plans: dict[str, CommonPlan],
-    progress: Progress,
-    reports: list[TensorReport],
-    *,
-    dry_run: bool,
+    model: _Model, target: Path, plans: dict[str, CommonPlan], progress: Progress, reports: list[TensorReport]
 ) -> int:
-    """Write (or only count) the output of the model's single file; returns its size."""
-    with nullcontext() if dry_run else ContainerWriter(target) as writer:
-        metadata, shard = _encode_container(model, model.containers[0], plans, writer, progress, reports)
-        if writer is not None:
-            return writer.finish(metadata)
-        return _file_bytes(metadata, shard)
+    """Write the output of the model's single file; returns its size."""
+    with ContainerWriter(target) as writer:
+        metadata, _ = _encode_file(model, model.tree.weight_files[0], plans, writer, progress, reports)
+        return writer.finish(metadata)
 
 
 def _compress_directory(
@@ -529,24 +591,30 @@ def _compress_directory(
     progress: Progress,
     reports: list[TensorReport],
     carried: list[Path],
-    *,
-    dry_run: bool,
 ) -> int:
-    shards: list[Shard] = []
-    if dry_run:
-        return sum((source / file).stat().st_size for file in carried) + sum(
-            _file_bytes(*_encode_container(model, container, plans, None, progress, reports))
-            for container in model.containers
-        )
+    """Write the output of a model directory; returns its size."""
+    tree, shards = model.tree, []
     with directory_in_place(target) as temporary:
-        for container in model.containers:
-            with ContainerWriter(temporary / container.path.name) as writer:
-                metadata, shard = _encode_container(model, container, plans, writer, progress, reports)
+        for file in tree.weight_files:
+            (temporary / file.folder).mkdir(parents=True, exist_ok=True)
+            with ContainerWriter(temporary / file.path) as writer:
+                metadata, shard = _encode_file(model, file, plans, writer, progress, reports)
                 writer.finish(metadata)
             shards.append(shard)
-        if (source / INDEX_NAME).exists() or len(shards) > 1:
-            write_shard_index(temporary, shards)
-        blob_bytes = {name: size for shard in shards for name, size in shard.blob_bytes.items()}
-        write_json(temporary / CONFIG_NAME, compressed_config(model.source_config, model.config.to_json(), blob_bytes))
-        copy_files(source, temporary, carried)
+        write_indexes(temporary, tree, shards, added_indexes(tree))
+        for folder in tree.folders:
+            exists = (source / folder / CONFIG_NAME).exists()
+            if not exists and not (folder == Path() and _adds_config(tree)):
+                continue
+            prefix = folder_prefix(folder)
+            blob_bytes = {
+                file.names[name].removeprefix(prefix): size
+                for file, shard in zip(tree.weight_files, shards, strict=True)
+                if file.folder == folder
+                for name, size in shard.blob_bytes.items()
+            }
+            config = model.config_of(folder) if exists else None
+            written = compressed_config(config, model.config.to_json(), blob_bytes)
+            write_json(temporary / folder / CONFIG_NAME, written)
+        copy_files(source, temporary, carried, progress.advance)
         return size_bytes(temporary)

@@ -9,17 +9,20 @@ bf16, and config.json no longer says that the model is quantized.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.dtypes import NUMPY_DTYPES, as_float32
+from kvpack.encode.model_config import QUANTIZATION_KEY, read_config
+from kvpack.encode.model_tree import ModelTree, WeightFile, folder_prefix
 from kvpack.format.container import Container, StoredTensor
-from kvpack.format.layout import ceil_div
+from kvpack.format.layout import TILE_ROWS, ceil_div
 
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 _SCALE_DTYPES = frozenset({"F32", "F16", "BF16"})
@@ -29,34 +32,47 @@ _ACTIVATION_SUFFIXES = ("input_scale", "activation_scale", "input_scale_inv")
 _DEFAULT_BLOCK = (128, 128)
 
 
+class Fp8Weight(NamedTuple):
+    """An fp8 tensor and its scales, each with the container that it is in, and the scales' name in the tree."""
+
+    container: Container
+    tensor: StoredTensor
+    scale_container: Container
+    scale: StoredTensor
+    scale_name: str
+
+
 @dataclass(frozen=True)
 class Fp8Weights:
-    """What there is of fp8 weights in a model.
+    """What there is of fp8 weights in one set of weights, by names in the tree.
 
     Attributes:
-        weights: fp8 tensor → its scales' container and name.
+        weights: fp8 tensors that have scales.
         activation_scales: of the modules that ``weights`` are of.
         without_scale: fp8 tensors for which no scales were found.
         block: rows and columns that share a scale.
+        config_folder: the folder whose config.json says that they are quantized, if one does.
     """
 
-    weights: dict[str, tuple[Container, StoredTensor]] = field(default_factory=dict)
+    weights: dict[str, Fp8Weight] = field(default_factory=dict)
     activation_scales: frozenset[str] = frozenset()
     without_scale: tuple[str, ...] = ()
     block: tuple[int, int] = _DEFAULT_BLOCK
+    config_folder: Path | None = None
 
     @property
     def dropped(self) -> frozenset[str]:
         """Scales that a dequantized model does not have."""
-        return self.activation_scales | {scale.name for _, scale in self.weights.values()}
+        return self.activation_scales | {weight.scale_name for weight in self.weights.values()}
 
     def notes(self, *, asked: bool) -> list[str]:
         """What is said of them in the report; ``asked``: to dequantize them."""
         lines = []
         if asked and self.weights:
+            config = "" if self.config_folder is None else ", quantization_config removed from config.json"
             lines.append(
                 f"fp8: {len(self.weights)} tensors multiplied by their scales and coded as bf16; "
-                f"{len(self.dropped)} tensors of scales dropped, quantization_config removed from config.json"
+                f"{len(self.dropped)} tensors of scales dropped{config}"
             )
         elif self.weights:
             lines.append(
@@ -70,24 +86,39 @@ class Fp8Weights:
         return lines
 
 
-def find_fp8(containers: Iterable[Container], config: Mapping[str, Any]) -> Fp8Weights:
-    """fp8 tensors and their scales, wherever in the model these are; ``config`` is config.json's."""
-    containers = list(containers)
-    tensors = {name: (container, tensor) for container in containers for name, tensor in container.tensors.items()}
-    quantization = config.get("quantization_config")
+def find_fp8(tree: ModelTree) -> dict[str, Fp8Weights]:
+    """fp8 tensors and their scales for each set of weights, by its prefix, in whichever of its files these are."""
+    sets: dict[str, list[WeightFile]] = {}
+    for file in tree.weight_files:
+        sets.setdefault(file.set_prefix, []).append(file)
+    return {prefix: _find_in_set(tree, prefix, files) for prefix, files in sets.items()}
+
+
+def _find_in_set(tree: ModelTree, prefix: str, files: list[WeightFile]) -> Fp8Weights:
+    tensors = {
+        file.names[own]: (file.container, tensor)
+        for file in files
+        for own, tensor in file.container.tensors.items()
+        if own in file.names  # no blobs
+    }
+    if not any(tensor.dtype in FP8_DTYPES for _, tensor in tensors.values()):
+        return Fp8Weights()
+    folder = files[0].folder
+    config = read_config(tree.path / folder) if tree.path.is_dir() else {}
+    quantization = config.get(QUANTIZATION_KEY)
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     found = _DEFAULT_BLOCK
     if isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block):
         found = (block[0], block[1])
-    weights: dict[str, tuple[Container, StoredTensor]] = {}
+    weights: dict[str, Fp8Weight] = {}
     lonely = []
-    for name, (_, tensor) in tensors.items():
+    for name, (container, tensor) in tensors.items():
         if tensor.dtype not in FP8_DTYPES:
             continue
-        scales = (tensors[name + suffix] for suffix in _SCALE_SUFFIXES if name + suffix in tensors)
-        fitting = [pair for pair in scales if _scale_kind(tensor, pair[1], found) is not None]
+        scales = [name + suffix for suffix in _SCALE_SUFFIXES if name + suffix in tensors]
+        fitting = [scale for scale in scales if _scale_kind(tensor, tensors[scale][1], found) is not None]
         if fitting:
-            weights[name] = fitting[0]
+            weights[name] = Fp8Weight(container, tensor, *tensors[fitting[0]], fitting[0])
         else:
             lonely.append(name)
     modules = {name.rpartition(".")[0] for name in weights}
@@ -95,12 +126,22 @@ def find_fp8(containers: Iterable[Container], config: Mapping[str, Any]) -> Fp8W
         name for name in tensors for module, _, last in [name.rpartition(".")]
         if last in _ACTIVATION_SUFFIXES and module in modules
     )  # fmt: skip
-    return Fp8Weights(weights, activations, tuple(sorted(lonely)), found)
+    says_so = prefix == folder_prefix(folder) and dequantized_config(config) != config
+    return Fp8Weights(weights, activations, tuple(sorted(lonely)), found, folder if says_so else None)
+
+
+def dequantize_tree(tree: ModelTree, sets: Mapping[str, Fp8Weights]) -> None:
+    """Let the fp8 weights of a tree be seen as the bf16 weights that they stand for, without their scales."""
+    for file in tree.weight_files:
+        fp8 = sets[file.set_prefix]
+        if fp8.weights:
+            file.container = DequantizedContainer(file, fp8)
+    tree.forget_missing()
 
 
 def _scale_kind(weight: StoredTensor, scale: StoredTensor, block: tuple[int, int]) -> str | None:
     """``one``, ``matrices``, ``rows`` or ``blocks``; None for a shape that means nothing here."""
-    if scale.dtype not in _SCALE_DTYPES or len(weight.shape) < 2:
+    if scale.dtype not in _SCALE_DTYPES or len(weight.shape) < 2 or weight.size_bytes == 0:
         return None
     *leading, rows, cols = weight.shape
     if math.prod(scale.shape) == 1:
@@ -114,35 +155,39 @@ def _scale_kind(weight: StoredTensor, scale: StoredTensor, block: tuple[int, int
     return None
 
 
-def dequantized(
-    weight: npt.NDArray[Any], scale: npt.NDArray[np.float32], kind: str, block: tuple[int, int]
-) -> npt.NDArray[Any]:
-    """fp8 ``weight`` [..., rows, cols] times its scales in f32, rounded once to bf16."""
-    rows, cols = weight.shape[-2:]
-    flat = weight.reshape(-1, rows, cols)
-    result = np.empty(flat.shape, ml_dtypes.bfloat16)
-    if kind == "blocks":
-        scale = scale.reshape(len(flat), *scale.shape[-2:])
-    elif kind == "rows":
-        scale = scale.reshape(len(flat), rows, 1)
-    else:
-        scale = np.broadcast_to(scale.reshape(-1, 1, 1), (len(flat), 1, 1))
-    for matrix in range(len(flat)):
-        for row in range(0, rows, block[0]):
-            part = flat[matrix, row : row + block[0]].astype(np.float32)
-            if kind == "blocks":
-                part *= np.repeat(scale[matrix, row // block[0]], block[1])[:cols]
-            elif kind == "rows":
-                part *= scale[matrix, row : row + block[0]]
+class _Scales:
+    """The scales of a weight of ``shape`` [..., rows, cols], for any of its rows."""
+
+    def __init__(
+        self, shape: tuple[int, ...], scale: npt.NDArray[np.float32], kind: str, block: tuple[int, int]
+    ) -> None:
+        self.rows, self.cols = shape[-2:]
+        self.kind, self.block = kind, block
+        columns = ceil_div(self.cols, block[1]) if kind == "blocks" else 1
+        self.scale = scale.reshape(-1, columns)
+
+    def dequantized(self, weight: npt.NDArray[Any], first: int) -> npt.NDArray[Any]:
+        """fp8 ``weight`` [n, cols], the rows from ``first`` on, times scales in f32, rounded once to bf16."""
+        result = np.empty(weight.shape, ml_dtypes.bfloat16)
+        for begin in range(0, len(weight), TILE_ROWS):
+            part = weight[begin : begin + TILE_ROWS].astype(np.float32)
+            matrix, row = np.divmod(np.arange(first + begin, first + begin + len(part)), self.rows)
+            if self.kind == "blocks":
+                block_row = matrix * ceil_div(self.rows, self.block[0]) + row // self.block[0]
+                part *= np.repeat(self.scale[block_row], self.block[1], axis=1)[:, : self.cols]
+            elif self.kind == "rows":
+                part *= self.scale[matrix * self.rows + row]
+            elif self.kind == "matrices":
+                part *= self.scale[matrix]
             else:
-                part *= scale[matrix]
-            result[matrix, row : row + block[0]] = part.astype(ml_dtypes.bfloat16)
-    return result.reshape(weight.shape)
+                part *= self.scale
+            result[begin : begin + TILE_ROWS] = part.astype(ml_dtypes.bfloat16)
+        return result
 
 
 def dequantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json without the quantization that the weights no longer have."""
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = {key: value for key, value in config.items() if key != QUANTIZATION_KEY}
     for key in ("torch_dtype", "dtype"):
         if "float8" in str(plain.get(key, "")):
             plain[key] = "bfloat16"
@@ -150,36 +195,49 @@ def dequantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class DequantizedContainer(Container):
-    """A container as if its fp8 weights were stored in bf16, without scales. Data are computed when asked for."""
+    """A tree's file as if its fp8 weights were stored in bf16, without scales.
 
-    def __init__(self, container: Container, fp8: Fp8Weights) -> None:
-        vars(self).update(vars(container))
-        self._container, self._fp8 = container, fp8
+    What is read of a weight is computed each time, from the rows that it lies in: memory never holds more of them.
+    """
+
+    def __init__(self, file: WeightFile, fp8: Fp8Weights) -> None:
+        vars(self).update(vars(file.container))
+        self._container, self._block = file.container, fp8.block
+        self._weights = {own: fp8.weights[name] for own, name in file.names.items() if name in fp8.weights}
         self.tensors = {
-            name: replace(tensor, dtype="BF16", end=tensor.begin + 2 * tensor.size_bytes)
-            if name in fp8.weights
+            own: replace(tensor, dtype="BF16", end=tensor.begin + 2 * tensor.size_bytes)
+            if own in self._weights
             else tensor
-            for name, tensor in container.tensors.items()
-            if name not in fp8.dropped
+            for own, tensor in file.container.tensors.items()
+            if file.names.get(own) not in fp8.dropped
         }
 
-    def original_names(self) -> list[str]:
-        """Names of all tensors that are left."""
-        return [name for name in self._container.original_names() if name in self.tensors]
+    def rename(self, names: Mapping[str, str]) -> None:
+        """See :meth:`Container.rename`."""
+        super().rename(names)
+        self._weights = {names[own]: weight for own, weight in self._weights.items()}
 
-    def data(self, name: str) -> memoryview:
-        """A tensor's bytes; those of a weight are made anew each time."""
-        if name not in self._fp8.weights:
-            return self._container.data(name)
-        tensor = self._container.tensors[name]
-        where, stored = self._fp8.weights[name]
-        weight = np.frombuffer(self._container.data(name), NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
-        scale = as_float32(np.frombuffer(where.data(stored.name), NUMPY_DTYPES[stored.dtype]))
-        kind = _scale_kind(tensor, stored, self._fp8.block)
+    def read(self, name: str, begin: int, end: int) -> memoryview:
+        """Bytes of a tensor; those of a weight are made anew each time."""
+        if name not in self._weights:
+            return super().read(name, begin, end)
+        weight = self._weights[name]
+        cols = weight.tensor.shape[-1]
+        first, last = begin // 2 // cols, ceil_div(ceil_div(end, 2), cols)
+        numbers = np.frombuffer(
+            weight.container.read(weight.tensor.name, first * cols, last * cols), NUMPY_DTYPES[weight.tensor.dtype]
+        )
+        values = self._scales(weight).dequantized(numbers.reshape(-1, cols), first)
+        offset = 2 * first * cols
+        return values.view(np.uint8).reshape(-1)[begin - offset : end - offset].data.toreadonly()
+
+    def _scales(self, weight: Fp8Weight) -> _Scales:
+        stored = np.frombuffer(weight.scale_container.data(weight.scale.name), NUMPY_DTYPES[weight.scale.dtype])
+        kind = _scale_kind(weight.tensor, weight.scale, self._block)
         assert kind is not None
-        values = dequantized(weight, scale.reshape(stored.shape), kind, self._fp8.block)
-        return values.view(np.uint8).reshape(-1).data
+        return _Scales(weight.tensor.shape, as_float32(stored), kind, self._block)
 
     def close(self) -> None:
-        """Close the container."""
+        """Close the file."""
         self._container.close()
+        super().close()

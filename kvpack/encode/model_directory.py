@@ -1,131 +1,153 @@
-"""Model directories: configuration, index, which files come along, and putting a whole directory in place."""
+"""Model directories: which files come along, and putting a whole directory in place."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
 
-from kvpack.encode.reader import INDEX_NAME
-from kvpack.errors import DirectoryIndexError, OtherFilesError
+from kvpack.encode.model_config import CONFIG_NAME
+from kvpack.encode.model_tree import ModelTree, is_index_name
+from kvpack.errors import InputError, OtherFilesError
 from kvpack.format.container import VERSION_KEY, Container
-from kvpack.format.layout import VERSION
+from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
 
-CONFIG_NAME = "config.json"
-QUANTIZATION_KEY = "quantization_config"
-# Where the original's own quantization_config is kept, to be put back by decompress.
-ORIGINAL_KEY = "original"
-# With which options the weights were compressed.
-OPTIONS_KEY = "options"
-
-# Weights in whatever form: the safetensors are coded, the others are left out.
-_WEIGHTS = re.compile(
-    r"\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|h5|msgpack|onnx|ot|gguf|tflite)$"
+# Weights in other forms than safetensors, by the names that tools give them. What has any other name is copied: an
+# optimizer's state, a voice or a training state is nobody's copy.
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLED_MODEL = re.compile(r"^(diffusion_)?(pytorch_)?(model|consolidated)([.-].*)?\.(bin|pt|pth|ckpt)$")
+_ADAPTER = "adapter_model"
+_ONNX = (".onnx", ".onnx_data", ".onnx.data")
+# Form, names in any folder, folders and the suffixes that are such weights in them.
+_EXPORTS: tuple[tuple[str, re.Pattern[str], set[str], tuple[str, ...]], ...] = (
+    ("GGUF", re.compile(r".*\.gguf$"), set(), ()),
+    ("ONNX", re.compile(r"^((encoder|decoder)_)?model.*\.(onnx|onnx_data)$"), {"onnx"}, _ONNX),
+    ("OpenVINO", re.compile(r"^openvino_.*\.bin$"), {"openvino"}, (".bin",)),
+    ("TensorFlow", re.compile(r"^tf_model.*\.h5$"), set(), ()),
+    ("Flax", re.compile(r"^(diffusion_)?flax_model.*\.msgpack$"), set(), ()),
+    ("rust-bert", re.compile(r"^rust_model.*\.ot$"), set(), ()),
+    ("Core ML", re.compile(r"^$"), {"coreml"}, (".bin", ".mlmodel")),
+    ("TFLite", re.compile(r"^model.*\.tflite$"), {"tflite"}, (".tflite",)),
 )
+_OTHER_WEIGHTS = re.compile(r"\.(bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|ot|gguf|tflite)(\.index(\.[^.]+)*\.json)?$")
+_ANY_INDEX = re.compile(r"\.index(\.[^.]+)*\.json$")
 
 # How many entries a message lists.
 _SHOWN = 5
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory, {} if there is none.
-
-    Raises:
-        DirectoryIndexError: it is not a JSON object.
-    """
-    path = directory / CONFIG_NAME
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DirectoryIndexError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise DirectoryIndexError(f"{path}: not a JSON object")
-    return config
-
-
-def compressed_config(
-    config: Mapping[str, Any], options: Mapping[str, Any], blob_bytes: Mapping[str, int]
-) -> dict[str, Any]:
-    """config.json of the compressed model: FORMAT.md §9.4."""
-    quantization: dict[str, Any] = {
-        "quant_method": "kvpack",
-        "format_version": VERSION,
-        OPTIONS_KEY: dict(options),
-        "blob_bytes": dict(sorted(blob_bytes.items())),
-    }
-    if QUANTIZATION_KEY in config:
-        quantization[ORIGINAL_KEY] = config[QUANTIZATION_KEY]
-    return {**config, QUANTIZATION_KEY: quantization}
-
-
-def _is_kvpack(quantization: object) -> TypeGuard[dict[str, Any]]:
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "kvpack"
-
-
-def written_options(directory: Path) -> Any:
-    """What config.json says of the options, as it stands there; None if it says nothing.
-
-    Raises:
-        DirectoryIndexError: config.json is not a JSON object.
-    """
-    quantization = read_config(directory).get(QUANTIZATION_KEY)
-    return quantization.get(OPTIONS_KEY) if _is_kvpack(quantization) else None
-
-
-def decompressed_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`compressed_config`."""
-    restored = dict(config)
-    quantization = restored.get(QUANTIZATION_KEY)
-    if _is_kvpack(quantization):
-        del restored[QUANTIZATION_KEY]
-        if ORIGINAL_KEY in quantization:
-            restored[QUANTIZATION_KEY] = quantization[ORIGINAL_KEY]
-    return restored
-
-
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write an index or config.json.
 
-
-def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
-    """model.safetensors.index.json: which shard holds which stored tensor."""
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(directory / INDEX_NAME, index)
-
-
-def other_files(source: Path, target: Path) -> tuple[list[Path], list[Path]]:
-    """Files besides config.json, relative to ``source``: those that come along, and weights that do not.
-
-    Hidden files and directories are passed over, and so is an earlier output at ``target``, which may lie in
-    ``source``.
+    Raises:
+        InputError: a file's name in it is not UTF-8.
     """
-    earlier = target.resolve()
-    carried: list[Path] = []
-    weights: list[Path] = []
-    for folder, directories, names in os.walk(source):
-        here = Path(folder)
-        directories[:] = sorted(d for d in directories if not d.startswith(".") and (here / d).resolve() != earlier)
-        for name in sorted(names):
-            relative = (here / name).relative_to(source)
-            if name.startswith(".") or relative == Path(CONFIG_NAME):
-                continue
-            (weights if _WEIGHTS.search(name) else carried).append(relative)
-    return carried, weights
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = text[: error.start].rpartition('"')[2] + text[error.start :].partition('"')[0]
+        raise InputError(f"{path.name}: {bad!r} is no name in UTF-8, which JSON needs: rename the file") from None
+    path.write_text(text, encoding="utf-8")
 
 
-def copy_files(source: Path, target: Path, files: list[Path]) -> None:
-    """Copy ``files``, relative paths, from one directory to another."""
+@dataclass(frozen=True)
+class FileReport:
+    """What became of a file, or a hidden folder, of a model directory.
+
+    Attributes:
+        path: relative to the directory.
+        size_bytes: in the directory that was read.
+        action: ``coded``, ``rewritten`` (an index, config.json), ``copied`` or ``left out``.
+        reason: why, where that is not plain.
+    """
+
+    path: str
+    size_bytes: int
+    action: str
+    reason: str | None = None
+
+
+def other_form(file: Path, weight_files: Iterable[Path]) -> str | None:
+    """Why a file holds nothing but weights that the safetensors files hold as well; None if that is not known.
+
+    Names alone decide: a pickle counts as a copy of the safetensors in its folder, or of those above if it lies in a
+    folder without config.json of its own; an export (ONNX, GGUF, …) as one of those in its folder or above.
+    """
+    weights = set(weight_files)
+    models = {w.parent for w in weights if not w.name.startswith(_ADAPTER)}
+    above = models & set(file.parents)
+    folders = {part.lower() for part in file.parent.parts}
+    name = _without_index(file.name)
+    for form, pattern, in_folders, suffixes in _EXPORTS:
+        if above and (pattern.match(name) or (folders & in_folders and name.endswith(suffixes))):
+            return f"the weights as {form}: the safetensors hold them"
+    if not name.endswith(_PICKLE_SUFFIXES):
+        return None
+    stem = name.rpartition(".")[0]
+    twin = file.parent / f"{stem}.safetensors" in weights
+    adapter = name.startswith(_ADAPTER) and any(
+        w.parent == file.parent and w.name.startswith(_ADAPTER) for w in weights
+    )
+    if twin or adapter or (above and _PICKLED_MODEL.match(name)):
+        return "the weights as a PyTorch pickle: the safetensors hold them"
+    return None
+
+
+def _without_index(name: str) -> str:
+    return _ANY_INDEX.sub("", name)
+
+
+def sort_files(root: Path, tree: ModelTree) -> tuple[list[FileReport], list[FileReport]]:
+    """The files of a model directory that hold no safetensors: those to copy, and those to leave out.
+
+    config.json files of folders with weights and the indexes of these are in neither.
+    """
+    weight_files = [file.path for file in tree.weight_files]
+    configs = {folder / CONFIG_NAME for folder in tree.folders}
+    with_config = {file.parent for file in tree.others if file.name == CONFIG_NAME}
+    copied: list[FileReport] = []
+    left_out: list[FileReport] = []
+    for file in tree.others:
+        if file in configs:
+            continue
+        # A folder with config.json of its own and no safetensors is a model that only the pickle holds.
+        near = [w for w in weight_files if w.parent == file.parent] if file.parent in with_config else weight_files
+        reason = other_form(file, near) or (None if near is weight_files else _export_of(file, weight_files))
+        size = (root / file).stat().st_size
+        if reason is not None:
+            left_out.append(FileReport(str(file), size, "left out", reason))
+        else:
+            is_weights = _OTHER_WEIGHTS.search(file.name) is not None
+            why = "weights that no safetensors file is known to hold" if is_weights else None
+            copied.append(FileReport(str(file), size, "copied", why))
+    for path, reason in tree.passed_over.items():
+        left_out.append(FileReport(str(path), _passed_over_bytes(root / path), "left out", reason))
+    return copied, left_out
+
+
+def _export_of(file: Path, weight_files: Iterable[Path]) -> str | None:
+    """As :func:`other_form`, for exports alone: they carry config.json of the model that they are made from."""
+    return None if file.name.endswith(_PICKLE_SUFFIXES) else other_form(file, weight_files)
+
+
+def _passed_over_bytes(path: Path) -> int:
+    if path.is_symlink():
+        return 0
+    return size_bytes(path)
+
+
+def copy_files(source: Path, target: Path, files: Iterable[Path], advance: Callable[[int], None]) -> None:
+    """Copy ``files``, relative paths, from one directory to another; ``advance`` is called with bytes done."""
     for relative in files:
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / relative, target / relative)
+        advance((target / relative).stat().st_size)
 
 
 def size_bytes(path: Path) -> int:
@@ -136,7 +158,7 @@ def size_bytes(path: Path) -> int:
 
 def _is_earlier_output(path: Path) -> bool:
     """Whether a file is one that kvpack made of a model's weights."""
-    if path.name == INDEX_NAME:
+    if is_index_name(path.name):
         return True
     if path.suffix != ".safetensors":
         return False
@@ -189,21 +211,22 @@ def directory_in_place(target: Path) -> Iterator[Path]:
     """A temporary directory beside ``target`` that takes its place on success and vanishes otherwise.
 
     An existing ``target`` is moved aside first and deleted last; a directory cannot be exchanged in one step, so a
-    process killed between the two renames leaves the old one under its hidden name.
+    process killed between the two renames leaves the old one under its hidden name, ``.NAME.12345678.old``. That is
+    nobody's to remove but the user's; a ``.tmp`` left by a killed process is removed by the next.
 
     Raises:
         OtherFilesError: ``target`` holds something that is no part of an output; it stays as it is.
     """
     target = Path(os.path.abspath(target))  # "." has no name
-    suffix = secrets.token_hex(4)
-    temporary = target.with_name(f".{target.name}.{suffix}.tmp")
-    temporary.mkdir(parents=True)
+    remove_abandoned(target, "tmp")
+    temporary = target.with_name(hidden_name(target.name, "tmp"))
+    lock = create_directory(temporary)
     try:
         yield temporary
         if not target.exists():
             temporary.rename(target)
             return
-        previous = target.with_name(f".{target.name}.{suffix}.old")
+        previous = target.with_name(hidden_name(target.name, "old"))
         target.rename(previous)
         try:
             # Again, for what came while the output was made; where it lies now, nobody puts anything.
@@ -220,3 +243,5 @@ def directory_in_place(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)

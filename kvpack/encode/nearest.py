@@ -77,7 +77,7 @@ def encode_nearest(
             found = _lowest_rate(weights, quality, options)
     exact = _lossless(weights, dtype, options)
     nearest = exact if found is None or exact.size_bytes <= found.size_bytes else found
-    if nearest.size_bytes >= weights.array.nbytes:
+    if nearest.size_bytes >= weights.size * weights.dtype.itemsize:
         raise NotEncodableError(reason)
     return nearest if nearest is found and reason.startswith("exact") else replace(nearest, reason=reason)
 

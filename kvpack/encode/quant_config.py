@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from kvpack.encode.model_directory import CONFIG_NAME, written_options
+from kvpack.encode.model_config import CONFIG_NAME, written_options
 from kvpack.encode.rates import DEFAULT_BITS, LOSSLESS, MAX_ASKED_BITS, MIN_BITS
 from kvpack.errors import InputError
 from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS

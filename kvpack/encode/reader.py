@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,14 @@ import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES, NUMPY_DTYPES
-from kvpack.encode.threads import default_threads
-from kvpack.errors import ContainerMetadataError, DirectoryIndexError, InputError, ScaleError
+from kvpack.encode.model_tree import ModelTree
+from kvpack.encode.threads import ThreadPool
+from kvpack.errors import ContainerMetadataError, ScaleError
 from kvpack.format.blob import Blob
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, VARIANCE_NOISE_KEY, Container
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind
 
-INDEX_NAME = "model.safetensors.index.json"
 METHODS = ("lossless", "uniform", "int8-row")
 
 
@@ -50,62 +49,15 @@ class TensorInfo:
     header: BlobHeader
 
 
-def shard_paths(path: Path) -> list[Path]:
-    """The safetensors files of a file or directory, in order of name.
-
-    Raises:
-        InputError: a directory without any.
-        DirectoryIndexError: an index that names a missing one.
-    """
-    if not path.is_dir():
-        return [path]
-    index = path / INDEX_NAME
-    if not index.exists():
-        found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
-        if not found:
-            raise InputError(f"{path} holds no .safetensors file; other forms of weights must be converted first")
-        return found
-    names = sorted(set(read_weight_map(index).values()))
-    missing = [name for name in names if not os.path.isfile(path / name)]
-    if missing:
-        raise DirectoryIndexError(f"{index}: names {missing[0]!r}, which does not exist")
-    return [path / name for name in names]
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """``weight_map`` of an index: stored tensor → file name, which must be a plain one."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(
-            isinstance(k, str) and isinstance(v, str) and v == os.path.basename(v) and v not in ("", ".", "..")
-            for k, v in weight_map.items()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DirectoryIndexError(f"{index}: not a valid index ({error!r})") from None
-    if not plain:
-        raise DirectoryIndexError(f"{index}: weight_map does not map names to files of the directory")
-    return dict(weight_map)
-
-
-def locate_tensors(containers: Iterable[Container]) -> dict[str, Container]:
-    """The container of each original tensor.
-
-    Raises:
-        DirectoryIndexError: two of them hold one name.
-    """
-    where: dict[str, Container] = {}
-    for container in containers:
-        for name in container.original_names():
-            if name in where:
-                raise DirectoryIndexError(f"{name!r} is in both {where[name].path.name} and {container.path.name}")
-            where[name] = container
-    return where
-
-
 class Reader:
-    """Tensors of a safetensors file, or of a directory of shards, by their original names.
+    """Tensors of a safetensors file, or of a model directory, by their original names.
 
-    Opening maps the files and reads their headers; tensors are decoded when asked for. May be used by several threads.
+    Those of the directory's own model have plain names. Before the others comes where they are: ``unet/`` and the name
+    for the model of a subfolder, ``model.fp16.safetensors/`` for another set of weights in a folder (docs/FORMAT.md
+    §9.4 says which is which). ``main_keys`` leaves such other sets out.
+
+    Opening reads the files' headers; tensors are decoded when asked for. May be used by several threads,
+    and by processes forked from the one that opened it.
 
     Example::
 
@@ -114,13 +66,17 @@ class Reader:
                 weights = reader.dequantize(name, "float32")
 
     Args:
-        path: a .safetensors file or a model directory.
+        path: a .safetensors file, a model directory, or an index in one, for the set of weights that it names.
         threads: cores to decode with; all by default.
         max_elements: refuse to decode tensors of more elements (default: max(2^28, 256 × blob bytes)).
+        components: False opens a directory's own model alone: no subfolders, no other sets of weights.
+        without: a folder in the directory that is no part of it.
+        tree: the model, opened already; the reader closes it.
+        verify: compare what is asked for with the CRCs that the file gives, kept tensors and scales once each.
 
     Raises:
         InputError: a directory without a safetensors file.
-        FormatError: a file, or the directory's index, breaks a rule of FORMAT.md.
+        FormatError: a file, or a directory's index or config.json, breaks a rule of FORMAT.md.
         OSError: a file cannot be read.
     """
 
@@ -130,35 +86,51 @@ class Reader:
         *,
         threads: int | None = None,
         max_elements: int | None = None,
+        components: bool = True,
+        without: Path | None = None,
+        tree: ModelTree | None = None,
+        verify: bool = True,
     ) -> None:
+        self.verify = verify
+        self._intact: set[str] = set()
         self.path = Path(path)
         self.max_elements = max_elements
         self.containers: list[Container] = []
-        self._executor = ThreadPoolExecutor(threads or default_threads())
+        self._pool = ThreadPool(threads)
         self._where: dict[str, Container] = {}
         try:
-            for shard in shard_paths(self.path):
-                self.containers.append(Container(shard))
-            self._where = locate_tensors(self.containers)
-            self._check_index()
+            self.tree = ModelTree(self.path, components=components, without=without) if tree is None else tree
+            for file in self.tree.weight_files:
+                file.container.rename(file.names)
+                self.containers.append(file.container)
+                self._where |= dict.fromkeys(file.names.values(), file.container)
         except BaseException:
             self.close()
             raise
 
-    def _check_index(self) -> None:
-        index = self.path / INDEX_NAME
-        if not self.path.is_dir() or not index.exists():
-            return
-        stored = {name: c.path.name for c in self.containers for name in c.tensors}
-        weight_map = read_weight_map(index)
-        wrong = {name for name, shard in weight_map.items() if stored.get(name) != shard}
-        wrong |= stored.keys() - weight_map.keys()
-        if wrong:
-            raise DirectoryIndexError(f"{index}: {min(wrong)!r} is not where the index says")
+    @property
+    def _executor(self) -> ThreadPoolExecutor:
+        return self._pool.executor
 
     def keys(self) -> list[str]:
         """Names of all tensors, as in the original model."""
         return sorted(self._where)
+
+    def main_keys(self) -> list[str]:
+        """Names of the tensors of each folder's model: without other sets of weights and copies that do not count."""
+        return sorted(
+            file.set_prefix + own
+            for file in self.tree.weight_files
+            if file.reason is None
+            for own, name in file.names.items()
+            if name == file.set_prefix + own
+        )
+
+    def other_sets(self) -> list[str]:
+        """What ``main_keys`` leaves out, by the prefix of its tensors' names without the last slash."""
+        main = set(self.main_keys())
+        own = {n: o for file in self.tree.weight_files for o, n in file.names.items()}
+        return sorted({name.removesuffix(f"/{own[name]}") for name in self._where if name not in main})
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -180,10 +152,6 @@ class Reader:
         """The original dtype of a tensor, as safetensors names it."""
         container = self.container(name)
         return str(container.coded[name]["dtype"]) if name in container.coded else container.tensors[name].dtype
-
-    def show(self, containers: list[Container]) -> None:
-        """Read from other views of the same files."""
-        self._where = locate_tensors(containers)
 
     def info(self, name: str) -> TensorInfo | None:
         """Shape, method, bits and noise of a coded tensor; None for one that is kept as it is."""
@@ -229,6 +197,7 @@ class Reader:
         if name not in container.coded:
             raise KeyError(f"tensor {name!r} is not coded")
         try:
+            self._check_crc(container, name + SCALE_SUFFIX)
             blob = Blob(container.data(name + BLOB_SUFFIX))
             self._check_shape(name, container.coded[name], blob.header)
             self._check_scales(name, container, blob.header)
@@ -275,6 +244,11 @@ class Reader:
         if scales is not None and len(scales) not in (1, header.matrices * header.rows):
             raise ScaleError(f"tensor {name!r}: {len(scales)} scales for {header.matrices} × {header.rows} rows")
 
+    def _check_crc(self, container: Container, stored: str, data: memoryview | None = None) -> None:
+        if self.verify and stored not in self._intact:
+            container.check_crc32(stored, data)
+            self._intact.add(stored)
+
     def _to_shape(self, name: str, array: npt.NDArray[Any], header: BlobHeader) -> npt.NDArray[Any]:
         """[matrices, rows, cols] → the original shape."""
         if header.transposed:
@@ -289,13 +263,19 @@ class Reader:
             raise
 
     def stored(self, name: str) -> npt.NDArray[Any]:
-        """A kept tensor as it is stored: read-only, not copied."""
+        """A kept tensor as it is stored: read-only, in memory of its own.
+
+        Raises:
+            TensorCrcError: it is damaged.
+        """
         container = self.container(name)
         tensor = container.tensors[name]
         dtype = NUMPY_DTYPES.get(tensor.dtype)
         if dtype is None:
             raise TypeError(f"tensor {name!r}: NumPy has no type for {tensor.dtype}")
-        return np.frombuffer(container.data(name), dtype).reshape(tensor.shape)
+        data = container.data(name)
+        self._check_crc(container, name, data)
+        return np.frombuffer(data, dtype).reshape(tensor.shape)
 
     def decode(self, name: str) -> npt.NDArray[Any]:
         """The stored numbers, exactly: integers of a quantized tensor, bit patterns of a lossless float one.
@@ -346,7 +326,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the files. Arrays handed out stay valid."""
-        self._executor.shutdown()
+        self._pool.close()
         for container in self.containers:
             container.close()
 

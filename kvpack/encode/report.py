@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kvpack.encode.model_tree import WeightFile
 from kvpack.encode.reader import Reader
 from kvpack.errors import InputError
 
@@ -45,6 +46,11 @@ def _describe_tensor(reader: Reader, name: str) -> dict[str, Any]:
     }
 
 
+def _describe_file(file: WeightFile) -> dict[str, Any]:
+    """Which tensors are in a file, by what their names begin with, and why it is no part of its folder's model."""
+    return {"path": str(file.path), "prefix": file.set_prefix, "tensors": len(file.names), "reason": file.reason}
+
+
 def describe(path: str | Path, tensor: str | None = None) -> dict[str, Any]:
     """What ``kvpack inspect --json`` prints.
 
@@ -58,6 +64,7 @@ def describe(path: str | Path, tensor: str | None = None) -> dict[str, Any]:
         names = reader.keys() if tensor is None else [tensor]
         tensors = [_describe_tensor(reader, name) for name in names]
         output_bytes = sum(container.path.stat().st_size for container in reader.containers)
+        sets = [_describe_file(file) for file in reader.tree.weight_files]
     coded = [t for t in tensors if t["method"] != "keep"]
     weights = sum(math.prod(t["shape"]) for t in coded)
     noisy = [t for t in coded if t["noise_db"] is not None]
@@ -71,5 +78,6 @@ def describe(path: str | Path, tensor: str | None = None) -> dict[str, Any]:
         "coded": len(coded),
         "bits_per_weight": round(total_bits / weights, 6) if weights else None,
         "noise_db": round(10 * math.log10(noise / noisy_weights), 4) if noise > 0 else None,
+        "files": sets,
         "tensors": tensors,
     }

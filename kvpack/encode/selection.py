@@ -30,7 +30,7 @@ class Selection:
 
     ``bits`` is the rate, or None with a ``preset``. ``include`` codes what would
     be kept, ``exclude`` keeps what would be coded and wins; of several patterns each counts. ``tensor_bits`` gives
-    names that match a rate of their own.
+    names that match a rate of their own. Patterns see ``prefix`` and the tensor's name: where in a directory it is.
     """
 
     bits: float | None = None
@@ -38,6 +38,7 @@ class Selection:
     include: tuple[re.Pattern[str], ...] = ()
     exclude: tuple[re.Pattern[str], ...] = ()
     tensor_bits: tuple[tuple[re.Pattern[str], float | str], ...] = field(default=())
+    prefix: str = ""
 
     @classmethod
     def from_config(cls, config: QuantConfig) -> Selection:
@@ -64,7 +65,7 @@ class Selection:
     def quality_of(self, name: str) -> float | str:
         """The rate of a tensor, or a preset's name; the last matching ``tensor_bits`` counts."""
         for pattern, bits in reversed(self.tensor_bits):
-            if pattern.search(name):
+            if pattern.search(self.prefix + name):
                 return bits
         quality = self.preset if self.bits is None else self.bits
         assert quality is not None
@@ -72,13 +73,13 @@ class Selection:
 
     def has_own_rate(self, name: str) -> bool:
         """Whether a pattern of ``tensor_bits`` matches."""
-        return any(pattern.search(name) for pattern, _ in self.tensor_bits)
+        return any(pattern.search(self.prefix + name) for pattern, _ in self.tensor_bits)
 
     def reason_to_keep(self, tensor: StoredTensor, kinds: TensorKinds) -> str | None:
         """Why a tensor is stored as it is, or None if it is coded."""
         name, shape = tensor.name, tensor.shape
         elements = math.prod(shape)
-        asked_for = _matches(self.include, name) or self.has_own_rate(name)
+        asked_for = _matches(self.include, self.prefix + name) or self.has_own_rate(name)
         can_be_coded = tensor.dtype in LOSSLESS_KINDS and len(shape) > 1 and elements > 0
         if name in kinds.part_of and not (can_be_coded and (self.lossless or asked_for)):
             return f"{OTHER_QUANTIZATION}: {kinds.part_of[name]}"
@@ -88,7 +89,7 @@ class Selection:
             return "empty"
         if len(shape) < 2:
             return f"{len(shape)}-D"
-        if _matches(self.exclude, name):
+        if _matches(self.exclude, self.prefix + name):
             return "excluded"
         if asked_for:
             return None

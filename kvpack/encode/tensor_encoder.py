@@ -143,21 +143,33 @@ class Matrices:
     """
 
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
-        matrices = (-1, *array.shape[-2:]) if _is_stack(array.shape) else (1, array.shape[0], -1)
-        array = array.reshape(matrices)
+        self._set_geometry(array.shape, array.dtype, transposed=transposed)
+        stored = (self.matrices, self.cols, self.rows) if transposed else (self.matrices, self.rows, self.cols)
+        self._array = array.reshape(stored).swapaxes(1, 2) if transposed else array.reshape(stored)
+
+    def _set_geometry(self, shape: tuple[int, ...], dtype: npt.DTypeLike, *, transposed: bool) -> None:
+        if _is_stack(shape):
+            self.matrices, (rows, cols) = math.prod(shape[:-2]), shape[-2:]
+        else:
+            self.matrices, rows, cols = 1, shape[0], math.prod(shape[1:])
         self.transposed = transposed
-        self.array = array.swapaxes(1, 2) if transposed else array
-        self.matrices, self.rows, self.cols = self.array.shape
+        self.rows, self.cols = (cols, rows) if transposed else (rows, cols)
+        self.dtype = np.dtype(dtype)
         self.tile_rows = ceil_div(self.rows, TILE_ROWS)
         self.num_strips = self.matrices * self.tile_rows
 
     @property
+    def array(self) -> npt.NDArray[Any]:
+        """[matrices, rows, cols]."""
+        return self._array
+
+    @property
     def size(self) -> int:
-        return int(self.array.size)
+        return self.matrices * self.rows * self.cols
 
     def strip(self, index: int) -> npt.NDArray[Any]:
         matrix, tile_row = divmod(index, self.tile_rows)
-        return self.array[matrix, tile_row * TILE_ROWS : (tile_row + 1) * TILE_ROWS]
+        return self._array[matrix, tile_row * TILE_ROWS : (tile_row + 1) * TILE_ROWS]
 
     def strip_rows(self, index: int) -> slice:
         """The strip's rows among all matrices · rows."""
@@ -352,7 +364,7 @@ def _encode_quantized(
 
     blob = coder.encode_strips(header, source, tile_counts=counts, executor=executor)
     with np.errstate(over="ignore"):
-        as_stored = largest.astype(weights.array.dtype)  # fp16 ends at 65504
+        as_stored = largest.astype(weights.dtype)  # fp16 ends at 65504
     if not (all(math.isfinite(noise) for noise, _ in sums) and np.isfinite(as_stored).all()):
         name = str(as_stored.dtype).replace("bfloat", "bf").replace("float", "fp")
         raise NotEncodableError(f"values near the end of the {name} range: some would decode to infinity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,53 @@ R = TypeVar("R")
 def default_threads() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class ThreadPool:
+    """Threads that are started when they are first needed, in each process anew.
+
+    A fork copies the calling thread alone: work given to an executor that was made before it waits for ever. So a child
+    makes its own executor and leaves the parent's as it is.
+
+    Args:
+        threads: how many; all cores by default.
+        name: what their names begin with.
+    """
+
+    def __init__(self, threads: int | None = None, name: str = "kvpack") -> None:
+        self._threads = threads or default_threads()
+        self._name = name
+        self._process = os.getpid()
+        self._executor: ThreadPoolExecutor | None = None
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """This process's executor."""
+        with _making:
+            if self._process != os.getpid():
+                self._process, self._executor = os.getpid(), None
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix=self._name)
+            return self._executor
+
+    def close(self) -> None:
+        """Wait for what is under way, and end the threads. What is asked for later starts them again."""
+        with _making:
+            executor, self._executor = self._executor, None
+            own = self._process == os.getpid()
+        if executor is not None and own:
+            executor.shutdown()
+
+
+def _renew_lock() -> None:
+    """Another thread of the parent may have held it, and does not exist here."""
+    global _making
+    _making = threading.Lock()
+
+
+_making = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def map_ordered(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from kvpack.encode.blob_decoder import check_element_limit, verify_tiles
-from kvpack.encode.dtypes import as_float32
-from kvpack.encode.fp8 import DequantizedContainer, find_fp8
-from kvpack.encode.model_directory import read_config
+from kvpack.encode.dtypes import NUMPY_DTYPES, as_float32
+from kvpack.encode.file_comparison import compare_files
+from kvpack.encode.fp8 import dequantize_tree, find_fp8
+from kvpack.encode.model_tree import ModelTree
+from kvpack.encode.output_files import pieces
 from kvpack.encode.reader import Reader
 from kvpack.encode.tensor_encoder import noise_db
 from kvpack.format.container import SCALE_SUFFIX
@@ -30,7 +31,10 @@ class Verification:
     Attributes:
         bytes_without_checksum: stored bytes in which ``against`` alone finds damage: tensors that are kept as they
             are, and scales, of a file that gives no CRCs for them (§9.3).
-        mismatches: tensor → what differs from the original.
+        mismatches: tensor, or file of a directory, → what differs from the original.
+        files: how many files of a directory were compared.
+        left_out: files of the original directory that compress leaves out → why.
+        extra_files: those that the original directory does not have.
     """
 
     tensors: int = 0
@@ -40,6 +44,9 @@ class Verification:
     bytes_without_checksum: int = 0
     compared: bool = False
     mismatches: dict[str, str] = field(default_factory=dict)
+    files: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
+    extra_files: list[str] = field(default_factory=list)
 
 
 def verify(
@@ -51,7 +58,8 @@ def verify(
 ) -> Verification:
     """Check structure, CRCs and every lane; with ``against`` also that the original is reproduced.
 
-    Lossless and kept tensors must be equal bit for bit; quantized ones must have the noise that was recorded.
+    Lossless and kept tensors must be equal bit for bit; quantized ones must have the noise that was recorded. Of two
+    directories every file is compared, but those that compress leaves out.
 
     Args:
         progress: called with stored bytes as they are done.
@@ -84,21 +92,34 @@ def verify(
             if progress:
                 progress(len(blob.buffer))
         if against is not None:
-            with Reader(against, threads=threads) as original:
-                _dequantize_fp8(reader, original)
-                for name in sorted({*reader.keys(), *original.keys()}):
-                    difference = _difference(name, reader, original)
-                    if difference:
-                        result.mismatches[name] = difference
+            with ModelTree(Path(against), without=Path(path)) as tree:
+                dequantized_folders = _as_coded(tree, reader)
+                original = Reader(against, threads=threads, tree=tree)
+                if Path(path).is_dir() and Path(against).is_dir():
+                    files = compare_files(reader.tree, tree, dequantized_folders)
+                    result.mismatches |= files.differences
+                    result.files = files.compared
+                    result.left_out = {file.path: str(file.reason) for file in files.left_out}
+                    result.extra_files = files.extra
+                with original:
+                    for name in sorted({*reader.keys(), *original.keys()}):
+                        difference = _difference(name, reader, original)
+                        if difference:
+                            result.mismatches[name] = difference
     return result
 
 
-def _dequantize_fp8(reader: Reader, original: Reader) -> None:
-    """Let ``original`` be seen without fp8 scales, if ``reader``'s model was made so."""
-    config = read_config(original.path) if original.path.is_dir() else {}
-    fp8 = find_fp8(original.containers, config)
-    if any(name in reader and reader.dtype(name) == "BF16" for name in fp8.weights):
-        original.show([DequantizedContainer(container, fp8) for container in original.containers])
+def _as_coded(tree: ModelTree, reader: Reader) -> set[Path]:
+    """Let the original be seen without fp8 scales, if ``reader``'s model was made so.
+
+    Returns:
+        Folders whose config.json then says nothing of a quantization.
+    """
+    sets = find_fp8(tree)
+    if not any(name in reader and reader.dtype(name) == "BF16" for fp8 in sets.values() for name in fp8.weights):
+        return set()
+    dequantize_tree(tree, sets)
+    return {fp8.config_folder for fp8 in sets.values() if fp8.config_folder is not None}
 
 
 def _difference(name: str, reader: Reader, original: Reader) -> str | None:
@@ -115,12 +136,14 @@ def _difference(name: str, reader: Reader, original: Reader) -> str | None:
         kept = reader.container(name).tensors[name]
         if (kept.dtype, kept.shape) != (source.dtype, source.shape):
             return f"is {kept.dtype} {list(kept.shape)}, the original {source.dtype} {list(source.shape)}"
-        same = reader.container(name).data(name) == original.container(name).data(name)
+        ours, theirs = reader.container(name).pieces(name), original.container(name).pieces(name)
+        same = all(map(np.array_equal, ours, theirs))
         return None if same else "its bytes differ"
     if (info.dtype, info.shape) != (source.dtype, source.shape):
         return f"was {info.dtype} {list(info.shape)}, the original is {source.dtype} {list(source.shape)}"
     if reader.container(name).scales(name) is None:
-        same = reader.dequantize(name, "original").tobytes() == original.container(name).data(name)
+        bits = np.ascontiguousarray(reader.dequantize(name, "original")).view(np.uint8).reshape(-1).data
+        same = all(map(np.array_equal, pieces(bits), original.container(name).pieces(name)))
         return None if same else "its bits differ"
     measured = measured_noise_db(reader, original, name)
     recorded = info.power_noise_db
@@ -139,12 +162,16 @@ def measured_noise_db(reader: Reader, original: Reader, name: str) -> float | No
     """10·log10(Σ(w − ŵ)² / Σw²) in f64, None where that is not finite."""
     decoded = reader.dequantize(name, "float32")
     noise = signal = 0.0
-    source: np.ndarray[Any, np.dtype[Any]] = original.stored(name)
-    source = source.reshape(-1, source.shape[-1])
-    decoded = decoded.reshape(source.shape)
-    for first in range(0, len(source), 256):
-        w = as_float32(source[first : first + 256]).astype(np.float64)
-        error = w - decoded[first : first + 256]
+    container = original.container(name)
+    source = container.tensors[name]
+    dtype = NUMPY_DTYPES[source.dtype]
+    decoded = decoded.reshape(-1, source.shape[-1])
+    row_bytes = source.shape[-1] * dtype.itemsize
+    for first in range(0, len(decoded), 256):
+        rows = decoded[first : first + 256]
+        stored = container.read(name, first * row_bytes, (first + len(rows)) * row_bytes)
+        w = as_float32(np.frombuffer(stored, dtype).reshape(rows.shape)).astype(np.float64)
+        error = w - rows
         noise += float(np.vdot(error, error))
         signal += float(np.vdot(w, w))
     return noise_db([(noise, signal)])

@@ -110,6 +110,29 @@ def lane_table_bytes(geometry: TileGeometry, length_bytes: int) -> int:
     return GROUP_OFFSETS_BYTES + geometry.lanes * (4 + length_bytes)
 
 
+def check_tile_bytes(payload: memoryview, tile: np.void, where: str) -> None:
+    """A tile's bytes against their CRC, and the zeros behind them, without a look at what they mean.
+
+    Args:
+        payload: of a blob whose front part is intact.
+        tile: its metadata, an entry of :attr:`Blob.tiles`.
+        where: how messages name it.
+
+    Raises:
+        PayloadCrcError, PaddingError
+    """
+    begin, size = int(tile["data_offset"]), int(tile["data_size"])
+    crc = zlib.crc32(payload[begin : begin + size])
+    if crc != int(tile["payload_crc32"]):
+        raise PayloadCrcError(f"{where}: payload_crc32 is 0x{int(tile['payload_crc32']):08X}, computed 0x{crc:08X}")
+    _check_padding(payload, begin + size, where)
+
+
+def _check_padding(payload: memoryview, end: int, where: str) -> None:
+    if any(payload[end : align(end, ALIGNMENT_BYTES)]):
+        raise PaddingError(f"{where}: the bytes behind the tile are not zero")
+
+
 class Blob:
     """A parsed blob. The buffer is kept, not copied.
 
@@ -189,13 +212,9 @@ class Blob:
         where = f"tile {index}"
         data = np.frombuffer(self.payload[offset : offset + size], np.uint8)
         if check_crc:
-            crc = zlib.crc32(self.payload[offset : offset + size])
-            if crc != int(meta["payload_crc32"]):
-                raise PayloadCrcError(
-                    f"{where}: payload_crc32 is 0x{int(meta['payload_crc32']):08X}, computed 0x{crc:08X}"
-                )
-        if any(self.payload[offset + size : align(offset + size, ALIGNMENT_BYTES)]):
-            raise PaddingError(f"{where}: the bytes behind the tile are not zero")
+            check_tile_bytes(self.payload, meta, where)
+        else:
+            _check_padding(self.payload, offset + size, where)
 
         mode = TileMode(int(meta["mode"]))
         states = np.empty(0, np.uint32)

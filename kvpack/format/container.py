@@ -1,38 +1,41 @@
 """The container: a safetensors file that holds blobs (docs/FORMAT.md §9).
 
-Reading is done here and not by the safetensors package for three reasons: zero-copy views of any dtype, a named
-error for each rule, and 10,000 tensors in well under a second. The tests open files with that package too.
+Reading is done here and not by the safetensors package for three reasons: any dtype, a named error for each rule, and
+10,000 tensors in well under a second. The tests open files with that package too. Files are read and not mapped: a
+mapped file that is cut by another process kills its reader with SIGBUS, a read says how much there was.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
-import secrets
 import shutil
 import struct
-import weakref
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 
 from kvpack.errors import (
     ContainerMetadataError,
+    FileChangedError,
     LimitError,
     NotAContainerError,
     ScaleError,
     TensorCrcError,
     TensorTableError,
 )
+from kvpack.format.file_kinds import HEAD_BYTES, describe
 from kvpack.format.header import HEADER_BYTES, BlobHeader
+from kvpack.format.json_limits import RepeatedKeyError, load_json
+from kvpack.format.open_files import OpenFile
+from kvpack.format.temporary_files import create_file, hidden_name, remove_abandoned
 
 CONTAINER_VERSION = "1"
 VERSION_KEY = "kvpack_version"
@@ -43,8 +46,10 @@ VARIANCE_NOISE_KEY = "noise_variance_db"
 BLOB_SUFFIX = "_kvpack"
 SCALE_SUFFIX = "_kvpack_scale"
 MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 1 << 18  # in one file; a reader's own limit (FORMAT.md §10)
 _DATA_ALIGNMENT_BYTES = 64
 _COPY_BYTES = 1 << 24
+_ENDINGS = ("data", "tmp")
 MAX_DIMENSIONS = 64  # NumPy's
 _MAX_EMPTY_EXTENT = 1 << 58  # NumPy's is 2^63 bytes, zeros left out
 
@@ -57,7 +62,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as the safetensors header lists it; offsets are from the data's start."""
 
@@ -80,35 +85,33 @@ def _is_shape(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_count, value))
 
 
-class _RepeatedKeyError(ValueError):
-    pass
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _RepeatedKeyError(f"{twice!r} is there twice")
-    for key, value in pairs:  # a lone surrogate, as "\ud800", is not text: encode() refuses it
-        key.encode()
-        if isinstance(value, str):
-            value.encode()
-    return found
-
-
 def _parse_header(text: bytes) -> Any:
     try:
-        return json.loads(text.decode(), object_pairs_hook=_unique_keys)
-    except _RepeatedKeyError as error:
+        return load_json(text)
+    except RepeatedKeyError as error:
         raise TensorTableError(f"the JSON header: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except LimitError as error:
+        raise LimitError(f"the header: {error}") from None
+    except ValueError as error:
         raise NotAContainerError(f"the header is not valid JSON: {error}") from None
 
 
+def _parse_metadata(key: str, text: str) -> dict[str, Any]:
+    """An object of ``__metadata__``, which is the JSON text of one."""
+    try:
+        value = load_json(text.encode())
+    except LimitError as error:
+        raise LimitError(f"{key}: {error}") from None
+    except ValueError as error:
+        raise ContainerMetadataError(f"{key} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ContainerMetadataError(f"{key} is not a JSON object")
+    return value
+
+
 def _parse_tensor(name: str, entry: object) -> StoredTensor:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise TensorTableError(f"tensor {name!r}: needs exactly dtype, shape and data_offsets")
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise TensorTableError(f"tensor {name!r}: needs dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise TensorTableError(f"tensor {name!r}: unknown dtype {dtype!r}")
@@ -129,81 +132,92 @@ def _parse_tensor(name: str, entry: object) -> StoredTensor:
     return StoredTensor(name, dtype, tuple(shape), begin, end)
 
 
-class OpenFile:
-    """A file that stays open until the last reference to it is gone, whatever its path leads to meanwhile.
+class Readable(Protocol):
+    """A file, or what can be read like one: :class:`OpenFile`, :class:`SerializedTensors`."""
 
-    Attributes:
-        path: under which it was opened; for messages.
-        descriptor: to be read at given offsets alone, since the position is shared.
+    path: Path
+    size_bytes: int
 
-    Raises:
-        OSError: it cannot be opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:  # which refuses folders
-            self.descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self.descriptor)
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset`` on."""
 
 
 class Container:
-    """A safetensors file, mapped into memory and checked; works for files without blobs too.
+    """A safetensors file, opened and its header checked; works for files without blobs too.
 
     Attributes:
-        file: what is mapped, for who reads it otherwise. Kept open by the container and by all who hold it.
+        file: what is read, for who reads it otherwise. Kept open by the container and by all who hold it.
         data_begin: where in the file the tensors' data begin.
         tensors: all stored tensors by name, in the order of their offsets.
         metadata: the strings of ``__metadata__``.
         coded: the entries of ``kvpack_tensors`` (empty if the file has none).
         crc32: what ``kvpack_crc32`` gives for stored tensors that are not blobs (empty if the file has none).
 
+    Args:
+        path: of the file, to be opened.
+        file: instead, what was opened already; ``path`` is its name alone.
+
     Raises:
         ContainerError: the file breaks a rule of FORMAT.md §9.
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], file: Readable | None = None) -> None:
         self.path = Path(path)
-        self.file = OpenFile(self.path)
-        size = os.fstat(self.file.descriptor).st_size
+        self.file: Readable = OpenFile(self.path) if file is None else file
+        size = self.file.size_bytes
         if size < 8:
-            raise NotAContainerError(f"{self.path}: {size} bytes are too few for a safetensors file")
-        self._map = mmap.mmap(self.file.descriptor, 0, access=mmap.ACCESS_READ)
-        self._view = memoryview(self._map)
+            kind = self._kind("; it is ")
+            raise NotAContainerError(f"{self.path}: {size} bytes are too few for a safetensors file{kind}")
         try:
             self._parse(size)
+        except FileChangedError:  # which names the file
+            self.close()
+            raise
+        except NotAContainerError as error:
+            found = self._kind("not a safetensors file but ") or str(error)
+            self.close()
+            raise NotAContainerError(f"{self.path}: {found}") from None
         except ValueError as error:  # every FormatError is one
             self.close()
             error.args = (f"{self.path}: {error}",)
             raise
 
+    def _kind(self, introduction: str) -> str:
+        """What the file is by its first bytes, if these tell."""
+        size = self.file.size_bytes
+        kind = describe(bytes(self._read(0, min(size, HEAD_BYTES))), size)
+        return "" if kind is None else introduction + kind
+
     def _parse(self, size: int) -> None:
-        (header_bytes,) = struct.unpack_from("<Q", self._view)
+        beginning = self._read(0, 8)
+        (header_bytes,) = struct.unpack("<Q", beginning)
         if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > size:
-            if bytes(self._view[:2]) in (b"PK", b"\x80\x02"):
-                raise NotAContainerError("a PyTorch pickle, not a safetensors file: convert it with safetensors first")
             raise NotAContainerError(f"not a safetensors file: a header of {header_bytes} bytes in a file of {size}")
-        header = _parse_header(bytes(self._view[8 : 8 + header_bytes]))
+        header = _parse_header(bytes(self._read(8, header_bytes)))
         if not isinstance(header, dict):
             raise NotAContainerError("the header is not a JSON object")
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        if metadata is None:  # null is no metadata, as the safetensors library has it
+            metadata = {}
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise TensorTableError("__metadata__ is not a map of strings")
         self.metadata: dict[str, str] = metadata
+        if len(header) > MAX_TENSORS:
+            raise LimitError(f"{len(header)} tensors in one file: this reader takes {MAX_TENSORS}")
         tensors = sorted(
             (_parse_tensor(name, entry) for name, entry in header.items()),
             key=lambda tensor: (tensor.begin, tensor.end),
         )
         self.data_begin = 8 + header_bytes
-        self._data = self._view[self.data_begin :]
+        data_bytes = size - self.data_begin
         at = 0
         for tensor in tensors:
             if tensor.begin != at:
                 raise TensorTableError(f"tensor {tensor.name!r} begins at {tensor.begin}, expected {at}")
             at = tensor.end
-        if at != len(self._data):
-            raise TensorTableError(f"the tensors end at {at}, the data at {len(self._data)}")
+        if at != data_bytes:
+            raise TensorTableError(f"the tensors end at {at}, the data at {data_bytes}")
         self.tensors = {tensor.name: tensor for tensor in tensors}
         self.coded = self._parse_coded()
         self.crc32 = self._parse_crc32()
@@ -222,12 +236,7 @@ class Container:
             return {}
         if version != CONTAINER_VERSION:
             raise ContainerMetadataError(f"{VERSION_KEY} is {version!r}, this reader knows {CONTAINER_VERSION!r}")
-        try:
-            coded = json.loads(text or "", object_pairs_hook=_unique_keys)
-        except (ValueError, RecursionError) as error:
-            raise ContainerMetadataError(f"{TENSORS_KEY} is not valid JSON: {error}") from None
-        if not isinstance(coded, dict):
-            raise ContainerMetadataError(f"{TENSORS_KEY} is not a JSON object")
+        coded = _parse_metadata(TENSORS_KEY, text or "")
         for name, entry in coded.items():
             if (
                 not isinstance(entry, dict)
@@ -254,12 +263,7 @@ class Container:
         text = self.metadata.get(CRC_KEY)
         if text is None or VERSION_KEY not in self.metadata:  # absent, or an ordinary file's own affair
             return {}
-        try:
-            given = json.loads(text, object_pairs_hook=_unique_keys)
-        except (ValueError, RecursionError) as error:
-            raise ContainerMetadataError(f"{CRC_KEY} is not valid JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise ContainerMetadataError(f"{CRC_KEY} is not a JSON object")
+        given = _parse_metadata(CRC_KEY, text)
         for name, crc in given.items():
             if name not in self.tensors or name.removesuffix(BLOB_SUFFIX) in self.coded:
                 raise ContainerMetadataError(f"{CRC_KEY}: {name!r} is no stored tensor, or a blob, which has its own")
@@ -272,28 +276,77 @@ class Container:
         parts = {name + suffix for name in self.coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
         return sorted([*self.coded, *(name for name in self.tensors if name not in parts)])
 
-    def data(self, name: str) -> memoryview:
-        """The bytes of a stored tensor, not copied."""
-        tensor = self.tensors[name]
-        return self._data[tensor.begin : tensor.end]
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Let the original tensors have other names, as those of a file in a directory of many; the file stays.
 
-    def check_crc32(self, name: str) -> bool:
+        Args:
+            names: each original name → its other one.
+        """
+        new = dict(names)
+        for name in self.coded:
+            for suffix in (BLOB_SUFFIX, SCALE_SUFFIX):
+                new[name + suffix] = names[name] + suffix
+        self.tensors = {new[name]: replace(tensor, name=new[name]) for name, tensor in self.tensors.items()}
+        self.coded = {new[name]: entry for name, entry in self.coded.items()}
+        self.crc32 = {new[name]: crc for name, crc in self.crc32.items()}
+
+    def _read(self, offset: int, size_bytes: int) -> memoryview:
+        if "file" not in vars(self):
+            raise ValueError(f"{self.path} is closed")
+        buffer = np.empty(size_bytes, np.uint8)
+        self.file.read_into(buffer.data, offset)
+        return buffer.data.toreadonly()
+
+    def read(self, name: str, begin: int, end: int) -> memoryview:
+        """The bytes ``begin … end`` of a stored tensor, read-only, in memory of their own.
+
+        Raises:
+            FileChangedError: the file was cut or written to since it was opened.
+        """
+        return self._read(self.data_begin + self.tensors[name].begin + begin, end - begin)
+
+    def data(self, name: str) -> memoryview:
+        """All bytes of a stored tensor, as :meth:`read` gives them."""
+        return self.read(name, 0, self.tensors[name].size_bytes)
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a stored tensor in parts of at most 16 MiB, so that they are never in memory as a whole."""
+        size = self.tensors[name].size_bytes
+        for begin in range(0, size, _COPY_BYTES):
+            yield self.read(name, begin, min(begin + _COPY_BYTES, size))
+
+    def check_crc32(self, name: str, data: memoryview | None = None) -> bool:
         """Compare the bytes of a stored tensor that is not a blob with their CRC; False if the file gives none.
+
+        Args:
+            data: its bytes, if they have been read already.
 
         Raises:
             TensorCrcError: they are damaged.
         """
-        given = self.crc32.get(name)
-        if given is None:
+        if name not in self.crc32:
             return False
-        computed = zlib.crc32(self.data(name))
+        computed = 0
+        for piece in self.pieces(name) if data is None else (data,):
+            computed = zlib.crc32(piece, computed)
+        self.compare_crc32(name, computed)
+        return True
+
+    def compare_crc32(self, name: str, computed: int) -> None:
+        """For who reads a stored tensor anyway: its CRC against the one that the file gives, if it does.
+
+        Raises:
+            TensorCrcError: they differ.
+        """
+        given = self.crc32.get(name, computed)
         if computed != given:
             raise TensorCrcError(f"{self.path}, tensor {name!r}: {CRC_KEY} is 0x{given:08X}, computed 0x{computed:08X}")
-        return True
 
     def blob_header(self, name: str) -> BlobHeader:
         """The header alone of a coded tensor's blob, unverified by its CRC."""
-        return BlobHeader.parse(self.data(name + BLOB_SUFFIX)[:HEADER_BYTES])
+        return BlobHeader.parse(
+            self.read(name + BLOB_SUFFIX, 0, min(HEADER_BYTES, self.tensors[name + BLOB_SUFFIX].size_bytes))
+        )
 
     def scales(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]] | None:
         """The scales of a coded tensor, f32 [1] or [matrices · rows], or None."""
@@ -307,15 +360,8 @@ class Container:
         return scales
 
     def close(self) -> None:
-        """Unmap the file and let go of it, as soon as no array refers to the one, and nobody holds the other."""
+        """Let go of the file; it is closed as soon as nobody else holds it. What was read stays."""
         vars(self).pop("file", None)
-        for view in (getattr(self, "_data", None), self._view):
-            if view is not None:
-                view.release()
-        try:
-            self._map.close()
-        except BufferError:  # an array still refers to the map; it is unmapped with the last one
-            return
 
     def __enter__(self) -> Self:
         return self
@@ -334,16 +380,17 @@ class ContainerWriter:
 
     Data goes to a spool file beside the target (its offsets are part of the header, which comes first); ``finish``
     writes the header, appends the spool, flushes to disk and renames. Leaving the ``with`` block otherwise removes
-    all traces.
+    all traces, and a process that is killed leaves ``.NAME.12345678.data`` and ``.tmp``, which the next writer of the
+    same file removes.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        # A process killed before may have had this number too: containers begin theirs at 1.
-        unique = f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}"
-        self._spool_path = self.path.with_name(f"{unique}.data")
-        self._final_path = self.path.with_name(f"{unique}.tmp")
-        self._spool: BinaryIO = self._spool_path.open("xb")
+        remove_abandoned(self.path, *_ENDINGS)
+        self._spool_path, self._final_path = (
+            self.path.with_name(hidden_name(self.path.name, ending)) for ending in _ENDINGS
+        )
+        self._spool: BinaryIO = create_file(self._spool_path)
         self._tensors: dict[str, dict[str, Any]] = {}
         self._at = 0
 
@@ -361,19 +408,18 @@ class ContainerWriter:
 
     def finish(self, metadata: Mapping[str, str]) -> int:
         """Put the file in place; returns its size in bytes."""
-        self._spool.close()
+        self._spool.flush()  # and not closed: its lock says that it is in use
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         text = json.dumps(header | self._tensors, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-(8 + len(text)) % _DATA_ALIGNMENT_BYTES)
-        with self._final_path.open("xb") as final, self._spool_path.open("rb") as spool:
+        with create_file(self._final_path) as final, self._spool_path.open("rb") as spool:
             final.write(struct.pack("<Q", len(text)))
             final.write(text)
             shutil.copyfileobj(spool, final, _COPY_BYTES)
             final.flush()
             os.fsync(final.fileno())
-            size = final.tell()
-        self._final_path.replace(self.path)
-        return size
+            self._final_path.replace(self.path)  # while it is locked
+            return final.tell()
 
     def __enter__(self) -> Self:
         return self

@@ -176,8 +176,8 @@ def check_what_is_hidden(
 ) -> None:
     """Spoiled values reach the queries that see them, and change no bit of the others' results.
 
-    Of V in 16 bits, that is one dimension of a result; in a quantized page, the token. K is to be in 16 bits, and NaN
-    is what shows of it: q · inf can be -inf, of which p is 0. `infinite`: what sees inf is inf;
+    Of V in 16 bits, that is one dimension of a result; in a quantized page, the token. Of K in a quantized page it is
+    all of the page. NaN is what shows of K: q · inf can be -inf, of which p is 0. `infinite`: what sees inf is inf;
     otherwise it may be NaN.
     """
     without, paged = make(()), make(spoiled)
@@ -188,10 +188,15 @@ def check_what_is_hidden(
     for side, sequence, token, dim, value in spoiled:
         length = int(without.lengths[sequence])
         limit = length - tokens + 1 + torch.arange(tokens) if causal else torch.full((tokens,), length)
-        seen = token < limit
-        if window:
-            seen &= (token >= limit - window) | (token < sinks)
         page_format = PageFormat(int(without.table[side, sequence, token // PAGE_TOKENS]) & ENTRY_FORMAT_MASK)
+        # Tokens of a quantized page share the scales of K.
+        first = token // PAGE_TOKENS * PAGE_TOKENS
+        share = side == Side.K and page_format.is_quantized
+        alike = torch.arange(first, first + PAGE_TOKENS) if share else torch.tensor([token])
+        sees = alike < limit[:, None]
+        if window:
+            sees &= (alike >= limit[:, None] - window) | (alike < sinks)
+        seen = sees.any(1)
         dims = slice(dim, dim + 1) if side == Side.V and not page_format.is_quantized else slice(None)
         if side == Side.K and not math.isnan(value):
             maybe[sequence, :, seen] = True

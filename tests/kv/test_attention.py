@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import pickle
 import re
@@ -23,6 +24,7 @@ from kvpack.format.pages import PageFormat, PageLayout, Side
 torch = pytest.importorskip("torch")
 
 from emulated_device import emulated_launch  # noqa: E402
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 from kvpack.runtime.device import kernels  # noqa: E402
 from kvpack.runtime.kv import attention  # noqa: E402
@@ -210,6 +212,16 @@ def test_queries_alone(tokens: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_queries_alone_wait_for_planned_tokens(device: str) -> None:
+    cache = make_cache(device)
+    q, k, v = random_qkv(cache, 4, 20)
+    attention_with_kv_cache(q, k, v, cache)
+    cache.plan()
+    with pytest.raises(CacheInputError, match="tokens that no graph has appended"):
+        attention_with_kv_cache(q, None, None, cache)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_prompt_that_comes_a_second_time_is_refused(device: str) -> None:
     cache = make_cache(device, max_sequences=2)
     q, k, v = random_qkv(cache, 4, 20)
@@ -225,6 +237,8 @@ def test_a_prompt_that_comes_a_second_time_is_refused(device: str) -> None:
         with pytest.raises(CacheInputError, match=re.escape(message)):
             attention_with_kv_cache(q, k, v, cache, cached_tokens=wrong)
         assert cache_state(cache) == before
+    with pytest.raises(CacheInputError, match="where cached_tokens says 0"):
+        attention_with_kv_cache(q[:, :, :0], k[:, :, :0], v[:, :, :0], cache, cached_tokens=0)
     attention_with_kv_cache(q, k, v, cache, cached_tokens=[20, 20])
     assert cache.length(0, 1) == 40
 
@@ -498,6 +512,47 @@ def test_compiled_for_many_caches_and_layers(dynamic: bool | None) -> None:
             x = random_qkv(cache, 4, 3, seed=layer)
             assert torch.equal(compiled(cache, layer, *x), attend(make_cache("cpu", num_layers=4), layer, *x))
         assert [cache.length(layer, 0) for layer in range(4)] == ([3] * 4 if dynamic is None else [3, 0, 0, 0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
+@pytest.mark.parametrize("as_list", [False, True])
+def test_compiled_steps_that_name_the_cached_tokens(as_list: bool) -> None:
+    """Another number at each step is not a recompilation each time; queries alone are compiled as well."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    cache = make_cache("cpu")
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cached: int | list[int]) -> list[torch.Tensor]:
+        out, _ = attention_with_kv_cache(q, k, v, cache, cached_tokens=cached)
+        return [out, attention_with_kv_cache(q, None, None, cache)[0]]
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    x = random_qkv(cache, 4, 1)
+    for step in range(12):
+        out, again = compiled(*x, [step] if as_list else step)
+        assert torch.equal(out, again)
+    assert cache.length(0, 0) == 12
+    assert counter.frame_count <= 3
+    with pytest.raises(CacheInputError, match="the cache holds 12 tokens, where cached_tokens says 11"):
+        compiled(*x, [11] if as_list else 11)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
+def test_compiled_for_many_batches() -> None:
+    """Other sequences at each step are not a recompilation each time."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    cache = make_cache("cpu", max_sequences=4)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: list[int]) -> torch.Tensor:
+        return attention_with_kv_cache(q, k, v, cache, sequences=sequences)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    x = random_qkv(cache, 4, 1, batch=2)
+    for batch in itertools.permutations(range(4), 2):
+        compiled(*x, list(batch))
+    assert cache.lengths.tolist() == [[6] * 4]
+    assert counter.frame_count <= 4
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")

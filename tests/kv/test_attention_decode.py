@@ -235,6 +235,7 @@ def check_hidden(
     formats: tuple[PageFormat, PageFormat],
     device: str,
     tokens: int,
+    spoiled_places: Sequence[tuple[int, int, int]] = SPOILED_PLACES,
     **options: int,
 ) -> None:
     def make(spoiled: Sequence[Spoiled]) -> Paged:
@@ -256,7 +257,7 @@ def check_hidden(
             **options,
         )
 
-    places = [(side, *place, value) for place in SPOILED_PLACES]
+    places = [(side, *place, value) for place in spoiled_places]
     if side == Side.V:
         places += [(side, 0, 195, 7, math.inf), (side, 0, 194, 7, -math.inf)]
     check_what_is_hidden(make, attend, places, tokens, **options)
@@ -281,6 +282,15 @@ def test_what_is_hidden_in_a_quantized_page_does_not_show(
     tokens: int, options: dict[str, int], v_format: PageFormat, dtype: torch.dtype, emulated: object
 ) -> None:
     check_hidden(Side.V, math.nan, dtype, (INT4, v_format), "cpu", tokens, **options)
+
+
+@EMULATED
+@pytest.mark.parametrize("k_format", [f for f in PageFormat if f.is_quantized])
+def test_quantized_keys_that_are_hidden_do_not_show(k_format: PageFormat, emulated: object) -> None:
+    """The first page of the first sequence is seen by two of its five queries, that of the second by all."""
+    places = [(0, 4, 1), (0, 62, 17), (1, 60, 3)]
+    formats = k_format, INT4
+    check_hidden(Side.K, math.nan, torch.float16, formats, "cpu", 5, spoiled_places=places, window=134)
 
 
 @EMULATED

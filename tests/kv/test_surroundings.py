@@ -148,6 +148,38 @@ def test_numbers_of_other_types_are_numbers() -> None:
     assert made(budget=0.149).budget == 0.149
 
 
+def test_truth_values_are_numbers() -> None:
+    """Not masks, as they are to NumPy."""
+    cache = made(max_sequences=2)
+    k, v = torch.zeros(2, 2, 2, 3, 64).half()
+    cache.append(0, k, v, [True, False])
+    assert cache.table.lengths.tolist() == cache.lengths.tolist() == [[3, 3]]
+    assert cache.length(0, True) == 3
+
+
+@pytest.mark.parametrize(
+    ("layer", "sequences", "message"),
+    [
+        (0, 1, "sequences are 1"),
+        (True, [0], "layer is True"),
+        (None, [0], "layer is None"),
+        (0.0, None, "layer is 0.0"),
+    ],
+)
+def test_places_are_refused(layer: Any, sequences: Any, message: str) -> None:
+    cache = made(num_layers=2)
+    x = torch.zeros(1, 2, 3, 64).half()
+    before = cache_state(cache)
+    for call in (
+        lambda: cache.append(layer, x, x, sequences),
+        lambda: cache.attend(layer, x, x, x, sequences),
+    ):
+        with pytest.raises(CacheInputError) as refused:
+            call()
+        assert message in str(refused.value) or "a sequence of integers is wanted" in str(refused.value)
+    assert cache_state(cache) == before
+
+
 def test_the_former_name_of_formats() -> None:
     with pytest.warns(DeprecationWarning, match="formats"):
         cache = made(widths=PageFormat.INT2)
@@ -169,6 +201,11 @@ def test_the_former_name_of_formats() -> None:
         ({"causal": 1}, "causal is 1"),
         ({"head_importance": [1, 1, 1, 1], "observe": True}, "head_importance is a list"),
         ({"q": [1.0]}, "q is a list"),
+        ({"q": [1.0], "past_key_value": None}, "q is a list"),
+        ({"q": torch.zeros(4, 3, 64).half(), "k": None, "v": None}, "q has shape [4, 3, 64]"),
+        ({"q": torch.zeros(()).half(), "cached_tokens": 0}, "q has shape []"),
+        ({"layer": True}, "layer is True"),
+        ({"sequences": 1}, "a sequence of integers is wanted"),
         ({"k": np.zeros((1, 2, 3, 64))}, "k is a ndarray"),
     ],
 )

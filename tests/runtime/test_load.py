@@ -21,21 +21,25 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from happens_before import Detector, detecting  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from small_models import LAYERS, layer_file  # noqa: E402
 
 import kvpack  # noqa: E402
-from kvpack.encode.model_directory import write_index  # noqa: E402
+from kvpack.encode.model_directory import write_json  # noqa: E402
+from kvpack.encode.model_tree import INDEX_NAME  # noqa: E402
 from kvpack.errors import (  # noqa: E402
     DeviceError,
+    DirectoryIndexError,
     FormatError,
     HeaderCrcError,
+    InputError,
     LaneStateError,
     ModelMismatchError,
     PayloadCrcError,
     TensorCrcError,
 )
-from kvpack.format.container import Container, OpenFile  # noqa: E402
+from kvpack.format.container import Container  # noqa: E402
+from kvpack.format.open_files import OpenFile  # noqa: E402
 from kvpack.runtime.device import upload as upload_module  # noqa: E402
 from kvpack.runtime.device.upload import Piece, Uploader, split_pieces  # noqa: E402
 from kvpack.runtime.weights import load as load_module  # noqa: E402
@@ -102,6 +106,39 @@ def test_files_that_are_not_compressed(path: Path) -> None:
         assert state[name].equal(tensor)
 
 
+def test_a_directory_with_components(tmp_path: Path) -> None:
+    """Those of a subfolder have the folder before their names; a variant, the same weights again, is not loaded."""
+    source = tmp_path / "pipe"
+    torch.manual_seed(0)
+    root, dense = torch.randn(64, 128), torch.randn(64, 128)
+    for file, tensors in {
+        "model.safetensors": {"a.weight": root},
+        "model.fp16.safetensors": {"a.weight": root.half()},
+        "2_Dense/model.safetensors": {"a.weight": dense, "a.bias": dense[:, 0].contiguous()},
+    }.items():
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, source / file)
+    packed = Path(str(kvpack.compress(source, preset="lossless").output))
+    state = load(packed, "cpu")
+    assert list(state) == ["2_Dense/a.bias", "2_Dense/a.weight", "a.weight"]
+    assert state["a.weight"].dequantize().equal(root)
+    x = torch.randn(3, 128)
+    expected = torch.nn.functional.linear(x, dense, dense[:, 0])
+    torch.testing.assert_close(state.linear("2_Dense/a")(x), expected)
+    assert state.not_loaded == ["model.fp16.safetensors"]
+    assert repr(state).endswith("; not loaded: model.fp16.safetensors>")
+    assert load(packed / "2_Dense", "cpu")["a.weight"].dequantize().equal(dense)
+    variant = load(packed / "model.fp16.safetensors", "cpu")
+    assert variant["a.weight"].dequantize().equal(root.half())
+    save_file({"a.weight": dense}, packed / "2_Dense" / "model.bf16.safetensors")
+    (packed / "2_Dense" / "model.safetensors").rename(packed / "2_Dense" / "model.fp8.safetensors")
+    with pytest.raises(InputError, match=r"several sets of weights.*'model\.bf16\.safetensors', 'model\.fp8"):
+        load(packed / "2_Dense", "cpu")
+    (packed / "2_Dense" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(DirectoryIndexError, match="'gptq'"):
+        load(packed, "cpu")
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_directory(path: Path, tmp_path: Path, index: bool) -> None:
     shards = [path.with_name("1.safetensors"), path.with_name("2.safetensors")]
@@ -112,7 +149,7 @@ def test_directory(path: Path, tmp_path: Path, index: bool) -> None:
         for shard in shards:
             with Container(shard) as container:
                 names |= dict.fromkeys(container.tensors, shard.name)
-        write_index(tmp_path, names, 0)
+        write_json(tmp_path / INDEX_NAME, {"metadata": {"total_size": 0}, "weight_map": names})
     state, whole = load(tmp_path, "cpu"), load(path, "cpu")
     assert_equals_reader(state, tmp_path)
     assert list(state) == list(whole)
@@ -245,7 +282,7 @@ def test_files_are_closed(path: Path) -> None:
     state = load(path, "cpu", verify=True)
     assert open_files() == before
     with kvpack.open(path) as reader:
-        assert len(open_files()) == len(before) + 2  # read, and mapped
+        assert len(open_files()) == len(before) + 1
     assert open_files() == before
     assert len(reader) == len(state)
 
@@ -295,13 +332,13 @@ def test_damaged_front(path: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_payload(path: Path, tmp_path: Path) -> None:
-    """A changed word: found by verify at once, and without it by the first product."""
+    """A changed word: found at once, and with verify=False by the first product."""
     with kvpack.open(path) as reader:
         payload = reader.blob("quantized.weight").header.payload_offset
     broken = damaged(path, tmp_path, "quantized.weight_kvpack", payload + 2200, 0x10)
     with pytest.raises(PayloadCrcError, match=r"tensor 'quantized\.weight': tile 0"):
-        load(broken, "cpu", verify=True)
-    state = load(broken, "cpu")
+        load(broken, "cpu")
+    state = load(broken, "cpu", verify=False)
     with pytest.raises(FormatError):
         state.linear("quantized")(torch.zeros(1, 416))
 
@@ -310,8 +347,38 @@ def test_damaged_payload(path: Path, tmp_path: Path) -> None:
 def test_damage_in_what_is_not_coded(path: Path, tmp_path: Path, name: str) -> None:
     broken = damaged(path, tmp_path, name, 8)
     with pytest.raises(TensorCrcError, match=rf"damaged\.safetensors, tensor {name!r}: kvpack_crc32"):
-        load(broken, "cpu", verify=True)
-    load(broken, "cpu")
+        load(broken, "cpu")
+    load(broken, "cpu", verify=False)
+
+
+def test_every_byte_counts(path: Path, tmp_path: Path) -> None:
+    """Whichever byte of whichever tensor is changed, load says so, and names file and tensor."""
+    rng = np.random.default_rng(5)
+    found = 0
+    with Container(path) as container:
+        tensors = dict(container.tensors)
+    for name, tensor in tensors.items():
+        size = tensor.size_bytes
+        few = {0, size - 1, *rng.integers(0, size, 12).tolist()} if size else set()
+        for offset in sorted(few):
+            broken = damaged(path, tmp_path, name, offset, 1 << int(rng.integers(8)))
+            original = name.removesuffix("_kvpack_scale").removesuffix("_kvpack")
+            with pytest.raises(FormatError, match=rf"damaged\.safetensors.*{original}"):
+                load(broken, "cpu")
+            found += 1
+    assert found > 200
+
+
+@pytest.mark.parametrize("name", ["norm", "rows.weight_kvpack_scale"])
+def test_reader_checks_what_is_asked_for(path: Path, tmp_path: Path, name: str) -> None:
+    broken = damaged(path, tmp_path, name, 8)
+    original = name.removesuffix("_kvpack_scale")
+    with kvpack.open(broken) as reader:
+        reader.dequantize("ids" if name != "ids" else "norm")
+        with pytest.raises(TensorCrcError, match=rf"damaged\.safetensors, tensor {name!r}: kvpack_crc32"):
+            reader.dequantize(original)
+    with kvpack.open(broken, verify=False) as reader:
+        reader.dequantize(original)
 
 
 def test_lanes_of_all_tensors(path: Path) -> None:
@@ -328,7 +395,7 @@ def test_lanes_of_all_tensors(path: Path) -> None:
 def test_damaged_scale(path: Path, tmp_path: Path) -> None:
     broken = damaged(path, tmp_path, "quantized.weight_kvpack_scale", 3, 0x80)
     with pytest.raises(FormatError, match=r"scale 0 of 'quantized\.weight' is -"):
-        load(broken, "cpu")
+        load(broken, "cpu", verify=False)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from small_models import merge_files  # noqa: E402
 from torch import nn  # noqa: E402
 
 import kvpack  # noqa: E402
-from kvpack.errors import ContainerMetadataError, ModelMismatchError  # noqa: E402
+from kvpack.errors import ContainerMetadataError, InputError, ModelMismatchError  # noqa: E402
 from kvpack.runtime.weights.device_blob import DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
 from kvpack.runtime.weights.load import load  # noqa: E402
@@ -321,7 +321,7 @@ def test_mismatches_change_nothing(tmp_path: Path) -> None:
 
     model = make()
     model.more = nn.Linear(3, 4)
-    refuse(model, r"2 of the model are not in the file: more\.weight, more\.bias \(strict=False")
+    refuse(model, r"2 of the model are not in the file: more\.weight, more\.bias; what has no weights")
     model = make()
     del model.blocks[2]
     refuse(model, r"5 of the file are not in the model: blocks\.2\.down\.weight, ")
@@ -344,6 +344,27 @@ def test_mismatches_change_nothing(tmp_path: Path) -> None:
     kvpack.compress(tmp_path / "in.safetensors", tmp_path / "one.safetensors", kvpack.QuantConfig(bits=5))
     with pytest.raises(ModelMismatchError, match="the model itself is the linear layer"):
         replace_linears(single, tmp_path / "one.safetensors")
+
+
+def test_a_component_of_a_directory(tmp_path: Path) -> None:
+    """Subfolders and other sets of weights are other models: neither needed nor in the way, and named."""
+    source, parts = tmp_path / "pipe", {"": make(seed=1), "unet": make(seed=2)}
+    for folder, model in parts.items():
+        (source / folder).mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        save_file(tensors, source / folder / "model.safetensors")
+    save_file({"other.name": torch.ones(3)}, source / "consolidated.safetensors")
+    packed = Path(str(kvpack.compress(source, preset="lossless").output))
+    for folder, model in parts.items():
+        found = make(seed=9)
+        report = replace_linears(found, packed / folder)
+        assert output(found).equal(output(model))
+        assert report.other_weights == ([] if folder else ["unet", "consolidated.safetensors"])
+        assert ("left alone: unet, consolidated.safetensors" in str(report)) == (not folder)
+    (packed / "model.safetensors").unlink()
+    (packed / "consolidated.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no \.safetensors file of its own.*: unet\. Give one of these"):
+        replace_linears(make(), packed)
 
 
 def test_not_strict(tmp_path: Path) -> None:

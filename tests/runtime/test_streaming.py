@@ -24,7 +24,8 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 import kvpack  # noqa: E402
-from kvpack.errors import StreamingError  # noqa: E402
+from kvpack.errors import FormatError, StreamingError  # noqa: E402
+from kvpack.format.container import Container  # noqa: E402
 from kvpack.runtime.device import upload as upload_module  # noqa: E402
 from kvpack.runtime.weights import offload  # noqa: E402
 from kvpack.runtime.weights.device_blob import SLACK_BYTES  # noqa: E402
@@ -433,6 +434,24 @@ def test_file_of_another_model(path: Path, tmp_path: Path) -> None:
         with pytest.raises(StreamingError, match=r"blocks\.0\.up\.weight.*blob"):
             stream_modules(model, model.blocks, source=source, path=tmp_path / "out.safetensors", device="cpu")
     assert not any(layer.streamed for layer in model.modules() if isinstance(layer, RansLinear))
+
+
+@pytest.mark.parametrize("source", ["pinned", "disk"])
+@pytest.mark.parametrize("stored", ["weight_kvpack", "weight_kvpack_scale"])
+def test_damage_is_found_before_anything_runs(path: Path, tmp_path: Path, source: str, stored: str) -> None:
+    """Deferred weights have not been looked at by replace_linears."""
+    with Container(path) as container:
+        name = max(name for name in container.tensors if name.startswith("blocks") and name.endswith(stored))
+        at = container.data_begin + container.tensors[name].end - (3 if stored == "weight_kvpack_scale" else 100)
+    broken = tmp_path / "broken.safetensors"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    broken.write_bytes(data)
+    model = Model().eval()
+    replace_linears(model, broken, device="cpu", defer=model.blocks)
+    with pytest.raises(FormatError, match=rf"broken\.safetensors, tensor '{name.removesuffix('_scale')[:-7]}"):
+        stream_modules(model, model.blocks, source=source, path=broken, device="cpu")
+    stream_modules(model, model.blocks, source=source, path=broken, device="cpu", verify=False).close()
 
 
 def test_disk_errors_surface_and_pass(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ own memory.
 
 from __future__ import annotations
 
-import errno
 import os
 import queue
 import threading
@@ -20,8 +19,9 @@ from typing import Self
 
 import torch
 
-from kvpack.encode.threads import default_threads
-from kvpack.format.container import OpenFile
+from kvpack.encode.threads import ThreadPool, default_threads
+from kvpack.errors import StreamingError
+from kvpack.format.container import Readable
 
 CHUNK_BYTES = 8 << 20
 # Read through gaps up to this size: cheaper than another read.
@@ -35,7 +35,7 @@ BUFFERS_PER_THREAD = 2
 class Piece:
     """``len(target)`` bytes of a file from ``offset`` on, and where they go: u8, 1-D, contiguous, on the device."""
 
-    file: OpenFile
+    file: Readable
     offset: int
     target: torch.Tensor
 
@@ -48,7 +48,7 @@ class Piece:
 class Chunk:
     """A range of a file, read at once. Parts: number of a piece, and begin and end of what it takes, in the file."""
 
-    file: OpenFile
+    file: Readable
     offset: int
     size: int = 0
     parts: list[tuple[int, int, int]] = field(default_factory=list)
@@ -61,7 +61,7 @@ def split_pieces(pieces: Sequence[Piece], chunk_bytes: int, gap_bytes: int) -> l
     def place(number: int) -> tuple[str, int, int]:
         """Two files may have been opened under one path, one after the other."""
         file = pieces[number].file
-        return str(file.path), file.descriptor, pieces[number].offset
+        return str(file.path), id(file), pieces[number].offset
 
     for number in sorted(range(len(pieces)), key=place):
         piece = pieces[number]
@@ -83,14 +83,9 @@ def split_pieces(pieces: Sequence[Piece], chunk_bytes: int, gap_bytes: int) -> l
     return chunks
 
 
-def read_exactly(file: OpenFile, view: memoryview, offset: int) -> None:
-    """Fill ``view`` from a file. Raises OSError if the file ends before."""
-    done = 0
-    while done < len(view):
-        count = os.preadv(file.descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise OSError(errno.EIO, "the file ended while it was read: was it overwritten?", str(file.path))
-        done += count
+def read_exactly(file: Readable, view: memoryview, offset: int) -> None:
+    """Fill ``view`` from a file. Raises FileChangedError, an OSError, if it ends before or was written to."""
+    file.read_into(view, offset)
 
 
 class Upload:
@@ -109,6 +104,7 @@ class Upload:
         self._begin = begin
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+        self._process = os.getpid()
         self._chunks_left = len(chunks)
         self._parts_left = [0] * len(pieces)
         for chunk in chunks:
@@ -156,8 +152,15 @@ class Upload:
         """No thread will touch the targets again."""
         return not self._chunks_left
 
+    def _refuse_another_process(self) -> None:
+        if not self.finished and self._process != os.getpid():
+            raise StreamingError(
+                "this upload was under way when the process was forked, and goes on in the parent alone"
+            )
+
     def wait_piece(self, number: int) -> None:
         """Until a piece has been read: what reads the file after this finds it in the page cache."""
+        self._refuse_another_process()
         with self._changed:
             self._changed.wait_for(lambda: self.finished or not self._parts_left[number])
         if self._parts_left[number]:
@@ -167,9 +170,11 @@ class Upload:
         """Until all is read, and the copies are enqueued; the device may still be copying.
 
         Raises:
+            StreamingError: another process, of which this is a fork, began it.
             OSError: a file cannot be read. Nothing may be assumed of the targets then, but that no thread writes to
                 them any more.
         """
+        self._refuse_another_process()
         with self._changed:
             self._changed.wait_for(lambda: self.finished)
         if self._error is not None:
@@ -225,7 +230,11 @@ class Uploader:
         self._free: queue.SimpleQueue[_Pinned] = queue.SimpleQueue()
         self._buffers = 0
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="kvpack-upload")
+        self._pools = ThreadPool(self._threads, "kvpack-upload")
+
+    @property
+    def _pool(self) -> ThreadPoolExecutor:
+        return self._pools.executor
 
     def after_current_work(self) -> Callable[[], None] | None:
         """For ``begin``: wait for the current stream as it is now. Fresh memory is what its last work may have left."""

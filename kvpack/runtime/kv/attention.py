@@ -110,6 +110,7 @@ def attention_with_kv_cache(
     the device's memory. Where they end a step in the middle of a model's layers, free the sequences before going on:
     some layers have its tokens.
     """
+    _require_tensor("q", q)
     if past_key_value is None:
         if not isinstance(k, torch.Tensor):
             raise CacheInputError("k and v are missing, and so is past_key_value: there is nothing to attend to")
@@ -167,16 +168,16 @@ def attend(
     Raises:
         CacheInputError, CacheFullError
     """
-    if not isinstance(q, torch.Tensor):
-        raise CacheInputError(f"q is a {type(q).__name__}; a tensor is wanted")
-    if k is None and v is None and q.dim() == 4:
-        k = v = q.new_empty((q.shape[0], cache.num_kv_heads, 0, cache.head_dim))
+    _require_tensor("q", q)
+    batch = q.shape[0] if q.dim() else 0
+    if k is None and v is None:
+        k = v = q.new_empty((batch, cache.num_kv_heads, 0, cache.head_dim))
     if not isinstance(k, torch.Tensor) or not isinstance(v, torch.Tensor):
         raise CacheInputError(
             f"k is a {type(k).__name__} and v a {type(v).__name__}; tensors are wanted, or None for both"
         )
     if isinstance(cached_tokens, int):
-        cached_tokens = [cached_tokens] * len(q)
+        cached_tokens = [cached_tokens] * batch
     call = _Call(
         layer,
         None if sequences is None else _plain("a sequence", sequences),
@@ -229,9 +230,15 @@ class _Call:
     chunk_tokens: int | None
 
 
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise CacheInputError(f"{name} is a {type(value).__name__}; a tensor is wanted")
+
+
 def _plain(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
     try:
-        plain = tuple(map(int, numbers))
+        # int() of a number that a compiler has made dynamic would make it fixed.
+        plain = tuple(number if isinstance(number, int) else int(number) for number in numbers)
     except (TypeError, ValueError):
         raise CacheInputError(f"{name} is not an integer in {numbers!r}; a sequence of integers is wanted") from None
     for number, given in zip(plain, numbers, strict=True):
@@ -281,7 +288,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
         ("chunk_tokens", call.chunk_tokens),
     )
     for name, count in counts:
-        if count is not None and not isinstance(count, int):
+        if (count is not None or name == "layer") and not isinstance(count, int):
             raise CacheInputError(f"{name} is {count!r}; an integer is wanted")
     if call.window is not None and call.window < 1:
         raise CacheInputError(f"window is {call.window}; it is at least 1, or None")
@@ -308,12 +315,12 @@ def _attend_in_chunks(
     if head_importance is not None:
         head_importance = _checked_importance(head_importance, q)
     tokens = q.shape[2]
+    alone = k.numel() == 0 and q.numel() > 0
+    if alone or call.cached_tokens is not None:
+        _check_held(cache, call, cache.checked_input(call.layer, k, v, call.sequences), tokens, alone=alone)
     if q.numel() == 0:
         cache.append(call.layer, k, v, call.sequences)
         return torch.empty_like(q)
-    alone = k.numel() == 0
-    if alone or call.cached_tokens is not None:
-        _check_held(cache, call, cache.checked_input(call.layer, k, v, call.sequences), tokens, alone=alone)
     whole = alone or not call.causal or not call.update_cache
     step = tokens if whole else call.chunk_tokens or _CHUNK_TOKENS
     if step >= tokens:
@@ -584,7 +591,7 @@ _LIBRARY = torch.library.Library("kvpack", "FRAGMENT")
 # lengths nor tables, of which a compiler might hand over copies, to be copied back afterwards.
 _LIBRARY.define(
     "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? head_importance, Tensor(a!) calls, SymInt cache, "
-    "SymInt layer, int[]? sequences, int[]? cached_tokens, float scale, int? window, int sinks, bool causal, "
+    "SymInt layer, SymInt[]? sequences, SymInt[]? cached_tokens, float scale, int? window, int sinks, bool causal, "
     "bool update_cache, bool observe, int? chunk_tokens) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )

@@ -419,6 +419,7 @@ class KVCache:
         ids = self.checked_input(layer, k, v, sequences)
         k, v, count = k.detach(), v.detach(), k.shape[2]
         rows = self._row_index(ids) if ids else None
+        self._require_replayed()
         if not ids or count == 0:
             table, lengths = self._view_of(layer, rows)
             yield KVView(self, layer, tuple(ids), table[:, : len(ids)], lengths[: len(ids)])
@@ -435,7 +436,6 @@ class KVCache:
                 yield view
                 self._set_lengths(layer, rows, view.lengths)
                 return
-            self._require_replayed()
             step, begun = None, None
             if not self._is_quiet(layer, ids, count):
                 step = self._step(layer, ids, count)
@@ -724,7 +724,7 @@ class KVCache:
         Raises:
             CacheInputError: a wrong layer or sequence.
         """
-        self._check_place(layer, [sequence])
+        (sequence,) = self._checked_sequences(layer, [sequence])
         self._require_replayed()
         ends = self.lengths[layer, sequence : sequence + 1]
         starts, count = torch.zeros_like(ends), int(self.table.lengths[layer, sequence])
@@ -928,7 +928,8 @@ class KVCache:
                     f"{name} is {tensor.dtype} on {tensor.device}; this cache is {self.dtype} on {self.device} "
                     "(KVCache(dtype=…, device=…))"
                 )
-        if sequences is None and shape[0] == self.max_sequences and 0 <= layer < self.num_layers:
+        if sequences is None and shape[0] == self.max_sequences:
+            self._check_place(layer, [])
             return self._everything
         ids = self._checked_sequences(layer, range(shape[0]) if sequences is None else sequences)
         if len(ids) != shape[0]:
@@ -941,12 +942,16 @@ class KVCache:
         Raises:
             CacheInputError: no such layer or sequence, no integer, or a sequence named twice.
         """
-        ids = list(sequences) if isinstance(sequences, range) else [_integer("a sequence", s) for s in sequences]
+        try:
+            ids = list(sequences) if isinstance(sequences, range) else [_integer("a sequence", s) for s in sequences]
+        except TypeError:
+            raise CacheInputError(f"sequences are {sequences!r}; a sequence of integers is wanted") from None
         self._check_place(layer, ids)
         return ids
 
     def _check_place(self, layer: int, sequences: list[int]) -> None:
-        if not 0 <= layer < self.num_layers:
+        # To NumPy, True is no number but a mask.
+        if isinstance(layer, bool) or not 0 <= _integer("layer", layer) < self.num_layers:
             raise CacheInputError(f"layer is {layer}; there are {self.num_layers}")
         if sequences and not 0 <= min(sequences) <= max(sequences) < self.max_sequences:
             raise CacheInputError(f"sequences are {sequences}; the cache has max_sequences={self.max_sequences}")
@@ -1250,7 +1255,7 @@ class KVCache:
         Raises:
             CacheInputError: a wrong layer or sequence.
         """
-        self._check_place(layer, [sequence])
+        (sequence,) = self._checked_sequences(layer, [sequence])
         return int(self.table.lengths[layer, sequence])
 
     def longest_pages(self, layer: int, tokens: int) -> int:
@@ -1313,7 +1318,7 @@ def _integer(name: str, value: int, least: int | None = None) -> int:
         CacheInputError: it is none, or less than the least.
     """
     try:
-        number = operator.index(value)
+        number = int(operator.index(value))  # of True, too, which to NumPy is a mask
     except TypeError:
         raise CacheInputError(f"{name} is {value!r}; an integer is wanted") from None
     if least is not None and number < least:

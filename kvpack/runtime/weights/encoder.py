@@ -613,7 +613,7 @@ class _DeviceStrips(QuantizedStrips):
         elements = torch.empty((weights.matrices, weights.rows, cols), dtype=torch.uint8, device=device)
         steps = _to_device(np.ascontiguousarray(self._own_steps), device)
         thresholds = _to_device(self.rounding.thresholds, device)
-        kernel = _quantize_kernel(_WEIGHT_KINDS[weights.array.dtype.name])
+        kernel = _quantize_kernel(_WEIGHT_KINDS[weights.dtype.name])
         capacity = weights.size // 64 + 1024
         while True:
             outliers = torch.empty(capacity, dtype=torch.int64, device=device)
@@ -666,7 +666,8 @@ class _DeviceCoder:
         if self._weights is not None and self._weights[0]() is weights:
             return self._weights[1]
         self._weights = None
-        stored = weights.array.swapaxes(1, 2) if weights.transposed else weights.array
+        array = weights.array
+        stored = array.swapaxes(1, 2) if weights.transposed else array
         host = torch.empty(
             stored.shape,
             dtype=_BIT_PATTERNS[8 * stored.dtype.itemsize],

@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvpack.encode.reader import Reader
-from kvpack.encode.threads import map_ordered
-from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
+from kvpack.errors import FormatError, InputError, TensorTableError
+from kvpack.format.blob import TILE_METADATA, Blob, check_tile_bytes
+from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container, StoredTensor
+from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Uploader
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
@@ -41,12 +45,17 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F4": torch.float4_e2m1fn_x2,
 }
 # What `dtype=` converts: numbers that stand for themselves. fp8 tensors have scales beside them.
 _PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Torch's allocator takes larger requests from its pool of large segments, cut into multiples of these blocks.
 _LARGE_BYTES = 1 << 20
 _BLOCK_BYTES = 512
+# So many tiles (of some 70 KB) are checked by one thread at once: large tensors are shared, small ones are not split.
+_TILES_A_CHECK = 64
 
 Progress = Callable[[int, int], None]
 
@@ -54,7 +63,7 @@ Progress = Callable[[int, int], None]
 def piece_of(container: Container, stored: str, target: torch.Tensor) -> Piece:
     """A stored tensor's bytes in its file, to be brought to the front of ``target`` (u8).
 
-    They are read from the file that the container has mapped and checked, whatever lies under its path by now.
+    They are read from the file that the container has opened and checked, whatever lies under its path by now.
     """
     tensor = container.tensors[stored]
     return Piece(container.file, container.data_begin + tensor.begin, target[: tensor.size_bytes])
@@ -78,36 +87,84 @@ def scales_on(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.empty(0, np.float32) if scales is None else scales).to(device)
 
 
-def device_blob(reader: Reader, name: str, buffer: torch.Tensor) -> DeviceBlob:
+def device_blob(reader: Reader, name: str, buffer: torch.Tensor, host: memoryview) -> DeviceBlob:
     """A coded tensor whose bytes are in ``buffer``, or on their way to it.
+
+    Args:
+        host: the same bytes in the host's memory.
 
     Raises:
         FormatError: its structure, or its entry in the metadata, breaks a rule; the message names file and tensor.
     """
     info = reader.info(name)
     assert info is not None
-    container = reader.container(name)
     scales = scales_on(reader, name, buffer.device)
-    host = container.data(name + BLOB_SUFFIX)
     with _named(reader, name):
         return DeviceBlob.from_buffer(buffer, scales, TORCH_DTYPES[info.dtype], info.shape, host=host)
 
 
-def check_crcs(reader: Reader, name: str) -> None:
-    """Every byte of a tensor against its CRCs, on the CPU; a kept one, and scales, where the file gives CRCs (§9.3).
+class CrcChecks:
+    """All bytes of tensors against their CRCs, by the reader's threads while others do something else.
 
-    Raises:
-        FormatError
+    Kept tensors, and scales, are checked where the file gives CRCs (§9.3).
     """
-    container = reader.container(name)
-    if name not in container.coded:
-        container.check_crc32(name)
-        return
-    container.check_crc32(name + SCALE_SUFFIX)
-    blob = reader.blob(name)
-    with _named(reader, name):
-        for _ in map_ordered(blob.tile, range(blob.header.num_tiles), reader._executor):
-            pass
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._pending: list[Future[None]] = []
+
+    def add(self, name: str, host: memoryview) -> None:
+        """Check a tensor, and its scales.
+
+        Args:
+            host: its stored bytes. A blob's front part (§§2–5) has been checked, as ``Blob`` does.
+        """
+        container, submit = self._reader.container(name), self._reader._executor.submit
+        if name not in container.coded:
+            if name in container.crc32:
+                self._pending.append(submit(self._check_plain, name, name, host))
+            return
+        scales = name + SCALE_SUFFIX
+        if scales in container.crc32:
+            self._pending.append(submit(self._check_plain, name, scales, container.data(scales)))
+        header = BlobHeader.parse(host)
+        begin = HEADER_BYTES + header.table_bytes
+        tiles = np.frombuffer(host[begin : header.payload_offset], TILE_METADATA)
+        payload = host[header.payload_offset :]
+        for first in range(0, len(tiles), _TILES_A_CHECK):
+            self._pending.append(submit(self._check_tiles, name, payload, tiles, first))
+
+    def _check_plain(self, name: str, stored: str, host: memoryview) -> None:
+        self._reader.container(name).check_crc32(stored, host)
+
+    def _check_tiles(self, name: str, payload: memoryview, tiles: npt.NDArray[np.void], first: int) -> None:
+        with _named(self._reader, name):
+            for index in range(first, min(first + _TILES_A_CHECK, len(tiles))):
+                check_tile_bytes(payload, tiles[index], f"tile {index}")
+
+    @contextmanager
+    def around(self, name: str, host: memoryview) -> Iterator[None]:
+        """Around what looks at a tensor's structure: if that fails, damaged bytes are named, not what came of them."""
+        try:
+            yield
+        except FormatError:
+            if name in self._reader.container(name).coded:
+                with _named(self._reader, name):
+                    Blob(host)
+            self.add(name, host)
+            self.wait()
+            raise
+        self.add(name, host)
+
+    def wait(self) -> None:
+        """For all that were added.
+
+        Raises:
+            FormatError: of the first damaged one.
+        """
+        for pending in self._pending:
+            pending.result()
+        self._pending.clear()
 
 
 def check_lanes(reader: Reader, tensors: Mapping[str, DeviceBlob | torch.Tensor]) -> None:
@@ -135,6 +192,17 @@ def stored_bytes(reader: Reader, name: str) -> int:
     return reader.container(name).tensors[stored_name(reader, name)].size_bytes
 
 
+def kept_shape(tensor: StoredTensor) -> tuple[int, ...]:
+    """The shape that torch gives a kept tensor: of F4 it counts pairs, a byte each, in the last dimension."""
+    if tensor.dtype != "F4":
+        return tensor.shape
+    if not tensor.shape or tensor.shape[-1] % 2:
+        raise TensorTableError(
+            f"tensor {tensor.name!r}: F4 {list(tensor.shape)}, and torch has F4 in pairs along a row"
+        )
+    return (*tensor.shape[:-1], tensor.shape[-1] // 2)
+
+
 def _allocate(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
     """Memory for a tensor: a blob's bytes with slack, or the tensor itself."""
     container = reader.container(name)
@@ -144,7 +212,7 @@ def _allocate(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
     dtype = TORCH_DTYPES.get(tensor.dtype)
     if dtype is None:
         raise TypeError(f"{container.path}, tensor {name!r}: torch has no type for {tensor.dtype}")
-    return torch.empty(tensor.shape, dtype=dtype, device=device)
+    return torch.empty(kept_shape(tensor), dtype=dtype, device=device)
 
 
 def _reserve(size_bytes: int, device: torch.device) -> None:
@@ -160,16 +228,19 @@ def load_tensors(
     names: Iterable[str],
     device: torch.device,
     *,
-    verify: bool = False,
+    verify: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, DeviceBlob | torch.Tensor]:
     """The named tensors on ``device``, complete when this returns.
 
     Args:
+        verify: compare all bytes with the CRCs that the file gives. On the CPU those that were loaded, else the
+            file's, read a second time.
         progress: called with bytes as they are done, from several threads.
 
     Raises:
-        FormatError: a blob's structure is broken, or (on CUDA, or with ``verify``) its contents.
+        FormatError: a blob's structure is broken, or (on CUDA, or with ``verify``) its contents; with ``verify``
+            those of another tensor.
         OSError: a file cannot be read.
     """
     # In the order of the files, so that what is waited for first is read first.
@@ -188,18 +259,26 @@ def load_tensors(
     loaded: dict[str, DeviceBlob | torch.Tensor] = {}
     with Uploader(device, progress=progress) as uploader:
         upload = uploader.submit(pieces, begin=uploader.after_current_work())
+        checks = CrcChecks(reader) if verify else None
         for number, name in enumerate(order):
-            coded = name in pieces_of[name].coded
+            container = pieces_of[name]
+            coded = name in container.coded
             if coded or verify:
-                # The host reads the mapped file here and there: behind the readers, it need not wait for the disk.
+                # The host reads the file, too: behind the readers, it need not wait for the disk.
                 upload.wait_piece(number)
-            if verify:
-                check_crcs(reader, name)
-            if not coded:
-                loaded[name] = buffers[name]
-                continue
-            loaded[name] = device_blob(reader, name, buffers[name])
+            if device.type == "cpu":
+                host = pieces[number].target.numpy().data
+            elif coded or verify:
+                host = container.data(stored_name(reader, name))
+            loaded[name] = buffers[name]
+            if coded:
+                with checks.around(name, host) if checks else nullcontext():
+                    loaded[name] = device_blob(reader, name, buffers[name], host)
+            elif checks:
+                checks.add(name, host)
         upload.wait()
+        if checks:
+            checks.wait()
     # Closing the uploader has waited for its copies, so that no tensor needs record_stream.
     if device.type == "cuda":
         check_lanes(reader, loaded)
@@ -214,10 +293,20 @@ class State(Mapping[str, Any]):
         state = kvpack.load("model.kvpack.safetensors", device="cuda")
         y = state.linear("model.layers.0.mlp.down_proj")(x)
         w = state["model.layers.0.mlp.down_proj.weight"].dequantize()
+
+    Attributes:
+        device: where the tensors are.
+        not_loaded: other sets of weights in the directory; give such a file or index as the path to load it.
     """
 
-    def __init__(self, tensors: Mapping[str, DeviceBlob | torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, DeviceBlob | torch.Tensor],
+        device: torch.device,
+        not_loaded: Iterable[str] = (),
+    ) -> None:
         self._tensors = dict(tensors)
+        self.not_loaded = list(not_loaded)
         self._layers: dict[str, RansLinear] = {}
         self.device = device
 
@@ -268,7 +357,8 @@ class State(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         coded = sum(isinstance(tensor, DeviceBlob) for tensor in self._tensors.values())
-        return f"<kvpack state: {len(self)} tensors, {coded} coded, {self.nbytes / 1e6:.2f} MB on {self.device}>"
+        rest = f"; not loaded: {', '.join(self.not_loaded)}" if self.not_loaded else ""
+        return f"<kvpack state: {len(self)} tensors, {coded} coded, {self.nbytes / 1e6:.2f} MB on {self.device}{rest}>"
 
 
 @contextmanager
@@ -322,36 +412,41 @@ def load(
     path: str | os.PathLike[str],
     device: torch.device | str | None = None,
     *,
-    verify: bool = False,
+    verify: bool = True,
     progress: bool | Progress | None = None,
     dtype: torch.dtype | None = None,
 ) -> State:
     """Load a compressed file or model directory; coded tensors stay coded on the device.
 
-    Every blob's structure is checked. On CUDA each lane of every coded tensor is decoded once, to see that it ends as
-    it must (§5.2); on the CPU that happens whenever a tensor is decoded.
+    Every blob's structure is checked, and all bytes of all tensors against the CRCs that the file gives. On CUDA each
+    lane of every coded tensor is decoded once, to see that it ends as it must (§5.2); on the CPU that happens whenever
+    a tensor is decoded.
 
     Args:
-        path: a .safetensors file, or a directory of them.
+        path: a .safetensors file, or a model directory: its own tensors by their names, those of a subfolder's model
+            with the folder before (``unet/…``). Other sets of weights in a folder, as variants, are not loaded.
         device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where torch has it, else the CPU.
-        verify: check all CRCs as well, on the CPU: those of coded tensors, as ``kvpack.open`` does, and those that the
-            file gives for the others.
+        verify: check all CRCs, on the CPU: those of coded tensors, and those that the file gives for the others.
+            Without it, damage to tensors that are kept as they are, and to scales, goes unseen.
         progress: True for a bar, False for none, None for a bar on a terminal; or a function of (bytes done, bytes).
         dtype: convert tensors that are not coded, if they are fp16, bf16, fp32 or fp64, to this type.
 
     Raises:
-        InputError: a directory without a safetensors file.
+        InputError: a directory without a safetensors file, or with several sets of weights of which none is the model.
         FormatError: the file is damaged; the message names the tensor.
         DeviceError: the device cannot be used; the message says what to install.
         OSError: a file cannot be read.
     """
     where = resolve_device(device)
     with Reader(Path(path)) as reader:
-        names = reader.keys()
+        names = reader.main_keys()
+        others = reader.other_sets()
+        if others and not names:
+            raise InputError(f"{path} holds several sets of weights, none of them its model: give one of {others}")
         with shown_progress(progress, "loading", sum(stored_bytes(reader, name) for name in names)) as advance:
             loaded = load_tensors(reader, names, where, verify=verify, progress=advance)
     if dtype is not None:
         for name, tensor in loaded.items():
             if isinstance(tensor, torch.Tensor) and tensor.dtype in _PLAIN_FLOATS:
                 loaded[name] = tensor.to(dtype)
-    return State({name: loaded[name] for name in names}, where)
+    return State({name: loaded[name] for name in names}, where, others)

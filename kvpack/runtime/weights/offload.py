@@ -31,14 +31,14 @@ from torch import nn
 
 from kvpack.encode.reader import Reader
 from kvpack.errors import StreamingError
-from kvpack.format.container import BLOB_SUFFIX, OpenFile
+from kvpack.format.container import BLOB_SUFFIX, Readable
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Upload, Uploader, side_stream
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
 from kvpack.runtime.weights.linear import BLOB, SCALE, RansLinear
-from kvpack.runtime.weights.load import scales_on
+from kvpack.runtime.weights.load import CrcChecks, scales_on
 
 if TYPE_CHECKING:
     import os
@@ -56,7 +56,7 @@ class _Member:
     linear: RansLinear
     offset: int
     blob_bytes: int
-    piece: tuple[OpenFile, int] | None  # where the file has them: the one whose fronts and scales were read
+    piece: tuple[Readable, int] | None  # where the file has them: the one whose fronts and scales were read
     blob: DeviceBlob | None = None
 
     @property
@@ -165,6 +165,7 @@ class LayerStream:
         source: ``"pinned"``: host memory, pinned (with CUDA); ``"disk"``: read from ``path`` each time.
         path: the compressed file or directory.
         prefetch: how many layers are copied ahead; the device holds one more.
+        verify: compare what is taken from the file with all CRCs that it gives, once, before anything is streamed.
 
     Attributes:
         hits, misses: layers that were there, or under way, when asked for; and those that were not.
@@ -172,6 +173,7 @@ class LayerStream:
 
     Raises:
         StreamingError: a layer is in the sequence twice, or has neither weights nor a file.
+        FormatError: the file is damaged; the message names the tensor.
         ValueError: an argument makes no sense.
 
     Whatever is raised while it is made, the layers are as they were.
@@ -185,6 +187,7 @@ class LayerStream:
         source: Source = "pinned",
         path: str | os.PathLike[str] | None = None,
         prefetch: int = 2,
+        verify: bool = True,
     ) -> None:
         if source not in ("pinned", "disk"):
             raise ValueError(f"source is {source!r}; there are 'pinned' and 'disk'")
@@ -211,7 +214,7 @@ class LayerStream:
         self._copy_stream = side_stream(self.device)
         before = _Before(linears)
         try:
-            self._set_up(layers, None if path is None else Path(path))
+            self._set_up(layers, None if path is None else Path(path), verify)
         except BaseException:
             try:
                 self._stop()
@@ -221,15 +224,18 @@ class LayerStream:
 
     # Setting up --------------------------------------------------------------------------------------------------
 
-    def _set_up(self, layers: Sequence[Sequence[RansLinear]], path: Path | None) -> None:
-        with nullcontext() if path is None else Reader(path) as reader:
+    def _set_up(self, layers: Sequence[Sequence[RansLinear]], path: Path | None, verify: bool) -> None:
+        with nullcontext() if path is None else Reader(path, components=False) as reader:
             self._layers = [self._lay_out(layer, reader) for layer in layers]
             self._slots = self._make_slots(min(self.prefetch + 1, len(self._layers)))
             if self.source == "pinned":
                 self._fill_hosts()
+            checks = CrcChecks(reader) if verify and reader is not None else None
             for layer in self._layers:
                 for member in layer.members:
-                    member.blob = self._device_blob(layer, member, reader)
+                    member.blob = self._device_blob(layer, member, reader, checks)
+            if checks is not None:
+                checks.wait()
         for layer in self._layers:
             for member in layer.members:
                 self._take(layer, member)
@@ -293,7 +299,9 @@ class LayerStream:
                     _register(layer.host, self.device)
                     hosts.append(layer.host)
 
-    def _device_blob(self, layer: _Layer, member: _Member, reader: Reader | None) -> DeviceBlob:
+    def _device_blob(
+        self, layer: _Layer, member: _Member, reader: Reader | None, checks: CrcChecks | None
+    ) -> DeviceBlob:
         """The resident part of a blob; its bytes are those of the first slot until they are those of another."""
         linear, name = member.linear, member.linear.tensor_name
         if member.piece is not None:
@@ -315,7 +323,11 @@ class LayerStream:
             raise StreamingError(f"{name!r}: the file's blob is not one of {linear}")
         shape = (header.cols, header.rows) if header.transposed else (header.rows, header.cols)
         buffer = self._slots[0].buffer[member.offset : member.end]
-        return DeviceBlob.from_buffer(buffer, scales, linear.weight_dtype, shape, host=host)
+        if member.piece is None or checks is None:
+            return DeviceBlob.from_buffer(buffer, scales, linear.weight_dtype, shape, host=host)
+        assert name is not None
+        with checks.around(name, host):
+            return DeviceBlob.from_buffer(buffer, scales, linear.weight_dtype, shape, host=host)
 
     def _take(self, layer: _Layer, member: _Member) -> None:
         """From now on the layer's buffers are the host's, or nothing; what it computes with is lent to it."""
@@ -542,6 +554,7 @@ def stream_modules(
     path: str | os.PathLike[str] | None = None,
     prefetch: int = 2,
     device: torch.device | str | None = None,
+    verify: bool = True,
 ) -> LayerStream:
     """Let ``modules`` (a model's decoder layers, in the order in which they run) compute on streamed weights.
 
@@ -557,7 +570,7 @@ def stream_modules(
     at each module, not with ``fullgraph=True``.
 
     Args:
-        source, path, prefetch, device: as of :class:`LayerStream`.
+        source, path, prefetch, device, verify: as of :class:`LayerStream`.
 
     Returns:
         The stream; closing it removes the hooks, and leaves the modules as :meth:`LayerStream.close` says.
@@ -589,7 +602,7 @@ def stream_modules(
     try:
         for linear in streamed.values():
             linear.tensor_name = linear.tensor_name or f"{names[id(linear)]}.weight"
-        stream = LayerStream(layers, device=device, source=source, path=path, prefetch=prefetch)
+        stream = LayerStream(layers, device=device, source=source, path=path, prefetch=prefetch, verify=verify)
         model.to(stream.device)
         acquire, release = torch.compiler.disable(stream.acquire), torch.compiler.disable(stream.release)
         for index, module in enumerate(modules):

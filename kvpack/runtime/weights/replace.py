@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -15,9 +18,18 @@ from kvpack.encode.reader import Reader
 from kvpack.errors import ModelMismatchError
 from kvpack.format.header import BlobHeader
 from kvpack.runtime.device.devices import resolve_device
+from kvpack.runtime.weights.checkpoint_names import CheckpointNames, Conversion, names_for
 from kvpack.runtime.weights.device_blob import DeviceBlob
+from kvpack.runtime.weights.experts import keep_coded
 from kvpack.runtime.weights.linear import RansLinear
-from kvpack.runtime.weights.load import TORCH_DTYPES, load_tensors, shown_progress, stored_bytes
+from kvpack.runtime.weights.load import (
+    TORCH_DTYPES,
+    kept_shape,
+    load_tensors,
+    shown_progress,
+    stored_bytes,
+    stored_name,
+)
 
 if TYPE_CHECKING:
     import os
@@ -39,8 +51,13 @@ class Replacement:
         dequantized: coded tensor → why it was loaded as plain numbers (decoded once).
         loaded: tensors that are not coded, loaded as they are.
         tied: tensor of the model that is not in the file → the one that it shares.
-        missing: tensors of the model that are neither in the file nor tied (with ``strict=False``).
-        unexpected: tensors of the file for which the model has no place (with ``strict=False``).
+        missing: tensors of the model that are neither in the file nor tied (with ``strict=False``). They hold what they
+            held before.
+        unexpected: tensors of the file for which the model has no place (with ``strict=False``, or those of a head
+            that a model of transformers without it leaves out).
+        computed: tensors of the file that are not read, since the model computes them (rotary frequencies, masks), or
+            its class says that they are of no account.
+        other_weights: subfolders with weights, and other sets of weights, that were left alone.
         bytes_before: parameters and buffers of the model as it was, each counted once; on meta what they would take.
         bytes_after: the same now, with the tables that decoding needs; what is deferred is not counted.
     """
@@ -51,6 +68,8 @@ class Replacement:
     tied: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    other_weights: list[str] = field(default_factory=list)
+    computed: list[str] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
 
@@ -65,15 +84,36 @@ class Replacement:
             for names, what in ((self.tied, "tied"), (self.missing, "missing"), (self.unexpected, "unexpected"))
             if names
         ]
-        return f"{', '.join(parts)}; {self.bytes_before / 1e6:.2f} MB → {self.bytes_after / 1e6:.2f} MB"
+        if self.other_weights:
+            parts.append(f"left alone: {_list(self.other_weights)}")
+        lines = [f"{', '.join(parts)}; {self.bytes_before / 1e6:.2f} MB → {self.bytes_after / 1e6:.2f} MB"]
+        if not self.replaced and not self.dequantized:
+            lines.append("nothing in the file is coded: the model is as an uncompressed file would have made it")
+        elif not self.replaced:
+            lines.append("no layer stays coded, so that nothing is saved in memory")
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.dequantized.items():
+            reasons.setdefault(reason, []).append(name)
+        lines += [f"dequantized ({reason}): {_list(names)}" for reason, names in reasons.items()]
+        if self.missing:
+            lines.append(f"missing, and as the model was made: {_list(self.missing)}")
+        if self.unexpected:
+            lines.append(f"unexpected, and not used: {_list(self.unexpected)}")
+        if self.computed:
+            lines.append(f"not read, the model does without: {_list(self.computed)}")
+        return "\n".join(lines)
+
+
+def _joined(module_name: str, key: str) -> str:
+    return f"{module_name}.{key}" if module_name else key
 
 
 @dataclass
 class _Place:
     """One parameter or persistent buffer of one module; a module may have several names.
 
-    The plan fills in ``source``, the tensor of the file ("": none), and ``coded``, whether it becomes a
-    RansLinear's.
+    The plan fills in ``source``, the tensor of the file ("": none), or else ``conversion``, of which it gets
+    ``converted``; and ``coded``, whether it becomes a RansLinear's, or those of experts.
     """
 
     module: nn.Module
@@ -82,10 +122,25 @@ class _Place:
     module_names: list[str]
     source: str = ""
     coded: bool = False
+    fp32: bool = False
+    conversion: Conversion | None = None
+    converted: str = ""
+
+    @property
+    def sources(self) -> list[str]:
+        """Tensors of the file."""
+        if self.conversion is not None:
+            return self.conversion.sources
+        return [self.source] if self.source else []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that the place gets, if they are not coded."""
+        return torch.float32 if self.fp32 and self.tensor.is_floating_point() else self.tensor.dtype
 
     @property
     def names(self) -> list[str]:
-        return [f"{name}.{self.key}" if name else self.key for name in self.module_names]
+        return [_joined(name, self.key) for name in self.module_names]
 
     @property
     def is_linear_weight(self) -> bool:
@@ -98,17 +153,17 @@ class _Place:
         return type(self.module) is not nn.Linear
 
 
-def _places(model: nn.Module) -> list[_Place]:
+def _places(model: nn.Module, names: CheckpointNames) -> list[_Place]:
+    """Parameters and persistent buffers, and those other buffers that the file has."""
     found: dict[tuple[int, str], _Place] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        tensors = {
-            **module._parameters,
-            **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set},
-        }
-        for key, tensor in tensors.items():
-            if tensor is not None:
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            unsaved = key in module._non_persistent_buffers_set
+            if tensor is not None and not (unsaved and _joined(name, key) not in names.direct):
                 place = found.setdefault((id(module), key), _Place(module, key, tensor, []))
                 place.module_names.append(name)
+    for place in found.values():
+        place.fp32 = not names.fp32.isdisjoint(place.names)
     return list(found.values())
 
 
@@ -129,23 +184,85 @@ class _Selection:
         """Why a coded tensor cannot, or shall not, stay coded in this place; None if it can."""
         if not place.is_linear_weight:
             return f"{type(place.module).__name__} needs plain numbers"
-        if self.include and not self.include.search(name):
-            return "not included"
-        if self.exclude and self.exclude.search(name):
-            return "excluded"
+        if reason := self._not_chosen(name):
+            return reason
         if header.transposed != place.needs_transposed:
             stored = "inputs × outputs" if header.transposed else "outputs × inputs"
             return f"stored as {stored}, {type(place.module).__name__} is the other way round"
         return None
 
+    def reason_against_experts(self, conversion: Conversion, reader: Reader) -> str | None:
+        """Why matrices of experts cannot, or shall not, stay coded; None if they can."""
+        if conversion.experts is None:
+            return conversion.what
+        for name in conversion.sources:
+            info = reader.info(name)
+            if info is None:
+                return f"{conversion.what}, of which {name} is not coded"
+            if info.header.transposed or info.header.matrices != 1:
+                return f"{conversion.what}, of which {name} is no matrix of outputs × inputs"
+            if reason := self._not_chosen(name):
+                return f"{name} is {reason}, and experts stay coded all together"
+        return None
 
-def _plan(groups: list[list[_Place]], reader: Reader, selection: _Selection, report: Replacement) -> list[str]:
-    """Decide for each place which tensor of the file it gets, and how. Returns differences of shape."""
+    def _not_chosen(self, name: str) -> str | None:
+        if self.include and not self.include.search(name):
+            return "not included"
+        if self.exclude and self.exclude.search(name):
+            return "excluded"
+        return None
+
+
+def _stored_dtype(reader: Reader, name: str) -> str:
+    container = reader.container(name)
+    return str(container.coded[name]["dtype"]) if name in container.coded else container.tensors[name].dtype
+
+
+def _refuse_other_type(name: str, stored: torch.dtype | None, wanted: torch.dtype) -> None:
+    """Pairs of F4 are the one dtype that torch converts neither to others nor from them."""
+    if stored != wanted and torch.float4_e2m1fn_x2 in (stored, wanted):
+        raise ModelMismatchError(f"{name} is {stored} in the file, {wanted} in the model: torch does not convert F4")
+
+
+def _plan_conversions(
+    groups: list[list[_Place]], reader: Reader, names: CheckpointNames, selection: _Selection, report: Replacement
+) -> list[str]:
+    """The same for tensors that are made from others. Returns differences of shape."""
+    makers = {target: conversion for conversion in names.conversions for target in conversion.shapes}
     differences = []
     for group in groups:
+        target = next((name for place in group for name in place.names if name in makers), None)
+        if target is None:
+            continue
+        conversion = makers[target]
+        reason = selection.reason_against_experts(conversion, reader)
+        for place in group:
+            if conversion.shapes[target] != tuple(place.tensor.shape):
+                differences.append(
+                    f"{target}, {conversion.what} ({conversion.sources[0]}, …), is {list(conversion.shapes[target])}, "
+                    f"and {list(place.tensor.shape)} in the model"
+                )
+            place.conversion, place.converted = conversion, target
+            place.coded = reason is None and len(group) == 1 and place.key in place.module._parameters
+            if target not in place.names:
+                report.tied[place.names[0]] = target
+        if not group[0].coded:
+            why = reason or "tied to other tensors"
+            report.dequantized |= {name: why for name in conversion.sources if reader.info(name) is not None}
+    return differences
+
+
+def _plan(
+    groups: list[list[_Place]], reader: Reader, names: CheckpointNames, selection: _Selection, report: Replacement
+) -> list[str]:
+    """Decide for each place which tensor of the file it gets, and how. Returns differences of shape."""
+    differences = _plan_conversions(groups, reader, names, selection, report)
+    for group in groups:
+        if group[0].conversion is not None:
+            continue
         # What is not a linear layer's decides for all that share it: it needs plain numbers, which the others can use.
         group.sort(key=lambda place: place.is_linear_weight)
-        own = [next((n for n in place.names if n in reader), None) for place in group]
+        own = [next((names.direct[n] for n in place.names if n in names.direct), None) for place in group]
         shared = next((name for name in own if name is not None), None)
         if shared is None:
             report.missing.append(group[0].names[0])
@@ -154,21 +271,33 @@ def _plan(groups: list[list[_Place]], reader: Reader, selection: _Selection, rep
         for place, name in zip(group, own, strict=True):
             source = name or shared
             info = reader.info(source)
-            stored = info.shape if info is not None else reader.container(source).tensors[source].shape
+            stored = info.shape if info is not None else kept_shape(reader.container(source).tensors[source])
             if tuple(stored) != tuple(place.tensor.shape):
                 differences.append(f"{source} is {list(stored)} in the file, {list(place.tensor.shape)} in the model")
                 continue
+            _refuse_other_type(source, TORCH_DTYPES.get(_stored_dtype(reader, source)), place.tensor.dtype)
             reason = "is not coded" if info is None else selection.reason_against(place, source, info.header)
             place.coded = reason is None and source != dense
             if not place.coded:
                 # All plain places of a group stay tied, to the numbers of the first.
-                source = dense = dense or source
+                dense = dense or source
+                if name is None or not names.unties or _same_bytes(reader, dense, name):
+                    source = dense
                 if reason and reader.info(source) is not None:
                     report.dequantized.setdefault(source, reason)
             place.source = source
             if source != name:
                 report.tied[place.names[0]] = source
     return list(dict.fromkeys(differences))  # tied places may differ from one tensor in the same way
+
+
+def _same_bytes(reader: Reader, one: str, other: str) -> bool:
+    """Whether two tensors of a file are stored as the same bytes."""
+
+    def stored(name: str) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(reader.container(name).data(stored_name(reader, name)), np.uint8)
+
+    return one == other or np.array_equal(stored(one), stored(other))
 
 
 def _pattern(text: str | None, what: str, names: Iterable[str]) -> re.Pattern[str] | None:
@@ -185,12 +314,6 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _not_ignored(model: nn.Module, what: str, names: Iterable[str]) -> list[str]:
-    """Names but those that a transformers model says are of no account."""
-    ignored = [re.compile(text) for text in getattr(model, f"_keys_to_ignore_on_load_{what}", None) or ()]
-    return [name for name in names if not any(pattern.search(name) for pattern in ignored)]
-
-
 def _refuse_coded_model(model: nn.Module, reader: Reader) -> None:
     """Layers that are coded already have no parameters that a file could have."""
     coded = [
@@ -201,56 +324,164 @@ def _refuse_coded_model(model: nn.Module, reader: Reader) -> None:
     if coded:
         raise ModelMismatchError(
             f"{reader.path}: {len(coded)} layers of the model are coded already ({_list(coded)}), as replace_linears "
-            "leaves them; it takes plain modules: make the model anew (strict=False loads what fits)"
+            "leaves them; it takes plain modules: make the model anew"
         )
 
 
-def _refuse_differences(reader: Reader, differences: list[str], report: Replacement, strict: bool) -> None:
+def _with_suggestions(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """The missing names, with those of the file that may be meant."""
+    shown = [
+        f"{name} (the file has {close[0]})" if (close := get_close_matches(name, unexpected, 1, 0.8)) else name
+        for name in missing[:_SHOWN]
+    ]
+    rest = len(missing) - _SHOWN
+    text = ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+    if len(missing) == len(unexpected):
+        for longer, shorter, whose in ((unexpected, missing, "the file"), (missing, unexpected, "the model")):
+            prefix = min(longer)[: len(min(longer)) - len(min(shorter))]
+            if prefix and sorted(longer) == sorted(prefix + name for name in shorter):
+                return f"{text}; names of {whose} begin with {prefix!r}, and are the same but for that"
+    return text
+
+
+def _refuse_differences(
+    reader: Reader, names: CheckpointNames, differences: list[str], report: Replacement, strict: bool
+) -> None:
     lines = [f"{len(differences)} of another shape: {_list(differences)}"] if differences else []
     if strict and report.missing:
-        lines.append(f"{len(report.missing)} of the model are not in the file: {_list(report.missing)}")
-    if strict and report.unexpected:
-        lines.append(f"{len(report.unexpected)} of the file are not in the model: {_list(report.unexpected)}")
+        missing = _with_suggestions(report.missing, names.unexpected)
+        lines.append(f"{len(report.missing)} of the model are not in the file: {missing}")
+    if strict and names.unexpected:
+        lines.append(f"{len(names.unexpected)} of the file are not in the model: {_list(names.unexpected)}")
     if lines:
-        advice = "" if differences else " (strict=False loads what fits)"
+        advice = " (strict=False leaves these out)"
+        if report.missing and strict:
+            # A model that runs without some of its weights computes noise: strict=False is nothing to advise.
+            advice = "; what has no weights would be random: make the model of the class and config that was saved"
+        elif differences:
+            advice = ""
         raise ModelMismatchError(f"{reader.path}: the tensors are not the model's; {'; '.join(lines)}{advice}")
 
 
-def _fill_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
+def _initializer(model: nn.Module, name: str) -> Callable[[nn.Module], Any] | None:
+    """What gives a module its first values: ``_init_weights`` of transformers' models, of the innermost around it."""
+    parts = name.split(".") if name else []
+    for count in range(len(parts), -1, -1):
+        found = getattr(model.get_submodule(".".join(parts[:count])), "_init_weights", None)
+        if callable(found):
+            return found  # type: ignore[no-any-return]
+    return None
+
+
+def _computed_values(
+    model: nn.Module, name: str, keys: Iterable[str], device: torch.device
+) -> dict[str, torch.Tensor | None]:
+    """What a model computes for tensors of one of its modules; None for what it does not, or draws by chance.
+
+    Values that differ between two random seeds are drawn, or were not written at all. The model is as it was.
+    """
+    module, initialize = model.get_submodule(name), _initializer(model, name)
+    keys = list(keys)
+    if initialize is None:
+        return dict.fromkeys(keys)
+    held = [(inner, dict(inner._parameters), dict(inner._buffers)) for inner in module.modules()]
+    results: list[dict[str, torch.Tensor | None]] = []
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            for seed in (0, 1):
+                for inner, parameters, buffers in held:
+                    where = device if inner is module else torch.device("meta")
+                    inner._parameters.update(
+                        {
+                            k: None if p is None else nn.Parameter(_filled(p, seed, where), False)
+                            for k, p in parameters.items()
+                        }
+                    )
+                    inner._buffers.update(
+                        {k: None if b is None else _filled(b, seed, where) for k, b in buffers.items()}
+                    )
+                torch.manual_seed(seed)
+                initialize(module)
+                results.append({key: module._parameters.get(key, module._buffers.get(key)) for key in keys})
+    finally:
+        for inner, parameters, buffers in held:
+            inner._parameters.update(parameters)
+            inner._buffers.update(buffers)
+    first, second = results
+    values: dict[str, torch.Tensor | None] = {}
+    for key in keys:
+        one, other = first[key], second[key]
+        values[key] = one.detach() if one is not None and other is not None and one.equal(other) else None
+    return values
+
+
+def _filled(tensor: torch.Tensor, value: int, device: torch.device) -> torch.Tensor:
+    return torch.empty_like(tensor, device=device, requires_grad=False).fill_(value)
+
+
+def _put_tensor(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
+    if key in module._buffers:
+        module._buffers[key] = tensor
+    else:
+        old = module._parameters[key]
+        module._parameters[key] = nn.Parameter(tensor, old is None or old.requires_grad)
+
+
+def _compute_missing(
+    model: nn.Module, places: Sequence[_Place], report: Replacement, home: torch.device | None
+) -> list[tuple[_Place, torch.Tensor]]:
+    """Values of those missing tensors that a model says it does without; they are missing no more.
+
+    Only what a model computes is taken, as the sinusoids of Marian's positions; values by chance are no weights.
+    """
+    ignored = [re.compile(text) for text in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    values: list[tuple[_Place, torch.Tensor]] = []
+    for place in places:
+        name = place.names[0]
+        if name not in report.missing or not any(pattern.search(name) for pattern in ignored):
+            continue
+        if _initializer(model, place.module_names[0]) is None and not place.tensor.is_meta:
+            report.missing.remove(name)
+            continue
+        device = home or place.tensor.device
+        value = _computed_values(model, place.module_names[0], [place.key], device)[place.key]
+        if value is not None:
+            report.missing.remove(name)
+            values.append((place, value))
+    return values
+
+
+def _fill_unsaved_buffers(model: nn.Module, in_file: set[int], device: torch.device) -> None:
     """Give buffers that no file holds (rotary frequencies, masks) their values, where the model was made on meta.
 
-    transformers' models compute them in ``_init_weights``; it is used where it is there, and believed if it wrote.
+    transformers' models compute them in ``_init_weights``; it is used where it is there.
+
+    Args:
+        in_file: ids of tensors that a file does hold.
     """
-    initialize = getattr(model, "_init_weights", None)
-    filled: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
+    filled: list[tuple[nn.Module, str, torch.Tensor]] = []
     empty: list[str] = []
     for name, module in model.named_modules():
-        unsaved = {
-            key: buffer
+        unsaved = [
+            key
             for key, buffer in module._buffers.items()
             if buffer is not None and buffer.is_meta and key in module._non_persistent_buffers_set
-        }
+            if id(buffer) not in in_file
+        ]
         if not unsaved:
             continue
-        filled.append((module, unsaved))
-        fresh = {key: torch.empty_like(buffer, device=device) for key, buffer in unsaved.items()}
-        module._buffers.update(fresh)
-        before = {key: buffer._version for key, buffer in fresh.items()}
-        if callable(initialize):
-            with torch.no_grad():
-                initialize(module)
-        empty += [
-            f"{name}.{key}" if name else key
-            for key, buffer in fresh.items()
-            if module._buffers[key] is buffer and buffer._version == before[key]
-        ]
+        for key, value in _computed_values(model, name, unsaved, device).items():
+            if value is None:
+                empty.append(_joined(name, key))
+            else:
+                filled.append((module, key, value))
     if empty:
-        for module, unsaved in filled:
-            module._buffers.update(unsaved)
         raise ModelMismatchError(
             f"buffers on the meta device that no file holds, and that the model does not compute: {_list(empty)}; "
             "make the model with real buffers (as accelerate's init_empty_weights does)"
         )
+    for module, key, value in filled:
+        module._buffers[key] = value
 
 
 def _size_bytes(model: nn.Module) -> int:
@@ -289,10 +520,12 @@ def _deferred_layer(reader: Reader, name: str) -> RansLinear:
 def _strip(place: _Place) -> None:
     """Let go of a tensor, so that what comes in its place finds room."""
     place.tensor = torch.empty_like(place.tensor, device="meta", requires_grad=place.tensor.requires_grad)
-    if place.key in place.module._buffers:
-        place.module._buffers[place.key] = place.tensor
-    else:
-        place.module._parameters[place.key] = nn.Parameter(place.tensor, place.tensor.requires_grad)
+    _put_tensor(place.module, place.key, place.tensor.detach())
+
+
+def _name_in_expert(name: str) -> str:
+    """``model.layers.0.mlp.experts.3.up_proj.weight`` → ``up_proj``."""
+    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight").replace(".", "_")
 
 
 def _put_module(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -317,7 +550,7 @@ class _Loading:
         by_device: dict[torch.device, dict[str, None]] = {}
         for place, device in zip(self.places, self.devices, strict=True):
             if not place.coded or id(place.module) not in deferred:
-                by_device.setdefault(device, {})[place.source] = None
+                by_device.setdefault(device, {}).update(dict.fromkeys(place.sources))
             _strip(place)
         total = sum(stored_bytes(self.reader, name) for names in by_device.values() for name in names)
         with shown_progress(progress, "loading", total) as advance:
@@ -328,38 +561,68 @@ class _Loading:
     def attach_numbers(self) -> None:
         """Plain tensors to their places; those that are tied get the same one."""
         shared: dict[tuple[str, torch.device], torch.Tensor] = {}
+        converted: dict[tuple[str, torch.device], torch.Tensor] = {}
         for place, device in zip(self.places, self.devices, strict=True):
             if place.coded:
                 continue
-            key, is_parameter = (place.source, device), place.key in place.module._parameters
+            is_parameter, dtype = place.key in place.module._parameters, place.dtype
+            key = (place.converted or place.source, device)
             if key not in shared:
-                tensor = self.tensors[key]
-                dtype = place.tensor.dtype
-                values = tensor.dequantize(dtype) if isinstance(tensor, DeviceBlob) else tensor.to(dtype)
+                if place.conversion is None:
+                    values = self._numbers(place.source, device, dtype)
+                else:
+                    if key not in converted:
+                        numbers = {name: self._numbers(name, device, dtype) for name in place.conversion.sources}
+                        made = place.conversion.convert(numbers)
+                        converted |= {(name, device): tensor for name, tensor in made.items()}
+                    values = converted.pop(key).to(dtype)
                 shared[key] = nn.Parameter(values, place.tensor.requires_grad) if is_parameter else values
-                if not isinstance(tensor, DeviceBlob):
-                    self.report.loaded.append(place.source)
             home = place.module._parameters if is_parameter else place.module._buffers
             home[place.key] = shared[key]  # type: ignore[assignment]
+
+    def _numbers(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self.tensors[name, device]
+        if isinstance(tensor, DeviceBlob):
+            return tensor.dequantize(dtype)
+        self.report.loaded.append(name)
+        return tensor.to(dtype)
 
     def attach_layers(self) -> None:
         """Coded weights to new layers, which take the biases that are there by now."""
         for place, device in zip(self.places, self.devices, strict=True):
             if not place.coded:
                 continue
-            blob = self.tensors.get((place.source, device))
+            if place.conversion is not None:
+                self._attach_experts(place, place.conversion, device)
+                continue
             bias = place.module.bias
             assert bias is None or isinstance(bias, torch.Tensor)
-            if blob is None:
-                layer = _deferred_layer(self.reader, place.source)
-                layer.bias = None if bias is None else bias.detach()
-            else:
-                assert isinstance(blob, DeviceBlob)
-                layer = RansLinear(blob, None if bias is None else bias.to(device), tensor_name=place.source)
-            layer.train(place.module.training)
+            layer = self._layer(place.source, device, bias, place.module.training)
             for name in place.module_names:
                 _put_module(self.model, name, layer)
                 self.report.replaced[name] = place.source
+
+    def _layer(self, name: str, device: torch.device, bias: torch.Tensor | None, training: bool) -> RansLinear:
+        blob = self.tensors.get((name, device))
+        if blob is None:
+            layer = _deferred_layer(self.reader, name)
+            layer.bias = None if bias is None else bias.detach()
+        else:
+            assert isinstance(blob, DeviceBlob)
+            layer = RansLinear(blob, None if bias is None else bias.to(device), tensor_name=name)
+        return layer.train(training)
+
+    def _attach_experts(self, place: _Place, conversion: Conversion, device: torch.device) -> None:
+        assert conversion.experts is not None
+        matrices = [
+            [(_name_in_expert(name), self._layer(name, device, None, place.module.training)) for name in sources]
+            for sources in conversion.experts
+        ]
+        for layers, sources in zip(keep_coded(place.module, place.key, matrices), conversion.experts, strict=True):
+            for module_name in place.module_names:
+                self.report.replaced |= {
+                    _joined(module_name, layer): source for layer, source in zip(layers, sources, strict=True)
+                }
 
     def move_rest(self, home: torch.device) -> None:
         """What no file holds goes to the same device."""
@@ -383,7 +646,7 @@ def replace_linears(
     exclude: str | None = None,
     strict: bool = True,
     defer: Iterable[nn.Module] = (),
-    verify: bool = False,
+    verify: bool = True,
     progress: bool | Progress | None = None,
 ) -> Replacement:
     """Load a compressed file or directory into a model of plain modules, in place.
@@ -395,7 +658,8 @@ def replace_linears(
     Everything is compared before anything is changed; an error while loading leaves the model without weights.
 
     Args:
-        path: a .safetensors file, or a directory of them, with the names of the model.
+        path: a .safetensors file or a directory, with the names of the model. Of a directory with components give the
+            component's folder: subfolders are other models.
         device: where all goes; by default each tensor stays on the device where it is, and a model that is on meta,
             be it in parts, goes to CUDA where torch has it, else to the CPU.
         include: only weights whose names match this regular expression (``re.search``) stay coded.
@@ -411,24 +675,28 @@ def replace_linears(
         DeviceError, FormatError, OSError: as of :func:`kvpack.load`.
     """
     report = Replacement(bytes_before=_size_bytes(model))
-    places = _places(model)
     on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     home = resolve_device(device) if device is not None or on_meta else None
-    with Reader(Path(path)) as reader:
+    with Reader(Path(path), components=False) as reader:
+        report.other_weights = [*reader.tree.not_opened, *reader.other_sets()]
         if strict:
             _refuse_coded_model(model, reader)
         coded_names = [name for container in reader.containers for name in container.coded]
         selection = _Selection(_pattern(include, "include", coded_names), _pattern(exclude, "exclude", coded_names))
-        differences = _plan(_tied_groups(places), reader, selection, report)
-        known = {name for place in places for name in place.names}
-        report.unexpected = _not_ignored(model, "unexpected", [name for name in reader if name not in known])
-        report.missing = _not_ignored(model, "missing", report.missing)
-        _refuse_differences(reader, differences, report, strict)
+        names = names_for(model, _shapes(reader))
+        places = _places(model, names)
+        differences = _plan(_tied_groups(places), reader, names, selection, report)
+        report.unexpected = [*names.unexpected, *names.heads]
+        report.computed = names.computed
+        computed = _compute_missing(model, places, report, home)
+        _refuse_differences(reader, names, differences, report, strict)
         if any(place.coded and "" in place.module_names for place in places):
             raise ModelMismatchError("the model itself is the linear layer: put it into a module, or use kvpack.load")
+        loading = _Loading(model, reader, [place for place in places if place.sources], home, report)
         if home is not None:
-            _fill_unsaved_buffers(model, home)
-        loading = _Loading(model, reader, [place for place in places if place.source], home, report)
+            _fill_unsaved_buffers(model, {id(p.tensor) for p in loading.places}, home)
+        for place, value in computed:
+            _put_tensor(place.module, place.key, value)
         loading.load({id(module) for outer in defer for module in outer.modules()}, verify, progress)
         loading.attach_numbers()
         loading.attach_layers()
@@ -436,3 +704,12 @@ def replace_linears(
             loading.move_rest(home)
     report.bytes_after = _size_bytes(model)
     return report
+
+
+def _shapes(reader: Reader) -> dict[str, Sequence[int]]:
+    """Tensor → its shape, of all tensors of a file's own model."""
+    shapes: dict[str, Sequence[int]] = {}
+    for name in reader.main_keys():
+        entry = reader.container(name).coded.get(name)
+        shapes[name] = reader.container(name).tensors[name].shape if entry is None else entry["shape"]
+    return shapes

@@ -1,0 +1,167 @@
+"""Experts whose matrices stay coded, in a module that was made for one tensor of all of them.
+
+A library's module of experts keeps its weights as [experts, rows, columns] and takes one expert's matrix after the
+other in its forward pass. :func:`keep_coded` lets go of such a tensor and has the module hold a
+:class:`~kvpack.runtime.weights.linear.RansLinear` for each matrix of the file. The module's own code runs on: what it
+takes by an expert's index is an :class:`ExpertMatrix`, whose products are those of the coded layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvpack.runtime.weights.linear import RansLinear
+
+# Where a module keeps which of its tensors are coded: name → of each expert, the names of the layers below it.
+_CODED = "_kvpack_experts"
+
+
+class ExpertMatrix:
+    """One expert's matrix, the rows of ``layers`` one below the other.
+
+    ``torch.nn.functional.linear`` multiplies with the coded weights. Whatever else is asked of it is asked of its
+    numbers, decoded at each time.
+    """
+
+    def __init__(self, layers: Sequence[RansLinear], dtype: torch.dtype) -> None:
+        self.layers = layers
+        self.dtype = dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((sum(layer.out_features for layer in self.layers), self.layers[0].in_features))
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., columns] → x · Wᵀ (+ bias) [..., rows], in x's dtype."""
+        products = [layer(x) for layer in self.layers]
+        product = products[0] if len(products) == 1 else torch.cat(products, -1)
+        return product if bias is None else product + bias
+
+    def dequantize(self) -> torch.Tensor:
+        """Its numbers, [rows, columns]."""
+        return torch.cat([layer.dequantize(self.dtype) for layer in self.layers])
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dequantize(), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.functional.linear:
+            return _linear(*args, **kwargs)
+        args = [arg.dequantize() if isinstance(arg, cls) else arg for arg in args]
+        kwargs = {key: arg.dequantize() if isinstance(arg, cls) else arg for key, arg in kwargs.items()}
+        return function(*args, **kwargs)
+
+
+def _linear(input: torch.Tensor, weight: ExpertMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return weight.linear(input, bias)
+
+
+class ExpertStack:
+    """What stands where the tensor [experts, rows, columns] was: an expert's index gives its matrix.
+
+    Raises:
+        TypeError: it is used as a tensor; forward passes that need all experts at once cannot run on coded ones.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.name = name
+        self.dtype, matrices = module.__dict__[_CODED][name]
+        self._matrices: list[list[str]] = matrices
+        self._module = module
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+    def __getitem__(self, expert: int | torch.Tensor) -> ExpertMatrix:
+        if isinstance(expert, torch.Tensor) and expert.ndim:
+            raise TypeError(f"{self.name}: coded experts are taken one by one, not by {list(expert.shape)} indices")
+        names = self._matrices[int(expert)]
+        layers = [self._module.get_submodule(name) for name in names]
+        return ExpertMatrix([layer for layer in layers if isinstance(layer, RansLinear)], self.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self), *self[0].shape))
+
+    @property
+    def ndim(self) -> int:
+        return 3
+
+    @property
+    def device(self) -> torch.device:
+        return self[0].layers[0].weight_kvpack.device
+
+    def __repr__(self) -> str:
+        return f"ExpertStack({self.name}: {list(self.shape)}, coded)"
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(
+            f"{getattr(function, '__name__', function)}: coded experts are taken one by one; give the model its plain "
+            "experts (replace_linears(exclude=…)) for a forward pass that needs all at once"
+        )
+
+
+def _make(base: type[nn.Module]) -> nn.Module:
+    """An empty module, for copies and pickles, which find a class by its name."""
+    module = coded_class(base)
+    return module.__new__(module)
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def coded_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The class of experts of class ``base`` that are coded."""
+    if base in _classes:
+        return _classes[base]
+    # Implementations that compute all experts in one operation read whole tensors; the class's own code does not.
+    own_forward: Callable[..., Any] = getattr(base.forward, "__wrapped__", base.forward)
+
+    class CodedExperts(base):  # type: ignore[misc, valid-type]
+        forward = own_forward
+
+        def __getattr__(self, name: str) -> Any:
+            if name in self.__dict__.get(_CODED, ()):
+                return ExpertStack(self, name)
+            return super().__getattr__(name)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _make, (base,), self.__getstate__()
+
+    CodedExperts.__name__ = CodedExperts.__qualname__ = f"Coded{base.__name__}"
+    CodedExperts.__module__ = __name__
+    _classes[base] = CodedExperts
+    return CodedExperts
+
+
+def keep_coded(module: nn.Module, key: str, matrices: Sequence[Sequence[tuple[str, RansLinear]]]) -> list[list[str]]:
+    """Have ``module`` compute with coded matrices instead of its parameter ``key`` [experts, rows, columns].
+
+    Args:
+        matrices: of each expert, its layers, one below the other, each with the name that it gets below
+            ``<expert>.`` in the module.
+
+    Returns:
+        The layers' names in the module.
+    """
+    dtype = module._parameters.pop(key).dtype  # type: ignore[union-attr]
+    names = [[f"{expert}.{name}" for name, _ in layers] for expert, layers in enumerate(matrices)]
+    for expert, layers in enumerate(matrices):
+        home = module._modules.setdefault(str(expert), nn.ModuleDict())
+        assert isinstance(home, nn.ModuleDict)
+        for name, layer in layers:
+            home[name] = layer
+    if _CODED not in module.__dict__:
+        module.__dict__[_CODED] = {}
+        module.__class__ = coded_class(type(module))
+    module.__dict__[_CODED][key] = (dtype, names)
+    return names
