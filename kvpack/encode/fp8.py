@@ -9,7 +9,7 @@ bf16, and config.json no longer says that the model is quantized.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,22 +68,28 @@ class Fp8Weights:
     def notes(self, *, asked: bool) -> list[str]:
         """What is said of them in the report; ``asked``: to dequantize them."""
         lines = []
+        one = len(self.weights) == 1
+        counted = f"fp8: {_counted(self.weights)}"
         if asked and self.weights:
             config = "" if self.config_folder is None else ", quantization_config removed from config.json"
             lines.append(
-                f"fp8: {len(self.weights)} tensors multiplied by their scales and coded as bf16; "
-                f"{len(self.dropped)} tensors of scales dropped{config}"
+                f"{counted} multiplied by {'its' if one else 'their'} scales and coded as bf16; "
+                f"{_counted(self.dropped)} of scales dropped{config}"
             )
         elif self.weights:
             lines.append(
-                f"fp8: {len(self.weights)} tensors coded exactly, their scales kept; "
-                "--bits codes the weights they stand for at a rate"
+                f"{counted} coded exactly, {'its' if one else 'their'} scales kept; "
+                f"--bits codes the weights {'it stands' if one else 'they stand'} for at a rate"
             )
         if asked and self.without_scale:
             shown = ", ".join(self.without_scale[:4])
             more = f" and {len(self.without_scale) - 4} more" if len(self.without_scale) > 4 else ""
             lines.append(f"fp8 without scales of a known shape, coded exactly: {shown}{more}")
         return lines
+
+
+def _counted(tensors: Collection[str]) -> str:
+    return f"{len(tensors)} {'tensor' if len(tensors) == 1 else 'tensors'}"
 
 
 def find_fp8(tree: ModelTree) -> dict[str, Fp8Weights]:
@@ -126,15 +132,15 @@ def _find_in_set(tree: ModelTree, prefix: str, files: list[WeightFile]) -> Fp8We
         name for name in tensors for module, _, last in [name.rpartition(".")]
         if last in _ACTIVATION_SUFFIXES and module in modules
     )  # fmt: skip
-    says_so = prefix == folder_prefix(folder) and dequantized_config(config) != config
+    says_so = bool(weights) and prefix == folder_prefix(folder) and dequantized_config(config) != config
     return Fp8Weights(weights, activations, tuple(sorted(lonely)), found, folder if says_so else None)
 
 
 def dequantize_tree(tree: ModelTree, sets: Mapping[str, Fp8Weights]) -> None:
-    """Let the fp8 weights of a tree be seen as the bf16 weights that they stand for, without their scales."""
+    """Let the fp8 weights of some sets be seen as the bf16 weights that they stand for, without their scales."""
     for file in tree.weight_files:
-        fp8 = sets[file.set_prefix]
-        if fp8.weights:
+        fp8 = sets.get(file.set_prefix)
+        if fp8 is not None and fp8.weights:
             file.container = DequantizedContainer(file, fp8)
     tree.forget_missing()
 

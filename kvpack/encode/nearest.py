@@ -104,18 +104,24 @@ def _lowest_rate(weights: Matrices, bits: float, options: EncodeOptions) -> Enco
     """The coding at the lowest rate that has the noise ``bits`` should have; None if there is none."""
     layout = integer_layout("balanced", ElementKind.SIGNED, 2)
     least = 1 + fixed_bits_per_weight(weights.header(layout, options.tile_cols)).raw
-    rates = [rate for rate in _RATES if rate > max(bits, least)]
-    highest = _worthy(weights, MAX_BITS, bits, options)
-    if highest is None:
+    best = _worthy(weights, MAX_BITS, bits, options)
+    if best is None:
         try:
             return encode_near_lossless(weights, **options._asdict())
         except NotEncodableError:
             return None
-    for rate in rates[:-1]:
-        found = _worthy(weights, rate, bits, options)
-        if found is not None:
-            return found
-    return highest
+    # Bisection asks the same rates whatever ``bits`` is, and what is quiet enough for more bits is so for fewer: for
+    # these it never ends higher.
+    rates = [rate for rate in _RATES if rate > least][:-1]
+    low, high = 0, len(rates)
+    while low < high:
+        middle = (low + high) // 2
+        found = _worthy(weights, rates[middle], bits, options)
+        if found is None:
+            low = middle + 1
+        else:
+            best, high = found, middle
+    return best
 
 
 def _worthy(weights: Matrices, rate: float, bits: float, options: EncodeOptions) -> EncodedTensor | None:

@@ -17,7 +17,7 @@ the rate is no smooth function of the step: a ladder of steps is tried, and layo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,9 @@ _OFFSET_MATTERS_AT = 0.25
 # Steps tried where the rate is no smooth function of them: from four deviations downwards, 16 an octave.
 _LADDER_OCTAVES = (2.0, -8.5)
 _LADDER_STEPS_PER_OCTAVE = 16
+# A tensor of no more elements is mostly overhead: it is planned in milliseconds, by fewer steps.
+SMALL_ELEMENTS = 4096
+_SMALL_STEPS_PER_OCTAVE = 4
 # A rate that a layout leaves so much of is not what limits it; noises of this ratio are equal.
 _RATE_IS_SLACK_AT = 0.05
 _EQUAL_NOISE = 1.01
@@ -66,6 +69,7 @@ class FineHistogram:
         grid_step: f32: the step of which all ``values`` are exact multiples of −128 … 127; 0.0 if there is none.
         width: of the bins; None: rms/256.
         uneven: many values are equal. If many are 0, ``rms`` and ``mean`` are those of the others.
+        ladders: those that :func:`plan_ladder` has made: other rates need the same ones.
     """
 
     counts: npt.NDArray[np.int64]
@@ -76,6 +80,14 @@ class FineHistogram:
     grid_step: float = 0.0
     width: float | None = None
     uneven: bool = False
+    ladders: dict[tuple[tuple[Layout, Overhead], ...], list[RatePlan]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is of so few weights that planning must not cost more than they do."""
+        return int(self.counts.sum()) <= SMALL_ELEMENTS
 
     @property
     def deviation(self) -> float:
@@ -87,8 +99,8 @@ class FineHistogram:
 
     @property
     def is_smooth(self) -> bool:
-        """Whether finer steps cost more bits and give less noise, all the way."""
-        return self.values is None and self.deviation == self.rms and not self.uneven
+        """Whether there is enough of it, and finer steps cost more bits and give less noise, all the way."""
+        return not self.is_small and self.values is None and self.deviation == self.rms and not self.uneven
 
     @property
     def bin_width(self) -> float:
@@ -228,8 +240,16 @@ def plan_ladder(fine: FineHistogram, layouts: Iterable[Layout], header_of: dict[
 
     What they are does not depend on a rate, so that a higher one always has all the plans of a lower one.
     """
+    key = tuple((layout, fixed_bits_per_weight(header_of[layout])) for layout in layouts)
+    if key not in fine.ladders:
+        fine.ladders[key] = _ladder(fine, key)
+    return fine.ladders[key]
+
+
+def _ladder(fine: FineHistogram, layouts: Iterable[tuple[Layout, Overhead]]) -> list[RatePlan]:
     first, last = _LADDER_OCTAVES
-    exponents = np.arange(first, last, -1 / _LADDER_STEPS_PER_OCTAVE)
+    steps_per_octave = _SMALL_STEPS_PER_OCTAVE if fine.is_small else _LADDER_STEPS_PER_OCTAVE
+    exponents = np.arange(first, last, -1 / steps_per_octave)
     steps = [float(np.float32(fine.deviation * 2.0**exponent)) for exponent in exponents]
     # If none can hold the largest value, quantizing says so.
     steps = [step for step in steps if fine.largest <= OUTLIER_DELTA_MAX * step] or steps[:1]
@@ -237,10 +257,7 @@ def plan_ladder(fine: FineHistogram, layouts: Iterable[Layout], header_of: dict[
         steps.insert(0, fine.grid_step)
     occupied = fine.counts > 0
     fine = replace(fine, counts=fine.counts[occupied], values=fine.centres[occupied], width=fine.bin_width)
-    plans = []
-    for layout in layouts:
-        overhead = fixed_bits_per_weight(header_of[layout])
-        plans += [plan_at_step(fine, step, layout, overhead, 0.0) for step in steps]
+    plans = [plan_at_step(fine, step, layout, overhead, 0.0) for layout, overhead in layouts for step in steps]
     return sorted(plans, key=lambda plan: (plan.predicted.noise, plan.predicted.bits))
 
 
@@ -256,7 +273,7 @@ def candidate_layouts(layout_name: str, bits: float, fine: FineHistogram | None 
         raise ValueError(f"unknown layout {layout_name!r}")
     widths = sorted({min(8, max(2, needed + shift)) for shift in (-1, 0, 1)})
     if fine is not None and not fine.is_smooth:
-        names = ("balanced", "compact") if layout_name == "auto" else names
+        names = ("balanced", "compact") if layout_name == "auto" and not fine.is_small else names
         widths = list(range(2, 9))
     layouts = [integer_layout(name, ElementKind.SIGNED, n) for name in names for n in widths]
     return list(dict.fromkeys(layouts))

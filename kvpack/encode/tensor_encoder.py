@@ -157,6 +157,8 @@ class Matrices:
         self.dtype = np.dtype(dtype)
         self.tile_rows = ceil_div(self.rows, TILE_ROWS)
         self.num_strips = self.matrices * self.tile_rows
+        # Filled by the first measure(): every rate that is tried begins with it.
+        self.measured: FineHistogram | None = None
 
     @property
     def array(self) -> npt.NDArray[Any]:
@@ -442,6 +444,13 @@ def _moments(weights: Matrices, limit: float, executor: ThreadPoolExecutor | Non
 
 
 def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> FineHistogram:
+    """The fine histogram of a float tensor, made once: see :func:`_measure`."""
+    if weights.measured is None:
+        weights.measured = _measure(weights, executor)
+    return weights.measured
+
+
+def _measure(weights: Matrices, executor: ThreadPoolExecutor | None) -> FineHistogram:
     """The fine histogram of a float tensor, in units of its rms without values beyond 16 times that.
 
     (A single huge value would otherwise set the unit, and every other weight would be rounded to zero.)

@@ -110,14 +110,16 @@ def verify(
 
 
 def _as_coded(tree: ModelTree, reader: Reader) -> set[Path]:
-    """Let the original be seen without fp8 scales, if ``reader``'s model was made so.
+    """Let those of the original's sets of weights be seen without fp8 scales that ``reader``'s model has so.
 
     Returns:
         Folders whose config.json then says nothing of a quantization.
     """
-    sets = find_fp8(tree)
-    if not any(name in reader and reader.dtype(name) == "BF16" for fp8 in sets.values() for name in fp8.weights):
-        return set()
+    sets = {
+        prefix: fp8
+        for prefix, fp8 in find_fp8(tree).items()
+        if any(name in reader and reader.dtype(name) == "BF16" for name in fp8.weights)
+    }
     dequantize_tree(tree, sets)
     return {fp8.config_folder for fp8 in sets.values() if fp8.config_folder is not None}
 

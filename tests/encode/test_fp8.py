@@ -130,3 +130,54 @@ def test_the_line_is_printed(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["compress", str(source), "--dry-run", *options])
         assert result.exit_code == 0, result.output
         assert line in result.output
+
+
+def test_folders_and_their_configs_one_by_one(tmp_path: Path) -> None:
+    """Scales are found in each set of weights, by the blocks of its folder's config.json."""
+    rng = np.random.default_rng(1)
+    numbers = rng.normal(0, 60, (256, 512)).astype(E4M3)
+    wide, narrow = (rng.uniform(1e-4, 4e-4, shape).astype(np.float32) for shape in ((2, 4), (4, 8)))
+    source = directory(tmp_path, {"a.weight": numbers, "a.weight_scale_inv": wide})
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}, "dtype": "float8_e4m3fn"}
+    for folder, scale in (("draft", narrow), ("other", wide)):
+        (source / folder).mkdir()
+        save_file({"a.weight": numbers, "a.weight_scale_inv": scale}, source / folder / "model.safetensors")
+        (source / folder / "config.json").write_text(json.dumps(config))
+    save_file({"a.weight": np.ones((256, 512), np.float32)}, source / "draft/model.fp32.safetensors")
+    report = kvpack.compress(source, tmp_path / "out", bits=5)
+    told = "1 tensor multiplied by its scales and coded as bf16; 1 tensor of scales dropped"
+    assert [note for note in report.notes if "fp8" in note] == [
+        f"fp8: {told}, quantization_config removed from config.json",
+        f"draft/: fp8: {told}, quantization_config removed from config.json",
+        "other/: fp8 without scales of a known shape, coded exactly: other/a.weight",
+        "kept: 1 tensor of a fp8 quantization",
+    ]
+    with kvpack.open(tmp_path / "out") as reader:
+        for name, scale, size in (("a.weight", wide, 128), ("draft/a.weight", narrow, 64)):
+            weights = numbers.astype(np.float64) * np.repeat(np.repeat(scale, size, 0), size, 1)
+            error = reader.dequantize(name, "float64") - weights
+            assert 10 * np.log10(np.mean(error**2) / np.mean(weights**2)) < -25, name
+        assert reader.dequantize("other/a.weight", "original").tobytes() == numbers.tobytes()
+        assert "other/a.weight_scale_inv" in reader
+        assert "draft/a.weight_scale_inv" not in reader
+        assert np.all(reader.dequantize("draft/model.fp32.safetensors/a.weight") == 1)
+    assert kvpack.verify(tmp_path / "out", source).mismatches == {}
+    kvpack.decompress(tmp_path / "out", tmp_path / "back")
+    configs = {f: json.loads((tmp_path / "back" / f / "config.json").read_text()) for f in ("draft", "other")}
+    assert configs == {"draft": {"dtype": "bfloat16"}, "other": config}
+    # What config.json says of the quantization is compared, too.
+    (source / "other/config.json").write_text("{}")
+    assert list(kvpack.verify(tmp_path / "out", source).mismatches) == ["other/config.json"]
+
+
+def test_one_step_for_the_model(tmp_path: Path) -> None:
+    """Weights are made when they are asked for, in the strips of every pass: the same as those of a bf16 model."""
+    tensors, meant = checkpoint()
+    source = directory(tmp_path, tensors)
+    plain = {name: values.astype(np.float32).astype(ml_dtypes.bfloat16) for name, values in meant.items()}
+    save_file(plain, tmp_path / "plain.safetensors")
+    kvpack.compress(source, tmp_path / "out", bits=4, allocation="model")
+    kvpack.compress(tmp_path / "plain.safetensors", tmp_path / "plain-out", bits=4, allocation="model")
+    with kvpack.open(tmp_path / "out") as ours, kvpack.open(tmp_path / "plain-out") as theirs:
+        for name in meant:
+            assert ours.dequantize(name).tobytes() == theirs.dequantize(name).tobytes(), name

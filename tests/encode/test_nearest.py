@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import kvpack
+from kvpack.encode import rate as rates
 from kvpack.encode.distinct import distinct_values, grid_step
 from kvpack.encode.nearest import EncodeOptions, encode_nearest
 from kvpack.encode.tensor_encoder import CPU_CODER, NEAR_LOSSLESS_DB, EncodedTensor, Matrices, NotEncodableError
@@ -239,6 +240,23 @@ def test_grids_are_found_and_only_grids() -> None:
     strips = [np.array([[3, 1, 1]], np.float32), np.array([[2, 1, 3]], np.float32)]
     values, counts = distinct_values(strips) or pytest.fail("three values are few")
     assert (values.tolist(), counts.tolist()) == ([1, 2, 3], [3, 1, 2])
+
+
+# Small tensors
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (2, 8), (64, 16), (32, 32)])
+def test_small_tensors_are_planned_by_few_steps(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rates are tried: 16 × 16 weights took 11,000 plans, and seconds, where each made its own."""
+    plans: list[object] = []
+    planned = rates.plan_at_step
+    monkeypatch.setattr(rates, "plan_at_step", lambda *arguments: plans.append(arguments) or planned(*arguments))
+    rng = np.random.default_rng(8)
+    for values in (rng.normal(size=shape), 1 + 0.001 * rng.normal(size=shape), rng.integers(-22, -14, shape)):
+        for quality in (2.0, 4.85, 7.5, "near-lossless"):
+            plans.clear()
+            encode(values.astype(np.float32), quality)
+            assert len(plans) <= 301  # 42 steps, and the grid's, of each of 7 widths
 
 
 # Real models
