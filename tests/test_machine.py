@@ -556,7 +556,7 @@ def test_shards_whose_names_an_index_cannot_hold(tmp_path: Path) -> None:
     for number in (1, 2):
         save_file({f"l{number}.weight": weights(128, 128)}, tmp_path / "m.safetensors")
         (tmp_path / "m.safetensors").rename(folder / os.fsdecode(b"s%d\xff.safetensors" % number))
-    with pytest.raises(InputError, match=r"safetensors' is no name in UTF-8, which an index needs: rename the file"):
+    with pytest.raises(InputError, match=r"safetensors' is no name in UTF-8, which JSON needs: rename the file"):
         kvpack.compress(folder, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["model"]
 
