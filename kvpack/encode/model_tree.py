@@ -410,7 +410,7 @@ class ModelTree:
             self._open_folder(folder, by_folder.get(folder, []), indexes.get(folder, []))
         if not components:
             others = [weights for weights in self.weight_files if weights.set_prefix]
-            self.not_opened += sorted({weights.set_prefix.rstrip("/") for weights in others})
+            self.not_opened += sorted({weights.set_prefix.rstrip("/") for weights in others if weights.names})
             for weights in others:
                 weights.container.close()
                 self.weight_files.remove(weights)
