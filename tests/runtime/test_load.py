@@ -423,8 +423,8 @@ def test_kept_tensors_are_checked_in_parts(
     monkeypatch.setattr(container_module, "_COPY_BYTES", 512)
     with kvpack.open(file) as reader, CrcChecks(reader) as checks:
         monkeypatch.setattr(Container, "read", noted)
-        checks.add("norm")
         with nullcontext() if intact else pytest.raises(TensorCrcError, match=r"tensor 'norm': kvpack_crc32"):
+            checks.add("norm")
             checks.wait()
     assert parts == [(0, 512), (512, 1024), (1024, 1200)]
 
@@ -443,9 +443,9 @@ def test_no_check_is_left_behind_an_error(path: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Container, "check_crc32", slow)
     with kvpack.open(damaged(path, tmp_path, "norm", 8), threads=1) as reader:
         with CrcChecks(reader) as checks:
-            for name in ("norm", *["ids"] * 40):
-                checks.add(name)
             with pytest.raises(TensorCrcError):
+                for name in ("norm", *["ids"] * 40):
+                    checks.add(name)
                 checks.wait()
         reader._executor.shutdown()
     assert begun < 10
