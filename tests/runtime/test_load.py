@@ -442,11 +442,10 @@ def test_no_check_is_left_behind_an_error(path: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Container, "check_crc32", slow)
     with kvpack.open(damaged(path, tmp_path, "norm", 8), threads=1) as reader:
-        with CrcChecks(reader) as checks:
-            with pytest.raises(TensorCrcError):
-                for name in ("norm", *["ids"] * 40):
-                    checks.add(name)
-                checks.wait()
+        with CrcChecks(reader) as checks, pytest.raises(TensorCrcError):
+            for name in ("norm", *["ids"] * 40):
+                checks.add(name)
+            checks.wait()
         reader._executor.shutdown()
     assert begun < 10
 
