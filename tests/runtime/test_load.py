@@ -28,6 +28,7 @@ from small_models import LAYERS, layer_file  # noqa: E402
 import kvpack  # noqa: E402
 from kvpack.encode.model_directory import write_json  # noqa: E402
 from kvpack.encode.model_tree import INDEX_NAME  # noqa: E402
+from kvpack.encode.reader import Reader  # noqa: E402
 from kvpack.errors import (  # noqa: E402
     DeviceError,
     DirectoryIndexError,
@@ -407,6 +408,13 @@ def test_few_bytes_wait_for_their_checks(path: Path, monkeypatch: pytest.MonkeyP
         assert added == checked > 4 * limit
 
 
+def check_all(reader: Reader, names: list[str]) -> None:
+    with CrcChecks(reader) as checks:
+        for name in names:
+            checks.add(name)
+        checks.wait()
+
+
 @pytest.mark.parametrize("intact", [True, False])
 def test_kept_tensors_are_checked_in_parts(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intact: bool
@@ -421,11 +429,10 @@ def test_kept_tensors_are_checked_in_parts(
         return read(self, name, begin, end)
 
     monkeypatch.setattr(container_module, "_COPY_BYTES", 512)
-    with kvpack.open(file) as reader, CrcChecks(reader) as checks:
+    with kvpack.open(file) as reader:
         monkeypatch.setattr(Container, "read", noted)
         with nullcontext() if intact else pytest.raises(TensorCrcError, match=r"tensor 'norm': kvpack_crc32"):
-            checks.add("norm")
-            checks.wait()
+            check_all(reader, ["norm"])
     assert parts == [(0, 512), (512, 1024), (1024, 1200)]
 
 
@@ -442,10 +449,8 @@ def test_no_check_is_left_behind_an_error(path: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Container, "check_crc32", slow)
     with kvpack.open(damaged(path, tmp_path, "norm", 8), threads=1) as reader:
-        with CrcChecks(reader) as checks, pytest.raises(TensorCrcError):
-            for name in ("norm", *["ids"] * 40):
-                checks.add(name)
-            checks.wait()
+        with pytest.raises(TensorCrcError):
+            check_all(reader, ["norm", *["ids"] * 40])
         reader._executor.shutdown()
     assert begun < 10
 
