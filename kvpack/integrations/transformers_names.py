@@ -23,6 +23,16 @@ from kvpack.runtime.weights.replace import replace_linears
 __all__ = ["replace_linears", "transformers_names"]
 
 
+# Operations that stack matrices, one an expert or several, one below the other.
+_STACKED = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+# How many names a message lists.
+_SHOWN = 5
+
+
+def _operations(converter: Any) -> list[tuple[str, Any]]:
+    return [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+
+
 def _ignored(model: Any) -> list[re.Pattern[str]]:
     """Patterns of tensors that may be in a file though the model has no place for them, as from_pretrained has them."""
     patterns = list(model._keys_to_ignore_on_load_unexpected or ())
@@ -54,6 +64,49 @@ def _by_pattern(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return grouped
 
 
+def _lacking(groups: Iterable[Sequence[str]], experts: int) -> list[str]:
+    """Tensors that experts need and a file has not, since their names differ from others in the expert's number alone.
+
+    Where matrices are stacked in the order of their names, those behind a lacking one would be another expert's.
+
+    Args:
+        groups: tensors of a module of experts, those of one kind each.
+        experts: that the model has.
+    """
+    split = [[re.split(r"(\d+)", name) for name in group] for group in groups]
+    varying = {at for names in split for at, texts in enumerate(zip(*names, strict=False)) if len(set(texts)) > 1}
+    if len(varying) != 1 or (at := varying.pop()) % 2 == 0:
+        return []
+    numbers = [{int(parts[at]) for parts in names} for names in split]
+    needed = set[int]().union(*numbers)
+    if len(needed) < experts:
+        needed |= set(range(experts))
+    return [
+        "".join([*names[0][:at], str(number), *names[0][at + 1 :]])
+        for names, there in zip(split, numbers, strict=True)
+        for number in sorted(needed - there)
+    ]
+
+
+def _refuse_lacking_experts(
+    found: Mapping[str, list[tuple[str, str]]], converter_of: Mapping[str, Any], state: Mapping[str, torch.Tensor]
+) -> None:
+    """Raises ModelMismatchError where a file has not all matrices of all experts."""
+    stacks: dict[str, list[str]] = {}
+    for target, tensors in found.items():
+        if _operations(converter_of[tensors[0][0]]) in _STACKED:
+            stacks.setdefault(target.rpartition(".")[0], []).append(target)
+    for module, targets in stacks.items():
+        groups = [group for target in targets for group in _by_pattern(found[target]).values()]
+        if lacking := _lacking(groups, max(len(state[target]) for target in targets)):
+            rest = len(lacking) - _SHOWN
+            more = f" and {rest} more" if rest > 0 else ""
+            raise ModelMismatchError(
+                f"{module}: the file has some of its experts' matrices, and not {', '.join(lacking[:_SHOWN])}{more}; "
+                "what has no weights would be random"
+            )
+
+
 def _converter_of(
     model: Any, converter: Any, target: str, found: list[tuple[str, str]]
 ) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]:
@@ -72,8 +125,7 @@ def _converter_of(
 
 def _experts(model: nn.Module, target: str, converter: Any, found: list[tuple[str, str]]) -> list[list[str]] | None:
     """The tensors of each expert, where a module of experts gets them stacked, one below the other."""
-    operations = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
-    if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+    if _operations(converter) not in _STACKED:
         return None
     module = model.get_submodule(target.rpartition(".")[0])
     # Set by `use_experts_implementation`: its forward takes one expert's matrix after the other.
@@ -147,6 +199,9 @@ def transformers_names(model: nn.Module, shapes: Mapping[str, Sequence[int]]) ->
             if target == name:
                 name, names.direct[target] = names.direct[target], name
             names.unexpected.append(name)
+    _refuse_lacking_experts(
+        {target: tensors for target, tensors in found.items() if target not in names.direct}, converter_of, state
+    )
     for target, tensors in found.items():
         if target in names.direct:
             names.unexpected += [name for _, name in tensors]

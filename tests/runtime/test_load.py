@@ -6,8 +6,9 @@ import io
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from small_models import LAYERS, layer_file  # noqa: E402
 import kvpack  # noqa: E402
 from kvpack.encode.model_directory import write_json  # noqa: E402
 from kvpack.encode.model_tree import INDEX_NAME  # noqa: E402
+from kvpack.encode.reader import Reader  # noqa: E402
 from kvpack.errors import (  # noqa: E402
     DeviceError,
     DirectoryIndexError,
@@ -38,6 +40,7 @@ from kvpack.errors import (  # noqa: E402
     PayloadCrcError,
     TensorCrcError,
 )
+from kvpack.format import container as container_module  # noqa: E402
 from kvpack.format.container import Container  # noqa: E402
 from kvpack.format.open_files import OpenFile  # noqa: E402
 from kvpack.runtime.device import upload as upload_module  # noqa: E402
@@ -45,7 +48,7 @@ from kvpack.runtime.device.upload import Piece, Uploader, split_pieces  # noqa: 
 from kvpack.runtime.weights import load as load_module  # noqa: E402
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
-from kvpack.runtime.weights.load import TORCH_DTYPES, State, load, resolve_device  # noqa: E402
+from kvpack.runtime.weights.load import TORCH_DTYPES, CrcChecks, State, load, resolve_device  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -379,6 +382,77 @@ def test_reader_checks_what_is_asked_for(path: Path, tmp_path: Path, name: str) 
             reader.dequantize(original)
     with kvpack.open(broken, verify=False) as reader:
         reader.dequantize(original)
+
+
+def test_few_bytes_wait_for_their_checks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read is held until it is checked: a slow check holds up who reads."""
+    limit, checked = 60_000, 0
+    check = load_module.check_tile_bytes
+
+    def slow(payload: memoryview, tile: Any, where: str) -> None:
+        nonlocal checked
+        time.sleep(0.02)
+        check(payload, tile, where)
+        checked += int(tile["data_size"])
+
+    monkeypatch.setattr(load_module, "_MAX_PENDING_BYTES", limit)
+    monkeypatch.setattr(load_module, "check_tile_bytes", slow)
+    with kvpack.open(path, threads=1) as reader, CrcChecks(reader) as checks:
+        added = 0
+        for name in [name for name in reader if reader.info(name)] * 2:
+            host = reader.container(name).data(name + "_kvpack")
+            added += int(reader.blob(name).tiles["data_size"].sum())
+            checks.add(name, host)
+            assert added - checked <= limit + len(host)
+        checks.wait()
+        assert added == checked > 4 * limit
+
+
+def check_all(reader: Reader, names: list[str]) -> None:
+    with CrcChecks(reader) as checks:
+        for name in names:
+            checks.add(name)
+        checks.wait()
+
+
+@pytest.mark.parametrize("intact", [True, False])
+def test_kept_tensors_are_checked_in_parts(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intact: bool
+) -> None:
+    """Where the host has not got their bytes, it reads them for the check alone."""
+    file = path if intact else damaged(path, tmp_path, "norm", 1000)
+    parts = []
+    read = Container.read
+
+    def noted(self: Container, name: str, begin: int, end: int) -> memoryview:
+        parts.append((begin, end))
+        return read(self, name, begin, end)
+
+    monkeypatch.setattr(container_module, "_COPY_BYTES", 512)
+    with kvpack.open(file) as reader:
+        monkeypatch.setattr(Container, "read", noted)
+        with nullcontext() if intact else pytest.raises(TensorCrcError, match=r"tensor 'norm': kvpack_crc32"):
+            check_all(reader, ["norm"])
+    assert parts == [(0, 512), (512, 1024), (1024, 1200)]
+
+
+def test_no_check_is_left_behind_an_error(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for what is of no interest any more."""
+    begun = 0
+    check = Container.check_crc32
+
+    def slow(self: Container, name: str, data: memoryview | None = None) -> bool:
+        nonlocal begun
+        begun += 1
+        time.sleep(0.05)
+        return check(self, name, data)
+
+    monkeypatch.setattr(Container, "check_crc32", slow)
+    with kvpack.open(damaged(path, tmp_path, "norm", 8), threads=1) as reader:
+        with pytest.raises(TensorCrcError):
+            check_all(reader, ["norm", *["ids"] * 40])
+        reader._executor.shutdown()
+    assert begun < 10
 
 
 def test_lanes_of_all_tensors(path: Path) -> None:

@@ -294,6 +294,9 @@ def refusal(tmp_path: Path, kind: str, edit: Callable[[Tensors], Tensors]) -> st
     return str(caught.value)
 
 
+MOVED = "layers.1.block_sparse_moe.experts.4.w1"
+
+
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
     """Never random ones, nor advice that would lead to them."""
     message = refusal(tmp_path / "a", "bert", renamed(("layer.0.attention.self.query", "layer.0.attention.self.qury")))
@@ -302,18 +305,24 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
     message = refusal(
         tmp_path / "b", "mixtral", lambda t: {k: x for k, x in t.items() if "0.block_sparse_moe.experts.2" not in k}
     )
-    assert (
-        "model.layers.0.mlp.experts.gate_up_proj, made by transformers (MergeModulelist, Concatenate) from 6" in message
-    )
-    assert "is [3, 512, 128], and [4, 512, 128] in the model" in message
+    lacking = ", ".join(f"model.layers.0.block_sparse_moe.experts.2.w{i}.weight" for i in (1, 3, 2))
+    assert f"model.layers.0.mlp.experts: the file has some of its experts' matrices, and not {lacking};" in message
     message = refusal(tmp_path / "c", "mixtral", lambda t: {k: x for k, x in t.items() if "experts.2.w3" not in k})
-    assert "model.layers.0.mlp.experts.gate_up_proj cannot be made by transformers" in message
+    assert "c/coded: model.layers.0.mlp.experts: the file has some" in message
+    assert "and not model.layers.0.block_sparse_moe.experts.2.w3.weight;" in message
     message = refusal(tmp_path / "d", "qwen3_moe", lambda t: {k: x for k, x in t.items() if "experts" not in k})
     assert "4 of the model are not in the file: model.layers.0.mlp.experts.gate_up_proj" in message
     message = refusal(tmp_path / "e", "llama", lambda t: {f"module.{k}": x for k, x in t.items()})
     assert "names of the file begin with 'module.', and are the same but for that" in message
     message = refusal(tmp_path / "f", "llama", lambda t: t | {"model.more": torch.zeros(3)})
     assert message.endswith("1 of the file are not in the model: model.more (strict=False leaves these out)")
+
+
+def test_matrices_of_different_experts(tmp_path: Path) -> None:
+    """As many of each kind as the model has experts, and yet not those of the same experts."""
+    message = refusal(tmp_path / "a", "mixtral", renamed(("layers.1.block_sparse_moe.experts.3.w1", MOVED)))
+    lacking = ", ".join(f"model.layers.1.block_sparse_moe.experts.{i}.weight" for i in ("3.w1", "4.w3", "4.w2"))
+    assert f"model.layers.1.mlp.experts: the file has some of its experts' matrices, and not {lacking};" in message
 
 
 def test_one_name_too_many(tmp_path: Path) -> None:
@@ -351,6 +360,24 @@ def test_tied_model_whose_file_has_two(tmp_path: Path) -> None:
     model = fresh("tied")
     kvpack.replace_linears(model, tmp_path / "same" / "coded", device="cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_tied_model_whose_file_has_two_of_the_same_integers(tmp_path: Path) -> None:
+    """Twice the numbers are the same integers with twice the scale."""
+    path = checkpoint(tmp_path, "tied", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] * 2})
+    config = kvpack.QuantConfig(preset="lossless", tensor_bits={"embed_tokens|lm_head": 6.0})
+    kvpack.compress(path, tmp_path / "coded", config)
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    with kvpack.open(tmp_path / "coded") as reader:
+        blobs = [bytes(reader.container(name).data(name + "_kvpack")) for name in names]
+        assert blobs[0] == blobs[1]
+        expected = [torch.from_numpy(reader.dequantize(name)) for name in names]
+    for device in ("meta", "cpu"):
+        model = fresh("tied", device)
+        report = kvpack.replace_linears(model, tmp_path / "coded", device="cpu", exclude="lm_head")
+        assert report.tied == {}
+        assert model.model.embed_tokens.weight.equal(expected[0])
+        assert model.lm_head.weight.equal(expected[1])
 
 
 class FusedLlama(transformers.LlamaForCausalLM):  # type: ignore[misc]
@@ -398,6 +425,25 @@ def test_a_file_without_coded_tensors(tmp_path: Path) -> None:
     report = kvpack.replace_linears(model, path, device="cpu")
     torch.testing.assert_close(output(model), loaded(path, "mixtral"), rtol=0, atol=3e-6)
     assert str(report).endswith("nothing in the file is coded: the model is as an uncompressed file would have made it")
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_another_attempt(tmp_path: Path, device: str) -> None:
+    """What failed for a damaged or changed file can be tried again with the same model, ties and all."""
+    path = lossless(checkpoint(tmp_path, "tied"))
+    file = path / "model.safetensors"
+    intact = file.read_bytes()
+    with Container(file) as container:
+        at = container.data_begin + container.tensors["model.norm.weight"].begin
+    file.write_bytes(intact[:at] + b"!" + intact[at + 1 :])
+    model = fresh("tied", device)
+    with pytest.raises(TensorCrcError):
+        kvpack.replace_linears(model, path, device="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    file.write_bytes(intact)
+    kvpack.replace_linears(model, path, device="cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(output(model), loaded(tmp_path / "model", "tied"), rtol=0, atol=3e-6)
 
 
 def test_damage_is_found(tmp_path: Path) -> None:

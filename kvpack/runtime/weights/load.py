@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +58,8 @@ _LARGE_BYTES = 1 << 20
 _BLOCK_BYTES = 512
 # So many tiles (of some 70 KB) are checked by one thread at once: large tensors are shared, small ones are not split.
 _TILES_A_CHECK = 64
+# Bytes that may wait for their checks beside one tensor's: reading is faster, and what was read is held meanwhile.
+_MAX_PENDING_BYTES = 256 << 20
 
 Progress = Callable[[int, int], None]
 
@@ -111,30 +115,63 @@ class CrcChecks:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._pending: list[Future[None]] = []
+        self._pending: deque[tuple[list[Future[None]], int]] = deque()
+        self._pending_bytes = 0
 
-    def add(self, name: str, host: memoryview) -> None:
-        """Check a tensor, and its scales.
+    def covers(self, name: str) -> bool:
+        """Whether there is anything to compare a tensor with."""
+        container = self._reader.container(name)
+        return name in container.coded or name in container.crc32
+
+    def add(self, name: str, host: memoryview | None = None) -> None:
+        """Check a tensor, and its scales; waits for earlier ones while many bytes are under way.
 
         Args:
-            host: its stored bytes. A blob's front part (§§2–5) has been checked, as ``Blob`` does.
+            host: its stored bytes. A blob's front part (§§2–5) has been checked, as ``Blob`` does. Those of a tensor
+                that is not coded are read from the file, in parts, if they are not given.
+
+        Raises:
+            FormatError: of an earlier one that is damaged.
         """
         container, submit = self._reader.container(name), self._reader._executor.submit
         if name not in container.coded:
-            if name in container.crc32:
-                self._pending.append(submit(self._check_plain, name, name, host))
+            if self.covers(name):
+                self._follow([submit(self._check_plain, name, name, host)], container.tensors[name].size_bytes)
             return
-        scales = name + SCALE_SUFFIX
-        if scales in container.crc32:
-            self._pending.append(submit(self._check_plain, name, scales, container.data(scales)))
+        assert host is not None
         header = BlobHeader.parse(host)
         begin = HEADER_BYTES + header.table_bytes
         tiles = np.frombuffer(host[begin : header.payload_offset], TILE_METADATA)
         payload = host[header.payload_offset :]
-        for first in range(0, len(tiles), _TILES_A_CHECK):
-            self._pending.append(submit(self._check_tiles, name, payload, tiles, first))
+        checks = [
+            submit(self._check_tiles, name, payload, tiles, first) for first in range(0, len(tiles), _TILES_A_CHECK)
+        ]
+        scales = name + SCALE_SUFFIX
+        if scales in container.crc32:
+            checks.insert(0, submit(self._check_plain, name, scales, None))
+        self._follow(checks, len(host))
 
-    def _check_plain(self, name: str, stored: str, host: memoryview) -> None:
+    def _follow(self, checks: list[Future[None]], size_bytes: int) -> None:
+        """Note what is under way, whose bytes are held until all of it is done, and wait for room."""
+        self._pending.append((checks, size_bytes))
+        self._pending_bytes += size_bytes
+        while self._pending:
+            done = all(check.done() for check in self._pending[0][0])
+            if not done and self._pending_bytes - size_bytes <= _MAX_PENDING_BYTES:
+                break
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        checks, size_bytes = self._pending.popleft()
+        self._pending_bytes -= size_bytes
+        try:
+            for check in checks:
+                check.result()
+        finally:
+            for check in checks:
+                check.cancel()
+
+    def _check_plain(self, name: str, stored: str, host: memoryview | None) -> None:
         self._reader.container(name).check_crc32(stored, host)
 
     def _check_tiles(self, name: str, payload: memoryview, tiles: npt.NDArray[np.void], first: int) -> None:
@@ -162,8 +199,22 @@ class CrcChecks:
         Raises:
             FormatError: of the first damaged one.
         """
-        for pending in self._pending:
-            pending.result()
+        while self._pending:
+            self._wait_for_oldest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave out what has not been begun: after an error, nobody asks for it any more."""
+        for checks, _ in self._pending:
+            for check in checks:
+                check.cancel()
         self._pending.clear()
 
 
@@ -257,27 +308,29 @@ def load_tensors(
         for name, container in ((name, pieces_of[name]) for name in order)
     ]
     loaded: dict[str, DeviceBlob | torch.Tensor] = {}
-    with Uploader(device, progress=progress) as uploader:
+    with (
+        CrcChecks(reader) if verify else nullcontext() as checks,
+        Uploader(device, progress=progress) as uploader,
+    ):
         upload = uploader.submit(pieces, begin=uploader.after_current_work())
-        checks = CrcChecks(reader) if verify else None
         for number, name in enumerate(order):
-            container = pieces_of[name]
-            coded = name in container.coded
-            if coded or verify:
-                # The host reads the file, too: behind the readers, it need not wait for the disk.
-                upload.wait_piece(number)
-            if device.type == "cpu":
-                host = pieces[number].target.numpy().data
-            elif coded or verify:
-                host = container.data(stored_name(reader, name))
             loaded[name] = buffers[name]
-            if coded:
-                with checks.around(name, host) if checks else nullcontext():
-                    loaded[name] = device_blob(reader, name, buffers[name], host)
-            elif checks:
+            coded = name in pieces_of[name].coded
+            if not coded and (checks is None or not checks.covers(name)):
+                continue
+            # The host reads the file, too: behind the readers, it need not wait for the disk.
+            upload.wait_piece(number)
+            host = pieces[number].target.numpy().data if device.type == "cpu" else None
+            if not coded:
+                assert checks is not None
                 checks.add(name, host)
+                continue
+            if host is None:
+                host = pieces_of[name].data(stored_name(reader, name))
+            with checks.around(name, host) if checks else nullcontext():
+                loaded[name] = device_blob(reader, name, buffers[name], host)
         upload.wait()
-        if checks:
+        if checks is not None:
             checks.wait()
     # Closing the uploader has waited for its copies, so that no tensor needs record_stream.
     if device.type == "cuda":

@@ -230,12 +230,12 @@ class LayerStream:
             self._slots = self._make_slots(min(self.prefetch + 1, len(self._layers)))
             if self.source == "pinned":
                 self._fill_hosts()
-            checks = CrcChecks(reader) if verify and reader is not None else None
-            for layer in self._layers:
-                for member in layer.members:
-                    member.blob = self._device_blob(layer, member, reader, checks)
-            if checks is not None:
-                checks.wait()
+            with CrcChecks(reader) if verify and reader is not None else nullcontext() as checks:
+                for layer in self._layers:
+                    for member in layer.members:
+                        member.blob = self._device_blob(layer, member, reader, checks)
+                if checks is not None:
+                    checks.wait()
         for layer in self._layers:
             for member in layer.members:
                 self._take(layer, member)

@@ -9,13 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from kvpack.encode.reader import Reader
 from kvpack.errors import ModelMismatchError
+from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX
 from kvpack.format.header import BlobHeader
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.weights.checkpoint_names import CheckpointNames, Conversion, names_for
@@ -28,7 +27,6 @@ from kvpack.runtime.weights.load import (
     load_tensors,
     shown_progress,
     stored_bytes,
-    stored_name,
 )
 
 if TYPE_CHECKING:
@@ -281,7 +279,7 @@ def _plan(
             if not place.coded:
                 # All plain places of a group stay tied, to the numbers of the first.
                 dense = dense or source
-                if name is None or not names.unties or _same_bytes(reader, dense, name):
+                if name is None or not names.unties or _same_numbers(reader, dense, name):
                     source = dense
                 if reason and reader.info(source) is not None:
                     report.dequantized.setdefault(source, reason)
@@ -291,13 +289,22 @@ def _plan(
     return list(dict.fromkeys(differences))  # tied places may differ from one tensor in the same way
 
 
-def _same_bytes(reader: Reader, one: str, other: str) -> bool:
-    """Whether two tensors of a file are stored as the same bytes."""
-
-    def stored(name: str) -> npt.NDArray[np.uint8]:
-        return np.frombuffer(reader.container(name).data(stored_name(reader, name)), np.uint8)
-
-    return one == other or np.array_equal(stored(one), stored(other))
+def _same_numbers(reader: Reader, one: str, other: str) -> bool:
+    """Whether two tensors of a file are stored as the same bytes of the same type, and with the same scales."""
+    if one == other:
+        return True
+    if _stored_dtype(reader, one) != _stored_dtype(reader, other):
+        return False
+    first, second = reader.container(one), reader.container(other)
+    for suffix in ("", BLOB_SUFFIX, SCALE_SUFFIX):
+        a, b = first.tensors.get(one + suffix), second.tensors.get(other + suffix)
+        if a is None and b is None:
+            continue
+        if a is None or b is None or a.size_bytes != b.size_bytes:
+            return False
+        if any(left != right for left, right in zip(first.pieces(a.name), second.pieces(b.name), strict=True)):
+            return False
+    return True
 
 
 def _pattern(text: str | None, what: str, names: Iterable[str]) -> re.Pattern[str] | None:
@@ -517,10 +524,16 @@ def _deferred_layer(reader: Reader, name: str) -> RansLinear:
     )
 
 
-def _strip(place: _Place) -> None:
-    """Let go of a tensor, so that what comes in its place finds room."""
-    place.tensor = torch.empty_like(place.tensor, device="meta", requires_grad=place.tensor.requires_grad)
-    _put_tensor(place.module, place.key, place.tensor.detach())
+def _strip(group: Sequence[_Place]) -> None:
+    """Let go of a tensor, so that what comes in its place finds room. Its places stay tied, for another attempt."""
+    old = group[0].tensor
+    empty = torch.empty_like(old, device="meta", requires_grad=False)
+    if isinstance(old, nn.Parameter):
+        empty = nn.Parameter(empty, old.requires_grad)
+    for place in group:
+        home = place.module._parameters if place.key in place.module._parameters else place.module._buffers
+        home[place.key] = empty  # type: ignore[assignment]
+        place.tensor = empty
 
 
 def _name_in_expert(name: str) -> str:
@@ -551,7 +564,8 @@ class _Loading:
         for place, device in zip(self.places, self.devices, strict=True):
             if not place.coded or id(place.module) not in deferred:
                 by_device.setdefault(device, {}).update(dict.fromkeys(place.sources))
-            _strip(place)
+        for group in _tied_groups(self.places):
+            _strip(group)
         total = sum(stored_bytes(self.reader, name) for names in by_device.values() for name in names)
         with shown_progress(progress, "loading", total) as advance:
             for device, names in by_device.items():
@@ -655,7 +669,8 @@ def replace_linears(
     are loaded in the model's own dtypes; coded ones of other modules, as embeddings, are decoded. Weights that are tied
     stay tied: a layer that shares an embedding's numbers multiplies with those. The model may be on the meta device.
 
-    Everything is compared before anything is changed; an error while loading leaves the model without weights.
+    Everything is compared before anything is changed; an error while loading leaves the model without weights,
+    on the meta device and still tied, so that it can be tried again.
 
     Args:
         path: a .safetensors file or a directory, with the names of the model. Of a directory with components give the
@@ -683,7 +698,11 @@ def replace_linears(
             _refuse_coded_model(model, reader)
         coded_names = [name for container in reader.containers for name in container.coded]
         selection = _Selection(_pattern(include, "include", coded_names), _pattern(exclude, "exclude", coded_names))
-        names = names_for(model, _shapes(reader))
+        try:
+            names = names_for(model, _shapes(reader))
+        except ModelMismatchError as error:
+            error.args = (f"{reader.path}: {error}",)
+            raise
         places = _places(model, names)
         differences = _plan(_tied_groups(places), reader, names, selection, report)
         report.unexpected = [*names.unexpected, *names.heads]
