@@ -34,7 +34,10 @@ _EXPORTS: tuple[tuple[str, re.Pattern[str], set[str], tuple[str, ...]], ...] = (
     ("Core ML", re.compile(r"^$"), {"coreml"}, (".bin", ".mlmodel")),
     ("TFLite", re.compile(r"^model.*\.tflite$"), {"tflite"}, (".tflite",)),
 )
-_OTHER_WEIGHTS = re.compile(r"\.(bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|ot|gguf|tflite)(\.index(\.[^.]+)*\.json)?$")
+_OTHER_WEIGHTS = re.compile(
+    r"\.(bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|ot|gguf|tflite|safetensors)(\.index(\.[^.]+)*\.json)?$",
+    re.IGNORECASE,
+)
 _ANY_INDEX = re.compile(r"\.index(\.[^.]+)*\.json$")
 
 # How many entries a message lists.

@@ -26,6 +26,8 @@ DIFFUSERS_STEM = "diffusion_pytorch_model"
 # What a folder of Hugging Face's cache consists of.
 _CACHE_FOLDERS = ("blobs", "refs", "snapshots")
 SUFFIX = ".safetensors"
+# Weights that are read where they are given as a file.
+_SINGLE_FILES = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 INDEX_NAME = f"{TRANSFORMERS_STEM}{SUFFIX}.index.json"
 
 _INDEX = re.compile(r"^.+\.safetensors\.index(\.[^.]+)*\.json$")
@@ -69,7 +71,10 @@ def list_files(root: Path, without: Path | None = None) -> Listing:
     while waiting:
         below, above = waiting.pop()
         folders: list[tuple[Path, list[Path]]] = []
-        for name in sorted(os.listdir(root / below)):
+        names = sorted(os.listdir(root / below))
+        if not names and below.parts:
+            listing.passed_over[below] = "an empty folder"
+        for name in names:
             relative = below / name
             path = root / relative
             if path.is_dir():
@@ -145,7 +150,10 @@ def read_index(root: Path, relative: Path) -> Index:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DirectoryIndexError(f"{path}: not a valid index ({error!r})") from None
     if not plain:
-        raise DirectoryIndexError(f"{path}: weight_map does not map names to files of the directory")
+        raise DirectoryIndexError(
+            f"{path}: weight_map does not map names to files of the directory: an index names files beside it, so move "
+            "them there"
+        )
     if not weight_map:
         raise DirectoryIndexError(
             f"{path}: weight_map is empty, so the index names no tensor: remove it, or fetch it anew"
@@ -397,7 +405,11 @@ class ModelTree:
         if not by_folder:
             for index in [index for folder in indexes.values() for index in folder]:
                 read_index(self.path, index)  # which says what is missing
-            raise InputError(f"{self.path} holds no .safetensors file; other forms of weights must be converted first")
+            alone = [str(file) for file in self.others if file.suffix.lower() in _SINGLE_FILES]
+            advice = f": `kvpack compress` reads a file alone, as {alone[0]}" if alone else ""
+            raise InputError(
+                f"{self.path} holds no .safetensors file; other forms of weights must be converted first{advice}"
+            )
         if not components:
             self.not_opened = [folder.as_posix() for folder in by_folder if folder != Path()]
             if Path() not in by_folder:

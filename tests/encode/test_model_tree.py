@@ -415,6 +415,17 @@ def test_hidden_files_are_named(tmp_path: Path) -> None:
     assert "left out (hidden, or nothing to copy): .mine\n" in run("decompress", packed, "-o", tmp_path / "b2").stdout
 
 
+def test_empty_folders_and_weights_of_unread_names_are_named(tmp_path: Path) -> None:
+    source = put(tmp_path / "m", {"model.safetensors": {"w": weights(1)}, "OTHER.SAFETENSORS": "x", "A.BIN": "12"})
+    (source / "empty" / "inner").mkdir(parents=True)
+    printed = run("compress", source).stdout
+    assert "left out (an empty folder): empty/inner, 0 B\n" in printed
+    assert "copied (weights that no safetensors file is known to hold): A.BIN, OTHER.SAFETENSORS, 3 B\n" in printed
+    assert run_json("verify", tmp_path / "m-kvpack", "--against", source)["left_out"] == {
+        "empty/inner": "an empty folder"
+    }
+
+
 # verify --against
 
 
