@@ -19,6 +19,7 @@ from typing import Any, Self
 from kvpack.encode.model_config import check_config
 from kvpack.errors import DirectoryIndexError, InputError
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, VERSION_KEY, Container, Readable
+from kvpack.format.file_kinds import HEAD_BYTES, describe
 
 PIPELINE_NAME = "model_index.json"
 TRANSFORMERS_STEM = "model"
@@ -148,7 +149,11 @@ def read_index(root: Path, relative: Path) -> Index:
     except DirectoryIndexError as error:
         raise DirectoryIndexError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DirectoryIndexError(f"{path}: not a valid index ({error!r})") from None
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        kind = None if head.lstrip()[:1] in (b"{", b"[") else describe(head, path.stat().st_size)
+        found = f" ({error!r})" if kind is None else f" but {kind}"
+        raise DirectoryIndexError(f"{path}: not a valid index{found}") from None
     if not plain:
         raise DirectoryIndexError(
             f"{path}: weight_map does not map names to files of the directory: an index names files beside it, so move "

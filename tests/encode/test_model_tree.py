@@ -426,6 +426,26 @@ def test_empty_folders_and_weights_of_unread_names_are_named(tmp_path: Path) -> 
     }
 
 
+def test_a_variant_is_no_copy_of_the_whole(tmp_path: Path) -> None:
+    variant = [Path("unet/diffusion_pytorch_model.fp16.safetensors")]
+    assert other_form(Path("unet/diffusion_pytorch_model.bin"), variant) is None
+    assert other_form(Path("unet/diffusion_pytorch_model.fp16.bin"), variant) is not None
+    whole = [Path("unet/diffusion_pytorch_model-00001-of-00002.safetensors")]
+    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"):
+        assert other_form(Path("unet") / name, whole) is not None
+    files = {"model.fp16.safetensors": {"w": weights(1)}, "pytorch_model.bin": "123"}
+    source = put(tmp_path / "m", files)
+    run("compress", source)
+    assert (tmp_path / "m-kvpack" / "pytorch_model.bin").read_text() == "123"
+
+
+def test_an_index_that_is_a_pointer(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n"
+    source = put(tmp_path / "m", {"model.safetensors": {"w": weights(1)}, INDEX: pointer})
+    with pytest.raises(DirectoryIndexError, match="not a valid index but a git-lfs pointer"):
+        kvpack.compress(source)
+
+
 # verify --against
 
 
