@@ -67,6 +67,17 @@ def origin(result: dict[str, Any]) -> str:
     return f"\n`{result['command']}` · {result['date']} · {machine} · commit {commit}\n"
 
 
+# Until then the preset of that name was INT8 with a scale for each row.
+_NEAR_LOSSLESS_SINCE = "2026-11-29"
+
+
+def setting_name(result: dict[str, Any], setting: str) -> str:
+    """What a setting that was measured is called now."""
+    if str(result["date"]) < _NEAR_LOSSLESS_SINCE:
+        setting = setting.replace("near-lossless", "int8-row")
+    return setting
+
+
 def minilm_rates(short: bool) -> str:
     result = newest("minilm-rate")
     rows = []
@@ -81,7 +92,7 @@ def minilm_rates(short: bool) -> str:
             "int3-g128",
         ):
             continue
-        name = row["setting"].replace("bits ", "`--bits ")
+        name = setting_name(result, row["setting"]).replace("bits ", "`--bits ")
         name += "`" if name.startswith("`") else ""
         cells = [name, _number(row["bits"], 3), _number(row["noise_db"], 2)]
         if not short:
@@ -136,7 +147,11 @@ def books(short: bool) -> str:
     for row in result["rows"]:
         if short and row["setting"] not in ("tensor:3.5", "tensor:4.25", "tensor:5", "near-lossless", "int4-g128"):
             continue
-        name = row["setting"].replace("tensor:", "`--bits ").replace("model:", "`--allocation model --bits ")
+        name = (
+            setting_name(result, row["setting"])
+            .replace("tensor:", "`--bits ")
+            .replace("model:", "`--allocation model --bits ")
+        )
         name += "`" if name.startswith("`") else ""
         cells = [name, _number(row["bits"], 3), f"{row['kl']:.4f}", _number(100 * row["same_top"], 1)]
         cells.append(_number(row["perplexity"], 2))
@@ -374,7 +389,12 @@ def same_speed() -> str:
 def generate_summary() -> str:
     result = newest("books-generate")
     rows = [
-        [row["setting"], _number(row["linear_megabytes"], 1), _number(row["tokens_per_s"], 0), _number(ratio, 2)]
+        [
+            setting_name(result, row["setting"]),
+            _number(row["linear_megabytes"], 1),
+            _number(row["tokens_per_s"], 0),
+            _number(ratio, 2),
+        ]
         for row in result["rows"]
         if "dequantized" not in row["setting"] and (ratio := row["ratio_to_dense"])
     ]
@@ -386,7 +406,7 @@ def books_generate() -> str:
     result = newest("books-generate")
     rows = [
         [
-            row["setting"],
+            setting_name(result, row["setting"]),
             _number(row["bits_per_weight"], 3),
             _number(row["linear_megabytes"], 1),
             _number(row["tokens_per_s"], 0),

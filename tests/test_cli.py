@@ -295,8 +295,8 @@ def test_malformed_rates_of_their_own(source: Path, value: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--bits", "1.4"], "1.4 bits a weight: rates from 1.5 to 7.5 are possible"),
-        (["--bits", "7.6"], "7.6 bits a weight"),
+        (["--bits", "1.4"], "1.4 bits a weight: rates from 1.5 to 32 are possible"),
+        (["--bits", "32.6"], "32.6 bits a weight"),
         (["--bits", "nan"], "nan bits a weight"),
         (["--bits", "4", "--preset", "lossless"], "bits and preset exclude each other"),
         (["--tile-cols", "48"], "tile_cols 48: multiples of 32"),
@@ -305,7 +305,7 @@ def test_malformed_rates_of_their_own(source: Path, value: str) -> None:
         (["--include", "("], "include '(' is not a regular expression"),
         (["--exclude", "["], "exclude '[' is not a regular expression"),
         (["--tensor-bits", "*=4"], "tensor_bits '*' is not a regular expression"),
-        (["--tensor-bits", "mlp=9"], "9.0 bits a weight"),
+        (["--tensor-bits", "mlp=99"], "99.0 bits a weight"),
     ],
 )
 def test_options_that_cannot_be_used(source: Path, options: list[str], message: str) -> None:

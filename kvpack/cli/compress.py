@@ -20,7 +20,7 @@ from kvpack.cli.printing import (
     shown_number,
     shown_size,
 )
-from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
+from kvpack.encode.rates import DEFAULT_BITS, LOSSLESS, MAX_BITS, MIN_BITS
 
 if TYPE_CHECKING:
     from kvpack.encode.model_directory import FileReport
@@ -39,6 +39,7 @@ class PresetOption(StrEnum):
     """Names for --preset."""
 
     NEAR_LOSSLESS = "near-lossless"
+    INT8_ROW = "int8-row"
     LOSSLESS = "lossless"
 
 
@@ -65,12 +66,12 @@ class DtypeOption(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-def _parse_tensor_bits(values: list[str] | None) -> dict[str, float]:
-    rates = {}
+def _parse_tensor_bits(values: list[str] | None) -> dict[str, float | str]:
+    rates: dict[str, float | str] = {}
     for value in values or []:
         pattern, separator, bits = value.rpartition("=")
         try:
-            rates[pattern] = float(bits)
+            rates[pattern] = bits if bits == LOSSLESS else float(bits)
         except ValueError:
             separator = ""
         if not separator or not pattern:
@@ -87,7 +88,9 @@ def compress(
     bits: Annotated[
         float | None,
         typer.Option(
-            "--bits", help=f"Bits a weight, {MIN_BITS} to {MAX_BITS}, every overhead counted. Default: {DEFAULT_BITS}."
+            "--bits",
+            help=f"Bits a weight, {MIN_BITS} to {MAX_BITS}, every overhead counted; above, exact where that fits. "
+            f"Default: {DEFAULT_BITS}.",
         ),
     ] = None,
     preset: Annotated[PresetOption | None, typer.Option("--preset", help="Instead of a rate.")] = None,
@@ -108,7 +111,7 @@ def compress(
     ] = None,
     tensor_bits: Annotated[
         list[str] | None,
-        typer.Option("--tensor-bits", metavar="REGEX=BITS", help="A rate of their own; repeatable."),
+        typer.Option("--tensor-bits", metavar="REGEX=BITS", help="A rate of their own, or lossless; repeatable."),
     ] = None,
     threads: Threads = None,
     device: Annotated[
@@ -154,12 +157,13 @@ def compress(
         return
     console = data_console()
     print_tensors([vars(tensor) for tensor in report.tensors], kept_singly=False)
-    kept: dict[str, list[str]] = {}
+    otherwise: dict[tuple[str, str], list[str]] = {}
     for tensor in report.tensors:
-        if tensor.method == "keep":
-            kept.setdefault(str(tensor.reason), []).append(tensor.name)
-    for reason, names in kept.items():
-        console.print(f"kept ({reason}): {shown_names(names)}", markup=False, highlight=False)
+        if tensor.reason is not None:
+            done = {"keep": "kept", "lossless": "coded exactly"}.get(tensor.method, "coded at another rate")
+            otherwise.setdefault((done, tensor.reason), []).append(tensor.name)
+    for (done, reason), names in otherwise.items():
+        console.print(f"{done} ({reason}): {shown_names(names)}", markup=False, highlight=False)
     told: dict[tuple[str, str], list[FileReport]] = {}
     for file in report.files:
         if file.reason is not None:

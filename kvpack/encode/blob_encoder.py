@@ -136,7 +136,8 @@ def estimate_blob_bytes(header: BlobHeader, tile_counts: npt.NDArray[np.int64], 
     """
     tables, assignment = cluster_tables(tile_counts)
     section = len(pack_tables(tables, header.layout.alphabet_size)[1]) if tables else 0
-    total = float(header.payload_offset + section + OUTLIER_BYTES * outlier_count)
+    total = float(header.payload_offset + OUTLIER_BYTES * outlier_count)
+    uses_tables = False
     per_matrix = header.num_tiles // header.matrices
     for tile in range(per_matrix):
         geometry = header.tile_geometry(tile)
@@ -150,8 +151,10 @@ def estimate_blob_bytes(header: BlobHeader, tile_counts: npt.NDArray[np.int64], 
                 total += min(raw, ALIGNMENT_BYTES + planes)
                 continue
             words = max(0.0, coded_bits(counts, tables[assignment[index]]) / 16 - geometry.rows / 2)
-            total += min(raw, lane_tables + 2 * words + planes + ALIGNMENT_BYTES / 2)
-    return total
+            coded = lane_tables + 2 * words + planes + ALIGNMENT_BYTES / 2
+            uses_tables |= coded < raw
+            total += min(raw, coded)
+    return total + section * uses_tables
 
 
 def _tile_outliers(strip: Strip, first_col: int, cols: int) -> npt.NDArray[np.uint32]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.dtypes import NUMPY_DTYPES
+from kvpack.encode.fp8 import dequantize_tree, dequantized_config, find_fp8
 from kvpack.encode.model_config import CONFIG_NAME, compressed_config, read_config
 from kvpack.encode.model_directory import (
     FileReport,
@@ -34,10 +35,11 @@ from kvpack.encode.model_directory import (
     write_json,
 )
 from kvpack.encode.model_tree import ModelTree, WeightFile, folder_prefix
+from kvpack.encode.nearest import CommonPlan, EncodeOptions, encode_nearest
 from kvpack.encode.output_files import Crc32, Shard, added_indexes, check_target, pieces, write_indexes
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
-from kvpack.encode.rate import FineHistogram, RatePlan
+from kvpack.encode.rate import FineHistogram
 from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
 from kvpack.encode.stored_matrices import StoredMatrices
 from kvpack.encode.tensor_encoder import (
@@ -46,10 +48,7 @@ from kvpack.encode.tensor_encoder import (
     EncodedTensor,
     Matrices,
     NotEncodableError,
-    encode_at_bits,
-    encode_int8_rows,
     encode_lossless,
-    encode_plan,
     measure,
     plan_at_common_step,
     planned_bytes,
@@ -63,6 +62,7 @@ from kvpack.format.container import (
     CRC_KEY,
     SCALE_SUFFIX,
     TENSORS_KEY,
+    VARIANCE_NOISE_KEY,
     VERSION_KEY,
     ContainerWriter,
     Readable,
@@ -73,13 +73,14 @@ _SCALE_BYTES = 4
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
 
-# A tensor's histogram, and what to do with it if the whole model has one step.
-CommonPlan = tuple[FineHistogram, RatePlan]
-
 
 @dataclass
 class TensorReport:
-    """One tensor of the output. Kept tensors: method ``keep``, the reason, and null for what does not apply."""
+    """One tensor of the output.
+
+    ``reason`` says why it is kept, or why it is not coded as was asked for. Kept tensors: method ``keep``, and null for
+    what does not apply. ``noise_db`` is over the variance where the mean matters, else over the power (FORMAT.md §9.3).
+    """
 
     name: str
     shape: list[int]
@@ -101,7 +102,7 @@ class CompressReport:
     ``bits_per_weight`` and ``noise_db`` are those of the coded tensors (the noise: the mean of the quantized tensors'
     ratios, weighted by size). ``files`` says of each file of a directory what became of it; ``left_out`` names those
     with weights in other forms that were not carried over; ``notes`` are sentences on an input that was converted
-    first, on how it was found out what the tensors are, and on other quantizations.
+    first, on how it was found out what the tensors are, and on other quantizations, fp8 among them.
     """
 
     input: str
@@ -157,6 +158,10 @@ class _Model:
                     whole = file.container.path == source or len(self.tree.weight_files) == 1
                     advice = "" if whole else f": move it out of {source}, or decompress it"
                     raise InputError(f"{file.container.path} is compressed already{advice}")
+            self.fp8 = find_fp8(self.tree)
+            self.dequantizes_fp8 = bool(config.dequantize_fp8)
+            if self.dequantizes_fp8:
+                dequantize_tree(self.tree, self.fp8)
             names = [name for file in self.tree.weight_files for name in file.names.values()]
             for option, pattern in selection.patterns():
                 if not any(pattern.search(name) for name in names):
@@ -179,13 +184,23 @@ class _Model:
         files = [file for file in self.tree.weight_files if file.set_prefix == prefix]
         tensors = {name: tensor for file in files for name, tensor in file.container.tensors.items()}
         config = read_config(source / files[0].folder) if source.is_dir() else {}
+        if self.dequantizes_fp8 and self.fp8[prefix].weights:
+            config = dequantized_config(config)
         return TensorKinds.of(tensors, config, modules)
 
+    def config_of(self, folder: Path) -> dict[str, Any]:
+        """config.json of a folder, as it is true of the weights that are coded."""
+        config = read_config(self.tree.path / folder)
+        is_dequantized = self.dequantizes_fp8 and any(fp8.config_folder == folder for fp8 in self.fp8.values())
+        return dequantized_config(config) if is_dequantized else config
+
     def notes(self) -> list[str]:
-        """What there is to say of how it was found out, each sentence once, with where it holds."""
+        """What there is to say of how it was found out, and of fp8, each sentence once, with where it holds."""
         return list(
             dict.fromkeys(
-                f"{prefix}: {n}" if prefix else n for prefix, kinds in self.kinds.items() for n in kinds.notes
+                f"{prefix}: {note}" if prefix else note
+                for prefix, kinds in self.kinds.items()
+                for note in (*kinds.notes, *self.fp8[prefix].notes(asked=self.dequantizes_fp8))
             )
         )
 
@@ -216,24 +231,12 @@ class _Model:
         weights = self.matrices(file, tensor)
         if not selection.is_lossy(tensor, self.kinds[file.set_prefix]):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
-        if plan is not None:
-            return encode_plan(weights, *plan, tile_cols=config.tile_cols, executor=self.executor, coder=self.coder)
-        bits = selection.bits_of(tensor.name)
-        if bits is None:
-            return encode_int8_rows(
-                weights,
-                layout_name=config.layout,
-                tile_cols=config.tile_cols,
-                executor=self.executor,
-                coder=self.coder,
-            )
-        return encode_at_bits(
+        return encode_nearest(
             weights,
-            bits,
-            layout_name=config.layout,
-            tile_cols=config.tile_cols,
-            executor=self.executor,
-            coder=self.coder,
+            tensor.dtype,
+            selection.quality_of(tensor.name),
+            plan,
+            EncodeOptions(config.layout, config.tile_cols, self.executor, self.coder),
         )
 
 
@@ -360,9 +363,10 @@ def _encode_file(
             layout=encoded.layout.name,
             bits_per_weight=round(8 * encoded.size_bytes / elements, 6),
             entropy_bits=round(encoded.blob.entropy_bits_per_element, 6),
-            noise_db=None if encoded.noise_db is None else round(encoded.noise_db, 4),
+            noise_db=_rounded(encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db),
             outliers=encoded.blob.outlier_count,
             bytes=encoded.size_bytes,
+            reason=encoded.reason,
         )
         reports.append(report)
         entries[name] = {
@@ -371,6 +375,9 @@ def _encode_file(
                 "shape", "dtype", "method", "layout", "bits_per_weight", "entropy_bits", "noise_db", "outliers"
             )
         }  # fmt: skip
+        entries[name]["noise_db"] = _rounded(encoded.noise_db)
+        if encoded.variance_noise_db is not None:
+            entries[name][VARIANCE_NOISE_KEY] = report.noise_db
         progress.advance(tensor.size_bytes)
 
     def add_scales() -> None:
@@ -411,6 +418,10 @@ def _encode_file(
     metadata[TENSORS_KEY] = json.dumps(entries, separators=(",", ":"))
     metadata[CRC_KEY] = json.dumps(crc32, separators=(",", ":"))
     return metadata, shard
+
+
+def _rounded(decibels: float | None) -> float | None:
+    return None if decibels is None else round(decibels, 4)
 
 
 def _alignment(tensor: StoredTensor) -> int:
@@ -602,7 +613,7 @@ def _compress_directory(
                 if file.folder == folder
                 for name, size in shard.blob_bytes.items()
             }
-            config = read_config(source / folder) if exists else None
+            config = model.config_of(folder) if exists else None
             written = compressed_config(config, model.config.to_json(), blob_bytes)
             write_json(temporary / folder / CONFIG_NAME, written)
         copy_files(source, temporary, carried, progress.advance)

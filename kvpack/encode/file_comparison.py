@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import filecmp
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from kvpack.encode.fp8 import dequantized_config
 from kvpack.encode.model_config import CONFIG_NAME, decompressed_config, read_config
 from kvpack.encode.model_directory import FileReport, sort_files
 from kvpack.encode.model_tree import ModelTree
@@ -29,8 +32,12 @@ class FileComparison:
     extra: list[str] = field(default_factory=list)
 
 
-def compare_files(tree: ModelTree, original: ModelTree) -> FileComparison:
-    """Every file of ``original`` against ``tree``: copies by their bytes, indexes and config.json by what they say."""
+def compare_files(tree: ModelTree, original: ModelTree, dequantized_folders: Collection[Path] = ()) -> FileComparison:
+    """Every file of ``original`` against ``tree``: copies by their bytes, indexes and config.json by what they say.
+
+    Args:
+        dequantized_folders: those where ``tree`` has the weights that quantized ones of ``original`` stand for.
+    """
     result = FileComparison()
     ours = {file.path for file in tree.weight_files} | {i.path for i in tree.indexes} | set(tree.others)
     theirs: set[Path] = set()
@@ -59,9 +66,10 @@ def compare_files(tree: ModelTree, original: ModelTree) -> FileComparison:
     for folder in original.folders:
         path = folder / CONFIG_NAME
         if (original.path / path).exists():
-            same = path in ours and decompressed_config(read_config(tree.path / folder)) == _plain(
-                original.path / folder
-            )
+            expected = _plain(original.path / folder)
+            if folder in dequantized_folders and expected is not None:
+                expected = dequantized_config(expected)
+            same = path in ours and _plain(tree.path / folder) == expected
             note(path, None if same else "says something else than the original")
     copied, left_out = sort_files(original.path, original)
     for report in copied:
@@ -81,7 +89,7 @@ def compare_files(tree: ModelTree, original: ModelTree) -> FileComparison:
     return result
 
 
-def _plain(folder: Path) -> object:
+def _plain(folder: Path) -> dict[str, Any] | None:
     return decompressed_config(read_config(folder))
 
 

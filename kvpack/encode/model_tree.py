@@ -427,7 +427,7 @@ class ModelTree:
             self._open_folder(folder, by_folder.get(folder, []), indexes.get(folder, []))
         if not components:
             others = [weights for weights in self.weight_files if weights.set_prefix]
-            self.not_opened += sorted({weights.set_prefix.rstrip("/") for weights in others})
+            self.not_opened += sorted({weights.set_prefix.rstrip("/") for weights in others if weights.names})
             for weights in others:
                 weights.container.close()
                 self.weight_files.remove(weights)
@@ -466,6 +466,15 @@ class ModelTree:
                 if name in where:
                     raise DirectoryIndexError(f"{self.path}: {name!r} is in both {where[name]} and {file.path}")
                 where[name] = file.path
+
+    def forget_missing(self) -> None:
+        """Forget names of tensors that the files' containers, others than those opened, do not have."""
+        for file in self.weight_files:
+            there = set(file.container.original_names())
+            file.names = {own: name for own, name in file.names.items() if own in there}
+        own_names = {file.path: file.names for file in self.weight_files}
+        for index, counted in self._counted.items():
+            self._counted[index] = {own: f for own, f in counted.items() if own in own_names[index.parent / f]}
 
     def counted_files(self, index: Index) -> dict[str, str]:
         """Original tensor, named as in its file → the file beside ``index`` whose copy counts."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.encode.model_config import CONFIG_NAME, written_options
-from kvpack.encode.rates import DEFAULT_BITS, MAX_BITS, MIN_BITS
+from kvpack.encode.rates import DEFAULT_BITS, LOSSLESS, MAX_ASKED_BITS, MIN_BITS
 from kvpack.errors import InputError
 from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS
 
-PRESETS = ("near-lossless", "lossless")
+PRESETS = ("near-lossless", "int8-row", LOSSLESS)
 LAYOUTS = ("auto", *LAYOUT_NAMES)
 ALLOCATIONS = ("tensor", "model")
 
@@ -28,23 +28,29 @@ class QuantConfig:
     True
     >>> QuantConfig(preset="lossless").bits is None
     True
-    >>> QuantConfig(bits=9)
+    >>> QuantConfig(bits=1)
     Traceback (most recent call last):
-    kvpack.errors.InputError: 9 bits a weight: rates from 1.5 to 7.5 are possible
+    kvpack.errors.InputError: 1 bits a weight: rates from 1.5 to 32 are possible
 
     ``tensor_bits`` is the one place for what differs between tensors. A calibration, which kvpack does not have, would
     give its result there; how it was made would be a field here, so that config.json says it.
 
     Attributes:
-        bits: bits a weight, 1.5 to 7.5, every overhead counted. Without a preset 4.85 by default; None with one.
-        preset: ``near-lossless`` (INT8 rows) or ``lossless`` instead of a rate.
+        bits: bits a weight, 1.5 to 32, every overhead counted. Without a preset 4.85 by default; None with one.
+            Weights are quantized at no more than 7.5: with a higher rate tensors whose exact coding fits it are coded
+            exactly, the others at 7.5.
+        preset: instead of a rate ``near-lossless`` (a noise of −41.5 dB of the variance), ``int8-row`` (INT8 with a
+            scale for each row) or ``lossless``.
         layout: how weights become symbols: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
         tile_cols: columns of a tile, a multiple of 32 up to 512; None: equal parts of at most 512.
         allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
         include: a regular expression, or several; tensors that would be kept as they are, are coded if one of them is
             found in their names. One is held as text, several as a tuple (in JSON a list).
         exclude: the same for names to keep; it wins over all others.
-        tensor_bits: regular expression → rate of the tensors in whose names it is found; the last match counts.
+        tensor_bits: regular expression → rate, or ``"lossless"``, of the tensors in whose names it is found; the last
+            match counts.
+        dequantize_fp8: code the weights that fp8 numbers and their scales stand for, as bf16, and drop the scales;
+            otherwise fp8 numbers are coded exactly. None: if ``bits`` is given, whatever it is.
 
     Raises:
         InputError: an option has no such value, or two exclude each other.
@@ -57,7 +63,8 @@ class QuantConfig:
     allocation: str = "tensor"
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
-    tensor_bits: Mapping[str, float] = field(default_factory=dict, hash=False)
+    tensor_bits: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+    dequantize_fp8: bool | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.preset is not None:
@@ -71,13 +78,21 @@ class QuantConfig:
             raise InputError(f"tensor_bits {self.tensor_bits!r}: not a mapping of regular expressions to rates")
         for pattern in self.tensor_bits:
             _check_pattern("tensor_bits", pattern)
+        if self.dequantize_fp8 not in (None, True, False):
+            raise InputError(f"dequantize_fp8 {self.dequantize_fp8!r}: there are true and false")
+        if self.dequantize_fp8 is None:
+            object.__setattr__(self, "dequantize_fp8", self.bits is not None)
         rate = DEFAULT_BITS if self.bits is None and self.preset is None else self.bits
         # The class is frozen: this is how it takes what was asked for in its one form.
         object.__setattr__(self, "include", include)
         object.__setattr__(self, "exclude", exclude)
         object.__setattr__(self, "bits", None if rate is None else _rate(rate))
         object.__setattr__(self, "tile_cols", None if self.tile_cols is None else _columns(self.tile_cols))
-        object.__setattr__(self, "tensor_bits", {name: _rate(rate) for name, rate in self.tensor_bits.items()})
+        object.__setattr__(
+            self,
+            "tensor_bits",
+            {name: rate if rate == LOSSLESS else _rate(rate) for name, rate in self.tensor_bits.items()},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """All options as what JSON has: text, numbers, null, lists of patterns, an object for ``tensor_bits``."""
@@ -145,8 +160,8 @@ def pattern_list(value: str | Sequence[str] | None) -> list[str]:
 
 
 def _rate(bits: object) -> float:
-    if isinstance(bits, bool) or not isinstance(bits, Real) or not MIN_BITS <= float(bits) <= MAX_BITS:
-        raise InputError(f"{bits} bits a weight: rates from {MIN_BITS} to {MAX_BITS} are possible")
+    if isinstance(bits, bool) or not isinstance(bits, Real) or not MIN_BITS <= float(bits) <= MAX_ASKED_BITS:
+        raise InputError(f"{bits} bits a weight: rates from {MIN_BITS} to {MAX_ASKED_BITS} are possible")
     return float(bits)
 
 

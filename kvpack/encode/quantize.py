@@ -98,8 +98,11 @@ def quantize_strip(weights, steps, thresholds, clamp, half, elements):  # type: 
 
 @kernel
 def strip_moments(weights, limit):  # type: ignore[no-untyped-def]
-    """Σ w² in f64 and number of those with |w| ≤ ``limit``, max |w|, number not finite; ``weights`` are f32 [R, K]."""
-    energy, within, largest, strange = 0.0, 0, F32(0), 0
+    """Sums over the values of f32 ``weights`` [R, K] with |w| ≤ ``limit``, and what there is of others.
+
+    Returns (Σ w², Σ w in f64, number within, number within that are not zero, max |w| of all, number not finite).
+    """
+    energy, total, within, zeros, largest, strange = 0.0, 0.0, 0, 0, F32(0), 0
     for row in range(weights.shape[0]):
         for col in range(weights.shape[1]):
             w = weights[row, col]
@@ -109,9 +112,11 @@ def strip_moments(weights, limit):  # type: ignore[no-untyped-def]
                 if a <= limit:
                     within += 1
                     energy += np.float64(w) * np.float64(w)
+                    total += np.float64(w)
+                    zeros += a == F32(0)
             else:
                 strange += 1
-    return energy, within, largest, strange
+    return energy, total, within, within - zeros, largest, strange
 
 
 @kernel
@@ -137,12 +142,16 @@ def count_values(weights, per_width, histogram):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def strip_noise(weights, elements, half, scales, outliers):  # type: ignore[no-untyped-def]
-    """(Σ (w − ŵ)², Σ w²) in f64 and max |ŵ|, with ŵ = fp32(scale)·fp32(q + δ) as FORMAT.md §8 says."""
-    noise, signal, largest = 0.0, 0.0, F32(0)
+def strip_noise(weights, elements, half, scales, outliers, column_sums):  # type: ignore[no-untyped-def]
+    """(Σ (w − ŵ)², Σ w², Σ (Σ of a row)²) in f64 and max |ŵ|, with ŵ = fp32(scale)·fp32(q + δ) as FORMAT.md §8 says.
+
+    Sums of columns are added to ``column_sums`` f64 [K].
+    """
+    noise, signal, row_energy, largest = 0.0, 0.0, 0.0, F32(0)
     next_outlier = 0
     for row in range(weights.shape[0]):
         scale = scales[row]
+        row_sum = 0.0
         for col in range(weights.shape[1]):
             q = np.int32(elements[row, col]) - half
             if (
@@ -158,7 +167,10 @@ def strip_noise(weights, elements, half, scales, outliers):  # type: ignore[no-u
             error = np.float64(w) - np.float64(decoded)
             noise += error * error
             signal += np.float64(w) * np.float64(w)
-    return noise, signal, largest
+            row_sum += np.float64(w)
+            column_sums[col] += np.float64(w)
+        row_energy += row_sum * row_sum
+    return noise, signal, row_energy, largest
 
 
 def quantize(

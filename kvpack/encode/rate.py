@@ -8,11 +8,17 @@ Rate-distortion-optimised rounding: with an order-0 coder the choice between k a
 alone, so optimal rounding is a threshold for each k (entropy-constrained scalar quantization: Chou, Lookabaugh
 and Gray 1989; Sullivan 1996). λ is in squared steps a bit; 2·ln 2/12 = 0.1155 is the slope of the rate-distortion
 curve at high rate.
+
+Two kinds of tensor are no Gaussian around zero and are planned otherwise. In narrow ones lanes cost more than entropy
+coding gains: tiles in mode raw, of a fixed width, are planned for too. Of few distinct values, or values far from zero,
+the rate is no smooth function of the step: a ladder of steps is tried, and layouts of more codes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +29,7 @@ from kvpack.format.header import HEADER_BYTES, TILE_METADATA_BYTES, BlobHeader
 from kvpack.format.layout import (
     LAYOUT_NAMES,
     OUTLIER_BYTES,
+    OUTLIER_DELTA_MAX,
     ElementKind,
     Layout,
     integer_layout,
@@ -35,19 +42,75 @@ FINE_BINS_PER_RMS = 256
 _GAUSSIAN_BITS = 2.05
 _TYPICAL_TABLE_BYTES = 150
 _MAX_INTEGER = float(1 << 40)  # tensors of one model may be so far apart that a common step means nothing to one
+# Lanes that cost more bits a weight than this may lose to tiles in mode raw.
+_RAW_MAY_WIN_AT = 0.2
+# Squared mean over variance from which on a tensor counts as far from zero.
+_OFFSET_MATTERS_AT = 0.25
+# Steps tried where the rate is no smooth function of them: from four deviations downwards, 16 an octave.
+_LADDER_OCTAVES = (2.0, -8.5)
+_LADDER_STEPS_PER_OCTAVE = 16
+# A tensor of no more elements is mostly overhead: it is planned in milliseconds, by fewer steps.
+SMALL_ELEMENTS = 4096
+_SMALL_STEPS_PER_OCTAVE = 4
+# A rate that a layout leaves so much of is not what limits it; noises of this ratio are equal.
+_RATE_IS_SLACK_AT = 0.05
+_EQUAL_NOISE = 1.01
+# How far, in octaves, steps stay above the one by which the largest value has the largest magnitude.
+_ABOVE_LIMIT = 0.001
 
 
 @dataclass(frozen=True)
 class FineHistogram:
-    """The weights of a tensor in bins of rms/256 around 0 (i64 [8192]); ``largest`` is max |w|."""
+    """The weights of a tensor in bins of rms/256 around 0 (i64 [8192]); ``largest`` is max |w|.
+
+    Attributes:
+        mean: of the values that ``rms`` is of.
+        values: f64, sorted: the distinct values, where they are few; ``counts`` then counts these.
+        grid_step: f32: the step of which all ``values`` are exact multiples of −128 … 127; 0.0 if there is none.
+        width: of the bins; None: rms/256.
+        uneven: many values are equal. If many are 0, ``rms`` and ``mean`` are those of the others.
+        ladders: those that :func:`plan_ladder` has made: other rates need the same ones.
+    """
 
     counts: npt.NDArray[np.int64]
     rms: float
     largest: float
+    mean: float = 0.0
+    values: npt.NDArray[np.float64] | None = None
+    grid_step: float = 0.0
+    width: float | None = None
+    uneven: bool = False
+    ladders: dict[tuple[tuple[Layout, Overhead], ...], list[RatePlan]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is of so few weights that planning must not cost more than they do."""
+        return int(self.counts.sum()) <= SMALL_ELEMENTS
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation if the mean matters, else the rms."""
+        variance = self.rms**2 - self.mean**2
+        if self.mean**2 <= _OFFSET_MATTERS_AT * variance:
+            return self.rms
+        return float(np.sqrt(max(variance, (self.rms * 2.0**-20) ** 2)))
+
+    @property
+    def is_smooth(self) -> bool:
+        """Whether there is enough of it, and finer steps cost more bits and give less noise, all the way."""
+        return not self.is_small and self.values is None and self.deviation == self.rms and not self.uneven
+
+    @property
+    def bin_width(self) -> float:
+        return self.rms / FINE_BINS_PER_RMS if self.width is None else self.width
 
     @property
     def centres(self) -> npt.NDArray[np.float64]:
         """The bins' centres in units of the weights."""
+        if self.values is not None:
+            return self.values
         middle = len(self.counts) // 2
         bins = np.arange(len(self.counts), dtype=np.float64)
         return (bins - middle + 0.5) * (self.rms / FINE_BINS_PER_RMS)
@@ -61,17 +124,29 @@ class Estimate:
     noise: float
 
 
-def fixed_bits_per_weight(header: BlobHeader) -> float:
-    """Overhead of a blob that its contents do not change: states, lengths, metadata, header, table, scale."""
+class Overhead(NamedTuple):
+    """Bits a weight of a blob that its contents do not change, with tiles in mode rans and in mode raw."""
+
+    rans: float
+    raw: float
+    padding: float = 0.0
+    """Padding columns, as a part of the columns: in mode rans they are coded like these."""
+
+
+def fixed_bits_per_weight(header: BlobHeader) -> Overhead:
+    """Overhead of a blob: states, lengths, metadata, header, table, scale."""
     geometry = header.tile_geometry(0)
     lane_bits = 32 + 8 * header.length_bytes - 8  # the last word of a lane is half full on average
     lanes = header.matrices * header.rows * header.num_tiles_col
     tile_bits = 8 * (TILE_METADATA_BYTES + 32 + 8)
     total = lanes * lane_bits + header.num_tiles * tile_bits
     total += 8 * (HEADER_BYTES + _TYPICAL_TABLE_BYTES + 4)
+    raw_bits = header.num_tiles * 8 * (TILE_METADATA_BYTES + 8) + 8 * (HEADER_BYTES + 4)
     padding = geometry.chunks * 32 * header.num_tiles_col / header.cols - 1
-    padding += geometry.lanes * header.num_tiles_row / header.rows - 1 if header.num_tiles_row == 1 else 0
-    return total / header.num_elements + padding * header.layout.raw_bits
+    idle = geometry.lanes * header.num_tiles_row / header.rows - 1 if header.num_tiles_row == 1 else 0
+    return Overhead(
+        total / header.num_elements + (padding + idle) * header.layout.raw_bits, raw_bits / header.num_elements, padding
+    )
 
 
 def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArray[np.int64]:
@@ -81,7 +156,7 @@ def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArr
     return np.where(fine.centres < 0, -k, k)
 
 
-def estimate(fine: FineHistogram, step: float, layout: Layout, fixed_bits: float, rounding: Rounding) -> Estimate:
+def estimate(fine: FineHistogram, step: float, layout: Layout, overhead: Overhead, rounding: Rounding) -> Estimate:
     """Rate and noise of a step, from the fine histogram."""
     q = _integers(fine, step, rounding)
     half = 1 << (layout.element_bits - 1)
@@ -90,12 +165,13 @@ def estimate(fine: FineHistogram, step: float, layout: Layout, fixed_bits: float
     outlier = (q != clipped) & (beyond >= rounding.clamp)
     codes = np.bincount((clipped + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits)
     total = fine.counts.sum()
-    bits = entropy_bits(codes) + layout.raw_bits + fixed_bits
+    bits = entropy_bits(codes) * (1 + overhead.padding) + layout.raw_bits + overhead.rans
+    bits = min(bits, layout.element_bits + overhead.raw)
     bits += 8 * OUTLIER_BYTES * float(fine.counts[outlier].sum()) / total
     error = fine.centres - step * np.where(outlier, q, clipped)
     noise = float(fine.counts @ (error * error)) / total
     # Inside a bin the weights are spread evenly.
-    noise += (fine.rms / FINE_BINS_PER_RMS) ** 2 / 12
+    noise += fine.bin_width**2 / 12
     return Estimate(float(bits), noise / fine.rms**2)
 
 
@@ -129,20 +205,29 @@ class RatePlan:
     predicted: Estimate
 
 
-def plan_at_step(fine: FineHistogram, step: float, layout: Layout, fixed_bits: float, rate_weight: float) -> RatePlan:
+def plan_at_step(fine: FineHistogram, step: float, layout: Layout, overhead: Overhead, rate_weight: float) -> RatePlan:
     """The plan of one given step."""
     rounding = rounding_for(fine, step, layout, rate_weight)
-    return RatePlan(step, layout, rounding, estimate(fine, step, layout, fixed_bits, rounding))
+    plan = RatePlan(step, layout, rounding, estimate(fine, step, layout, overhead, rounding))
+    if overhead.rans - overhead.raw < _RAW_MAY_WIN_AT or rounding is NEAREST:
+        return plan
+    # In tiles of a fixed width all codes cost the same, and only outliers have a price.
+    nearest = Rounding(NEAREST.thresholds, rounding.clamp)
+    raw = RatePlan(step, layout, nearest, estimate(fine, step, layout, overhead, nearest))
+    return raw if raw.predicted.bits <= plan.predicted.bits else plan
 
 
-def _solve(fine: FineHistogram, bits: float, layout: Layout, fixed_bits: float, rate_weight: float) -> RatePlan:
+def _solve(fine: FineHistogram, bits: float, layout: Layout, overhead: Overhead, rate_weight: float) -> RatePlan:
     """The smallest step whose predicted rate does not exceed ``bits`` (bisection on its logarithm)."""
     low = np.log2(fine.rms) - (bits - _GAUSSIAN_BITS) - 2.5
     high = low + 7.0
-    plan = plan_at_step(fine, float(2.0**high), layout, fixed_bits, rate_weight)
+    # An outlier's magnitude has 14 bits.
+    low = max(low, np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
+    high = max(high, low)
+    plan = plan_at_step(fine, float(2.0**high), layout, overhead, rate_weight)
     for _ in range(13):
         middle = (low + high) / 2
-        trial = plan_at_step(fine, float(2.0**middle), layout, fixed_bits, rate_weight)
+        trial = plan_at_step(fine, float(2.0**middle), layout, overhead, rate_weight)
         if trial.predicted.bits > bits:
             low = middle
         else:
@@ -150,14 +235,59 @@ def _solve(fine: FineHistogram, bits: float, layout: Layout, fixed_bits: float, 
     return plan
 
 
-def candidate_layouts(layout_name: str, bits: float) -> list[Layout]:
-    """Layouts worth trying for a rate: element_bits around what a Gaussian's range of ±3.5 rms needs."""
+def plan_ladder(fine: FineHistogram, layouts: Iterable[Layout], header_of: dict[Layout, BlobHeader]) -> list[RatePlan]:
+    """Plans of every step of a ladder that holds all values, and of the grid's, the least noise first.
+
+    What they are does not depend on a rate, so that a higher one always has all the plans of a lower one.
+    """
+    key = tuple((layout, fixed_bits_per_weight(header_of[layout])) for layout in layouts)
+    if key not in fine.ladders:
+        fine.ladders[key] = _ladder(fine, key)
+    return fine.ladders[key]
+
+
+def _ladder(fine: FineHistogram, layouts: Iterable[tuple[Layout, Overhead]]) -> list[RatePlan]:
+    first, last = _LADDER_OCTAVES
+    steps_per_octave = _SMALL_STEPS_PER_OCTAVE if fine.is_small else _LADDER_STEPS_PER_OCTAVE
+    exponents = np.arange(first, last, -1 / steps_per_octave)
+    steps = [float(np.float32(fine.deviation * 2.0**exponent)) for exponent in exponents]
+    # If none can hold the largest value, quantizing says so.
+    steps = [step for step in steps if fine.largest <= OUTLIER_DELTA_MAX * step] or steps[:1]
+    if fine.grid_step > 0:
+        steps.insert(0, fine.grid_step)
+    occupied = fine.counts > 0
+    fine = replace(fine, counts=fine.counts[occupied], values=fine.centres[occupied], width=fine.bin_width)
+    plans = [plan_at_step(fine, step, layout, overhead, 0.0) for layout, overhead in layouts for step in steps]
+    return sorted(plans, key=lambda plan: (plan.predicted.noise, plan.predicted.bits))
+
+
+def candidate_layouts(layout_name: str, bits: float, fine: FineHistogram | None = None) -> list[Layout]:
+    """Layouts worth trying for a rate: element_bits around what a Gaussian's range of ±3.5 rms needs.
+
+    If ``fine`` is not smooth: every width, and ``compact`` beside ``balanced``: far from zero the high bits of an
+    element say little, and its low bits are not evenly spread.
+    """
     needed = int(np.ceil(bits - _GAUSSIAN_BITS + np.log2(7.0)))
-    names = ("balanced",) if layout_name == "auto" else (layout_name,)
+    names: tuple[str, ...] = ("balanced",) if layout_name == "auto" else (layout_name,)
     if any(name not in LAYOUT_NAMES for name in names):
         raise ValueError(f"unknown layout {layout_name!r}")
     widths = sorted({min(8, max(2, needed + shift)) for shift in (-1, 0, 1)})
-    return [integer_layout(name, ElementKind.SIGNED, n) for name in names for n in widths]
+    if fine is not None and not fine.is_smooth:
+        names = ("balanced", "compact") if layout_name == "auto" and not fine.is_small else names
+        widths = list(range(2, 9))
+    layouts = [integer_layout(name, ElementKind.SIGNED, n) for name in names for n in widths]
+    return list(dict.fromkeys(layouts))
+
+
+def raw_layouts(layouts: list[Layout], bits: float, header_of: dict[Layout, BlobHeader]) -> list[Layout]:
+    """Layouts of the widths that fit ``bits`` in mode raw, if lanes cost so much that it may be worth while."""
+    layout = layouts[-1]
+    overhead = fixed_bits_per_weight(header_of[layout])
+    if overhead.rans - overhead.raw < _RAW_MAY_WIN_AT:
+        return []
+    widest = min(8, int(bits - overhead.raw))
+    name = layout.name if layout.name in LAYOUT_NAMES else "balanced"
+    return [integer_layout(name, ElementKind.SIGNED, n) for n in range(max(2, widest - 1), widest + 1)]
 
 
 def plan_for_bits(
@@ -167,11 +297,45 @@ def plan_for_bits(
     header_of: dict[Layout, BlobHeader],
     rate_weight: float = LAMBDA,
 ) -> RatePlan:
-    """The plan with the least predicted noise at ``bits`` bits a weight."""
+    """The plan with the least predicted noise at ``bits`` bits a weight, for a tensor whose histogram is smooth."""
     plans = [_solve(fine, bits, layout, fixed_bits_per_weight(header_of[layout]), rate_weight) for layout in layouts]
     # A layout that cannot go as low as asked for stays above the rate.
-    feasible = [plan for plan in plans if plan.predicted.bits <= bits] or plans
-    return min(feasible, key=lambda plan: plan.predicted.noise)
+    feasible = [plan for plan in plans if plan.predicted.bits <= bits]
+    if not feasible:
+        return min(plans, key=lambda plan: plan.predicted.bits)
+    best = min(feasible, key=lambda plan: plan.predicted.noise)
+    if min(plan.predicted.bits for plan in feasible) < bits - _RATE_IS_SLACK_AT:
+        # A value that is the largest by far sets the step, whatever the rate: more bits would buy nothing.
+        equal = [plan for plan in feasible if plan.predicted.noise <= best.predicted.noise * _EQUAL_NOISE]
+        return min(equal, key=lambda plan: plan.predicted.bits)
+    return best
+
+
+def plan_for_noise(
+    fine: FineHistogram, noise: float, layouts: list[Layout], header_of: dict[Layout, BlobHeader]
+) -> RatePlan:
+    """The plan of the least predicted bits whose predicted noise, over the variance, is at most ``noise``."""
+    limit = noise * (fine.deviation / fine.rms) ** 2
+    if not fine.is_smooth:
+        plans = plan_ladder(fine, layouts, header_of)
+        quiet = [plan for plan in plans if plan.predicted.noise <= limit] or plans[:1]
+        return min(quiet, key=lambda plan: plan.predicted.bits)
+    plans = []
+    for layout in layouts:
+        overhead = fixed_bits_per_weight(header_of[layout])
+        low = np.log2(fine.rms * np.sqrt(12 * limit)) - 1.0
+        high = low + 2.0
+        low = max(low, np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
+        plan = plan_at_step(fine, float(2.0**low), layout, overhead, LAMBDA)
+        for _ in range(12):
+            middle = (low + high) / 2
+            trial = plan_at_step(fine, float(2.0**middle), layout, overhead, LAMBDA)
+            if trial.predicted.noise > limit:
+                high = middle
+            else:
+                low, plan = middle, trial
+        plans.append(plan)
+    return min(plans, key=lambda plan: plan.predicted.bits)
 
 
 def plan_for_step(

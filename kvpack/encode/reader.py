@@ -20,7 +20,7 @@ from kvpack.encode.model_tree import ModelTree
 from kvpack.encode.threads import ThreadPool
 from kvpack.errors import ContainerMetadataError, ScaleError
 from kvpack.format.blob import Blob
-from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container
+from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, VARIANCE_NOISE_KEY, Container
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind
 
@@ -29,7 +29,11 @@ METHODS = ("lossless", "uniform", "int8-row")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a coded tensor without decoding it. ``noise_db`` is None where nothing was lost."""
+    """What is known of a coded tensor without decoding it.
+
+    ``noise_db`` is over the variance where the file says so, else over the power, as ``power_noise_db`` always is; None
+    where nothing was lost.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -39,6 +43,7 @@ class TensorInfo:
     bits_per_weight: float
     entropy_bits: float | None
     noise_db: float | None
+    power_noise_db: float | None
     outliers: int
     blob_bytes: int
     header: BlobHeader
@@ -66,6 +71,7 @@ class Reader:
         max_elements: refuse to decode tensors of more elements (default: max(2^28, 256 × blob bytes)).
         components: False opens a directory's own model alone: no subfolders, no other sets of weights.
         without: a folder in the directory that is no part of it.
+        tree: the model, opened already; the reader closes it.
         verify: compare what is asked for with the CRCs that the file gives, kept tensors and scales once each.
 
     Raises:
@@ -82,6 +88,7 @@ class Reader:
         max_elements: int | None = None,
         components: bool = True,
         without: Path | None = None,
+        tree: ModelTree | None = None,
         verify: bool = True,
     ) -> None:
         self.verify = verify
@@ -92,7 +99,7 @@ class Reader:
         self._pool = ThreadPool(threads)
         self._where: dict[str, Container] = {}
         try:
-            self.tree = ModelTree(self.path, components=components, without=without)
+            self.tree = ModelTree(self.path, components=components, without=without) if tree is None else tree
             for file in self.tree.weight_files:
                 file.container.rename(file.names)
                 self.containers.append(file.container)
@@ -141,6 +148,11 @@ class Reader:
         except KeyError:
             raise KeyError(f"{self.path} has no tensor {name!r}") from None
 
+    def dtype(self, name: str) -> str:
+        """The original dtype of a tensor, as safetensors names it."""
+        container = self.container(name)
+        return str(container.coded[name]["dtype"]) if name in container.coded else container.tensors[name].dtype
+
     def info(self, name: str) -> TensorInfo | None:
         """Shape, method, bits and noise of a coded tensor; None for one that is kept as it is."""
         container = self.container(name)
@@ -172,7 +184,8 @@ class Reader:
             layout=header.layout.name,
             bits_per_weight=8 * total / header.num_elements,
             entropy_bits=number("entropy_bits", 64),
-            noise_db=number("noise_db", 1000),
+            noise_db=number(VARIANCE_NOISE_KEY if VARIANCE_NOISE_KEY in entry else "noise_db", 1000),
+            power_noise_db=number("noise_db", 1000),
             outliers=int(number("outliers", header.num_elements) or 0),
             blob_bytes=stored,
             header=header,

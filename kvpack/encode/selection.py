@@ -12,6 +12,7 @@ from typing import Any
 from kvpack.encode.dtypes import LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES
 from kvpack.encode.other_quantization import quantization_parts
 from kvpack.encode.quant_config import QuantConfig, pattern_list
+from kvpack.encode.rates import LOSSLESS
 from kvpack.encode.tensor_kinds import Kind, ModuleTree, NoModuleTreeError, kind_of_name
 from kvpack.format.container import StoredTensor
 
@@ -27,16 +28,16 @@ _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 class Selection:
     """What the user asked for.
 
-    ``bits`` is the rate, or None with ``lossless`` or for INT8 rows (``near-lossless``). ``include`` codes what would
+    ``bits`` is the rate, or None with a ``preset``. ``include`` codes what would
     be kept, ``exclude`` keeps what would be coded and wins; of several patterns each counts. ``tensor_bits`` gives
     names that match a rate of their own. Patterns see ``prefix`` and the tensor's name: where in a directory it is.
     """
 
     bits: float | None = None
-    lossless: bool = False
+    preset: str | None = None
     include: tuple[re.Pattern[str], ...] = ()
     exclude: tuple[re.Pattern[str], ...] = ()
-    tensor_bits: tuple[tuple[re.Pattern[str], float], ...] = field(default=())
+    tensor_bits: tuple[tuple[re.Pattern[str], float | str], ...] = field(default=())
     prefix: str = ""
 
     @classmethod
@@ -44,7 +45,7 @@ class Selection:
         """What the options say of tensors; ``config`` has checked the patterns."""
         return cls(
             bits=config.bits,
-            lossless=config.preset == "lossless",
+            preset=config.preset,
             include=tuple(map(re.compile, pattern_list(config.include))),
             exclude=tuple(map(re.compile, pattern_list(config.exclude))),
             tensor_bits=tuple((re.compile(pattern), bits) for pattern, bits in config.tensor_bits.items()),
@@ -56,12 +57,19 @@ class Selection:
         found += [("exclude", pattern) for pattern in self.exclude]
         return found + [("tensor_bits", pattern) for pattern, _ in self.tensor_bits]
 
-    def bits_of(self, name: str) -> float | None:
-        """The rate of a tensor; the last matching ``tensor_bits`` counts."""
+    @property
+    def lossless(self) -> bool:
+        """Whether all that has no rate of its own is coded exactly."""
+        return self.preset == LOSSLESS
+
+    def quality_of(self, name: str) -> float | str:
+        """The rate of a tensor, or a preset's name; the last matching ``tensor_bits`` counts."""
         for pattern, bits in reversed(self.tensor_bits):
             if pattern.search(self.prefix + name):
                 return bits
-        return self.bits
+        quality = self.preset if self.bits is None else self.bits
+        assert quality is not None
+        return quality
 
     def has_own_rate(self, name: str) -> bool:
         """Whether a pattern of ``tensor_bits`` matches."""
@@ -99,7 +107,7 @@ class Selection:
         """Whether a coded tensor is quantized; what is quantized already is recoded losslessly, whoever asks."""
         if tensor.dtype in NARROW_DTYPES or tensor.name in kinds.part_of:
             return False
-        return tensor.dtype in LOSSY_DTYPES and (self.has_own_rate(tensor.name) or not self.lossless)
+        return tensor.dtype in LOSSY_DTYPES and self.quality_of(tensor.name) != LOSSLESS
 
 
 def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:

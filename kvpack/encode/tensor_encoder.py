@@ -21,6 +21,7 @@ from kvpack.encode.blob_encoder import (
     estimate_blob_bytes,
     even_tile_cols,
 )
+from kvpack.encode.distinct import distinct_values, grid_step
 from kvpack.encode.dtypes import BIT_PATTERNS, LOSSLESS_KINDS, as_float32
 from kvpack.encode.quantize import (
     FIXED_POINT,
@@ -41,8 +42,13 @@ from kvpack.encode.rate import (
     FineHistogram,
     RatePlan,
     candidate_layouts,
+    fixed_bits_per_weight,
+    plan_at_step,
     plan_for_bits,
+    plan_for_noise,
     plan_for_step,
+    plan_ladder,
+    raw_layouts,
 )
 from kvpack.encode.threads import map_ordered
 from kvpack.format.header import BlobHeader
@@ -62,36 +68,78 @@ FAST_COSTS_AT_MOST = 0.01
 # How far below the rate a tensor may land, and how often the step is corrected.
 _RATE_TOLERANCE_BITS = 0.004
 _MAX_CORRECTIONS = 6
+# How far a histogram's prediction may be above what a tensor takes, and how many predictions may be wrong.
+_PREDICTION_IS_OFF_BY_BITS = 0.1
+_MAX_TRIED = 24
 # Elements that are kept between passes rather than quantized again.
 _KEEP_ELEMENTS = 1 << 26
 _TRIM_AT_RMS = 16
 _TRIMMING_ROUNDS = 8
+# What is more than this part of a tensor's values that are not zero is no outlier.
+_TRIM_TO_AT_LEAST = 0.97
+_MOSTLY_NOT_ZERO = 0.9
+# Part of the values in one fine bin from which on the histogram is not smooth.
+_SPIKE_AT = 0.05
+# From so many steps on the largest value may be what keeps the step from being finer.
+_AT_THE_LIMIT = 0.99 * MAX_MAGNITUDE
+# Means of fewer numbers than this say nothing; a variance below this part of the power is rounding.
+_MEANS_OF_AT_LEAST = 8
+_CONSTANT = 1e-13
+# Noise, over the variance, of the near-lossless preset: what makes weights as large as INT8 rows did.
+NEAR_LOSSLESS_DB = -41.5
+# How much noisier than planned, and than a plain quantizer at the rate, a tensor may come out.
+_NOISE_TOLERANCE_DB = 0.5
+_PLAIN_TOLERANCE_DB = 4.5
+_MEANS_TOLERANCE_DB = 12.0
 
 
 class NotEncodableError(Exception):
-    """The tensor is better kept as it is; the message says why."""
+    """The tensor is better not quantized; the message says why."""
+
+
+class RateOutOfReachError(NotEncodableError):
+    """The tensor's overhead leaves too little of the rate; a higher one may do."""
 
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """A blob, its scales (f32 [1] or [matrices · rows], None if lossless), and what was measured."""
+    """A blob, its scales (f32 [1] or [matrices · rows], None if lossless), and what was measured.
+
+    ``noise_db`` is over Σ w²; ``variance_noise_db`` over the variance, None where no mean matters (see
+    :class:`Moments`), ``centred_noise_db`` over that around the tensor's mean. ``reason`` says why it is not coded as
+    was asked for.
+    """
 
     blob: EncodedBlob
     scales: npt.NDArray[np.float32] | None
     method: str
     layout: Layout
     noise_db: float | None
+    variance_noise_db: float | None = None
+    centred_noise_db: float | None = None
+    reason: str | None = None
 
     @property
     def size_bytes(self) -> int:
         return self.blob.size_bytes + (0 if self.scales is None else self.scales.nbytes)
 
 
+def _is_stack(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of 3 or more dimensions is a matrix for each of the leading ones.
+
+    Every matrix has tiles of its own, of 256 rows and as many as 512 columns: matrices of few rows, or of few
+    columns, are mostly overhead (a patch embedding [768, 3, 32, 32], a convolution [258, 1, 256]).
+    """
+    if len(shape) <= 2 or shape[-1] < 32:
+        return False
+    return shape[-2] >= 32 if len(shape) == 3 else min(shape[-2:]) >= 64
+
+
 class Matrices:
     """A tensor of 2 or more dimensions seen as [matrices, rows, cols], outputs × inputs, in strips of 256 rows.
 
-    3 and more dimensions: as many matrices as the leading dimensions give if the last one has at least 32 elements
-    (stacked experts), else one matrix of the first dimension × the rest (convolutions).
+    3 and more dimensions: as many matrices as the leading dimensions give (stacked experts), or one matrix of the first
+    dimension × the rest (convolutions), see :func:`_is_stack`.
     """
 
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
@@ -100,7 +148,7 @@ class Matrices:
         self._array = array.reshape(stored).swapaxes(1, 2) if transposed else array.reshape(stored)
 
     def _set_geometry(self, shape: tuple[int, ...], dtype: npt.DTypeLike, *, transposed: bool) -> None:
-        if len(shape) > 2 and shape[-1] >= 32:
+        if _is_stack(shape):
             self.matrices, (rows, cols) = math.prod(shape[:-2]), shape[-2:]
         else:
             self.matrices, rows, cols = 1, shape[0], math.prod(shape[1:])
@@ -109,6 +157,8 @@ class Matrices:
         self.dtype = np.dtype(dtype)
         self.tile_rows = ceil_div(self.rows, TILE_ROWS)
         self.num_strips = self.matrices * self.tile_rows
+        # Filled by the first measure(): every rate that is tried begins with it.
+        self.measured: FineHistogram | None = None
 
     @property
     def array(self) -> npt.NDArray[Any]:
@@ -240,6 +290,45 @@ def encode_lossless(
     return EncodedTensor(blob, None, "lossless", layout, None)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Sums over a tensor, in f64, that say what its noise is to be compared with.
+
+    ``power`` is Σ w²; the others are Σ (w − mean)², with the mean of the tensor, of each row, or of each column.
+    """
+
+    power: float
+    centred: float
+    within_rows: float
+    within_columns: float
+
+    @property
+    def reference(self) -> float:
+        """What noise is measured against: the power, or less where a mean makes up much of it.
+
+        The variance if the mean is at least 1 % of the power; the variance within rows, or within columns, if that
+        is less than half. (By chance alone the means of K numbers have 1/K of their power.) What varies by less than
+        rounding is constant, and no reference.
+        """
+        candidates = [self.power]
+        candidates += [self.centred] * (self.centred <= 0.99 * self.power)
+        candidates += [value for value in (self.within_rows, self.within_columns) if value < 0.5 * self.power]
+        return min(value for value in candidates if value > _CONSTANT * self.power or value is self.power)
+
+
+def _moments_of(weights: Matrices, power: float, row_energy: float, column_sums: npt.NDArray[np.float64]) -> Moments:
+    """``column_sums`` are f64 [strips, cols]."""
+    by_matrix = column_sums.reshape(weights.matrices, weights.tile_rows, weights.cols).sum(axis=1)
+    enough_rows = weights.rows >= _MEANS_OF_AT_LEAST
+    enough_cols = weights.cols >= _MEANS_OF_AT_LEAST
+    return Moments(
+        power=power,
+        centred=power - float(column_sums.sum()) ** 2 / weights.size,
+        within_rows=power - row_energy / weights.cols if enough_cols else power,
+        within_columns=power - float(np.square(by_matrix).sum()) / weights.rows if enough_rows else power,
+    )
+
+
 def _encode_quantized(
     weights: Matrices,
     header: BlobHeader,
@@ -257,17 +346,20 @@ def _encode_quantized(
     """
     half = 1 << (header.layout.element_bits - 1)
     sums: list[tuple[float, float]] = [(0.0, 0.0)] * weights.num_strips
+    row_energies = [0.0] * weights.num_strips
+    column_sums = np.zeros((weights.num_strips, weights.cols))
     largest = np.zeros(weights.num_strips, np.float32)
     by_row = np.broadcast_to(scales, weights.matrices * weights.rows)
 
     def source(index: int) -> Strip:
         strip = quantized.strip(index)
-        *pair, largest[index] = strip_noise(
+        *pair, row_energies[index], largest[index] = strip_noise(
             as_float32(weights.strip(index)),
             strip.elements,
             half,
             np.ascontiguousarray(by_row[weights.strip_rows(index)]),
             strip.outliers,
+            column_sums[index],
         )
         sums[index] = pair[0], pair[1]
         return Strip(strip.elements, strip.outliers)
@@ -278,7 +370,15 @@ def _encode_quantized(
     if not (all(math.isfinite(noise) for noise, _ in sums) and np.isfinite(as_stored).all()):
         name = str(as_stored.dtype).replace("bfloat", "bf").replace("float", "fp")
         raise NotEncodableError(f"values near the end of the {name} range: some would decode to infinity")
-    return EncodedTensor(blob, scales, method, header.layout, noise_db(sums))
+    against_power = noise_db(sums)
+    against_variance = centred = None
+    power = math.fsum(signal for _, signal in sums)
+    if against_power is not None:
+        moments = _moments_of(weights, power, math.fsum(row_energies), column_sums)
+        if moments.reference < power:
+            against_variance = against_power + 10 * math.log10(power / moments.reference)
+            centred = against_power + 10 * math.log10(power / max(moments.centred, moments.reference))
+    return EncodedTensor(blob, scales, method, header.layout, against_power, against_variance, centred)
 
 
 def noise_db(sums: list[tuple[float, float]]) -> float | None:
@@ -313,23 +413,44 @@ def _count_quantized(
     return _Counted(strips, counts.tiles, counts.outliers, scale, size)
 
 
-def _moments(weights: Matrices, limit: float, executor: ThreadPoolExecutor | None) -> tuple[float, float]:
-    """rms of the values within ``limit``, and the largest magnitude of all.
+class _Spread(NamedTuple):
+    """rms, mean and number of the values within a limit, number of those not zero; the largest magnitude of all."""
+
+    rms: float
+    mean: float
+    within: int
+    nonzero: int
+    largest: float
+
+
+def _moments(weights: Matrices, limit: float, executor: ThreadPoolExecutor | None) -> _Spread:
+    """The spread of the values within ``limit``.
 
     Raises:
         NotEncodableError: values that are not finite.
     """
 
-    def work(index: int) -> tuple[float, int, float, int]:
+    def work(index: int) -> tuple[float, float, int, int, float, int]:
         return strip_moments(as_float32(weights.strip(index)), np.float32(limit))  # type: ignore[no-any-return]
 
-    energies, within, largest, strange = zip(*map_ordered(work, range(weights.num_strips), executor), strict=True)
+    energies, totals, within, nonzero, largest, strange = zip(
+        *map_ordered(work, range(weights.num_strips), executor), strict=True
+    )
     if sum(strange):
         raise NotEncodableError(f"{sum(strange)} values are NaN or infinite")
-    return math.sqrt(math.fsum(energies) / max(1, sum(within))), float(max(largest))
+    number = max(1, sum(within))
+    rms = math.sqrt(math.fsum(energies) / number)
+    return _Spread(rms, math.fsum(totals) / number, number, sum(nonzero), float(max(largest)))
 
 
 def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> FineHistogram:
+    """The fine histogram of a float tensor, made once: see :func:`_measure`."""
+    if weights.measured is None:
+        weights.measured = _measure(weights, executor)
+    return weights.measured
+
+
+def _measure(weights: Matrices, executor: ThreadPoolExecutor | None) -> FineHistogram:
     """The fine histogram of a float tensor, in units of its rms without values beyond 16 times that.
 
     (A single huge value would otherwise set the unit, and every other weight would be rounded to zero.)
@@ -337,18 +458,29 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
     Raises:
         NotEncodableError: values that are not finite, or too small for a step.
     """
-    rms, largest = _moments(weights, math.inf, executor)
+    everything = spread = _moments(weights, math.inf, executor)
+    largest = everything.largest
     for _ in range(_TRIMMING_ROUNDS):
-        if largest <= _TRIM_AT_RMS * rms:
+        if largest <= _TRIM_AT_RMS * spread.rms:
             break
-        trimmed, _ = _moments(weights, _TRIM_AT_RMS * rms, executor)
-        if trimmed == 0 or trimmed > 0.99 * rms:
+        trimmed = _moments(weights, _TRIM_AT_RMS * spread.rms, executor)
+        if trimmed.rms > 0.99 * spread.rms or trimmed.nonzero < _TRIM_TO_AT_LEAST * everything.nonzero:
             break
-        rms = trimmed
+        spread = trimmed
+    rms, mean = spread.rms, spread.mean
+    sparse = 0 < spread.nonzero < _MOSTLY_NOT_ZERO * spread.within
+    if sparse:
+        # Zeros cost next to nothing: a sparse tensor's unit is that of its other values.
+        rms *= math.sqrt(spread.within / spread.nonzero)
+        mean *= spread.within / spread.nonzero
     if rms == 0:
         return FineHistogram(np.zeros(FINE_BINS, np.int64), 0.0, 0.0)
     if rms < _TINY * 2**24:
         raise NotEncodableError(f"values near the end of the fp32 range (rms {rms:.3g})")
+    few = distinct_values(as_float32(weights.strip(index)) for index in range(weights.num_strips))
+    if few is not None:
+        values, counts = few
+        return FineHistogram(counts, rms, largest, mean, values.astype(np.float64), grid_step(values), 0.0)
     per_width = np.float32(FINE_BINS_PER_RMS / rms)
 
     def count(index: int) -> npt.NDArray[np.int64]:
@@ -359,7 +491,9 @@ def measure(weights: Matrices, executor: ThreadPoolExecutor | None = None) -> Fi
     counts = np.zeros(FINE_BINS, np.int64)
     for histogram in map_ordered(count, range(weights.num_strips), executor):
         counts += histogram
-    return FineHistogram(counts, rms, largest)
+    # A value that is there thousands of times is off by its place between two steps, not by their mean error.
+    spiked = max(counts[: FINE_BINS // 2 - 1].max(), counts[FINE_BINS // 2 + 1 :].max()) > _SPIKE_AT * weights.size
+    return FineHistogram(counts, rms, largest, mean, uneven=sparse or bool(spiked))
 
 
 def _run_plan(
@@ -382,6 +516,7 @@ def _run_plan(
 
 def _finish(
     weights: Matrices,
+    fine: FineHistogram,
     plan: RatePlan,
     counted: _Counted,
     tile_cols: int | None,
@@ -389,8 +524,55 @@ def _finish(
     coder: Coder,
 ) -> EncodedTensor:
     header = weights.header(plan.layout, tile_cols)
-    scales = np.full(1, counted.scale, np.float32)
+    # Multiples of the grid's step are exact with that scale alone.
+    scale = plan.step if plan.step == fine.grid_step else counted.scale
+    scales = np.full(1, scale, np.float32)
     return _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor, coder)
+
+
+def _check_noise(weights: Matrices, fine: FineHistogram, plan: RatePlan, encoded: EncodedTensor, bits: float) -> None:
+    """Check that ``bits`` bits a weight went into weights, not into means, outliers or overhead.
+
+    Raises:
+        NotEncodableError: into means, or into outliers: a step that holds these is too coarse for the others.
+        RateOutOfReachError: into overhead.
+    """
+    if encoded.noise_db is None:
+        return
+    _check_offset(fine, encoded, bits)
+    if encoded.noise_db > _most_noise_db(bits):
+        raise RateOutOfReachError(
+            f"overhead leaves too little of {bits} bits a weight (noise {encoded.noise_db:.1f} dB)"
+        )
+    achieved = 8 * encoded.size_bytes / weights.size
+    if fine.largest < _AT_THE_LIMIT * plan.step:
+        return
+    if 10 * math.log10(plan.predicted.noise) > _most_noise_db(min(bits, achieved)):
+        raise NotEncodableError(
+            f"the largest value ({fine.largest:.3g}) is more than {MAX_MAGNITUDE} steps of any that suits the others "
+            f"(rms {fine.rms:.3g})"
+        )
+
+
+def _check_offset(fine: FineHistogram, encoded: EncodedTensor, bits: float) -> None:
+    """Check that the means of the tensor, its rows or its columns have not eaten the rate.
+
+    An entropy-coded uniform quantizer around the mean has 1.53 − 6.02·bits dB. Rows and columns whose means are far
+    apart may cost two bits.
+
+    Raises:
+        NotEncodableError: they have.
+    """
+    plain_db = 1.53 - 6.02 * (bits - 0.2)
+    for noise, tolerance_db in (
+        (encoded.centred_noise_db, _PLAIN_TOLERANCE_DB),
+        (encoded.variance_noise_db, _MEANS_TOLERANCE_DB),
+    ):
+        if noise is not None and noise > min(-1.0, plain_db + tolerance_db):
+            raise NotEncodableError(
+                f"far from zero for their spread (mean {fine.mean:.3g}, deviation {fine.deviation:.3g}): "
+                f"noise would be {noise:.1f} dB of the variance"
+            )
 
 
 def _encode_zeros(
@@ -416,6 +598,7 @@ def encode_at_bits(
     weights: Matrices,
     bits: float,
     *,
+    worth_bits: float | None = None,
     layout_name: str = "auto",
     tile_cols: int | None = None,
     rate_weight: float = LAMBDA,
@@ -424,14 +607,24 @@ def encode_at_bits(
 ) -> EncodedTensor:
     """Quantize with one step so that the tensor takes at most ``bits`` bits a weight, everything counted.
 
+    Args:
+        worth_bits: the rate of which the noise must be worthy; ``bits`` by default.
+
     Raises:
-        NotEncodableError: see :func:`measure`, or the rate is not far above what the tensor's overhead takes.
+        NotEncodableError: see :func:`measure`, or the values are too far from zero, or from one another.
+        RateOutOfReachError: the rate is not far above what the tensor's overhead takes.
     """
+    worth_bits = worth_bits or bits
     fine = measure(weights, executor)
     if fine.rms == 0:
         return _encode_zeros(weights, tile_cols, executor, coder)
-    layouts = candidate_layouts(layout_name, bits)
+    layouts = candidate_layouts(layout_name, bits, fine)
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
+    if not fine.is_smooth:
+        return _encode_from_ladder(weights, fine, bits, worth_bits, headers, tile_cols, executor, coder)
+    for layout in raw_layouts(layouts, bits, headers):
+        headers.setdefault(layout, weights.header(layout, tile_cols))
+    layouts = list(headers)
     target_bits = bits - _RATE_TOLERANCE_BITS / 2
     aim = target_bits
     best: tuple[RatePlan, _Counted] | None = None
@@ -448,13 +641,10 @@ def encode_at_bits(
         layouts = [plan.layout]
     for attempt in range(_MAX_CORRECTIONS):
         if best is not None:
-            encoded = _finish(weights, *best, tile_cols, executor, coder)
+            encoded = _finish(weights, fine, *best, tile_cols, executor, coder)
             excess = 8 * encoded.size_bytes / weights.size - bits
             if excess <= 0:
-                if encoded.noise_db is not None and encoded.noise_db > _most_noise_db(bits):
-                    raise NotEncodableError(
-                        f"overhead leaves too little of {bits} bits a weight (noise {encoded.noise_db:.1f} dB)"
-                    )
+                _check_noise(weights, fine, best[0], encoded, worth_bits)
                 return encoded
         else:
             excess = 0.02
@@ -462,7 +652,83 @@ def encode_at_bits(
         aim -= 2 * excess + attempt * _RATE_TOLERANCE_BITS / 2
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
         best = plan, _run_plan(weights, fine, plan, tile_cols, executor, coder)
-    raise NotEncodableError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
+    raise RateOutOfReachError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
+
+
+def _encode_from_ladder(
+    weights: Matrices,
+    fine: FineHistogram,
+    bits: float,
+    worth_bits: float,
+    headers: dict[Layout, BlobHeader],
+    tile_cols: int | None,
+    executor: ThreadPoolExecutor | None,
+    coder: Coder,
+) -> EncodedTensor:
+    """:func:`encode_at_bits` where the rate is no smooth function of the step: the quietest plan that fits it."""
+    tried = 0
+    excess = -_PREDICTION_IS_OFF_BY_BITS
+    for plan in plan_ladder(fine, headers, headers):
+        if plan.predicted.bits + excess > bits:
+            continue
+        counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
+        if 8 * counted.size_bytes <= (bits + _RATE_TOLERANCE_BITS) * weights.size:
+            encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
+            if 8 * encoded.size_bytes <= bits * weights.size:
+                _check_noise(weights, fine, plan, encoded, worth_bits)
+                return encoded
+        # What a prediction is off by is nearly the same for the next plan.
+        excess = 0.9 * (8 * counted.size_bytes / weights.size - plan.predicted.bits)
+        tried += 1
+        if tried == _MAX_TRIED:
+            break
+    raise RateOutOfReachError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
+
+
+def encode_near_lossless(
+    weights: Matrices,
+    *,
+    layout_name: str = "auto",
+    tile_cols: int | None = None,
+    executor: ThreadPoolExecutor | None = None,
+    coder: Coder = CPU_CODER,
+) -> EncodedTensor:
+    """Quantize with one step so that the noise is NEAR_LOSSLESS_DB of the variance, whatever rate that takes.
+
+    The variance is that of the values within 16 times its root: a column a hundred times larger than the others, whose
+    values are outliers, does not make these coarser.
+
+    Raises:
+        NotEncodableError: see :func:`measure`, or values too far from one another, or from zero, for such a step.
+    """
+    fine = measure(weights, executor)
+    if fine.rms == 0:
+        return _encode_zeros(weights, tile_cols, executor, coder)
+    if fine.is_smooth:
+        names = ("balanced", "fast") if layout_name == "auto" else (layout_name,)
+        layouts = [integer_layout(name, ElementKind.SIGNED, 8) for name in names]
+    else:
+        layouts = candidate_layouts(layout_name, 8.0, fine)
+    headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
+    aim_db = NEAR_LOSSLESS_DB
+    for _ in range(_MAX_CORRECTIONS):
+        plan = plan_for_noise(fine, 10 ** (aim_db / 10), layouts, headers)
+        if fine.is_smooth and layout_name == "auto":
+            fast = plan_at_step(fine, plan.step, layouts[1], fixed_bits_per_weight(headers[layouts[1]]), LAMBDA)
+            if fast.predicted.bits <= plan.predicted.bits * (1 + FAST_COSTS_AT_MOST):
+                plan = fast
+        counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
+        encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
+        noise = encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db
+        if noise is None or noise <= NEAR_LOSSLESS_DB + _NOISE_TOLERANCE_DB:
+            # Where the largest value sets the step, the others' noise is beyond what all of them have on average.
+            if fine.largest < _AT_THE_LIMIT * plan.step:
+                return encoded
+            if 10 * math.log10(plan.predicted.noise) <= aim_db + _NOISE_TOLERANCE_DB:
+                return encoded
+            break
+        aim_db -= noise - NEAR_LOSSLESS_DB
+    raise NotEncodableError(f"no step that holds all values reaches {NEAR_LOSSLESS_DB} dB of the variance")
 
 
 def plan_at_common_step(
@@ -502,7 +768,9 @@ def encode_plan(
         NotEncodableError: the step is so small that a value exceeds what an outlier can hold.
     """
     counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
-    return _finish(weights, plan, counted, tile_cols, executor, coder)
+    encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
+    _check_offset(fine, encoded, 8 * encoded.size_bytes / weights.size)
+    return encoded
 
 
 def encode_int8_rows(
@@ -513,12 +781,10 @@ def encode_int8_rows(
     executor: ThreadPoolExecutor | None = None,
     coder: Coder = CPU_CODER,
 ) -> EncodedTensor:
-    """INT8 with a scale of max |w|/127 for each row: the near-lossless preset.
-
-    Rows of zeros, and rows whose scale would be denormal, get scale 0.
+    """INT8 with a scale of max |w|/127 for each row. Rows of zeros get scale 0.
 
     Raises:
-        NotEncodableError: values that are not finite.
+        NotEncodableError: values that are not finite, or a row whose scale would be denormal.
     """
     absmax = np.empty(weights.matrices * weights.rows, np.float32)
 
@@ -529,7 +795,9 @@ def encode_int8_rows(
         pass
     _moments(weights, math.inf, executor)
     scales: npt.NDArray[np.float32] = np.divide(absmax, np.float32(127), dtype=np.float32)
-    scales[scales < _TINY] = 0
+    tiny = int(np.count_nonzero((absmax > 0) & (scales < _TINY)))
+    if tiny:
+        raise NotEncodableError(f"{tiny} rows have values near the end of the fp32 range")
     strips = coder.quantize(weights, scales, 8, NEAREST)
     names = ("balanced", "fast") if layout_name == "auto" else (layout_name,)
     trials = []

@@ -11,6 +11,8 @@ import numpy as np
 from kvpack.encode.blob_decoder import check_element_limit, verify_tiles
 from kvpack.encode.dtypes import NUMPY_DTYPES, as_float32
 from kvpack.encode.file_comparison import compare_files
+from kvpack.encode.fp8 import dequantize_tree, find_fp8
+from kvpack.encode.model_tree import ModelTree
 from kvpack.encode.output_files import pieces
 from kvpack.encode.reader import Reader
 from kvpack.encode.tensor_encoder import noise_db
@@ -90,18 +92,36 @@ def verify(
             if progress:
                 progress(len(blob.buffer))
         if against is not None:
-            with Reader(against, threads=threads, without=Path(path)) as original:
+            with ModelTree(Path(against), without=Path(path)) as tree:
+                dequantized_folders = _as_coded(tree, reader)
+                original = Reader(against, threads=threads, tree=tree)
                 if Path(path).is_dir() and Path(against).is_dir():
-                    files = compare_files(reader.tree, original.tree)
+                    files = compare_files(reader.tree, tree, dequantized_folders)
                     result.mismatches |= files.differences
                     result.files = files.compared
                     result.left_out = {file.path: str(file.reason) for file in files.left_out}
                     result.extra_files = files.extra
-                for name in sorted({*reader.keys(), *original.keys()}):
-                    difference = _difference(name, reader, original)
-                    if difference:
-                        result.mismatches[name] = difference
+                with original:
+                    for name in sorted({*reader.keys(), *original.keys()}):
+                        difference = _difference(name, reader, original)
+                        if difference:
+                            result.mismatches[name] = difference
     return result
+
+
+def _as_coded(tree: ModelTree, reader: Reader) -> set[Path]:
+    """Let those of the original's sets of weights be seen without fp8 scales that ``reader``'s model has so.
+
+    Returns:
+        Folders whose config.json then says nothing of a quantization.
+    """
+    sets = {
+        prefix: fp8
+        for prefix, fp8 in find_fp8(tree).items()
+        if any(name in reader and reader.dtype(name) == "BF16" for name in fp8.weights)
+    }
+    dequantize_tree(tree, sets)
+    return {fp8.config_folder for fp8 in sets.values() if fp8.config_folder is not None}
 
 
 def _difference(name: str, reader: Reader, original: Reader) -> str | None:
@@ -128,10 +148,11 @@ def _difference(name: str, reader: Reader, original: Reader) -> str | None:
         same = all(map(np.array_equal, pieces(bits), original.container(name).pieces(name)))
         return None if same else "its bits differ"
     measured = measured_noise_db(reader, original, name)
-    if (measured is None) != (info.noise_db is None) or (
-        measured is not None and info.noise_db is not None and abs(measured - info.noise_db) > NOISE_TOLERANCE_DB
+    recorded = info.power_noise_db
+    if (measured is None) != (recorded is None) or (
+        measured is not None and recorded is not None and abs(measured - recorded) > NOISE_TOLERANCE_DB
     ):
-        return f"noise is {_decibels(measured)}, recorded {_decibels(info.noise_db)}"
+        return f"noise is {_decibels(measured)}, recorded {_decibels(recorded)}"
     return None
 
 

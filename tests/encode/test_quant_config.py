@@ -23,11 +23,11 @@ from kvpack.errors import DirectoryIndexError, InputError
 
 DEFAULTS = {
     "bits": 4.85, "preset": None, "layout": "auto", "tile_cols": None, "allocation": "tensor", "include": None,
-    "exclude": None, "tensor_bits": {},
+    "exclude": None, "tensor_bits": {}, "dequantize_fp8": False,
 }  # fmt: skip
 OTHERS = {
     "bits": 3.5, "preset": None, "layout": "fast", "tile_cols": 96, "allocation": "model", "include": "head",
-    "exclude": r"^b\.", "tensor_bits": {"up": 2.5, "down": 6.0},
+    "exclude": r"^b\.", "tensor_bits": {"up": 2.5, "down": "lossless"}, "dequantize_fp8": True,
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def test_defaults() -> None:
     config = QuantConfig()
     assert config.to_json() == DEFAULTS
     assert config.bits == DEFAULT_BITS == 4.85
-    assert [QuantConfig(preset=preset).bits for preset in PRESETS] == [None, None]
+    assert [QuantConfig(preset=preset).bits for preset in PRESETS] == [None, None, None]
 
 
 @pytest.mark.parametrize("options", [DEFAULTS, OTHERS, {**OTHERS, "bits": None, "preset": "near-lossless"}], ids=str)
@@ -75,12 +75,12 @@ def test_it_does_not_change() -> None:
     ("options", "message"),
     [
         ({"bits": 4, "preset": "lossless"}, "bits and preset exclude each other"),
-        ({"bits": 1.49}, "1.49 bits a weight: rates from 1.5 to 7.5 are possible"),
-        ({"bits": 7.51}, "7.51 bits a weight: rates from 1.5 to 7.5 are possible"),
+        ({"bits": 1.49}, "1.49 bits a weight: rates from 1.5 to 32 are possible"),
+        ({"bits": 32.1}, "32.1 bits a weight: rates from 1.5 to 32 are possible"),
         ({"bits": math.nan}, "nan bits a weight"),
         ({"bits": "4"}, "4 bits a weight"),
         ({"bits": True}, "True bits a weight"),
-        ({"preset": "tiny"}, "preset 'tiny': there are near-lossless, lossless"),
+        ({"preset": "tiny"}, "preset 'tiny': there are near-lossless, int8-row, lossless"),
         ({"layout": "wide"}, "layout 'wide': there are auto, "),
         ({"layout": None}, "layout None: there are auto, "),
         ({"allocation": 3}, "allocation 3: there are tensor, model"),
@@ -94,7 +94,9 @@ def test_it_does_not_change() -> None:
         ({"tensor_bits": [("a", 4)]}, r"tensor_bits \[\('a', 4\)\]: not a mapping"),
         ({"tensor_bits": {"*": 4}}, r"tensor_bits '\*' is not a regular expression"),
         ({"tensor_bits": {None: 4}}, "tensor_bits None: not text"),
-        ({"tensor_bits": {"a": 8}}, "8 bits a weight"),
+        ({"tensor_bits": {"a": 33}}, "33 bits a weight"),
+        ({"tensor_bits": {"a": "near-lossless"}}, "near-lossless bits a weight"),
+        ({"dequantize_fp8": "yes"}, "dequantize_fp8 'yes': there are true and false"),
         ({"tensor_bits": {"a": None}}, "None bits a weight"),
     ],
 )
@@ -173,9 +175,9 @@ def test_a_directory_says_how_it_was_made(folder: Path, tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "fp8", "options": {}}}, InputError, "does not say how"),
         ({"quantization_config": {"quant_method": "kvpack"}}, InputError, "does not say how"),
         (
-            {"quantization_config": {"quant_method": "kvpack", "options": {"bits": 9}}},
+            {"quantization_config": {"quant_method": "kvpack", "options": {"bits": 99}}},
             InputError,
-            r"config\.json: 9 bits a weight",
+            r"config\.json: 99 bits a weight",
         ),
         (
             {"quantization_config": {"quant_method": "kvpack", "options": [4]}},

@@ -44,7 +44,7 @@ def layer_file(folder: Path) -> Path:
     arrays["none"] = np.zeros((0, 7), np.float32)
     save_file({"rows.weight": arrays.pop("rows.weight")}, folder / "rows.safetensors")
     save_file(arrays, folder / "others.safetensors")
-    kvpack.compress(folder / "rows.safetensors", folder / "1.safetensors", kvpack.QuantConfig(preset="near-lossless"))
+    kvpack.compress(folder / "rows.safetensors", folder / "1.safetensors", kvpack.QuantConfig(preset="int8-row"))
     kvpack.compress(
         folder / "others.safetensors",
         folder / "2.safetensors",
