@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from kvpack.encode.compress import compress as compress_with
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.tensor_encoder import CPU_CODER, Coder
+from kvpack.encode.verify import Verification
+from kvpack.encode.verify import verify as verify_with
 from kvpack.errors import DeviceError, InputError
 
 if TYPE_CHECKING:
@@ -113,8 +115,8 @@ def compress(
         file, notes = conversion.serialized_checkpoint(source)
         report = compress_with(source, out, file=file, **options)
         return replace(report, notes=[*notes, *report.notes])
-    if conversion.has_checkpoints_alone(source) or conversion.is_gguf_file(source):
-        target = default_output(source) if out is None else Path(out)
+    target = default_output(source) if out is None else Path(out)
+    if conversion.has_checkpoints_alone(source, target) or conversion.is_gguf_file(source):
         if target.exists() and not (force or dry_run):
             raise InputError(f"{target} exists already; --force (force=True) replaces it")
         with conversion.staged(source, target) as (directory, notes):
@@ -123,3 +125,24 @@ def compress(
         ratio = round(size_bytes / report.output_bytes, 6)
         return replace(report, input=str(source), input_bytes=size_bytes, ratio=ratio, notes=[*notes, *report.notes])
     return compress_with(source, out, **options)
+
+
+def verify(
+    path: Path,
+    against: Path | None = None,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Verification:
+    """Check a compressed file or directory, and compare it with whatever :func:`compress` made it from.
+
+    An original without safetensors is converted beside ``path`` first, as for compression; that goes away at the end.
+
+    Raises:
+        FormatError: corruption.
+        InputError, NotInstalledError, OSError: ``against`` cannot be read.
+    """
+    if against is None:
+        return verify_with(path, threads=threads, progress=progress)
+    with conversion.as_safetensors(against, path) as original:
+        return verify_with(path, original, threads=threads, progress=progress)

@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from kvpack.encode.array_sources import array_source
+from kvpack.encode.model_tree import SUFFIX, list_files
 from kvpack.errors import DirectoryIndexError, InputError, NotAContainerError, NotInstalledError
 from kvpack.format.container import Container, ContainerWriter
 from kvpack.format.file_kinds import HEAD_BYTES, describe, is_gguf, is_pickle
 from kvpack.format.serialized import SerializedTensors, TensorSource
+from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
 
 if TYPE_CHECKING:
     from kvpack.runtime.weights.checkpoints import Checkpoint
@@ -56,12 +57,12 @@ def is_gguf_file(source: Path) -> bool:
     return source.is_file() and source.suffix.lower() == ".gguf" and is_gguf(_head(source))
 
 
-def has_checkpoints_alone(source: Path) -> bool:
-    """Whether a directory holds a model's checkpoints of torch, and no safetensors file anywhere."""
+def has_checkpoints_alone(source: Path, target: Path) -> bool:
+    """Whether a directory, an output in it aside, holds a model's checkpoints of torch, and no safetensors file."""
     if not source.is_dir():
         return False
-    names = [name for _, _, files in os.walk(source) for name in files]
-    return any(map(_MODEL_FILE.match, names)) and not any(name.endswith(".safetensors") for name in names)
+    names = [file.name for file in list_files(source, without=target).files]
+    return any(map(_MODEL_FILE.match, names)) and not any(name.endswith(SUFFIX) for name in names)
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
@@ -151,16 +152,31 @@ def _rewrite_index(path: Path, target: Path) -> set[str]:
     return named
 
 
-def _stage_checkpoints(source: Path, directory: Path) -> list[str]:
+def _refuse(error: OSError) -> NoReturn:
+    """A folder that cannot be read is not passed over."""
+    raise error
+
+
+def _stage_checkpoints(source: Path, target: Path, directory: Path) -> list[str]:
     """A model directory with safetensors files in place of its checkpoints; all other files are links."""
     notes = []
-    for folder, names, files in os.walk(source, followlinks=True):
+    no_part = {target.resolve(), directory.resolve()}
+    for folder, names, files in os.walk(source, followlinks=True, onerror=_refuse):
         here = Path(folder)
         there = directory / here.relative_to(source)
         there.mkdir(exist_ok=True)
-        names[:] = [
-            name for name in sorted(names) if (here / name).resolve() not in (here.resolve(), *here.resolve().parents)
-        ]
+        folders = []
+        for name in sorted(names):
+            real = (here / name).resolve()
+            if real in no_part:
+                continue
+            if real in (here.resolve(), *here.resolve().parents):
+                notes.append(f"{here / name}: left out, a link to a folder that contains it")
+            elif name.startswith("."):  # to be named among what is left out
+                (there / name).symlink_to(real)
+            else:
+                folders.append(name)
+        names[:] = folders
         for name in sorted(files):
             if match := _MODEL_FILE.match(name):
                 target = there / f"{_safetensors_name(*match.groups())}.safetensors"
@@ -182,18 +198,48 @@ def staged(source: Path, target: Path) -> Iterator[tuple[Path, list[str]]]:
     Raises:
         InputError, FormatError, NotInstalledError: ``source`` cannot be read.
     """
-    target = Path(os.path.abspath(target))
-    if not target.parent.is_dir():
-        raise InputError(f"the directory {target.parent} does not exist")
-    directory = target.with_name(f".{target.name}.{secrets.token_hex(4)}.safetensors.tmp")
-    directory.mkdir()
-    try:
+    with _hidden_directory(target) as directory:
         if source.is_dir():
-            notes = _stage_checkpoints(source, directory)
+            notes = _stage_checkpoints(source, target, directory)
         else:
             from kvpack.integrations.gguf import write_model_directory
 
             notes = write_model_directory(source, directory)
         yield directory, notes
+
+
+@contextmanager
+def _hidden_directory(target: Path) -> Iterator[Path]:
+    """A directory beside ``target`` that goes away at the end; if the process is killed, with the next one."""
+    target = Path(os.path.abspath(target))
+    if not target.parent.is_dir():
+        raise InputError(f"the directory {target.parent} does not exist")
+    remove_abandoned(target, "tmp")
+    directory = target.with_name(hidden_name(target.name, "tmp"))
+    lock = create_directory(directory)
+    try:
+        yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+@contextmanager
+def as_safetensors(source: Path, beside: Path) -> Iterator[Path]:
+    """What ``compress`` reads in place of ``source``, to compare with: itself if it holds safetensors.
+
+    Checkpoints of torch and GGUF files are written as safetensors into a hidden directory beside ``beside``.
+
+    Raises:
+        InputError, FormatError, NotInstalledError: as of :func:`staged`.
+    """
+    if is_checkpoint(source):
+        file, _ = serialized_checkpoint(source)
+        with _hidden_directory(beside) as directory:
+            _write(file, directory / f"{source.stem}{SUFFIX}")
+            yield directory / f"{source.stem}{SUFFIX}"
+    elif has_checkpoints_alone(source, beside) or is_gguf_file(source):
+        with staged(source, beside) as (directory, _):
+            yield directory
+    else:
+        yield source

@@ -18,8 +18,10 @@ torch = pytest.importorskip("torch")
 
 from safetensors.numpy import save_file as save_arrays  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 import kvpack  # noqa: E402
+from kvpack.cli import app  # noqa: E402
 from kvpack.errors import DirectoryIndexError, InputError, NotAContainerError, NotInstalledError  # noqa: E402
 from kvpack.format.container import Container  # noqa: E402
 from kvpack.format.serialized import SerializedTensors  # noqa: E402
@@ -215,6 +217,11 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3000])
 
 
+def cut_early(path: Path) -> None:
+    torch.save({"state_dict": {"w": torch.zeros(64, 128)}}, path)
+    path.write_bytes(path.read_bytes()[:9000])
+
+
 def script(path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(4, 4)), path)
 
@@ -234,6 +241,7 @@ def script(path: Path) -> None:
             "which",
         ),
         (cut, NotAContainerError, "a PyTorch pickle that torch cannot read"),
+        (cut_early, NotAContainerError, "it is cut short"),
         (script, InputError, "TorchScript"),
         (
             lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\nsize 5\n"),
@@ -320,6 +328,69 @@ def test_a_directory_of_pointers(tmp_path: Path) -> None:
     with pytest.raises(NotAContainerError, match=f"{pointer}: not a PyTorch pickle but a git-lfs pointer .*12,345"):
         kvpack.compress(source)
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_an_output_in_a_directory_of_checkpoints_is_no_part_of_it(tmp_path: Path) -> None:
+    source, _ = checkpoint_directory(tmp_path / "model")
+    (source / ".cache").mkdir()
+    (source / ".cache" / "x.safetensors").write_bytes(b"half a download")
+    (source / "loop").symlink_to(".")
+    for force in (False, True):
+        report = kvpack.compress(source, source / "out", force=force)
+        assert sorted(p.name for p in (source / "out").iterdir()) == [
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "tokenizer.json",
+        ]
+        assert {file.path: file.reason for file in report.files if file.action == "left out"} == {".cache": "hidden"}
+        assert f"{source / 'loop'}: left out, a link to a folder that contains it" in report.notes
+
+
+def test_verify_against_checkpoints(tmp_path: Path) -> None:
+    source, _ = checkpoint_directory(tmp_path / "model")
+    single = source / "pytorch_model-00001-of-00002.bin"
+    packed = tmp_path / "one.safetensors"
+    kvpack.compress(source)
+    kvpack.compress(single, packed)
+
+    def verify(output: Path, against: Path) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["verify", str(output), "--against", str(against)])
+        return result.exit_code, result.output
+
+    code, said = verify(tmp_path / "model-kvpack", source)
+    assert (code, "compared with the original, 5 files too" in said) == (0, True), said
+    assert verify(packed, single)[0] == 0
+    (source / "tokenizer.json").write_text("[]")
+    torch.save({name: tensor + 1 for name, tensor in torch.load(single).items()}, single)
+    code, said = verify(tmp_path / "model-kvpack", source)
+    assert code == 4
+    assert "tokenizer.json: its bytes differ" in said
+    assert verify(packed, single)[0] == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model-kvpack", "one.safetensors"]
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
+    source, _ = checkpoint_directory(tmp_path / "model")
+    script = (
+        "import os, signal, sys, kvpack.compression as c\n"
+        "c.compress_with = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "c.compress(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", script, str(source)], check=False)
+    (left,) = (path for path in tmp_path.iterdir() if path != source)
+    assert (left / "model-00001-of-00002.safetensors").exists()
+    kvpack.compress(source)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model-kvpack"]
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "model.bin", "model.gguf"])
+def test_a_directory_of_weights_by_other_names_says_what_to_give(tmp_path: Path, name: str) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=f"`kvpack compress` reads a file alone, as {name}"):
+        kvpack.compress(tmp_path / "m")
 
 
 def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,6 +417,17 @@ def test_each_failure_is_one_sentence(
         assert said in err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_report_that_cannot_be_printed(tmp_path: Path, option: list[str]) -> None:
+    save_file({"w": np.zeros((4, 4), np.float32)}, tmp_path / "m.safetensors")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "kvpack", "inspect", str(tmp_path / "m.safetensors"), *option]
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert process.returncode == 1
+    assert process.stderr == "kvpack: the report could not be printed: No space left on device\n"
+
+
 def test_another_runtime_error_is_a_traceback() -> None:
     from kvpack.cli.failures import exit_codes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import sys
 import warnings
@@ -68,6 +69,22 @@ def _show_warning(
 
 def main() -> None:
     """Entry point of the ``kvpack`` script."""
+    try:
+        try:
+            _run()
+        finally:
+            if isinstance(sys.stdout, io.TextIOWrapper):  # which is None where it was closed
+                sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be printed has nowhere to go
+        if not isinstance(error, BrokenPipeError):
+            print(f"kvpack: the report could not be printed: {error.strerror or error}", file=sys.stderr)
+        sys.exit(int(ExitCode.FAILED))
+
+
+def _run() -> None:
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):

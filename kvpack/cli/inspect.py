@@ -83,7 +83,7 @@ def verify(
     Says how many bytes carry no checksum, as kept tensors do in files of early versions and in ordinary ones.
     """
     with exit_codes(as_json):
-        from kvpack.encode.verify import verify as run
+        from kvpack.compression import verify as run
 
         with progress_bar("verify") as progress:
             progress.total(_data_bytes(source))

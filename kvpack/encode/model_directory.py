@@ -34,7 +34,11 @@ _EXPORTS: tuple[tuple[str, re.Pattern[str], set[str], tuple[str, ...]], ...] = (
     ("Core ML", re.compile(r"^$"), {"coreml"}, (".bin", ".mlmodel")),
     ("TFLite", re.compile(r"^model.*\.tflite$"), {"tflite"}, (".tflite",)),
 )
-_OTHER_WEIGHTS = re.compile(r"\.(bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|ot|gguf|tflite)(\.index(\.[^.]+)*\.json)?$")
+_OTHER_WEIGHTS = re.compile(
+    r"\.(bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|ot|gguf|tflite|safetensors)(\.index(\.[^.]+)*\.json)?$",
+    re.IGNORECASE,
+)
+_SHARD_NUMBER = re.compile(r"-\d+-of-\d+")
 _ANY_INDEX = re.compile(r"\.index(\.[^.]+)*\.json$")
 
 # How many entries a message lists.
@@ -94,9 +98,16 @@ def other_form(file: Path, weight_files: Iterable[Path]) -> str | None:
     adapter = name.startswith(_ADAPTER) and any(
         w.parent == file.parent and w.name.startswith(_ADAPTER) for w in weights
     )
-    if twin or adapter or (above and _PICKLED_MODEL.match(name)):
+    # A half-precision variant alone is no copy of the whole.
+    held = {_variant_of(w.name) for w in weights if w.parent in above and not w.name.startswith(_ADAPTER)}
+    if twin or adapter or (_PICKLED_MODEL.match(name) and not held.isdisjoint({"", _variant_of(name)})):
         return "the weights as a PyTorch pickle: the safetensors hold them"
     return None
+
+
+def _variant_of(name: str) -> str:
+    """``fp16`` of ``model.fp16-00001-of-00002.safetensors``; empty for a model without a variant."""
+    return _SHARD_NUMBER.sub("", name).rpartition(".")[0].partition(".")[2]
 
 
 def _without_index(name: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Self
 from kvpack.encode.model_config import check_config
 from kvpack.errors import DirectoryIndexError, InputError
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, VERSION_KEY, Container, Readable
+from kvpack.format.file_kinds import HEAD_BYTES, describe
 
 PIPELINE_NAME = "model_index.json"
 TRANSFORMERS_STEM = "model"
@@ -26,6 +27,8 @@ DIFFUSERS_STEM = "diffusion_pytorch_model"
 # What a folder of Hugging Face's cache consists of.
 _CACHE_FOLDERS = ("blobs", "refs", "snapshots")
 SUFFIX = ".safetensors"
+# Weights that are read where they are given as a file.
+_SINGLE_FILES = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 INDEX_NAME = f"{TRANSFORMERS_STEM}{SUFFIX}.index.json"
 
 _INDEX = re.compile(r"^.+\.safetensors\.index(\.[^.]+)*\.json$")
@@ -69,7 +72,10 @@ def list_files(root: Path, without: Path | None = None) -> Listing:
     while waiting:
         below, above = waiting.pop()
         folders: list[tuple[Path, list[Path]]] = []
-        for name in sorted(os.listdir(root / below)):
+        names = sorted(os.listdir(root / below))
+        if not names and below.parts:
+            listing.passed_over[below] = "an empty folder"
+        for name in names:
             relative = below / name
             path = root / relative
             if path.is_dir():
@@ -143,9 +149,16 @@ def read_index(root: Path, relative: Path) -> Index:
     except DirectoryIndexError as error:
         raise DirectoryIndexError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DirectoryIndexError(f"{path}: not a valid index ({error!r})") from None
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        kind = None if head.lstrip()[:1] in (b"{", b"[") else describe(head, path.stat().st_size)
+        found = f" ({error!r})" if kind is None else f" but {kind}"
+        raise DirectoryIndexError(f"{path}: not a valid index{found}") from None
     if not plain:
-        raise DirectoryIndexError(f"{path}: weight_map does not map names to files of the directory")
+        raise DirectoryIndexError(
+            f"{path}: weight_map does not map names to files of the directory: an index names files beside it, so move "
+            "them there"
+        )
     if not weight_map:
         raise DirectoryIndexError(
             f"{path}: weight_map is empty, so the index names no tensor: remove it, or fetch it anew"
@@ -397,7 +410,11 @@ class ModelTree:
         if not by_folder:
             for index in [index for folder in indexes.values() for index in folder]:
                 read_index(self.path, index)  # which says what is missing
-            raise InputError(f"{self.path} holds no .safetensors file; other forms of weights must be converted first")
+            alone = [str(file) for file in self.others if file.suffix.lower() in _SINGLE_FILES]
+            advice = f": `kvpack compress` reads a file alone, as {alone[0]}" if alone else ""
+            raise InputError(
+                f"{self.path} holds no .safetensors file; other forms of weights must be converted first{advice}"
+            )
         if not components:
             self.not_opened = [folder.as_posix() for folder in by_folder if folder != Path()]
             if Path() not in by_folder:

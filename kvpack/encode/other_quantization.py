@@ -22,6 +22,10 @@ _WORDS = frozenset(
     {"scale", "scales", "zero", "zeros", "zp", "biases", "absmax", "scb", "codebook", "codebooks", "centroids",
      "tables", "quant", "suh", "svh", "perm", "invperm"}
 )  # fmt: skip
+# What packed weights are called; what lies beside them is their quantization's, whatever its name (QuIP#'s SU and SV,
+# the smooth_factor of SVDQuant). Integers under another name may be a table of positions.
+_PACKED = re.compile(r"q?_?weight(_packed|_qdata)?|W_q|codes|Qidxs|q?indices|trellis|B|dense_weights")
+_BESIDE = re.compile(r"weight|bias|\w*_bias|lora_\w+")
 _OWN_NAMES = re.compile(
     r"(\w+_)?(weight|input|output|activation|act|k|v|q)_(global_)?scale(s|_inv|_2|_ub)?"
     r"|\w*(weight|proj)_scale(s|_inv|_2)|(weight|input|output)_zero_point|qzeros|qscales|g_idx|(nested_)?absmax"
@@ -40,8 +44,9 @@ def quantization_parts(tensors: Mapping[str, StoredTensor], config: Mapping[str,
     """
     payloads: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NO_PAYLOAD and not _is_auxiliary(name.rpartition(".")[2]):
-            holder, _, leaf = name.rpartition(".")
+        holder, _, leaf = name.rpartition(".")
+        is_packed = tensor.dtype not in _FLOATS and _PACKED.fullmatch(leaf)
+        if (is_packed or tensor.dtype not in _NO_PAYLOAD) and not _is_auxiliary(leaf):
             payloads.setdefault(holder, {})[leaf] = tensor
             payloads.setdefault(name, {})[""] = tensor  # bitsandbytes: weight.absmax
     declared = _declared(config)
@@ -52,7 +57,9 @@ def quantization_parts(tensors: Mapping[str, StoredTensor], config: Mapping[str,
         beside = payloads.get(holder, {})
         if leaf in beside:
             continue
-        if _OWN_NAMES.fullmatch(leaf) or (beside and (_is_auxiliary(leaf) or (leaf == "s" and "B" in beside))):
+        if _OWN_NAMES.fullmatch(leaf) or (
+            beside and (_is_auxiliary(leaf) or _is_beside_packed(leaf, tensors[name], beside))
+        ):
             parts[name] = declared or _name_of(holder, leaf, beside, tensors)
         elif outer in payloads and _is_auxiliary(inner):  # VPTQ: centroids.weight
             parts[name] = declared or _name_of(outer, inner, payloads[outer], tensors)
@@ -68,6 +75,12 @@ def quantization_parts(tensors: Mapping[str, StoredTensor], config: Mapping[str,
 @functools.lru_cache(4096)
 def _is_auxiliary(leaf: str) -> bool:
     return not _WORDS.isdisjoint(words(leaf)) or _OWN_NAMES.fullmatch(leaf) is not None
+
+
+def _is_beside_packed(leaf: str, tensor: StoredTensor, beside: Mapping[str, StoredTensor]) -> bool:
+    if len(tensor.shape) < 2 or tensor.dtype not in _FLOATS or _BESIDE.fullmatch(leaf):
+        return leaf == "s" and "B" in beside
+    return any(_PACKED.fullmatch(name) and len(packed.shape) > 1 for name, packed in beside.items())
 
 
 def _declared(config: Mapping[str, Any]) -> str | None:

@@ -51,6 +51,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _WEIGHT = re.compile(r"weights?|weight_v|weight_[ih]h_l\d+(_reverse)?|kernel|original1|static_weight")
 
 _BIAS_WORDS = frozenset({"bias", "biases"})
+# TransformerLens' and fused experts' biases, of which each layer has one a head or an expert.
+_BIASES = re.compile(r"b_([QKVOU]|in|out)|b[123]")
 _NORM_WORDS = frozenset(
     {"norm", "norms", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm", "ln", "bn", "gn"}
 )
@@ -70,10 +72,12 @@ _PARAMETER_WORDS = frozenset(
 )  # fmt: skip
 _PARAMETERS = frozenset(
     {"A_log", "A", "D", "dt", "weight_g", "original0", "r_k", "x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w_g",
-     "index_kpool_compress_gate"}
+     "time_first", "index_kpool_compress_gate"}
 )  # fmt: skip
 
-_ROUTERS = frozenset({"gate", "gates", "wg", "shared_expert_gate", "shared_experts_gate"})
+_ROUTERS = frozenset(
+    {"gate", "gates", "wg", "shared_expert_gate", "shared_experts_gate", "expert_gate", "gate_network", "switch"}
+)
 _ROUTER_WORDS = frozenset({"router", "routers", "gating"})
 
 # Embeddings that no known architecture uses for anything else.
@@ -81,10 +85,12 @@ _SURE_EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings", "tok_embeddings",
      "shared", "embed_positions", "relative_attention_bias"}
 )  # fmt: skip
-_EMBEDDINGS = frozenset({"query_feat", "queries_features", "pe_k", "pe_v", "bias_values"})
+_EMBEDDINGS = frozenset({"query_feat", "queries_features", "pe_k", "pe_v", "bias_values", "W_E"})
 
 # Output layers wherever they stand.
-_OUTPUTS = frozenset({"lm_head", "embed_out", "unembed", "to_logits", "lm_loss", "vocab_projector", "output_wte"})
+_OUTPUTS = frozenset(
+    {"lm_head", "embed_out", "unembed", "to_logits", "lm_loss", "vocab_projector", "output_wte", "W_U"}
+)
 # Output layers if they stand outside all numbered layers, where inner modules have these names, too.
 _OUTER_OUTPUTS = frozenset({"output", "output_layer", "output_projection", "proj_out", "classifier", "score"})
 # (module, the one that holds it)
@@ -102,6 +108,8 @@ _WHOLE_MODEL = frozenset({"model", "transformer", "backbone", "module", "languag
 # A matrix outside all layers that has at least so many rows, and so many times its columns, has one for each token.
 _VOCABULARY_ROWS = 8192
 _VOCABULARY_RATIO = 3
+# Phi's first checkpoints call the output layer layers.24.linear.
+_LINEAR_RATIO = 16
 
 # Linear layers that no known architecture uses for anything else.
 _SURE_LINEARS = frozenset(
@@ -154,6 +162,10 @@ def kind_of_name(name: str, shape: tuple[int, ...]) -> NamedKind:
         return NamedKind(Kind.ROUTER, is_sure=True)
     if module in _OUTPUTS or own[-2:] == ["lm", "head"] or (module, holder) in _INNER_OUTPUTS:
         return NamedKind(Kind.OUTPUT, is_sure=module in _OUTPUTS)
+    ends_model = module == "linear_out" or (module == "linear" and shape[0] >= _LINEAR_RATIO * shape[1])
+    ends_model |= any(words(part)[-1:] in (["head"], ["heads"]) for part in named)  # lm_head.linear, medusa_head.0.1
+    if ends_model and _has_vocabulary(shape):
+        return NamedKind(Kind.OUTPUT, is_sure=False)
     if outside and _is_output(named, shape):
         return NamedKind(Kind.OUTPUT, is_sure=False)
     if module in _EMBEDDINGS or _is_embedding(module, own, last, shape, outside=outside):
@@ -173,7 +185,7 @@ def kind_of_name(name: str, shape: tuple[int, ...]) -> NamedKind:
 def _kind_of_leaf(leaf: str) -> Kind | None:
     """What the tensor's own name says, whatever holds it."""
     own = words(leaf)
-    if _BIAS_WORDS.intersection(own):
+    if _BIAS_WORDS.intersection(own) or _BIASES.fullmatch(leaf):
         return Kind.BIAS
     if leaf in _PARAMETERS:
         return Kind.PARAMETER

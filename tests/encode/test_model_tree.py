@@ -415,6 +415,37 @@ def test_hidden_files_are_named(tmp_path: Path) -> None:
     assert "left out (hidden, or nothing to copy): .mine\n" in run("decompress", packed, "-o", tmp_path / "b2").stdout
 
 
+def test_empty_folders_and_weights_of_unread_names_are_named(tmp_path: Path) -> None:
+    source = put(tmp_path / "m", {"model.safetensors": {"w": weights(1)}, "OTHER.SAFETENSORS": "x", "A.BIN": "12"})
+    (source / "empty" / "inner").mkdir(parents=True)
+    printed = run("compress", source).stdout
+    assert "left out (an empty folder): empty/inner, 0 B\n" in printed
+    assert "copied (weights that no safetensors file is known to hold): A.BIN, OTHER.SAFETENSORS, 3 B\n" in printed
+    assert run_json("verify", tmp_path / "m-kvpack", "--against", source)["left_out"] == {
+        "empty/inner": "an empty folder"
+    }
+
+
+def test_a_variant_is_no_copy_of_the_whole(tmp_path: Path) -> None:
+    variant = [Path("unet/diffusion_pytorch_model.fp16.safetensors")]
+    assert other_form(Path("unet/diffusion_pytorch_model.bin"), variant) is None
+    assert other_form(Path("unet/diffusion_pytorch_model.fp16.bin"), variant) is not None
+    whole = [Path("unet/diffusion_pytorch_model-00001-of-00002.safetensors")]
+    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"):
+        assert other_form(Path("unet") / name, whole) is not None
+    files = {"model.fp16.safetensors": {"w": weights(1)}, "pytorch_model.bin": "123"}
+    source = put(tmp_path / "m", files)
+    run("compress", source)
+    assert (tmp_path / "m-kvpack" / "pytorch_model.bin").read_text() == "123"
+
+
+def test_an_index_that_is_a_pointer(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n"
+    source = put(tmp_path / "m", {"model.safetensors": {"w": weights(1)}, INDEX: pointer})
+    with pytest.raises(DirectoryIndexError, match="not a valid index but a git-lfs pointer"):
+        kvpack.compress(source)
+
+
 # verify --against
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -110,8 +111,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on TorchScript, which is refused below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # What torch makes of an archive that ends within its first blocks.
+        raise NotAContainerError(f"{path}: a PyTorch pickle that torch cannot read: it is cut short") from None
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
         detail = next((line.strip() for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0])
