@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
 import re
-from dataclasses import dataclass
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 
-from kvpack.runtime.device.kernels import Kernel
+from kvpack.runtime.device.kernels import Kernel, source_hash
 
 # What CuPy appends to the options of a launch.
 _CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
@@ -32,8 +41,29 @@ def missing() -> str | None:
     return None
 
 
+@cache
+def _known() -> Path:
+    """A folder with what ptxas said of kernels: the same text, options and compiler give the same again."""
+    folder = Path(tempfile.gettempdir()) / f"kvpack-nvrtc-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process deletes it
+            if path.stat().st_mtime < time.time() - 7 * 86400:
+                path.unlink()
+    return folder
+
+
+@cache
+def _compiler() -> list[str]:
+    """Versions of all that has a part in compiling."""
+    found = [f"{d.name} {d.version}" for d in importlib.metadata.distributions() if d.name.startswith(("nvidia", "cu"))]
+    return sorted(found)
+
+
 def compile_for(kernel: Kernel, compute_capability: int) -> Resources:
-    """Compile as a launch on ``sm_<compute_capability>`` would.
+    """What ptxas says of a kernel that a launch on ``sm_<compute_capability>`` would compile.
 
     Raises:
         AssertionError: it fails; with the compiler's words.
@@ -47,12 +77,31 @@ def compile_for(kernel: Kernel, compute_capability: int) -> Resources:
         f"-arch=sm_{compute_capability}",
         "--ptxas-options=-v",
     )
-    program = nvrtc.createProgram(kernel.text(), kernel.source, (), ())
+    text = kernel.text()
+    # Where sources lie is no matter; what all of them hold is.
+    wherever = [option for option in options if not option.startswith("-I")]
+    asked = json.dumps([text, source_hash(), kernel.function, wherever, _compiler(), nvrtc.getVersion()])
+    known = _known() / hashlib.sha256(asked.encode()).hexdigest()
+    with contextlib.suppress(FileNotFoundError):
+        found = Resources(**json.loads(known.read_text()))
+        os.utime(known)
+        return found
+    resources = _compile(kernel, text, options)
+    with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as file:
+        json.dump(asdict(resources), file)
+    os.replace(file.name, known)
+    return resources
+
+
+def _compile(kernel: Kernel, text: str, options: tuple[str, ...]) -> Resources:
+    from cupy_backends.cuda.libs import nvrtc
+
+    program = nvrtc.createProgram(text, kernel.source, (), ())
     try:
         try:
             nvrtc.compileProgram(program, options)
         except nvrtc.NVRTCError as error:
-            raise AssertionError(f"{kernel} for sm_{compute_capability}: {nvrtc.getProgramLog(program)}") from error
+            raise AssertionError(f"{kernel}, {options}: {nvrtc.getProgramLog(program)}") from error
         log = nvrtc.getProgramLog(program)
     finally:
         nvrtc.destroyProgram(program)
