@@ -397,7 +397,10 @@ class ModelTree:
         if not by_folder:
             for index in [index for folder in indexes.values() for index in folder]:
                 read_index(self.path, index)  # which says what is missing
-            raise InputError(f"{self.path} holds no .safetensors file; other forms of weights must be converted first")
+            raise InputError(
+                f"{self.path} holds no .safetensors file. `kvpack compress` also reads folders of pytorch_model*.bin, "
+                "and .bin, .pt, .pth and .gguf files by their own names; other forms of weights must be converted first"
+            )
         if not components:
             self.not_opened = [folder.as_posix() for folder in by_folder if folder != Path()]
             if Path() not in by_folder:
