@@ -313,6 +313,20 @@ def test_options_that_cannot_be_used(source: Path, options: list[str], message: 
     assert list(source.parent.iterdir()) == [source]
 
 
+def test_a_name_of_the_hub_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    hint = "owner/name does not exist; a model of the Hugging Face Hub is fetched first: hf download owner/name"
+    refused("compress", "owner/name", code=USAGE, error="InputError", message=hint)
+    (tmp_path / "owner").mkdir()  # then it is a path with a slip
+    result = run("compress", "owner/name")
+    assert result.exit_code == USAGE
+    assert "Hugging Face" not in result.stderr
+
+
+def test_a_folder_without_safetensors_says_what_else_is_read(tmp_path: Path) -> None:
+    refused("compress", tmp_path, code=USAGE, error="InputError", message="also reads folders of pytorch_model*.bin")
+
+
 def test_inputs_and_outputs_that_cannot_be_used(source: Path, folder: Path, tmp_path: Path) -> None:
     missing = tmp_path / "nothing.safetensors"
     refused("compress", missing, code=USAGE, error="InputError", message=f"{missing} does not exist")

@@ -389,7 +389,7 @@ def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
 def test_a_directory_of_weights_by_other_names_says_what_to_give(tmp_path: Path, name: str) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / name).write_bytes(b"x")
-    with pytest.raises(InputError, match=f"`kvpack compress` reads a file alone, as {name}"):
+    with pytest.raises(InputError, match=f"by their own names, as {name} here"):
         kvpack.compress(tmp_path / "m")
 
 

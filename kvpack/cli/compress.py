@@ -123,9 +123,11 @@ def compress(
 ) -> None:
     """Compress a .safetensors file or a model directory; or a .bin, .pt, .pth or .gguf file.
 
-    Embeddings, output layers, norms, routers, biases, other parameters and small tensors are kept as they are, and so
-    are the scales of what is quantized already (the report lists them). Of a directory every file comes along,
-    subfolders too; hidden files and weights in other forms than safetensors do not, and are named.
+    Embeddings, output layers, norms, routers, biases, other parameters and
+    small tensors are kept as they are, and so are the scales of what is
+    quantized already (the report lists them). Of a directory every file comes
+    along, subfolders too; hidden files and weights in other forms than
+    safetensors do not, and are named.
     """
     with exit_codes(as_json):
         from kvpack.compression import compress as run

@@ -411,9 +411,11 @@ class ModelTree:
             for index in [index for folder in indexes.values() for index in folder]:
                 read_index(self.path, index)  # which says what is missing
             alone = [str(file) for file in self.others if file.suffix.lower() in _SINGLE_FILES]
-            advice = f": `kvpack compress` reads a file alone, as {alone[0]}" if alone else ""
+            here = f", as {alone[0]} here" if alone else ""
             raise InputError(
-                f"{self.path} holds no .safetensors file; other forms of weights must be converted first{advice}"
+                f"{self.path} holds no .safetensors file. `kvpack compress` also reads folders of pytorch_model*.bin, "
+                f"and .bin, .pt, .pth and .gguf files by their own names{here}; other forms of weights must be "
+                "converted first"
             )
         if not components:
             self.not_opened = [folder.as_posix() for folder in by_folder if folder != Path()]

@@ -29,7 +29,10 @@ def check_target(source: Path, target: Path, *, force: bool, exists: bool = True
         InputError: there is no source, or the target is there already, is of another kind, or holds what must stay.
     """
     if exists and not source.exists():
-        raise InputError(f"{source} does not exist")
+        hint = ""
+        if not source.is_absolute() and len(source.parts) == 2 and not source.parent.exists():  # owner/name
+            hint = f"; a model of the Hugging Face Hub is fetched first: hf download {source} --local-dir {source.name}"
+        raise InputError(f"{source} does not exist{hint}")
     if is_index_name(source.name) and source.is_file():
         raise InputError(f"{source} is an index: give the folder that it is in")
     if target.exists():

@@ -541,9 +541,7 @@ def _check_noise(weights: Matrices, fine: FineHistogram, plan: RatePlan, encoded
         return
     _check_offset(fine, encoded, bits)
     if encoded.noise_db > _most_noise_db(bits):
-        raise RateOutOfReachError(
-            f"overhead leaves too little of {bits} bits a weight (noise {encoded.noise_db:.1f} dB)"
-        )
+        raise RateOutOfReachError(f"overhead leaves too little of {bits} bits a weight")
     achieved = 8 * encoded.size_bytes / weights.size
     if fine.largest < _AT_THE_LIMIT * plan.step:
         return
