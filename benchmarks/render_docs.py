@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -386,6 +387,15 @@ def same_speed() -> str:
     return table(headings, lines) + "".join(map(origin, results))
 
 
+def load_checks() -> str:
+    result = newest("load-checks")
+    rows = []
+    for name, key in (("CRCs checked, as by default", "verified_seconds"), ("`verify=False`", "unverified_seconds")):
+        seconds = statistics.median(result[key])
+        rows.append([name, _number(1e3 * seconds, 0), _number(result["size_bytes"] / seconds / 1e9, 2)])
+    return table(["load", "ms, median", "GB/s"], rows) + gpu_origin(result)
+
+
 def generate_summary() -> str:
     result = newest("books-generate")
     rows = [
@@ -546,6 +556,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quality-verdicts": kv_quality_verdicts,
     "kv-planning": kv_planning,
     "same-speed": same_speed,
+    "load-checks": load_checks,
     "long-prompt": long_prompt,
     "generate-summary": generate_summary,
     "books-generate": books_generate,
