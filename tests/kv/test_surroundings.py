@@ -186,6 +186,12 @@ def test_the_former_name_of_formats() -> None:
     assert cache.possible_formats(0, 0) == {PageFormat.FP16, PageFormat.INT2}
 
 
+def test_the_former_place_of_errors() -> None:
+    from kvpack.runtime import errors
+
+    assert errors.CacheInputError is CacheInputError
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
