@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from kvpack.encode.array_sources import array_source
+from kvpack.encode.model_directory import write_json
 from kvpack.encode.model_tree import SUFFIX, list_files
 from kvpack.errors import DirectoryIndexError, InputError, NotAContainerError, NotInstalledError
 from kvpack.format.container import Container, ContainerWriter
@@ -148,7 +149,7 @@ def _rewrite_index(path: Path, target: Path) -> set[str]:
             raise DirectoryIndexError(f"{path}: names {name!r}, which does not exist, or is no name of a checkpoint")
     new_names = {name: f"{_safetensors_name(*match.groups())}.safetensors" for name, match in renamed.items()}
     content["weight_map"] = {tensor: new_names[name] for tensor, name in content["weight_map"].items()}
-    target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(target, content)
     return named
 
 
@@ -179,10 +180,10 @@ def _stage_checkpoints(source: Path, target: Path, directory: Path) -> list[str]
         names[:] = folders
         for name in sorted(files):
             if match := _MODEL_FILE.match(name):
-                target = there / f"{_safetensors_name(*match.groups())}.safetensors"
+                written = there / f"{_safetensors_name(*match.groups())}.safetensors"
                 file, said = serialized_checkpoint(here / name)
-                _write(file, target)
-                notes += [*said, f"{here / name}: read with torch, and coded as {target.relative_to(directory)}"]
+                _write(file, written)
+                notes += [*said, f"{here / name}: read with torch, and coded as {written.relative_to(directory)}"]
             elif match := _MODEL_INDEX.match(name):
                 kind, rest = match.groups()
                 _rewrite_index(here / name, there / f"{_safetensors_name(kind, '')}.safetensors{rest}")

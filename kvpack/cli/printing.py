@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from kvpack.encode.listing import listed
+
 if TYPE_CHECKING:
     from kvpack.encode.progress import Progress
 
@@ -88,8 +90,7 @@ def printable(text: str) -> str:
 
 def shown_names(names: list[str], most: int = 4) -> str:
     """The first of them, and how many more there are."""
-    rest = len(names) - most
-    return ", ".join(map(printable, names[:most])) + (f" and {rest} more" if rest > 0 else "")
+    return listed([printable(name) for name in names], most)
 
 
 def print_tensors(tensors: list[dict[str, Any]], *, kept_singly: bool) -> None:

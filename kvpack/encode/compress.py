@@ -24,6 +24,7 @@ import numpy as np
 from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.dtypes import NUMPY_DTYPES
 from kvpack.encode.fp8 import dequantize_tree, dequantized_config, find_fp8
+from kvpack.encode.listing import listed
 from kvpack.encode.model_config import CONFIG_NAME, compressed_config, read_config
 from kvpack.encode.model_directory import (
     FileReport,
@@ -354,7 +355,6 @@ def _encode_file(
         shard.blob_bytes[name] = blob.size_bytes
         if encoded.scales is not None:
             scales.append((name, np.ascontiguousarray(encoded.scales, "<f4")))
-        elements = math.prod(tensor.shape)
         report = TensorReport(
             name=file.names[name],
             shape=list(tensor.shape),
@@ -532,8 +532,7 @@ def _reason_for_set(file: WeightFile) -> str | None:
     """What is to be said of a file that is not all of its folder's model."""
     copies = [own for own, name in file.names.items() if name != file.set_prefix + own]
     if copies:
-        shown = ", ".join(copies[:3]) + (f" and {len(copies) - 3} more" if len(copies) > 3 else "")
-        return f"the index takes {shown} from another file: coded here, too, as a copy that does not count"
+        return f"the index takes {listed(copies, 3)} from another file: coded here, too, as a copy that does not count"
     return file.reason
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.dtypes import NUMPY_DTYPES, as_float32
+from kvpack.encode.listing import listed
 from kvpack.encode.model_config import QUANTIZATION_KEY, read_config
 from kvpack.encode.model_tree import ModelTree, WeightFile, folder_prefix
 from kvpack.format.container import Container, StoredTensor
@@ -82,9 +83,7 @@ class Fp8Weights:
                 f"--bits codes the weights {'it stands' if one else 'they stand'} for at a rate"
             )
         if asked and self.without_scale:
-            shown = ", ".join(self.without_scale[:4])
-            more = f" and {len(self.without_scale) - 4} more" if len(self.without_scale) > 4 else ""
-            lines.append(f"fp8 without scales of a known shape, coded exactly: {shown}{more}")
+            lines.append(f"fp8 without scales of a known shape, coded exactly: {listed(self.without_scale, 4)}")
         return lines
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvpack.encode.listing import listed
 from kvpack.encode.model_config import CONFIG_NAME
 from kvpack.encode.model_tree import ModelTree, is_index_name
 from kvpack.errors import InputError, OtherFilesError
@@ -208,12 +209,10 @@ def refuse_other_files(directory: Path, written: Iterable[Path], shown_as: Path 
     folders = {folder for file in files for folder in file.parents}
     others = list(_other_entries(directory, files, folders, Path()))
     if others:
-        rest = len(others) - _SHOWN
-        listed = ", ".join(others[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
         raise OtherFilesError(
             f"{shown_as or directory} is not replaced: it holds {len(others)} "
-            f"{'entry that is' if len(others) == 1 else 'entries that are'} no part of the output ({listed}); choose "
-            "another output (-o), or move them away"
+            f"{'entry that is' if len(others) == 1 else 'entries that are'} no part of the output "
+            f"({listed(others, _SHOWN)}); choose another output (-o), or move them away"
         )
 
 

@@ -66,20 +66,21 @@ def encode_nearest(
             return exact
         quality = MAX_BITS
     found: EncodedTensor | None = None
+    refused: str | None = None
     try:
         found = _as_asked(weights, quality, plan, options)
         if 8 * found.size_bytes <= _LEAST_EXACT_BITS * weights.size:
             return found
-        reason = "exact coding takes no more"
     except NotEncodableError as error:
-        reason = str(error)
+        refused = str(error)
         if isinstance(quality, float) and plan is None:
             found = _lowest_rate(weights, quality, options)
     exact = _lossless(weights, dtype, options)
     nearest = exact if found is None or exact.size_bytes <= found.size_bytes else found
+    reason = refused or "exact coding takes no more"
     if nearest.size_bytes >= weights.size * weights.dtype.itemsize:
         raise NotEncodableError(reason)
-    return nearest if nearest is found and reason.startswith("exact") else replace(nearest, reason=reason)
+    return nearest if nearest is found and refused is None else replace(nearest, reason=reason)
 
 
 def _as_asked(

@@ -16,7 +16,7 @@ the rate is no smooth function of the step: a ladder of steps is tried, and layo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -224,14 +224,27 @@ def _solve(fine: FineHistogram, bits: float, layout: Layout, overhead: Overhead,
     # An outlier's magnitude has 14 bits.
     low = max(low, np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
     high = max(high, low)
-    plan = plan_at_step(fine, float(2.0**high), layout, overhead, rate_weight)
-    for _ in range(13):
-        middle = (low + high) / 2
-        trial = plan_at_step(fine, float(2.0**middle), layout, overhead, rate_weight)
-        if trial.predicted.bits > bits:
-            low = middle
+    return _bisect(
+        lambda step: plan_at_step(fine, step, layout, overhead, rate_weight),
+        high,
+        low,
+        13,
+        lambda plan: plan.predicted.bits <= bits,
+    )
+
+
+def _bisect(
+    plan_at: Callable[[float], RatePlan], good: float, wanted: float, times: int, is_good: Callable[[RatePlan], bool]
+) -> RatePlan:
+    """The good plan whose step is nearest to 2^wanted, between that and 2^good, whose plan is taken as good."""
+    plan = plan_at(float(2.0**good))
+    for _ in range(times):
+        middle = (good + wanted) / 2
+        trial = plan_at(float(2.0**middle))
+        if is_good(trial):
+            good, plan = middle, trial
         else:
-            high, plan = middle, trial
+            wanted = middle
     return plan
 
 
@@ -320,21 +333,21 @@ def plan_for_noise(
         plans = plan_ladder(fine, layouts, header_of)
         quiet = [plan for plan in plans if plan.predicted.noise <= limit] or plans[:1]
         return min(quiet, key=lambda plan: plan.predicted.bits)
-    plans = []
-    for layout in layouts:
+    quietest = np.log2(fine.rms * np.sqrt(12 * limit)) - 1.0
+    high = quietest + 2.0
+    low = max(quietest, np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
+
+    def plan_of(layout: Layout) -> RatePlan:
         overhead = fixed_bits_per_weight(header_of[layout])
-        low = np.log2(fine.rms * np.sqrt(12 * limit)) - 1.0
-        high = low + 2.0
-        low = max(low, np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
-        plan = plan_at_step(fine, float(2.0**low), layout, overhead, LAMBDA)
-        for _ in range(12):
-            middle = (low + high) / 2
-            trial = plan_at_step(fine, float(2.0**middle), layout, overhead, LAMBDA)
-            if trial.predicted.noise > limit:
-                high = middle
-            else:
-                low, plan = middle, trial
-        plans.append(plan)
+        return _bisect(
+            lambda step: plan_at_step(fine, step, layout, overhead, LAMBDA),
+            low,
+            high,
+            12,
+            lambda plan: plan.predicted.noise <= limit,
+        )
+
+    plans = [plan_of(layout) for layout in layouts]
     return min(plans, key=lambda plan: plan.predicted.bits)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvpack.encode.dtypes import LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES
+from kvpack.encode.listing import listed
 from kvpack.encode.other_quantization import quantization_parts
 from kvpack.encode.quant_config import QuantConfig, pattern_list
 from kvpack.encode.rates import LOSSLESS
@@ -20,7 +21,7 @@ MIN_ELEMENTS = 4096
 # Why scales and the like are kept; which quantization it is follows.
 OTHER_QUANTIZATION = "another quantization"
 # How many tensors a note names.
-_SHOWN = 3
+_SHOWN, _MORE = 3, "more tensors"
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
@@ -156,7 +157,9 @@ class TensorKinds:
             and not kind_of_name(name, tensor.shape).is_sure
         ]
         if doubtful and module_tree is not None and isinstance(config.get("model_type"), str):
-            judged = f"what {_listed(doubtful)} {'is' if len(doubtful) == 1 else 'are'}, is judged by"
+            judged = (
+                f"what {listed(doubtful, _SHOWN, 'more tensors')} {'is' if len(doubtful) == 1 else 'are'}, is judged by"
+            )
             try:
                 source, found = module_tree(config, list(tensors))
             except NoModuleTreeError as error:
@@ -167,7 +170,7 @@ class TensorKinds:
                 transposed |= {name for name, kind in by_tree.items() if kind is Kind.TRANSPOSED}
                 notes.append(f"{judged} the modules of {source}")
                 if missing := [name for name in doubtful if name not in by_tree]:
-                    notes.append(f"it has no {_listed(missing)}: judged by names alone")
+                    notes.append(f"it has no {listed(missing, _SHOWN, 'more tensors')}: judged by names alone")
         return cls(by_tree, part_of, frozenset(transposed), tuple(notes))
 
 
@@ -180,10 +183,6 @@ def quantization_notes(reasons: Iterable[str | None]) -> list[str]:
         f"{'an' if method[:1] in 'aeiou' else 'a'} {method} quantization"
         for method, count in sorted(counts.items())
     ]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more tensors" if len(names) > _SHOWN else "")
 
 
 def transposed_names(tensors: Mapping[str, StoredTensor], model_type: str | None) -> set[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kvpack.encode.listing import listed
 from kvpack.errors import InputError, NotAContainerError, NotInstalledError
 
 # How many names a message lists.
@@ -13,9 +14,7 @@ _SHOWN = 5
 
 
 def _listed(names: Iterable[str]) -> str:
-    found = sorted(names)
-    rest = len(found) - _SHOWN
-    return ", ".join(found[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    return listed(sorted(names), _SHOWN)
 
 
 def write_model_directory(path: Path, directory: Path) -> list[str]:

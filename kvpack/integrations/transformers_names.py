@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvpack.encode.listing import listed
 from kvpack.errors import ModelMismatchError
 from kvpack.runtime.weights.checkpoint_names import SOURCES, CheckpointNames, Conversion
 from kvpack.runtime.weights.replace import replace_linears
@@ -99,10 +100,8 @@ def _refuse_lacking_experts(
     for module, targets in stacks.items():
         groups = [group for target in targets for group in _by_pattern(found[target]).values()]
         if lacking := _lacking(groups, max(len(state[target]) for target in targets)):
-            rest = len(lacking) - _SHOWN
-            more = f" and {rest} more" if rest > 0 else ""
             raise ModelMismatchError(
-                f"{module}: the file has some of its experts' matrices, and not {', '.join(lacking[:_SHOWN])}{more}; "
+                f"{module}: the file has some of its experts' matrices, and not {listed(lacking, _SHOWN)}; "
                 "what has no weights would be random"
             )
 

@@ -744,17 +744,23 @@ def test_a_blob_at_fault_is_named(path: Path) -> None:
                 reader.decode("w")
 
 
+def with_informative_value(key: str, value: str) -> File:
+    """A file whose entry of ``x`` says one thing more, in JSON or what looks like it."""
+    file = base()
+    file.entries_text = (
+        json.dumps(file.entries)[:-1] + f', "x": {{"shape": [6, 70], "dtype": "I8", "{key}": {value}}}}}'
+    )
+    file.put_blob("x", blob_of("codes"))
+    return file
+
+
 @pytest.mark.parametrize("value", ["9" * 400, '"-20"', "[]", "true", "null"])
 @pytest.mark.parametrize("key", ["noise_db", "entropy_bits", "outliers", "bits_per_weight"])
 def test_informative_values_are_not_believed(path: Path, key: str, value: str) -> None:
     """They cannot make a reader fail, and a report of them is always JSON."""
     from kvpack.encode.report import describe
 
-    file = base()
-    file.entries_text = (
-        json.dumps(file.entries)[:-1] + f', "x": {{"shape": [6, 70], "dtype": "I8", "{key}": {value}}}}}'
-    )
-    file.put_blob("x", blob_of("codes"))
+    file = with_informative_value(key, value)
     path.write_bytes(file.build())
     with kvpack.open(path) as reader:
         info = reader.info("x")
@@ -769,11 +775,7 @@ def test_informative_values_are_not_believed(path: Path, key: str, value: str) -
 @pytest.mark.parametrize("key", ["noise_db", "entropy_bits", "outliers", "bits_per_weight"])
 def test_informative_values_are_json(path: Path, key: str, value: str) -> None:
     """What is no number of JSON is refused wherever it stands (§9.1)."""
-    file = base()
-    file.entries_text = (
-        json.dumps(file.entries)[:-1] + f', "x": {{"shape": [6, 70], "dtype": "I8", "{key}": {value}}}}}'
-    )
-    file.put_blob("x", blob_of("codes"))
+    file = with_informative_value(key, value)
     expect(
         path, file.build(), ContainerMetadataError, f"kvpack_tensors is not valid JSON: {value} is no number of JSON"
     )
