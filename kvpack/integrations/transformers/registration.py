@@ -7,14 +7,13 @@ them has run. Where they are loaded already, the functions are called at once.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
-import warnings
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 # Module of transformers → "module:function" of kvpack, called without arguments when it has been imported. A function
 # may be called more than once, and does nothing the second time.
@@ -25,6 +24,9 @@ ON_IMPORT: dict[str, str] = {
 
 def _call(module: str) -> None:
     """A failure must not keep transformers from being imported: other models have nothing to do with kvpack."""
+    import importlib
+    import warnings
+
     home, _, function = ON_IMPORT[module].partition(":")
     try:
         getattr(importlib.import_module(home), function)()
@@ -37,7 +39,9 @@ def _call(module: str) -> None:
         )
 
 
-class _AfterImport(MetaPathFinder):
+class _AfterImport:
+    """A finder. No subclass of importlib.abc.MetaPathFinder, whose module takes as long to import as all of this."""
+
     def __init__(self, modules: set[str]) -> None:
         self.waiting = modules
 
@@ -46,8 +50,10 @@ class _AfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in self.waiting:
             return None
+        from importlib.util import find_spec
+
         self.waiting.remove(fullname)  # the next line asks all finders, this one among them
-        spec = importlib.util.find_spec(fullname)
+        spec = find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
