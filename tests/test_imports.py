@@ -26,7 +26,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "runtime/kv": ({"format", "encode", "runtime.device", "runtime.kv"}, RUNTIME),
     "bench": ({"format", "encode", "runtime", "bench"}, RUNTIME | {"matplotlib"}),
     "integrations": ({"format", "encode", "runtime", "integrations"}, None),
-    "cli": ({"format", "encode", "runtime", "bench", "cli", "compression"}, {"typer", "rich"}),
+    "cli": ({"format", "encode", "runtime", "bench", "integrations", "cli", "compression"}, {"typer", "rich"}),
 }
 FOR_ALL = {"_version", "errors"}
 # What `kvpack bench linear` compares with. Only these files name them, and they load them when they measure: kvpack
