@@ -67,7 +67,8 @@ def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
 
 
 def violations(source: str, package: str, peers: frozenset[str] = frozenset()) -> list[str]:
-    rooms, others = RULES[package.removeprefix("kvpack.").replace(".", "/")]
+    room = package.removeprefix("kvpack.").replace(".", "/")
+    rooms, others = RULES[room if room in RULES else room.rpartition("/")[0]]
     others = None if others is None else others | peers
     found = []
     for line, module in imported_modules(ast.parse(source), package):
