@@ -154,7 +154,8 @@ def test_peers_are_loaded_when_measured(name: str) -> None:
         ("kvpack.integrations", "from kvpack.cli import app"),
         ("kvpack.bench", "from kvpack.cli.printing import shown_size"),
         ("kvpack.cli", "def f():\n    import torch"),
-        ("kvpack.cli", "from kvpack import integrations"),
+        ("kvpack.cli", "from transformers import AutoTokenizer"),
+        ("kvpack.bench", "from kvpack import integrations"),
     ],
 )
 def test_wrong_imports_are_seen(package: str, source: str) -> None:
