@@ -329,7 +329,8 @@ class GenerationBench(BenchRun):
         from kvpack.integrations.transformers.decode_graph import DecodeGraph
 
         is_pages = kind in PAGES
-        model.set_attn_implementation("kvpack" if is_pages else "sdpa")
+        attention = "kvpack" if is_pages else "sdpa"
+        model.set_attn_implementation(attention)
         tokens = torch.arange(case.batch, device=self.device) % 100 + 5
         positions = torch.full_like(tokens, case.context)
         if not is_pages and kind != "static":
@@ -340,6 +341,11 @@ class GenerationBench(BenchRun):
             graph.step()
         if not graph.logits.isfinite().all():
             raise ArithmeticError("logits are not finite")
+
+        def restart() -> None:
+            model.set_attn_implementation(attention)  # of what runs without a graph
+            graph.start(tokens, positions)
+
         if not is_pages:
             decoder = Decoder(graph.step, lambda: {"cache_bytes": tensor_bytes(cache)})
             layers = cache.layers
@@ -347,7 +353,7 @@ class GenerationBench(BenchRun):
             def rewind() -> None:
                 for layer in layers:
                     layer.cumulative_length.fill_(case.context)
-                graph.start(tokens, positions)
+                restart()
 
             decoder.rewind = rewind
         else:
@@ -358,8 +364,7 @@ class GenerationBench(BenchRun):
                 return {"cache_bytes": int(1e6 * cache.memory_mb()), "page_bytes": cache.kv.pools.bytes_in_use}
 
             decoder = Decoder(graph.step, memory)
-            # The tokens of all ways that share the cache count.
-            decoder.rewind = lambda: graph.start(tokens, positions)
+            decoder.rewind = restart
             decoder.plan = cache.plan_step
         decoder.is_graph = graph.is_captured
         return decoder
@@ -373,21 +378,22 @@ class GenerationBench(BenchRun):
         @torch.no_grad()
         def step() -> None:
             nonlocal ids
-            model.set_attn_implementation("sdpa")
             ids = model(input_ids=ids, use_cache=True, **{name: cache}).logits[:, -1:].argmax(-1)
 
         step()
-        return Decoder(step, lambda: {"cache_bytes": tensor_bytes(cache)})
+        decoder = Decoder(step, lambda: {"cache_bytes": tensor_bytes(cache)})
+        decoder.rewind = lambda: model.set_attn_implementation("sdpa")
+        return decoder
 
     def _time(self, rows: list[dict[str, Any]], decoders: list[Decoder], case: Case) -> None:
         seconds: list[list[float]] = [[] for _ in decoders]
         hosts: list[list[float]] = [[] for _ in decoders]
-        rounds = 2 if self.options.quick else ROUNDS
+        rounds = 2 if self.options.quick or not self.on_gpu else ROUNDS
         for number in range(rounds):
             order = range(len(decoders))
             for index in order if number % 2 == 0 else reversed(order):
                 decoder = decoders[index]
-                steps = STEPS if decoder.is_graph or not self.on_gpu else EAGER_STEPS
+                steps = STEPS if decoder.is_graph else EAGER_STEPS
                 try:
                     decoder.rewind()
                     decoder.step()
@@ -431,7 +437,7 @@ class GenerationBench(BenchRun):
     def _plan_us(self, decoder: Decoder) -> float:
         """Median time that the host takes before a replay, from steps whose other part is left out of it."""
         found = []
-        plan, cache_plan = decoder.plan, []
+        plan = decoder.plan
         assert plan is not None
 
         def timed() -> None:
@@ -446,7 +452,6 @@ class GenerationBench(BenchRun):
                 decoder.step()
         finally:
             del owner.plan_step
-        del cache_plan
         return 1e6 * statistics.median(found)
 
     # --- prefill -------------------------------------------------------------
