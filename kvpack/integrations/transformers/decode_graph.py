@@ -75,7 +75,9 @@ class DecodeGraph:
                     "model.set_attn_implementation('kvpack')"
                 )
             if max_tokens is None:
-                raise CacheInputError("max_tokens is missing: how many tokens a row may come to have, the prompt included")
+                raise CacheInputError(
+                    "max_tokens is missing: how many tokens a row may come to have, the prompt included"
+                )
         elif isinstance(cache, StaticCache):
             if any(cache.is_sliding):
                 raise CacheInputError(
@@ -156,9 +158,7 @@ class DecodeGraph:
         self.start(self.logits.argmax(-1), positions[:, -1] + 1, attention_mask)
         return self.tokens
 
-    def start(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> None:
+    def start(self, tokens: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
         """Go on with these tokens, behind what the cache holds, however it has come there.
 
         Args:
@@ -172,7 +172,9 @@ class DecodeGraph:
         if self._input is None:
             self._input = given.clone()
         elif self._input.shape != given.shape:
-            raise CacheInputError(f"{len(tokens)} rows, where the graph has {self._input.shape[1]}: make another DecodeGraph")
+            raise CacheInputError(
+                f"{len(tokens)} rows, where the graph has {self._input.shape[1]}: make another DecodeGraph"
+            )
         else:
             self._input.copy_(given)
         self._longest = self._columns_held()
