@@ -21,7 +21,8 @@ stream_modules
 verify
 warmup
 
-Names are loaded when first used, so that ``import kvpack`` costs nothing.
+Names are loaded when first used, so that ``import kvpack`` costs nothing. After it, transformers' ``from_pretrained``
+loads compressed models, whichever of the two is imported first.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvpack._version import __version__
+from kvpack.integrations.transformers.registration import register_when_imported
 
 if TYPE_CHECKING:
     from kvpack.compression import compress
@@ -178,3 +180,6 @@ def __getattr__(name: str) -> Any:
             "'kvpack[torch]' without a GPU"
         )
         raise ModuleNotFoundError(message, name=error.name) from None
+
+
+register_when_imported()

@@ -7,7 +7,6 @@ constexpr bool kBf16 = KVPACK_ACTIVATION == 1;
 constexpr u32 kFloatFormat = kBf16 ? KVPACK_FORMAT_BF16 : KVPACK_FORMAT_FP16;
 constexpr bool kQuantizedValues = KVPACK_V_FORMATS != 1u << kFloatFormat;  // some pages may be
 constexpr bool kCausal = KVPACK_CAUSAL;
-constexpr bool kSoftcap = KVPACK_SOFTCAP;
 constexpr float kNothing = -1e30f;  // a maximum below all scores, and finite: differences stay numbers
 constexpr float kUnseen = -3e38f;   // a score whose p is 0 even beside that
 

@@ -290,8 +290,8 @@ __device__ __forceinline__ void add_masses(const Work& work, const Segment& segm
 extern "C" __global__ void __launch_bounds__(kWarps * 32, KVPACK_BLOCKS_PER_SM)
 attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_token_stride, u16* out, const u8* pages, const u64* table,
                  const u32* lengths, u32 sequences, u32 max_pages, u32 heads, u32 heads_per_kv_head, u32 tokens, u32 window, u32 sinks,
-                 float scale KVPACK_SOFTCAP_PARAMETERS KVPACK_SINK_PARAMETERS, float* partials, u32* semaphores, float* page_logs, u64* mass, u64 mass_sequence_stride, u32* steps,
-                 const float* weights) {
+                 float scale KVPACK_SOFTCAP_PARAMETERS KVPACK_SINK_PARAMETERS, float* partials, u32* semaphores, float* page_logs, u64* mass,
+                 u64 mass_sequence_stride, u32* steps, const float* weights) {
   KVPACK_DYNAMIC_SHARED(shared);
   const u32 thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes;
   const u32 columns = heads_per_kv_head * tokens;
@@ -422,7 +422,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
     }
     __syncthreads();
     const float of_query[2] = {load_shared_f32(factors + 8 * (lane % 4)), load_shared_f32(factors + 8 * (lane % 4) + 4)};
-    const float factor[2] = {kSoftcap ? 1 : of_query[0], kSoftcap ? 1 : of_query[1]};  // capped scores have it in them
+    const float factor[2] = {KVPACK_SOFTCAP ? 1 : of_query[0], KVPACK_SOFTCAP ? 1 : of_query[1]};  // capped scores have it in them
 
     softmax.clear();
     float maximum[2] = {kNothing, kNothing};

@@ -392,7 +392,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
       const u32 address = statistics + 64 * tile + 16 * (lane % 4);
       const uint4 bits = load_shared_v4(address);
       // Capped scores have their factor in them.
-      const float factor[2] = {kSoftcap ? 1 : __uint_as_float(bits.x), kSoftcap ? 1 : __uint_as_float(bits.y)};
+      const float factor[2] = {KVPACK_SOFTCAP ? 1 : __uint_as_float(bits.x), KVPACK_SOFTCAP ? 1 : __uint_as_float(bits.y)};
       const float before[2] = {__uint_as_float(bits.z), __uint_as_float(bits.w)};
       float maximum[2] = {before[0], before[1]};
 #pragma unroll
@@ -425,23 +425,25 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
     with_format<KVPACK_V_FORMATS>(formats >> 8, MultiplyValues{pieces, slot, scales, lane, scores, softmax, whole});
   }
 
+#if KVPACK_SINK_LOGITS
+  __syncwarp();  // all maxima are there
+#endif
   // Results of two columns and one dimension become those of one column, g, and two dimensions.
 #pragma unroll
   for (u32 tile = 0; tile < kTiles; ++tile) {
     Softmax& s = softmax[tile];
-    float sum[2] = {sum_over_rows(s.sum[0]), sum_over_rows(s.sum[1])};
+    // The sum of p of all tokens, and of the logit of the column's head.
+    auto with_sink = [&](u32 j, float sum) {
 #if KVPACK_SINK_LOGITS
-    __syncwarp();  // maxima are there
-    const uint4 bits = load_shared_v4(statistics + 64 * tile + 16 * (lane % 4));
-    const float maximum[2] = {(kSoftcap ? 1 : __uint_as_float(bits.x)) * __uint_as_float(bits.z),
-                              (kSoftcap ? 1 : __uint_as_float(bits.y)) * __uint_as_float(bits.w)};
-#pragma unroll
-    for (u32 j = 0; j < 2; ++j) {
+      const u32 address = statistics + 64 * tile + 16 * (lane % 4) + 4 * j;
+      const float maximum = load_shared_f32(address + 8) * (KVPACK_SOFTCAP ? 1 : load_shared_f32(address));
       const u32 of_group = min(warp_column + 8 * tile + 2 * (lane % 4) + j, columns - 1) % heads_per_kv_head;
-      sum[j] += exp2_approximate(__ldg(sink_logits + head * heads_per_kv_head + of_group) * log2_e - maximum[j]);
-    }
+      return sum + exp2_approximate(__ldg(sink_logits + head * heads_per_kv_head + of_group) * log2_e - maximum);
+#else
+      return sum;
 #endif
-    const float inverse[2] = {reciprocal(sum[0]), reciprocal(sum[1])};
+    };
+    const float inverse[2] = {reciprocal(with_sink(0, sum_over_rows(s.sum[0]))), reciprocal(with_sink(1, sum_over_rows(s.sum[1])))};
     const u32 column = warp_column + 8 * tile + lane / 4;
     u32* to = result_of(column);
 #pragma unroll

@@ -1,0 +1,7 @@
+"""transformers' quantizer of kvpack directories."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Make transformers know ``"quant_method": "kvpack"``."""
