@@ -5,6 +5,7 @@
 ...     if not name.endswith("Error"):  # kvpack.errors draws their hierarchy
 ...         print(name)
 KVCache
+KVPackConfig
 PageFormat
 QuantConfig
 RansLinear
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
         VersionError,
     )
     from kvpack.format.pages import PageFormat
+    from kvpack.integrations.transformers.config import KVPackConfig
     from kvpack.integrations.transformers_names import replace_linears
     from kvpack.runtime.kv.attention import attention_with_kv_cache
     from kvpack.runtime.kv.cache import KVCache
@@ -103,6 +105,7 @@ __all__ = [
     "HeaderCrcError",
     "InputError",
     "KVCache",
+    "KVPackConfig",
     "KvpackError",
     "LaneError",
     "LaneStateError",
@@ -152,6 +155,7 @@ _HOMES = {
     "load": ("kvpack.runtime.weights.load", "load"),
     "open": ("kvpack.encode.reader", "Reader"),
     "KVCache": ("kvpack.runtime.kv.cache", "KVCache"),
+    "KVPackConfig": ("kvpack.integrations.transformers.config", "KVPackConfig"),
     "PageFormat": ("kvpack.format.pages", "PageFormat"),
     "QuantConfig": ("kvpack.encode.quant_config", "QuantConfig"),
     "RansLinear": ("kvpack.runtime.weights.linear", "RansLinear"),
@@ -173,6 +177,9 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
+        if error.name == "transformers":
+            message = f"kvpack.{name} needs transformers, which is not installed: pip install 'kvpack[transformers]'"
+            raise ModuleNotFoundError(message, name=error.name) from None
         if error.name not in ("torch", "cupy"):
             raise
         message = (

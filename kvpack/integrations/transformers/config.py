@@ -38,7 +38,7 @@ class KVPackConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **rest: Any,
     ) -> None:
         rest.pop("quant_method", None)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # any string serves
         self.format_version = format_version
         self.blob_bytes = dict(blob_bytes or {})
         self.options = dict(options or {})
