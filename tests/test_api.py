@@ -23,7 +23,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 # Packages of extras: modules that need them are left out where they are not installed.
 OPTIONAL = {"torch", "cupy", "transformers", "matplotlib", "cuda"}
 NEED_TORCH = {"KVCache", "RansLinear", "attention_with_kv_cache", "load", "replace_linears", "warmup"}
-NEED_TRANSFORMERS = {"KVPackConfig"}
+NEED_TRANSFORMERS = {"KVPackCache", "KVPackConfig"}
 
 
 def model() -> Arrays:
