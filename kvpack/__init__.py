@@ -6,6 +6,7 @@
 ...         print(name)
 KVCache
 KVPackCache
+KVPackConfig
 PageFormat
 QuantConfig
 RansLinear
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     )
     from kvpack.format.pages import PageFormat
     from kvpack.integrations.transformers.cache import KVPackCache
+    from kvpack.integrations.transformers.config import KVPackConfig
     from kvpack.integrations.transformers_names import replace_linears
     from kvpack.runtime.kv.attention import attention_with_kv_cache
     from kvpack.runtime.kv.cache import KVCache
@@ -106,6 +108,7 @@ __all__ = [
     "InputError",
     "KVCache",
     "KVPackCache",
+    "KVPackConfig",
     "KvpackError",
     "LaneError",
     "LaneStateError",
@@ -156,6 +159,7 @@ _HOMES = {
     "open": ("kvpack.encode.reader", "Reader"),
     "KVPackCache": ("kvpack.integrations.transformers.cache", "KVPackCache"),
     "KVCache": ("kvpack.runtime.kv.cache", "KVCache"),
+    "KVPackConfig": ("kvpack.integrations.transformers.config", "KVPackConfig"),
     "PageFormat": ("kvpack.format.pages", "PageFormat"),
     "QuantConfig": ("kvpack.encode.quant_config", "QuantConfig"),
     "RansLinear": ("kvpack.runtime.weights.linear", "RansLinear"),
