@@ -11,10 +11,10 @@ the others hold copies of it at addresses of their own. The head, embeddings and
 A cache is filled with random keys and values, so that long contexts need no prefill; prefill is measured by itself, of
 one sequence. Decoding is timed step by step through :class:`kvpack.integrations.transformers.decode_graph.DecodeGraph`:
 one CUDA graph a token for kvpack's pages and for transformers' StaticCache. To that ``static`` attends as transformers
-does, by SDPA with a mask. ``flash`` is SDPA without a mask to exactly the context, which lets it use its fastest kernel: the
-best that bf16 can have, with a length that the graph fixes. QuantizedCache (``hqq``, ``quanto``) and DynamicCache cannot
-be captured and run without a graph. Ways that are compared run in turns, and medians are taken. What does not work is a row
-with its error. The result is written after each part.
+does, by SDPA with a mask. ``flash`` is SDPA without a mask to exactly the context, which lets it use its fastest
+kernel: the best that bf16 can have, with a length that the graph fixes. QuantizedCache (``hqq``, ``quanto``) and
+DynamicCache cannot be captured and run without a graph. Ways that are compared run in turns, and medians are taken.
+What does not work is a row with its error. The result is written after each part.
 
 The ways are named WEIGHTS/CACHE: ``4.25:fast/int4`` is a rate and layout of kvpack's with INT4 pages, ``bf16/static``
 is dense with a StaticCache.
@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from bench_common import device_record, environment_path, print_table, provenance, synchronize, write_result
-from generation_models import DENSE, DTYPE, SHAPES, SmallLayersCompiled, built, dense_model
+from generation_models import DTYPE, SHAPES, SmallLayersCompiled, built, dense_model
 from torch import nn
 
 from kvpack.bench.report import finite
@@ -442,12 +442,10 @@ class GenerationBench(BenchRun):
                 row["step_ms"], row["spread"] = 1e3 * median, (max(found) - min(found)) / median
                 row["tokens_per_s"] = case.batch / median
                 row["enqueue_ms"] = 1e3 * statistics.median(host)
-                print(
-                    f"          {row['weights']:>14} {row['cache']:<10} {row['step_ms']:8.3f} ms"
-                    f"{'' if row['graph'] else '  without a graph'}{'  compiled' if row['small_layers_compiled'] else ''}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                how = "" if row["graph"] else "  without a graph"
+                how += "  small layers compiled" if row["small_layers_compiled"] else ""
+                line = f"          {row['weights']:>14} {row['cache']:<10} {row['step_ms']:8.3f} ms{how}"
+                print(line, file=sys.stderr, flush=True)
 
     def _profile(self, rows: list[dict[str, Any]], decoders: list[Decoder], case: Case) -> None:
         """Kernels of one step, of the first three ways in the first context; and what the host does beforehand."""
@@ -562,39 +560,32 @@ def kernels_of(step: Callable[[], object], device: torch.device) -> dict[str, An
 
 
 def show(report: dict[str, Any]) -> None:
-    def number(value: Any, digits: int) -> str | None:
-        return None if value is None else f"{value:.{digits}f}"
+    """Everything as tables on stdout."""
 
-    rows = [
-        [r["model"], r["weights"], number(r.get("bits_per_weight"), 3), number(r.get("linear_bytes", 0) / 1e6, 0)]
-        + [number(r.get("build_seconds"), 1), r["error"]]
-        for r in report["weights"]
-    ]
-    print_table(["model", "weights", "bits", "MB", "built in s", "error"], rows, "Linear layers")
-    rows = [
-        [r["model"], r["batch"], r["context"], r["weights"], r["cache"], r.get("graph"), number(r.get("step_ms"), 3)]
-        + [number(r.get("tokens_per_s"), 0), number(100 * r.get("spread", 0), 1), number(r.get("plan_us"), 0)]
-        + [number(r.get("cache_bytes", 0) / 1e6, 1), number(r.get("peak_beyond_bytes", 0) / 1e6, 0)]
-        + ["compiled" if r["small_layers_compiled"] else None, (r["error"] or "")[:60]]
-        for r in report["decode"]
-    ]
-    headings = ["model", "rows", "context", "weights", "cache", "graph", "ms", "tokens/s", "spread %", "plan µs"]
-    print_table([*headings, "cache MB", "beyond MB", "small layers", "error"], rows, "Decoding")
-    rows = [
-        [r["model"], r["context"], r["weights"], r["cache"], number(r.get("tokens_per_s"), 0)]
-        + [number(r.get("peak_beyond_bytes", 0) / 1e6, 0), (r["error"] or "")[:60]]
-        for r in report["prefill"]
-    ]
-    print_table(["model", "tokens", "weights", "cache", "tokens/s", "peak beyond MB", "error"], rows, "Prefill")
-    for r in report["profile"]:
-        if r["error"]:
-            continue
-        print(
-            f"\n{r['model']} {r['weights']}/{r['cache']} {r['batch']} × {r['context']}: {r['launches']:.0f} launches,"
-        )
-        print(f"{r['kernels_us']:.0f} µs in kernels of {r['step_us']:.0f}")
-        for k in r["kernels"][:12]:
-            print(f"  {k['us']:8.1f} µs {k['launches']:6.0f} ×  {k['name']}")
+    def number(row: dict[str, Any], key: str, digits: int, unit: float = 1) -> str | None:
+        return None if row.get(key) is None else f"{row[key] / unit:.{digits}f}"
+
+    def cells(row: dict[str, Any], *columns: str | tuple[Any, ...]) -> list[Any]:
+        shown = [number(row, *column) if isinstance(column, tuple) else row.get(column) for column in columns]
+        return [*shown, (row["error"] or "")[:60]]
+
+    what: tuple[Any, ...] = ("model", "weights", ("bits_per_weight", 3), ("linear_bytes", 0, 1e6), ("build_seconds", 1))
+    headings = ["model", "weights", "bits", "MB", "built in s", "error"]
+    print_table(headings, [cells(row, *what) for row in report["weights"]], "Linear layers")
+    what = ("model", "batch", "context", "weights", "cache", "graph", "small_layers_compiled", ("step_ms", 3))
+    what += (("tokens_per_s", 0), ("spread", 3), ("plan_us", 0), ("cache_bytes", 1, 1e6), ("peak_beyond_bytes", 0, 1e6))
+    headings = ["model", "rows", "context", "weights", "cache", "graph", "compiled", "ms", "tokens/s", "spread"]
+    headings += ["plan µs", "cache MB", "beyond MB", "error"]
+    print_table(headings, [cells(row, *what) for row in report["decode"]], "Decoding")
+    what = ("model", "context", "weights", "cache", ("tokens_per_s", 0), ("peak_beyond_bytes", 0, 1e6))
+    headings = ["model", "tokens", "weights", "cache", "tokens/s", "beyond MB", "error"]
+    print_table(headings, [cells(row, *what) for row in report["prefill"]], "Prefill")
+    for row in report["profile"]:
+        print(f"\n{row['model']} {row['weights']}/{row['cache']} {row['batch']} × {row['context']}", row["error"] or "")
+        if row["error"] is None:
+            print(f"{row['launches']:.0f} launches, {row['kernels_us']:.0f} of {row['step_us']:.0f} µs in kernels")
+            for kernel in row["kernels"][:12]:
+                print(f"  {kernel['us']:8.1f} µs {kernel['launches']:6.0f} ×  {kernel['name']}")
 
 
 def main() -> None:

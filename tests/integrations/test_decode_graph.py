@@ -56,7 +56,7 @@ def generated(model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor, **o
 
 
 class Replayed:
-    """Stands in for a CUDA graph where there is none: repeats what a captured step does on the device, and only that."""
+    """Stands in for a CUDA graph: repeats what a captured step does on the device, and nothing of the host."""
 
     def __init__(self, decoder: DecodeGraph, monkeypatch: pytest.MonkeyPatch) -> None:
         self.decoder, self.monkeypatch = decoder, monkeypatch
@@ -130,8 +130,10 @@ def test_who_samples_puts_tokens_in() -> None:
         decoder.tokens.fill_(token)
         decoder.step()
     first, second = (decoder.logits for decoder in decoders)
-    assert first is not None and second is not None
-    assert first.shape == (3, 99) and not torch.allclose(first, second)
+    assert first is not None
+    assert second is not None
+    assert first.shape == (3, 99)
+    assert not torch.allclose(first, second)
     assert decoders[0].positions.tolist() == [51, 71, 11]
 
 
@@ -190,7 +192,8 @@ def test_a_graph_gives_the_tokens_of_steps_without_one(options: dict[str, Any]) 
     decoder = DecodeGraph(model, KVPackCache(model.config, **options), max_tokens=COLUMNS + NEW)
     for _ in range(2):  # the second prompt replays the graph of the first
         found = decoder.generate(ids, mask, max_new_tokens=NEW)
-        assert decoder.is_captured and not eager.is_captured
+        assert decoder.is_captured
+        assert not eager.is_captured
         assert torch.equal(found[:, COLUMNS:], torch.stack(expected, 1))
         decoder.cache.kv.check()
         decoder.cache.reset()

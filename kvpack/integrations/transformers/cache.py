@@ -369,13 +369,14 @@ class KVPackCache(Cache):  # type: ignore[misc]
 
         Before each replay :meth:`plan_step` is to be called. :class:`~.decode_graph.DecodeGraph` does both.
         """
-        columns, tokens, steps = [layer.columns for layer in self.layers], self._tokens, self._steps
+        layers: Any = self.layers
+        columns, tokens, steps = [layer.columns for layer in layers], self._tokens, self._steps
         self._steps = 0  # no reallocation, which waits for the device
         try:
             yield
         finally:
             self._tokens, self._steps = tokens, steps
-            for layer, count in zip(self.layers, columns, strict=True):
+            for layer, count in zip(layers, columns, strict=True):
                 layer.columns, layer.is_pending = count, False
 
     def plan_step(self) -> None:
@@ -391,7 +392,8 @@ class KVPackCache(Cache):  # type: ignore[misc]
         self.begin_step(self.rows, before)
         self.kv.plan(1, range(self.rows))
         self.add_columns(before, 1, None)
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             layer.columns = before + 1
 
     def append_and_read(

@@ -24,8 +24,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache, StaticCache
+from transformers.modeling_utils import PreTrainedModel
 
 from kvpack.errors import CacheFullError, CacheInputError, DeviceError, KvpackError
 from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache
@@ -42,7 +42,7 @@ class DecodeGraph:
     Args:
         model: on one device, in evaluation mode.
         cache: a :class:`KVPackCache`, for a model whose ``attn_implementation`` is "kvpack", or a StaticCache.
-        max_tokens: of a row, prompt included; None: what a StaticCache has room for. Of a KVPackCache it is to be given:
+        max_tokens: of a row, prompt included; None: what a StaticCache has room for. With a KVPackCache it is needed:
             the graph holds page tables of this size, and splits attention for it.
 
     Attributes:
@@ -67,7 +67,7 @@ class DecodeGraph:
     torch.Size([1, 21])
     """
 
-    def __init__(self, model: nn.Module, cache: Cache, *, max_tokens: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, cache: Cache, *, max_tokens: int | None = None) -> None:
         if isinstance(cache, KVPackCache):
             if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
                 raise CacheInputError(
@@ -84,12 +84,12 @@ class DecodeGraph:
                     "StaticCache counts the tokens of sliding windows on the host, which a CUDA graph does not repeat: "
                     "use a KVPackCache"
                 )
-            room = cache.get_max_length() if hasattr(cache, "get_max_length") else cache.max_cache_len
+            room = cache.get_max_length()
             max_tokens = room if max_tokens is None else min(room, max_tokens)
         else:
             raise CacheInputError(
-                f"{type(cache).__name__} grows at each step, which a CUDA graph does not repeat: use a KVPackCache or a "
-                "StaticCache"
+                f"{type(cache).__name__} grows at each step, which a CUDA graph does not repeat: use a KVPackCache or "
+                "a StaticCache"
             )
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
         self.device: torch.device = next(model.parameters()).device
@@ -183,7 +183,7 @@ class DecodeGraph:
         if self._mask is None and attention_mask is not None:
             if self.is_captured:
                 raise CacheInputError("the graph was captured for a batch without pads: make another DecodeGraph")
-            shape = (len(tokens), self.cache.layers[0].keys.shape[2])
+            shape = (len(tokens), self.cache.get_max_length())
             self._mask = torch.ones(shape, dtype=torch.int64, device=self.device)
         if self._mask is not None:
             self._mask.fill_(1)
@@ -192,7 +192,7 @@ class DecodeGraph:
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
-        """One more token of each row. Waits for the device in a :meth:`KVPackCache` with a budget alone, rarely.
+        """One more token of each row. Waits for the device only with a budget, every 32 steps.
 
         Returns:
             :attr:`tokens`: chosen behind those that this step put into the cache.
@@ -226,7 +226,7 @@ class DecodeGraph:
     ) -> torch.Tensor:
         """A prompt and what follows it, as ``model.generate(…, do_sample=False)`` returns it.
 
-        Looks for ends every 16 tokens, and waits for the device then; the cache holds what was decoded behind them, too.
+        Looks for ends every 16 tokens, and waits for the device then. The cache holds what was decoded behind them, too.
 
         Args:
             max_new_tokens: at most, of each row.
@@ -241,17 +241,16 @@ class DecodeGraph:
         self._require_room(input_ids.shape[1] + max_new_tokens - 1, 0)
         found = [self.prompt(input_ids, attention_mask).clone()]
         while len(found) < max_new_tokens:
-            if eos_token_id is not None and len(found) % _STEPS_BETWEEN_LOOKS == 0:
-                if (torch.stack(found) == eos_token_id).any(0).all():
-                    break
+            is_look = len(found) % _STEPS_BETWEEN_LOOKS == 0
+            if eos_token_id is not None and is_look and torch.stack(found).eq(eos_token_id).any(0).all():
+                break
             found.append(self.step().clone())
         new = torch.stack(found, dim=1)
         if eos_token_id is not None:
-            is_end = (new == eos_token_id).cumsum(-1)
-            ended = is_end - (new == eos_token_id).long() > 0
-            new = new.masked_fill(ended, eos_token_id if pad_token_id is None else pad_token_id)
-            ends = torch.where(is_end > 0, 0, 1).sum(-1) + 1  # tokens up to the end, which counts
-            new = new[:, : int(ends.max())]
+            ends = new.eq(eos_token_id)
+            behind = ends.cumsum(-1) - ends.long() > 0
+            new = new.masked_fill(behind, eos_token_id if pad_token_id is None else pad_token_id)
+            new = new[:, : int((~behind).sum(-1).max())]
         return torch.cat([input_ids.to(new.device), new], dim=1)
 
     def reallocate(self) -> None:
