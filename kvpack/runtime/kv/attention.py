@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from kvpack.runtime.kv.attention_kernels import COLUMNS, Observed
 from kvpack.runtime.kv.cache import KVCache, KVView, cache_of
 from kvpack.runtime.kv.distortion import Queries
 from kvpack.runtime.kv.page_kernels import read_tokens
+from kvpack.runtime.kv.ragged import Counts, checked_counts, in_columns, rows_by_count
 
 # A cache that is made here ends where lengths do; its tables grow by need.
 _MAX_TOKENS = 1 << 30
@@ -57,6 +58,7 @@ def attention_with_kv_cache(
     *,
     layer: int | None = None,
     sequences: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
     cached_tokens: int | Sequence[int] | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -84,6 +86,8 @@ def attention_with_kv_cache(
             first is attended to: no chunks.
         layer: of the cache; None if it has one only.
         sequences: which ones of the cache the batch is, each once; None is 0, 1, ….
+        tokens: how many each row brings, where they differ, as in prompts that are padded on the left: of row i the
+            last ``tokens[i]`` of q, k and v, 0 or more. The others reach nothing; their results are zeros. None: all.
         cached_tokens: how many tokens the cache holds of all sequences, or of each: it is refused if that is not so, as
             when a prompt comes a second time. None: whatever it holds.
         scale: from 10^-6 to 10^6; None is 1 / √head_dim.
@@ -130,6 +134,7 @@ def attention_with_kv_cache(
         k,
         v,
         sequences,
+        tokens=tokens,
         cached_tokens=cached_tokens,
         update_cache=update_cache,
         causal=causal,
@@ -152,6 +157,7 @@ def attend(
     v: torch.Tensor | None,
     sequences: Sequence[int] | None = None,
     *,
+    tokens: Sequence[int] | None = None,
     cached_tokens: int | Sequence[int] | None = None,
     update_cache: bool = True,
     causal: bool = True,
@@ -181,6 +187,7 @@ def attend(
     call = _Call(
         layer,
         None if sequences is None else _plain("a sequence", sequences),
+        None if tokens is None else _plain("tokens", tokens),
         None if cached_tokens is None else _plain("cached_tokens", cached_tokens),
         1 / math.sqrt(cache.head_dim) if scale is None else scale,
         window,
@@ -203,6 +210,7 @@ def attend(
             cache.number,
             call.layer,
             call.sequences,
+            call.tokens,
             call.cached_tokens,
             call.scale,
             call.window,
@@ -220,6 +228,7 @@ def attend(
 class _Call:
     layer: int
     sequences: tuple[int, ...] | None
+    tokens: tuple[int, ...] | None
     cached_tokens: tuple[int, ...] | None
     scale: float
     window: int | None
@@ -315,36 +324,43 @@ def _attend_in_chunks(
     if head_importance is not None:
         head_importance = _checked_importance(head_importance, q)
     tokens = q.shape[2]
+    counts = checked_counts(call.tokens, len(q), tokens)
     alone = k.numel() == 0 and q.numel() > 0
     if alone or call.cached_tokens is not None:
-        _check_held(cache, call, cache.checked_input(call.layer, k, v, call.sequences), tokens, alone=alone)
+        ids = cache.checked_input(call.layer, k, v, call.sequences)
+        _check_held(cache, call, ids, counts, alone=alone)
     if q.numel() == 0:
         cache.append(call.layer, k, v, call.sequences)
         return torch.empty_like(q)
     whole = alone or not call.causal or not call.update_cache
     step = tokens if whole else call.chunk_tokens or _CHUNK_TOKENS
     if step >= tokens:
-        out = _attend_once(q, k, v, cache, call, head_importance)
+        out = _attend_once(q, k, v, cache, call, counts, head_importance)
         if progress is not None:
             progress(tokens, tokens)
         return out
     # The first chunk must not be written if there is no room for the last.
-    cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), tokens)
+    cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), counts)
     out = torch.empty_like(q)
     for first in range(0, tokens, step):
-        part = slice(first, first + step)
-        out[:, :, part] = _attend_once(q[:, :, part], k[:, :, part], v[:, :, part], cache, call, head_importance)
+        end = min(first + step, tokens)
+        part = slice(first, end)
+        of_part = in_columns(counts, tokens, first, end)
+        out[:, :, part] = _attend_once(
+            q[:, :, part], k[:, :, part], v[:, :, part], cache, call, of_part, head_importance
+        )
         if progress is not None:
-            progress(min(first + step, tokens), tokens)
+            progress(end, tokens)
     return out
 
 
-def _check_held(cache: KVCache, call: _Call, ids: list[int], tokens: int, *, alone: bool) -> None:
+def _check_held(cache: KVCache, call: _Call, ids: list[int], counts: Counts, *, alone: bool) -> None:
     """Whether the cache holds what the caller says, and what queries alone need."""
     if call.cached_tokens is not None and len(call.cached_tokens) != len(ids):
         raise CacheInputError(f"cached_tokens has {len(call.cached_tokens)} numbers for a batch of {len(ids)}")
-    least = tokens if call.causal else 1
     for row, sequence in enumerate(ids):
+        count = counts if isinstance(counts, int) else counts[row]
+        least = count if call.causal else min(count, 1)
         held, where = cache.length(call.layer, sequence), f"layer {call.layer}, sequence {sequence}"
         if call.cached_tokens is not None and held != call.cached_tokens[row]:
             raise CacheInputError(
@@ -370,15 +386,58 @@ def _checked_importance(head_importance: torch.Tensor, q: torch.Tensor) -> torch
 
 
 def _attend_once(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KVCache,
+    call: _Call,
+    counts: Counts,
+    head_importance: torch.Tensor | None,
 ) -> torch.Tensor:
-    attend_to = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
     q = q.detach() if q.stride(-1) == 1 else q.detach().contiguous()
+    columns = q.shape[2]
+    batch = range(len(q))
+    # Rows that bring as many tokens are attended to together, without those that are none.
+    groups = {counts: list(batch)} if isinstance(counts, int) else rows_by_count(counts)
+    groups.pop(0, None)
+    parts = {count: _rows_of(q, rows)[:, :, columns - count :] for count, rows in groups.items()}
     noted = None
     if call.update_cache and k.numel() > 0 and cache.wants_queries(call.layer):
-        noted = Queries.of(q, cache.num_kv_heads, call.scale)
-    with cache.writing(call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache) as view:
-        return attend_to(q, view, call, head_importance)
+        for part in parts.values():
+            noted = Queries.of(part, cache.num_kv_heads, call.scale) + noted
+    tokens = None if counts == columns else [counts] * len(q) if isinstance(counts, int) else counts
+    with cache.writing(
+        call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache, tokens=tokens if k.numel() else None
+    ) as view:
+        attend_to = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
+        if counts == columns:
+            return attend_to(q, view, call, head_importance)
+        out = torch.zeros_like(q)
+        for count, rows in groups.items():
+            of_rows = replace(call, sequences=tuple(view.sequences[row] for row in rows), tokens=None)
+            part = attend_to(parts[count], _view_of_rows(view, rows), of_rows, head_importance)
+            if len(rows) == len(q):
+                out[:, :, columns - count :] = part
+            else:
+                out[_on_device(rows, q.device), :, columns - count :] = part
+        return out
+
+
+def _rows_of(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some of a batch; a view where they lie side by side."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return tensor[rows[0] : rows[-1] + 1]
+    return tensor[_on_device(rows, tensor.device)]
+
+
+def _on_device(rows: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _view_of_rows(view: KVView, rows: list[int]) -> KVView:
+    table = _rows_of(view.page_table.transpose(0, 1), rows).transpose(0, 1).contiguous()
+    sequences = tuple(view.sequences[row] for row in rows)
+    return KVView(view.cache, view.layer, sequences, table, _rows_of(view.lengths, rows))
 
 
 def _attend_by_kernel(q: torch.Tensor, view: KVView, call: _Call, head_importance: torch.Tensor | None) -> torch.Tensor:
@@ -570,6 +629,7 @@ def _operator(
     cache: int,
     layer: int,
     sequences: list[int] | None,
+    tokens: list[int] | None,
     cached_tokens: list[int] | None,
     scale: float,
     window: int | None,
@@ -580,8 +640,9 @@ def _operator(
     chunk_tokens: int | None,
 ) -> torch.Tensor:
     named = None if sequences is None else tuple(sequences)
+    counts = None if tokens is None else tuple(tokens)
     cached = None if cached_tokens is None else tuple(cached_tokens)
-    call = _Call(layer, named, cached, scale, window, sinks, causal, update_cache, observe, chunk_tokens)
+    call = _Call(layer, named, counts, cached, scale, window, sinks, causal, update_cache, observe, chunk_tokens)
     _check(q, k, v, cache_of(cache), call)
     return _attend_in_chunks(q, k, v, cache_of(cache), call, head_importance, None).contiguous()
 
@@ -591,8 +652,8 @@ _LIBRARY = torch.library.Library("kvpack", "FRAGMENT")
 # lengths nor tables, of which a compiler might hand over copies, to be copied back afterwards.
 _LIBRARY.define(
     "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? head_importance, Tensor(a!) calls, SymInt cache, "
-    "SymInt layer, SymInt[]? sequences, SymInt[]? cached_tokens, float scale, int? window, int sinks, bool causal, "
-    "bool update_cache, bool observe, int? chunk_tokens) -> Tensor",
+    "SymInt layer, SymInt[]? sequences, SymInt[]? tokens, SymInt[]? cached_tokens, float scale, int? window, "
+    "int sinks, bool causal, bool update_cache, bool observe, int? chunk_tokens) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _LIBRARY.impl("attention_with_kv_cache", _operator, "CompositeExplicitAutograd")

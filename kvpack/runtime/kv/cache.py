@@ -67,6 +67,7 @@ from kvpack.runtime.kv.distortion import Queries, format_errors
 from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, left_out, new_status, quantize_pages, read_tokens, write_tokens
 from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools, PageViews
 from kvpack.runtime.kv.page_table import NO_PAGE, Ints, PageTable, Place, Places, widened
+from kvpack.runtime.kv.ragged import Counts, checked_counts, most
 from kvpack.runtime.kv.steps import Step, quiet_tokens
 
 OpenFormats = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
@@ -158,10 +159,12 @@ class _Changes(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """Tokens that are not in the cache yet: [batch, heads, tokens, head_dim], behind those of ``sequences``."""
+    """Tokens that are not in the cache yet: [batch, heads, columns, head_dim], the last of which, ``counts``, go behind
+    those of ``sequences``."""
 
     k: torch.Tensor
     v: torch.Tensor
+    counts: Counts
     sequences: list[int]
     queries: Queries | None
 
@@ -317,7 +320,8 @@ class KVCache:
         self._is_in_graphs = self._is_open = False
         self._is_planned_ahead = False
         self._everything = list(range(max_sequences))
-        self._last_step: tuple[tuple[bytes, list[int], int], Step] | None = None
+        self._last_step: tuple[tuple[bytes, list[int], Counts], Step] | None = None
+        self._last_counts: tuple[list[int], torch.Tensor] | None = None
         # By layer: the last batch, and how many tokens it takes before a page comes or leaves the window.
         self._quiet: list[tuple[list[int], int] | None] = [None] * num_layers
         self.number = next(_numbers)
@@ -385,6 +389,7 @@ class KVCache:
         *,
         queries: Queries | None = None,
         keep: bool = True,
+        tokens: Sequence[int] | None = None,
     ) -> Iterator[KVView]:
         """New tokens behind a layer's last ones, to be attended to before any page is quantized for their sake.
 
@@ -398,11 +403,13 @@ class KVCache:
             sequences: which ones the batch is, each once; None is 0, 1, ….
             queries: that meet these keys, as long as :meth:`wants_queries`.
             keep: whether the tokens stay. Without, the cache holds afterwards what it did before.
+            tokens: how many each row brings, where they differ: of row i the last ``tokens[i]`` of k and v, 0 or more.
+                Inputs that are padded on the left have them so. None: all of each row.
 
         Raises:
-            CacheInputError: a wrong layer, sequence, shape, dtype or device; tokens that are not kept in a CUDA graph's
-                capture, which cannot allocate pages; :meth:`plan` was called without a replay of its graph; another
-                ``writing`` has not ended.
+            CacheInputError: a wrong layer, sequence, shape, dtype, device or number of tokens; in a CUDA graph's
+                capture, tokens that are not kept, since it cannot allocate pages, or numbers of tokens that differ;
+                :meth:`plan` was called without a replay of its graph; another ``writing`` has not ended.
             CacheFullError: a sequence would exceed ``max_tokens``, or pages ``max_bytes`` or the device's memory.
 
         >>> import torch
@@ -417,49 +424,56 @@ class KVCache:
         """
         self._require_closed()
         ids = self.checked_input(layer, k, v, sequences)
-        k, v, count = k.detach(), v.detach(), k.shape[2]
+        counts = checked_counts(tokens, len(ids), k.shape[2])
+        k, v = k.detach(), v.detach()
+        if isinstance(counts, int) and counts < k.shape[2]:
+            k, v = (x[:, :, x.shape[2] - counts :] for x in (k, v))
         rows = self._row_index(ids) if ids else None
         self._require_replayed()
-        if not ids or count == 0:
+        if not ids or counts == 0:
             table, lengths = self._view_of(layer, rows)
             yield KVView(self, layer, tuple(ids), table[:, : len(ids)], lengths[: len(ids)])
             return
         self._is_open, errors = True, self.errors
         try:
             if self._is_captured():
-                self.check_room(layer, ids, count)
+                if not isinstance(counts, int):
+                    raise CacheInputError(
+                        f"tokens is {counts}: a CUDA graph repeats a call in which all rows bring as many tokens"
+                    )
+                self.check_room(layer, ids, counts)
                 if not keep:
                     raise CacheInputError(
                         "tokens that are not kept need pages, which a CUDA graph's capture cannot allocate"
                     )
-                view = self._written(layer, ids, k, v, rows)
+                view = self._written(layer, ids, k, v, rows, counts)
                 yield view
                 self._set_lengths(layer, rows, view.lengths)
                 return
             step, begun = None, None
-            if not self._is_quiet(layer, ids, count):
-                step = self._step(layer, ids, count)
+            if not self._is_quiet(layer, ids, counts):
+                step = self._step(layer, ids, counts)
                 new = self._coming(layer, step)
-                changes = self._changes_for(layer, step, _Tokens(k, v, ids, queries)) if keep else _NO_CHANGES
+                changes = self._changes_for(layer, step, _Tokens(k, v, counts, ids, queries)) if keep else _NO_CHANGES
                 begun = self._begin(new, changes)
             try:
-                view = self._written(layer, ids, k, v, rows)
+                view = self._written(layer, ids, k, v, rows, counts)
                 yield view
                 if not keep:
-                    self._clear(layer, k, rows)
+                    self._clear(layer, k, rows, counts)
                 elif queries is not None:
                     queries = queries + self._queries[layer]
                 if begun is not None:
                     self._change(begun, keep_new=keep)
             except BaseException:
                 try:
-                    self._clear(layer, k, rows)
+                    self._clear(layer, k, rows, counts)
                 finally:
                     if begun is not None:
                         self._take_back(begun)
                 raise
             if keep:
-                self._advance(layer, ids, rows, count, step, view)
+                self._advance(layer, ids, rows, counts, step, view)
                 if queries is not None:
                     self._queries[layer] = queries
         except BaseException:
@@ -492,9 +506,11 @@ class KVCache:
         v: torch.Tensor,
         sequences: Sequence[int] | None = None,
         queries: Queries | None = None,
+        *,
+        tokens: Sequence[int] | None = None,
     ) -> None:
         """:meth:`writing` with nothing inside."""
-        with self.writing(layer, k, v, sequences, queries=queries):
+        with self.writing(layer, k, v, sequences, queries=queries, tokens=tokens):
             pass
 
     def attend(
@@ -511,8 +527,8 @@ class KVCache:
         Args:
             q: [batch, query heads, tokens, head_dim]; k, v: [batch, num_kv_heads, tokens, head_dim], or None: q alone.
             sequences: as of :meth:`writing`.
-            options: ``cached_tokens``, ``update_cache``, ``causal``, ``scale``, ``window``, ``sinks``, ``observe``,
-                ``head_importance``, ``chunk_tokens``, ``progress``: as of :func:`kvpack.attention_with_kv_cache`.
+            options: ``tokens``, ``cached_tokens``, ``update_cache``, ``causal``, ``scale``, ``window``, ``sinks``,
+                ``observe``, ``head_importance``, ``chunk_tokens``, ``progress``: as of :func:`kvpack.attention_with_kv_cache`.
 
         Returns:
             The result, like q.
@@ -524,39 +540,39 @@ class KVCache:
 
         return attend(self, layer, q, k, v, sequences, **options)
 
-    def _is_quiet(self, layer: int, ids: list[int], count: int) -> bool:
+    def _is_quiet(self, layer: int, ids: list[int], counts: Counts) -> bool:
         """Whether it is known that sequences have room for so many tokens and no page leaves the window: most steps."""
         known = self._quiet[layer]
-        return known is not None and count <= known[1] and known[0] == ids
+        return known is not None and most(counts) <= known[1] and known[0] == ids
 
-    def _step(self, layer: int, ids: list[int], count: int) -> Step:
-        """What so many more tokens do to a layer's pages.
+    def _step(self, layer: int, ids: list[int], counts: Counts) -> Step:
+        """What so many more tokens of each do to a layer's pages.
 
         Raises:
             CacheFullError: a sequence would exceed ``max_tokens``.
         """
         lengths = self.table.lengths[layer]
-        key = lengths.tobytes(), ids, count
+        key = lengths.tobytes(), ids, counts
         if self._last_step is None or self._last_step[0] != key:
-            self.check_room(layer, ids, count)
-            self._last_step = key, Step(lengths, ids, count, self.window, self.max_tokens, self._full_bytes)
+            self.check_room(layer, ids, counts)
+            self._last_step = key, Step(lengths, ids, counts, self.window, self.max_tokens, self._full_bytes)
         return self._last_step[1]
 
     def _advance(
-        self, layer: int, ids: list[int], rows: torch.Tensor | None, count: int, step: Step | None, view: KVView
+        self, layer: int, ids: list[int], rows: torch.Tensor | None, counts: Counts, step: Step | None, view: KVView
     ) -> None:
         """Tokens that are written stay."""
         self._set_lengths(layer, rows, view.lengths)
         lengths = self.table.lengths[layer]
         if rows is None:
-            lengths += count
+            lengths += counts
         else:
-            lengths[ids] += count
+            lengths[ids] += counts
         known = self._quiet[layer]
         if step is not None:
             self._quiet[layer] = ids, step.quiet_tokens
         elif known is not None:
-            self._quiet[layer] = ids, known[1] - count
+            self._quiet[layer] = ids, known[1] - most(counts)
 
     def wants_queries(self, layer: int) -> bool:
         """Whether it is not known yet what a layer's formats spoil, and shall be. Not in a CUDA graph's capture."""
@@ -653,17 +669,27 @@ class KVCache:
         return True
 
     def _written(
-        self, layer: int, ids: list[int], k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | None
+        self, layer: int, ids: list[int], k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | None, counts: Counts
     ) -> KVView:
         """Tokens in pages that are there; the cache's lengths are not advanced."""
         table, positions = self._view_of(layer, rows)
-        write_tokens(k, v, table, positions, self.status, self.pools.pages)
-        return KVView(self, layer, tuple(ids), table, positions + k.shape[2])
+        of_rows = None if isinstance(counts, int) else self._counts_on_device(counts)
+        write_tokens(k, v, table, positions, self.status, self.pools.pages, of_rows)
+        return KVView(self, layer, tuple(ids), table, positions + (k.shape[2] if of_rows is None else of_rows))
 
-    def _clear(self, layer: int, k: torch.Tensor, rows: torch.Tensor | None) -> None:
+    def _clear(self, layer: int, k: torch.Tensor, rows: torch.Tensor | None, counts: Counts) -> None:
         """Zeros where tokens were that are not kept: what may be no number must not stay behind a sequence's end."""
         none = torch.zeros_like(k[:, :, : PAGE_TOKENS - 1])
-        write_tokens(none, none, *self._view_of(layer, rows), self.status, self.pools.pages)
+        of_rows = None
+        if not isinstance(counts, int):
+            of_rows = self._counts_on_device([min(count, none.shape[2]) for count in counts])
+        write_tokens(none, none, *self._view_of(layer, rows), self.status, self.pools.pages, of_rows)
+
+    def _counts_on_device(self, counts: list[int]) -> torch.Tensor:
+        """i32, without waiting; all layers of a step have the same."""
+        if self._last_counts is None or self._last_counts[0] != counts:
+            self._last_counts = list(counts), self._upload(np.array(counts, np.int32))
+        return self._last_counts[1]
 
     def _set_lengths(self, layer: int, rows: torch.Tensor | None, lengths: torch.Tensor) -> None:
         """On the device."""
@@ -677,16 +703,19 @@ class KVCache:
         table, lengths = self.table.layer_entries[layer], self.table.layer_lengths[layer]
         return (table, lengths) if rows is None else (table[:, rows], lengths[rows])
 
-    def check_room(self, layer: int, sequences: Sequence[int], tokens: int) -> None:
+    def check_room(self, layer: int, sequences: Sequence[int], tokens: Counts) -> None:
         """
         Raises:
             CacheFullError: a sequence would exceed ``max_tokens`` with so many more.
         """
         before = self.table.lengths[layer, list(sequences)]
-        if len(before) and (longest := int(before.max())) + tokens > self.max_tokens:
+        counts = np.broadcast_to(tokens, before.shape)
+        after = before + counts
+        if len(after) and int(after.max()) > self.max_tokens:
+            row = int(after.argmax())
             raise CacheFullError(
-                f"layer {layer}, sequence {sequences[int(before.argmax())]}: {tokens} tokens behind {longest} are more "
-                f"than the {self.max_tokens} of max_tokens; free() the sequence, or make a larger cache"
+                f"layer {layer}, sequence {sequences[row]}: {counts[row]} tokens behind {before[row]} are more than "
+                f"the {self.max_tokens} of max_tokens; free() the sequence, or make a larger cache"
             )
 
     def _coming(self, layer: int, step: Step) -> list[Place]:
@@ -898,7 +927,7 @@ class KVCache:
             self._captured_rows[key] = found
         return found
 
-    def _upload(self, values: Ints) -> torch.Tensor:
+    def _upload(self, values: npt.NDArray[np.signedinteger[Any]]) -> torch.Tensor:
         """Without waiting: CUDA has taken what lies in pageable memory when it returns.
 
         Raises:
@@ -1237,6 +1266,8 @@ class KVCache:
         if tokens is not None and sequence in tokens.sequences:
             row = tokens.sequences.index(sequence)
             given, start = (tokens.k, tokens.v)[side][row], int(self.table.lengths[layer, sequence])
+            if not isinstance(tokens.counts, int):
+                given = given[:, given.shape[1] - tokens.counts[row] :]
             begin, end = max(first, start), min(first + PAGE_TOKENS, start + given.shape[1])
             if begin < end:
                 values[:, begin - first : end - first] = given[:, begin - start : end - start].float().cpu().numpy()
