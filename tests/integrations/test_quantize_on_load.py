@@ -14,14 +14,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from models import ARCHITECTURES, VOCABULARY  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM  # noqa: E402
 
 import kvpack  # noqa: E402
 from kvpack.errors import InputError, NotSupportedError  # noqa: E402
 from kvpack.integrations.transformers.config import KVPackConfig  # noqa: E402
 from kvpack.integrations.transformers.quantize_on_load import coding_device  # noqa: E402
-
-from models import ARCHITECTURES, VOCABULARY  # noqa: E402
 
 SHARDED = ("llama", "mixtral")
 
@@ -71,7 +70,7 @@ def load(name: str, directory: Path, **options: Any) -> Any:
     return ARCHITECTURES[name].class_.from_pretrained(directory, **options)
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3 moe", "mixtral", "gpt oss", "gpt2", "t5"])
 def test_weights_are_those_of_a_compressed_directory(saved: Any, tmp_path: Path, name: str) -> None:
     model = load(name, saved(name), quantization_config=KVPackConfig(bits=4.25))
     kvpack.compress(saved(name), tmp_path / "coded", bits=4.25)
@@ -124,9 +123,7 @@ def test_modules_to_not_convert(saved: Any, tmp_path: Path) -> None:
     assert "model.layers.1.self_attn.q_proj" in found
     assert "model.layers.0.mlp.up_proj" in found
     dense = AutoModelForCausalLM.from_pretrained(saved("llama"))
-    assert torch.equal(
-        model.model.layers[0].self_attn.q_proj.weight, dense.model.layers[0].self_attn.q_proj.weight
-    )
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, dense.model.layers[0].self_attn.q_proj.weight)
 
 
 def test_tied_output_layer_may_be_named(saved: Any) -> None:
@@ -174,7 +171,9 @@ def test_other_weights_beside_are_left_alone(saved: Any, tmp_path: Path) -> None
     (folder / "original" / "consolidated.safetensors").write_bytes(b"damaged")
     config = KVPackConfig(bits=4.25)
     model = AutoModelForCausalLM.from_pretrained(folder.parent, subfolder="text", quantization_config=config)
-    same_weights(model, AutoModelForCausalLM.from_pretrained(saved("qwen3"), quantization_config=KVPackConfig(bits=4.25)))
+    same_weights(
+        model, AutoModelForCausalLM.from_pretrained(saved("qwen3"), quantization_config=KVPackConfig(bits=4.25))
+    )
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
@@ -223,7 +222,7 @@ def test_calibration_is_not_there_yet() -> None:
 
 def test_failure_leaves_nothing(saved: Any) -> None:
     config = KVPackConfig(bits=4.25, exclude="no_such_tensor")
-    with pytest.raises(InputError, match="exclude 'no_such_tensor' matches no tensor's name"):
+    with pytest.raises(InputError, match=r"exclude 'no_such_tensor' matches no tensor's name"):
         AutoModelForCausalLM.from_pretrained(saved("llama"), quantization_config=config)
 
 
@@ -252,7 +251,7 @@ def test_quantized_otherwise(saved: Any, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantized with .*FP8.* but you are passing a KVPackConfig"):
+    with pytest.raises(ValueError, match=r"quantized with .*FP8.* but you are passing a KVPackConfig"):
         AutoModelForCausalLM.from_pretrained(source, quantization_config=KVPackConfig(bits=4.25))
 
 
