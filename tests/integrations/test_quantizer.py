@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from models import ARCHITECTURES  # noqa: E402
+
 import kvpack  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
-
-from .models import ARCHITECTURES  # noqa: E402
 
 
 def logits(model: Any, name: str, dtype: Any = torch.float32) -> Any:

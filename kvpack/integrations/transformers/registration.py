@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ON_IMPORT: dict[str, str] = {
     "transformers.quantizers.auto": "kvpack.integrations.transformers.quantizer:register",
     "peft.tuners.lora.model": "kvpack.integrations.peft:register",
+    "transformers.modeling_utils": "kvpack.integrations.transformers.attention:register",
+    "transformers.generation.utils": "kvpack.integrations.transformers.generation:register",
 }
 
 
