@@ -226,7 +226,7 @@ class DecodeGraph:
     ) -> torch.Tensor:
         """A prompt and what follows it, as ``model.generate(…, do_sample=False)`` returns it.
 
-        Looks for ends every 16 tokens, and waits for the device then. The cache holds what was decoded behind them, too.
+        Looks for ends every 16 tokens, and waits for the device then. What was decoded behind them is in the cache too.
 
         Args:
             max_new_tokens: at most, of each row.
