@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 import kvpack  # noqa: E402
-
 from kvpack.errors import InputError  # noqa: E402
 from kvpack.integrations.peft import RansLoraLinear, dense_copy, merge, register  # noqa: E402
 
