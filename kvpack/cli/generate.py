@@ -56,25 +56,21 @@ def generate(
             raise typer.BadParameter("--system needs --chat", param_hint="--system")
         require_transformers("kvpack generate")
         from kvpack.integrations.transformers.cache import ATTENTION_NAME
-        from kvpack.integrations.transformers.causal_models import (
-            ATTENTION_NAME,
-            CacheOptions,
-            load_causal_model,
-            load_tokenizer,
-        )
+        from kvpack.integrations.transformers.causal_models import CacheOptions, load_causal_model, load_tokenizer
         from kvpack.integrations.transformers.text_generation import chat_prompt, generate_text
 
         cache = None if kv_bits is None and kv_budget is None else CacheOptions(kv_bits, kv_budget)
+        attention = None if cache is None else ATTENTION_NAME
         tokenizer = load_tokenizer(model)
         if chat:
             prompts = [chat_prompt(tokenizer, message, system) for message in prompts]
-        loaded = load_causal_model(model, device=device, dtype=dtype.value, attention=cache and ATTENTION_NAME)
+        loaded = load_causal_model(model, device=device, dtype=dtype.value, attention=attention)
         result = generate_text(
             loaded,
             tokenizer,
             prompts,
             is_chat=chat,
-            cache=cache and cache.new(loaded),
+            cache=None if cache is None else cache.new(loaded),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
