@@ -145,7 +145,7 @@ def test_eval_draws(model: Path, novel: Path, tmp_path: Path) -> None:
         (("eval", "MODEL", "--text", "TEXT", "--kv-bits", "5"), "there are 16, 8, 4, 3, 2"),
         (("eval", "org/name", "--text", "TEXT"), "hf download org/name"),
         (("eval", "MODEL", "--text", "missing.txt"), "missing.txt does not exist"),
-        (("eval", "MODEL", "--text", "TEXT", "--context", "1000"), "has positions for 128 tokens"),
+        (("eval", "MODEL", "--text", "TEXT", "--context", "1000"), "has positions for 320 tokens"),
     ],
 )
 def test_refusals(arguments: tuple[str, ...], message: str, model: Path, novel: Path) -> None:

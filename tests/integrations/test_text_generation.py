@@ -84,13 +84,13 @@ def test_through_pages(directory: Path) -> None:
     expected = generate_text(model, tokenizer, PROMPTS, max_new_tokens=20)
     found = generate_text(model, tokenizer, PROMPTS, max_new_tokens=20, cache=CacheOptions(16).new(model))
     assert found.texts == expected.texts
-    long = ["the old house was under rain and " * 6]
+    long = ["the old house was under rain and " * 30]
     cache = CacheOptions(4).new(model)
     found = generate_text(model, tokenizer, long, max_new_tokens=30, cache=cache)
     tokens = found.prompt_tokens + found.new_tokens - 1
     assert found.kv_bytes_16_bit == tokens * 2 * 2 * 2 * 16 * 2
-    assert found.kv_bytes == cache.kv.pools.bytes_in_use
     assert cache.kv is not None
+    assert found.kv_bytes == cache.kv.pools.bytes_in_use < 0.8 * found.kv_bytes_16_bit
 
 
 def test_an_end_token_ends_a_row(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
