@@ -119,7 +119,7 @@ def test_pages(model: Path, novel: Path) -> None:
     shown = run("generate", model, "--prompt", "rain", "--max-new-tokens", 4, "--kv-bits", 16)
     assert shown.stdout == run("generate", model, "--prompt", "rain", "--max-new-tokens", 4).stdout
     assert " in 16 bits)" in shown.stderr
-    options = ("eval", model, "--text", novel, "--windows", 1)
+    options = ("eval", model, "--text", novel, "--windows", 1, "--context", 224)
     four, two = (run_json(*options, *kv)["models"][0] for kv in (("--kv-bits", 4), ("--kv-budget", 0.6)))
     assert four["full"] == two["full"]
     assert four["stepwise"]["perplexity"] != two["stepwise"]["perplexity"] != four["full"]["perplexity"]

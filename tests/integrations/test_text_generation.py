@@ -90,7 +90,7 @@ def test_through_pages(directory: Path) -> None:
     tokens = found.prompt_tokens + found.new_tokens - 1
     assert found.kv_bytes_16_bit == tokens * 2 * 2 * 2 * 16 * 2
     assert cache.kv is not None
-    assert found.kv_bytes == cache.kv.pools.bytes_in_use < 0.8 * found.kv_bytes_16_bit
+    assert found.kv_bytes == cache.kv.pools.bytes_in_use < 0.9 * found.kv_bytes_16_bit
 
 
 def test_an_end_token_ends_a_row(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
