@@ -183,7 +183,7 @@ def test_a_budget_is_an_option_too(original: Path, novel: Path) -> None:
     report = evaluate([original], novel, context=224, windows=1, cache=CacheOptions(budget=0.6))
     assert report.models[0].stepwise is not None
     assert report.models[0].kv_bits is not None
-    assert report.models[0].kv_bits < 16
+    assert report.models[0].kv_bits < 0.9 * 16 * 256 / 223  # what 16 bits take of four pages for 223 tokens
     for wrong in ({}, {"bits": 4, "budget": 0.5}, {"bits": 5}, {"budget": 2.0}):
         with pytest.raises(InputError, match="--kv-"):
             CacheOptions(**wrong)
