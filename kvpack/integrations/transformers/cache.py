@@ -408,12 +408,13 @@ class KVPackCache(Cache):  # type: ignore[misc]
 
     def crop_columns(self, count: int) -> None:
         """Forget the last columns, in all layers."""
-        if self.kv is None:
+        kv: Any = self.kv
+        if kv is None:
             return
         gone = np.full(self.rows, count) if self._tokens is None else self._tokens[:, -count:].sum(axis=1)
         for row, tokens in enumerate(gone.tolist()):
             if tokens:
-                self.kv.truncate(row, max(self.kv.length(0, row) - tokens, 0))
+                kv.truncate(row, max(kv.length(0, row) - tokens, 0))
         if self._tokens is not None:
             self._tokens = self._tokens[:, :-count]
 
@@ -423,14 +424,15 @@ class KVPackCache(Cache):  # type: ignore[misc]
         Raises:
             CacheInputError: more rows than there is room for.
         """
-        if self.kv is None or list(rows) == list(range(self.rows)):
+        kv: Any = self.kv
+        if kv is None or list(rows) == list(range(self.rows)):
             return
-        if len(rows) > self.kv.max_sequences:
+        if len(rows) > kv.max_sequences:
             raise CacheInputError(
-                f"{len(rows)} rows are wanted, and the cache has room for {self.kv.max_sequences}: make it with "
+                f"{len(rows)} rows are wanted, and the cache has room for {kv.max_sequences}: make it with "
                 f"KVPackCache(max_sequences={len(rows)})"
             )
-        self.kv.select_sequences(rows)
+        kv.select_sequences(rows)
         self.rows = len(rows)
         if self._tokens is not None:
             self._tokens = self._tokens[list(rows)]

@@ -7,6 +7,7 @@ transformers knows a closed list of such names and makes the caches itself, so b
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from transformers.cache_utils import Cache
@@ -44,7 +45,7 @@ def register() -> None:
             )
         if options is None or given or generation_config.use_cache is False:
             return prepare(model, generation_config, model_kwargs, *args, **kwargs)
-        cache = KVPackCache(model.config, **options, **(generation_config.cache_config or {}))
+        cache = _made(model.config, options | (generation_config.cache_config or {}))
         # By what name a model takes its cache differs between versions: it is where the default cache goes.
         name, generation_config.cache_implementation = generation_config.cache_implementation, None
         try:
@@ -57,3 +58,10 @@ def register() -> None:
         return result
 
     GenerationMixin._prepare_cache_for_generation = with_kvpack  # type: ignore[method-assign, assignment]
+
+
+def _made(config: Any, options: dict[str, Any]) -> KVPackCache:
+    known = inspect.signature(KVPackCache).parameters.keys() - {"config"}
+    if others := sorted(options.keys() - known):
+        raise CacheInputError(f"cache_config has {', '.join(others)}; there are {', '.join(sorted(known))}")
+    return KVPackCache(config, **options)
