@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,17 +17,21 @@ from kvpack.integrations.transformers.loading import CheckpointLoading, open_fil
 from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.replace import put_module
 
+if TYPE_CHECKING:
+    from kvpack.integrations.transformers.quantize_on_load import CodedCheckpoint
+
 
 class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads compressed models, whose linear layers stay coded, and saves them again."""
 
-    requires_calibration = True
+    requires_calibration = False
     quantization_config: KVPackConfig
 
     def __init__(self, quantization_config: KVPackConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self._loading: CheckpointLoading | None = None
         self._device_map: Any = None
+        self._coded: CodedCheckpoint | None = None
 
     def validate_environment(self, *_args: Any, device_map: Any = None, **_options: Any) -> None:
         """Called before and after transformers plans where modules go."""
@@ -51,8 +56,28 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **_options: Any
     ) -> Any:
         _refuse_tensor_parallelism(model.config)
+        if not self.pre_quantized:
+            self._quantize(model, checkpoint_files)
         self._loading = CheckpointLoading(model, open_files(checkpoint_files or []), self._device_map)
         return model
+
+    def _quantize(self, model: Any, checkpoint_files: list[str] | None) -> None:
+        """Code the checkpoint, and go on as with a compressed one: ``checkpoint_files`` becomes that one's files."""
+        from kvpack.integrations.transformers.quantize_on_load import code_checkpoint
+
+        config = copy.deepcopy(self.quantization_config)  # the caller's may serve for another model
+        self._coded = code_checkpoint(
+            model,
+            checkpoint_files,
+            config.quant_config(),
+            modules_to_not_convert=config.modules_to_not_convert,
+            device_map=self._device_map,
+        )
+        assert checkpoint_files is not None
+        checkpoint_files[:] = self._coded.files
+        config.options, config.blob_bytes = (self._coded.quantization[key] for key in ("options", "blob_bytes"))
+        config.modules_to_not_convert = []  # the options say so now
+        self.quantization_config, self.pre_quantized = config, True
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Called between the hooks before and after loading, when the model is still on the meta device."""
@@ -70,6 +95,9 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         assert loading is not None
         with loading.reader:
             loading.finish()
+        if self._coded is not None:
+            self._coded.close()
+            self._coded = None
         kept = [one for one in self._own_conversions if one.was_used()]
         model._weight_conversions = kept
         return model
@@ -89,7 +117,8 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters are: kvpack.integrations.peft."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
