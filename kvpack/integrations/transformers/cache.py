@@ -17,7 +17,8 @@ returns all keys and values dequantized, which is slow, and pads are stored with
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -378,6 +379,39 @@ class KVPackCache(Cache):  # type: ignore[misc]
                 f"row {row}, column {column} of attention_mask is {int(mask[row, column])}, and was another when its "
                 "token came: what the cache holds cannot be masked afterwards"
             )
+
+    @contextmanager
+    def captured_step(self) -> Iterator[None]:
+        """Around a step of one token a row that a CUDA graph captures: nothing runs, so that no columns come.
+
+        Before each replay :meth:`plan_step` is to be called. :class:`~.decode_graph.DecodeGraph` does both.
+        """
+        layers: Any = self.layers
+        columns, tokens, steps = [layer.columns for layer in layers], self._tokens, self._steps
+        self._steps = 0  # no reallocation, which waits for the device
+        try:
+            yield
+        finally:
+            self._tokens, self._steps = tokens, steps
+            for layer, count in zip(layers, columns, strict=True):
+                layer.columns, layer.is_pending = count, False
+
+    def plan_step(self) -> None:
+        """What the host does in a step of one token a row, before a CUDA graph repeats what the device does.
+
+        Does not wait for the device, but with a budget, every 32 steps.
+
+        Raises:
+            CacheFullError: no room for the tokens; nothing has changed then.
+        """
+        assert self.kv is not None
+        before = self.get_seq_length()
+        self.begin_step(self.rows, before)
+        self.kv.plan(1, range(self.rows))
+        self.add_columns(before, 1, None)
+        layers: Any = self.layers
+        for layer in layers:
+            layer.columns = before + 1
 
     def append_and_read(
         self, layer: KVPackLayer, key_states: torch.Tensor, value_states: torch.Tensor
