@@ -9,7 +9,7 @@ from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from kvpack.encode.model_config import METHOD
+from kvpack.encode.model_config import GUARD_KEY, METHOD, unguarded
 from kvpack.errors import InputError
 from kvpack.integrations.transformers.config import KVPackConfig
 from kvpack.integrations.transformers.loading import CheckpointLoading, open_files
@@ -45,6 +45,11 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
     def _without_guard(self, config: Any) -> Any:
         """Take away what makes transformers without kvpack fail (docs/FORMAT.md §9.4)."""
         _refuse_tensor_parallelism(config)
+        file = unguarded(getattr(config, GUARD_KEY, None), self.quantization_config.__dict__)
+        if file is not None:
+            setattr(config, GUARD_KEY, file)
+        elif hasattr(config, GUARD_KEY):
+            delattr(config, GUARD_KEY)
         return config
 
     def _process_model_before_weight_loading(
