@@ -19,8 +19,8 @@ OPTIONS_KEY = "options"
 # Whether the original has no config.json at all.
 ADDED_KEY = "added"
 METHOD = "kvpack"
-# transformers takes the name of a model's file from this key. Where kvpack is not imported, transformers would load what
-# it does not know as a model of random weights; a name that can be none makes it raise an error that quotes the name.
+# transformers takes the name of a model's file from this key. Where kvpack is not imported, it would load what it does
+# not know as a model of random weights; a name that can be none makes it raise an error that quotes the name.
 GUARD_KEY = "transformers_weights"
 GUARD = "coded by kvpack: run `import kvpack` before from_pretrained (pip install kvpack)"
 # Where the original's own value of that key is kept.
