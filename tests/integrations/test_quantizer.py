@@ -280,21 +280,29 @@ def test_unexpected_keys_are_reported(tmp_path: Path) -> None:
     assert len(coded_layers(model)) == 12
 
 
-@pytest.mark.parametrize("coded_embedding", [False, True])
-def test_tied_embeddings(tmp_path: Path, coded_embedding: bool) -> None:
-    """The head multiplies with the embedding's coded numbers where these are coded."""
-    tensors = {"tensor_bits": {"embed_tokens": 8.0}} if coded_embedding else {}
-    model_of = Directories(tmp_path, "llama tied", bits=4.25, **tensors)
-    model = model_of.load()
-    assert ("lm_head" in coded_layers(model)) == coded_embedding
+@pytest.mark.parametrize(("name", "pattern"), [("llama tied", "embed_tokens"), ("llama", "embed_tokens|lm_head")])
+def test_coded_embeddings(tmp_path: Path, name: str, pattern: str) -> None:
+    """An embedding is decoded. A head that is tied to it multiplies with its numbers, any other stays coded."""
+    model_of = Directories(tmp_path, name, bits=4.25, tensor_bits={pattern: 6.0})
+    model, dense = model_of.load(), model_of.load(model_of.dense)
+    assert len(coded_layers(model)) == (14 if "tied" in name else 15)
     assert type(model.model.embed_tokens) is torch.nn.Embedding
-    dense = model_of.load(model_of.dense)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == ("tied" in name)
     assert torch.equal(model_of.logits(model), model_of.logits(dense))
     model.save_pretrained(tmp_path / "saved")
     kvpack.verify(tmp_path / "saved")
     assert torch.equal(model_of.logits(model_of.load(tmp_path / "saved")), model_of.logits(dense))
-    plain = model_of.load().dequantize()
-    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+
+
+def test_tied_model_whose_file_has_two(tmp_path: Path) -> None:
+    """Numbers that differ are not tied, though the config says so; the head stays coded, as in a model that is not."""
+    model_of = Directories(tmp_path, "llama", bits=4.25, tensor_bits={"lm_head": 6.0})
+    model = model_of.load(tie_word_embeddings=True)
+    assert "lm_head" in coded_layers(model)
+    assert torch.equal(model_of.logits(model), model_of.logits(model_of.load(model_of.dense)))
+    model.tie_weights()
+    plain = model.dequantize()
+    assert torch.equal(model_of.logits(plain), model_of.logits(model_of.load(model_of.dense)))
 
 
 def test_device_maps(directories: Callable[[str], Directories], tmp_path: Path) -> None:

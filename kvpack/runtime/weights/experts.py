@@ -182,10 +182,9 @@ def decode_experts(module: nn.Module, dtype: torch.dtype | None = None) -> None:
     for key, (own, experts) in module.__dict__[_CODED].items():
         stack = ExpertStack(module, key)
         tensors[key] = torch.stack([stack[number].dequantize() for number in range(len(experts))]).to(dtype or own)
-        for names in experts:
-            for name in names:
-                module._modules.pop(name.partition(".")[0], None)
-    module.__dict__.pop(_CODED)
+    for _, experts in module.__dict__.pop(_CODED).values():
+        for name in {name.partition(".")[0] for names in experts for name in names}:
+            module._modules.pop(name, None)
     module.__class__ = type(module).__bases__[0]
     for key, tensor in tensors.items():
         module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
