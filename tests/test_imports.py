@@ -25,7 +25,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "runtime/weights": ({"format", "encode", "runtime.device", "runtime.weights"}, RUNTIME),
     "runtime/kv": ({"format", "encode", "runtime.device", "runtime.kv"}, RUNTIME),
     "bench": ({"format", "encode", "runtime", "bench"}, RUNTIME | {"matplotlib"}),
-    "integrations": ({"format", "encode", "runtime", "integrations"}, None),
+    "integrations": ({"format", "encode", "runtime", "integrations", "compression"}, None),
     "cli": ({"format", "encode", "runtime", "bench", "integrations", "cli", "compression"}, {"typer", "rich"}),
 }
 FOR_ALL = {"_version", "errors"}

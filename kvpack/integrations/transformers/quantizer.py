@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,11 +21,14 @@ from kvpack.runtime.weights.experts import decode_experts, is_coded
 from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.replace import put_module
 
+if TYPE_CHECKING:
+    from kvpack.integrations.transformers.quantize_on_load import CodedCheckpoint
+
 
 class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads compressed models, whose linear layers stay coded, and saves them again."""
 
-    requires_calibration = True
+    requires_calibration = False
     quantization_config: KVPackConfig
 
     def __init__(self, quantization_config: KVPackConfig, **options: Any) -> None:
@@ -34,6 +38,7 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         self._own_conversions: list[Any] = []
         self._entries: dict[str, dict[str, Any]] = {}
         self._untied: dict[str, dict[str, str]] = {}
+        self._coded: CodedCheckpoint | None = None
 
     def validate_environment(self, *_args: Any, device_map: Any = None, **_options: Any) -> None:
         """Called before and after transformers plans where modules go."""
@@ -63,8 +68,28 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **_options: Any
     ) -> Any:
         _refuse_tensor_parallelism(model.config)
+        if not self.pre_quantized:
+            self._quantize(model, checkpoint_files)
         self._loading = CheckpointLoading(model, open_files(checkpoint_files or []), self._device_map)
         return model
+
+    def _quantize(self, model: Any, checkpoint_files: list[str] | None) -> None:
+        """Code the checkpoint, and go on as with a compressed one: ``checkpoint_files`` becomes that one's files."""
+        from kvpack.integrations.transformers.quantize_on_load import code_checkpoint
+
+        config = copy.deepcopy(self.quantization_config)  # the caller's may serve for another model
+        self._coded = code_checkpoint(
+            model,
+            checkpoint_files,
+            config.quant_config(),
+            modules_to_not_convert=config.modules_to_not_convert,
+            device_map=self._device_map,
+        )
+        assert checkpoint_files is not None
+        checkpoint_files[:] = self._coded.files
+        config.options, config.blob_bytes = (self._coded.quantization[key] for key in ("options", "blob_bytes"))
+        config.modules_to_not_convert = []  # the options say so now
+        self.quantization_config, self.pre_quantized = config, True
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Called between the hooks before and after loading, when the model is still on the meta device."""
@@ -80,6 +105,9 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         self._entries = {name: reader.container(name).coded[name] for name in loading.layer_sources}
         if not loading.finish():
             reader.close()
+        if self._coded is not None:
+            self._coded.close()
+            self._coded = None
         self._untied = loading.untied
         if self.quantization_config.dequantize:
             return model
@@ -114,7 +142,8 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters are: kvpack.integrations.peft."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # may be called more than once, and does nothing the second time.
 ON_IMPORT: dict[str, str] = {
     "transformers.quantizers.auto": "kvpack.integrations.transformers.quantizer:register",
+    "peft.tuners.lora.model": "kvpack.integrations.peft:register",
     "transformers.modeling_utils": "kvpack.integrations.transformers.attention:register",
     "transformers.generation.utils": "kvpack.integrations.transformers.generation:register",
 }

@@ -326,9 +326,8 @@ def _check_lanes_shape(
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, *coded, ctx.geometry, bias = inputs
+    _, *coded, ctx.geometry, _ = inputs
     ctx.save_for_backward(*coded)
-    ctx.with_bias = bias is not None
 
 
 def _linear_backward(ctx, gradient):  # type: ignore[no-untyped-def]
@@ -340,7 +339,7 @@ def _linear_backward(ctx, gradient):  # type: ignore[no-untyped-def]
     else:
         weights = torch.ops.kvpack.numbers(*coded, ctx.geometry)[0]
         weights = weights.view(LOSSLESS_TYPES[ElementKind(ctx.geometry[0])]).to(gradient.dtype)
-    bias = gradient.reshape(-1, rows).sum(dim=0) if ctx.with_bias else None
+    bias = gradient.reshape(-1, rows).sum(dim=0) if ctx.needs_input_grad[-1] else None
     return gradient @ weights, None, None, None, None, None, None, bias
 
 
