@@ -113,6 +113,14 @@ def test_all_adapted_layers_are_coded(coded: Any) -> None:
     assert all(isinstance(layer.get_base_layer(), kvpack.RansLinear) for layer in layers)
 
 
+def test_kinds_of_adapters(coded: Any, dense: Any) -> None:
+    """aLoRA changes the layer's result in place."""
+    for options in ({"use_rslora": True}, {"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}):
+        over_coded = gradients(adapted(copy.deepcopy(coded), **options))
+        for name, expected in gradients(adapted(copy.deepcopy(dense), **options)).items():
+            assert (over_coded[name] - expected).norm() <= 1e-5 * expected.norm(), (name, options)
+
+
 def test_gradient_checkpointing(coded: Any) -> None:
     model = adapted(coded).train()
     expected = gradients(model)
