@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpack.cli.failures import exit_codes, require_matplotlib, require_transformers
-from kvpack.cli.options import ComputeDevice, ComputeDtype, ComputeDtypeOption, Json
+from kvpack.cli.options import CacheBits, CacheBudget, ComputeDevice, ComputeDtype, ComputeDtypeOption, Json
 from kvpack.cli.printing import data_console, printable, progress_bar, shown_number, shown_size
 
 if TYPE_CHECKING:
-    from kvpack.integrations.transformers.evaluation import Mean, ModelReport, Report
+    from kvpack.integrations.transformers.evaluation import Mean, ModelReport, Quality, Report
 
 
 def evaluate(
@@ -33,6 +33,8 @@ def evaluate(
     windows: Annotated[
         int, typer.Option("--windows", min=1, help="How many windows are read, at equal distances over the text.")
     ] = 16,
+    kv_bits: CacheBits = None,
+    kv_budget: CacheBudget = None,
     device: ComputeDevice = "auto",
     dtype: ComputeDtype = ComputeDtypeOption.AUTO,
     as_json: Json = False,
@@ -45,12 +47,17 @@ def evaluate(
     The text is cut into windows that do not overlap; the first token of each
     is not scored. Standard errors are those of the windows' means. With
     --against, the original's logits are kept in a temporary file meanwhile.
+    With --kv-bits or --kv-budget each model reads the windows a second time, a
+    token a step, through such a cache: a full forward reads no cache.
     """
     with exit_codes(as_json):
         if plot is not None:
             require_matplotlib()
         require_transformers("kvpack eval")
+        from kvpack.integrations.transformers.causal_models import CacheOptions
         from kvpack.integrations.transformers.evaluation import evaluate as run
+
+        cache = None if kv_bits is None and kv_budget is None else CacheOptions(kv_bits, kv_budget)
 
         with progress_bar("eval", unit="tokens") as progress:
             report = run(
@@ -59,6 +66,7 @@ def evaluate(
                 against=against,
                 context=context,
                 windows=windows,
+                cache=cache,
                 device=device,
                 dtype=dtype.value,
                 progress=progress,
@@ -94,10 +102,9 @@ def _print(report: Report) -> None:
     for heading in headings:
         table.add_column(heading, justify="right")
 
-    def row(model: ModelReport) -> None:
-        quality = model.full
+    def row(model: ModelReport, quality: Quality, read: str) -> None:
         cells = [
-            printable(Path(model.model).name),
+            printable(Path(model.model).name) + read,
             "–" if model.size.bytes is None else shown_size(model.size.bytes),
             shown_number(model.size.bits_per_weight),
             _shown(quality.perplexity, 3),
@@ -107,9 +114,11 @@ def _print(report: Report) -> None:
         table.add_row(*cells)
 
     if report.original is not None:
-        row(report.original)
+        row(report.original, report.original.full, "")
     for model in report.models:
-        row(model)
+        row(model, model.full, "")
+        if model.stepwise is not None:
+            row(model, model.stepwise, f", KV in {shown_number(model.kv_bits)} bits")
     console: Any = data_console()
     console.print(table)
     nats = "; loss and KL(original ‖ model) in nats a token" if compared else ""

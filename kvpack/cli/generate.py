@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpack.cli.failures import ExitCode, exit_codes, require_transformers
-from kvpack.cli.options import ComputeDevice, ComputeDtype, ComputeDtypeOption, Json
+from kvpack.cli.options import CacheBits, CacheBudget, ComputeDevice, ComputeDtype, ComputeDtypeOption, Json
 from kvpack.cli.printing import shown_number, shown_size
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def generate(
         float, typer.Option("--top-p", min=0, max=1, help="Draw from the most probable tokens of this share.")
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    kv_bits: CacheBits = None,
+    kv_budget: CacheBudget = None,
     device: ComputeDevice = "auto",
     dtype: ComputeDtype = ComputeDtypeOption.AUTO,
     as_json: Json = False,
@@ -53,18 +55,22 @@ def generate(
         if system is not None and not chat:
             raise typer.BadParameter("--system needs --chat", param_hint="--system")
         require_transformers("kvpack generate")
-        from kvpack.integrations.transformers.causal_models import load_causal_model, load_tokenizer
+        from kvpack.integrations.transformers.cache import ATTENTION_NAME
+        from kvpack.integrations.transformers.causal_models import CacheOptions, load_causal_model, load_tokenizer
         from kvpack.integrations.transformers.text_generation import chat_prompt, generate_text
 
+        cache = None if kv_bits is None and kv_budget is None else CacheOptions(kv_bits, kv_budget)
+        attention = None if cache is None else ATTENTION_NAME
         tokenizer = load_tokenizer(model)
         if chat:
             prompts = [chat_prompt(tokenizer, message, system) for message in prompts]
-        loaded = load_causal_model(model, device=device, dtype=dtype.value)
+        loaded = load_causal_model(model, device=device, dtype=dtype.value, attention=attention)
         result = generate_text(
             loaded,
             tokenizer,
             prompts,
             is_chat=chat,
+            cache=None if cache is None else cache.new(loaded),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

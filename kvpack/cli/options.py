@@ -29,3 +29,10 @@ ComputeDevice = Annotated[
 ComputeDtype = Annotated[
     ComputeDtypeOption, typer.Option("--dtype", help="What is computed in; auto is what the model's config.json names.")
 ]
+CacheBits = Annotated[
+    int | None, typer.Option("--kv-bits", metavar="16|8|4|3|2", help="Keys and values in pages of so many bits.")
+]
+CacheBudget = Annotated[
+    float | None,
+    typer.Option("--kv-budget", metavar="F", help="Or in mixed bits: this fraction of the bytes of 16 bits."),
+]

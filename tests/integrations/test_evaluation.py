@@ -16,6 +16,7 @@ from tiny_text_model import POSITIONS, VOCABULARY, text, write_model, write_toke
 from kvpack.encode.progress import Progress  # noqa: E402
 from kvpack.errors import InputError  # noqa: E402
 from kvpack.integrations.transformers import evaluation  # noqa: E402
+from kvpack.integrations.transformers.causal_models import CacheOptions  # noqa: E402
 from kvpack.integrations.transformers.evaluation import (  # noqa: E402
     Logits,
     Mean,
@@ -150,6 +151,44 @@ def test_step_by_step_is_the_full_forward(original: Path, novel: Path, monkeypat
     assert steps.loss.standard_error == pytest.approx(full.loss.standard_error, rel=1e-5)
 
 
+def test_step_by_step_through_pages(original: Path, other: Path, novel: Path) -> None:
+    """16-bit pages are the full forward but for fp16; pages of 2 bits are further away than those of 8.
+
+    The first page and the recent ones stay in 16 bits: of 224 tokens 64 or more are in pages that do not.
+    """
+    options: dict[str, Any] = {"against": original, "context": 224, "windows": 2}
+    lossless = evaluate([original, other], novel, cache=CacheOptions(16), **options)
+    assert lossless.original is not None
+    assert lossless.original.stepwise is None  # it is the reference, and read in full
+    found = {16: lossless.models[0]}
+    for bits in (8, 2):
+        found[bits] = evaluate([original], novel, cache=CacheOptions(bits), **options).models[0]
+        assert found[bits].full == found[16].full
+    kl = {bits: model.stepwise.kl.value for bits, model in found.items()}  # type: ignore[union-attr]
+    assert kl[16] < 1e-5
+    assert kl[16] < kl[8] < kl[2]
+    assert kl[2] > 1e-4
+    full, steps = lossless.models[1].full, lossless.models[1].stepwise
+    assert full.kl is not None
+    assert steps is not None
+    assert steps.kl is not None
+    assert steps.kl.value == pytest.approx(full.kl.value, rel=1e-2)
+    assert steps.perplexity.value == pytest.approx(full.perplexity.value, rel=1e-3)
+    held = [model.kv_bits for model in found.values()]
+    assert held[0] == pytest.approx(16 * 256 / 223, rel=1e-3)  # four whole pages hold 223 tokens
+    assert held == sorted(held, key=lambda bits: -(bits or 0))
+
+
+def test_a_budget_is_an_option_too(original: Path, novel: Path) -> None:
+    report = evaluate([original], novel, context=224, windows=1, cache=CacheOptions(budget=0.6))
+    assert report.models[0].stepwise is not None
+    assert report.models[0].kv_bits is not None
+    assert report.models[0].kv_bits < 0.9 * 16 * 256 / 223  # what 16 bits take of four pages for 223 tokens
+    for wrong in ({}, {"bits": 4, "budget": 0.5}, {"bits": 5}, {"budget": 2.0}):
+        with pytest.raises(InputError, match="--kv-"):
+            CacheOptions(**wrong)
+
+
 def test_chunks_do_not_change_figures(original: Path, novel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate([original], novel, against=original, context=CONTEXT, windows=2)
     monkeypatch.setattr(evaluation, "_CHUNK_BYTES", 8 * VOCABULARY * 7)  # 7 tokens of 31
@@ -173,8 +212,9 @@ def test_progress_counts_every_token(original: Path, other: Path, novel: Path) -
     totals: list[int] = []
     done: list[int] = []
     progress = Progress(total=totals.append, advance=done.append)
-    evaluate([other], novel, against=original, context=CONTEXT, windows=3, progress=progress)
-    assert totals == [2 * 3 * CONTEXT]
+    cache = CacheOptions(8)
+    evaluate([other], novel, against=original, context=CONTEXT, windows=3, cache=cache, progress=progress)
+    assert totals == [3 * 3 * CONTEXT]
     assert sum(done) == totals[0]
 
 

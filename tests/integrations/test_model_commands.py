@@ -114,6 +114,18 @@ def test_eval(model: Path, novel: Path) -> None:
     assert "KL" not in run("eval", model, *options).stdout
 
 
+def test_pages(model: Path, novel: Path) -> None:
+    """--kv-bits and --kv-budget reach the cache."""
+    shown = run("generate", model, "--prompt", "rain", "--max-new-tokens", 4, "--kv-bits", 16)
+    assert shown.stdout == run("generate", model, "--prompt", "rain", "--max-new-tokens", 4).stdout
+    assert " in 16 bits)" in shown.stderr
+    options = ("eval", model, "--text", novel, "--windows", 1, "--context", 224)
+    four, two = (run_json(*options, *kv)["models"][0] for kv in (("--kv-bits", 4), ("--kv-budget", 0.6)))
+    assert four["full"] == two["full"]
+    assert four["stepwise"]["perplexity"] != two["stepwise"]["perplexity"] != four["full"]["perplexity"]
+    assert f"tiny, KV in {four['kv_bits']:.2f} bits" in run(*options, "--kv-bits", 4).stdout
+
+
 def test_eval_draws(model: Path, novel: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name, more in (("a.png", ()), ("b.png", ("--against", model))):
@@ -129,9 +141,11 @@ def test_eval_draws(model: Path, novel: Path, tmp_path: Path) -> None:
         (("generate", "MODEL", "--prompt", "a", "--prompt-file", "b"), "are both given"),
         (("generate", "MODEL", "--prompt", "a", "--system", "b"), "--system needs --chat"),
         (("generate", "org/name", "--prompt", "a"), "hf download org/name"),
+        (("generate", "MODEL", "--prompt", "a", "--kv-bits", "4", "--kv-budget", "0.5"), "either --kv-bits or"),
+        (("eval", "MODEL", "--text", "TEXT", "--kv-bits", "5"), "there are 16, 8, 4, 3, 2"),
         (("eval", "org/name", "--text", "TEXT"), "hf download org/name"),
         (("eval", "MODEL", "--text", "missing.txt"), "missing.txt does not exist"),
-        (("eval", "MODEL", "--text", "TEXT", "--context", "1000"), "has positions for 128 tokens"),
+        (("eval", "MODEL", "--text", "TEXT", "--context", "1000"), "has positions for 320 tokens"),
     ],
 )
 def test_refusals(arguments: tuple[str, ...], message: str, model: Path, novel: Path) -> None:

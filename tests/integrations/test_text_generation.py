@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from tiny_text_model import POSITIONS, TEMPLATE, write_model, write_tokenizer  # noqa: E402
 
 from kvpack.errors import InputError  # noqa: E402
-from kvpack.integrations.transformers.causal_models import load_causal_model, load_tokenizer  # noqa: E402
+from kvpack.integrations.transformers.causal_models import CacheOptions, load_causal_model, load_tokenizer  # noqa: E402
 from kvpack.integrations.transformers.text_generation import chat_prompt, generate_text  # noqa: E402
 
 PROMPTS = ("the old house", "rain", "a young light walked into the night and then")
@@ -75,6 +75,22 @@ def test_what_it_took(loaded: tuple[Any, Any]) -> None:
     )
     assert found.peak_memory_bytes > 4 * parameters
     assert generate_text(model, tokenizer, PROMPTS[:1], max_new_tokens=1).tokens_per_second is None
+
+
+def test_through_pages(directory: Path) -> None:
+    """16-bit pages give the default cache's tokens; what pages of 4 bits take is told."""
+    tokenizer = load_tokenizer(directory)
+    model = load_causal_model(directory, attention="kvpack")
+    expected = generate_text(model, tokenizer, PROMPTS, max_new_tokens=20)
+    found = generate_text(model, tokenizer, PROMPTS, max_new_tokens=20, cache=CacheOptions(16).new(model))
+    assert found.texts == expected.texts
+    long = ["the old house was under rain and " * 30]
+    cache = CacheOptions(4).new(model)
+    found = generate_text(model, tokenizer, long, max_new_tokens=30, cache=cache)
+    tokens = found.prompt_tokens + found.new_tokens - 1
+    assert found.kv_bytes_16_bit == tokens * 2 * 2 * 2 * 16 * 2
+    assert cache.kv is not None
+    assert found.kv_bytes == cache.kv.pools.bytes_in_use < 0.9 * found.kv_bytes_16_bit
 
 
 def test_an_end_token_ends_a_row(tmp_path: Path, loaded: tuple[Any, Any]) -> None:

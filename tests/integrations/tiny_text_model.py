@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 VOCABULARY = 160
-POSITIONS = 128
+POSITIONS = 320
 _WORDS = (
     *("the", "a", "river", "house", "night", "window", "old", "young", "walked", "looked", "stood", "said"),
     *("and", "then", "was", "into", "over", "under", "light", "rain"),
@@ -21,7 +21,7 @@ TEMPLATE = (
 )
 
 
-def text(words: int = 600, seed: int = 0) -> str:
+def text(words: int = 1000, seed: int = 0) -> str:
     """Words in an order that the seed gives."""
     return " ".join(random.Random(seed).choices(_WORDS, k=words))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import resource
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ import torch
 import transformers
 
 from kvpack.errors import InputError, KvpackError
+from kvpack.integrations.transformers.cache import KVPackCache
 from kvpack.runtime.weights.linear import RansLinear
 
+CACHE_BITS = (16, 8, 4, 3, 2)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -33,6 +36,63 @@ class WeightMemory:
     weights: int
     bytes: int
     dense_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Which pages a :class:`~kvpack.KVPackCache` has.
+
+    Attributes:
+        bits: of elements in pages that leave the recent window: one of ``CACHE_BITS``.
+        budget: instead of bits, the bytes of pages as a fraction of those in 16 bits.
+
+    Raises:
+        InputError: both or neither are given, or bits that no page has.
+    """
+
+    bits: int | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.budget is None):
+            raise InputError("either --kv-bits or --kv-budget is given, not both")
+        if self.bits is not None and self.bits not in CACHE_BITS:
+            raise InputError(f"--kv-bits is {self.bits}; there are {', '.join(map(str, CACHE_BITS))}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise InputError(f"--kv-budget is {self.budget}; it is a fraction, more than 0 and at most 1")
+
+    def new(self, model: Any) -> KVPackCache:
+        """An empty cache for that model; pages of 16 bits are fp16 where the model is in fp32.
+
+        Raises:
+            CacheInputError: pages cannot hold what the model's layers keep.
+        """
+        dtype = torch.float16 if model.dtype == torch.float32 else None
+        formats = None if self.bits in (None, 16) else f"INT{self.bits}"
+        return KVPackCache(model.config, formats=formats, budget=self.budget, dtype=dtype)
+
+
+def kv_bytes(cache: Any) -> int:
+    """What a cache holds of keys and values: pages in use, or the tensors of a ``DynamicCache``, padding counted."""
+    if isinstance(cache, KVPackCache):
+        return 0 if cache.kv is None else cache.kv.pools.bytes_in_use
+    return sum(side.nbytes for side in _sides(cache))
+
+
+def kv_bytes_16_bit(cache: Any) -> int:
+    """What the same tokens take in 16 bits, densely."""
+    if not isinstance(cache, KVPackCache):
+        return sum(2 * side.numel() for side in _sides(cache))
+    kv = cache.kv
+    if kv is None:
+        return 0
+    places = itertools.product(range(kv.num_layers), range(kv.max_sequences))
+    tokens = sum(kv.length(layer, sequence) for layer, sequence in places)
+    return 2 * 2 * tokens * kv.num_kv_heads * kv.head_dim
+
+
+def _sides(cache: Any) -> list[torch.Tensor]:
+    return [side for layer in cache.layers for side in (layer.keys, layer.values) if side is not None]
 
 
 def chosen_device(name: str) -> torch.device:

@@ -27,8 +27,12 @@ import torch
 from kvpack.encode.progress import Progress
 from kvpack.encode.report import describe
 from kvpack.errors import InputError
+from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache
 from kvpack.integrations.transformers.causal_models import (
+    CacheOptions,
     cache_keyword,
+    kv_bytes,
+    kv_bytes_16_bit,
     load_causal_model,
     load_config,
     load_tokenizer,
@@ -307,7 +311,8 @@ class ModelReport:
         weights_bytes: what the weights take in memory.
         full: of full forwards.
         stepwise: step by step through the cache; None where no cache was asked for.
-        kv_bits: bits an element of the cache at the end of its windows, everything counted.
+        kv_bits: bits an element of the cache at the end of its windows, everything counted; in short windows most is in
+            the recent tokens' pages of 16 bits.
     """
 
     model: str
@@ -351,6 +356,7 @@ def evaluate(
     against: Path | None = None,
     context: int | None = None,
     windows: int = DEFAULT_WINDOWS,
+    cache: CacheOptions | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
@@ -364,6 +370,7 @@ def evaluate(
         against: the original that the models are compared with.
         context: tokens of a window; 512 by default, or the most that all models have positions for.
         windows: how many windows are read, fewer if the text has fewer.
+        cache: read the windows step by step through such caches too.
         progress: told tokens: all of them, and those that have been read.
 
     Raises:
@@ -376,19 +383,21 @@ def evaluate(
         Mean(value=0.0153, standard_error=0.0004)
     """
     progress = progress or Progress()
+    attention = None if cache is None else ATTENTION_NAME
     directories = [*models] if against is None else [against, *models]
     try:
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{text} is not UTF-8 text ({error})") from None
     chosen = _common_windows(directories, content, context, windows)
-    progress.total(len(directories) * chosen.ids.numel())
+    passes = len(directories) + (0 if cache is None else len(models))
+    progress.total(passes * chosen.ids.numel())
     reports: list[ModelReport] = []
     with ExitStack() as stack:
         reference: ReferenceLogits | None = None
         for index, directory in enumerate(directories):
             progress.tensor(f"loading {directory.name}")
-            model = load_causal_model(directory, device=device, dtype=dtype)
+            model = load_causal_model(directory, device=device, dtype=dtype, attention=attention)
             progress.tensor(directory.name)
             found = _counted(full_forward(model, chosen), progress, chosen)
             if index == 0 and against is not None:
@@ -396,6 +405,14 @@ def evaluate(
                 quality = measure(reference.keep(found), chosen)
             else:
                 quality = measure(found, chosen, reference)
+            stepwise = kv_bits = None
+            if cache is not None and (index or against is None):
+                progress.tensor(f"{directory.name} step by step")
+                caches = _Caches(cache, model)
+                stepwise = measure(
+                    _counted(step_by_step(model, chosen, caches.new), progress, chosen), chosen, reference
+                )
+                kv_bits = caches.average_bits()
             reports.append(
                 ModelReport(
                     str(directory),
@@ -403,6 +420,8 @@ def evaluate(
                     weight_memory(model).bytes,
                     str(model.dtype).removeprefix("torch."),
                     quality,
+                    stepwise,
+                    kv_bits,
                 )
             )
             place = str(model.device)
@@ -418,6 +437,30 @@ def evaluate(
         models=tuple(reports if against is None else reports[1:]),
         original=None if against is None else reports[0],
     )
+
+
+class _Caches:
+    """The caches of one model's windows, and what they hold at the end."""
+
+    def __init__(self, options: CacheOptions, model: Any) -> None:
+        self._options, self._model = options, model
+        self._last: KVPackCache | None = None
+        self._bytes = self._bytes_16_bit = 0
+
+    def new(self) -> KVPackCache:
+        self._count()
+        self._last = self._options.new(self._model)
+        return self._last
+
+    def _count(self) -> None:
+        if self._last is not None:
+            self._bytes += kv_bytes(self._last)
+            self._bytes_16_bit += kv_bytes_16_bit(self._last)
+        self._last = None
+
+    def average_bits(self) -> float:
+        self._count()
+        return 16 * self._bytes / self._bytes_16_bit
 
 
 def _common_windows(directories: Sequence[Path], content: str, context: int | None, windows: int) -> TextWindows:

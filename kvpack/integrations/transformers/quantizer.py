@@ -105,7 +105,8 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         self._entries = {name: reader.container(name).coded[name] for name in loading.layer_sources}
         if not loading.finish():
             reader.close()
-        if self._coded is not None:
+        # What a device map puts on the disk is read from these files at each use, as long as the model is there.
+        if self._coded is not None and not _is_on_disk(self._device_map):
             self._coded.close()
             self._coded = None
         self._untied = loading.untied
@@ -178,6 +179,10 @@ def tie_equal(model: nn.Module, ties: dict[str, str]) -> None:
             setattr(model.get_submodule(parent), key, second)
         else:
             del ties[one]
+
+
+def _is_on_disk(device_map: Any) -> bool:
+    return isinstance(device_map, dict) and "disk" in map(str, device_map.values())
 
 
 def _refuse_tensor_parallelism(config: Any) -> None:

@@ -32,7 +32,10 @@ def _call(module: str) -> None:
 
     home, _, function = ON_IMPORT[module].partition(":")
     try:
-        getattr(importlib.import_module(home), function)()
+        imported = importlib.import_module(home)
+        if hasattr(imported, function):
+            getattr(imported, function)()
+        # else this import of the module is one of that module's own, which registers when it has run.
     except Exception as error:
         warnings.warn(
             f"kvpack could not extend {module}: {type(error).__name__}: {error}; compressed models will not load "

@@ -15,6 +15,8 @@ from kvpack.errors import InputError
 from kvpack.integrations.transformers.causal_models import (
     WeightMemory,
     cache_keyword,
+    kv_bytes,
+    kv_bytes_16_bit,
     peak_memory_bytes,
     position_limit,
     weight_memory,
@@ -129,7 +131,7 @@ def generate_text(
 
     Args:
         is_chat: the prompts are of :func:`chat_prompt`, so that the tokenizer adds no tokens of its own.
-        cache: a cache of transformers, empty; a ``DynamicCache`` by default.
+        cache: a cache of transformers, empty, as of :meth:`CacheOptions.new`; a ``DynamicCache`` by default.
         max_new_tokens: 256 by default, or as many as the model has positions for.
         temperature: 0 takes the most probable token each time; above, tokens are drawn.
         top_p: tokens are drawn from the most probable ones that have this share.
@@ -208,15 +210,3 @@ def _end_tokens(model: Any) -> list[int]:
 def _until_end(row: list[int], ends: list[int]) -> list[int]:
     """Up to the first end token, which is the last that counts: what follows in a batch is padding."""
     return row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
-
-
-def kv_bytes(cache: Any) -> int:
-    """Keys and values of a ``DynamicCache``, padding counted."""
-    sides = [side for layer in cache.layers for side in (layer.keys, layer.values) if side is not None]
-    return sum(side.nbytes for side in sides)
-
-
-def kv_bytes_16_bit(cache: Any) -> int:
-    """What they would take in 16 bits."""
-    sides = [side for layer in cache.layers for side in (layer.keys, layer.values) if side is not None]
-    return sum(2 * side.numel() for side in sides)
