@@ -5,6 +5,8 @@
 ...     if not name.endswith("Error"):  # kvpack.errors draws their hierarchy
 ...         print(name)
 KVCache
+KVPackCache
+KVPackConfig
 PageFormat
 QuantConfig
 RansLinear
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
         ModelMismatchError,
         NotAContainerError,
         NotInstalledError,
+        NotSupportedError,
         OtherFilesError,
         OutlierError,
         PaddingError,
@@ -80,6 +83,8 @@ if TYPE_CHECKING:
         VersionError,
     )
     from kvpack.format.pages import PageFormat
+    from kvpack.integrations.transformers.cache import KVPackCache
+    from kvpack.integrations.transformers.config import KVPackConfig
     from kvpack.integrations.transformers_names import replace_linears
     from kvpack.runtime.kv.attention import attention_with_kv_cache
     from kvpack.runtime.kv.cache import KVCache
@@ -103,6 +108,8 @@ __all__ = [
     "HeaderCrcError",
     "InputError",
     "KVCache",
+    "KVPackCache",
+    "KVPackConfig",
     "KvpackError",
     "LaneError",
     "LaneStateError",
@@ -112,6 +119,7 @@ __all__ = [
     "ModelMismatchError",
     "NotAContainerError",
     "NotInstalledError",
+    "NotSupportedError",
     "OtherFilesError",
     "OutlierError",
     "PaddingError",
@@ -151,7 +159,9 @@ _HOMES = {
     "decompress": ("kvpack.encode.decompress", "decompress"),
     "load": ("kvpack.runtime.weights.load", "load"),
     "open": ("kvpack.encode.reader", "Reader"),
+    "KVPackCache": ("kvpack.integrations.transformers.cache", "KVPackCache"),
     "KVCache": ("kvpack.runtime.kv.cache", "KVCache"),
+    "KVPackConfig": ("kvpack.integrations.transformers.config", "KVPackConfig"),
     "PageFormat": ("kvpack.format.pages", "PageFormat"),
     "QuantConfig": ("kvpack.encode.quant_config", "QuantConfig"),
     "RansLinear": ("kvpack.runtime.weights.linear", "RansLinear"),
@@ -173,12 +183,12 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "cupy"):
+        if error.name not in ("torch", "cupy", "transformers"):
             raise
-        message = (
-            f"kvpack.{name} needs {error.name}, which is not installed: pip install 'kvpack[cuda13]' (or [cuda12]), or "
-            "'kvpack[torch]' without a GPU"
-        )
+        extras = "'kvpack[cuda13]' (or [cuda12]), or 'kvpack[torch]' without a GPU"
+        if error.name == "transformers":
+            extras = "'kvpack[transformers]'"
+        message = f"kvpack.{name} needs {error.name}, which is not installed: pip install {extras}"
         raise ModuleNotFoundError(message, name=error.name) from None
 
 

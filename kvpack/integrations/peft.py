@@ -222,3 +222,6 @@ def _including_coded(include: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return include_all_linear_layers
+
+
+register()  # where this module was imported first, and PEFT by it

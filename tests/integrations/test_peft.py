@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 import kvpack  # noqa: E402
-
 from kvpack.errors import InputError  # noqa: E402
-from kvpack.integrations.peft import RansLoraLinear, dense_copy, merge, register  # noqa: E402
-
-register()
+from kvpack.integrations.peft import RansLoraLinear, dense_copy, merge  # noqa: E402
 
 # Names that transformers 5.24 will lose: peft 0.21 uses one, and earlier versions have no others.
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -250,3 +249,22 @@ def test_dense_copy_is_the_decompressed_layer(coded: Any, dense: Any) -> None:
 def test_what_needs_dense_weights_is_refused(coded: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         get_peft_model(coded, LoraConfig(target_modules=TARGETS, **options))
+
+
+@pytest.mark.parametrize("order", [("kvpack", "peft"), ("peft", "kvpack"), ("peft", "kvpack", "kvpack")])
+def test_known_to_peft_in_any_order_of_imports(order: tuple[str, ...]) -> None:
+    script = "\n".join(f"import {name}" for name in order)
+    script += """
+import numpy, torch
+from peft import LoraConfig, get_peft_model
+import kvpack
+from kvpack.runtime.weights.linear import RansLinear
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(64, 64)
+        self.layer = RansLinear.empty(64, 64, 100, 1, False, torch.float32)
+print(type(get_peft_model(Model(), LoraConfig(target_modules=["layer"])).base_model.model.layer).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "RansLoraLinear\n", done.stderr

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import emulator
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -22,9 +23,13 @@ from kvpack.format.pages import PageFormat, PageLayout, Side
 
 torch = pytest.importorskip("torch")
 
-from kvpack.runtime.kv import page_table  # noqa: E402
+from emulated_device import emulated_launch  # noqa: E402
+
+from kvpack.runtime.device import kernels  # noqa: E402
+from kvpack.runtime.kv import cache as cache_module  # noqa: E402
+from kvpack.runtime.kv import page_kernels, page_table  # noqa: E402
 from kvpack.runtime.kv.attention import attention_with_kv_cache  # noqa: E402
-from kvpack.runtime.kv.cache import KVCache  # noqa: E402
+from kvpack.runtime.kv.cache import MASS_UNIT, KVCache  # noqa: E402
 from kvpack.runtime.kv.page_pools import PageInfo, PageOwner  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -121,8 +126,10 @@ class SequencesMachine(RuleBasedStateMachine):
 
     @initialize(
         bits_of=st.sampled_from(
-            [0.2, 0.3, 0.45, 0.7, None, PageFormat.INT8, PageFormat.INT4, PageFormat.FP8_E4M3]
-            + [[(PageFormat.INT8, PageFormat.INT3)] * LAYERS, [(PageFormat.FP16, PageFormat.INT2)] * LAYERS]
+            [
+                *[0.2, 0.3, 0.45, 0.7, None, PageFormat.INT8, PageFormat.INT4, PageFormat.FP8_E4M3],
+                *[[(PageFormat.INT8, PageFormat.INT3)] * LAYERS, [(PageFormat.FP16, PageFormat.INT2)] * LAYERS],
+            ]
         ),
         policy=st.sampled_from(["importance", "uniform", "position"]),
         recent_tokens=st.sampled_from([0, 64, 100]),
@@ -229,6 +236,15 @@ class SequencesMachine(RuleBasedStateMachine):
         for sequence, count in zip(sequences, tokens, strict=True):
             self.lengths[sequence] += count
 
+    @rule(
+        rows=st.lists(st.integers(0, 1), min_size=SEQUENCES, max_size=SEQUENCES),
+        tokens=st.lists(st.sampled_from([0, 1, 64, 70]), min_size=SEQUENCES, max_size=SEQUENCES),
+        seed=st.integers(0, 99),
+    )
+    def select_and_diverge(self, rows: list[int], tokens: list[int], seed: int) -> None:
+        self.select(rows)
+        self.append(list(range(SEQUENCES)), tokens, seed, observe=False)
+
     def free_all(self, sequences: list[int]) -> None:
         for sequence in sequences:
             self.free(sequence)
@@ -243,9 +259,7 @@ class SequencesMachine(RuleBasedStateMachine):
         self.follow()
 
     @rule(
-        rows=st.one_of(
-            st.permutations(range(SEQUENCES)), st.lists(st.integers(0, SEQUENCES - 1), max_size=SEQUENCES)
-        )
+        rows=st.one_of(st.permutations(range(SEQUENCES)), st.lists(st.integers(0, SEQUENCES - 1), max_size=SEQUENCES))
     )
     def select(self, rows: list[int]) -> None:
         self.cache.select_sequences(rows)
@@ -355,3 +369,301 @@ class GpuSequencesMachine(SequencesMachine):
 
 TestSequencesOnGpu = pytest.mark.gpu(GpuSequencesMachine.TestCase)
 TestSequencesOnGpu.settings = settings(max_examples=8, stateful_step_count=15, deadline=None)
+
+
+# Single cases -------------------------------------------------------------------------------------------------------
+
+
+def filled(count: int, device: str = "cpu", *, copies: int = 1, seed: int = 0, **options: Any) -> KVCache:
+    """A cache whose first sequence, and ``copies`` - 1 others that are the same, have so many tokens."""
+    cache = make_cache(device, **options)
+    for layer in range(LAYERS):
+        cache.append(layer, *random_heads(cache, 1, count, seed + layer)[1:])
+    if copies > 1:
+        cache.select_sequences([0] * copies)
+    return cache
+
+
+def append_all(
+    cache: KVCache, sequences: list[int], count: int, seed: int = 0, tokens: list[int] | None = None
+) -> None:
+    for layer in range(LAYERS):
+        cache.append(layer, *random_heads(cache, len(sequences), count, seed + layer)[1:], sequences, tokens=tokens)
+
+
+def everything(cache: KVCache, sequence: int) -> list[Any]:
+    return [x for layer in range(LAYERS) for x in cache.read(layer, sequence, torch.float32)]
+
+
+def same(found: list[Any], expected: list[Any]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [0, 1, 64, 100, 128, 600, 640, 699, 700])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_what_is_kept_has_the_values_that_it_had(copies: int, tokens: int, device: str) -> None:
+    cache = filled(700, device, copies=copies, formats=INT4)
+    before = everything(cache, 0)
+    cache.truncate(0, tokens)
+    assert same(everything(cache, 0), [x[:, :tokens] for x in before])
+    if copies > 1:
+        assert same(everything(cache, 1), before)
+    check_pages(cache)
+    if 0 < tokens < 700 and tokens % 64:
+        assert (cache.precision_map(0)[:, 0, tokens // 64] == PageFormat.FP16).all()
+    append_all(cache, [0], 70, 5)
+    gone = 64 * max(0, (tokens - 64) // 64)  # what had left the window then; others have now
+    assert same([x[:, :gone] for x in everything(cache, 0)], [x[:, :gone] for x in before])
+    check_pages(cache)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_what_is_cut_reaches_no_later_result(copies: int, device: str) -> None:
+    """A NaN behind the end is multiplied with a probability of 0."""
+    cache = make_cache(device, formats=INT4)
+    for layer in range(LAYERS):
+        _, k, v = random_heads(cache, 1, 200, layer)
+        k[:, :, 150:] = v[:, :, 150:] = math.nan
+        cache.append(layer, k, v)
+    if copies > 1:
+        cache.select_sequences([0, 0])
+    cache.truncate(0, 150)
+    for layer in range(LAYERS):
+        x = random_heads(cache, 1, 3, 7 + layer)
+        assert attention_with_kv_cache(*x, cache, layer=layer)[0].isfinite().all()
+    if copies > 1:
+        assert all(x[:, 150:].isnan().all() for x in everything(cache, 1))
+    check_pages(cache)
+
+
+@pytest.mark.parametrize("options", [{"formats": INT4}, {"budget": 0.4}], ids=str)
+def test_pages_do_not_leave_the_window_twice(options: dict[str, Any]) -> None:
+    """Quantized pages that a cut has brought back into the window keep their bytes, and count as what they are."""
+    cache = filled(700, sinks=0, recent_tokens=100, **options)
+    cache.truncate(0, 580)
+    narrow = cache.entries[:, :, 0, 8].copy()
+    assert (cache.precision_map(0)[:, 0, 8] != PageFormat.FP16).any()
+    append_all(cache, [0], 64, 3)
+    if cache.budget is None:
+        assert (cache.entries[:, :, 0, 8] == narrow).all()
+    for layer in range(LAYERS):
+        used, may, least = layer_bytes(cache, layer)
+        assert cache.budget is None or used <= max(may + 1, least)
+    check_pages(cache)
+
+
+def test_a_cut_without_memory_changes_nothing() -> None:
+    cache = filled(700, formats=INT4)
+    cache.pools.max_bytes = cache.pools.bytes_allocated
+    while cache.pools._pools[Side.V, PageFormat.FP16].free:
+        cache.pools.allocate(Side.V, PageFormat.FP16, PageOwner(0, 0))
+    before = cache_state(cache)
+    with pytest.raises(CacheFullError, match="pages need"):
+        cache.truncate(0, 100)
+    assert cache_state(cache) == before
+    cache.truncate(0, 640 + 10)  # a page that is in 16 bits already
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cache: cache.truncate(0, 301), "sequence 0 has 300 tokens; 301 of them cannot be kept"),
+        (lambda cache: cache.truncate(0, -1), "-1 of them cannot be kept"),
+        (lambda cache: cache.truncate(0, 1.5), "tokens is 1.5; an integer is wanted"),
+        (lambda cache: cache.truncate(SEQUENCES, 1), r"sequences are \[4\]"),
+        (lambda cache: cache.truncate(1, 1), r"truncate\(\) in the midst of a step: sequence 1 has"),
+        (lambda cache: cache.select_sequences([1, 0]), r"select_sequences\(\) in the midst of a step"),
+        (lambda cache: cache.select_sequences([0] * 5), "5 sequences are selected; the cache has 4"),
+        (lambda cache: cache.select_sequences([4]), r"sequences are \[4\]; the cache has max_sequences=4"),
+        (lambda cache: cache.select_sequences([-1]), r"sequences are \[-1\]"),
+        (lambda cache: cache.select_sequences(["0"]), "a sequence is '0'; an integer is wanted"),
+    ],
+)
+def test_calls_that_are_refused(call: Any, message: str) -> None:
+    cache = filled(300, budget=0.5)
+    cache.append(0, *random_heads(cache, 1, 2, 0)[1:], [1])  # a step that the other layer has not taken
+    before = cache_state(cache)
+    with pytest.raises(CacheInputError, match=message):
+        call(cache)
+    assert cache_state(cache) == before
+    with cache.writing(1, *random_heads(cache, 1, 2, 0)[1:], [1]):
+        for change in (lambda: cache.truncate(0, 1), lambda: cache.select_sequences([0, 0])):
+            with pytest.raises(CacheInputError, match="the cache is being written to"):
+                change()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pages_are_copied_when_they_are_written_to(device: str) -> None:
+    """And not before; of those who write to one page, the last one keeps it."""
+    cache = filled(300, device)
+    alone = cache.pools.bytes_in_use
+    cache.select_sequences([0, 0, 0, 0])
+    assert cache.pools.bytes_in_use == alone
+    append_all(cache, [1], 1)
+    assert cache.pools.bytes_in_use == alone + LAYERS * 2 * FULL
+    append_all(cache, [0, 2, 3], 1, 1)
+    assert cache.pools.bytes_in_use == alone + LAYERS * 2 * 3 * FULL
+    expected = everything(filled(300, device), 0)
+    for sequence in range(4):
+        assert same([x[:, :300] for x in everything(cache, sequence)], expected)
+    assert len({everything(cache, sequence)[0][0, 300, 0].item() for sequence in range(4)}) == 4
+    check_pages(cache)
+    cache.select_sequences([2])
+    assert cache.pools.bytes_in_use == alone
+    assert cache.table.lengths.tolist() == [[301, 0, 0, 0]] * LAYERS
+    check_pages(cache)
+
+
+def test_who_brings_no_tokens_copies_later() -> None:
+    cache = filled(70, copies=3)
+    three = [0, 1, 2]
+    append_all(cache, three, 1, 0, tokens=[1, 0, 0])
+    append_all(cache, three, 1, 5, tokens=[1, 1, 1])
+    found = [everything(cache, sequence)[0][0, -1, 0].item() for sequence in three]
+    assert len(set(found)) == 3
+    check_pages(cache)
+
+
+def count_jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    made, quantize = [], cache_module.quantize_pages
+
+    def counted(jobs: Any, *arguments: Any) -> None:
+        made.append(len(jobs))
+        quantize(jobs, *arguments)
+
+    monkeypatch.setattr(cache_module, "quantize_pages", counted)
+    return made
+
+
+def test_a_shared_page_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = filled(320, copies=4, formats=INT4)
+    made = count_jobs(monkeypatch)
+    append_all(cache, [0, 1, 2, 3], 64)
+    assert made == [1] * LAYERS * 2
+    assert (cache.entries[:, :, :, 4] == cache.entries[:, :, :1, 4]).all()
+    assert (cache.precision_map(0)[:, :, 4] == INT4).all()
+    check_pages(cache)
+
+
+@pytest.mark.parametrize("options", [{"formats": INT4}, {"budget": 0.3}], ids=str)
+def test_windows_that_differ(options: dict[str, Any]) -> None:
+    """What is in the window of some stays theirs in 16 bits; the others share a quantized one."""
+    cache = filled(700, copies=4, **options)
+    before = everything(cache, 0)
+    append_all(cache, [0, 1], 64)
+    window = slice(576, 640)
+    assert same([x[:, window] for x in everything(cache, 2)], [x[:, window] for x in before])
+    if cache.budget is None:
+        assert not same([x[:, window] for x in everything(cache, 0)], [x[:, window] for x in before])
+    assert (cache.entries[:, :, 0, 9] == cache.entries[:, :, 1, 9]).all()
+    assert (cache.entries[:, :, 2, 9] == cache.entries[:, :, 3, 9]).all()
+    check_pages(cache)
+    cache.free(0)
+    cache.free(2)
+    check_pages(cache)
+    assert same([x[:, window] for x in everything(cache, 3)], [x[:, window] for x in before])
+
+
+def test_a_budget_counts_shared_pages_once() -> None:
+    """Four sequences that share all but their last pages have the bits of about one."""
+    cache = filled(1200, budget=0.3, recent_tokens=64)
+    alone = [layer_bytes(cache, layer) for layer in range(LAYERS)]
+    cache.select_sequences([0, 0, 0, 0])
+    assert [layer_bytes(cache, layer) for layer in range(LAYERS)] == alone
+    append_all(cache, [0, 1, 2, 3], 70)
+    mass = torch.zeros(4, 1, cache.mass.shape[2])
+    mass[:, :, 5] = 0.9
+    mass[:, :, 1:5] = 0.01
+    for _ in range(3):
+        for layer in range(LAYERS):
+            cache.observe(layer, mass)
+        outcome = cache.reallocate()
+        for layer in range(LAYERS):
+            used, may, least = layer_bytes(cache, layer)
+            assert used <= max(may + 1, least)
+            assert used == cache._used_bytes[layer]
+            formats = cache.precision_map(layer)
+            assert (formats[:, :, 1:17] == formats[:, :1, 1:17]).all()
+    assert outcome is not None
+    check_pages(cache)
+
+
+def test_what_was_observed_goes_with_the_sequences() -> None:
+    cache = filled(300, copies=3, budget=0.5)
+    mass = torch.arange(1, 4).reshape(3, 1, 1) * torch.ones(3, 2, 5)
+    for layer in range(LAYERS):
+        cache.observe(layer, mass, [0, 1, 2])
+    cache.reallocate()
+    for layer in range(LAYERS):
+        cache.observe(layer, 10 * mass[1:], [1, 2])
+    cache.select_sequences([2, 2, 1])
+    assert cache.observed_steps.tolist() == [[1, 1, 1, 0]] * LAYERS
+    assert (cache.mass[0, :, 0].double() * MASS_UNIT).round().tolist() == [30, 30, 20, 0]
+    assert cache.importance.values(0)[:3, 0].tolist() == pytest.approx([3, 3, 2])
+    cache.truncate(1, 130)
+    assert cache.mass[0, 1, 2] > 0
+    assert not cache.mass[0, 1, 3:].any()
+
+
+def test_planned_steps_copy_what_they_write_to() -> None:
+    cache = filled(300, copies=4, formats=INT4)
+    cache.plan()
+    for layer in range(LAYERS):
+        for side in Side:
+            assert len(set(cache.entries[layer, side, :, 4].tolist())) == 4
+    cache.table.device_lengths += 1  # what the graph does
+    check_pages(cache)
+
+
+@pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
+@pytest.mark.parametrize("options", [{"formats": INT4}, {"budget": 0.4}], ids=str)
+def test_kernels_give_what_the_cpu_does(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps() -> dict[str, Any]:
+        cache = filled(300, copies=3, max_bytes=4 << 20, **options)
+        append_all(cache, [0, 1, 2], 3, 1)
+        cache.truncate(1, 150)
+        cache.select_sequences([1, 2, 1, 0])
+        append_all(cache, [0, 1, 2, 3], 70, 2, tokens=[70, 1, 0, 65])
+        check_pages(cache)
+        return cache_state(cache)
+
+    expected = steps()
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+    monkeypatch.setattr(page_kernels, "_runs_kernels", lambda _: True)
+    assert steps() == expected
+
+
+@pytest.mark.gpu
+def test_graphs_between_selections() -> None:
+    """A graph writes where the tables say at its replay: :meth:`plan` has copied what is shared."""
+    graphed, eager = (filled(300, "cuda", copies=4, formats=INT4) for _ in range(2))
+    static = [random_heads(graphed, 4, 1, layer) for layer in range(LAYERS)]
+
+    def step(cache: KVCache) -> list[torch.Tensor]:
+        return [attention_with_kv_cache(*x, cache, layer=layer)[0] for layer, x in enumerate(static)]
+
+    step(graphed), step(eager)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = step(graphed)
+        for change in (lambda: graphed.truncate(0, 1), lambda: graphed.select_sequences([0, 0])):
+            with pytest.raises(CacheInputError, match="cannot be captured in a CUDA graph"):
+                change()
+    for number in range(140):
+        for layer, x in enumerate(static):
+            for tensor, new in zip(x, random_heads(graphed, 4, 1, 10 * number + layer), strict=True):
+                tensor.copy_(new)
+        rows = np.random.default_rng(number).integers(0, 4, 4).tolist()
+        for cache in (graphed, eager):
+            cache.select_sequences(rows)
+        graphed.plan()
+        graph.replay()
+        for found, expected in zip(outs, step(eager), strict=True):
+            assert (found.float() - expected.float()).abs().max() < 2e-3
+    for cache in (graphed, eager):
+        check_pages(cache)
+    for sequence in range(4):
+        assert same(everything(graphed, sequence), everything(eager, sequence))

@@ -730,3 +730,31 @@ def test_other_devices_are_refused(state: State) -> None:
         ops._check_product(x.to("meta"), blob.scales, blob.geometry)
     with pytest.raises(ValueError, match=r"bias is on meta, activations are on cpu"):
         ops._bias(torch.ones(3, device="meta"), x, 3)
+
+
+def test_on_the_cpu_a_blob_is_parsed_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables and tiles that are parsed at each product took longer than the decoding itself."""
+    layer = load(path, "cpu").linear(next(iter(LAYERS)))
+    x = torch.randn(2, layer.in_features)
+    expected = layer(x)
+
+    def again(*_arguments: object) -> None:
+        raise AssertionError("parsed again")
+
+    monkeypatch.setattr(ops.ParsedBlob, "__init__", again)
+    assert torch.equal(layer(x), expected)
+    known = len(ops._parsed)
+    del layer
+    assert len(ops._parsed) == known - 1, "what was parsed goes with the layer"
+
+
+def test_on_the_cpu_other_bytes_are_parsed_anew(path: Path) -> None:
+    """Another blob where one lay before, as those of streamed layers do: the derived blob decides, not the address."""
+    state = load(path, "cpu")
+    coded = [state[f"{name}.weight"] for name in CODED]
+    room = torch.zeros(max(len(blob.blob) for blob in coded), dtype=torch.uint8)
+    for blob in coded:
+        buffer = room[: len(blob.blob)]
+        buffer.copy_(blob.blob)
+        there = DeviceBlob.from_buffer(buffer, blob.scales, blob.dtype, blob.shape)
+        assert torch.equal(there.dequantize(), blob.dequantize())

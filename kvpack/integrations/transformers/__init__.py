@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 _HOMES: dict[str, str] = {
+    "KVPackCache": "kvpack.integrations.transformers.cache",
     "KVPackConfig": "kvpack.integrations.transformers.config",
     "KVPackQuantizer": "kvpack.integrations.transformers.quantizer",
 }

@@ -1,7 +1,140 @@
-"""transformers' quantizer of kvpack directories."""
+"""transformers' quantizer of compressed models: what ``from_pretrained`` calls when config.json says kvpack."""
 
 from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from kvpack.encode.model_config import METHOD
+from kvpack.errors import InputError
+from kvpack.integrations.transformers.config import KVPackConfig
+from kvpack.integrations.transformers.loading import CheckpointLoading, open_files
+from kvpack.runtime.weights.linear import RansLinear
+from kvpack.runtime.weights.replace import put_module
+
+if TYPE_CHECKING:
+    from kvpack.integrations.transformers.quantize_on_load import CodedCheckpoint
+
+
+class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads compressed models, whose linear layers stay coded, and saves them again."""
+
+    requires_calibration = False
+    quantization_config: KVPackConfig
+
+    def __init__(self, quantization_config: KVPackConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self._loading: CheckpointLoading | None = None
+        self._device_map: Any = None
+        self._coded: CodedCheckpoint | None = None
+
+    def validate_environment(self, *_args: Any, device_map: Any = None, **_options: Any) -> None:
+        """Called before and after transformers plans where modules go."""
+        self._device_map = device_map
+        if self._loading is not None:
+            self._loading.device_map = device_map
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """From 5.18 on the first hook that gets the config."""
+        return self._without_guard(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """To 5.20 the first hook that gets the config."""
+        return self._without_guard(config)
+
+    def _without_guard(self, config: Any) -> Any:
+        """Take away what makes transformers without kvpack fail (docs/FORMAT.md §9.4)."""
+        _refuse_tensor_parallelism(config)
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_options: Any
+    ) -> Any:
+        _refuse_tensor_parallelism(model.config)
+        if not self.pre_quantized:
+            self._quantize(model, checkpoint_files)
+        self._loading = CheckpointLoading(model, open_files(checkpoint_files or []), self._device_map)
+        return model
+
+    def _quantize(self, model: Any, checkpoint_files: list[str] | None) -> None:
+        """Code the checkpoint, and go on as with a compressed one: ``checkpoint_files`` becomes that one's files."""
+        from kvpack.integrations.transformers.quantize_on_load import code_checkpoint
+
+        config = copy.deepcopy(self.quantization_config)  # the caller's may serve for another model
+        self._coded = code_checkpoint(
+            model,
+            checkpoint_files,
+            config.quant_config(),
+            modules_to_not_convert=config.modules_to_not_convert,
+            device_map=self._device_map,
+        )
+        assert checkpoint_files is not None
+        checkpoint_files[:] = self._coded.files
+        config.options, config.blob_bytes = (self._coded.quantization[key] for key in ("options", "blob_bytes"))
+        config.modules_to_not_convert = []  # the options say so now
+        self.quantization_config, self.pre_quantized = config, True
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Called between the hooks before and after loading, when the model is still on the meta device."""
+        assert self._loading is not None
+        self._own_conversions = weight_conversions
+        config = self.quantization_config
+        return self._loading.prepare(weight_conversions, config.modules_to_not_convert, config.dequantize)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """From 5.21 on: the type to which a tensor of the file is converted."""
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> Any:
+        loading, self._loading = self._loading, None
+        assert loading is not None
+        with loading.reader:
+            loading.finish()
+        if self._coded is not None:
+            self._coded.close()
+            self._coded = None
+        kept = [one for one in self._own_conversions if one.was_used()]
+        model._weight_conversions = kept
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, RansLinear):
+                plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                plain.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                if module.bias is not None:
+                    plain.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+                put_module(model, name, plain)
+        return model
+
+    def is_serializable(self, *_args: Any, **_options: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are: kvpack.integrations.peft."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _refuse_tensor_parallelism(config: Any) -> None:
+    if getattr(config, "distributed_config", None) is not None:
+        raise InputError(
+            "tensor parallelism (tp_plan, distributed_config) splits weights that compressed models do not have; load "
+            "the model on one device, with device_map, or decompressed (kvpack decompress)"
+        )
 
 
 def register() -> None:
     """Make transformers know ``"quant_method": "kvpack"``."""
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(KVPackConfig)
+        auto.register_quantizer(METHOD)(KVPackQuantizer)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # may be called more than once, and does nothing the second time.
 ON_IMPORT: dict[str, str] = {
     "transformers.quantizers.auto": "kvpack.integrations.transformers.quantizer:register",
+    "peft.tuners.lora.model": "kvpack.integrations.peft:register",
+    "transformers.modeling_utils": "kvpack.integrations.transformers.attention:register",
+    "transformers.generation.utils": "kvpack.integrations.transformers.generation:register",
 }
 
 
@@ -29,7 +32,10 @@ def _call(module: str) -> None:
 
     home, _, function = ON_IMPORT[module].partition(":")
     try:
-        getattr(importlib.import_module(home), function)()
+        imported = importlib.import_module(home)
+        if hasattr(imported, function):
+            getattr(imported, function)()
+        # else this import of the module is one of that module's own, which registers when it has run.
     except Exception as error:
         warnings.warn(
             f"kvpack could not extend {module}: {type(error).__name__}: {error}; compressed models will not load "
