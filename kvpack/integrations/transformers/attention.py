@@ -29,7 +29,7 @@ from kvpack.runtime.kv.attention import attention_with_kv_cache
 from kvpack.runtime.kv.cache import KVCache
 
 # What attention functions of models are given, that kvpack's attention does not do.
-_REFUSED = ("softcap", "s_aux", "position_bias", "indices", "head_mask")
+_REFUSED = ("position_bias", "indices", "head_mask")
 # A window that a compiler cannot look for in the mask function: the attention function is told.
 _SOME_WINDOW = -1
 
@@ -149,7 +149,7 @@ def attention_for_kvpack(
             )
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "is_causal": is_causal}
         return _attention_elsewhere(module, query, key, value, attention_mask, options | kwargs)
-    layer.is_pending = False
+    layer.take_pending(key, value)
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise CacheInputError(f"{type(module).__name__} asks for {name}, which kvpack's attention does not have")
@@ -169,7 +169,8 @@ def attention_for_kvpack(
         raise CacheInputError(
             f"{type(module).__name__} asks for a window of {sliding_window} tokens, its mask for one of {window}"
         )
-    out = _attend(layer, query, key, value, tokens, {"scale": scaling, "window": window})
+    scores = {"scale": scaling, "softcap": kwargs.get("softcap"), "sink_logits": kwargs.get("s_aux")}
+    out = _attend(layer, query, key, value, tokens, {"window": window, **scores})
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -200,20 +201,16 @@ def _attend(
 def _attend_to_tokens(
     kv: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Mask, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Zeros where there are no tokens; rows that have theirs in the same columns go together."""
-    out = torch.zeros_like(q)
-    groups: dict[bytes, list[int]] = {}
-    for row, of_row in enumerate(tokens):
-        groups.setdefault(of_row.tobytes(), []).append(row)
-    for rows in groups.values():
-        columns = torch.from_numpy(np.flatnonzero(tokens[rows[0]])).to(q.device)
-        if not len(columns):
-            continue
-        q_rows, k_rows, v_rows = (states[rows].index_select(2, columns) for states in (q, k, v))
-        found, _ = attention_with_kv_cache(q_rows, k_rows, v_rows, kv, sequences=rows, **options)
-        of_rows = torch.tensor(rows, device=q.device)
-        out[of_rows[:, None], :, columns[None]] = found.transpose(1, 2)
-    return out
+    """Zeros where there are no tokens."""
+    counts = tokens.sum(axis=1).tolist()
+    # Each row's tokens behind its pads, as they are with padding on the left.
+    order = np.argsort(tokens, axis=1, kind="stable")
+    if (order == np.arange(tokens.shape[1])).all():
+        return attention_with_kv_cache(q, k, v, kv, tokens=counts, **options)[0]
+    columns = torch.from_numpy(order).to(q.device)[:, None, :, None]
+    q, k, v = (states.gather(2, columns.expand_as(states)) for states in (q, k, v))
+    found, _ = attention_with_kv_cache(q, k, v, kv, tokens=counts, **options)
+    return torch.zeros_like(found).scatter_(2, columns.expand_as(found), found)
 
 
 def _attention_elsewhere(

@@ -17,13 +17,14 @@ returns all keys and values dequantized, which is slow, and pads are stored with
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from kvpack.errors import CacheInputError
@@ -38,6 +39,7 @@ _MAX_TOKENS = 1 << 24
 _STEPS_BETWEEN_REALLOCATIONS = 32
 # What layers of a configuration may be; of others the cache is no keys and values, or a mask is wanted.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_LAYER_CLASSES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
 
 Mask = npt.NDArray[np.bool_]
 
@@ -63,7 +65,7 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
     Attributes:
         cache, index: which layer of which cache.
         columns: padded columns that have come; tokens may be fewer.
-        is_pending: whether new keys and values wait for the attention function.
+        pending: new keys and values, which wait for the attention function.
     """
 
     # generate() would make 4-d masks beforehand, and compile the forward pass by itself.
@@ -76,7 +78,7 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache, self.index = cache, index
         self.columns = 0
-        self.is_pending = False
+        self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.compiler.disable
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -92,7 +94,7 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.is_pending:
+        if self.pending is not None:
             raise CacheInputError(
                 f"layer {self.index}: attention has not read the tokens that came before. This model does not call the "
                 "attention function 'kvpack', or a forward pass has failed: reset() the cache, and use another "
@@ -101,13 +103,29 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
         if self.cache.is_read_elsewhere():
             return self.cache.append_and_read(self, key_states, value_states)
         self.columns += key_states.shape[-2]
-        self.is_pending = True
+        self.pending = key_states, value_states
         attention_arguments = kwargs.get("kwargs")
         if isinstance(attention_arguments, dict):  # from 5.24: what the attention function is called with
             attention_arguments["kvpack_layer"] = self
         else:
             key_states.kvpack_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
+
+    def take_pending(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Called by the attention function, with what the model gives it.
+
+        Raises:
+            CacheInputError: not what :meth:`update` has returned.
+        """
+        pending, self.pending = self.pending, None
+        if torch.compiler.is_compiling():
+            return
+        for name, given, expected in zip(("keys", "values"), (key, value), pending or (None, None), strict=True):
+            if expected is None or given.shape != expected.shape or given.data_ptr() != expected.data_ptr():
+                raise CacheInputError(
+                    f"layer {self.index}: the model changes {name} between cache and attention; kvpack's attention "
+                    "reads them from the cache. Use another attn_implementation, or another cache"
+                )
 
     def get_seq_length(self) -> int:
         return self.columns
@@ -126,7 +144,7 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
         return -1
 
     def reset(self) -> None:
-        self.columns, self.is_pending = 0, False
+        self.columns, self.pending = 0, None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select_rows(beam_idx.tolist())
@@ -362,6 +380,39 @@ class KVPackCache(Cache):  # type: ignore[misc]
                 "token came: what the cache holds cannot be masked afterwards"
             )
 
+    @contextmanager
+    def captured_step(self) -> Iterator[None]:
+        """Around a step of one token a row that a CUDA graph captures: nothing runs, so that no columns come.
+
+        Before each replay :meth:`plan_step` is to be called. :class:`~.decode_graph.DecodeGraph` does both.
+        """
+        layers: Any = self.layers
+        columns, tokens, steps = [layer.columns for layer in layers], self._tokens, self._steps
+        self._steps = 0  # no reallocation, which waits for the device
+        try:
+            yield
+        finally:
+            self._tokens, self._steps = tokens, steps
+            for layer, count in zip(layers, columns, strict=True):
+                layer.columns, layer.is_pending = count, False
+
+    def plan_step(self) -> None:
+        """What the host does in a step of one token a row, before a CUDA graph repeats what the device does.
+
+        Does not wait for the device, but with a budget, every 32 steps.
+
+        Raises:
+            CacheFullError: no room for the tokens; nothing has changed then.
+        """
+        assert self.kv is not None
+        before = self.get_seq_length()
+        self.begin_step(self.rows, before)
+        self.kv.plan(1, range(self.rows))
+        self.add_columns(before, 1, None)
+        layers: Any = self.layers
+        for layer in layers:
+            layer.columns = before + 1
+
     def append_and_read(
         self, layer: KVPackLayer, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -391,11 +442,34 @@ class KVPackCache(Cache):  # type: ignore[misc]
 
     def crop_columns(self, count: int) -> None:
         """Forget the last columns, in all layers."""
-        raise CacheInputError("KVPackCache does not forget tokens yet, as assisted decoding wants")
+        kv: Any = self.kv
+        if kv is None:
+            return
+        gone = np.full(self.rows, count) if self._tokens is None else self._tokens[:, -count:].sum(axis=1)
+        for row, tokens in enumerate(gone.tolist()):
+            if tokens:
+                kv.truncate(row, max(kv.length(0, row) - tokens, 0))
+        if self._tokens is not None:
+            self._tokens = self._tokens[:, :-count]
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Row i becomes what ``rows[i]`` was, in all layers."""
-        raise CacheInputError("KVPackCache does not reorder rows yet, as beam search wants")
+        """Row i becomes what ``rows[i]`` was, in all layers.
+
+        Raises:
+            CacheInputError: more rows than there is room for.
+        """
+        kv: Any = self.kv
+        if kv is None or list(rows) == list(range(self.rows)):
+            return
+        if len(rows) > kv.max_sequences:
+            raise CacheInputError(
+                f"{len(rows)} rows are wanted, and the cache has room for {kv.max_sequences}: make it with "
+                f"KVPackCache(max_sequences={len(rows)})"
+            )
+        kv.select_sequences(rows)
+        self.rows = len(rows)
+        if self._tokens is not None:
+            self._tokens = self._tokens[list(rows)]
 
 
 _announced = False
@@ -445,15 +519,17 @@ def _checked_config(config: PreTrainedConfig) -> PreTrainedConfig:
             "that are decoders alone: use transformers' EncoderDecoderCache"
         )
     text = config.get_text_config(decoder=True)
-    if not all(getattr(text, field, None) for field in ("num_hidden_layers", "num_attention_heads")):
+    if not getattr(text, "num_hidden_layers", None) or not _has_heads(text):
         raise CacheInputError(
             f"{name} has no attention layers (num_hidden_layers, num_attention_heads); KVPackCache holds keys and "
             "values of attention: use the cache that transformers gives this model"
         )
     types = set(getattr(text, "layer_types", None) or ())
+    if types <= _LAYER_TYPES:  # what it does not say, transformers knows
+        types |= {type(layer).__name__ for layer in DynamicCache(config=text).layers}
     if getattr(text, "attention_chunk_size", None) is not None:
         types.add("chunked_attention")
-    if others := sorted(map(str, types - _LAYER_TYPES)):
+    if others := sorted(map(str, types - _LAYER_TYPES - _LAYER_CLASSES)):
         raise CacheInputError(
             f"{name} has layers of type {', '.join(others)}; KVPackCache holds "
             f"{' and '.join(sorted(_LAYER_TYPES))}: use the cache that transformers gives this model"
@@ -470,6 +546,13 @@ def _checked_config(config: PreTrainedConfig) -> PreTrainedConfig:
             "pages hold those alone: use the cache that transformers gives this model"
         )
     return text
+
+
+def _has_heads(config: PreTrainedConfig) -> bool:
+    try:
+        return bool(getattr(config, "num_attention_heads", None))
+    except Exception:  # one number for each layer: there are some
+        return True
 
 
 def _format_of(formats: OpenFormats | str | None) -> OpenFormats | None:

@@ -7,10 +7,12 @@ transformers knows a closed list of such names and makes the caches itself, so b
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from transformers.cache_utils import Cache
 
+from kvpack.errors import CacheInputError
 from kvpack.format.pages import PageFormat
 from kvpack.integrations.transformers.cache import KVPackCache
 
@@ -35,10 +37,15 @@ def register() -> None:
     @functools.wraps(prepare)
     def with_kvpack(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         options = _NAMED.get(generation_config.cache_implementation)
-        is_given = any(isinstance(value, Cache) for value in model_kwargs.values())
-        if options is None or is_given or generation_config.use_cache is False:
+        given = [value for value in model_kwargs.values() if isinstance(value, Cache)]
+        if generation_config.use_cache is False and any(isinstance(cache, KVPackCache) for cache in given):
+            raise CacheInputError(
+                "a KVPackCache is given, and use_cache is False: the whole text would be appended at each step. Give "
+                "use_cache=True"
+            )
+        if options is None or given or generation_config.use_cache is False:
             return prepare(model, generation_config, model_kwargs, *args, **kwargs)
-        cache = KVPackCache(model.config, **options, **(generation_config.cache_config or {}))
+        cache = _made(model.config, options | (generation_config.cache_config or {}))
         # By what name a model takes its cache differs between versions: it is where the default cache goes.
         name, generation_config.cache_implementation = generation_config.cache_implementation, None
         try:
@@ -51,3 +58,10 @@ def register() -> None:
         return result
 
     GenerationMixin._prepare_cache_for_generation = with_kvpack  # type: ignore[method-assign, assignment]
+
+
+def _made(config: Any, options: dict[str, Any]) -> KVPackCache:
+    known = inspect.signature(KVPackCache).parameters.keys() - {"config"}
+    if others := sorted(options.keys() - known):
+        raise CacheInputError(f"cache_config has {', '.join(others)}; there are {', '.join(sorted(known))}")
+    return KVPackCache(config, **options)
