@@ -180,11 +180,6 @@ def _creating(create: Callable[..., Any]) -> Callable[..., Any]:
         base = target.get_base_layer() if isinstance(target, tuners_utils.BaseTunerLayer) else target
         if not isinstance(base, RansLinear):
             return create(lora_config, adapter_name, target, **options)
-        if options.get("parameter_name") is not None:
-            raise InputError(
-                f"target_parameters: {options.get('target_name')} is coded and has no parameters; "
-                "name it in target_modules"
-            )
         return RansLoraLinear(target, adapter_name, config=lora_config, **options)
 
     create_new_module._kvpack = True  # type: ignore[attr-defined]

@@ -113,6 +113,14 @@ def test_all_adapted_layers_are_coded(coded: Any) -> None:
     assert all(isinstance(layer.get_base_layer(), kvpack.RansLinear) for layer in layers)
 
 
+def test_kinds_of_adapters(coded: Any, dense: Any) -> None:
+    """aLoRA changes the layer's result in place."""
+    for options in ({"use_rslora": True}, {"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}):
+        over_coded = gradients(adapted(copy.deepcopy(coded), **options))
+        for name, expected in gradients(adapted(copy.deepcopy(dense), **options)).items():
+            assert (over_coded[name] - expected).norm() <= 1e-5 * expected.norm(), (name, options)
+
+
 def test_gradient_checkpointing(coded: Any) -> None:
     model = adapted(coded).train()
     expected = gradients(model)
@@ -139,6 +147,45 @@ def test_training_lowers_the_loss(coded: Any) -> None:
     assert len(blobs) == 14
     for name, blob in blobs.items():
         assert torch.equal(after[name], blob), name
+
+
+class _Texts(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        text = ids(1, seed=0)[0]
+        return {"input_ids": text, "labels": text}
+
+
+def test_trainer(directories: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """A model of from_pretrained, prepared as quantized ones are; its adapter serves transformers without PEFT's."""
+    directory, _ = directories["llama"]
+    base = peft.prepare_model_for_kbit_training(transformers.AutoModelForCausalLM.from_pretrained(directory))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    options = transformers.TrainingArguments(
+        output_dir=tmp_path / "out",
+        max_steps=6,
+        per_device_train_batch_size=2,
+        learning_rate=2e-2,
+        report_to=[],
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(model=model, args=options, train_dataset=_Texts())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.92 * losses[0], losses
+    model.eval().save_pretrained(tmp_path / "adapter")
+    other = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    other.load_adapter(tmp_path / "adapter")
+    torch.testing.assert_close(other(input_ids=ids()).logits, model(input_ids=ids()).logits)
+    merged = merge(model)
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again(input_ids=ids()).logits, other(input_ids=ids()).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_training_step(coded: Any) -> None:

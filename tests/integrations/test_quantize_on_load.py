@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 import tempfile
@@ -193,6 +194,34 @@ def test_device_map_and_dtype(saved: Any, device_map: Any) -> None:
     ids = torch.arange(12)[None] % VOCABULARY
     difference = (model(ids).logits.float() - expected(ids).logits).norm() / expected(ids).logits.norm()
     assert 0 < difference < 0.03
+
+
+def test_offloaded_to_disk(saved: Any, tmp_path: Path, temporary: Path) -> None:
+    """What is not coded stays in the coded files; these go when the model does."""
+    pytest.importorskip("accelerate")
+    ids = torch.arange(12)[None] % VOCABULARY
+    expected = AutoModelForCausalLM.from_pretrained(saved("llama"), quantization_config=KVPackConfig(bits=4.25))
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
+    places |= {"model.layers.1": "disk", "model.norm": "disk", "lm_head": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        saved("llama"),
+        quantization_config=KVPackConfig(bits=4.25),
+        device_map=places,
+        offload_folder=tmp_path / "offload",
+    )
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert len(list(temporary.glob("kvpack-*"))) == 1
+    del model
+    gc.collect()
+
+
+def test_one_config_for_several_models(saved: Any) -> None:
+    config = KVPackConfig(bits=4.25, modules_to_not_convert=["lm_head"])
+    written = config.to_dict()
+    for name in ("llama", "qwen3"):
+        model = load(name, saved(name), quantization_config=config)
+        assert config.to_dict() == written
+        assert model.config.quantization_config.options["exclude"] == (r"(^|\.)lm_head\." if name == "llama" else None)
 
 
 def test_what_is_kept_is_told(saved: Any, capsys: pytest.CaptureFixture[str]) -> None:

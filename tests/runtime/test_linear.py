@@ -533,6 +533,20 @@ def test_gradient_of_activations(state: State, weights: dict[str, Any]) -> None:
     torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_result_may_be_changed_in_place(state: State, dtype: Any) -> None:
+    """As that of ``nn.Linear``, with gradients too."""
+    x = activations("biased", 6, dtype=dtype).reshape(2, 3, -1).requires_grad_()
+    y = state.linear("biased")(x)
+    expected = y.detach() * 2
+    y *= 2
+    y[0, 1] += 1
+    expected[0, 1] += 1
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert x.grad is not None
+
+
 # On a GPU -----------------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +568,19 @@ def test_cuda_product(cuda_state: State, weights: dict[str, Any], name: str, dty
     blob = layer.prepare()
     assert isinstance(blob, DeviceBlob)
     blob.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_cuda_gradient(cuda_state: State, weights: dict[str, Any], dtype: Any) -> None:
+    layer = cuda_state.linear("biased")
+    for tokens in (1, 8, 100):
+        x = activations("biased", tokens, dtype=dtype).cuda().requires_grad_()
+        y = layer(x)
+        gradient = torch.randn_like(y)
+        y.backward(gradient)
+        expected = gradient.double() @ weights["biased"].cuda().double()
+        assert (x.grad.double() - expected).norm() < 8 * torch.finfo(dtype).eps * expected.norm(), tokens
 
 
 @pytest.mark.gpu

@@ -95,7 +95,8 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         assert loading is not None
         with loading.reader:
             loading.finish()
-        if self._coded is not None:
+        # What a device map puts on the disk is read from these files at each use, as long as the model is there.
+        if self._coded is not None and not _is_on_disk(self._device_map):
             self._coded.close()
             self._coded = None
         kept = [one for one in self._own_conversions if one.was_used()]
@@ -123,6 +124,10 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _is_on_disk(device_map: Any) -> bool:
+    return isinstance(device_map, dict) and "disk" in map(str, device_map.values())
 
 
 def _refuse_tensor_parallelism(config: Any) -> None:

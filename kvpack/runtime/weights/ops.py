@@ -129,7 +129,12 @@ def _linear_cuda(
         out = products.multiply(coded, tokens, bias, limits)
     else:
         out = expansion.multiply(coded, tokens, bias, limits)
-    return out.reshape(*x.shape[:-1], rows)
+    return _shaped(out, x)
+
+
+def _shaped(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A new tensor [tokens, rows] as [..., rows], and no view: autograd forbids to change views of operators."""
+    return out.resize_(*x.shape[:-1], out.shape[1])
 
 
 # By a coded tensor's status, which is its own and lives as long as it does: where the blob lies, and the blob.
@@ -182,7 +187,7 @@ def _linear_cpu(
     own_bias = _bias(bias, x, rows)
     if own_bias is not None:
         out += own_bias.to(torch.float32)
-    return out.to(x.dtype).reshape(*x.shape[:-1], rows)
+    return _shaped(out.to(x.dtype), x)
 
 
 def _dequantize_cuda(
