@@ -282,8 +282,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         dtype = _pages_dtype(self._dtype, key_states.dtype)
         if self._dtype is None and dtype != key_states.dtype:
             warnings.warn(
-                f"KVPackCache: the model is in {key_states.dtype}, pages are in {dtype}; KVPackCache(dtype=…) chooses, "
-                "and says this no more",
+                f"KVPackCache: the model is in {key_states.dtype}, pages are in {dtype} (KVPackCache(dtype=…) chooses)",
                 stacklevel=2,
             )
         self.kv = KVCache(
