@@ -392,7 +392,7 @@ def append_all(
 
 
 def everything(cache: KVCache, sequence: int) -> list[Any]:
-    return [x for layer in range(LAYERS) for x in cache.read(layer, sequence, torch.float32)]
+    return [x for layer in range(LAYERS) for x in cache.read(layer, sequence)]
 
 
 def same(found: list[Any], expected: list[Any]) -> bool:
