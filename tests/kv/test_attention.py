@@ -192,6 +192,33 @@ def test_a_sink_logit_of_minus_infinity_is_none(tokens: int, device: str) -> Non
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_sink_logits_of_rows_with_fewer_tokens(device: str) -> None:
+    """Columns that are no tokens are zeros; the others are what they are alone."""
+    cache = make_cache(device, max_sequences=3, formats=INT8)
+    options = variant_options(("softcap", "sink_logits"), 4, device)
+    x = random_qkv(cache, 4, 5)
+    out, _ = attention_with_kv_cache(*x, cache, tokens=[0, 3, 5], **options)
+    for row, count in enumerate([0, 3, 5]):
+        assert not out[row, :, : 5 - count].any()
+        if count:
+            q, k, v = (t[row, :, 5 - count :] for t in x)
+            expected, _ = defined(q, *(t.double().cpu().numpy() for t in (k, v)), **options)
+            assert attention_error(out[row, :, 5 - count :], expected) < 1e-3
+
+
+def test_a_row_that_sees_nothing_is_zeros() -> None:
+    cache = make_cache("cpu")
+    x = [t.float() for t in random_qkv(cache, 4, 6)]
+    seen = torch.ones(1, 6, 6, dtype=torch.bool).tril()
+    seen[0, 0] = False
+    for logit in (0.0, -math.inf):
+        call = SimpleNamespace(scale=0.125, softcap=SOFTCAP)
+        out = attention._masked_attention(*x, seen, call, torch.full((4,), logit))
+        assert not out[:, :, 0].any()
+        assert out[:, :, 1:].isfinite().all()
+
+
 def test_scores_are_computed_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU: which tokens are taken together does not show."""
     cache, options = make_cache("cpu"), variant_options(("softcap", "sink_logits"), 4, "cpu")

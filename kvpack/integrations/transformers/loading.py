@@ -26,6 +26,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.integrations.accelerate import get_device
 
+from kvpack.encode.dtypes import NARROW_DTYPES
 from kvpack.encode.listing import listed
 from kvpack.encode.reader import Reader
 from kvpack.errors import InputError, ModelMismatchError
@@ -85,12 +86,25 @@ class _GivenWeight(CodedWeight):
 
 
 class _LayerInFile(RansLinear):
-    """A RansLinear whose weights are still in the file; a plain one in the end."""
+    """A RansLinear whose weights are still in the file; :func:`settle` makes it a plain one."""
 
     @property
     def weight(self) -> CodedWeight:
         known = super().weight
         return _GivenWeight(known.dtype, known.device, known.shape)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """transformers gives buffers that no file has room on their device. All that is needed is the device."""
+        if name in (BLOB, SCALE) and not value.is_meta:
+            value = value.new_empty(0)
+        super().__setattr__(name, value)
+
+
+def settle(layer: RansLinear) -> None:
+    """Make a layer in a file an ordinary one, without weights."""
+    layer._buffers[BLOB] = layer._buffers[SCALE] = None
+    layer._non_persistent_buffers_set -= {BLOB, SCALE}
+    layer.__class__ = RansLinear
 
 
 @dataclass
@@ -183,6 +197,7 @@ class CheckpointLoading:
         dtypes: of the model's tensors that transformers loads.
         device_map: transformers' plan, as far as it is known.
         report: what became of each tensor.
+        untied: attribute of the model → its ties, where coded layers are among them, which have weights of their own.
     """
 
     model: Any
@@ -193,6 +208,7 @@ class CheckpointLoading:
     taken: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     report: Replacement = field(default_factory=Replacement)
+    untied: dict[str, dict[str, str]] = field(default_factory=dict)
     _places: dict[str, Place] = field(default_factory=dict)
     _sources: dict[str, list[str]] = field(default_factory=dict)
 
@@ -218,6 +234,7 @@ class CheckpointLoading:
         assert names is not None
         selection = _ModuleSelection(None, None, modules_to_not_convert, dequantize)
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        self._refuse_narrow()
         places = places_of(model, names)
         groups = tied_groups(places)
         differences = plan_places(groups, reader, names, selection, self.report)
@@ -240,6 +257,20 @@ class CheckpointLoading:
         if self.decoded_from:
             own.append(_DecodingConverter(self))
         return [*own, *transforms]
+
+    def _refuse_narrow(self) -> None:
+        """fp8 and int8 weights have scales elsewhere, which a layer of another quantization would multiply with."""
+        narrow = [
+            f"{name} ({entry['dtype']})"
+            for container in self.reader.containers
+            for name, entry in container.coded.items()
+            if entry["dtype"] in NARROW_DTYPES
+        ]
+        if narrow:
+            raise ModelMismatchError(
+                f"{self.reader.path}: the original's weights are quantized themselves: {listed(narrow, _SHOWN)}; "
+                "kvpack decompress gives it back, for transformers to load with its own quantization"
+            )
 
     def _stored(self, name: str) -> list[str]:
         """All stored tensors of an original one."""
@@ -309,8 +340,9 @@ class CheckpointLoading:
         """A coded layer has weights of its own, be it of an embedding's numbers."""
         for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
             ties = getattr(self.model, attribute, None)
-            if isinstance(ties, dict):
-                kept = {one: other for one, other in ties.items() if not self._are_coded(one, other)}
+            kept = {one: other for one, other in (ties or {}).items() if not self._are_coded(one, other)}
+            if ties and len(kept) < len(ties):
+                self.untied[attribute] = dict(ties)
                 setattr(self.model, attribute, kept)
 
     def _are_coded(self, *names: str) -> bool:
@@ -341,21 +373,34 @@ class CheckpointLoading:
         made = place.conversion.convert(numbers)
         return {name: made[name].to(dtypes[name]) for name in [target, *(other for other in made if other != target)]}
 
-    def finish(self) -> None:
+    @property
+    def layer_sources(self) -> set[str]:
+        """Coded tensors of layers that stay coded."""
+        return {layer.tensor_name for layer in self.layers.values() if layer.tensor_name is not None}
+
+    def finish(self) -> bool:
         """Read the weights of all coded layers to where transformers has put these.
+
+        Returns:
+            Whether the reader must stay open, for layers whose weights stay on disk.
 
         Raises:
             FormatError: a tensor is damaged; the message names file and tensor.
-            ModelMismatchError: transformers has left a tensor without values.
         """
         by_device: dict[torch.device, dict[str, list[RansLinear]]] = {}
+        on_disk = []
+        names = {id(layer): name for name, layer in self.layers.items()}
         for layer in {id(layer): layer for layer in self.layers.values()}.values():
             assert layer.tensor_name is not None
             device = layer.weight_kvpack.device
+            hook = _offloading_hook(layer)
+            settle(layer)
+            if hook is not None and self._home(names[id(layer)]) == "disk":
+                on_disk.append((layer, hook))
+                continue
+            if hook is not None:
+                device = torch.device("cpu")
             by_device.setdefault(device, {}).setdefault(layer.tensor_name, []).append(layer)
-            layer._buffers[BLOB] = layer._buffers[SCALE] = None
-            layer._non_persistent_buffers_set -= {BLOB, SCALE}
-            layer.__class__ = RansLinear
         for device, layers in by_device.items():
             loaded = load_tensors(self.reader, layers, device)
             for name, sharing in layers.items():
@@ -363,8 +408,20 @@ class CheckpointLoading:
                 assert isinstance(blob, DeviceBlob)
                 for layer in sharing:
                     layer._take(blob)
+                    if hook := _offloading_hook(layer):
+                        _lend_weights(layer, hook, None)
+        for layer, hook in on_disk:
+            for key, tensor in layer_in_file(self.reader, str(layer.tensor_name))._buffers.items():
+                if key in (BLOB, SCALE):
+                    layer._buffers[key] = tensor
+            _lend_weights(layer, hook, self.reader)
         del self.model._keys_to_ignore_on_load_unexpected
         self._cast()
+        return bool(on_disk)
+
+    def _home(self, name: str) -> str:
+        """Where the device map has a module."""
+        return str(get_device(self.device_map, name)) if isinstance(self.device_map, dict) else "cpu"
 
     def _cast(self) -> None:
         """transformers leaves renamed tensors of quantized models in the files' types, before 5.21."""
@@ -376,3 +433,18 @@ class CheckpointLoading:
 
 def _numbers(tensor: DeviceBlob | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.dequantize(dtype) if isinstance(tensor, DeviceBlob) else tensor.to(dtype)
+
+
+def _offloading_hook(layer: RansLinear) -> Any:
+    """What accelerate, which not all have, has put on a layer of a module that the device map offloads."""
+    if not hasattr(layer, "_hf_hook"):
+        return None
+    from kvpack.integrations.transformers.offloading import offloading_hook
+
+    return offloading_hook(layer)
+
+
+def _lend_weights(layer: RansLinear, hook: Any, reader: Reader | None) -> None:
+    from kvpack.integrations.transformers.offloading import lend_weights
+
+    lend_weights(layer, hook, reader)

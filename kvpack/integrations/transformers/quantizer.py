@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from kvpack.encode.model_config import METHOD
+from kvpack.encode.model_config import GUARD_KEY, METHOD, unguarded
 from kvpack.errors import InputError
 from kvpack.integrations.transformers.config import KVPackConfig
 from kvpack.integrations.transformers.loading import CheckpointLoading, open_files
+from kvpack.integrations.transformers.saving import SavedNames, SavePretrained, coded_layers, metadata_of
+from kvpack.runtime.weights.experts import decode_experts, is_coded
 from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.replace import put_module
 
@@ -31,6 +35,9 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **options)
         self._loading: CheckpointLoading | None = None
         self._device_map: Any = None
+        self._own_conversions: list[Any] = []
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._untied: dict[str, dict[str, str]] = {}
         self._coded: CodedCheckpoint | None = None
 
     def validate_environment(self, *_args: Any, device_map: Any = None, **_options: Any) -> None:
@@ -50,6 +57,11 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
     def _without_guard(self, config: Any) -> Any:
         """Take away what makes transformers without kvpack fail (docs/FORMAT.md §9.4)."""
         _refuse_tensor_parallelism(config)
+        file = unguarded(getattr(config, GUARD_KEY, None), self.quantization_config.__dict__)
+        if file is not None:
+            setattr(config, GUARD_KEY, file)
+        elif hasattr(config, GUARD_KEY):
+            delattr(config, GUARD_KEY)
         return config
 
     def _process_model_before_weight_loading(
@@ -86,31 +98,44 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         return self._loading.prepare(weight_conversions, config.modules_to_not_convert, config.dequantize)
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        """From 5.21 on: the type to which a tensor of the file is converted."""
-        return super().get_new_dtype(converter, param, dtype)
-
     def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> Any:
         loading, self._loading = self._loading, None
         assert loading is not None
-        with loading.reader:
-            loading.finish()
+        reader = loading.reader
+        self._entries = {name: reader.container(name).coded[name] for name in loading.layer_sources}
+        if not loading.finish():
+            reader.close()
         # What a device map puts on the disk is read from these files at each use, as long as the model is there.
         if self._coded is not None and not _is_on_disk(self._device_map):
             self._coded.close()
             self._coded = None
-        kept = [one for one in self._own_conversions if one.was_used()]
-        model._weight_conversions = kept
+        self._untied = loading.untied
+        if self.quantization_config.dequantize:
+            return model
+        # What save_pretrained undoes: transformers' own conversions alone. What was decoded is saved as it is.
+        used = [one for one in self._own_conversions if one.was_used()]
+        renamings = [one for one in used if isinstance(one, WeightRenaming)]
+        converters = [one for one in used if isinstance(one, WeightConverter)]
+        model._weight_conversions = [SavedNames(model, renamings), *converters]
+        model.save_pretrained = SavePretrained(model)
         return model
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """What save_pretrained writes beside the tensors."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        return None, metadata_of(model, self._entries)
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, RansLinear):
-                plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-                plain.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
-                if module.bias is not None:
-                    plain.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
-                put_module(model, name, plain)
+        for module in list(model.modules()):
+            if is_coded(module):
+                decode_experts(module, dtype)
+        for name, layer in coded_layers(model).items():
+            put_module(model, name, _plain(layer, dtype))
+        for attribute, ties in self._untied.items():
+            tie_equal(model, ties)
+            setattr(model, attribute, ties)
+        del model.save_pretrained
         return model
 
     def is_serializable(self, *_args: Any, **_options: Any) -> bool:
@@ -124,6 +149,36 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _plain(layer: RansLinear, dtype: torch.dtype | None) -> nn.Module:
+    """The module that a coded layer stands for."""
+    weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+    with torch.device("meta"):
+        plain: nn.Module
+        if layer.prepare().header.transposed:
+            plain = Conv1D(layer.out_features, layer.in_features)
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    plain.weight = weight
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    return plain.train(layer.training)
+
+
+def tie_equal(model: nn.Module, ties: dict[str, str]) -> None:
+    """Let parameters of the same numbers be one again.
+
+    Args:
+        ties: parameter → the one that it was tied to; those of other numbers are taken out.
+    """
+    for one, other in list(ties.items()):
+        first, second = model.get_parameter(one), model.get_parameter(other)
+        if first.dtype == second.dtype and torch.equal(first, second):
+            parent, _, key = one.rpartition(".")
+            setattr(model.get_submodule(parent), key, second)
+        else:
+            del ties[one]
 
 
 def _is_on_disk(device_map: Any) -> bool:
