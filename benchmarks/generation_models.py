@@ -211,6 +211,7 @@ def _parameter_bytes(module: nn.Module) -> int:
             size += parameter.nbytes
         if state is not None:  # bitsandbytes'
             size += state.absmax.nbytes + state.code.nbytes
+            size += state.state2.absmax.nbytes if state.nested else 0
     return size
 
 

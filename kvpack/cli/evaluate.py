@@ -76,7 +76,10 @@ def evaluate(
 
             plot_models(report.as_dict(), plot)
     if as_json:
-        print(json.dumps(report.as_dict(), allow_nan=False))
+        from kvpack.bench.provenance import environment, kvpack_command
+
+        made = {"command": kvpack_command(), **environment(("torch", "transformers"))}
+        print(json.dumps({**report.as_dict(), **made}, allow_nan=False))
     else:
         _print(report)
     if plot is not None:

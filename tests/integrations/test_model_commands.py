@@ -98,7 +98,8 @@ def test_eval(model: Path, novel: Path) -> None:
     report = run_json("eval", model, model, "--against", model, *options)
     assert set(report) == {
         "ok", "text", "context", "windows", "windows_available", "scored_tokens", "begins_with", "device", "models",
-        "original",
+        "original", "command", "kvpack", "date", "commit", "package_changed_since_commit", "cpu", "cores",
+        "load_at_start", "python", "versions",
     }  # fmt: skip
     assert len(report["models"]) == 2
     first = report["models"][0]

@@ -345,7 +345,7 @@ class Report:
     original: ModelReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``kvpack eval --json`` prints."""
+        """What ``kvpack eval --json`` prints, less when and with what it was measured."""
         return {"ok": True, **asdict(self)}
 
 
