@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import generation_report
 import kv_quality_report
 
 from kvpack.bench import attention_report as bench_attention_report
@@ -434,6 +435,21 @@ def books_generate() -> str:
     return text + gpu_origin(result)
 
 
+def generation(name: str) -> Callable[[], str]:
+    """A table of the large model, and one of the small ones: two runs, of which one may be missing."""
+
+    def render() -> str:
+        texts = []
+        for models in ("large", "small"):
+            try:
+                texts.append(printed(f"generation-{models}", generation_report.tables, name)())
+            except NoResult as missing:
+                texts.append(f"{missing}\n")
+        return "\n".join(texts)
+
+    return render
+
+
 def runtime_load() -> str:
     result = newest("runtime-streams")
     rows = [
@@ -560,6 +576,11 @@ FIGURES: dict[str, Callable[[], str]] = {
     "long-prompt": long_prompt,
     "generate-summary": generate_summary,
     "books-generate": books_generate,
+    "generation-summary": generation("summary"),
+    "generation-decode": generation("decode"),
+    "generation-weights": generation("weights"),
+    "generation-prefill": generation("prefill"),
+    "generation-launches": generation("launches"),
     "runtime-load": runtime_load,
     "runtime-memory": runtime_memory,
     "runtime-streaming": runtime_streaming,

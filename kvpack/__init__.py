@@ -5,6 +5,8 @@
 ...     if not name.endswith("Error"):  # kvpack.errors draws their hierarchy
 ...         print(name)
 KVCache
+KVPackCache
+KVPackConfig
 PageFormat
 QuantConfig
 RansLinear
@@ -21,7 +23,8 @@ stream_modules
 verify
 warmup
 
-Names are loaded when first used, so that ``import kvpack`` costs nothing.
+Names are loaded when first used, so that ``import kvpack`` costs nothing. After it, transformers' ``from_pretrained``
+loads compressed models, whichever of the two is imported first.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvpack._version import __version__
+from kvpack.integrations.transformers.registration import register_when_imported
 
 if TYPE_CHECKING:
     from kvpack.compression import compress
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
         ModelMismatchError,
         NotAContainerError,
         NotInstalledError,
+        NotSupportedError,
         OtherFilesError,
         OutlierError,
         PaddingError,
@@ -78,6 +83,8 @@ if TYPE_CHECKING:
         VersionError,
     )
     from kvpack.format.pages import PageFormat
+    from kvpack.integrations.transformers.cache import KVPackCache
+    from kvpack.integrations.transformers.config import KVPackConfig
     from kvpack.integrations.transformers_names import replace_linears
     from kvpack.runtime.kv.attention import attention_with_kv_cache
     from kvpack.runtime.kv.cache import KVCache
@@ -101,6 +108,8 @@ __all__ = [
     "HeaderCrcError",
     "InputError",
     "KVCache",
+    "KVPackCache",
+    "KVPackConfig",
     "KvpackError",
     "LaneError",
     "LaneStateError",
@@ -110,6 +119,7 @@ __all__ = [
     "ModelMismatchError",
     "NotAContainerError",
     "NotInstalledError",
+    "NotSupportedError",
     "OtherFilesError",
     "OutlierError",
     "PaddingError",
@@ -149,7 +159,9 @@ _HOMES = {
     "decompress": ("kvpack.encode.decompress", "decompress"),
     "load": ("kvpack.runtime.weights.load", "load"),
     "open": ("kvpack.encode.reader", "Reader"),
+    "KVPackCache": ("kvpack.integrations.transformers.cache", "KVPackCache"),
     "KVCache": ("kvpack.runtime.kv.cache", "KVCache"),
+    "KVPackConfig": ("kvpack.integrations.transformers.config", "KVPackConfig"),
     "PageFormat": ("kvpack.format.pages", "PageFormat"),
     "QuantConfig": ("kvpack.encode.quant_config", "QuantConfig"),
     "RansLinear": ("kvpack.runtime.weights.linear", "RansLinear"),
@@ -171,10 +183,13 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "cupy"):
+        if error.name not in ("torch", "cupy", "transformers"):
             raise
-        message = (
-            f"kvpack.{name} needs {error.name}, which is not installed: pip install 'kvpack[cuda13]' (or [cuda12]), or "
-            "'kvpack[torch]' without a GPU"
-        )
+        extras = "'kvpack[cuda13]' (or [cuda12]), or 'kvpack[torch]' without a GPU"
+        if error.name == "transformers":
+            extras = "'kvpack[transformers]'"
+        message = f"kvpack.{name} needs {error.name}, which is not installed: pip install {extras}"
         raise ModuleNotFoundError(message, name=error.name) from None
+
+
+register_when_imported()

@@ -37,6 +37,7 @@
     ├── PageEntryError (ValueError)        an entry is not of a page that is in use
     ├── CacheInputError (ValueError)       tensors, layers or sequences do not fit a KV cache
     ├── NotInstalledError (RuntimeError)   an option needs a package that is not installed
+    ├── NotSupportedError (RuntimeError)   what is asked for is not in this version of kvpack
     ├── DeviceError (RuntimeError)         no such device, or it lacks what kvpack needs
     ├── StreamingError (RuntimeError)      a streamed layer is used outside its turn
     └── CacheFullError (RuntimeError)      a KV cache would exceed its bytes, tokens or sequences
@@ -163,6 +164,10 @@ class InputError(KvpackError, ValueError):
 
 class NotInstalledError(KvpackError, RuntimeError):
     """An option needs a package that is not installed; the message says what to install."""
+
+
+class NotSupportedError(KvpackError, NotImplementedError):
+    """What is asked for is planned, and not in this version of kvpack. The message says what there is instead."""
 
 
 class OtherFilesError(InputError):

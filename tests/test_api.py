@@ -23,6 +23,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 # Packages of extras: modules that need them are left out where they are not installed.
 OPTIONAL = {"torch", "cupy", "transformers", "matplotlib", "cuda"}
 NEED_TORCH = {"KVCache", "RansLinear", "attention_with_kv_cache", "load", "replace_linears", "warmup"}
+NEED_TRANSFORMERS = {"KVPackCache", "KVPackConfig"}
 
 
 def model() -> Arrays:
@@ -240,7 +241,7 @@ def test_verify_names_what_differs(packed: Path, tmp_path: Path) -> None:
 
 def test_attributes_of_the_package() -> None:
     assert set(kvpack.__all__) > NEED_TORCH
-    for name in set(kvpack.__all__) - NEED_TORCH:
+    for name in set(kvpack.__all__) - NEED_TORCH - NEED_TRANSFORMERS:
         assert getattr(kvpack, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = kvpack.nothing
@@ -249,6 +250,12 @@ def test_attributes_of_the_package() -> None:
 @pytest.mark.parametrize("name", sorted(NEED_TORCH))
 def test_attributes_that_need_torch(name: str) -> None:
     pytest.importorskip("torch")
+    assert getattr(kvpack, name) is not None
+
+
+@pytest.mark.parametrize("name", sorted(NEED_TRANSFORMERS))
+def test_attributes_that_need_transformers(name: str) -> None:
+    pytest.importorskip("transformers")
     assert getattr(kvpack, name) is not None
 
 

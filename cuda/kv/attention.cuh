@@ -10,6 +10,24 @@ constexpr bool kCausal = KVPACK_CAUSAL;
 constexpr float kNothing = -1e30f;  // a maximum below all scores, and finite: differences stay numbers
 constexpr float kUnseen = -3e38f;   // a score whose p is 0 even beside that
 
+// Parameters behind a kernel's `scale`, of those that have a softcap and a logit of each head that is no token's.
+#if KVPACK_SOFTCAP
+#define KVPACK_SOFTCAP_PARAMETERS , float cap, float cap_exponent
+#else
+#define KVPACK_SOFTCAP_PARAMETERS
+#endif
+#if KVPACK_SINK_LOGITS
+#define KVPACK_SINK_PARAMETERS , const float* sink_logits, float log2_e
+#else
+#define KVPACK_SINK_PARAMETERS
+#endif
+
+// cap · tanh(score / cap) = cap − 2 · cap / (1 + e^(2 · score / cap)), to within 2^-21 · cap, where score and cap are in base 2 and
+// cap_exponent is 2 · log2(e) / cap. tanh.approx would be off by 2^-11 of the result: of p by up to 3 % at a cap of 50.
+__device__ __forceinline__ float capped(float score, float cap, float cap_exponent) {
+  return cap - 2 * cap * reciprocal(1 + exp2_approximate(score * cap_exponent));
+}
+
 // The pages that some queries see: those of the sinks, then those from the first one in the window of the first query.
 struct Visits {
   u32 sinks;

@@ -19,6 +19,8 @@
 // Whoever finishes a segment knows what the sums are to be divided by, and adds each page's share to its mass. Masses are integers,
 // in units of 2^-KVPACK_MASS_FRACTION_BITS: their sums over heads do not depend on the order of the atomic additions.
 //
+// A head's logit of KVPACK_SINK_LOGITS, whose value is zero, is added by whoever finishes a segment: once.
+//
 // A warp copies what it will need into a ring of its own, kSlots − 1 *pieces* ahead: two groups of K or V (one, of an odd number), or one of
 // 16 bits.
 //
@@ -288,8 +290,8 @@ __device__ __forceinline__ void add_masses(const Work& work, const Segment& segm
 extern "C" __global__ void __launch_bounds__(kWarps * 32, KVPACK_BLOCKS_PER_SM)
 attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_token_stride, u16* out, const u8* pages, const u64* table,
                  const u32* lengths, u32 sequences, u32 max_pages, u32 heads, u32 heads_per_kv_head, u32 tokens, u32 window, u32 sinks,
-                 float scale, float* partials, u32* semaphores, float* page_logs, u64* mass, u64 mass_sequence_stride, u32* steps,
-                 const float* weights) {
+                 float scale KVPACK_SOFTCAP_PARAMETERS KVPACK_SINK_PARAMETERS, float* partials, u32* semaphores, float* page_logs, u64* mass,
+                 u64 mass_sequence_stride, u32* steps, const float* weights) {
   KVPACK_DYNAMIC_SHARED(shared);
   const u32 thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes;
   const u32 columns = heads_per_kv_head * tokens;
@@ -419,7 +421,8 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       if (lane == 0) store_shared_f32(factors + 4 * column, power * scale);
     }
     __syncthreads();
-    const float factor[2] = {load_shared_f32(factors + 8 * (lane % 4)), load_shared_f32(factors + 8 * (lane % 4) + 4)};
+    const float of_query[2] = {load_shared_f32(factors + 8 * (lane % 4)), load_shared_f32(factors + 8 * (lane % 4) + 4)};
+    const float factor[2] = {KVPACK_SOFTCAP ? 1 : of_query[0], KVPACK_SOFTCAP ? 1 : of_query[1]};  // capped scores have it in them
 
     softmax.clear();
     float maximum[2] = {kNothing, kNothing};
@@ -438,6 +441,15 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
         for (u32 i = 0; i < 4; ++i) scores[slice][i] = 0;
       float offset[2];
       with_format<KVPACK_K_FORMATS>(k_format, MultiplyKeys{ring, query_area, lane, scores, offset});
+#if KVPACK_SOFTCAP
+#pragma unroll
+      for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+          scores[slice][i] = capped((scores[slice][i] + offset[i % 2]) * of_query[i % 2], cap, cap_exponent);
+        }
+      offset[0] = offset[1] = 0;
+#endif
 
       const Visits seen = work.visits(length);
       if (!seen.whole(first_token)) {
@@ -509,6 +521,16 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       store_shared_f32(at + 4 * kColumns, column < here ? kMassUnits * of_head / (sum * tokens) : 0.0f);
     };
 
+    // The sum of p of all of a segment's tokens, and of the logit of the column's head.
+    auto with_sink = [&](u32 column, float largest, float sum) {
+#if KVPACK_SINK_LOGITS
+      const float* logit = sink_logits + head * heads_per_kv_head + (tile * kColumns + column) % heads_per_kv_head;
+      return sum + exp2_approximate(__ldg(logit) * log2_e - largest);
+#else
+      return sum;
+#endif
+    };
+
     // The warps put their parts together: maxima first, then in turn their sums, as they lie in registers.
     maximum[0] *= factor[0], maximum[1] *= factor[1];
 #pragma unroll
@@ -560,6 +582,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
         float sum = 0;
 #pragma unroll
         for (u32 v = 0; v < kWarps; ++v) sum += load_shared_f32(statistics + 4 * (kColumns * (kWarps + v) + thread));
+        if (alone) sum = with_sink(thread, largest, sum);
         if (alone) store_shared_f32(factors + 4 * thread, 1.0f / sum);
         else if (thread < here) reinterpret_cast<float2*>(place + kGroups * kLanes)[thread] = make_float2(largest, sum);
         if constexpr (kObserve) {
@@ -640,6 +663,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
             const float of_share = exp2_approximate(larger[j] - largest);
             float all = sum[j] * of_share;
             for (u32 step = pairs; shares > 1 && step < 4; step *= 2) all += __shfl_xor_sync(kAllLanes, all, step);
+            all = with_sink(2 * pair + j, largest, all);
             if (lane < 4) {
               store_shared_f32(factors + 4 * (2 * lane + j), of_share / all);
               if constexpr (kObserve) keep_total(2 * lane + j, largest, all);

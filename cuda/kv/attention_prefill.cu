@@ -266,7 +266,7 @@ __device__ __forceinline__ float2 pair_of_floats(u32 pair) {
 extern "C" __global__ void __launch_bounds__(kWarps * 32, KVPACK_BLOCKS_PER_SM)
 attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_token_stride, u16* out, const u8* pages,
                   const u64* table, const u32* lengths, u32 sequences, u32 max_pages, u32 heads, u32 heads_per_kv_head, u32 tokens,
-                  u32 window, u32 sinks, float scale) {
+                  u32 window, u32 sinks, float scale KVPACK_SOFTCAP_PARAMETERS KVPACK_SINK_PARAMETERS) {
   KVPACK_DYNAMIC_SHARED(shared);
   const u32 thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes;
   const u32 columns = heads_per_kv_head * tokens;
@@ -359,6 +359,19 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
     if (warp == 0) lister.add(seen, visit + 1, pieces.number + pieces_of(formats));
     TileScores scores;
     with_format<KVPACK_K_FORMATS>(formats & 0xFF, MultiplyKeys{pieces, queries, lane, scores});
+#if KVPACK_SOFTCAP
+#pragma unroll
+    for (u32 tile = 0; tile < kTiles; ++tile) {
+      const uint2 of_queries = load_shared_v2(statistics + 64 * tile + 16 * (lane % 4));
+#pragma unroll
+      for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+          float& score = scores[tile][slice][i];
+          score = capped(score * __uint_as_float(i % 2 == 0 ? of_queries.x : of_queries.y), cap, cap_exponent);
+        }
+    }
+#endif
 
     const bool whole = seen.whole(first_token);
     if (!whole) {
@@ -378,7 +391,8 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
       Softmax& s = softmax[tile];
       const u32 address = statistics + 64 * tile + 16 * (lane % 4);
       const uint4 bits = load_shared_v4(address);
-      const float factor[2] = {__uint_as_float(bits.x), __uint_as_float(bits.y)};
+      // Capped scores have their factor in them.
+      const float factor[2] = {KVPACK_SOFTCAP ? 1 : __uint_as_float(bits.x), KVPACK_SOFTCAP ? 1 : __uint_as_float(bits.y)};
       const float before[2] = {__uint_as_float(bits.z), __uint_as_float(bits.w)};
       float maximum[2] = {before[0], before[1]};
 #pragma unroll
@@ -411,11 +425,25 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
     with_format<KVPACK_V_FORMATS>(formats >> 8, MultiplyValues{pieces, slot, scales, lane, scores, softmax, whole});
   }
 
+#if KVPACK_SINK_LOGITS
+  __syncwarp();  // all maxima are there
+#endif
   // Results of two columns and one dimension become those of one column, g, and two dimensions.
 #pragma unroll
   for (u32 tile = 0; tile < kTiles; ++tile) {
     Softmax& s = softmax[tile];
-    const float inverse[2] = {reciprocal(sum_over_rows(s.sum[0])), reciprocal(sum_over_rows(s.sum[1]))};
+    // The sum of p of all tokens, and of the logit of the column's head.
+    auto with_sink = [&](u32 j, float sum) {
+#if KVPACK_SINK_LOGITS
+      const u32 address = statistics + 64 * tile + 16 * (lane % 4) + 4 * j;
+      const float maximum = load_shared_f32(address + 8) * (KVPACK_SOFTCAP ? 1 : load_shared_f32(address));
+      const u32 of_group = min(warp_column + 8 * tile + 2 * (lane % 4) + j, columns - 1) % heads_per_kv_head;
+      return sum + exp2_approximate(__ldg(sink_logits + head * heads_per_kv_head + of_group) * log2_e - maximum);
+#else
+      return sum;
+#endif
+    };
+    const float inverse[2] = {reciprocal(with_sink(0, sum_over_rows(s.sum[0]))), reciprocal(with_sink(1, sum_over_rows(s.sum[1])))};
     const u32 column = warp_column + 8 * tile + lane / 4;
     u32* to = result_of(column);
 #pragma unroll

@@ -65,16 +65,21 @@ __device__ __forceinline__ void write_all(u8* block, bool keys, const u16* rows,
   }
 }
 
-// k, v: [gridDim.y, num_heads, num_tokens, head_dim], element strides.
+// k, v: [gridDim.y, num_heads, num_rows, head_dim], element strides.
 // pages: what entries count from; null if they are addresses. table: [2 sides, gridDim.y, max_pages].
 // positions: [gridDim.y], where each sequence's first new token goes.
+// counts: [gridDim.y], how many of the last rows are a sequence's tokens; null: all are.
 // format: of k and v, which a page's must be. status: i32 [2], see report_left_out; tokens of a side, the sequence.
 // blockIdx: x: page from that of the first token, times num_heads, plus head; y: sequence; z: side.
 extern "C" __global__ void __launch_bounds__(kThreads, KVPACK_BLOCKS_PER_SM)
 page_write(const u16* k, u64 k_batch, u64 k_head, u64 k_token, const u16* v, u64 v_batch, u64 v_head, u64 v_token, u8* pages,
-           const u64* table, const s32* positions, u32* status, u32 num_heads, u32 num_tokens, u32 max_pages, u32 format) {
+           const u64* table, const s32* positions, const s32* counts, u32* status, u32 num_heads, u32 num_rows, u32 max_pages,
+           u32 format) {
   const u32 head = blockIdx.x % num_heads, sequence = blockIdx.y, side = blockIdx.z;
   const s32 position = __ldg(positions + sequence);
+  const u32 given = counts == nullptr ? num_rows : static_cast<u32>(max(0, __ldg(counts + sequence)));
+  const u32 num_tokens = min(given, num_rows);
+  if (num_tokens == 0) return;
   const u32 piece = blockIdx.x / num_heads;
   const bool reports = head == 0 && threadIdx.x == 0;
   if (position < 0) {
@@ -96,7 +101,7 @@ page_write(const u16* k, u64 k_batch, u64 k_head, u64 k_token, const u16* v, u64
   const bool keys = side == KVPACK_SIDE_K;
   const u64 stride = keys ? k_token : v_token;
   const u16* rows = keys ? k + sequence * k_batch + head * k_head : v + sequence * v_batch + head * v_head;
-  rows += (first - start) * stride;
+  rows += (first - start + (num_rows - num_tokens)) * stride;
   if (first == page_start) write_all(block, keys, rows, stride, count);
   else write_some(block, keys, rows, stride, static_cast<u32>(first - page_start), count);
 }

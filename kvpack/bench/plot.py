@@ -169,3 +169,40 @@ def plot_kv_quality(report: dict[str, Any], path: Path) -> None:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120, format="png")
+
+
+def plot_models(report: dict[str, Any], path: Path) -> None:
+    """Draw a report of ``kvpack eval`` into a PNG: KL, or without an original perplexity, over bits a weight."""
+    original = report["original"]
+    measure = "perplexity" if original is None else "kl"
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, marker in (("full", "full forward", "o"), ("stepwise", "step by step through the cache", "s")):
+        models = [model for model in report["models"] if model[key] and model["size"]["bits_per_weight"]]
+        models.sort(key=lambda model: model["size"]["bits_per_weight"])
+        if not models:
+            continue
+        bits = [model["size"]["bits_per_weight"] for model in models]
+        means = [model[key][measure] for model in models]
+        errors = [mean["standard_error"] or 0 for mean in means]
+        axes.errorbar(bits, [mean["value"] for mean in means], errors, fmt=f"{marker}-", ms=5, lw=1, label=label)
+        if key == "full":
+            for place, mean, model in zip(bits, means, models, strict=True):
+                name = Path(model["model"]).name
+                offset = (6, 4)
+                axes.annotate(
+                    name, (place, mean["value"]), offset, textcoords="offset points", fontsize=8, parse_math=False
+                )
+    if not axes.lines:
+        raise ValueError("no model has weights in safetensors files, so there is nothing to draw")
+    if original is None:
+        axes.set_ylabel("perplexity")
+    else:
+        if any(model["full"]["kl"]["value"] > 0 for model in report["models"]):
+            axes.set_yscale("log")
+        axes.set_ylabel("KL(original ‖ model), nats a token")
+    axes.set_xlabel("bits a weight, of the whole file")
+    axes.set_title(f"{report['windows']} windows of {report['context']} tokens, ± standard error", fontsize=11)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120, format="png")

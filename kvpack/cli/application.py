@@ -19,7 +19,9 @@ import typer
 from kvpack._version import __version__
 from kvpack.cli.bench import bench_app
 from kvpack.cli.compress import compress, decompress
+from kvpack.cli.evaluate import evaluate
 from kvpack.cli.failures import ExitCode, failure
+from kvpack.cli.generate import generate
 from kvpack.cli.inspect import inspect, verify
 
 app = typer.Typer(
@@ -31,6 +33,8 @@ app = typer.Typer(
 )
 for command in (compress, decompress, inspect, verify):
     app.command()(command)
+app.command()(generate)
+app.command("eval")(evaluate)
 app.add_typer(bench_app, name="bench")
 
 

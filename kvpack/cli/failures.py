@@ -101,3 +101,18 @@ def require_matplotlib() -> None:
         import kvpack.bench.plot  # noqa: F401
     except ImportError as error:
         raise NotInstalledError(f"--plot needs matplotlib ({error}): pip install 'kvpack[plot]'") from None
+
+
+def require_transformers(command: str) -> None:
+    """For commands that run models.
+
+    Raises:
+        NotInstalledError: torch, transformers or accelerate is not installed.
+    """
+    from importlib.util import find_spec
+
+    from kvpack.errors import NotInstalledError
+
+    missing = [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise NotInstalledError(f"{command} needs {' and '.join(missing)}: pip install 'kvpack[transformers]'")

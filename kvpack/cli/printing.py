@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvpack.encode.listing import listed
 
@@ -15,12 +15,14 @@ _UNFOLDED_COLUMNS = 10_000
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Progress]:
+def progress_bar(title: str, unit: Literal["bytes", "tokens"] = "bytes") -> Iterator[Progress]:
     """A bar on stderr with rate and time left; nothing where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
@@ -32,6 +34,9 @@ def progress_bar(title: str) -> Iterator[Progress]:
 
     console = Console(stderr=True)
     told = False
+    amount: list[ProgressColumn] = [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+    if unit == "tokens":
+        amount = [MofNCompleteColumn(), TextColumn("tokens")]
 
     def tell() -> None:
         nonlocal told
@@ -44,8 +49,7 @@ def progress_bar(title: str) -> Iterator[Progress]:
         Bar(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
+            *amount,
             TimeRemainingColumn(),
             TextColumn("{task.fields[tensor]}", style="dim", markup=False),
             console=console,

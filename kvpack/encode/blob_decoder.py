@@ -81,6 +81,29 @@ def check_element_limit(blob: Blob, max_elements: int | None) -> None:
         )
 
 
+class ParsedBlob(Blob):
+    """A blob that is decoded many times: its tables are made, and its tiles checked and parsed, once.
+
+    The bytes must stay what they are. Of a change behind the first decoding only what lanes end in tells.
+    """
+
+    def __init__(self, buffer: memoryview | bytes) -> None:
+        super().__init__(buffer)
+        self.decoder_tables = [decoder_table(table) for table in self.tables]
+        self._tiles: dict[int, Tile] = {}
+
+    def tile(self, index: int, *, check_crc: bool = True) -> Tile:
+        """As :meth:`Blob.tile`, which is asked once."""
+        found = self._tiles.get(index)
+        if found is None:
+            found = self._tiles[index] = super().tile(index, check_crc=check_crc)
+        return found
+
+
+def _decoder_tables(blob: Blob) -> list[npt.NDArray[np.uint32]]:
+    return blob.decoder_tables if isinstance(blob, ParsedBlob) else [decoder_table(table) for table in blob.tables]
+
+
 def _aligned(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
     """A read-only aligned view (or copy): numba compiles once for each combination of those flags."""
     array = np.require(data.view(dtype), requirements=["C", "A"])
@@ -147,7 +170,7 @@ def decode_elements(
     elif out.shape != shape or out.dtype != dtype:
         raise ValueError(f"out is {out.dtype} {out.shape}, the blob needs {np.dtype(dtype)} {shape}")
     target = out
-    tables = [decoder_table(table) for table in blob.tables]
+    tables = _decoder_tables(blob)
 
     def work(index: int) -> None:
         tile = blob.tile(index)
@@ -213,7 +236,7 @@ def rotate_right(elements: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
 
 def verify_tiles(blob: Blob, executor: ThreadPoolExecutor | None = None) -> Iterable[int]:
     """Decode every tile to nowhere, with all checks; yields the elements of each tile as it is done."""
-    tables = [decoder_table(table) for table in blob.tables]
+    tables = _decoder_tables(blob)
     dtype = element_dtype(blob.header.layout.element_bits)
 
     def work(index: int) -> int:

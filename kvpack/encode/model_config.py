@@ -19,6 +19,14 @@ OPTIONS_KEY = "options"
 # Whether the original has no config.json at all.
 ADDED_KEY = "added"
 METHOD = "kvpack"
+# transformers takes the name of a model's file from this key. Where kvpack is not imported, it would load what it does
+# not know as a model of random weights; a name that can be none makes it raise an error that quotes the name.
+GUARD_KEY = "transformers_weights"
+GUARD = "coded by kvpack: run `import kvpack` before from_pretrained (pip install kvpack)"
+# Where the original's own value of that key is kept.
+ORIGINAL_GUARD_KEY = "original_transformers_weights"
+# A config.json with this key is diffusers', which knows no such name.
+_DIFFUSERS_KEY = "_class_name"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -53,7 +61,21 @@ def compressed_config(
         quantization[ADDED_KEY] = True
     elif QUANTIZATION_KEY in config:
         quantization[ORIGINAL_KEY] = config[QUANTIZATION_KEY]
-    return {**(config or {}), QUANTIZATION_KEY: quantization}
+    written = {**(config or {}), QUANTIZATION_KEY: quantization}
+    if _DIFFUSERS_KEY not in written:
+        if GUARD_KEY in written:
+            quantization[ORIGINAL_GUARD_KEY] = written[GUARD_KEY]
+        written[GUARD_KEY] = GUARD
+    return written
+
+
+def unguarded(value: object, quantization: Mapping[str, Any]) -> object:
+    """What the key of the guard holds in the original; None if the original has none.
+
+    Args:
+        value: what it holds in the compressed model.
+    """
+    return quantization.get(ORIGINAL_GUARD_KEY) if value == GUARD else value
 
 
 def _is_kvpack(quantization: object) -> TypeGuard[dict[str, Any]]:
@@ -81,6 +103,9 @@ def decompressed_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     quantization = restored.get(QUANTIZATION_KEY)
     if _is_kvpack(quantization):
         del restored[QUANTIZATION_KEY]
+        file = unguarded(restored.pop(GUARD_KEY, None), quantization)
+        if file is not None:
+            restored[GUARD_KEY] = file
         if ORIGINAL_KEY in quantization:
             restored[QUANTIZATION_KEY] = quantization[ORIGINAL_KEY]
         elif quantization.get(ADDED_KEY) is True and not restored:

@@ -160,11 +160,14 @@ def _conversion(
     )
 
 
-def transformers_names(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> CheckpointNames | None:
+def transformers_names(
+    model: nn.Module, shapes: Mapping[str, Sequence[int]], transforms: Sequence[Any] | None = None
+) -> CheckpointNames | None:
     """Where a file's tensors go in a model of transformers; None if it is none.
 
     Args:
         shapes: tensor of the file → its shape.
+        transforms: transformers' renamings and converters, by default those that it has for the model.
 
     Raises:
         ModelMismatchError: transformers cannot make one of its tensors from those of the file.
@@ -175,7 +178,8 @@ def transformers_names(model: nn.Module, shapes: Mapping[str, Sequence[int]]) ->
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    transforms = get_model_conversion_mapping(model)
+    if transforms is None:
+        transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}

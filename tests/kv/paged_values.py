@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -103,13 +104,21 @@ def by_kv_head(rows: np.ndarray, matrices: np.ndarray) -> np.ndarray:
 
 
 def probabilities(
-    queries: np.ndarray, keys: np.ndarray, scale: float, window: int = 0, sinks: int = 0, causal: bool = True
+    queries: np.ndarray,
+    keys: np.ndarray,
+    scale: float,
+    window: int = 0,
+    sinks: int = 0,
+    causal: bool = True,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> np.ndarray:
     """fp64 [heads, tokens, length] by the definition: of the window, where it is not 0, and the sinks.
 
     Args:
         queries: fp64 [heads, tokens, head_dim], of a sequence's last tokens.
         keys: fp64 [KV heads, length, head_dim].
+        sink_logits: [heads]; their probabilities are not in the result.
     """
     tokens = queries.shape[1]
     length = keys.shape[1]
@@ -119,46 +128,44 @@ def probabilities(
     if window:
         seen &= (places >= limit - window) | (places < sinks)
     scores = by_kv_head(queries, keys.swapaxes(1, 2)) * scale
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
     p = np.where(seen, scores, -np.inf)
+    if sink_logits is not None:
+        logits = sink_logits.double().cpu().numpy()[:, None, None]
+        p = np.concatenate([p, np.broadcast_to(logits, (*p.shape[:2], 1))], -1)
     p = np.exp(p - p.max(-1, keepdims=True))
-    return np.asarray(p / p.sum(-1, keepdims=True))
+    return np.asarray(p / p.sum(-1, keepdims=True))[..., :length]
 
 
 def probabilities_of_sequences(
-    q: torch.Tensor, paged: Paged, scale: float, window: int, sinks: int, causal: bool
+    q: torch.Tensor, paged: Paged, scale: float, causal: bool = True, **options: Any
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Those of each sequence that has something to attend to."""
     tokens = q.shape[2]
     for sequence, (keys, _) in enumerate(paged.values):
         if keys.shape[1] >= (tokens if causal else 1):
-            yield sequence, probabilities(q[sequence].double().cpu().numpy(), keys, scale, window, sinks, causal)
+            queries = q[sequence].double().cpu().numpy()
+            yield sequence, probabilities(queries, keys, scale, causal=causal, **options)
 
 
-def expected_attention(
-    q: torch.Tensor, paged: Paged, scale: float, window: int = 0, sinks: int = 0, causal: bool = True
-) -> np.ndarray:
-    """fp64 [sequences, heads, tokens, head_dim] by the definition: of the window and the sinks."""
+def expected_attention(q: torch.Tensor, paged: Paged, scale: float, **options: Any) -> np.ndarray:
+    """fp64 [sequences, heads, tokens, head_dim] by the definition; ``options`` are those of :func:`probabilities`."""
     out = np.zeros(tuple(q.shape))
-    for sequence, p in probabilities_of_sequences(q, paged, scale, window, sinks, causal):
+    for sequence, p in probabilities_of_sequences(q, paged, scale, **options):
         values = paged.values[sequence][Side.V]
         out[sequence] = by_kv_head(p, values)
     return out
 
 
 def expected_mass(
-    q: torch.Tensor,
-    paged: Paged,
-    scale: float,
-    window: int = 0,
-    sinks: int = 0,
-    causal: bool = True,
-    weights: torch.Tensor | None = None,
+    q: torch.Tensor, paged: Paged, scale: float, weights: torch.Tensor | None = None, **options: Any
 ) -> np.ndarray:
     """fp64 [sequences, max_pages]: mean over query tokens of Σ of heads, weight · probability of a page's tokens."""
     heads, tokens = q.shape[1], q.shape[2]
     of_heads = np.full(heads, 1 / heads) if weights is None else weights.double().cpu().numpy()
     mass = np.zeros(tuple(paged.table.shape[1:]))
-    for sequence, p in probabilities_of_sequences(q, paged, scale, window, sinks, causal):
+    for sequence, p in probabilities_of_sequences(q, paged, scale, **options):
         of_pages = np.add.reduceat(p, np.arange(0, p.shape[-1], PAGE_TOKENS), axis=-1)
         mass[sequence, : of_pages.shape[-1]] = np.einsum("h,htp->p", of_heads, of_pages) / tokens
     return mass

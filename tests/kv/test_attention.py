@@ -58,10 +58,10 @@ def held(cache: KVCache, layer: int, sequence: int) -> list[np.ndarray]:
 
 
 def defined(
-    q: torch.Tensor, k: np.ndarray, v: np.ndarray, *, causal: bool = True, window: int | None = None, sinks: int = 0
+    q: torch.Tensor, k: np.ndarray, v: np.ndarray, *, window: int | None = None, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """fp64 results [heads, tokens, head_dim] and probabilities [heads, tokens, places], of one sequence."""
-    p = probabilities(q.double().cpu().numpy(), k, 1 / math.sqrt(q.shape[-1]), window or 0, sinks, causal)
+    p = probabilities(q.double().cpu().numpy(), k, 1 / math.sqrt(q.shape[-1]), window or 0, **options)
     return by_kv_head(p, v), p
 
 
@@ -74,7 +74,8 @@ def attend_and_compare(
     q, k, v = random_qkv(cache, heads, tokens, batch=len(ids), seed=seed)
     out, same = attention_with_kv_cache(q, k, v, cache, layer=0, sequences=sequences, **options)
     assert same is cache
-    masks = {name: value for name, value in options.items() if name in ("causal", "window", "sinks")}
+    names = ("causal", "window", "sinks", "softcap", "sink_logits")
+    masks = {name: value for name, value in options.items() if name in names}
     errors = []
     for row, (old_k, old_v) in enumerate(before):
         new_k, new_v = (x[row].double().cpu().numpy() for x in (k, v))
@@ -139,6 +140,93 @@ def test_masks(options: dict[str, Any], ratio: int, device: str) -> None:
     cache = make_cache(device, formats=INT8)
     errors = [attend_and_compare(cache, 2 * ratio, tokens, tokens, **options) for tokens in (1, 330, 1, 4, 100)]
     assert max(errors) < 1e-3
+
+
+# A cap that changes scores, whose deviation is above 1; one logit that takes nearly all of a head's attention.
+SOFTCAP = 2.0
+SINK_LOGITS = [7.0, -math.inf, 12.0, 6.5, 8.0, 7.0, 9.0, 7.5]
+VARIANTS = [("softcap",), ("sink_logits",), ("softcap", "sink_logits")]
+
+
+def variant_options(names: tuple[str, ...], heads: int, device: str) -> dict[str, Any]:
+    values = {"softcap": SOFTCAP, "sink_logits": torch.tensor(SINK_LOGITS[:heads], device=device)}
+    return {name: values[name] for name in names}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("masks", [{}, {"window": 100, "sinks": 4}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("names", VARIANTS, ids="-".join)
+def test_softcap_and_sink_logits(names: tuple[str, ...], masks: dict[str, Any], device: str) -> None:
+    """Sequences of different lengths, steps and prompts, pages of 16 and of 8 bits; and they do change the result."""
+    options = masks | variant_options(names, 8, device)
+    cache = make_cache(device, max_sequences=len(LENGTHS), formats=INT8)
+    errors = [attend_and_compare(cache, 8, n, i, sequences=[i], **options) for i, n in enumerate(LENGTHS)]
+    errors += [attend_and_compare(cache, 8, tokens, 10 + tokens, **options) for tokens in (1, 3, 130, 1)]
+    assert max(errors) < 1e-3
+    x = random_qkv(cache, 8, 1)
+    found, without = (attention_with_kv_cache(*x, cache, update_cache=False, **o)[0] for o in (options, masks))
+    changed = (found.float() - without.float()).abs().amax((0, 2, 3)) > 0.01
+    assert changed.tolist() == ([True] * 8 if "softcap" in names else [a > -math.inf for a in SINK_LOGITS])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 80, 256])
+def test_softcap_and_sink_logits_of_dimensions_and_types(head_dim: int, dtype: torch.dtype, device: str) -> None:
+    cache = make_cache(device, 2, head_dim, dtype=dtype, budget=0.5)
+    logits = torch.tensor(SINK_LOGITS[:4], device=device)
+    for options in ({"softcap": 50.0}, {"softcap": 1000.0, "sink_logits": logits.to(dtype)}, {"sink_logits": logits}):
+        errors = [attend_and_compare(cache, 4, tokens, tokens, **options) for tokens in (200, 1, 90, 1)]
+        assert max(errors) < 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_a_sink_logit_of_minus_infinity_is_none(tokens: int, device: str) -> None:
+    cache = make_cache(device, formats=INT4)
+    attention_with_kv_cache(*random_qkv(cache, 4, 300), cache)
+    x = random_qkv(cache, 4, tokens)
+    expected, _ = attention_with_kv_cache(*x, cache, update_cache=False)
+    logits = torch.full((4,), -math.inf, device=device)
+    found, _ = attention_with_kv_cache(*x, cache, update_cache=False, sink_logits=logits)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sink_logits_of_rows_with_fewer_tokens(device: str) -> None:
+    """Columns that are no tokens are zeros; the others are what they are alone."""
+    cache = make_cache(device, max_sequences=3, formats=INT8)
+    options = variant_options(("softcap", "sink_logits"), 4, device)
+    x = random_qkv(cache, 4, 5)
+    out, _ = attention_with_kv_cache(*x, cache, tokens=[0, 3, 5], **options)
+    for row, count in enumerate([0, 3, 5]):
+        assert not out[row, :, : 5 - count].any()
+        if count:
+            q, k, v = (t[row, :, 5 - count :] for t in x)
+            expected, _ = defined(q, *(t.double().cpu().numpy() for t in (k, v)), **options)
+            assert attention_error(out[row, :, 5 - count :], expected) < 1e-3
+
+
+def test_a_row_that_sees_nothing_is_zeros() -> None:
+    cache = make_cache("cpu")
+    x = [t.float() for t in random_qkv(cache, 4, 6)]
+    seen = torch.ones(1, 6, 6, dtype=torch.bool).tril()
+    seen[0, 0] = False
+    for logit in (0.0, -math.inf):
+        call = SimpleNamespace(scale=0.125, softcap=SOFTCAP)
+        out = attention._masked_attention(*x, seen, call, torch.full((4,), logit))
+        assert not out[:, :, 0].any()
+        assert out[:, :, 1:].isfinite().all()
+
+
+def test_scores_are_computed_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU: which tokens are taken together does not show."""
+    cache, options = make_cache("cpu"), variant_options(("softcap", "sink_logits"), 4, "cpu")
+    x = random_qkv(cache, 4, 100)
+    expected, _ = attention_with_kv_cache(*x, cache, update_cache=False, **options)
+    monkeypatch.setattr(attention, "_CPU_SCORES", 7 * 4 * 100)
+    found, _ = attention_with_kv_cache(*x, cache, update_cache=False, **options)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -316,6 +404,24 @@ def test_attention_is_observed(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 60])
+def test_observed_attention_leaves_out_what_a_sink_has(tokens: int, device: str) -> None:
+    """Masses are probabilities with the sink in the denominator, of capped scores."""
+    cache, options = make_cache(device, formats=INT8), variant_options(("softcap", "sink_logits"), 8, device)
+    attention_with_kv_cache(*random_qkv(cache, 8, 200), cache)
+    old_k, _ = held(cache, 0, 0)
+    q, k, v = random_qkv(cache, 8, tokens, seed=1)
+    attention_with_kv_cache(q, k, v, cache, observe=True, **options)
+    keys = np.concatenate([old_k, k[0].double().cpu().numpy()], 1)
+    _, p = defined(q[0], keys, np.zeros_like(keys), **options)
+    by_place = p[:, -4:].mean((0, 1))
+    expected = [by_place[first : first + 64].sum() for first in range(0, len(by_place), 64)]
+    found = cache.mass[0, 0, : len(expected)].cpu().numpy() * MASS_UNIT
+    assert sum(expected) < 0.9
+    assert np.abs(found - expected).max() < 2e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_what_is_attended_to_keeps_its_bits(device: str) -> None:
     """Queries that look at one page of many, step after step: that page is wider afterwards."""
     cache = make_cache(device, 1, max_tokens=2048, budget=0.3)
@@ -426,12 +532,16 @@ def test_planned_steps_are_those_of_append(options: dict[str, Any], monkeypatch:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{"formats": FP16}, {"formats": INT4}, {"budget": 0.3}], ids=str)
+@pytest.mark.parametrize("names", [(), ("softcap", "sink_logits")], ids="-".join)
 @pytest.mark.parametrize("sequences", [None, [2, 0]])
-def test_cuda_graph(sequences: list[int] | None, options: dict[str, Any]) -> None:
+def test_cuda_graph(sequences: list[int] | None, names: tuple[str, ...], options: dict[str, Any]) -> None:
     """300 replays: bit for bit the results, pages and masses of a cache that gets the same calls without a graph."""
     graphed, eager = (make_cache("cuda", num_layers=2, max_sequences=3, **options) for _ in range(2))
     batch = 3 if sequences is None else len(sequences)
-    attend = functools.partial(two_layers, sequences=sequences, observe=True)
+    variant = variant_options(names, 4, "cuda")
+    if names:
+        variant["sink_logits"] = variant["sink_logits"].bfloat16()  # is converted in the graph
+    attend = functools.partial(two_layers, sequences=sequences, observe=True, **variant)
     for cache in (graphed, eager):
         two_layers(cache, *random_qkv(cache, 4, 150))
         attend(cache, *random_qkv(cache, 4, 1, batch=batch))  # compiles
@@ -494,6 +604,20 @@ def test_compiled(backend: str, device: str) -> None:
                 assert torch.equal(compiled(caches[0], *x), two_layers(caches[1], *x))
         assert cache_state(caches[0])["pages"] == cache_state(caches[1])["pages"]
         assert caches[0].length(1, 0) == caches[0].lengths[1, 0].item() == 2 * (count + 68)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_with_softcap_and_sink_logits(device: str) -> None:
+    torch._dynamo.reset()
+    options = variant_options(("softcap", "sink_logits"), 4, device)
+    compiled = torch.compile(functools.partial(two_layers, **options), fullgraph=True, backend="aot_eager")
+    caches = [make_cache(device, num_layers=2, formats=INT4) for _ in range(2)]
+    for tokens in (130, 1, 1):
+        x = random_qkv(caches[0], 4, tokens, seed=tokens)
+        expected = two_layers(caches[1], *x, **options)
+        assert torch.equal(compiled(caches[0], *x), expected)
+    assert not torch.equal(two_layers(make_cache(device, num_layers=2), *x), expected)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
@@ -626,6 +750,15 @@ def test_compiled_with_graph_breaks() -> None:
         ({"window": 5000, "causal": False}, "a window ends at each token"),
         ({"chunk_tokens": 0}, "chunk_tokens is 0"),
         ({"head_importance": torch.ones(3)}, r"head_importance has shape \[3\] on cpu; q has 4 heads on"),
+        *(
+            ({"softcap": x}, f"softcap is {x!r}; it must be between 1e-6 and 1000, or None")
+            for x in (0, -50.0, math.nan, math.inf, 1e4, True, "50")
+        ),
+        ({"sink_logits": torch.zeros(3)}, r"sink_logits is torch\.float32 \[3\] on cpu; q has 4 heads on"),
+        ({"sink_logits": torch.zeros(4, 1)}, r"sink_logits is torch\.float32 \[4, 1\] on cpu"),
+        ({"sink_logits": torch.zeros(4, dtype=torch.int32)}, r"sink_logits is torch\.int32 \[4\]"),
+        ({"sink_logits": torch.zeros(4, device="meta")}, r"sink_logits is torch\.float32 \[4\] on meta; q has 4 heads"),
+        ({"sink_logits": [0.0] * 4}, "sink_logits is a list; a tensor is wanted"),
         ({"past_key_value": ((), ())}, "past_key_value is a tuple"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -715,9 +848,16 @@ def test_what_is_no_number_spoils_no_importance(device: str) -> None:
 
 
 @pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
-@pytest.mark.parametrize(("tokens", "sequences"), [(1, None), (1, [2, 0]), (5, None), (40, [1]), (130, None)])
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "names"),
+    [
+        *((tokens, s, ()) for tokens, s in ((1, None), (1, [2, 0]), (5, None), (40, [1]), (130, None))),
+        (5, None, ("softcap", "sink_logits")),
+        (130, None, ("softcap", "sink_logits")),
+    ],
+)
 def test_kernels_give_what_the_cpu_does(
-    tokens: int, sequences: list[int] | None, monkeypatch: pytest.MonkeyPatch
+    tokens: int, sequences: list[int] | None, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which kernel is launched with how many blocks, and what is observed, without a GPU."""
     caches = [make_cache("cpu", max_sequences=3, budget=0.4, max_bytes=4 << 20) for _ in range(2)]
@@ -726,7 +866,7 @@ def test_kernels_give_what_the_cpu_does(
             x = random_qkv(cache, 4, count, batch=1, seed=sequence)
             attention_with_kv_cache(*x, cache, sequences=[sequence])
     x = random_qkv(caches[0], 4, tokens, batch=3 if sequences is None else len(sequences), seed=9)
-    options = {"sequences": sequences, "observe": True, "window": 150, "sinks": 4}
+    options = {"sequences": sequences, "observe": True, "window": 150, "sinks": 4, **variant_options(names, 4, "cpu")}
     expected, _ = attention_with_kv_cache(*x, caches[0], **options)
     monkeypatch.setattr(kernels, "launch", emulated_launch)
     monkeypatch.setattr(attention, "_attend_on_cpu", attention._attend_by_kernel)
@@ -778,16 +918,18 @@ def test_without_a_cache_one_is_made(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("names", [(), *VARIANTS], ids="-".join)
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_a_mask_hides_reaches_no_result(bad: float, side: str, device: str) -> None:
+def test_what_a_mask_hides_reaches_no_result(bad: float, side: str, names: tuple[str, ...], device: str) -> None:
     """Tokens before it have the results of a call without it; it and those behind it show that it is there."""
+    options = variant_options(names, 4, device)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 12, 64, generator=generator).half().to(device) for heads in (4, 2, 2))
-    expected, _ = attention_with_kv_cache(q, k, v, make_cache(device, num_layers=1))
+    expected, _ = attention_with_kv_cache(q, k, v, make_cache(device, num_layers=1), **options)
     with_bad = {"k": k.clone(), "v": v.clone()}
     with_bad[side][0, 0, 5, 3] = bad
-    found, _ = attention_with_kv_cache(q, with_bad["k"], with_bad["v"], make_cache(device, num_layers=1))
+    found, _ = attention_with_kv_cache(q, with_bad["k"], with_bad["v"], make_cache(device, num_layers=1), **options)
     assert torch.equal(found[:, :, :5], expected[:, :, :5])
     assert torch.equal(found[:, 2:], expected[:, 2:])  # heads of the other KV head
     if side == "v":

@@ -54,6 +54,19 @@ CASES = {
     "a block a page": ([300], 2, 1, 96, torch.bfloat16, MIXED, 1, 1000, 0, 0),
     "many pages": ([64 * 600], 2, 1, 16, torch.float16, [(FP16, FP16)], 1, 3, 0, 0),
 }
+# A cap that changes scores, whose deviation is above 1, and a logit of each head: some take nearly all, some little.
+SOFTCAP = 2.0
+VARIANTS = [("softcap",), ("sink_logits",), ("softcap", "sink_logits")]
+# For the emulator: parts of one, two and four pairs of columns are put together there, and blocks that are alone.
+VARIANT_CASES = [
+    ("all formats", ("softcap", "sink_logits")),
+    ("lengths of a batch", ("softcap", "sink_logits")),
+    ("window and sinks", ("softcap", "sink_logits")),
+    ("three pairs of columns", ("sink_logits",)),
+    ("many parts of four heads", ("sink_logits",)),
+    ("many parts of one", ("sink_logits",)),
+    ("wide", ("softcap",)),
+]
 NOT_CAUSAL = ("all formats", "lengths of a batch", "several tokens", "tokens of two pages", "a block a page")
 # Errors of a page's mass. Queries times K's scales are rounded to fp16, which is 4e-5 of a mass here. With pages of
 # 16 bits fp32 remains; and the sum over pages is that of the weights whatever the scores are.
@@ -67,8 +80,15 @@ MASS_CASES = CASES | OF_16_BITS
 EMULATED = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
 
 
+def variant_options(name: str, names: tuple[str, ...]) -> dict[str, Any]:
+    logits = torch.linspace(10, -2, MASS_CASES[name][1])
+    logits[1:2] = -math.inf
+    values = {"softcap": SOFTCAP, "sink_logits": logits}
+    return {option: values[option] for option in names}
+
+
 def attend(
-    name: str, device: str, *, causal: bool = True, observed: Observed | None = None
+    name: str, device: str, *, causal: bool = True, observed: Observed | None = None, **variant: Any
 ) -> tuple[torch.Tensor, Paged, torch.Tensor]:
     """(result, what was attended to, queries)"""
     lengths, heads, kv_heads, head_dim, dtype, formats, tokens, blocks, window, sinks = MASS_CASES[name]
@@ -90,6 +110,7 @@ def attend(
         sinks=sinks,
         causal=causal,
         observed=observed,
+        **{option: value.to(device) if isinstance(value, torch.Tensor) else value for option, value in variant.items()},
     )
     return out, paged, q
 
@@ -100,8 +121,8 @@ def definition(name: str, **options: Any) -> dict[str, Any]:
     return {"scale": 1 / math.sqrt(case[3]), "window": case[8], "sinks": case[9]} | options
 
 
-def error_of(name: str, out: torch.Tensor, paged: Paged, q: torch.Tensor, causal: bool = True) -> float:
-    return attention_error(out, expected_attention(q, paged, **definition(name, causal=causal)))
+def error_of(name: str, out: torch.Tensor, paged: Paged, q: torch.Tensor, **options: Any) -> float:
+    return attention_error(out, expected_attention(q, paged, **definition(name, **options)))
 
 
 def observers(name: str, device: str, weights: torch.Tensor | None = None) -> Observed:
@@ -113,13 +134,15 @@ def observers(name: str, device: str, weights: torch.Tensor | None = None) -> Ob
     return Observed(mass, steps, None if weights is None else weights.to(device))
 
 
-def check_observed(name: str, device: str, *, causal: bool = True, weights: torch.Tensor | None = None) -> None:
+def check_observed(
+    name: str, device: str, *, causal: bool = True, weights: torch.Tensor | None = None, **variant: Any
+) -> None:
     """Two launches: masses of both, and results as without."""
     observed = observers(name, device, weights)
-    out, paged, q = attend(name, device, causal=causal, observed=observed)
-    assert torch.equal(out, attend(name, device, causal=causal)[0])
+    out, paged, q = attend(name, device, causal=causal, observed=observed, **variant)
+    assert torch.equal(out, attend(name, device, causal=causal, **variant)[0])
     once = observed.mass.cpu().clone()
-    expected = expected_mass(q, paged, **definition(name, causal=causal, weights=weights))
+    expected = expected_mass(q, paged, **definition(name, causal=causal, weights=weights, **variant))
     found = once.double().numpy() / 2**MASS_FRACTION_BITS
     assert not found[:, expected.shape[1] :].any()
     found = found[:, : expected.shape[1]]
@@ -128,10 +151,13 @@ def check_observed(name: str, device: str, *, causal: bool = True, weights: torc
     quantized = any(page_format.is_quantized for pair in MASS_CASES[name][5] for page_format in pair)
     assert np.abs(found - expected).max() < total * (MASS_ERROR if quantized else FP32_MASS_ERROR)
     attended = expected.sum(1) > 0
-    assert np.abs(found.sum(1) - total * attended).max() < total * FP32_MASS_ERROR
+    if "sink_logits" in variant:
+        assert expected.sum(1).max() < 0.9 * total
+    else:
+        assert np.abs(found.sum(1) - total * attended).max() < total * FP32_MASS_ERROR
     assert observed.steps.tolist() == attended.astype(int).tolist()
 
-    attend(name, device, causal=causal, observed=observed)
+    attend(name, device, causal=causal, observed=observed, **variant)
     assert torch.equal(observed.mass.cpu(), 2 * once)
     assert observed.steps.tolist() == (2 * attended).tolist()
 
@@ -163,6 +189,44 @@ def test_not_causal(name: str, emulated: object) -> None:
     assert error_of(name, out, paged, q, causal=False) < 1e-3
     if CASES[name][6] > 1:
         assert error_of(name, out, paged, q) > 1e-2
+
+
+def check_variant(name: str, names: tuple[str, ...], device: str) -> None:
+    """And that the definition is another one than without."""
+    variant = variant_options(name, names)
+    out, paged, q = attend(name, device, **variant)
+    assert error_of(name, out, paged, q, **variant) < 1e-3
+    assert error_of(name, out, paged, q) > 1e-2
+
+
+@EMULATED
+@pytest.mark.parametrize(("name", "names"), VARIANT_CASES, ids=str)
+def test_softcap_and_sink_logits(name: str, names: tuple[str, ...], emulated: object) -> None:
+    check_variant(name, names, "cpu")
+
+
+@EMULATED
+def test_masses_with_softcap_and_sink_logits(emulated: object) -> None:
+    name = "three pairs of columns"
+    check_observed(name, "cpu", **variant_options(name, ("softcap", "sink_logits")))
+
+
+@EMULATED
+@pytest.mark.parametrize("name", ["three pairs of columns", "many parts of four heads"])
+def test_sink_logits_of_minus_infinity_are_none(name: str, emulated: object) -> None:
+    """Bit for bit; and one that is larger than all scores takes all."""
+    expected, _, _ = attend(name, "cpu")
+    heads = CASES[name][1]
+    assert torch.equal(attend(name, "cpu", sink_logits=torch.full((heads,), -math.inf))[0], expected)
+    assert not attend(name, "cpu", sink_logits=torch.full((heads,), 1e4))[0].any()
+
+
+@EMULATED
+def test_a_large_softcap_is_none(emulated: object) -> None:
+    """Of 1000: scores change by less than their rounding does."""
+    expected, _, _ = attend("wide", "cpu")
+    found, _, _ = attend("wide", "cpu", softcap=1000.0)
+    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=5e-4)
 
 
 def test_a_window_has_no_end_without_causal(emulated: object) -> None:
@@ -236,6 +300,7 @@ def check_hidden(
     device: str,
     tokens: int,
     spoiled_places: Sequence[tuple[int, int, int]] = SPOILED_PLACES,
+    variant: dict[str, Any] | None = None,
     **options: int,
 ) -> None:
     def make(spoiled: Sequence[Spoiled]) -> Paged:
@@ -254,6 +319,7 @@ def check_hidden(
             *({page_kernels.PAGE_FORMATS[dtype], page_format} for page_format in formats),
             scale=1 / 8,
             blocks=5,
+            **(variant or {}),
             **options,
         )
 
@@ -294,6 +360,23 @@ def test_quantized_keys_that_are_hidden_do_not_show(k_format: PageFormat, emulat
 
 
 @EMULATED
+@pytest.mark.parametrize(("tokens", "options"), HIDDEN_CASES, ids=str)
+@pytest.mark.parametrize("side", Side)
+def test_what_is_hidden_does_not_show_with_softcap_and_sink_logits(
+    side: Side, tokens: int, options: dict[str, int], emulated: object
+) -> None:
+    variant = {"softcap": SOFTCAP, "sink_logits": torch.linspace(-1, 3, 8)}
+    check_hidden(side, math.nan, torch.float16, (FP16, FP16), "cpu", tokens, variant=variant, **options)
+
+
+@EMULATED
+def test_quantized_keys_that_are_hidden_do_not_show_with_softcap(emulated: object) -> None:
+    places = [(0, 4, 1), (0, 62, 17), (1, 60, 3)]
+    options = {"spoiled_places": places, "variant": {"softcap": SOFTCAP}, "window": 134}
+    check_hidden(Side.K, math.nan, torch.float16, (INT4, INT4), "cpu", 5, **options)
+
+
+@EMULATED
 def test_order_of_blocks_does_not_show(emulated: pytest.MonkeyPatch) -> None:
     results, observations = [], []
     for seed in range(3):
@@ -317,6 +400,44 @@ def test_cuda_decode(name: str) -> None:
 def test_cuda_not_causal(name: str) -> None:
     out, paged, q = attend(name, "cuda", causal=False)
     assert error_of(name, out, paged, q, causal=False) < 1e-3
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read before it is written shows, on a GPU."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *arguments, **options: empty(*arguments, **options).fill_(math.nan))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("names", VARIANTS, ids="-".join)
+@pytest.mark.parametrize("name", MASS_CASES)
+def test_cuda_softcap_and_sink_logits(name: str, names: tuple[str, ...], poisoned: None) -> None:
+    variant = variant_options(name, names)
+    out, paged, q = attend(name, "cuda", **variant)
+    assert error_of(name, out, paged, q, **variant) < 1e-3
+    assert torch.equal(out, attend(name, "cuda", **variant)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["all formats", "lengths of a batch", "three pairs of columns", "many parts of one"])
+def test_cuda_masses_with_softcap_and_sink_logits(name: str) -> None:
+    check_observed(name, "cuda", **variant_options(name, ("softcap", "sink_logits")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "options"), HIDDEN_CASES, ids=str)
+def test_cuda_what_is_hidden_does_not_show_with_softcap_and_sink_logits(
+    tokens: int, options: dict[str, int], dtype: torch.dtype
+) -> None:
+    variant = {"softcap": SOFTCAP, "sink_logits": torch.linspace(-1, 3, 8, device="cuda")}
+    for side in Side:
+        check_hidden(
+            side, math.nan, dtype, (page_kernels.PAGE_FORMATS[dtype],) * 2, "cuda", tokens, variant=variant, **options
+        )
+    for v_format in [f for f in PageFormat if f.is_quantized]:
+        check_hidden(Side.V, math.nan, dtype, (INT4, v_format), "cuda", tokens, variant=variant, **options)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def compiled_formats(dtype: torch.dtype, formats: Formats, side: Side) -> set[F]
     return {PAGE_FORMATS[dtype], *(pair[side] for pair in formats if pair[side].is_quantized)}
 
 
-def prefill(q: torch.Tensor, paged: Paged, num_kv_heads: int, formats: Formats, **options: int) -> torch.Tensor:
+def prefill(q: torch.Tensor, paged: Paged, num_kv_heads: int, formats: Formats, **options: Any) -> torch.Tensor:
     return attention_kernels.prefill(
         q,
         None if q.is_cuda else paged.pages,
@@ -72,7 +73,7 @@ def prefill(q: torch.Tensor, paged: Paged, num_kv_heads: int, formats: Formats, 
         compiled_formats(q.dtype, formats, Side.K),
         compiled_formats(q.dtype, formats, Side.V),
         scale=1 / math.sqrt(q.shape[-1]),
-        **options,
+        **{name: value.to(q.device) if isinstance(value, torch.Tensor) else value for name, value in options.items()},
     )
 
 
@@ -84,7 +85,7 @@ def check(
     dtype: torch.dtype = HALF,
     formats: Formats = EVERY,
     device: str = "cpu",
-    **options: int,
+    **options: Any,
 ) -> torch.Tensor:
     paged = paged_values(lengths, heads[1], head_dim, dtype, formats)
     q = queries(len(lengths), heads[0], tokens, head_dim, dtype)
@@ -127,6 +128,41 @@ def test_head_dims(emulated: object, head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (64, 0), (100, 0), (100, 4), (100, 70), (150, 64), (5000, 4)])
 def test_window(emulated: object, window: int, sinks: int) -> None:
     check([600, 120], (4, 2), 60, window=window, sinks=sinks)
+
+
+# A cap that changes scores, and a logit of each head: some take nearly all, some little.
+SOFTCAP = 2.0
+VARIANTS = [("softcap",), ("sink_logits",), ("softcap", "sink_logits")]
+
+
+def variant_options(names: tuple[str, ...], heads: int) -> dict[str, Any]:
+    logits = torch.linspace(-2, 10, heads)
+    logits[-1] = -math.inf
+    values = {"softcap": SOFTCAP, "sink_logits": logits}
+    return {name: values[name] for name in names}
+
+
+@pytest.mark.parametrize("names", VARIANTS, ids="-".join)
+def test_softcap_and_sink_logits(emulated: object, names: tuple[str, ...]) -> None:
+    """Several tiles, sequences shorter than the queries, heads that share a KV head."""
+    out = check([333, 65, 7], (6, 2), 60, **variant_options(names, 6))
+    assert not out[2].any()
+    without = check([333, 65, 7], (6, 2), 60)
+    assert (out - without).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(16, BFLOAT), (256, HALF), (128, BFLOAT)])
+def test_softcap_and_sink_logits_of_head_dims(emulated: object, head_dim: int, dtype: torch.dtype) -> None:
+    options = variant_options(("softcap", "sink_logits"), 4) | {"window": 100, "sinks": 4}
+    check([64 * 3 + 30], (4, 2), 60, head_dim, dtype, [(F.INT4, F.INT2), (PAGE_FORMATS[dtype], F.INT8)], **options)
+
+
+def test_sink_logits_of_minus_infinity_are_none(emulated: object) -> None:
+    """Bit for bit; and one that is larger than all scores takes all."""
+    expected = check([333, 65, 7], (6, 2), 60)
+    found = check([333, 65, 7], (6, 2), 60, sink_logits=torch.full((6,), -math.inf))
+    assert torch.equal(found, expected)
+    assert not check([333, 65, 7], (6, 2), 60, sink_logits=torch.full((6,), 1e4)).any()
 
 
 def check_not_causal(dtype: torch.dtype, device: str) -> None:
@@ -217,7 +253,14 @@ SPOILED_PLACES = [
 
 
 def check_hidden(
-    side: Side, value: float, dtype: torch.dtype, formats: Formats, device: str, tokens: int, **options: int
+    side: Side,
+    value: float,
+    dtype: torch.dtype,
+    formats: Formats,
+    device: str,
+    tokens: int,
+    variant: dict[str, Any] | None = None,
+    **options: int,
 ) -> None:
     def make(spoiled: Sequence[Spoiled]) -> Paged:
         paged = paged_values([200, 192], 2, 64, dtype, formats, spoiled=spoiled)
@@ -231,7 +274,12 @@ def check_hidden(
     # The two halves of a p that bf16 is split into may differ in sign: times inf, they add up to NaN.
     infinite = dtype == HALF
     check_what_is_hidden(
-        make, lambda paged: prefill(q, paged, 2, formats, **options), places, tokens, infinite=infinite, **options
+        make,
+        lambda paged: prefill(q, paged, 2, formats, **options, **(variant or {})),
+        places,
+        tokens,
+        infinite=infinite,
+        **options,
     )
 
 
@@ -260,6 +308,15 @@ def test_what_is_hidden_in_a_quantized_page_does_not_show(
     emulated: object, tokens: int, options: dict[str, int], v_format: F, dtype: torch.dtype
 ) -> None:
     check_hidden(Side.V, math.nan, dtype, [(F.INT4, v_format)], "cpu", tokens, **options)
+
+
+@pytest.mark.parametrize(("tokens", "options"), HIDDEN_CASES, ids=str)
+@pytest.mark.parametrize("side", Side)
+def test_what_is_hidden_does_not_show_with_softcap_and_sink_logits(
+    emulated: object, side: Side, tokens: int, options: dict[str, int]
+) -> None:
+    variant = {"softcap": SOFTCAP, "sink_logits": torch.linspace(-1, 3, 4)}
+    check_hidden(side, math.nan, HALF, [(F.FP16, F.FP16)], "cpu", tokens, variant, **options)
 
 
 def test_order_of_blocks_and_threads(emulated: pytest.MonkeyPatch) -> None:
@@ -308,6 +365,43 @@ def test_head_ratios_on_a_gpu(ratio: int) -> None:
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (64, 0), (100, 4), (150, 64), (1000, 4)])
 def test_window_on_a_gpu(window: int, sinks: int) -> None:
     check([1600, 320], (4, 2), 130, 128, BFLOAT, device="cuda", window=window, sinks=sinks)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not written shows, on a GPU."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *arguments, **options: empty(*arguments, **options).fill_(math.nan))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("names", VARIANTS, ids="-".join)
+def test_softcap_and_sink_logits_on_a_gpu(
+    names: tuple[str, ...], head_dim: int, dtype: torch.dtype, poisoned: None
+) -> None:
+    """Pages of all quantized formats and of 16 bits, ragged lengths, with and without windows and causal limits."""
+    variant = variant_options(names, 8)
+    lengths = [1500, 777, 65, 64, 63, 1, 0]
+    for options in ({}, {"window": 100, "sinks": 4}, {"window": 1000}, {"causal": False}):
+        check(lengths, (8, 2), 60, head_dim, dtype, device="cuda", **variant, **options)
+        check(
+            [64 * 20], (8, 1), 100, head_dim, dtype, [(PAGE_FORMATS[dtype],) * 2], device="cuda", **variant, **options
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize(("tokens", "options"), HIDDEN_CASES, ids=str)
+def test_what_is_hidden_does_not_show_with_softcap_and_sink_logits_on_a_gpu(
+    tokens: int, options: dict[str, int], dtype: torch.dtype
+) -> None:
+    variant = {"softcap": SOFTCAP, "sink_logits": torch.linspace(-1, 3, 4)}
+    for side in Side:
+        check_hidden(side, math.nan, dtype, [(PAGE_FORMATS[dtype],) * 2], "cuda", tokens, variant, **options)
+    for v_format in QUANTIZED:
+        check_hidden(Side.V, math.nan, dtype, [(F.INT4, v_format)], "cuda", tokens, variant, **options)
 
 
 @pytest.mark.gpu

@@ -170,21 +170,28 @@ class CacheMachine(RuleBasedStateMachine):
     def append_to_some(self, layers: list[int], sequences: list[int], count: int, seed: int) -> None:
         self.append(layers, sequences, count, seed)
 
-    def append(self, layers: list[int], sequences: list[int], count: int, seed: int) -> None:
+    @rule(counts=st.lists(st.sampled_from([0, 1, 3, 64, 130]), min_size=3, max_size=3), seed=st.integers(0, 99))
+    def append_different_numbers(self, counts: list[int], seed: int) -> None:
+        self.append([0, 1], [1, 2, 0], max(counts), seed, counts)
+
+    def append(
+        self, layers: list[int], sequences: list[int], count: int, seed: int, counts: list[int] | None = None
+    ) -> None:
+        of_rows = counts or [count] * len(sequences)
         for layer in layers:
             k, v = random_tokens(self.cache, len(sequences), count, seed + layer)
             before = state(self.cache)
             try:
-                self.cache.append(layer, k, v, sequences)
+                self.cache.append(layer, k, v, sequences, tokens=counts)
             except CacheFullError:
                 assert state(self.cache) == before
-                too_long = max(self.cache.length(layer, s) for s in sequences) + count > MAX_TOKENS
-                assert too_long or self.limited
+                longest = max(self.cache.length(layer, s) + n for s, n in zip(sequences, of_rows, strict=True))
+                assert longest > MAX_TOKENS or self.limited
                 return
             for side, given in zip(Side, (k, v), strict=True):
-                for sequence, new in zip(sequences, bits(given), strict=True):
+                for sequence, new, of_row in zip(sequences, bits(given), of_rows, strict=True):
                     place = layer, side, sequence
-                    self.tokens[place] = np.concatenate([self.tokens[place], new], axis=1)
+                    self.tokens[place] = np.concatenate([self.tokens[place], new[:, count - of_row :]], axis=1)
             self.follow()
 
     @rule(sequence=st.integers(0, SEQUENCES - 1))

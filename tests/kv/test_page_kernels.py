@@ -58,16 +58,17 @@ class Runner:
             monkeypatch.setattr(page_kernels, "_runs_kernels", lambda _device: self.by_kernels)
 
     def __call__(
-        self, function: Callable[..., Any], *arguments: Any, pages: torch.Tensor
+        self, function: Callable[..., Any], *arguments: Any, pages: torch.Tensor, **options: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[int, int] | None, Any]:
         """(all of `pages` afterwards, what was left out, the result), which are found to be the same in both ways."""
         expected_pages, expected_status = pages.clone(), new_status("cpu")
         self.by_kernels = False
-        expected = function(*arguments, status=expected_status, pages_base=expected_pages)
+        expected = function(*arguments, status=expected_status, pages_base=expected_pages, **options)
         self.by_kernels = True
         moved = [value.to(self.device) if isinstance(value, torch.Tensor) else value for value in arguments]
         found_pages, status = pages.to(self.device, copy=True), new_status(self.device)
-        found = function(*moved, status=status, pages_base=found_pages)
+        options = {name: value.to(self.device) for name, value in options.items()}
+        found = function(*moved, status=status, pages_base=found_pages, **options)
         assert torch.equal(status.cpu(), expected_status)
         differ = (found_pages.cpu() != expected_pages).nonzero()
         assert not len(differ), f"{len(differ)} bytes differ, the first at {differ[0].item()}"
@@ -275,6 +276,28 @@ def test_write_where_each_sequence_is(run: Runner) -> None:
         k, v = cache.tokens(5, count, 0), cache.tokens(5, count, 1)
         cache.pages, missing, _ = run(write_tokens, k, v, cache.table, positions, pages=cache.pages)
         assert missing is None
+
+
+def test_write_the_last_of_each_row(run: Runner) -> None:
+    """Different numbers of tokens: none of the others is written nor missed, even where there is no page for them."""
+    cache = Cache(5, 2, 2, 64, PageFormat.FP16)
+    cache.pages.copy_(torch.from_numpy(np.random.default_rng(0).integers(0, 256, len(cache.pages)).astype(np.uint8)))
+    cache.table[:, 0] = NO_PAGE
+    positions = torch.tensor([0, 62, 64, 128, -1], dtype=torch.int32)
+    counts = torch.tensor([0, 3, 40, 0, 1], dtype=torch.int32)
+    k, v = cache.tokens(5, 40, 1), cache.tokens(5, 40, 2)
+    held = {(side, b, page): cache.held(side, b, page) for side in Side for b in (1, 2, 3) for page in range(2)}
+    cache.pages, missing, _ = run(write_tokens, k, v, cache.table, positions, pages=cache.pages, counts=counts)
+    assert missing == (2, 4)
+    for side, given in zip(Side, (k, v), strict=True):
+        tokens = given.contiguous().view(torch.int16).numpy().view(np.uint16)
+        held[side, 1, 0][:, 62:] = tokens[1, :, 37:39]
+        held[side, 1, 1][:] = 0
+        held[side, 1, 1][:, :1] = tokens[1, :, 39:]
+        held[side, 2, 1][:] = 0
+        held[side, 2, 1][:, :40] = tokens[2]
+    for place, expected in held.items():
+        assert np.array_equal(cache.held(*place), expected)
 
 
 def test_write_rows_that_are_not_aligned(run: Runner) -> None:

@@ -26,19 +26,21 @@ LENGTHS = st.integers(0, 400)
 @given(
     before=st.lists(LENGTHS, min_size=3, max_size=3),
     ids=st.sampled_from([[0], [2, 0], [1, 2], [0, 1, 2]]),
-    count=st.sampled_from([1, 2, 63, 64, 200]),
+    count=st.one_of(st.sampled_from([1, 2, 63, 64, 200]), st.lists(st.sampled_from([0, 1, 64, 90]), min_size=3)),
     recent_tokens=st.sampled_from([0, 1, 63, 64, 100]),
     sinks=st.sampled_from([0, 4, 65]),
 )
 def test_pages_of_a_step_are_those_of_its_tokens(
-    before: list[int], ids: list[int], count: int, recent_tokens: int, sinks: int
+    before: list[int], ids: list[int], count: int | list[int], recent_tokens: int, sinks: int
 ) -> None:
     window = Window(recent_tokens, sinks)
     lengths = np.array(before, np.int32)
-    step = Step(lengths, ids, count, window, 1000, 1)
+    counts = count[: len(ids)] if isinstance(count, list) else count
+    step = Step(lengths, ids, counts, window, 1000, 1)
+    of = dict(zip(ids, counts if isinstance(counts, list) else [counts] * len(ids), strict=True))
     coming, leaving = [], []
     for sequence in ids:
-        for token in range(before[sequence], before[sequence] + count):
+        for token in range(before[sequence], before[sequence] + of[sequence]):
             if token % 64 == 0:
                 coming.append((sequence, token // 64))
             gone, rest = divmod(token + 1 - recent_tokens, 64)
@@ -46,9 +48,9 @@ def test_pages_of_a_step_are_those_of_its_tokens(
                 leaving.append((sequence, gone - 1))
     assert step.coming == coming
     assert step.leaving == leaving
-    assert step.begins == any(before[sequence] == 0 for sequence in ids)
+    assert step.begins == any(before[sequence] == 0 and of[sequence] for sequence in ids)
     assert step.pages == max((index + 1 for _, index in coming), default=0)
-    after = [length + count * (sequence in ids) for sequence, length in enumerate(before)]
+    after = [length + of.get(sequence, 0) for sequence, length in enumerate(before)]
     assert step.lengths.tolist() == after
     assert step.sequences == sum(length > 0 for length in after)
     assert lengths.tolist() == before

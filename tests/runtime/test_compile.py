@@ -127,6 +127,13 @@ def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
         yield attention.prefill_kernel(head_dim, dtype, read, read, causal=causal)
 
 
+def prefill_variant_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
+    options = list(itertools.product(page_kernels.PAGE_FORMATS.items(), ((True, False), (False, True), (True, True))))
+    for head_dim, ((dtype, float_format), (softcap, sink_logits)) in selected(HEAD_DIMS, options, everything):
+        read = frozenset({float_format, *PAGE_FORMATS[1]})
+        yield attention.prefill_kernel(head_dim, dtype, read, read, softcap=softcap, sink_logits=sink_logits)
+
+
 def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
     """The kernels of each layout, which have no options; the selection has one for all kinds of the same numbers."""
 
@@ -187,6 +194,7 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     ],
     "crc32": lambda _everything, _architecture: [encoder._CRC],
     "attention_prefill": prefill_kernels,
+    "attention_prefill with softcap or sink logits": prefill_variant_kernels,
     "matrix_scales": matrix_kernels(matrices.scales_kernel, Axis, matrices.Variant, rows_apart=True),
     "matrix_quantize": matrix_kernels(matrices.quantize_kernel, FORMATS, Axis, matrices.Variant, rows_apart=True),
     "matrix_quantize_rows": matrix_kernels(matrices.quantize_rows_kernel, FORMATS),

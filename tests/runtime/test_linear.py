@@ -533,6 +533,20 @@ def test_gradient_of_activations(state: State, weights: dict[str, Any]) -> None:
     torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_result_may_be_changed_in_place(state: State, dtype: Any) -> None:
+    """As that of ``nn.Linear``, with gradients too."""
+    x = activations("biased", 6, dtype=dtype).reshape(2, 3, -1).requires_grad_()
+    y = state.linear("biased")(x)
+    expected = y.detach() * 2
+    y *= 2
+    y[0, 1] += 1
+    expected[0, 1] += 1
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert x.grad is not None
+
+
 # On a GPU -----------------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +568,19 @@ def test_cuda_product(cuda_state: State, weights: dict[str, Any], name: str, dty
     blob = layer.prepare()
     assert isinstance(blob, DeviceBlob)
     blob.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_cuda_gradient(cuda_state: State, weights: dict[str, Any], dtype: Any) -> None:
+    layer = cuda_state.linear("biased")
+    for tokens in (1, 8, 100):
+        x = activations("biased", tokens, dtype=dtype).cuda().requires_grad_()
+        y = layer(x)
+        gradient = torch.randn_like(y)
+        y.backward(gradient)
+        expected = gradient.double() @ weights["biased"].cuda().double()
+        assert (x.grad.double() - expected).norm() < 8 * torch.finfo(dtype).eps * expected.norm(), tokens
 
 
 @pytest.mark.gpu
@@ -730,3 +757,31 @@ def test_other_devices_are_refused(state: State) -> None:
         ops._check_product(x.to("meta"), blob.scales, blob.geometry)
     with pytest.raises(ValueError, match=r"bias is on meta, activations are on cpu"):
         ops._bias(torch.ones(3, device="meta"), x, 3)
+
+
+def test_on_the_cpu_a_blob_is_parsed_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables and tiles that are parsed at each product took longer than the decoding itself."""
+    layer = load(path, "cpu").linear(next(iter(LAYERS)))
+    x = torch.randn(2, layer.in_features)
+    expected = layer(x)
+
+    def again(*_arguments: object) -> None:
+        raise AssertionError("parsed again")
+
+    monkeypatch.setattr(ops.ParsedBlob, "__init__", again)
+    assert torch.equal(layer(x), expected)
+    known = len(ops._parsed)
+    del layer
+    assert len(ops._parsed) == known - 1, "what was parsed goes with the layer"
+
+
+def test_on_the_cpu_other_bytes_are_parsed_anew(path: Path) -> None:
+    """Another blob where one lay before, as those of streamed layers do: the derived blob decides, not the address."""
+    state = load(path, "cpu")
+    coded = [state[f"{name}.weight"] for name in CODED]
+    room = torch.zeros(max(len(blob.blob) for blob in coded), dtype=torch.uint8)
+    for blob in coded:
+        buffer = room[: len(blob.blob)]
+        buffer.copy_(blob.blob)
+        there = DeviceBlob.from_buffer(buffer, blob.scales, blob.dtype, blob.shape)
+        assert torch.equal(there.dequantize(), blob.dequantize())

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from kvpack.runtime.kv.attention_kernels import COLUMNS, Observed
 from kvpack.runtime.kv.cache import KVCache, KVView, cache_of
 from kvpack.runtime.kv.distortion import Queries
 from kvpack.runtime.kv.page_kernels import read_tokens
+from kvpack.runtime.kv.ragged import Counts, checked_counts, in_columns, rows_by_count
 
 # A cache that is made here ends where lengths do; its tables grow by need.
 _MAX_TOKENS = 1 << 30
@@ -45,6 +46,8 @@ _DECODE_COLUMNS, _MOST_DECODE_COLUMNS = 4 * COLUMNS, 32 * COLUMNS
 _OBSERVING_COLUMNS = 2 * COLUMNS
 # Not by free memory: what a token sees of other chunks is quantized, so results would depend on it.
 _CHUNK_TOKENS = 2048
+# That are held at once on the CPU, where torch has no kernel that does without: 64 MiB.
+_CPU_SCORES = 1 << 24
 
 
 def attention_with_kv_cache(
@@ -57,10 +60,13 @@ def attention_with_kv_cache(
     *,
     layer: int | None = None,
     sequences: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
     cached_tokens: int | Sequence[int] | None = None,
     scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
     observe: bool = False,
     head_importance: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
@@ -84,11 +90,17 @@ def attention_with_kv_cache(
             first is attended to: no chunks.
         layer: of the cache; None if it has one only.
         sequences: which ones of the cache the batch is, each once; None is 0, 1, ….
+        tokens: how many each row brings, where they differ, as in prompts that are padded on the left: of row i the
+            last ``tokens[i]`` of q, k and v, 0 or more. The others reach nothing; their results are zeros. None: all.
         cached_tokens: how many tokens the cache holds of all sequences, or of each: it is refused if that is not so, as
             when a prompt comes a second time. None: whatever it holds.
         scale: from 10^-6 to 10^6; None is 1 / √head_dim.
         window: how many tokens each one sees, itself included; None is all.
         sinks: how many of a sequence's first tokens are seen beyond the window.
+        softcap: from 10^-6 to 1000: scores, times ``scale``, become softcap · tanh(score / softcap), as in Gemma 2.
+            None: they stay as they are.
+        sink_logits: [query heads], of any float type, on q's device: each head's softmax has one more score, this one,
+            whose value is zero (in gpt-oss, a sink). It has nothing to do with ``sinks``. None is as −∞.
         observe: whether the attention that pages receive is added to the cache's ``mass``, of the last few tokens of
             each chunk: what :meth:`KVCache.reallocate` divides bits by.
         head_importance: [query heads], how much each counts in that, compared with those of other layers as well. What
@@ -130,12 +142,15 @@ def attention_with_kv_cache(
         k,
         v,
         sequences,
+        tokens=tokens,
         cached_tokens=cached_tokens,
         update_cache=update_cache,
         causal=causal,
         scale=scale,
         window=window,
         sinks=sinks,
+        softcap=softcap,
+        sink_logits=sink_logits,
         observe=observe,
         head_importance=head_importance,
         chunk_tokens=chunk_tokens,
@@ -152,12 +167,15 @@ def attend(
     v: torch.Tensor | None,
     sequences: Sequence[int] | None = None,
     *,
+    tokens: Sequence[int] | None = None,
     cached_tokens: int | Sequence[int] | None = None,
     update_cache: bool = True,
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
     observe: bool = False,
     head_importance: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
@@ -181,16 +199,19 @@ def attend(
     call = _Call(
         layer,
         None if sequences is None else _plain("a sequence", sequences),
+        None if tokens is None else _plain("tokens", tokens),
         None if cached_tokens is None else _plain("cached_tokens", cached_tokens),
         1 / math.sqrt(cache.head_dim) if scale is None else scale,
         window,
         sinks,
+        softcap,
         causal,
         update_cache,
         observe,
         chunk_tokens,
     )
     _check(q, k, v, cache, call)
+    _check_sink_logits(sink_logits, q)
     if torch.compiler.is_compiling():
         if progress is not None:
             raise CacheInputError("torch.compile cannot call progress")
@@ -198,32 +219,37 @@ def attend(
             q,
             k,
             v,
+            sink_logits,
             head_importance,
             cache.calls,
             cache.number,
             call.layer,
             call.sequences,
+            call.tokens,
             call.cached_tokens,
             call.scale,
             call.window,
             call.sinks,
+            call.softcap,
             call.causal,
             call.update_cache,
             call.observe,
             call.chunk_tokens,
         )
         return out
-    return _attend_in_chunks(q, k, v, cache, call, head_importance, progress)
+    return _attend_in_chunks(q, k, v, cache, call, sink_logits, head_importance, progress)
 
 
 @dataclass(frozen=True)
 class _Call:
     layer: int
     sequences: tuple[int, ...] | None
+    tokens: tuple[int, ...] | None
     cached_tokens: tuple[int, ...] | None
     scale: float
     window: int | None
     sinks: int
+    softcap: float | None
     causal: bool
     update_cache: bool
     observe: bool
@@ -278,6 +304,10 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
     # Beyond, kernels could not tell what is not to be seen.
     if not isinstance(call.scale, (float, int)) or not 1e-6 <= call.scale <= 1e6:
         raise CacheInputError(f"scale is {call.scale!r}; it must be between 1e-6 and 1e6")
+    # The error of a capped score grows with the cap: beyond 1000 it would show in the result.
+    capped = isinstance(call.softcap, (float, int)) and not isinstance(call.softcap, bool)
+    if call.softcap is not None and not (capped and 1e-6 <= call.softcap <= 1e3):
+        raise CacheInputError(f"softcap is {call.softcap!r}; it must be between 1e-6 and 1000, or None")
     for name, flag in (("causal", call.causal), ("update_cache", call.update_cache), ("observe", call.observe)):
         if not isinstance(flag, bool):
             raise CacheInputError(f"{name} is {flag!r}; True or False is wanted (a layer is given as layer=…)")
@@ -302,6 +332,19 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
         raise CacheInputError(f"chunk_tokens is {call.chunk_tokens}; it must be at least 1")
 
 
+def _check_sink_logits(sink_logits: torch.Tensor | None, q: torch.Tensor) -> None:
+    if sink_logits is None:
+        return
+    _require_tensor("sink_logits", sink_logits)
+    if sink_logits.shape != (q.shape[1],) or sink_logits.device != q.device or not sink_logits.is_floating_point():
+        raise CacheInputError(
+            f"sink_logits is {sink_logits.dtype} {list(sink_logits.shape)} on {sink_logits.device}; q has {q.shape[1]} "
+            f"heads on {q.device}: a floating-point tensor of as many is wanted there"
+        )
+    if torch.is_grad_enabled() and sink_logits.requires_grad:
+        raise CacheInputError("attention to a cache has no gradient: call it under torch.no_grad()")
+
+
 @torch.compiler.disable
 def _attend_in_chunks(
     q: torch.Tensor,
@@ -309,42 +352,52 @@ def _attend_in_chunks(
     v: torch.Tensor,
     cache: KVCache,
     call: _Call,
+    sink_logits: torch.Tensor | None,
     head_importance: torch.Tensor | None,
     progress: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
     if head_importance is not None:
         head_importance = _checked_importance(head_importance, q)
+    if sink_logits is not None:
+        sink_logits = sink_logits.detach().float().contiguous()
     tokens = q.shape[2]
+    counts = checked_counts(call.tokens, len(q), tokens)
     alone = k.numel() == 0 and q.numel() > 0
     if alone or call.cached_tokens is not None:
-        _check_held(cache, call, cache.checked_input(call.layer, k, v, call.sequences), tokens, alone=alone)
+        ids = cache.checked_input(call.layer, k, v, call.sequences)
+        _check_held(cache, call, ids, counts, alone=alone)
     if q.numel() == 0:
         cache.append(call.layer, k, v, call.sequences)
         return torch.empty_like(q)
     whole = alone or not call.causal or not call.update_cache
     step = tokens if whole else call.chunk_tokens or _CHUNK_TOKENS
     if step >= tokens:
-        out = _attend_once(q, k, v, cache, call, head_importance)
+        out = _attend_once(q, k, v, cache, call, counts, sink_logits, head_importance)
         if progress is not None:
             progress(tokens, tokens)
         return out
     # The first chunk must not be written if there is no room for the last.
-    cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), tokens)
+    cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), counts)
     out = torch.empty_like(q)
     for first in range(0, tokens, step):
-        part = slice(first, first + step)
-        out[:, :, part] = _attend_once(q[:, :, part], k[:, :, part], v[:, :, part], cache, call, head_importance)
+        end = min(first + step, tokens)
+        part = slice(first, end)
+        of_part = in_columns(counts, tokens, first, end)
+        out[:, :, part] = _attend_once(
+            q[:, :, part], k[:, :, part], v[:, :, part], cache, call, of_part, sink_logits, head_importance
+        )
         if progress is not None:
-            progress(min(first + step, tokens), tokens)
+            progress(end, tokens)
     return out
 
 
-def _check_held(cache: KVCache, call: _Call, ids: list[int], tokens: int, *, alone: bool) -> None:
+def _check_held(cache: KVCache, call: _Call, ids: list[int], counts: Counts, *, alone: bool) -> None:
     """Whether the cache holds what the caller says, and what queries alone need."""
     if call.cached_tokens is not None and len(call.cached_tokens) != len(ids):
         raise CacheInputError(f"cached_tokens has {len(call.cached_tokens)} numbers for a batch of {len(ids)}")
-    least = tokens if call.causal else 1
     for row, sequence in enumerate(ids):
+        count = counts if isinstance(counts, int) else counts[row]
+        least = count if call.causal else min(count, 1)
         held, where = cache.length(call.layer, sequence), f"layer {call.layer}, sequence {sequence}"
         if call.cached_tokens is not None and held != call.cached_tokens[row]:
             raise CacheInputError(
@@ -370,18 +423,67 @@ def _checked_importance(head_importance: torch.Tensor, q: torch.Tensor) -> torch
 
 
 def _attend_once(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, call: _Call, head_importance: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KVCache,
+    call: _Call,
+    counts: Counts,
+    sink_logits: torch.Tensor | None,
+    head_importance: torch.Tensor | None,
 ) -> torch.Tensor:
-    attend_to = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
     q = q.detach() if q.stride(-1) == 1 else q.detach().contiguous()
+    columns, tokens, groups = q.shape[2], None, {}
+    parts = {columns: q}
+    if counts != columns:
+        tokens = [counts] * len(q) if isinstance(counts, int) else counts
+        # Rows that bring as many tokens are attended to together.
+        groups = rows_by_count(tokens)
+        parts = {count: _rows_of(q, rows)[:, :, columns - count :] for count, rows in groups.items()}
     noted = None
     if call.update_cache and k.numel() > 0 and cache.wants_queries(call.layer):
-        noted = Queries.of(q, cache.num_kv_heads, call.scale)
-    with cache.writing(call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache) as view:
-        return attend_to(q, view, call, head_importance)
+        for part in parts.values():
+            noted = Queries.of(part, cache.num_kv_heads, call.scale) + noted
+    written = tokens if k.numel() else None  # queries alone bring no keys
+    with cache.writing(call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache, tokens=written) as view:
+        attend_to = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
+        if tokens is None:
+            return attend_to(q, view, call, sink_logits, head_importance)
+        out = torch.zeros_like(q)
+        for count, rows in groups.items():
+            of_rows = replace(call, sequences=tuple(view.sequences[row] for row in rows), tokens=None)
+            part = attend_to(parts[count], _view_of_rows(view, rows), of_rows, sink_logits, head_importance)
+            if len(rows) == len(q):
+                out[:, :, columns - count :] = part
+            else:
+                out[_on_device(rows, q.device), :, columns - count :] = part
+        return out
 
 
-def _attend_by_kernel(q: torch.Tensor, view: KVView, call: _Call, head_importance: torch.Tensor | None) -> torch.Tensor:
+def _rows_of(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some of a batch; a view where they lie side by side."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return tensor[rows[0] : rows[-1] + 1]
+    return tensor[_on_device(rows, tensor.device)]
+
+
+def _on_device(rows: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _view_of_rows(view: KVView, rows: list[int]) -> KVView:
+    table = _rows_of(view.page_table.transpose(0, 1), rows).transpose(0, 1).contiguous()
+    sequences = tuple(view.sequences[row] for row in rows)
+    return KVView(view.cache, view.layer, sequences, table, _rows_of(view.lengths, rows))
+
+
+def _attend_by_kernel(
+    q: torch.Tensor,
+    view: KVView,
+    call: _Call,
+    sink_logits: torch.Tensor | None,
+    head_importance: torch.Tensor | None,
+) -> torch.Tensor:
     cache = view.cache
     pages: dict[str, Any] = {
         "pages": cache.pools.pages,
@@ -395,6 +497,8 @@ def _attend_by_kernel(q: torch.Tensor, view: KVView, call: _Call, head_importanc
         "window": 0 if call.window is None or call.window >= cache.max_tokens else call.window,
         "sinks": min(call.sinks, cache.max_tokens),
         "causal": call.causal,
+        "softcap": call.softcap,
+        "sink_logits": sink_logits,
     }
     longest_pages = cache.longest_pages(call.layer, q.shape[2])
     whole = call.observe and cache.is_everything(view.sequences)
@@ -462,7 +566,13 @@ def _decode_blocks(q: torch.Tensor, pages: int, cache: KVCache, call: _Call) -> 
     )
 
 
-def _attend_on_cpu(q: torch.Tensor, view: KVView, call: _Call, head_importance: torch.Tensor | None) -> torch.Tensor:
+def _attend_on_cpu(
+    q: torch.Tensor,
+    view: KVView,
+    call: _Call,
+    sink_logits: torch.Tensor | None,
+    head_importance: torch.Tensor | None,
+) -> torch.Tensor:
     """Sequences of about the same length together: none is padded to twice its length or more."""
     lengths: dict[int, list[int]] = {}
     for row, length in enumerate(view.lengths.tolist()):
@@ -476,9 +586,9 @@ def _attend_on_cpu(q: torch.Tensor, view: KVView, call: _Call, head_importance: 
             q32 = q[of_rows].float()
             k, v, seen = _dequantized(view, of_rows, q.shape[2], call)
             if mass is not None:
-                found = _observed_mass(q32[:, :, -few:], k, seen[:, -few:], call.scale)
+                found = _observed_mass(q32[:, :, -few:], k, seen[:, -few:], call, sink_logits)
                 mass[of_rows, :, : found.shape[2]] = found
-            out[of_rows] = _masked_attention(q32, k, v, seen, call.scale).to(q.dtype)
+            out[of_rows] = _masked_attention(q32, k, v, seen, call, sink_logits).to(q.dtype)
     if mass is not None:
         view.cache.observe(call.layer, mass, call.sequences, head_importance)
     return out
@@ -521,41 +631,92 @@ def _dequantized(
 
 
 def _masked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    call: _Call,
+    sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     """fp32 attention in which what a query does not see cannot reach it, not even what is no number.
 
     q [batch, heads, tokens, head_dim], k and v [batch, KV heads, places, head_dim], seen [batch, tokens, places].
     """
     # [batch, KV heads, places]; a mask is added to scores, so that those that overflow are as bad.
-    most = float(q.abs().nan_to_num(0, 0, 0).amax()) * q.shape[-1] * max(scale, 1.0)
+    most = float(q.abs().nan_to_num(0, 0, 0).amax()) * q.shape[-1] * max(call.scale, 1.0)
     finite = (k.abs().amax(-1) * most).isfinite() & v.isfinite().all(-1)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q,
-        k.masked_fill(~finite[..., None], 0),
-        v.masked_fill(~finite[..., None], 0),
-        attn_mask=seen[:, None],
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    finite_k, finite_v = (x.masked_fill(~finite[..., None], 0) for x in (k, v))
+    plain = call.softcap is None and sink_logits is None
+    if plain:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q,
+            finite_k,
+            finite_v,
+            attn_mask=seen[:, None],
+            scale=call.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    else:
+        out = _weighted_values(q, finite_k, finite_v, seen, call, sink_logits)
     if finite.all():
         return out
     # 0 · NaN is NaN, and so is inf − inf: who sees such a place is computed from what it sees alone.
     group = q.shape[1] // k.shape[1]
     for row, head, token in (seen[:, None] & ~finite[:, :, None]).any(-1).nonzero().tolist():
         at, heads = seen[row, token], slice(head * group, (head + 1) * group)
-        out[row, heads, token] = torch.nn.functional.scaled_dot_product_attention(
-            q[row, heads, token], k[row, head, at], v[row, head, at], scale=scale
-        )
+        of_heads, seen_k, seen_v = q[row, heads, token], k[row, head, at], v[row, head, at]
+        if plain:
+            out[row, heads, token] = torch.nn.functional.scaled_dot_product_attention(
+                of_heads, seen_k, seen_v, scale=call.scale
+            )
+        else:
+            of_group = None if sink_logits is None else sink_logits[heads]
+            found = _weighted_values(
+                of_heads[None, :, None], seen_k[None, None], seen_v[None, None], at[at][None, None], call, of_group
+            )
+            out[row, heads, token] = found[0, :, 0]
     return out
 
 
-def _observed_mass(q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
-    """[batch, heads, pages], the mean over tokens, of q [batch, heads, tokens, head_dim], k [batch, KV heads, places,
-    head_dim] and seen [batch, tokens, places]."""
+def _weighted_values(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    call: _Call,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with what torch's has not: :func:`_probabilities` times v, some tokens at a time."""
+    out = torch.empty_like(q)
+    step = max(1, _CPU_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for first in range(0, q.shape[2], step):
+        part = slice(first, first + step)
+        p = _probabilities(q[:, :, part], k, seen[:, part], call, sink_logits)
+        out[:, :, part] = torch.einsum("bhgtp,bhpd->bhgtd", p.unflatten(1, (k.shape[1], -1)), v).flatten(1, 2)
+    return out
+
+
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, call: _Call, sink_logits: torch.Tensor | None
+) -> torch.Tensor:
+    """[batch, heads, tokens, places], of q [batch, heads, tokens, head_dim], k [batch, KV heads, places, head_dim] and
+    seen [batch, tokens, places]. What is not seen has 0."""
     grouped = q.unflatten(1, (k.shape[1], -1))
-    scores = torch.einsum("bhgtd,bhpd->bhgtp", grouped, k).flatten(1, 2) * scale
-    p = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    scores = torch.einsum("bhgtd,bhpd->bhgtp", grouped, k).flatten(1, 2) * call.scale
+    if call.softcap is not None:
+        scores = (scores / call.softcap).tanh() * call.softcap
+    scores = scores.masked_fill(~seen[:, None], -math.inf)
+    if sink_logits is not None:
+        scores = torch.cat([scores, sink_logits[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    # The softmax of a row that sees nothing is NaN.
+    return scores.softmax(-1)[..., : k.shape[2]].masked_fill(~seen[:, None], 0)
+
+
+def _observed_mass(
+    q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, call: _Call, sink_logits: torch.Tensor | None
+) -> torch.Tensor:
+    """[batch, heads, pages], the mean over tokens of what :func:`_probabilities` gives."""
+    p = _probabilities(q, k, seen, call, sink_logits)
     rest = -p.shape[-1] % PAGE_TOKENS
     by_page = torch.nn.functional.pad(p, (0, rest)).unflatten(-1, (-1, PAGE_TOKENS)).sum(-1)
     return by_page.mean(2)
@@ -565,34 +726,42 @@ def _operator(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sink_logits: torch.Tensor | None,
     head_importance: torch.Tensor | None,
     calls: torch.Tensor,
     cache: int,
     layer: int,
     sequences: list[int] | None,
+    tokens: list[int] | None,
     cached_tokens: list[int] | None,
     scale: float,
     window: int | None,
     sinks: int,
+    softcap: float | None,
     causal: bool,
     update_cache: bool,
     observe: bool,
     chunk_tokens: int | None,
 ) -> torch.Tensor:
     named = None if sequences is None else tuple(sequences)
+    counts = None if tokens is None else tuple(tokens)
     cached = None if cached_tokens is None else tuple(cached_tokens)
-    call = _Call(layer, named, cached, scale, window, sinks, causal, update_cache, observe, chunk_tokens)
+    call = _Call(
+        layer, named, counts, cached, scale, window, sinks, softcap, causal, update_cache, observe, chunk_tokens
+    )
     _check(q, k, v, cache_of(cache), call)
-    return _attend_in_chunks(q, k, v, cache_of(cache), call, head_importance, None).contiguous()
+    _check_sink_logits(sink_logits, q)
+    return _attend_in_chunks(q, k, v, cache_of(cache), call, sink_logits, head_importance, None).contiguous()
 
 
 _LIBRARY = torch.library.Library("kvpack", "FRAGMENT")
 # The cache is found by its number. That the operator changes it is told by `calls`: declared as changed are neither
 # lengths nor tables, of which a compiler might hand over copies, to be copied back afterwards.
 _LIBRARY.define(
-    "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? head_importance, Tensor(a!) calls, SymInt cache, "
-    "SymInt layer, SymInt[]? sequences, SymInt[]? cached_tokens, float scale, int? window, int sinks, bool causal, "
-    "bool update_cache, bool observe, int? chunk_tokens) -> Tensor",
+    "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? head_importance, "
+    "Tensor(a!) calls, SymInt cache, SymInt layer, SymInt[]? sequences, SymInt[]? tokens, SymInt[]? cached_tokens, "
+    "float scale, int? window, int sinks, float? softcap, bool causal, bool update_cache, bool observe, "
+    "int? chunk_tokens) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _LIBRARY.impl("attention_with_kv_cache", _operator, "CompositeExplicitAutograd")

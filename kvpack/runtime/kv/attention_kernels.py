@@ -42,6 +42,8 @@ def _defines(
     k_formats: frozenset[PageFormat],
     v_formats: frozenset[PageFormat],
     causal: bool,
+    softcap: bool,
+    sink_logits: bool,
 ) -> dict[str, int]:
     """What both kernels are told of queries and pages."""
     if dtype not in PAGE_FORMATS:
@@ -52,6 +54,8 @@ def _defines(
         "KVPACK_K_FORMATS": sum(1 << page_format for page_format in k_formats),
         "KVPACK_V_FORMATS": sum(1 << page_format for page_format in v_formats),
         "KVPACK_CAUSAL": int(causal),
+        "KVPACK_SOFTCAP": int(softcap),
+        "KVPACK_SINK_LOGITS": int(sink_logits),
     }
 
 
@@ -66,6 +70,8 @@ def _arguments(
     window: int,
     sinks: int,
     causal: bool,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
 ) -> tuple[torch.Tensor | np.generic | None, ...]:
     """What both kernels begin with."""
     if not (0 <= window < _PLACES and 0 <= sinks < _PLACES):
@@ -73,6 +79,9 @@ def _arguments(
     if window and not causal:
         raise PageError(f"a window of {window} tokens ends at the query's own; with causal=False there is no such end")
     sequences, num_heads, tokens, _ = q.shape
+    # Of the kernels that have them alone. Scores are in base 2.
+    cap = () if softcap is None else (np.float32(softcap * _LOG2_E), np.float32(2 / softcap))
+    sink = () if sink_logits is None else (sink_logits, np.float32(_LOG2_E))
     return (
         q,
         *map(np.uint64, q.stride()[:3]),
@@ -88,6 +97,8 @@ def _arguments(
         np.uint32(window),
         np.uint32(sinks),
         np.float32(scale * _LOG2_E),
+        *cap,
+        *sink,
     )
 
 
@@ -141,10 +152,12 @@ def decode_kernel(
     v_formats: frozenset[PageFormat],
     *,
     causal: bool = True,
+    softcap: bool = False,
+    sink_logits: bool = False,
     observe: bool = False,
 ) -> Kernel:
     shape = decode_shape(head_dim, dtype)
-    defines = _defines(head_dim, dtype, k_formats, v_formats, causal) | {
+    defines = _defines(head_dim, dtype, k_formats, v_formats, causal, softcap, sink_logits) | {
         "KVPACK_OBSERVE": int(observe),
         "KVPACK_MASS_FRACTION_BITS": MASS_FRACTION_BITS,
         "KVPACK_WARPS": DECODE_WARPS,
@@ -202,6 +215,8 @@ def decode(
     window: int = 0,
     sinks: int = 0,
     causal: bool = True,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
     observed: Observed | None = None,
 ) -> torch.Tensor:
     """softmax(q · Kᵀ · scale) · V over the pages of each sequence, [sequences, query heads, tokens, head_dim].
@@ -216,6 +231,9 @@ def decode(
         sinks: first tokens that are seen beside the window.
         causal: queries are the last tokens of a sequence, and see none behind their own; a sequence shorter than them
             gives zeros. Otherwise each query token sees all tokens, and only an empty sequence gives zeros.
+        softcap: scores, times ``scale``, become softcap · tanh(score / softcap), to within 2^-21 of it: at most 1000,
+            so that probabilities are off by less than 10^-3.
+        sink_logits: fp32 [query heads], contiguous: one more score in each head's softmax, whose value is zero.
         observed: where to add the pages' shares of the attention.
 
     Raises:
@@ -242,12 +260,16 @@ def decode(
             frozenset(k_formats),
             frozenset(v_formats),
             causal=causal or tokens == 1,
+            softcap=softcap is not None,
+            sink_logits=sink_logits is not None,
             observe=observed is not None,
         ),
         blocks,
         DECODE_WARPS * WARP_LANES,
         (
-            *_arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks, causal),
+            *_arguments(
+                q, out, pages, table, lengths, num_kv_heads, scale, window, sinks, causal, softcap, sink_logits
+            ),
             partials,
             semaphores.take(segments, q.device),
             *observation,
@@ -292,9 +314,11 @@ def prefill_kernel(
     v_formats: frozenset[PageFormat],
     *,
     causal: bool = True,
+    softcap: bool = False,
+    sink_logits: bool = False,
 ) -> Kernel:
     shape = prefill_shape(head_dim)
-    defines = _defines(head_dim, dtype, k_formats, v_formats, causal) | {
+    defines = _defines(head_dim, dtype, k_formats, v_formats, causal, softcap, sink_logits) | {
         "KVPACK_WARPS": PREFILL_WARPS,
         "KVPACK_COLUMN_TILES": shape.column_tiles,
         "KVPACK_SLOT_BYTES": shape.slot_bytes,
@@ -316,6 +340,8 @@ def prefill(
     window: int = 0,
     sinks: int = 0,
     causal: bool = True,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What :func:`decode` computes, for many query tokens: each tile of them is one block's."""
     sequences, num_heads, tokens, head_dim = q.shape
@@ -324,10 +350,18 @@ def prefill(
     out = torch.empty((sequences, num_heads, tokens, head_dim), dtype=q.dtype, device=q.device)
     shape = prefill_shape(head_dim)
     kernels.launch(
-        prefill_kernel(head_dim, q.dtype, frozenset(k_formats), frozenset(v_formats), causal=causal),
+        prefill_kernel(
+            head_dim,
+            q.dtype,
+            frozenset(k_formats),
+            frozenset(v_formats),
+            causal=causal,
+            softcap=softcap is not None,
+            sink_logits=sink_logits is not None,
+        ),
         ceil_div(num_heads // num_kv_heads * tokens, shape.columns) * num_kv_heads * sequences,
         PREFILL_WARPS * WARP_LANES,
-        _arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks, causal),
+        _arguments(q, out, pages, table, lengths, num_kv_heads, scale, window, sinks, causal, softcap, sink_logits),
         device=q.device,
         shared_bytes=shape.shared_bytes,
     )

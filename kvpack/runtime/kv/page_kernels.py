@@ -106,12 +106,14 @@ def write_tokens(
     positions: torch.Tensor,
     status: torch.Tensor,
     pages_base: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> None:
     """Append tokens to sequences, in pages of 16 bits.
 
-    Token i of sequence b goes to place ``positions[b] + i``. Where it is a page's first, the rest of the page becomes
-    zero. Tokens without a page are not written but counted: those whose place is negative or beyond ``max_pages``
-    pages, or whose page is not of k's and v's type. The count is of a side's tokens; the index is the sequence.
+    Of sequence b the last ``counts[b]`` of k and v are tokens, of which the first goes to place ``positions[b]``. Where
+    one is a page's first, the rest of the page becomes zero. Tokens without a page are not written but counted: those
+    whose place is negative or beyond ``max_pages`` pages, or whose page is not of k's and v's type. The count is of a
+    side's tokens; the index is the sequence.
 
     Args:
         k, v: [batch, num_kv_heads, tokens, head_dim], fp16 or bf16, of any strides; rows that do not lie each
@@ -120,6 +122,7 @@ def write_tokens(
         positions: i32 [batch]: how many tokens each sequence has; it is not advanced here.
         status: i32 [2].
         pages_base: u8, on k's device; see the module. On the CPU it must be given.
+        counts: i32 [batch], how many tokens each sequence gets, at most those of k; None: all.
 
     Raises:
         PageError: a tensor of another shape, type or device.
@@ -131,11 +134,13 @@ def write_tokens(
     _check("table", table, torch.int64, k.device)
     _check("positions", positions, torch.int32, k.device, (batch,))
     _check("status", status, torch.int32, k.device, (2,))
+    if counts is not None:
+        _check("counts", counts, torch.int32, k.device, (batch,))
     _check_base(pages_base, k.device)
     if k.numel() == 0:
         return
     write = _write_by_kernel if _runs_kernels(k.device) else _write_on_cpu
-    write(k, v, table, positions, status, pages_base)
+    write(k, v, table, positions, status, pages_base, counts)
 
 
 def quantize_pages(
@@ -323,6 +328,7 @@ def _write_by_kernel(
     positions: torch.Tensor,
     status: torch.Tensor,
     pages_base: torch.Tensor | None,
+    counts: torch.Tensor | None,
 ) -> None:
     batch, heads, tokens, head_dim = k.shape
     k, v = _aligned(k), _aligned(v)
@@ -338,6 +344,7 @@ def _write_by_kernel(
             pages_base,
             table,
             positions,
+            counts,
             status,
             np.uint32(heads),
             np.uint32(tokens),
@@ -378,16 +385,20 @@ def _write_on_cpu(
     positions: torch.Tensor,
     status: torch.Tensor,
     pages_base: torch.Tensor | None,
+    counts: torch.Tensor | None,
 ) -> None:
     assert pages_base is not None
-    pages, tokens, heads = pages_base.numpy(), k.shape[2], k.shape[1]
+    pages, columns, heads = pages_base.numpy(), k.shape[2], k.shape[1]
     page_format = PAGE_FORMATS[k.dtype]
+    of_sequences = [columns] * len(k) if counts is None else counts.clamp(0, columns).tolist()
     for side, values in zip(Side, (_numbers(k), _numbers(v)), strict=True):
         layout = PageLayout(side, page_format, k.shape[3])
-        for b, start in enumerate(positions.tolist()):
+        for b, (start, tokens) in enumerate(zip(positions.tolist(), of_sequences, strict=True)):
             if start < 0:
-                _leave_out(status, b, tokens)
+                if tokens:
+                    _leave_out(status, b, tokens)
                 continue
+            before = start - (columns - tokens)  # where the first column would go
             for first, last, page in _pieces(start, start + tokens):
                 entry = int(table[side, b, page]) if page < table.shape[2] else -1
                 if entry & ENTRY_FORMAT_MASK != page_format:
@@ -398,7 +409,7 @@ def _write_on_cpu(
                 if first % PAGE_TOKENS:
                     held = unpack_codes(split_block(blocks, layout).payload, layout)
                 at = first - page * PAGE_TOKENS
-                held[:, at : at + last - first] = values[b, :, first - start : last - start].view(np.uint16)
+                held[:, at : at + last - first] = values[b, :, first - before : last - before].view(np.uint16)
                 blocks[:] = quantize_blocks(held.view(FLOAT_TYPES[page_format]), layout)
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS
 from kvpack.runtime.kv.budget import Room, Window, room
+from kvpack.runtime.kv.ragged import Counts
 
 _Lengths = npt.NDArray[np.int32]
 # A sequence, and which of its pages.
@@ -21,12 +22,12 @@ Page = tuple[int, int]
 
 
 class Step:
-    """So many more tokens of some sequences of a layer.
+    """More tokens of some sequences of a layer.
 
     Args:
         lengths: i32 [sequences], of all of the layer's sequences, before.
         ids: to which tokens are appended.
-        count: how many, to each.
+        counts: how many, to each or to each of them.
         window, max_tokens, full_bytes: of the cache; the bytes are those of a page in 16 bits.
 
     Attributes:
@@ -34,19 +35,19 @@ class Step:
         lengths: i32 [sequences], behind it.
         coming: pages that sequences need, oldest first.
         leaving: pages that leave the window; those of the sinks do not.
-        begins: whether one of the sequences has had no tokens.
+        begins: whether one of the sequences has had no tokens, and gets some.
         pages: for how many pages of a sequence there has to be room for the sake of ``coming``.
     """
 
     def __init__(
-        self, lengths: _Lengths, ids: list[int], count: int, window: Window, max_tokens: int, full_bytes: int
+        self, lengths: _Lengths, ids: list[int], counts: Counts, window: Window, max_tokens: int, full_bytes: int
     ) -> None:
         self.ids, self._window, self._max_tokens, self._full_bytes = ids, window, max_tokens, full_bytes
         before = lengths[ids]
-        self._after = after = before + count
+        self._after = after = before + np.asarray(counts, np.int32)
         self.lengths = lengths.copy()
         self.lengths[ids] = after
-        self.begins = not before.all()
+        self.begins = bool((after[before == 0] > 0).any())
         self.coming = _pages_between(ids, -(-before // PAGE_TOKENS), -(-after // PAGE_TOKENS))
         ends = np.maximum(window.open_ends(before), window.sink_pages)
         self.leaving = _pages_between(ids, ends, window.open_ends(after))

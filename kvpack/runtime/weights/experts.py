@@ -165,3 +165,26 @@ def keep_coded(module: nn.Module, key: str, matrices: Sequence[Sequence[tuple[st
         module.__class__ = coded_class(type(module))
     module.__dict__[_CODED][key] = (dtype, names)
     return names
+
+
+def is_coded(module: nn.Module) -> bool:
+    """Whether :func:`keep_coded` has changed a module."""
+    return _CODED in module.__dict__
+
+
+def decode_experts(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Undo :func:`keep_coded`: the module gets its parameters [experts, rows, columns] back, decoded.
+
+    Args:
+        dtype: of the parameters, by default what they had.
+    """
+    tensors = {}
+    for key, (own, experts) in module.__dict__[_CODED].items():
+        stack = ExpertStack(module, key)
+        tensors[key] = torch.stack([stack[number].dequantize() for number in range(len(experts))]).to(dtype or own)
+    for _, experts in module.__dict__.pop(_CODED).values():
+        for name in {name.partition(".")[0] for names in experts for name in names}:
+            module._modules.pop(name, None)
+    module.__class__ = type(module).__bases__[0]
+    for key, tensor in tensors.items():
+        module._parameters[key] = nn.Parameter(tensor, requires_grad=False)

@@ -10,12 +10,15 @@ The CPU implementations decode with :mod:`kvpack.encode`; groups and tables are 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from kvpack.encode.blob_decoder import decode_integers
-from kvpack.format.blob import Blob
+from kvpack.encode.blob_decoder import ParsedBlob, decode_integers
+from kvpack.encode.threads import ThreadPool
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import TILE_ROWS, ElementKind, Layout
 from kvpack.runtime.device.devices import device_limits
@@ -126,11 +129,31 @@ def _linear_cuda(
         out = products.multiply(coded, tokens, bias, limits)
     else:
         out = expansion.multiply(coded, tokens, bias, limits)
-    return out.reshape(*x.shape[:-1], rows)
+    return _shaped(out, x)
 
 
-def _blob(blob: torch.Tensor, geometry: list[int]) -> Blob:
-    return Blob(blob[: geometry[8]].numpy().data)
+def _shaped(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A new tensor [tokens, rows] as [..., rows], and no view: autograd forbids to change views of operators."""
+    return out.resize_(*x.shape[:-1], out.shape[1])
+
+
+# By a coded tensor's status, which is its own and lives as long as it does: where the blob lies, and the blob.
+_parsed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_pool = ThreadPool(name="kvpack-cpu")
+
+
+def _blob(blob: torch.Tensor, status: torch.Tensor, geometry: list[int]) -> ParsedBlob:
+    found = _parsed.get(status)
+    if found is None or found[0] != blob.data_ptr():
+        found = _parsed[status] = blob.data_ptr(), ParsedBlob(blob[: geometry[8]].numpy().data)
+    parsed: ParsedBlob = found[1]
+    return parsed
+
+
+def _integers(blob: ParsedBlob) -> npt.NDArray[Any]:
+    """Tiles side by side, unless torch is to take one thread."""
+    is_alone = blob.header.num_tiles == 1 or torch.get_num_threads() == 1
+    return decode_integers(blob, executor=None if is_alone else _pool.executor)
 
 
 def _by_row(scales: torch.Tensor, count: int) -> torch.Tensor:
@@ -164,7 +187,7 @@ def _linear_cpu(
     own_bias = _bias(bias, x, rows)
     if own_bias is not None:
         out += own_bias.to(torch.float32)
-    return out.to(x.dtype).reshape(*x.shape[:-1], rows)
+    return _shaped(out.to(x.dtype), x)
 
 
 def _dequantize_cuda(
@@ -234,7 +257,7 @@ def _numbers_cpu(
     status: torch.Tensor,
     geometry: list[int],
 ) -> torch.Tensor:
-    numbers = decode_integers(_blob(blob, geometry))
+    numbers = _integers(_blob(blob, status, geometry))
     if numbers.dtype in (np.uint16, np.uint32):
         numbers = numbers.view(np.dtype(f"i{numbers.dtype.itemsize}"))
     return torch.from_numpy(numbers)
@@ -260,7 +283,7 @@ def _check_lanes_cpu(
     status: torch.Tensor,
     geometry: list[int],
 ) -> None:
-    decode_integers(_blob(blob, geometry))
+    _integers(_blob(blob, status, geometry))
 
 
 _LIBRARY.impl("linear", _linear_cuda, "CUDA")
@@ -326,9 +349,8 @@ def _check_lanes_shape(
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, *coded, ctx.geometry, bias = inputs
+    _, *coded, ctx.geometry, _ = inputs
     ctx.save_for_backward(*coded)
-    ctx.with_bias = bias is not None
 
 
 def _linear_backward(ctx, gradient):  # type: ignore[no-untyped-def]
@@ -340,7 +362,7 @@ def _linear_backward(ctx, gradient):  # type: ignore[no-untyped-def]
     else:
         weights = torch.ops.kvpack.numbers(*coded, ctx.geometry)[0]
         weights = weights.view(LOSSLESS_TYPES[ElementKind(ctx.geometry[0])]).to(gradient.dtype)
-    bias = gradient.reshape(-1, rows).sum(dim=0) if ctx.with_bias else None
+    bias = gradient.reshape(-1, rows).sum(dim=0) if ctx.needs_input_grad[-1] else None
     return gradient @ weights, None, None, None, None, None, None, bias
 
 

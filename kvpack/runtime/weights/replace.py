@@ -107,7 +107,7 @@ def _joined(module_name: str, key: str) -> str:
 
 
 @dataclass
-class _Place:
+class Place:
     """One parameter or persistent buffer of one module; a module may have several names.
 
     The plan fills in ``source``, the tensor of the file ("": none), or else ``conversion``, of which it gets
@@ -151,34 +151,34 @@ class _Place:
         return type(self.module) is not nn.Linear
 
 
-def _places(model: nn.Module, names: CheckpointNames) -> list[_Place]:
+def places_of(model: nn.Module, names: CheckpointNames) -> list[Place]:
     """Parameters and persistent buffers, and those other buffers that the file has."""
-    found: dict[tuple[int, str], _Place] = {}
+    found: dict[tuple[int, str], Place] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             unsaved = key in module._non_persistent_buffers_set
             if tensor is not None and not (unsaved and _joined(name, key) not in names.direct):
-                place = found.setdefault((id(module), key), _Place(module, key, tensor, []))
+                place = found.setdefault((id(module), key), Place(module, key, tensor, []))
                 place.module_names.append(name)
     for place in found.values():
         place.fp32 = not names.fp32.isdisjoint(place.names)
     return list(found.values())
 
 
-def _tied_groups(places: Iterable[_Place]) -> list[list[_Place]]:
+def tied_groups(places: Iterable[Place]) -> list[list[Place]]:
     """Places that hold one and the same tensor."""
-    groups: dict[int, list[_Place]] = {}
+    groups: dict[int, list[Place]] = {}
     for place in places:
         groups.setdefault(id(place.tensor), []).append(place)
     return list(groups.values())
 
 
 @dataclass
-class _Selection:
+class Selection:
     include: re.Pattern[str] | None
     exclude: re.Pattern[str] | None
 
-    def reason_against(self, place: _Place, name: str, header: BlobHeader) -> str | None:
+    def reason_against(self, place: Place, name: str, header: BlobHeader) -> str | None:
         """Why a coded tensor cannot, or shall not, stay coded in this place; None if it can."""
         if not place.is_linear_weight:
             return f"{type(place.module).__name__} needs plain numbers"
@@ -223,7 +223,7 @@ def _refuse_other_type(name: str, stored: torch.dtype | None, wanted: torch.dtyp
 
 
 def _plan_conversions(
-    groups: list[list[_Place]], reader: Reader, names: CheckpointNames, selection: _Selection, report: Replacement
+    groups: list[list[Place]], reader: Reader, names: CheckpointNames, selection: Selection, report: Replacement
 ) -> list[str]:
     """The same for tensors that are made from others. Returns differences of shape."""
     makers = {target: conversion for conversion in names.conversions for target in conversion.shapes}
@@ -250,8 +250,8 @@ def _plan_conversions(
     return differences
 
 
-def _plan(
-    groups: list[list[_Place]], reader: Reader, names: CheckpointNames, selection: _Selection, report: Replacement
+def plan_places(
+    groups: list[list[Place]], reader: Reader, names: CheckpointNames, selection: Selection, report: Replacement
 ) -> list[str]:
     """Decide for each place which tensor of the file it gets, and how. Returns differences of shape."""
     differences = _plan_conversions(groups, reader, names, selection, report)
@@ -435,14 +435,14 @@ def _put_tensor(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
 
 
 def _compute_missing(
-    model: nn.Module, places: Sequence[_Place], report: Replacement, home: torch.device | None
-) -> list[tuple[_Place, torch.Tensor]]:
+    model: nn.Module, places: Sequence[Place], report: Replacement, home: torch.device | None
+) -> list[tuple[Place, torch.Tensor]]:
     """Values of those missing tensors that a model says it does without; they are missing no more.
 
     Only what a model computes is taken, as the sinusoids of Marian's positions; values by chance are no weights.
     """
     ignored = [re.compile(text) for text in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
-    values: list[tuple[_Place, torch.Tensor]] = []
+    values: list[tuple[Place, torch.Tensor]] = []
     for place in places:
         name = place.names[0]
         if name not in report.missing or not any(pattern.search(name) for pattern in ignored):
@@ -506,7 +506,7 @@ def _size_bytes(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-def _deferred_layer(reader: Reader, name: str) -> RansLinear:
+def layer_in_file(reader: Reader, name: str) -> RansLinear:
     """A layer whose weights stay in the file until a LayerStream takes it."""
     info = reader.info(name)
     assert info is not None
@@ -524,7 +524,7 @@ def _deferred_layer(reader: Reader, name: str) -> RansLinear:
     )
 
 
-def _strip(group: Sequence[_Place]) -> None:
+def _strip(group: Sequence[Place]) -> None:
     """Let go of a tensor, so that what comes in its place finds room. Its places stay tied, for another attempt."""
     old = group[0].tensor
     empty = torch.empty_like(old, device="meta", requires_grad=False)
@@ -536,12 +536,12 @@ def _strip(group: Sequence[_Place]) -> None:
         place.tensor = empty
 
 
-def _name_in_expert(name: str) -> str:
+def name_in_expert(name: str) -> str:
     """``model.layers.0.mlp.experts.3.up_proj.weight`` → ``up_proj``."""
     return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight").replace(".", "_")
 
 
-def _put_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+def put_module(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = layer
 
@@ -550,7 +550,7 @@ class _Loading:
     """The second half: a checked plan, carried out."""
 
     def __init__(
-        self, model: nn.Module, reader: Reader, places: list[_Place], home: torch.device | None, report: Replacement
+        self, model: nn.Module, reader: Reader, places: list[Place], home: torch.device | None, report: Replacement
     ) -> None:
         self.model = model
         self.reader = reader
@@ -564,7 +564,7 @@ class _Loading:
         for place, device in zip(self.places, self.devices, strict=True):
             if not place.coded or id(place.module) not in deferred:
                 by_device.setdefault(device, {}).update(dict.fromkeys(place.sources))
-        for group in _tied_groups(self.places):
+        for group in tied_groups(self.places):
             _strip(group)
         total = sum(stored_bytes(self.reader, name) for names in by_device.values() for name in names)
         with shown_progress(progress, "loading", total) as advance:
@@ -613,23 +613,23 @@ class _Loading:
             assert bias is None or isinstance(bias, torch.Tensor)
             layer = self._layer(place.source, device, bias, place.module.training)
             for name in place.module_names:
-                _put_module(self.model, name, layer)
+                put_module(self.model, name, layer)
                 self.report.replaced[name] = place.source
 
     def _layer(self, name: str, device: torch.device, bias: torch.Tensor | None, training: bool) -> RansLinear:
         blob = self.tensors.get((name, device))
         if blob is None:
-            layer = _deferred_layer(self.reader, name)
+            layer = layer_in_file(self.reader, name)
             layer.bias = None if bias is None else bias.detach()
         else:
             assert isinstance(blob, DeviceBlob)
             layer = RansLinear(blob, None if bias is None else bias.to(device), tensor_name=name)
         return layer.train(training)
 
-    def _attach_experts(self, place: _Place, conversion: Conversion, device: torch.device) -> None:
+    def _attach_experts(self, place: Place, conversion: Conversion, device: torch.device) -> None:
         assert conversion.experts is not None
         matrices = [
-            [(_name_in_expert(name), self._layer(name, device, None, place.module.training)) for name in sources]
+            [(name_in_expert(name), self._layer(name, device, None, place.module.training)) for name in sources]
             for sources in conversion.experts
         ]
         for layers, sources in zip(keep_coded(place.module, place.key, matrices), conversion.experts, strict=True):
@@ -697,14 +697,14 @@ def replace_linears(
         if strict:
             _refuse_coded_model(model, reader)
         coded_names = [name for container in reader.containers for name in container.coded]
-        selection = _Selection(_pattern(include, "include", coded_names), _pattern(exclude, "exclude", coded_names))
+        selection = Selection(_pattern(include, "include", coded_names), _pattern(exclude, "exclude", coded_names))
         try:
-            names = names_for(model, _shapes(reader))
+            names = names_for(model, tensor_shapes(reader))
         except ModelMismatchError as error:
             error.args = (f"{reader.path}: {error}",)
             raise
-        places = _places(model, names)
-        differences = _plan(_tied_groups(places), reader, names, selection, report)
+        places = places_of(model, names)
+        differences = plan_places(tied_groups(places), reader, names, selection, report)
         report.unexpected = [*names.unexpected, *names.heads]
         report.computed = names.computed
         computed = _compute_missing(model, places, report, home)
@@ -725,7 +725,7 @@ def replace_linears(
     return report
 
 
-def _shapes(reader: Reader) -> dict[str, Sequence[int]]:
+def tensor_shapes(reader: Reader) -> dict[str, Sequence[int]]:
     """Tensor → its shape, of all tensors of a file's own model."""
     shapes: dict[str, Sequence[int]] = {}
     for name in reader.main_keys():

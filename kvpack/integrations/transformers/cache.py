@@ -1,0 +1,571 @@
+"""A :class:`kvpack.KVCache` as a cache of transformers' models and of ``generate`` (docs/TRANSFORMERS.md).
+
+::
+
+    model = AutoModelForCausalLM.from_pretrained("Llama", attn_implementation="kvpack")
+    cache = KVPackCache(model.config, formats=PageFormat.INT4)
+    model.generate(**inputs, past_key_values=cache)
+
+transformers sees a cache as long as the padded columns that came. Pads are never stored: a row of the batch holds the
+tokens that its attention mask admits, so that rows differ in length, and attention needs no mask.
+
+``update`` writes nothing: the attention function "kvpack" (:mod:`kvpack.integrations.transformers.attention`) finds the
+layer, writes the new tokens and attends to all of them in one call. With any other attention function ``update``
+returns all keys and values dequantized, which is slow, and pads are stored with the rest.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+
+from kvpack.errors import CacheInputError
+from kvpack.format.pages import PageFormat
+from kvpack.runtime.kv.allocator import Policy
+from kvpack.runtime.kv.cache import KVCache, OpenFormats
+
+ATTENTION_NAME = "kvpack"
+# Page tables grow by need: this is no memory.
+_MAX_TOKENS = 1 << 24
+# How many forward passes lie between two looks at all pages, which wait for the device.
+_STEPS_BETWEEN_REALLOCATIONS = 32
+# What layers of a configuration may be; of others the cache is no keys and values, or a mask is wanted.
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_LAYER_CLASSES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
+
+Mask = npt.NDArray[np.bool_]
+
+
+class ColumnCount(int):
+    """How many columns a mask has, with the cache that said so.
+
+    A mask function is told sizes, and nothing of the cache that it makes a mask for.
+    """
+
+    cache: KVPackCache
+
+    @classmethod
+    def of(cls, columns: int, cache: KVPackCache) -> ColumnCount:
+        count = cls(columns)
+        count.cache = cache
+        return count
+
+
+class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
+    """A layer of a :class:`KVPackCache`, as transformers sees it.
+
+    Attributes:
+        cache, index: which layer of which cache.
+        columns: padded columns that have come; tokens may be fewer.
+        pending: new keys and values, which wait for the attention function.
+    """
+
+    # generate() would make 4-d masks beforehand, and compile the forward pass by itself.
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = True
+
+    def __init__(self, cache: KVPackCache, index: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cache, self.index = cache, index
+        self.columns = 0
+        self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.compiler.disable
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.cache.prepare(key_states, value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Raises:
+            CacheInputError: the model's attention does not read the cache; keys and values that pages cannot hold.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.pending is not None:
+            raise CacheInputError(
+                f"layer {self.index}: attention has not read the tokens that came before. This model does not call the "
+                "attention function 'kvpack', or a forward pass has failed: reset() the cache, and use another "
+                "attn_implementation"
+            )
+        if self.cache.is_read_elsewhere():
+            return self.cache.append_and_read(self, key_states, value_states)
+        self.columns += key_states.shape[-2]
+        self.pending = key_states, value_states
+        attention_arguments = kwargs.get("kwargs")
+        if isinstance(attention_arguments, dict):  # from 5.24: what the attention function is called with
+            attention_arguments["kvpack_layer"] = self
+        else:
+            key_states.kvpack_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def take_pending(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Called by the attention function, with what the model gives it.
+
+        Raises:
+            CacheInputError: not what :meth:`update` has returned.
+        """
+        pending, self.pending = self.pending, None
+        if torch.compiler.is_compiling():
+            return
+        for name, given, expected in zip(("keys", "values"), (key, value), pending or (None, None), strict=True):
+            if expected is None or given.shape != expected.shape or given.data_ptr() != expected.data_ptr():
+                raise CacheInputError(
+                    f"layer {self.index}: the model changes {name} between cache and attention; kvpack's attention "
+                    "reads them from the cache. Use another attn_implementation, or another cache"
+                )
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        columns = self.columns + query_length
+        if torch.compiler.is_compiling():  # which knows no subclasses of int
+            self.cache.announce_mask()
+            return columns, 0
+        return (columns if self.cache.is_read_elsewhere() else ColumnCount.of(columns, self.cache)), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:  # to 5.19
+        return -1
+
+    def reset(self) -> None:
+        self.columns, self.pending = 0, None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._select_rows(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select_rows(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select_rows([row for row in range(self.cache.rows) for _ in range(repeats)])
+
+    def _select_rows(self, rows: list[int]) -> None:
+        if self.index == 0:  # of all layers at once
+            self.cache.select_rows(rows)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise CacheInputError(f"crop({tokens_to_remove}); minus the number of tokens to remove is wanted")
+        if tokens_to_remove == 0:
+            return
+        self.columns = max(self.columns + tokens_to_remove, 0)
+        if self.index == 0:
+            self.cache.crop_columns(-tokens_to_remove)
+
+    def offload(self) -> None:
+        raise CacheInputError("KVPackCache cannot be offloaded to the CPU")
+
+    prefetch = offload
+
+
+class KVPackCache(Cache):  # type: ignore[misc]
+    """Keys and values of a causal language model in kvpack's pages: 16 bits, or a quarter of that, or by importance.
+
+    With ``attn_implementation="kvpack"`` attention reads pages in place. With any other the cache gives out everything
+    dequantized: right, slow, and said in a warning.
+
+    Args:
+        config: the model's own ``model.config``.
+        formats: what pages become when they leave the recent window: a :class:`~kvpack.PageFormat` or its name
+            ("INT4"), or a pair (of K, of V) for each layer. With neither this nor ``budget``, 16 bits.
+        budget: bytes of pages as a fraction of those in 16 bits, divided by what attention looks at.
+        recent_tokens, sinks: of each sequence the newest and the first ones, in 16 bits.
+        max_tokens: of a sequence; pages come by need. None: 16 million.
+        max_sequences: rows of the batch; None: as many as come first (with beams, batch times beams).
+        dtype: of 16-bit pages, fp16 or bf16. None: the model's, and fp16 for one in fp32.
+        policy, max_bytes: as of :class:`~kvpack.KVCache`.
+
+    Attributes:
+        kv: the :class:`~kvpack.KVCache`; None before the first tokens.
+        rows: of the batch.
+
+    Raises:
+        CacheInputError: an option; a model whose layers are no causal attention with keys and values of their own.
+
+    >>> import torch, transformers
+    >>> from kvpack import KVPackCache
+    >>> config = transformers.LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2)
+    >>> model = transformers.LlamaForCausalLM(config).half().eval()
+    >>> model.set_attn_implementation("kvpack")
+    >>> cache = KVPackCache(model.config, formats="INT4")  # for generate(…, past_key_values=cache)
+    >>> cache
+    KVPackCache(0 columns; no tokens yet)
+    >>> ids = torch.arange(3, 20)[None]
+    >>> model.generate(ids, cache_implementation="kvpack-int4", max_new_tokens=4, do_sample=False).shape
+    torch.Size([1, 21])
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        formats: OpenFormats | str | None = None,
+        budget: float | None = None,
+        recent_tokens: int = 64,
+        sinks: int = 4,
+        max_tokens: int | None = None,
+        max_sequences: int | None = None,
+        dtype: torch.dtype | None = None,
+        policy: Policy = "importance",
+        max_bytes: int | None = None,
+    ) -> None:
+        text = _checked_config(config)
+        self._config, self._dtype, self._max_sequences = text, dtype, max_sequences
+        self._budget = budget
+        self._options: dict[str, Any] = {
+            "max_tokens": _MAX_TOKENS if max_tokens is None else max_tokens,
+            "formats": _format_of(formats),
+            "budget": budget,
+            "recent_tokens": recent_tokens,
+            "sinks": sinks,
+            "policy": policy,
+            "max_bytes": max_bytes,
+        }
+        # What is wrong with the options shall be known before the first token.
+        KVCache(text.num_hidden_layers, 1, 64, dtype=_pages_dtype(dtype, torch.float16), device="cpu", **self._options)
+        self.kv: KVCache | None = None
+        self.rows = 0
+        # [rows, columns]: which columns are tokens; None: all.
+        self._tokens: Mask | None = None
+        self._steps = 0
+        self._has_warned = False
+        super().__init__(layers=[KVPackLayer(self, index) for index in range(text.num_hidden_layers)])
+
+    def __repr__(self) -> str:
+        return f"KVPackCache({self.get_seq_length()} columns; {self.kv if self.kv is not None else 'no tokens yet'})"
+
+    def is_read_elsewhere(self) -> bool:
+        """Whether the model's attention function is another than "kvpack"."""
+        return bool(self._config._attn_implementation != ATTENTION_NAME)
+
+    def announce_mask(self) -> None:
+        """To the mask function that is called next, in what a compiler traces."""
+        global _announced
+        _announced = not self.is_read_elsewhere()
+
+    def prepare(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the pages' cache, for the first keys and values.
+
+        Raises:
+            CacheInputError: pages cannot hold such keys and values.
+        """
+        if self.kv is not None:
+            self._check_shapes(self.kv, key_states, value_states)
+            return
+        rows, heads, _, head_dim = key_states.shape
+        if value_states.shape != key_states.shape:
+            raise CacheInputError(
+                f"keys have head_dim {head_dim} and values {value_states.shape[-1]}, as with multi-head latent "
+                "attention; kvpack's pages need the same for both: use another cache"
+            )
+        if head_dim % 16 != 0 or head_dim > 256:
+            raise CacheInputError(
+                f"head_dim is {head_dim}; kvpack's pages need a multiple of 16 up to 256: use another cache"
+            )
+        dtype = _pages_dtype(self._dtype, key_states.dtype)
+        if self._dtype is None and dtype != key_states.dtype:
+            warnings.warn(
+                f"KVPackCache: the model is in {key_states.dtype}, pages are in {dtype} (KVPackCache(dtype=…) chooses)",
+                stacklevel=2,
+            )
+        self.kv = KVCache(
+            len(self.layers),
+            heads,
+            head_dim,
+            max_sequences=max(rows, self._max_sequences or 1),
+            dtype=dtype,
+            device=key_states.device,
+            **self._options,
+        )
+        self.rows = rows
+
+    def _check_shapes(self, kv: KVCache, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        for name, states in (("keys", key_states), ("values", value_states)):
+            _, heads, _, head_dim = states.shape
+            if (heads, head_dim) != (kv.num_kv_heads, kv.head_dim):
+                raise CacheInputError(
+                    f"{name} have {heads} heads of {head_dim} in one layer, {kv.num_kv_heads} of {kv.head_dim} in "
+                    "another; kvpack's pages need the same in all layers: use another cache"
+                )
+            if states.device != kv.device:
+                raise CacheInputError(
+                    f"{name} of one layer are on {states.device}, of another on {kv.device}; KVPackCache needs all "
+                    "layers on one device"
+                )
+
+    @property
+    def batch_size(self) -> int:
+        return self.rows or -1
+
+    @property
+    def observes(self) -> bool:
+        """Whether attention is to be observed, for :meth:`kvpack.KVCache.reallocate`."""
+        return self._budget is not None
+
+    def memory_mb(self) -> float:
+        """Device memory in MB (10^6 bytes)."""
+        return 0.0 if self.kv is None else self.kv.estimate_memory_mb()
+
+    def average_bits(self) -> float:
+        """Bits of pages for an element of K and V, all that pages need counted; 0.0 of an empty cache."""
+        return 0.0 if self.kv is None else self.kv.average_bits()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()  # type: ignore[no-untyped-call]
+        if self.kv is not None:
+            for row in range(self.kv.max_sequences):
+                self.kv.free(row)
+        self._tokens, self._steps = None, 0
+
+    # Columns and rows -------------------------------------------------------------------------------------------------
+
+    def begin_step(self, rows: int, before: int) -> None:
+        """Called by the attention function of the first layer, when all layers have the same tokens.
+
+        Raises:
+            CacheInputError: other rows than the cache has.
+        """
+        assert self.kv is not None
+        if rows != self.rows:
+            if before or rows > self.kv.max_sequences:
+                raise CacheInputError(
+                    f"a batch of {rows} rows has come, and the cache holds {before} columns of {self.rows} rows, with "
+                    f"room for {self.kv.max_sequences}: make another cache (KVPackCache(max_sequences=…)), or reset()"
+                )
+            self.rows = rows
+        if self._budget is None:
+            return
+        self._steps += 1
+        if self._steps % _STEPS_BETWEEN_REALLOCATIONS == 0:
+            self.kv.reallocate()
+
+    def add_columns(self, before: int, new: int, tokens: Mask | None) -> None:
+        """Behind ``before`` columns ``new`` ones, of which those of ``tokens`` [rows, new] are stored; None: all."""
+        if tokens is None and self._tokens is None:
+            return
+        old = np.ones((self.rows, before), np.bool_) if self._tokens is None else self._tokens[:, :before]
+        added = np.ones((self.rows, new), np.bool_) if tokens is None else tokens
+        self._tokens = np.concatenate([old, added], axis=1)
+
+    def check_columns(self, mask: Mask, before: int) -> None:
+        """Whether a mask [rows, columns] admits of the columns that came before those that are stored.
+
+        Raises:
+            CacheInputError
+        """
+        held = True if self._tokens is None else self._tokens[:, :before]
+        if len(mask) == self.rows and (mask[:, :before] != held).any():
+            row, column = np.argwhere(mask[:, :before] != held)[0].tolist()
+            raise CacheInputError(
+                f"row {row}, column {column} of attention_mask is {int(mask[row, column])}, and was another when its "
+                "token came: what the cache holds cannot be masked afterwards"
+            )
+
+    @contextmanager
+    def captured_step(self) -> Iterator[None]:
+        """Around a step of one token a row that a CUDA graph captures: nothing runs, so that no columns come.
+
+        Before each replay :meth:`plan_step` is to be called. :class:`~.decode_graph.DecodeGraph` does both.
+        """
+        layers: Any = self.layers
+        columns, tokens, steps = [layer.columns for layer in layers], self._tokens, self._steps
+        self._steps = 0  # no reallocation, which waits for the device
+        try:
+            yield
+        finally:
+            self._tokens, self._steps = tokens, steps
+            for layer, count in zip(layers, columns, strict=True):
+                layer.columns, layer.is_pending = count, False
+
+    def plan_step(self) -> None:
+        """What the host does in a step of one token a row, before a CUDA graph repeats what the device does.
+
+        Does not wait for the device, but with a budget, every 32 steps.
+
+        Raises:
+            CacheFullError: no room for the tokens; nothing has changed then.
+        """
+        assert self.kv is not None
+        before = self.get_seq_length()
+        self.begin_step(self.rows, before)
+        self.kv.plan(1, range(self.rows))
+        self.add_columns(before, 1, None)
+        layers: Any = self.layers
+        for layer in layers:
+            layer.columns = before + 1
+
+    def append_and_read(
+        self, layer: KVPackLayer, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For any other attention function: everything dequantized, [rows, heads, columns, head_dim], pads included."""
+        assert self.kv is not None
+        if not self._has_warned:
+            warnings.warn(
+                f"KVPackCache: attn_implementation is {self._config._attn_implementation!r}, so all pages are "
+                "dequantized at each step, which is slow; model.set_attn_implementation('kvpack') reads them in place",
+                stacklevel=2,
+            )
+            self._has_warned = True
+        if self._tokens is not None:
+            raise CacheInputError(
+                "the cache has been filled without pads by attn_implementation='kvpack'; another attention function "
+                "cannot go on with it: reset() it"
+            )
+        before = layer.columns
+        if layer.index == 0:
+            self.begin_step(len(key_states), before)
+        k, v = in_pages_dtype(self.kv, key_states), in_pages_dtype(self.kv, value_states)
+        held = [self.kv.read(layer.index, row) for row in range(self.rows)]
+        both = [torch.cat([torch.stack([x[side] for x in held]), new], dim=2) for side, new in enumerate((k, v))]
+        self.kv.append(layer.index, k, v)
+        layer.columns += k.shape[2]
+        return both[0].to(key_states.dtype), both[1].to(value_states.dtype)
+
+    def crop_columns(self, count: int) -> None:
+        """Forget the last columns, in all layers."""
+        kv = self.kv
+        if kv is None:
+            return
+        gone = np.full(self.rows, count) if self._tokens is None else self._tokens[:, -count:].sum(axis=1)
+        for row, tokens in enumerate(gone.tolist()):
+            if tokens:
+                kv.truncate(row, max(kv.length(0, row) - tokens, 0))
+        if self._tokens is not None:
+            self._tokens = self._tokens[:, :-count]
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Row i becomes what ``rows[i]`` was, in all layers.
+
+        Raises:
+            CacheInputError: more rows than there is room for.
+        """
+        kv = self.kv
+        if kv is None or list(rows) == list(range(self.rows)):
+            return
+        if len(rows) > kv.max_sequences:
+            raise CacheInputError(
+                f"{len(rows)} rows are wanted, and the cache has room for {kv.max_sequences}: make it with "
+                f"KVPackCache(max_sequences={len(rows)})"
+            )
+        kv.select_sequences(rows)
+        self.rows = len(rows)
+        if self._tokens is not None:
+            self._tokens = self._tokens[list(rows)]
+
+
+_announced = False
+
+
+def take_announced_mask() -> bool:
+    """Whether :meth:`KVPackCache.announce_mask` was called, once."""
+    global _announced
+    found, _announced = _announced, False
+    return found
+
+
+def in_pages_dtype(kv: KVCache, states: torch.Tensor) -> torch.Tensor:
+    """Keys, values or queries, as pages have them.
+
+    Raises:
+        CacheInputError: fp16 is too narrow for them (seen on the CPU alone: elsewhere it would be waited for).
+    """
+    if states.dtype == kv.dtype:
+        return states
+    cast = states.to(kv.dtype)
+    if kv.dtype == torch.float16 and cast.device.type == "cpu" and not torch.compiler.is_compiling():
+        _require_finite(states, cast)
+    return cast
+
+
+def _require_finite(states: torch.Tensor, cast: torch.Tensor) -> None:
+    if not cast.isfinite().all() and states[~cast.isfinite()].isfinite().any():
+        raise CacheInputError(
+            f"keys, values or queries reach {float(states.abs().nan_to_num(0, 0, 0).max()):.4g}, and fp16 pages end at "
+            "65,504: KVPackCache(dtype=torch.bfloat16) holds them"
+        )
+
+
+def _checked_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the text model.
+
+    Raises:
+        CacheInputError: the cache cannot be one of this model.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        raise CacheInputError(f"config is a {type(config).__name__}; KVPackCache(model.config, …) is wanted")
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise CacheInputError(
+            f"{name} is an encoder-decoder model, whose decoder also attends to the encoder; KVPackCache is for models "
+            "that are decoders alone: use transformers' EncoderDecoderCache"
+        )
+    text = config.get_text_config(decoder=True)
+    if not getattr(text, "num_hidden_layers", None) or not _has_heads(text):
+        raise CacheInputError(
+            f"{name} has no attention layers (num_hidden_layers, num_attention_heads); KVPackCache holds keys and "
+            "values of attention: use the cache that transformers gives this model"
+        )
+    types = set(getattr(text, "layer_types", None) or ())
+    if types <= _LAYER_TYPES:  # what it does not say, transformers knows
+        types |= {type(layer).__name__ for layer in DynamicCache(config=text).layers}
+    if getattr(text, "attention_chunk_size", None) is not None:
+        types.add("chunked_attention")
+    if others := sorted(map(str, types - _LAYER_TYPES - _LAYER_CLASSES)):
+        raise CacheInputError(
+            f"{name} has layers of type {', '.join(others)}; KVPackCache holds "
+            f"{' and '.join(sorted(_LAYER_TYPES))}: use the cache that transformers gives this model"
+        )
+    sharing = getattr(text, "kv_sharing_modes", None)
+    if getattr(text, "num_kv_shared_layers", 0) or (sharing is not None and "reuse" in sharing):
+        raise CacheInputError(
+            f"layers of {name} share keys and values with others (num_kv_shared_layers), which KVPackCache does not "
+            "know: use the cache that transformers gives this model"
+        )
+    if getattr(text, "kv_lora_rank", None):
+        raise CacheInputError(
+            f"{name} has multi-head latent attention (kv_lora_rank), of which not keys and values are cached; kvpack's "
+            "pages hold those alone: use the cache that transformers gives this model"
+        )
+    return text
+
+
+def _has_heads(config: PreTrainedConfig) -> bool:
+    try:
+        return bool(getattr(config, "num_attention_heads", None))
+    except Exception:  # one number for each layer: there are some
+        return True
+
+
+def _format_of(formats: OpenFormats | str | None) -> OpenFormats | None:
+    if not isinstance(formats, str):
+        return formats
+    try:
+        return PageFormat[formats.upper()]
+    except KeyError:
+        raise CacheInputError(
+            f"formats is {formats!r}; there are {', '.join(known.name for known in PageFormat)}"
+        ) from None
+
+
+def _pages_dtype(wanted: torch.dtype | None, of_model: torch.dtype) -> torch.dtype:
+    if wanted is not None:
+        return wanted
+    return of_model if of_model in (torch.float16, torch.bfloat16) else torch.float16

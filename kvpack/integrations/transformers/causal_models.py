@@ -1,0 +1,238 @@
+"""Causal language models from directories: loaded, with a cache, and with what they take of memory."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kvpack.errors import InputError, KvpackError
+from kvpack.integrations.transformers.cache import KVPackCache
+from kvpack.runtime.weights.linear import RansLinear
+
+CACHE_BITS = (16, 8, 4, 3, 2)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class WeightMemory:
+    """What a model's weights take, tied ones counted once.
+
+    Attributes:
+        weights: how many there are.
+        bytes: what they take in memory: coded ones as they are coded, tables and scales in.
+        dense_bytes: what they would take if the coded ones were dense, in the type that they are decoded to.
+    """
+
+    weights: int
+    bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Which pages a :class:`~kvpack.KVPackCache` has.
+
+    Attributes:
+        bits: of elements in pages that leave the recent window: one of ``CACHE_BITS``.
+        budget: instead of bits, the bytes of pages as a fraction of those in 16 bits.
+
+    Raises:
+        InputError: both or neither are given, or bits that no page has.
+    """
+
+    bits: int | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.budget is None):
+            raise InputError("either --kv-bits or --kv-budget is given, not both")
+        if self.bits is not None and self.bits not in CACHE_BITS:
+            raise InputError(f"--kv-bits is {self.bits}; there are {', '.join(map(str, CACHE_BITS))}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise InputError(f"--kv-budget is {self.budget}; it is a fraction, more than 0 and at most 1")
+
+    def new(self, model: Any) -> KVPackCache:
+        """An empty cache for that model; pages of 16 bits are fp16 where the model is in fp32.
+
+        Raises:
+            CacheInputError: pages cannot hold what the model's layers keep.
+        """
+        dtype = torch.float16 if model.dtype == torch.float32 else None
+        formats = None if self.bits in (None, 16) else f"INT{self.bits}"
+        return KVPackCache(model.config, formats=formats, budget=self.budget, dtype=dtype)
+
+
+def kv_bytes(cache: Any) -> int:
+    """What a cache holds of keys and values: pages in use, or the tensors of a ``DynamicCache``, padding counted."""
+    if isinstance(cache, KVPackCache):
+        return 0 if cache.kv is None else cache.kv.pools.bytes_in_use
+    return sum(side.nbytes for side in _sides(cache))
+
+
+def kv_bytes_16_bit(cache: Any) -> int:
+    """What the same tokens take in 16 bits, densely."""
+    if not isinstance(cache, KVPackCache):
+        return sum(2 * side.numel() for side in _sides(cache))
+    kv = cache.kv
+    if kv is None:
+        return 0
+    places = itertools.product(range(kv.num_layers), range(kv.max_sequences))
+    tokens = sum(kv.length(layer, sequence) for layer, sequence in places)
+    return 2 * 2 * tokens * kv.num_kv_heads * kv.head_dim
+
+
+def _sides(cache: Any) -> list[torch.Tensor]:
+    return [side for layer in cache.layers for side in (layer.keys, layer.values) if side is not None]
+
+
+def chosen_device(name: str) -> torch.device:
+    """``auto`` is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        InputError: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used ({reason}); auto, cpu and cuda can be named") from None
+    return device
+
+
+def check_directory(path: Path) -> None:
+    """A directory that transformers can load a causal language model and its tokenizer from.
+
+    Raises:
+        InputError: it is none; the message says how to get one.
+    """
+    if path.suffix == ".gguf":
+        advice = f"kvpack compress {path} -o DIRECTORY makes a model directory of it (--preset lossless: exactly)"
+        raise InputError(f"{path} is a GGUF file, not a model directory: {advice}")
+    if path.is_file():
+        advice = "name the directory that holds it, with config.json and the tokenizer"
+        raise InputError(f"{path} is one file, not a model directory: {advice}")
+    if not path.is_dir():
+        advice = f"a model of the Hub becomes one with: hf download {path} --local-dir DIRECTORY"
+        raise InputError(f"{path} is no directory; {advice}")
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} has no config.json: it is no model directory of transformers")
+
+
+@contextmanager
+def _loading(directory: Path, what: str) -> Iterator[None]:
+    """What transformers says in several lines, in one; it draws no bars."""
+    check_directory(directory)
+    had_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except KvpackError:
+        raise
+    except Exception as error:
+        # tokenizers raises a bare Exception for a file that it cannot read.
+        if not isinstance(error, OSError | ValueError | KeyError | ImportError) and type(error) is not Exception:
+            raise
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise InputError(f"{directory}: transformers cannot load {what}: {reason}") from None
+    finally:
+        if had_bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def load_config(directory: Path) -> Any:
+    """The directory's configuration.
+
+    Raises:
+        InputError: there is none that transformers can load.
+    """
+    with _loading(directory, "its configuration"):
+        return transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The directory's tokenizer.
+
+    Raises:
+        InputError: there is none that transformers can load.
+    """
+    with _loading(directory, "its tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def load_causal_model(
+    directory: Path, *, device: str = "auto", dtype: str = "auto", attention: str | None = None
+) -> Any:
+    """A causal language model in evaluation mode, coded or ordinary.
+
+    Args:
+        device: ``auto``, or a name of torch's.
+        dtype: what is computed in: one of ``DTYPES``; ``auto`` is what the directory names.
+        attention: an attention implementation that transformers knows; its own choice by default.
+
+    Raises:
+        InputError: the directory is none, or transformers cannot load a causal language model from it.
+        FormatError: the directory is compressed, and damaged.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    place = chosen_device(device)
+    options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if place.type != "cpu":
+        options["device_map"] = {"": place}
+    with _loading(directory, "a causal language model of it"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **options)
+    return model.eval()
+
+
+def position_limit(config: Any) -> int | None:
+    """The most tokens of a sequence that a configuration allows; None where it names no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def cache_keyword() -> str:
+    """What ``forward`` and ``generate`` call the cache: transformers 5.24 has renamed it."""
+    known = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
+def weight_memory(model: Any) -> WeightMemory:
+    """What the weights of a loaded model take."""
+    weights = size = dense = 0
+    width = torch.empty(0, dtype=model.dtype).element_size()
+    for module in model.modules():
+        if isinstance(module, RansLinear):
+            count = module.in_features * module.out_features
+            bias = 0 if module.bias is None else module.bias.numel()
+            weights += count + bias
+            size += module.memory_bytes
+            dense += (count + bias) * width
+    for parameter in model.parameters():  # each once, tied ones too
+        weights += parameter.numel()
+        size += parameter.nbytes
+        dense += parameter.nbytes
+    return WeightMemory(weights, size, dense)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory so far: what torch has allocated on a GPU; on the CPU, what the process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,212 @@
+"""Text from a causal language model as it comes, with what it took of time and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation.streamers import BaseStreamer, TextStreamer
+
+from kvpack.errors import InputError
+from kvpack.integrations.transformers.causal_models import (
+    WeightMemory,
+    cache_keyword,
+    kv_bytes,
+    kv_bytes_16_bit,
+    peak_memory_bytes,
+    position_limit,
+    weight_memory,
+)
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came of the prompts.
+
+    Attributes:
+        texts: what follows each prompt, without special tokens.
+        prompt_tokens, new_tokens: of all prompts together, without padding; end tokens count as new.
+        prefill_seconds: from the call to the first token of all prompts.
+        tokens_per_second: new tokens after the first ones, over the time that they took; None if there are none.
+        weights: what the weights take in memory.
+        kv_bytes: keys and values at the end, as the cache holds them.
+        kv_bytes_16_bit: what the same tokens take in 16 bits.
+        peak_memory_bytes: see :func:`peak_memory_bytes`.
+        interrupted: whether Ctrl-C ended it.
+    """
+
+    texts: tuple[str, ...]
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float | None
+    tokens_per_second: float | None
+    weights: WeightMemory
+    kv_bytes: int
+    kv_bytes_16_bit: int
+    peak_memory_bytes: int
+    interrupted: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``kvpack generate --json`` prints."""
+        return {"ok": True, **asdict(self)}
+
+
+class _Text(TextStreamer):
+    """Hands pieces of text on instead of printing them."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)
+
+
+class _Tokens(BaseStreamer):
+    """Collects what ``generate`` gives out, and when the first and the last token came."""
+
+    def __init__(self, text: Any) -> None:  # a _Text or None
+        self.text = text
+        self.steps: list[torch.Tensor] = []
+        self.first_time = self.last_time = 0.0
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.last_time = time.perf_counter()
+        if not self.steps:
+            self.first_time = self.last_time
+        self.steps.append(value.reshape(-1))
+        if self.text is not None:
+            self.text.put(value.reshape(-1))
+
+    def end(self) -> None:
+        if self.text is not None:
+            self.text.end()
+
+
+def chat_prompt(tokenizer: Any, message: str, system: str | None = None) -> str:
+    """What the tokenizer's chat template makes of a user's message, up to where the answer begins.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or the template has no place for a system message.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("the tokenizer has no chat template: the model is no chat model; leave --chat out")
+    messages = [{"role": "user", "content": message}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except ImportError:
+        raise
+    except Exception as error:  # templates raise what they like
+        raise InputError(f"the chat template does not take these messages: {error}") from None
+    return text
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    is_chat: bool = False,
+    cache: Any = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue prompts, several as one batch that is padded on the left.
+
+    Args:
+        is_chat: the prompts are of :func:`chat_prompt`, so that the tokenizer adds no tokens of its own.
+        cache: a cache of transformers, empty, as of :meth:`CacheOptions.new`; a ``DynamicCache`` by default.
+        max_new_tokens: 256 by default, or as many as the model has positions for.
+        temperature: 0 takes the most probable token each time; above, tokens are drawn.
+        top_p: tokens are drawn from the most probable ones that have this share.
+        on_text: called with pieces of the text as it comes; of a single prompt alone.
+
+    Raises:
+        InputError: a prompt without tokens, one too long for the model, or a number out of its range.
+    """
+    if not prompts:
+        raise InputError("no prompt is given")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; at least one is needed")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise InputError(f"temperature is {temperature} and top_p {top_p}; they must be ≥ 0, and above 0 up to 1")
+    ends = _end_tokens(model)
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if i is not None), 0)
+    rows = [tokenizer(prompt, add_special_tokens=not is_chat).input_ids for prompt in prompts]
+    longest = max(map(len, rows))
+    if not min(map(len, rows)):
+        raise InputError("a prompt has no tokens: it is empty")
+    limit = position_limit(model.config)
+    room = DEFAULT_NEW_TOKENS if limit is None else limit - longest
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+    if limit is not None and max_new_tokens > room:
+        raise InputError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} positions that the "
+            "model has: a shorter prompt or a smaller --max-new-tokens is needed"
+        )
+    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    cache = transformers.DynamicCache(config=model.config) if cache is None else cache
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    text = _Text(tokenizer, on_text) if on_text is not None and len(rows) == 1 else None
+    streamer = _Tokens(text)
+    interrupted = False
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    try:
+        model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=padding,
+            streamer=streamer,
+            **{cache_keyword(): cache},
+            **sampling,
+        )
+    except KeyboardInterrupt:
+        interrupted = True
+        streamer.end()
+    found = [_until_end([int(step[row]) for step in streamer.steps], ends) for row in range(len(rows))]
+    new_tokens, steps = sum(map(len, found)), len(streamer.steps)
+    decoding = streamer.last_time - streamer.first_time
+    return Generation(
+        texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row in found),
+        prompt_tokens=sum(map(len, rows)),
+        new_tokens=new_tokens,
+        prefill_seconds=streamer.first_time - start if steps else None,
+        tokens_per_second=(new_tokens - len(rows)) / decoding if steps > 1 and decoding > 0 else None,
+        weights=weight_memory(model),
+        kv_bytes=kv_bytes(cache),
+        kv_bytes_16_bit=kv_bytes_16_bit(cache),
+        peak_memory_bytes=peak_memory_bytes(model.device),
+        interrupted=interrupted,
+    )
+
+
+def _end_tokens(model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _until_end(row: list[int], ends: list[int]) -> list[int]:
+    """Up to the first end token, which is the last that counts: what follows in a batch is padding."""
+    return row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]

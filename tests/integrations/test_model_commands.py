@@ -1,0 +1,162 @@
+"""``kvpack generate`` and ``kvpack eval``: what is printed where, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from tiny_text_model import TEMPLATE, text, write_model, write_tokenizer
+from typer.testing import CliRunner
+
+from kvpack.cli import app
+
+OK, USAGE, NO_DEVICE, INTERRUPTED = 0, 2, 5, 130
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_model(tmp_path_factory.mktemp("models") / "tiny")
+    write_tokenizer(directory, template=TEMPLATE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def novel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "novel.txt"
+    path.write_text(text(seed=1), encoding="utf-8")
+    return path
+
+
+def run(*arguments: object, code: int = OK, given: str | None = None) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=given, catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def run_json(*arguments: object, code: int = OK) -> dict[str, Any]:
+    result = run(*arguments, "--json", code=code)
+    report = json.loads(result.stdout, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    assert isinstance(report, dict)
+    assert report["ok"] is (code == OK)
+    return report
+
+
+def test_generate(model: Path) -> None:
+    shown = run("generate", model, "--prompt", "the old house", "--max-new-tokens", 8)
+    report = run_json("generate", model, "--prompt", "the old house", "--max-new-tokens", 8)
+    assert shown.stdout == report["texts"][0] + "\n"
+    assert shown.stderr.startswith("kvpack: ")
+    assert f"{report['prompt_tokens']} prompt tokens, {report['new_tokens']} new, prefill " in shown.stderr
+    assert set(report) == {
+        "ok", "texts", "prompt_tokens", "new_tokens", "prefill_seconds", "tokens_per_second", "weights", "kv_bytes",
+        "kv_bytes_16_bit", "peak_memory_bytes", "interrupted",
+    }  # fmt: skip
+    assert set(report["weights"]) == {"weights", "bytes", "dense_bytes"}
+
+
+def test_generate_several_prompts(model: Path) -> None:
+    alone = run_json("generate", model, "--prompt", "rain", "--max-new-tokens", 4)
+    both = run("generate", model, "--prompt", "the old house", "--prompt", "rain", "--max-new-tokens", 4)
+    assert both.stdout.startswith("--- prompt 1\n")
+    assert both.stdout.endswith(f"--- prompt 2\n{alone['texts'][0]}\n")
+
+
+def test_generate_reads_prompts(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("rain", encoding="utf-8")
+    expected = run("generate", model, "--prompt", "rain", "--max-new-tokens", 4).stdout
+    assert run("generate", model, "--prompt-file", file, "--max-new-tokens", 4).stdout == expected
+    assert run("generate", model, "--prompt-file", "-", "--max-new-tokens", 4, given="rain").stdout == expected
+
+
+def test_generate_chat(model: Path) -> None:
+    chat = run_json("generate", model, "--chat", "--system", "be old", "--prompt", "rain", "--max-new-tokens", 4)
+    whole = "[system] be old\n[user] rain\n[assistant] "
+    assert chat["texts"] == run_json("generate", model, "--prompt", whole, "--max-new-tokens", 4)["texts"]
+
+
+def test_generate_interrupted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    shown = run("generate", model, "--prompt", "rain", code=INTERRUPTED)
+    assert "kvpack: interrupted; " in shown.stderr
+    assert "0 new, prefill – s" in shown.stderr
+
+
+def test_eval(model: Path, novel: Path) -> None:
+    options = ("--text", novel, "--context", 32, "--windows", 3)
+    report = run_json("eval", model, model, "--against", model, *options)
+    assert set(report) == {
+        "ok", "text", "context", "windows", "windows_available", "scored_tokens", "begins_with", "device", "models",
+        "original", "command", "kvpack", "date", "commit", "package_changed_since_commit", "cpu", "cores",
+        "load_at_start", "python", "versions",
+    }  # fmt: skip
+    assert len(report["models"]) == 2
+    first = report["models"][0]
+    assert set(first) == {"model", "size", "weights_bytes", "dtype", "full", "stepwise", "kv_bits"}
+    assert set(first["full"]) == {"perplexity", "loss", "kl", "same_top_token", "loss_increase"}
+    assert set(first["full"]["kl"]) == {"value", "standard_error"}
+    assert set(first["size"]) == {"bytes", "bits_per_weight", "coded_bits_per_weight"}
+    assert first["size"]["bytes"] == (model / "model.safetensors").stat().st_size
+    assert first["size"]["bits_per_weight"] == pytest.approx(32, abs=0.5)
+    shown = run("eval", model, "--against", model, *options).stdout
+    assert f"3 of {report['windows_available']} windows of 32 tokens, 93 scored, in float32" in shown
+    assert "0.00000 ± 0.00000" in shown
+    assert "KL" not in run("eval", model, *options).stdout
+
+
+def test_pages(model: Path, novel: Path) -> None:
+    """--kv-bits and --kv-budget reach the cache."""
+    shown = run("generate", model, "--prompt", "rain", "--max-new-tokens", 4, "--kv-bits", 16)
+    assert shown.stdout == run("generate", model, "--prompt", "rain", "--max-new-tokens", 4).stdout
+    assert " in 16 bits)" in shown.stderr
+    options = ("eval", model, "--text", novel, "--windows", 1, "--context", 224)
+    four, two = (run_json(*options, *kv)["models"][0] for kv in (("--kv-bits", 4), ("--kv-budget", 0.6)))
+    assert four["full"] == two["full"]
+    assert four["stepwise"]["perplexity"] != two["stepwise"]["perplexity"] != four["full"]["perplexity"]
+    assert f"tiny, KV in {four['kv_bits']:.2f} bits" in run(*options, "--kv-bits", 4).stdout
+
+
+def test_eval_draws(model: Path, novel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, more in (("a.png", ()), ("b.png", ("--against", model))):
+        done = run("eval", model, "--text", novel, "--windows", 1, "--plot", tmp_path / name, *more)
+        assert f"drew {tmp_path / name}" in done.stderr
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "MODEL"), "give a --prompt or a --prompt-file"),
+        (("generate", "MODEL", "--prompt", "a", "--prompt-file", "b"), "are both given"),
+        (("generate", "MODEL", "--prompt", "a", "--system", "b"), "--system needs --chat"),
+        (("generate", "org/name", "--prompt", "a"), "hf download org/name"),
+        (("generate", "MODEL", "--prompt", "a", "--kv-bits", "4", "--kv-budget", "0.5"), "either --kv-bits or"),
+        (("eval", "MODEL", "--text", "TEXT", "--kv-bits", "5"), "there are 16, 8, 4, 3, 2"),
+        (("eval", "org/name", "--text", "TEXT"), "hf download org/name"),
+        (("eval", "MODEL", "--text", "missing.txt"), "missing.txt does not exist"),
+        (("eval", "MODEL", "--text", "TEXT", "--context", "1000"), "has positions for 320 tokens"),
+    ],
+)
+def test_refusals(arguments: tuple[str, ...], message: str, model: Path, novel: Path) -> None:
+    names = {"MODEL": str(model), "TEXT": str(novel)}
+    report = run_json(*(names.get(argument, argument) for argument in arguments), code=USAGE)
+    assert set(report) == {"ok", "error", "message", "exit_code"}
+    assert message in report["message"]
+
+
+def test_what_is_not_installed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    shown = run("generate", model, "--prompt", "rain", code=NO_DEVICE)
+    assert shown.stderr == "kvpack: kvpack generate needs transformers: pip install 'kvpack[transformers]'\n"
