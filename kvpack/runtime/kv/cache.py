@@ -452,10 +452,7 @@ class KVCache:
         self._is_open, errors = True, self.errors
         try:
             if self._is_captured():
-                if not isinstance(counts, int):
-                    raise CacheInputError(
-                        f"tokens is {counts}: a CUDA graph repeats a call in which all rows bring as many tokens"
-                    )
+                self.require_equal_in_graphs(counts)
                 self.check_room(layer, ids, counts)
                 if not keep:
                     raise CacheInputError(
@@ -497,6 +494,16 @@ class KVCache:
             raise
         finally:
             self._is_open = False
+
+    def require_equal_in_graphs(self, counts: Counts) -> None:
+        """
+        Raises:
+            CacheInputError: a CUDA graph is being captured, and rows bring different numbers of tokens.
+        """
+        if not isinstance(counts, int) and self._is_captured():
+            raise CacheInputError(
+                f"tokens is {counts}: a CUDA graph repeats a call in which all rows bring as many tokens"
+            )
 
     def _require_closed(self) -> None:
         """
