@@ -304,6 +304,7 @@ class GenerationBench(BenchRun):
     # --- decoding ------------------------------------------------------------
 
     def _case(self, case: Case, ways: list[str], *, fused: bool = False) -> None:
+        self._empty()  # caches of the case before are in cycles
         rows, decoders = [], []
         shared: dict[str, Any] = {}
         is_large = 2 * cache_bytes_of_16_bits(next(iter(self.models.values())).config, case) > SHARED_FROM_BYTES

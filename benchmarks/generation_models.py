@@ -265,5 +265,6 @@ def built(dense: nn.Module, weights: str, *, alike: bool) -> tuple[nn.Module, di
         "linear_weights": count,
         "bits_per_weight": 8 * size / count,
         "other_bytes": other_bytes(model),
+        "head_bytes": model.get_output_embeddings().weight.nbytes,
         "build_seconds": seconds,
     }

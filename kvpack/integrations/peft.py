@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.tuners import tuners_utils
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.model import LoraModel
@@ -21,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kvpack.encode.listing import listed
 from kvpack.errors import InputError
+from kvpack.integrations.transformers.quantizer import plain_layer
 from kvpack.runtime.weights.linear import RansLinear
 
 if TYPE_CHECKING:
@@ -102,25 +102,13 @@ def dense_copy(layer: RansLinear) -> nn.Module:
     Raises:
         FormatError, StreamingError, RuntimeError: as of :meth:`kvpack.RansLinear.prepare`.
     """
-    weight = layer.dequantize()
-    dense: nn.Module
-    with torch.device("meta"):
-        if tuple(weight.shape) == (layer.out_features, layer.in_features) and not layer.prepare().header.transposed:
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        else:
-            dense = Conv1D(layer.out_features, layer.in_features)  # type: ignore[no-untyped-call]
-    bias = layer.bias
-    if bias is None and isinstance(dense, Conv1D):
-        bias = torch.zeros(layer.out_features, dtype=weight.dtype, device=weight.device)
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    dense = plain_layer(layer, layer.weight_dtype).requires_grad_(False)
     hook = getattr(layer, "_hf_hook", None)
     if hook is not None:
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(dense, hook)
-    return dense.train(layer.training)
+    return dense
 
 
 def _adapted(model: nn.Module) -> dict[str, RansLoraLinear]:

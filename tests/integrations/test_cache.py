@@ -310,3 +310,49 @@ def test_a_compiled_model(name: str, backend: str) -> None:
 
     torch.compiler.reset()
     assert torch.equal(steps(compiled), steps(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_beams(name: str) -> None:
+    ids, mask = prompts(tokens=70)
+    base, model = model_of(name, "through fp16"), model_of(name)
+    options = {"attention_mask": mask, "num_beams": 3}
+    cache = KVPackCache(model.config)
+    assert greedy(model, ids, cache, **options).tolist() == greedy(base, ids, **options).tolist()
+    assert [cache.kv.length(0, row) for row in range(9)] == 3 * [85] + 3 * [72] + 3 * [59]
+
+
+@pytest.mark.parametrize("formats", ["FP16", "INT4"])
+def test_drafts_that_are_taken_back(formats: str) -> None:
+    ids = torch.arange(3, 23).repeat(1, 11)[:, :210]
+    model = model_of("llama")
+    alone = greedy(model, ids, KVPackCache(model.config, formats=formats), 24).tolist()
+    cache = KVPackCache(model.config, formats=formats)
+    assert greedy(model, ids, cache, 24, prompt_lookup_num_tokens=5).tolist() == alone
+    assert cache.get_seq_length() == cache.kv.length(1, 0) == 233
+    assistant = ARCHITECTURES["llama"].model(seed=3)
+    cache = KVPackCache(model.config, formats=formats)
+    assert greedy(model, ids, cache, 24, assistant_model=assistant).tolist() == alone
+    with pytest.raises(CacheInputError, match="minus the number of tokens"):
+        cache.crop(3)
+
+
+def test_rows_are_cropped_and_chosen_by_their_tokens() -> None:
+    ids, mask = prompts()
+    mask[1, -2:] = 0
+    options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    model = model_of("llama")
+    cache = KVPackCache(model.config, max_sequences=4)
+    logits(model, ids, cache, **options)
+    cache.crop(-3)
+    assert [cache.kv.length(0, row) for row in range(3)] == [37, 24, 11]
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_repeat_interleave(2)
+    assert [cache.kv.length(1, row) for row in range(4)] == [11, 11, 37, 37]
+    chosen = [2, 2, 0, 0]
+    tail = {name: x[chosen, 37:39] if name == "position_ids" else x[chosen, :39] for name, x in options.items()}
+    got = logits(model, ids[chosen, 37:39], cache, **tail)
+    want = logits(model_of("llama", "through fp16"), ids, **options)[chosen, 37:39]
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    with pytest.raises(CacheInputError, match=r"8 rows are wanted.*KVPackCache\(max_sequences=8\)"):
+        cache.batch_repeat_interleave(2)

@@ -97,6 +97,9 @@ def test_what_a_graph_repeats_and_what_is_planned_make_a_step(
     maps = [[cache.kv.precision_map(layer).tolist() for layer in range(2)] for cache in caches]
     assert maps[0] == maps[1]
     caches[1].kv.check()  # the device holds what the host counts
+    # And the cache knows which columns are tokens, for who goes on without a graph.
+    columns = torch.cat([mask, torch.ones(3, NEW - 1)], dim=1).bool().numpy()
+    caches[1].check_columns(columns, COLUMNS + NEW - 1)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -282,8 +282,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         dtype = _pages_dtype(self._dtype, key_states.dtype)
         if self._dtype is None and dtype != key_states.dtype:
             warnings.warn(
-                f"KVPackCache: the model is in {key_states.dtype}, pages are in {dtype}; KVPackCache(dtype=…) chooses, "
-                "and says this no more",
+                f"KVPackCache: the model is in {key_states.dtype}, pages are in {dtype} (KVPackCache(dtype=…) chooses)",
                 stacklevel=2,
             )
         self.kv = KVCache(
@@ -442,7 +441,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
 
     def crop_columns(self, count: int) -> None:
         """Forget the last columns, in all layers."""
-        kv: Any = self.kv
+        kv = self.kv
         if kv is None:
             return
         gone = np.full(self.rows, count) if self._tokens is None else self._tokens[:, -count:].sum(axis=1)
@@ -458,7 +457,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         Raises:
             CacheInputError: more rows than there is room for.
         """
-        kv: Any = self.kv
+        kv = self.kv
         if kv is None or list(rows) == list(range(self.rows)):
             return
         if len(rows) > kv.max_sequences:

@@ -7,6 +7,8 @@ does to them afterwards: merged experts, renamed or tied tensors, devices, savin
 
 from __future__ import annotations
 
+import errno
+import json
 import re
 import shutil
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
 from kvpack.compression import coder_of, compress
@@ -102,7 +105,7 @@ def code_checkpoint(
         return CodedCheckpoint(directory, files, read_config(target)[QUANTIZATION_KEY])
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is not None and str(directory) in str(error.filename):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             error.add_note(f"quantization while loading writes the coded files to {directory.parent}: TMPDIR moves it")
         raise
 
@@ -123,31 +126,32 @@ def _link(checkpoint_files: list[str], directory: Path, model: PreTrainedModel) 
 
 
 def _shards(index: Path) -> set[str]:
-    import json
-
     found = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
     return set(found.values()) if isinstance(found, Mapping) else {""}
 
 
 def _patterns_of(modules: list[str], checkpoint_files: list[str], model: PreTrainedModel) -> Iterator[str]:
     """A pattern of tensors' names for each module; none for one that has no tensors of its own, as a tied layer."""
-    tensors: set[str] = set()
-    for file in checkpoint_files:
-        if file.endswith(_SUFFIX):
-            with Container(Path(file)) as container:
-                tensors.update(container.tensors)
+    tensors = {tensor for file in checkpoint_files for tensor in _names_in(file)} if modules else set()
     base = f"{model.base_model_prefix}."
     for name in modules:
         # A checkpoint of the base model lacks its prefix.
         for candidate in dict.fromkeys((name, name.removeprefix(base))):
             pattern = rf"(^|\.){re.escape(candidate)}\."
-            if not tensors or any(re.search(pattern, tensor) for tensor in tensors):
+            if any(re.search(pattern, tensor) for tensor in tensors):
                 yield pattern
                 break
         else:
             pattern = rf"(^|\.){re.escape(name)}(\.|$)"
             if not any(re.search(pattern, module) for module, _ in model.named_modules()):
                 raise InputError(f"modules_to_not_convert: {name!r} is no module of {type(model).__name__}")
+
+
+def _names_in(file: str) -> list[str]:
+    if file.endswith(_SUFFIX):
+        with Container(Path(file)) as container:
+            return list(container.tensors)
+    return list(load_state_dict(file, map_location="meta"))
 
 
 def coding_device(device_map: Any) -> str:

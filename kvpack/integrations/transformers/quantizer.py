@@ -131,7 +131,7 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
             if is_coded(module):
                 decode_experts(module, dtype)
         for name, layer in coded_layers(model).items():
-            put_module(model, name, _plain(layer, dtype))
+            put_module(model, name, plain_layer(layer, dtype))
         for attribute, ties in self._untied.items():
             tie_equal(model, ties)
             setattr(model, attribute, ties)
@@ -151,7 +151,7 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _plain(layer: RansLinear, dtype: torch.dtype | None) -> nn.Module:
+def plain_layer(layer: RansLinear, dtype: torch.dtype | None) -> nn.Module:
     """The module that a coded layer stands for."""
     weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
     with torch.device("meta"):

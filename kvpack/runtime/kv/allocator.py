@@ -404,10 +404,15 @@ class ImportanceEMA:
         found._average[:, :, :now], found._weight[:, :, :now] = self._average, self._weight
         return found
 
-    def forget(self, sequence: int) -> None:
-        """The sequence's pages are no more."""
-        self._average[:, sequence] = 0
-        self._weight[:, sequence] = 0
+    def forget(self, sequence: int, first: int = 0) -> None:
+        """The sequence's pages from the ``first`` on are no more."""
+        self._average[:, sequence, first:] = 0
+        self._weight[:, sequence, first:] = 0
+
+    def select(self, changed: list[int], sources: list[int]) -> None:
+        """Of each of the sequences that are ``changed``, what was known of its source."""
+        self._average[:, changed] = self._average[:, sources]
+        self._weight[:, changed] = self._weight[:, sources]
 
     def values(self, layer: int) -> _Floats:
         """[sequences, pages]; pages that have not been seen count as the mean of those of the layer that have."""

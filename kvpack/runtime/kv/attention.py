@@ -433,22 +433,21 @@ def _attend_once(
     head_importance: torch.Tensor | None,
 ) -> torch.Tensor:
     q = q.detach() if q.stride(-1) == 1 else q.detach().contiguous()
-    columns = q.shape[2]
-    batch = range(len(q))
-    # Rows that bring as many tokens are attended to together, without those that are none.
-    groups = {counts: list(batch)} if isinstance(counts, int) else rows_by_count(counts)
-    groups.pop(0, None)
-    parts = {count: _rows_of(q, rows)[:, :, columns - count :] for count, rows in groups.items()}
+    columns, tokens, groups = q.shape[2], None, {}
+    parts = {columns: q}
+    if counts != columns:
+        tokens = [counts] * len(q) if isinstance(counts, int) else counts
+        # Rows that bring as many tokens are attended to together.
+        groups = rows_by_count(tokens)
+        parts = {count: _rows_of(q, rows)[:, :, columns - count :] for count, rows in groups.items()}
     noted = None
     if call.update_cache and k.numel() > 0 and cache.wants_queries(call.layer):
         for part in parts.values():
             noted = Queries.of(part, cache.num_kv_heads, call.scale) + noted
-    tokens = None if counts == columns else [counts] * len(q) if isinstance(counts, int) else counts
-    with cache.writing(
-        call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache, tokens=tokens if k.numel() else None
-    ) as view:
+    written = tokens if k.numel() else None  # queries alone bring no keys
+    with cache.writing(call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache, tokens=written) as view:
         attend_to = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
-        if counts == columns:
+        if tokens is None:
             return attend_to(q, view, call, sink_logits, head_importance)
         out = torch.zeros_like(q)
         for count, rows in groups.items():

@@ -62,12 +62,20 @@ from kvpack.runtime.kv.allocator import (
     allocate_formats,
 )
 from kvpack.runtime.kv.attention_kernels import MASS_FRACTION_BITS
-from kvpack.runtime.kv.budget import FormatPairs, Window, formats_from_what_is_left, room
+from kvpack.runtime.kv.budget import FormatPairs, Room, Window, formats_from_what_is_left, room
 from kvpack.runtime.kv.distortion import Queries, format_errors
 from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, left_out, new_status, quantize_pages, read_tokens, write_tokens
 from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools, PageViews
 from kvpack.runtime.kv.page_table import NO_PAGE, Ints, PageTable, Place, Places, widened
 from kvpack.runtime.kv.ragged import Counts, checked_counts, most
+from kvpack.runtime.kv.shared_pages import (
+    DistinctPages,
+    held_by_others,
+    is_any_shared,
+    is_quantized,
+    pages_lost,
+    places_to_copy,
+)
 from kvpack.runtime.kv.steps import Step, quiet_tokens
 
 OpenFormats = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
@@ -174,7 +182,8 @@ class _Begun(NamedTuple):
 
     Attributes:
         new, new_at, new_there, new_entries: places of pages that have come, and their entries.
-        places, at, there, sources, targets, targets_there: of pages that change, with their entries before and after.
+        places, at, there, put, put_there: of pages that change, in each sequence, with their entries to be.
+        owners, sources, targets: of the same pages, each once, with their entries before and after.
         kinds: side, format and format to be of these; those of a kind lie side by side.
         jobs: i64 [n, 2]: sources and targets.
     """
@@ -186,9 +195,11 @@ class _Begun(NamedTuple):
     places: list[Place]
     at: list[int]
     there: torch.Tensor
+    put: list[int]
+    put_there: torch.Tensor
+    owners: list[Place]
     sources: list[int]
     targets: list[int]
-    targets_there: torch.Tensor
     kinds: list[tuple[int, int, int]]
     jobs: torch.Tensor
 
@@ -322,6 +333,10 @@ class KVCache:
         self._everything = list(range(max_sequences))
         self._last_step: tuple[tuple[bytes, list[int], Counts], Step] | None = None
         self._last_counts: tuple[list[int], torch.Tensor] | None = None
+        # Each page is of one sequence, and pinned ones are in 16 bits: so it is until sequences are selected or cut.
+        self._is_plain = True
+        # By layer: whether pages have come that no step has planned for.
+        self._is_unplanned = [False] * num_layers
         # By layer: the last batch, and how many tokens it takes before a page comes or leaves the window.
         self._quiet: list[tuple[list[int], int] | None] = [None] * num_layers
         self.number = next(_numbers)
@@ -437,10 +452,7 @@ class KVCache:
         self._is_open, errors = True, self.errors
         try:
             if self._is_captured():
-                if not isinstance(counts, int):
-                    raise CacheInputError(
-                        f"tokens is {counts}: a CUDA graph repeats a call in which all rows bring as many tokens"
-                    )
+                self.require_equal_in_graphs(counts)
                 self.check_room(layer, ids, counts)
                 if not keep:
                     raise CacheInputError(
@@ -452,6 +464,7 @@ class KVCache:
                 return
             step, begun = None, None
             if not self._is_quiet(layer, ids, counts):
+                self._own_pages([layer], ids, counts)
                 step = self._step(layer, ids, counts)
                 new = self._coming(layer, step)
                 changes = self._changes_for(layer, step, _Tokens(k, v, counts, ids, queries)) if keep else _NO_CHANGES
@@ -481,6 +494,16 @@ class KVCache:
             raise
         finally:
             self._is_open = False
+
+    def require_equal_in_graphs(self, counts: Counts) -> None:
+        """
+        Raises:
+            CacheInputError: a CUDA graph is being captured, and rows bring different numbers of tokens.
+        """
+        if not isinstance(counts, int) and self._is_captured():
+            raise CacheInputError(
+                f"tokens is {counts}: a CUDA graph repeats a call in which all rows bring as many tokens"
+            )
 
     def _require_closed(self) -> None:
         """
@@ -570,7 +593,9 @@ class KVCache:
         else:
             lengths[ids] += counts
         known = self._quiet[layer]
-        if step is not None:
+        if not self._is_plain and not isinstance(counts, int):
+            self._quiet[layer] = None  # who brings no tokens may share the page that it writes to next
+        elif step is not None:
             self._quiet[layer] = ids, step.quiet_tokens
         elif known is not None:
             self._quiet[layer] = ids, known[1] - most(counts)
@@ -619,6 +644,7 @@ class KVCache:
             raise CacheInputError("plan() in the midst of a step: layers have different numbers of tokens")
         if not ids:
             return
+        self._own_pages(range(self.num_layers), ids, tokens)
         left = quiet_tokens(self.table.lengths[0, ids], self.window, self.max_tokens)
         if tokens > left:
             errors = self.errors
@@ -783,19 +809,236 @@ class KVCache:
         """
         self._require_between_steps("free()")
         (sequence,) = self._checked_sequences(0, [sequence])
-        for layer, entries in enumerate(self.entries[:, :, sequence].reshape(self.num_layers, -1)):
+        self._cut(sequence, 0)
+        self.observed_steps[:, sequence] = 0
+        self._is_plain = self._is_plain or not self._is_mixed()
+        self._hold_budget()
+
+    def _cut(self, sequence: int, tokens: int) -> None:
+        """A sequence has no pages behind its first tokens, and those that nobody else holds are free."""
+        first = ceil_div(tokens, PAGE_TOKENS)
+        cut = self.entries[:, :, sequence, first:].copy()
+        if not self._is_plain:
+            cut[held_by_others(self.entries[..., first:], sequence)] = NO_PAGE
+        self.table.cut_sequence(sequence, tokens)
+        for layer, entries in enumerate(cut.reshape(self.num_layers, -1)):
             for entry in entries[entries != NO_PAGE].tolist():
                 self._used_bytes[layer] -= self.pools.free(entry)
-        self.table.clear_sequence(sequence)
         self._quiet = [None] * self.num_layers
-        self.mass[:, sequence] = 0
-        self.observed_steps[:, sequence] = 0
-        self.importance.forget(sequence)
-        # Freeing must not fail for want of memory; who appends next will be told.
+        self.mass[:, sequence, first:] = 0
+        self.importance.forget(sequence, first)
+
+    def _hold_budget(self) -> None:
+        """When pages have gone. That must not fail for want of memory; who appends next will be told."""
         with suppress(CacheFullError):
             for layer in range(self.num_layers):
                 if self.budget is not None and self._is_over(layer):
                     self._change_all([], self._planned(layer, self.table.lengths[layer]))
+
+    def _is_mixed(self) -> bool:
+        """Whether pages are shared, or pinned ones are quantized."""
+        lengths = self.table.lengths
+        places = self.table.all_places(range(self.num_layers), lengths.max(axis=0))
+        entries = self.entries[places.where]
+        ends = self.window.open_ends(lengths)[places.layer, places.sequence]
+        is_pinned = (places.index >= ends) | (places.index < self.window.sink_pages)
+        return is_any_shared(self.entries) or bool((is_pinned & is_quantized(entries, self.full_format)).any())
+
+    def truncate(self, sequence: int, tokens: int) -> None:
+        """Keep the first tokens of a sequence in all layers, and forget those behind them.
+
+        A page that is cut becomes one of 16 bits, whatever it was: its kept tokens have the values that they had, those
+        of :meth:`read`. Pages in front of it stay as they are; those that are quantized gain no bits, though they may
+        be among the newest now. The attention that has been observed of forgotten pages is forgotten.
+
+        Args:
+            tokens: how many are kept, at most as many as there are; with 0 it is :meth:`free`.
+
+        Raises:
+            CacheInputError: a wrong sequence; more tokens than it has; layers have different numbers of its tokens, in
+                the midst of a step; a CUDA graph's capture; :meth:`plan` was called without a replay of its graph.
+            CacheFullError: a cut page of 16 bits needs more than ``max_bytes``. The cache is as it was.
+
+        >>> import torch
+        >>> from kvpack import KVCache
+        >>> cache = KVCache(1, 2, 16, 1024, device="cpu")
+        >>> cache.append(0, *torch.randn(2, 1, 2, 300, 16).half())
+        >>> cache.truncate(0, 100)
+        >>> cache.length(0, 0)
+        100
+        """
+        self._require_between_steps("truncate()")
+        (sequence,) = self._checked_sequences(0, [sequence])
+        tokens, held = _integer("tokens", tokens), self.table.lengths[:, sequence]
+        if (held != held[0]).any():
+            raise CacheInputError(
+                f"truncate() in the midst of a step: sequence {sequence} has different numbers of tokens in the layers"
+            )
+        if not 0 <= tokens <= held[0]:
+            raise CacheInputError(f"sequence {sequence} has {held[0]} tokens; {tokens} of them cannot be kept")
+        self._require_replayed()
+        if tokens == held[0]:
+            return
+        if tokens == 0:
+            self.free(sequence)
+            return
+        if tokens % PAGE_TOKENS:
+            self._rewrite_last_page(sequence, tokens)
+        self._cut(sequence, tokens)
+        newest = self.entries[:, :, sequence, int(self.window.open_ends(self.table.lengths[0])[sequence]) :]
+        self._is_plain = self._is_plain and not is_quantized(newest, self.full_format).any()
+        self._hold_budget()
+
+    def _rewrite_last_page(self, sequence: int, tokens: int) -> None:
+        """The page that has the last of these tokens has nothing behind it and is the sequence's own, in 16 bits.
+
+        Raises:
+            CacheFullError: there is no memory for it. Nothing has changed.
+        """
+        index, kept = divmod(tokens, PAGE_TOKENS)
+        entries = self.entries[:, :, sequence, index].copy()  # [layers, 2]
+        is_shared = held_by_others(self.entries[..., index : index + 1], sequence)[..., 0]
+        is_new = is_shared | is_quantized(entries, self.full_format)
+        new: list[Place] = [(layer, side, sequence, index) for layer, side in np.argwhere(is_new).tolist()]
+        old = entries[is_new].tolist()
+        values = self._last_values(sequence, index, kept)
+        self.pools.reserve(Counter((_SIDES[place[1]], self.full_format) for place in new))
+        allocated: list[int] = []
+        try:
+            for layer, side, _, _ in new:
+                allocated.append(self.pools.allocate(_SIDES[side], self.full_format, PageOwner(layer, index)))
+            at = [self.table.flat(place) for place in new]
+            entries[is_new] = allocated
+            targets = self._upload(np.ascontiguousarray(entries.T).reshape(-1)).view(2, self.num_layers, 1)
+            there, put = self._upload(np.array([at, allocated], np.int64)).unbind()
+            starts = torch.zeros(self.num_layers, dtype=torch.int32, device=self.device)
+            write_tokens(*values, targets, starts, self.status, self.pools.pages)
+            self.table.set(at, allocated, there, put)
+        except BaseException:
+            self._free_again(allocated)
+            raise
+        for place, entry, shared in zip(new, old, is_shared[is_new].tolist(), strict=True):
+            self._used_bytes[place[0]] += self._full_bytes - (0 if shared else self.pools.free(entry))
+
+    def _last_values(self, sequence: int, index: int, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[layers, num_kv_heads, kept, head_dim] of K and V: a page's first tokens in all layers."""
+        table = self.page_table[:, :, sequence, index].t().contiguous()[..., None]
+        starts = torch.zeros(self.num_layers, dtype=torch.int32, device=self.device)
+        k, v = (
+            read_tokens(
+                table[side],
+                side,
+                starts,
+                starts + kept,
+                kept,
+                self.head_dim,
+                self.num_kv_heads,
+                self.dtype,
+                self.status,
+                self.pools.pages,
+            )
+            for side in Side
+        )
+        return k, v
+
+    def select_sequences(self, rows: Sequence[int]) -> None:
+        """Sequence i becomes what sequence ``rows[i]`` was, in all layers; those behind the last of them become empty.
+
+        So sequences are put in another order, repeated, and dropped, as a beam search does. Nothing is copied: who has
+        become the same holds the same pages, and only when one of them writes to a page that is not full is it copied
+        for it. Pages take bytes once, and count once in a budget, however many sequences hold them. A page that leaves
+        the recent window of all who hold it is quantized once; one that stays in the window of some stays theirs in 16
+        bits, and the others share a quantized one. What has been observed of attention goes with the sequences.
+
+        Raises:
+            CacheInputError: no such sequence, or more than ``max_sequences``; layers have different numbers of tokens,
+                in the midst of a step; a CUDA graph's capture; :meth:`plan` was called without a replay of its graph.
+
+        >>> import torch
+        >>> from kvpack import KVCache
+        >>> cache = KVCache(1, 2, 16, 1024, max_sequences=4, device="cpu")
+        >>> cache.append(0, *torch.randn(2, 1, 2, 300, 16).half())
+        >>> cache.select_sequences([0, 0, 0])
+        >>> [cache.length(0, sequence) for sequence in range(4)]
+        [300, 300, 300, 0]
+        """
+        self._require_between_steps("select_sequences()")
+        sources = [_integer("a sequence", sequence) for sequence in rows]
+        for sequence in set(sources):
+            self._check_place(0, [sequence])
+        if len(sources) > self.max_sequences:
+            raise CacheInputError(f"{len(sources)} sequences are selected; the cache has {self.max_sequences}")
+        lengths = self.table.lengths
+        if (lengths != lengths[0]).any():
+            raise CacheInputError("select_sequences() in the midst of a step: layers have different numbers of tokens")
+        self._require_replayed()
+        # Those that become empty, and those that stay empty, have nothing to take over.
+        held = lengths[0] > 0
+        emptied = [i for i in range(self.max_sequences) if held[i] and (i >= len(sources) or not held[sources[i]])]
+        changed = [i for i, source in enumerate(sources) if source != i and held[source]]
+        if not changed and not emptied:
+            return
+        kept = sorted({source for source in sources if held[source]})
+        dropped = [i for i in np.flatnonzero(held).tolist() if i not in kept]
+        pages = ceil_div(int(lengths.max()), PAGE_TOKENS)
+        lost = pages_lost(self.entries[..., :pages], dropped, [] if self._is_plain else kept) if dropped else []
+        if changed:
+            taken = [sources[i] for i in changed]
+            there, chosen = self._upload(np.array([changed, taken], np.int64)).unbind()
+            mass, steps = self.mass[..., :pages].index_select(1, chosen), self.observed_steps.index_select(1, chosen)
+            self.table.select(changed, taken, there, chosen)
+            self.mass[..., :pages].index_copy_(1, there, mass)
+            self.observed_steps.index_copy_(1, there, steps)
+            self.importance.select(changed, taken)
+        for sequence in emptied:
+            self.table.cut_sequence(sequence, 0)
+            self.mass[:, sequence] = 0
+            self.observed_steps[:, sequence] = 0
+            self.importance.forget(sequence)
+        for layer, entry in lost:
+            self._used_bytes[layer] -= self.pools.free(entry)
+        self._quiet = [None] * self.num_layers
+        if len(kept) < sum(source in kept for source in sources):
+            self._is_plain, self._is_unplanned = False, [True] * self.num_layers
+        if any(entry & ENTRY_FORMAT_MASK != self.full_format for _, entry in lost):
+            self._hold_budget()
+
+    def _own_pages(self, layers: Sequence[int], ids: list[int], counts: Counts) -> None:
+        """Sequences that get tokens share no page that these are written to: it is copied for them.
+
+        Raises:
+            CacheFullError: there is no memory for it. Nothing has changed.
+        """
+        if self._is_plain:
+            return
+        places: list[Place] = []
+        of_rows = [counts] * len(ids) if isinstance(counts, int) else counts
+        for layer in layers:
+            lengths = self.table.lengths[layer, ids].tolist()
+            writers = [
+                (sequence, length // PAGE_TOKENS)
+                for sequence, length, count in zip(ids, lengths, of_rows, strict=True)
+                if count and length % PAGE_TOKENS
+            ]
+            places += [(layer, *place) for place in places_to_copy(self.entries[layer], writers)]
+        if not places:
+            return
+        self.pools.reserve(Counter((_SIDES[side], self.full_format) for _, side, _, _ in places))
+        allocated: list[int] = []
+        try:
+            for layer, side, _, index in places:
+                allocated.append(self.pools.allocate(_SIDES[side], self.full_format, PageOwner(layer, index)))
+            at = [self.table.flat(place) for place in places]
+            there, put = self._upload(np.array([at, allocated], np.int64)).unbind()
+            shared = [self.pools.blocks(self.table.entry(place)) for place in at]
+            torch._foreach_copy_([self.pools.blocks(entry) for entry in allocated], shared)
+            self.table.set(at, allocated, there, put)
+        except BaseException:
+            self._free_again(allocated)
+            raise
+        for layer, *_ in places:
+            self._used_bytes[layer] += self._full_bytes
+            self._is_unplanned[layer] = True
 
     def _change_all(self, new: list[Place], changes: _Changes) -> None:
         """Pages come, and others get other formats: all or nothing."""
@@ -825,22 +1068,31 @@ class KVCache:
             source = full if entry == NO_PAGE else entry & ENTRY_FORMAT_MASK
             changing.append((place[1], source, target, number, place, at, entry))
         changing.sort()
-        kinds = [one[:3] for one in changing]
         places, changed_at = [one[4] for one in changing], [one[5] for one in changing]
+        pages = list(range(len(changing)))
+        if not self._is_plain:  # once for all who hold one
+            keys = [one[5] if one[6] == NO_PAGE else ~one[6] for one in changing]
+            first_of = {key: number for number, key in reversed(list(enumerate(keys)))}
+            changing = [one for number, one in enumerate(changing) if first_of[keys[number]] == number]
+            number_of = {key: number for number, key in enumerate(sorted(first_of, key=first_of.__getitem__))}
+            pages = [number_of[key] for key in keys]
+        owners = [one[4] for one in changing]
+        kinds = [one[:3] for one in changing]
         wanted += [(_SIDES[side], _FORMATS[target]) for side, _, target in kinds]
         self.pools.reserve(Counter(wanted))
         allocated: list[int] = []
         try:
-            for kind, place in zip(wanted, new + places, strict=True):
+            for kind, place in zip(wanted, new + owners, strict=True):
                 allocated.append(self.pools.allocate(*kind, PageOwner(place[0], place[3])))
             new_entries, targets = allocated[: len(new)], allocated[len(new) :]
             came = dict(zip(new_at, new_entries, strict=True))  # some leave the window as soon as they come
             sources = [came[one[5]] if one[6] == NO_PAGE else one[6] for one in changing]
+            put = [targets[page] for page in pages]
             jobs = [entry for job in zip(sources, targets, strict=True) for entry in job]
             # One copy, before anything has changed.
-            uploaded = self._upload(np.array(new_at + changed_at + allocated + jobs, np.int64))
+            uploaded = self._upload(np.array(new_at + changed_at + new_entries + put + jobs, np.int64))
             counts = [len(new), len(places), len(new), len(places), len(jobs)]
-            new_there, there, new_to_put, targets_there, all_jobs = uploaded.split_with_sizes(counts)
+            new_there, there, new_to_put, put_there, all_jobs = uploaded.split_with_sizes(counts)
             table.set(new_at, new_entries, new_there, new_to_put)
         except BaseException:
             self._free_again(allocated)
@@ -853,9 +1105,11 @@ class KVCache:
             places,
             changed_at,
             there,
+            put,
+            put_there,
+            owners,
             sources,
             targets,
-            targets_there,
             kinds,
             all_jobs,
         )
@@ -867,7 +1121,7 @@ class KVCache:
         """
         if begun.places:
             self._quantize(begun.kinds, begun.jobs.view(-1, 2))
-            self.table.set(begun.at, begun.targets, begun.there, begun.targets_there)
+            self.table.set(begun.at, begun.put, begun.there, begun.put_there)
         if not keep_new:
             self.table.clear(begun.new_at, begun.new_there)
             for entry in begun.new_entries:
@@ -875,9 +1129,12 @@ class KVCache:
             return
         for layer, _, _, _ in begun.new:
             self._used_bytes[layer] += self._full_bytes
-        for place, (side, _, target), source in zip(begun.places, begun.kinds, begun.sources, strict=True):
-            wider, narrower = self.pools.free(source), self.pools.page_bytes(_SIDES[side], _FORMATS[target])
-            self._used_bytes[place[0]] += narrower - wider
+        for (layer, _, _, index), (side, _, target), source in zip(
+            begun.owners, begun.kinds, begun.sources, strict=True
+        ):
+            self._used_bytes[layer] += self.pools.page_bytes(_SIDES[side], _FORMATS[target])
+            if self._is_plain or not (self.entries[layer, side, :, index] == source).any():
+                self._used_bytes[layer] -= self.pools.free(source)
 
     def _take_back(self, begun: _Begun) -> None:
         """What :meth:`_begin` has done."""
@@ -1088,17 +1345,20 @@ class KVCache:
             self._measure(layer, places[is_full])
         if pinned.all() or np.isnan(self.errors).any():
             return None
-        is_sink = places.index < self.window.sink_pages
+        distinct = self._distinct(places, pinned)
+        pages, pinned = places[distinct.first], distinct.pinned
+        is_sink = pages.index < self.window.sink_pages
         recent = pinned & ~is_sink
-        of_layer = room(lengths, self.window, self.table.max_pages, self._full_bytes)
-        may = self.num_layers * of_layer.budget(budget)
+        rooms = [self._room(layer, lengths) for layer in ([0] if self._is_plain else layers)]
+        may = self.num_layers * float(np.mean([of_layer.budget(budget) for of_layer in rooms]))
         total = may - int(recent.sum()) * self._full_bytes * (1 - budget)
-        formats = self._formats(places)
-        allocation = self._allocated(layers, places, formats, is_sink, total)
+        formats = self._formats(pages)
+        allocation = self._allocated(layers, places, distinct, formats, is_sink, total)
         if allocation.outcome != Outcome.HELD:
             return None
-        changing = np.flatnonzero(~pinned & (allocation.formats != formats))
-        changed, narrower = places[changing], allocation.formats[changing]
+        is_changing = ~pinned & (allocation.formats != formats)
+        changing = np.flatnonzero(is_changing)
+        changed, narrower = pages[changing], allocation.formats[changing]
         lost = self._bytes_of(changed.side, formats[changing]) - self._bytes_of(changed.side, narrower)
         used = np.array(self._used_bytes) - np.bincount(changed.layer, lost, self.num_layers)
         spare = may - used.sum()
@@ -1106,11 +1366,16 @@ class KVCache:
             return None
         # What is left is for those who leave the window next, as much as they have won.
         winning = np.flatnonzero(recent)
-        won_bytes = self._bytes_of(places.side[winning], allocation.formats[winning])
-        won = np.bincount(places.layer[winning], won_bytes, self.num_layers)
+        won_bytes = self._bytes_of(pages.side[winning], allocation.formats[winning])
+        won = np.bincount(pages.layer[winning], won_bytes, self.num_layers)
         parts = won / won.sum() if won.any() else np.full(self.num_layers, 1 / self.num_layers)
-        self.shares = of_layer.shares(used + spare * parts)
-        return _Changes(changed.each(), narrower.tolist())
+        budgets = used + spare * parts
+        if self._is_plain:
+            self.shares = rooms[0].shares(budgets)
+        else:
+            self.shares = np.array([of_layer.shares(may) for of_layer, may in zip(rooms, budgets, strict=True)])
+        everywhere = np.flatnonzero(is_changing[distinct.member])
+        return _Changes(places[everywhere].each(), allocation.formats[distinct.member[everywhere]].tolist())
 
     def _bytes_of(self, sides: Ints, formats: npt.NDArray[np.uint8]) -> Ints:
         """Bytes of pages, by side and format."""
@@ -1130,16 +1395,25 @@ class KVCache:
     def _changes_for(self, layer: int, step: Step, tokens: _Tokens | None) -> _Changes:
         """Pages of a layer that change in a step; pages to come are not in use yet."""
         places: list[Place] = [(layer, side, *page) for page in step.leaving for side in (0, 1)]
+        if not self._is_plain:
+            places = self._in_full(places)
         if self.budget is None:
-            formats = self._open_formats[layer].tolist() * len(step.leaving)
+            formats = self._open_formats[layer].tolist() * (len(places) // 2)
             return _Changes(*self._changed(places, formats))
         # A sequence's beginning, and pages that leave the window, are what the budget is sensitive to: the pages that
         # come until the next one leaves are counted beforehand.
-        if not step.leaving and not step.begins:
+        if not step.leaving and not step.begins and not self._is_unplanned[layer]:
             return _NO_CHANGES
         few = len(step.leaving) <= len(step.ids)
         changes = self._from_what_is_left(layer, step, places, tokens) if few else None
         return self._planned(layer, step.lengths, tokens) if changes is None else changes
+
+    def _in_full(self, places: list[Place]) -> list[Place]:
+        """Of K and V pages side by side, those that are both in 16 bits: others have been in a longer sequence, which
+        was cut, and have left the window before."""
+        entries = self.entries[Places.of(places).where].reshape(-1, len(Side))
+        both = ~is_quantized(entries, self.full_format).any(axis=1)
+        return [place for at in np.flatnonzero(both).tolist() for place in places[2 * at : 2 * at + 2]]
 
     def _changed(self, places: list[Place], formats: list[int]) -> tuple[list[Place], list[int]]:
         """Without those that stay in 16 bits."""
@@ -1152,37 +1426,83 @@ class KVCache:
         self, layer: int, step: Step, places: list[Place], tokens: _Tokens | None
     ) -> _Changes | None:
         """Formats of pages that leave the window, without a look at the others; None where those must lose bits."""
-        leaving = len(step.leaving)
+        leaving = len(places) // len(Side)
         pairs = self._format_pairs(layer)
         if leaving and pairs is None:
             self._measure(layer, Places.of(places), tokens)
             pairs = self._format_pairs(layer)
         share = float(self.shares[layer])
         full_pair = len(Side) * self._full_bytes
-        used = self._used_bytes[layer] + (len(step.coming) - leaving) * full_pair
-        left = step.room.budget(share) - used
+        freed_bytes, pair_of = leaving * full_pair, list(range(leaving))
+        if not self._is_plain:
+            freed_bytes, pair_of = self._shared_pairs(places)
+            leaving = max(pair_of, default=-1) + 1
+        used = self._used_bytes[layer] + len(step.coming) * full_pair - freed_bytes
+        left = (step.room if self._is_plain else self._room(layer, step.lengths)).budget(share) - used
         if not leaving:
-            return _NO_CHANGES if left >= 0 or self._is_lowest(layer, step.lengths, used) else None
+            is_held = left >= 0 or self._is_lowest(layer, step.lengths, used)
+            self._is_unplanned[layer] &= not is_held
+            return _NO_CHANGES if is_held else None
         if pairs is None:
             return None
         found = formats_from_what_is_left(pairs, leaving, left, share * full_pair, step.sequences)
+        self._is_unplanned[layer] &= found is None
         if found is None:
-            if not self._is_lowest(layer, step.lengths, used, leaving):
+            if not self._is_lowest(layer, step.lengths, used, places):
                 return None
             found = [(self.ladder[0], self.ladder[0])] * leaving
-        return _Changes(*self._changed(places, [page_format for pair in found for page_format in pair]))
+        return _Changes(*self._changed(places, [page_format for pair in pair_of for page_format in found[pair]]))
 
-    def _is_lowest(self, layer: int, lengths: npt.NDArray[np.int32], used: int, leaving: int = 0) -> bool:
+    def _shared_pairs(self, places: list[Place]) -> tuple[int, list[int]]:
+        """What pages of K and V side by side free when they change: the bytes of those that nobody else holds. And the
+        number of each pair, counted without those that are the same pages."""
+        entries = self.entries[Places.of(places).where].tolist()
+        pairs = list(zip(entries[::2], entries[1::2], strict=True))
+        # A page to come is a sequence's own.
+        keys = [(*pair, -1 if pair[0] != NO_PAGE else at) for at, pair in enumerate(pairs)]
+        numbers: dict[tuple[int, int, int], int] = {}
+        pair_of = [numbers.setdefault(key, len(numbers)) for key in keys]
+        going = Counter(entries)
+        freed = 0
+        for (layer, side, _, index), entry in zip(places, entries, strict=True):
+            holders = int(np.count_nonzero(self.entries[layer, side, :, index] == entry))
+            if entry == NO_PAGE or going.pop(entry, 0) == holders:
+                freed += 1
+        return freed * self._full_bytes, pair_of
+
+    def _is_lowest(self, layer: int, lengths: npt.NDArray[np.int32], used: int, leaving: Sequence[Place] = ()) -> bool:
         """Whether open pages, but for those that are ``leaving`` and not in ``used``, have no bits to lose."""
-        pages = int((-(-lengths // PAGE_TOKENS)).sum())
-        is_open = self.window.open_pages(lengths)
-        lowest = int(self._page_bytes[:, 0].sum())
-        return used <= (pages - is_open) * len(Side) * self._full_bytes + (is_open - leaving) * lowest
+        if self._is_plain:
+            pages = int((-(-lengths // PAGE_TOKENS)).sum())
+            is_open = self.window.open_pages(lengths)
+            lowest = int(self._page_bytes[:, 0].sum())
+            left = is_open - len(leaving) // len(Side)
+            return used <= (pages - is_open) * len(Side) * self._full_bytes + left * lowest
+        places = self.table.all_places(range(layer, layer + 1), lengths)
+        stays = np.ones(self.entries.shape[1:], np.bool_)
+        stays[Places.of(list(leaving)).where[1:]] = False
+        places = places[np.flatnonzero(stays[places.where[1:]])]
+        distinct = DistinctPages.of(self.entries[places.where], self.window.pinned(places, lengths))
+        pages_of = places[distinct.first]
+        as_they_are = self._bytes_of(pages_of.side, self._formats(pages_of))
+        return used <= int(np.where(distinct.pinned, as_they_are, self._page_bytes[pages_of.side, 0]).sum())
+
+    def _room(self, layer: int, lengths: npt.NDArray[np.int32]) -> Room:
+        """Of a layer whose sequences have these numbers of tokens; pages that several hold are counted once."""
+        found = room(lengths, self.window, self.table.max_pages, self._full_bytes)
+        if self._is_plain:
+            return found
+        places = self.table.all_places(range(layer, layer + 1), lengths)
+        pinned = self.window.pinned(places, lengths)
+        distinct = DistinctPages.of(self.entries[places.where], pinned)
+        again = len(places) - len(distinct.first)
+        pinned_again = int(pinned.sum()) - int(distinct.pinned.sum())
+        return Room(found.all - again * self._full_bytes, found.pinned - pinned_again * self._full_bytes, found.coming)
 
     def _is_over(self, layer: int) -> bool:
         """Whether a layer's pages take more than its share, and have bits to lose."""
         lengths, used = self.table.lengths[layer], self._used_bytes[layer]
-        may = room(lengths, self.window, self.table.max_pages, self._full_bytes).budget(float(self.shares[layer]))
+        may = self._room(layer, lengths).budget(float(self.shares[layer]))
         return used > may and not self._is_lowest(layer, lengths, used)
 
     def _format_pairs(self, layer: int) -> FormatPairs | None:
@@ -1204,26 +1524,40 @@ class KVCache:
         places = self.table.all_places(layers, lengths)
         pinned = self.window.pinned(places, lengths)
         self._measure(layer, places[~pinned], tokens)
-        of_layer = room(lengths, self.window, self.table.max_pages, self._full_bytes)
-        formats = self._formats(places)
-        allocation = self._allocated(layers, places, formats, pinned, of_layer.budget(float(self.shares[layer])))
-        changed = np.flatnonzero(allocation.formats != formats)
-        return _Changes(places[changed].each(), allocation.formats[changed].tolist(), allocation.outcome)
+        distinct = self._distinct(places, pinned)
+        pages = places[distinct.first]
+        formats, may = self._formats(pages), self._room(layer, lengths).budget(float(self.shares[layer]))
+        allocation = self._allocated(layers, places, distinct, formats, distinct.pinned, may)
+        changed = np.flatnonzero((allocation.formats != formats)[distinct.member])
+        self._is_unplanned[layer] = False
+        return _Changes(
+            places[changed].each(), allocation.formats[distinct.member[changed]].tolist(), allocation.outcome
+        )
+
+    def _distinct(self, places: Places, pinned: npt.NDArray[np.bool_]) -> DistinctPages:
+        """The pages of these places."""
+        if self._is_plain:
+            every = np.arange(len(places))
+            return DistinctPages(every, every, pinned)
+        return DistinctPages.of(self.entries[places.where], pinned)
 
     def _allocated(
         self,
         layers: range,
         places: Places,
+        distinct: DistinctPages,
         formats: npt.NDArray[np.uint8],
         pinned: npt.NDArray[np.bool_],
         budget: float,
     ) -> Allocation:
-        """Of all places of these layers, layer by layer."""
+        """Of the pages at all places of these layers, layer by layer; a page is as important as to all who hold it."""
         importance = np.empty(len(places))
         ends = np.searchsorted(places.layer, layers, side="right").tolist()
         for layer, start, end in zip(layers, [0, *ends], ends, strict=False):
             of_layer = self.importance.forecast(layer)
             importance[start:end] = of_layer[places.sequence[start:end], places.index[start:end]]
+        if not self._is_plain:
+            importance, places = distinct.sums(importance), places[distinct.first]
         pages = Pages(
             places.layer,
             places.sequence,

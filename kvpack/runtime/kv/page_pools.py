@@ -35,7 +35,7 @@ class PageOwner(NamedTuple):
     """Where a page belongs: its layer, and which page (0, 1, …) of a sequence it is.
 
     Which sequences hold it is the page table's to say: those that begin with the same tokens can hold the same page at
-    the same place, and a snapshot's page has no sequence yet. ``references`` of :class:`PageInfo` counts the holders.
+    the same place, and count as one of the ``references`` of :class:`PageInfo`. A snapshot's page has no sequence yet.
     """
 
     layer: int

@@ -123,12 +123,29 @@ class PageTable:
             self._flat.index_fill_(0, device_at, NO_PAGE)
             self._host_flat[at] = NO_PAGE
 
-    def clear_sequence(self, sequence: int) -> None:
-        """A sequence has no pages and no tokens."""
-        self.device_entries[:, :, sequence].fill_(NO_PAGE)
-        self.device_lengths[:, sequence].fill_(0)
-        self.entries[:, :, sequence] = NO_PAGE
-        self.lengths[:, sequence] = 0
+    def cut_sequence(self, sequence: int, tokens: int) -> None:
+        """A sequence has the first of its tokens, and no pages behind them."""
+        pages = -(-tokens // PAGE_TOKENS)
+        self.device_entries[:, :, sequence, pages:].fill_(NO_PAGE)
+        self.device_lengths[:, sequence].fill_(tokens)
+        self.entries[:, :, sequence, pages:] = NO_PAGE
+        self.lengths[:, sequence] = tokens
+
+    def select(
+        self, changed: list[int], sources: list[int], device_changed: torch.Tensor, chosen: torch.Tensor
+    ) -> None:
+        """Each of the sequences that are ``changed`` has the pages and tokens of its source.
+
+        Args:
+            device_changed, chosen: i64, ``changed`` and ``sources`` on the device.
+        """
+        pages = max(1, -(-int(self.lengths.max()) // PAGE_TOKENS))
+        table = self.device_entries[..., :pages]
+        entries, lengths = table.index_select(2, chosen), self.device_lengths.index_select(1, chosen)
+        table.index_copy_(2, device_changed, entries)
+        self.device_lengths.index_copy_(1, device_changed, lengths)
+        self.entries[:, :, changed, :pages] = self.entries[:, :, sources, :pages]
+        self.lengths[:, changed] = self.lengths[:, sources]
 
     def all_places(self, layers: range, lengths: npt.NDArray[np.int32]) -> Places:
         """All pages of sequences of these lengths, [sequences], in layers that all have them; layer by layer."""

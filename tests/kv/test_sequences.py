@@ -1,0 +1,671 @@
+"""Sequences cut, selected and shared: against a model in which each sequence holds pages of its own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import emulator
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from paged_values import by_kv_head, probabilities
+from pool_dump import cache_state
+
+from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks
+from kvpack.errors import CacheFullError, CacheInputError
+from kvpack.format.pages import PageFormat, PageLayout, Side
+
+torch = pytest.importorskip("torch")
+
+from emulated_device import emulated_launch  # noqa: E402
+
+from kvpack.runtime.device import kernels  # noqa: E402
+from kvpack.runtime.kv import cache as cache_module  # noqa: E402
+from kvpack.runtime.kv import page_kernels, page_table  # noqa: E402
+from kvpack.runtime.kv.attention import attention_with_kv_cache  # noqa: E402
+from kvpack.runtime.kv.cache import MASS_UNIT, KVCache  # noqa: E402
+from kvpack.runtime.kv.page_pools import PageInfo, PageOwner  # noqa: E402
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LAYERS, HEADS, HEAD_DIM, SEQUENCES, MAX_TOKENS = 2, 2, 16, 4, 64 * 24
+FULL = HEADS * HEAD_DIM * 64 * 2
+INT4 = PageFormat.INT4
+
+
+def make_cache(device: str = "cpu", **options: Any) -> KVCache:
+    defaults = {"max_sequences": SEQUENCES, "device": device, "slab_bytes": 1}
+    return KVCache(LAYERS, HEADS, HEAD_DIM, MAX_TOKENS, **(defaults | options))
+
+
+def random_heads(cache: KVCache, batch: int, count: int, seed: int) -> tuple[Any, Any, Any]:
+    """q, k, v with as many heads."""
+    rng = np.random.default_rng(seed)
+    size = np.exp(rng.normal(0, 1, (3, 1, HEADS, 1, HEAD_DIM)))
+    q, k, v = torch.from_numpy(rng.normal(0, 1, (3, batch, HEADS, count, HEAD_DIM)) * size).to(cache.dtype)
+    return q.to(cache.device), k.to(cache.device), v.to(cache.device)
+
+
+def bits(tensor: Any) -> np.ndarray:
+    numpy_type = FLOAT_TYPES[PageFormat.FP16 if tensor.dtype == torch.float16 else PageFormat.BF16]
+    return tensor.cpu().contiguous().view(torch.int16).numpy().view(numpy_type)
+
+
+@dataclass
+class Page:
+    """What a page holds: values [heads, tokens, head_dim], of 16 bits or dequantized."""
+
+    format: PageFormat
+    values: np.ndarray
+
+    def quantize(self, side: Side, target: PageFormat) -> None:
+        """From what it holds."""
+        layout = PageLayout(side, target, HEAD_DIM)
+        self.values = dequantize_blocks(quantize_blocks(self.values, layout), layout)
+        self.format = target
+
+
+Column = list[Page]  # of a layer, side and sequence
+
+
+def check_pages(cache: KVCache) -> None:
+    """Tables agree, pages in use are those of the tables, and who shares one does so at the same place."""
+    assert (cache.page_table.cpu().numpy() == cache.entries).all()
+    assert (cache.lengths.cpu().numpy() == cache.table.lengths).all()
+    where: dict[int, set[tuple[int, int, int]]] = {}
+    used = [0] * cache.num_layers
+    for (layer, side, sequence, index), entry in np.ndenumerate(cache.entries):
+        assert (entry != -1) == (64 * index < cache.table.lengths[layer, sequence])
+        if entry != -1:
+            where.setdefault(int(entry), set()).add((layer, side, index))
+    in_use: Counter[tuple[Side, PageFormat]] = Counter()
+    for entry, places in where.items():
+        ((layer, side, index),) = places
+        kind = Side(side), PageFormat(entry & 15)
+        assert cache.pools.info(entry) == PageInfo(*kind, PageOwner(layer, index), 1)
+        in_use[kind] += 1
+        used[layer] += cache.pools.page_bytes(*kind)
+    for side in Side:
+        for page_format in PageFormat:
+            assert cache.pools.pages_in_use(side, page_format) == in_use[side, page_format]
+    assert cache._used_bytes == used
+    assert cache.pools.bytes_in_use == sum(used)
+    if cache._is_plain:
+        assert len(where) == int((cache.entries != -1).sum())
+    cache.check()
+
+
+def is_pinned(cache: KVCache, tokens: int, index: int) -> bool:
+    return index < -(-cache.sinks // 64) or index >= max(0, (tokens - cache.recent_tokens) // 64)
+
+
+def layer_bytes(cache: KVCache, layer: int) -> tuple[int, float, int]:
+    """What the pages take, may take, and would with all that is open at 2 bits; each once."""
+    pages: dict[int, bool] = {}
+    for (_, sequence, index), entry in np.ndenumerate(cache.entries[layer]):
+        if entry != -1:
+            pinned = is_pinned(cache, cache.length(layer, sequence), index)
+            pages[int(entry)] = pages.get(int(entry), False) or pinned
+    used = least = 0
+    for entry, pinned in pages.items():
+        info = cache.pools.info(entry)
+        used += cache.pools.page_bytes(info.side, info.format)
+        least += cache.pools.page_bytes(info.side, info.format if pinned else PageFormat.INT2)
+    share, pinned_bytes = float(cache.shares[layer]), sum(pages.values()) * FULL
+    all_bytes = len(pages) * FULL
+    return used, max(share * all_bytes, pinned_bytes + 0.9 * share * (all_bytes - pinned_bytes)), least
+
+
+class SequencesMachine(RuleBasedStateMachine):
+    device = "cpu"
+
+    @initialize(
+        bits_of=st.sampled_from(
+            [
+                *[0.2, 0.3, 0.45, 0.7, None, PageFormat.INT8, PageFormat.INT4, PageFormat.FP8_E4M3],
+                *[[(PageFormat.INT8, PageFormat.INT3)] * LAYERS, [(PageFormat.FP16, PageFormat.INT2)] * LAYERS],
+            ]
+        ),
+        policy=st.sampled_from(["importance", "uniform", "position"]),
+        recent_tokens=st.sampled_from([0, 64, 100]),
+        sinks=st.sampled_from([0, 4, 65]),
+        limited=st.sampled_from([False, False, False, True]),
+        count=st.sampled_from([0, 63, 64, 500, 700]),
+    )
+    def begin(self, bits_of: Any, policy: Any, recent_tokens: int, sinks: int, limited: bool, count: int) -> None:
+        page_table._FIRST_PAGES = 2  # so that tables grow
+        self.limited, self.is_unplanned = limited, False
+        self.cache = make_cache(
+            self.device,
+            budget=bits_of if isinstance(bits_of, float) else None,
+            formats=None if isinstance(bits_of, float) else bits_of,
+            policy=policy,
+            recent_tokens=recent_tokens,
+            sinks=sinks,
+            max_bytes=100 * FULL if limited else 1 << 24,
+        )
+        self.columns: dict[tuple[int, int, int], Column] = {
+            (layer, side, sequence): [] for layer in range(LAYERS) for side in Side for sequence in range(SEQUENCES)
+        }
+        self.lengths = [0] * SEQUENCES
+        if count:
+            self.append([0], [count], 0, observe=False)
+            self.select([0, 0, 0, 0])
+
+    def append_to_model(self, layer: int, sequence: int, new: tuple[np.ndarray, np.ndarray]) -> None:
+        for side in Side:
+            column, values = self.columns[layer, side, sequence], new[side]
+            while values.shape[1]:
+                if not column or column[-1].values.shape[1] == 64:
+                    column.append(Page(self.cache.full_format, values[:, :0]))
+                left = 64 - column[-1].values.shape[1]
+                column[-1].values = np.concatenate([column[-1].values, values[:, :left]], axis=1)
+                values = values[:, left:]
+
+    def follow(self) -> None:
+        """Pages that have another format: without a budget those that have left the window, and no others."""
+        cache = self.cache
+        for layer in range(LAYERS):
+            formats = cache.precision_map(layer)
+            for side in Side:
+                for sequence in range(SEQUENCES):
+                    tokens = cache.length(layer, sequence)
+                    for index, page in enumerate(self.columns[layer, side, sequence]):
+                        pinned, found = is_pinned(cache, tokens, index), PageFormat(int(formats[side, sequence, index]))
+                        if cache.budget is None and not pinned and page.format == cache.full_format:
+                            wanted = PageFormat(int(cache._open_formats[layer, side]))
+                            assert found == wanted
+                        elif found != page.format:
+                            assert cache.budget is not None
+                            assert not pinned
+                            assert found.element_bits < page.format.element_bits
+                        if found != page.format:
+                            page.quantize(side, found)
+
+    @rule(
+        sequences=st.permutations(range(SEQUENCES)),
+        count=st.integers(1, SEQUENCES),
+        tokens=st.lists(st.sampled_from([0, 1, 1, 3, 63, 64, 130]), min_size=SEQUENCES, max_size=SEQUENCES),
+        seed=st.integers(0, 99),
+        observe=st.booleans(),
+    )
+    def append_to_some(self, sequences: list[int], count: int, tokens: list[int], seed: int, observe: bool) -> None:
+        self.append(sequences[:count], tokens[:count], seed, observe=observe)
+
+    @rule(tokens=st.sampled_from([1, 1, 2, 64, 70]), seed=st.integers(0, 99))
+    def append_to_all(self, tokens: int, seed: int) -> None:
+        self.append(list(range(SEQUENCES)), [tokens] * SEQUENCES, seed, observe=False)
+
+    def append(self, sequences: list[int], tokens: list[int], seed: int, *, observe: bool) -> None:
+        cache, columns = self.cache, max(tokens)
+        if any(self.lengths[s] + n > MAX_TOKENS for s, n in zip(sequences, tokens, strict=True)):
+            return
+        for layer in range(LAYERS):
+            q, k, v = random_heads(cache, len(sequences), columns, seed + layer)
+            try:
+                if observe:
+                    out, _ = attention_with_kv_cache(
+                        q, k, v, cache, layer=layer, sequences=sequences, tokens=tokens, observe=True
+                    )
+                else:
+                    cache.append(layer, k, v, sequences, tokens=tokens)
+            except CacheFullError:
+                assert self.limited
+                self.follow()
+                if layer:  # the layers in front of it have the tokens
+                    self.free_all(sequences)
+                return
+            for row, (sequence, count) in enumerate(zip(sequences, tokens, strict=True)):
+                self.append_to_model(layer, sequence, tuple(bits(x)[row][:, columns - count :] for x in (k, v)))  # type: ignore[arg-type]
+                if observe and count:
+                    keys, values = (
+                        np.concatenate([page.values for page in self.columns[layer, side, sequence]], 1).astype(float)
+                        for side in Side
+                    )
+                    of_row = q[row, :, columns - count :].double().cpu().numpy()
+                    p = probabilities(of_row, keys, 1 / math.sqrt(HEAD_DIM))
+                    expected = by_kv_head(p, values)
+                    error = np.abs(out[row, :, columns - count :].double().cpu().numpy() - expected).max()
+                    assert error < 2e-3 * max(1.0, np.abs(expected).max())
+            self.follow()
+        for sequence, count in zip(sequences, tokens, strict=True):
+            self.lengths[sequence] += count
+        self.is_unplanned &= not columns
+
+    @rule(
+        rows=st.lists(st.integers(0, 1), min_size=SEQUENCES, max_size=SEQUENCES),
+        tokens=st.lists(st.sampled_from([0, 1, 64, 70]), min_size=SEQUENCES, max_size=SEQUENCES),
+        seed=st.integers(0, 99),
+    )
+    def select_and_diverge(self, rows: list[int], tokens: list[int], seed: int) -> None:
+        self.select(rows)
+        self.append(list(range(SEQUENCES)), tokens, seed, observe=False)
+
+    def free_all(self, sequences: list[int]) -> None:
+        for sequence in sequences:
+            self.free(sequence)
+
+    @rule(sequence=st.integers(0, SEQUENCES - 1))
+    def free(self, sequence: int) -> None:
+        self.cache.free(sequence)
+        self.lengths[sequence] = 0
+        for layer in range(LAYERS):
+            for side in Side:
+                self.columns[layer, side, sequence] = []
+        self.follow()
+
+    @rule(
+        rows=st.one_of(st.permutations(range(SEQUENCES)), st.lists(st.integers(0, SEQUENCES - 1), max_size=SEQUENCES))
+    )
+    def select(self, rows: list[int]) -> None:
+        self.cache.select_sequences(rows)
+        self.is_unplanned = True  # more sequences will have pages that come; the next step looks
+        self.lengths = [self.lengths[row] for row in rows] + [0] * (SEQUENCES - len(rows))
+        self.columns = {
+            (layer, side, sequence): copy.deepcopy(self.columns[layer, side, rows[sequence]])
+            if sequence < len(rows)
+            else []
+            for layer, side, sequence in self.columns
+        }
+        self.follow()
+
+    @rule(sequence=st.integers(0, SEQUENCES - 1), back=st.sampled_from([0, 1, 5, 63, 64, 65, 200, 500]))
+    def truncate(self, sequence: int, back: int) -> None:
+        tokens = max(0, self.lengths[sequence] - back)
+        before = cache_state(self.cache)
+        try:
+            self.cache.truncate(sequence, tokens)
+        except CacheFullError:
+            assert self.limited
+            before["pools"] = cache_state(self.cache)["pools"]
+            assert cache_state(self.cache) == before
+            return
+        self.lengths[sequence] = tokens
+        for layer in range(LAYERS):
+            for side in Side:
+                column = self.columns[layer, side, sequence]
+                del column[-(-tokens // 64) :]
+                if back and tokens % 64:
+                    kept = column[-1].values[:, : tokens % 64].astype(np.float32)
+                    values = bits(torch.from_numpy(kept).to(self.cache.dtype))
+                    column[-1] = Page(self.cache.full_format, values)
+        self.follow()
+
+    @precondition(lambda self: self.cache.budget is not None)
+    @rule(seed=st.integers(0, 99))
+    def reallocate(self, seed: int) -> None:
+        mass = np.random.default_rng(seed).dirichlet(np.full(self.cache.mass.shape[2], 0.1), (SEQUENCES, 2))
+        self.cache.observe(seed % 2, torch.from_numpy(mass).to(self.cache.device))
+        try:
+            self.cache.reallocate()
+        except CacheFullError:
+            assert self.limited
+        self.follow()
+
+    @rule(layer=st.integers(0, LAYERS - 1), count=st.sampled_from([1, 63, 130]), fails=st.booleans())
+    def take_back(self, layer: int, count: int, fails: bool) -> None:
+        """Tokens that are not kept, and those inside of which something is raised: who shares a page sees neither."""
+        _, k, v = random_heads(self.cache, SEQUENCES, count, 0)
+        self.is_unplanned = True  # pages have been copied
+        try:
+            with self.cache.writing(layer, k * math.nan, v * math.nan, keep=fails):
+                if fails:
+                    raise RuntimeError("attention failed")
+        except (CacheFullError, RuntimeError):
+            pass
+        self.follow()
+
+    @invariant()
+    def pages_are_those_of_the_tables(self) -> None:
+        check_pages(self.cache)
+
+    @invariant()
+    def values_are_those_of_the_model(self) -> None:
+        cache = self.cache
+        assert cache.table.lengths.tolist() == [self.lengths] * LAYERS
+        for (layer, side, sequence), column in self.columns.items():
+            found = cache.read(layer, sequence)[side].cpu()
+            values = [page.values.astype(np.float32) for page in column]
+            none = np.zeros((HEADS, 0, HEAD_DIM), np.float32)
+            expected = torch.from_numpy(np.concatenate([none, *values], 1)).to(cache.dtype)
+            assert torch.equal(found, expected), (layer, side, sequence)
+
+    @invariant()
+    def nothing_is_behind_the_ends(self) -> None:
+        """What a kernel meets there has probability 0, and must be a number."""
+        cache = self.cache
+        for (layer, side, sequence), column in self.columns.items():
+            if column and column[-1].values.shape[1] < 64:
+                blocks = cache.pools.blocks(int(cache.entries[layer, side, sequence, len(column) - 1])).cpu().numpy()
+                held = dequantize_blocks(blocks, PageLayout(side, cache.full_format, HEAD_DIM))
+                assert not held[:, column[-1].values.shape[1] :].any()
+
+    @precondition(lambda self: self.cache.budget is not None and not self.limited)
+    @invariant()
+    def budget_is_held(self) -> None:
+        for layer in range(LAYERS):
+            used, may, least = layer_bytes(self.cache, layer)
+            assert used <= max(may + 1, least) or self.is_unplanned
+
+    def teardown(self) -> None:
+        page_table._FIRST_PAGES = 64
+        if hasattr(self, "cache"):
+            for sequence in range(SEQUENCES):
+                self.cache.free(sequence)
+            assert self.cache.pools.bytes_in_use == 0
+            assert self.cache._is_plain
+
+
+TestSequences = SequencesMachine.TestCase
+TestSequences.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+
+
+class GpuSequencesMachine(SequencesMachine):
+    device = "cuda"
+
+
+TestSequencesOnGpu = pytest.mark.gpu(GpuSequencesMachine.TestCase)
+TestSequencesOnGpu.settings = settings(max_examples=8, stateful_step_count=15, deadline=None)
+
+
+# Single cases -------------------------------------------------------------------------------------------------------
+
+
+def filled(count: int, device: str = "cpu", *, copies: int = 1, seed: int = 0, **options: Any) -> KVCache:
+    """A cache whose first sequence, and ``copies`` - 1 others that are the same, have so many tokens."""
+    cache = make_cache(device, **options)
+    for layer in range(LAYERS):
+        cache.append(layer, *random_heads(cache, 1, count, seed + layer)[1:])
+    if copies > 1:
+        cache.select_sequences([0] * copies)
+    return cache
+
+
+def append_all(
+    cache: KVCache, sequences: list[int], count: int, seed: int = 0, tokens: list[int] | None = None
+) -> None:
+    for layer in range(LAYERS):
+        cache.append(layer, *random_heads(cache, len(sequences), count, seed + layer)[1:], sequences, tokens=tokens)
+
+
+def everything(cache: KVCache, sequence: int) -> list[Any]:
+    return [x for layer in range(LAYERS) for x in cache.read(layer, sequence)]
+
+
+def same(found: list[Any], expected: list[Any]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [0, 1, 64, 100, 128, 600, 640, 699, 700])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_what_is_kept_has_the_values_that_it_had(copies: int, tokens: int, device: str) -> None:
+    cache = filled(700, device, copies=copies, formats=INT4)
+    before = everything(cache, 0)
+    cache.truncate(0, tokens)
+    assert same(everything(cache, 0), [x[:, :tokens] for x in before])
+    if copies > 1:
+        assert same(everything(cache, 1), before)
+    check_pages(cache)
+    if 0 < tokens < 700 and tokens % 64:
+        assert (cache.precision_map(0)[:, 0, tokens // 64] == PageFormat.FP16).all()
+    append_all(cache, [0], 70, 5)
+    gone = 64 * max(0, (tokens - 64) // 64)  # what had left the window then; others have now
+    assert same([x[:, :gone] for x in everything(cache, 0)], [x[:, :gone] for x in before])
+    check_pages(cache)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_what_is_cut_reaches_no_later_result(copies: int, device: str) -> None:
+    """A NaN behind the end is multiplied with a probability of 0."""
+    cache = make_cache(device, formats=INT4)
+    for layer in range(LAYERS):
+        _, k, v = random_heads(cache, 1, 200, layer)
+        k[:, :, 150:] = v[:, :, 150:] = math.nan
+        cache.append(layer, k, v)
+    if copies > 1:
+        cache.select_sequences([0, 0])
+    cache.truncate(0, 150)
+    for layer in range(LAYERS):
+        x = random_heads(cache, 1, 3, 7 + layer)
+        assert attention_with_kv_cache(*x, cache, layer=layer)[0].isfinite().all()
+    if copies > 1:
+        assert all(x[:, 150:].isnan().all() for x in everything(cache, 1))
+    check_pages(cache)
+
+
+@pytest.mark.parametrize("options", [{"formats": INT4}, {"budget": 0.4}], ids=str)
+def test_pages_do_not_leave_the_window_twice(options: dict[str, Any]) -> None:
+    """Quantized pages that a cut has brought back into the window keep their bytes, and count as what they are."""
+    cache = filled(700, sinks=0, recent_tokens=100, **options)
+    cache.truncate(0, 580)
+    narrow = cache.entries[:, :, 0, 7].copy()
+    assert (cache.precision_map(0)[:, 0, 7] != PageFormat.FP16).any()
+    append_all(cache, [0], 64, 3)
+    if cache.budget is None:
+        assert (cache.entries[:, :, 0, 7] == narrow).all()
+    for layer in range(LAYERS):
+        used, may, least = layer_bytes(cache, layer)
+        assert cache.budget is None or used <= max(may + 1, least)
+    check_pages(cache)
+
+
+def test_a_cut_without_memory_changes_nothing() -> None:
+    cache = filled(700, formats=INT4)
+    cache.pools.max_bytes = cache.pools.bytes_allocated
+    while cache.pools._pools[Side.V, PageFormat.FP16].free:
+        cache.pools.allocate(Side.V, PageFormat.FP16, PageOwner(0, 0))
+    before = cache_state(cache)
+    with pytest.raises(CacheFullError, match="pages need"):
+        cache.truncate(0, 100)
+    assert cache_state(cache) == before
+    cache.truncate(0, 640 + 10)  # a page that is in 16 bits already
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cache: cache.truncate(0, 301), "sequence 0 has 300 tokens; 301 of them cannot be kept"),
+        (lambda cache: cache.truncate(0, -1), "-1 of them cannot be kept"),
+        (lambda cache: cache.truncate(0, 1.5), "tokens is 1.5; an integer is wanted"),
+        (lambda cache: cache.truncate(SEQUENCES, 1), r"sequences are \[4\]"),
+        (lambda cache: cache.truncate(1, 1), r"truncate\(\) in the midst of a step: sequence 1 has"),
+        (lambda cache: cache.select_sequences([1, 0]), r"select_sequences\(\) in the midst of a step"),
+        (lambda cache: cache.select_sequences([0] * 5), "5 sequences are selected; the cache has 4"),
+        (lambda cache: cache.select_sequences([4]), r"sequences are \[4\]; the cache has max_sequences=4"),
+        (lambda cache: cache.select_sequences([-1]), r"sequences are \[-1\]"),
+        (lambda cache: cache.select_sequences(["0"]), "a sequence is '0'; an integer is wanted"),
+    ],
+)
+def test_calls_that_are_refused(call: Any, message: str) -> None:
+    cache = filled(300, budget=0.5)
+    cache.append(0, *random_heads(cache, 1, 2, 0)[1:], [1])  # a step that the other layer has not taken
+    before = cache_state(cache)
+    with pytest.raises(CacheInputError, match=message):
+        call(cache)
+    assert cache_state(cache) == before
+    with cache.writing(1, *random_heads(cache, 1, 2, 0)[1:], [1]):
+        for change in (lambda: cache.truncate(0, 1), lambda: cache.select_sequences([0, 0])):
+            with pytest.raises(CacheInputError, match="the cache is being written to"):
+                change()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pages_are_copied_when_they_are_written_to(device: str) -> None:
+    """And not before; of those who write to one page, the last one keeps it."""
+    cache = filled(300, device)
+    alone = cache.pools.bytes_in_use
+    cache.select_sequences([0, 0, 0, 0])
+    assert cache.pools.bytes_in_use == alone
+    append_all(cache, [1], 1)
+    assert cache.pools.bytes_in_use == alone + LAYERS * 2 * FULL
+    append_all(cache, [0, 2, 3], 1, 1)
+    assert cache.pools.bytes_in_use == alone + LAYERS * 2 * 3 * FULL
+    expected = everything(filled(300, device), 0)
+    for sequence in range(4):
+        assert same([x[:, :300] for x in everything(cache, sequence)], expected)
+    assert len({everything(cache, sequence)[0][0, 300, 0].item() for sequence in range(4)}) == 4
+    check_pages(cache)
+    cache.select_sequences([2])
+    assert cache.pools.bytes_in_use == alone
+    assert cache.table.lengths.tolist() == [[301, 0, 0, 0]] * LAYERS
+    check_pages(cache)
+
+
+def test_who_brings_no_tokens_copies_later() -> None:
+    cache = filled(70, copies=3)
+    three = [0, 1, 2]
+    append_all(cache, three, 1, 0, tokens=[1, 0, 0])
+    append_all(cache, three, 1, 5, tokens=[1, 1, 1])
+    found = [everything(cache, sequence)[0][0, -1, 0].item() for sequence in three]
+    assert len(set(found)) == 3
+    check_pages(cache)
+
+
+def count_jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    made, quantize = [], cache_module.quantize_pages
+
+    def counted(jobs: Any, *arguments: Any) -> None:
+        made.append(len(jobs))
+        quantize(jobs, *arguments)
+
+    monkeypatch.setattr(cache_module, "quantize_pages", counted)
+    return made
+
+
+def test_a_shared_page_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = filled(320, copies=4, formats=INT4)
+    made = count_jobs(monkeypatch)
+    append_all(cache, [0, 1, 2, 3], 64)
+    assert made == [1] * LAYERS * 2
+    assert (cache.entries[:, :, :, 4] == cache.entries[:, :, :1, 4]).all()
+    assert (cache.precision_map(0)[:, :, 4] == INT4).all()
+    check_pages(cache)
+
+
+@pytest.mark.parametrize("options", [{"formats": INT4}, {"budget": 0.3}], ids=str)
+def test_windows_that_differ(options: dict[str, Any]) -> None:
+    """What is in the window of some stays theirs in 16 bits; the others share a quantized one."""
+    cache = filled(700, copies=4, **options)
+    before = everything(cache, 0)
+    append_all(cache, [0, 1], 64)
+    window = slice(576, 640)
+    assert same([x[:, window] for x in everything(cache, 2)], [x[:, window] for x in before])
+    if cache.budget is None:
+        assert not same([x[:, window] for x in everything(cache, 0)], [x[:, window] for x in before])
+    assert (cache.entries[:, :, 0, 9] == cache.entries[:, :, 1, 9]).all()
+    assert (cache.entries[:, :, 2, 9] == cache.entries[:, :, 3, 9]).all()
+    check_pages(cache)
+    cache.free(0)
+    cache.free(2)
+    check_pages(cache)
+    assert same([x[:, window] for x in everything(cache, 3)], [x[:, window] for x in before])
+
+
+def test_a_budget_counts_shared_pages_once() -> None:
+    """Four sequences that share all but their last pages have the bits of about one."""
+    cache = filled(1200, budget=0.3, recent_tokens=64)
+    alone = [layer_bytes(cache, layer) for layer in range(LAYERS)]
+    cache.select_sequences([0, 0, 0, 0])
+    assert [layer_bytes(cache, layer) for layer in range(LAYERS)] == alone
+    append_all(cache, [0, 1, 2, 3], 70)
+    mass = torch.zeros(4, 1, cache.mass.shape[2])
+    mass[:, :, 5] = 0.9
+    mass[:, :, 1:5] = 0.01
+    for _ in range(3):
+        for layer in range(LAYERS):
+            cache.observe(layer, mass)
+        outcome = cache.reallocate()
+        for layer in range(LAYERS):
+            used, may, least = layer_bytes(cache, layer)
+            assert used <= max(may + 1, least)
+            assert used == cache._used_bytes[layer]
+            formats = cache.precision_map(layer)
+            assert (formats[:, :, 1:17] == formats[:, :1, 1:17]).all()
+    assert outcome is not None
+    check_pages(cache)
+
+
+def test_what_was_observed_goes_with_the_sequences() -> None:
+    cache = filled(300, copies=3, budget=0.5)
+    mass = torch.arange(1, 4).reshape(3, 1, 1) * torch.ones(3, 2, 5)
+    for layer in range(LAYERS):
+        cache.observe(layer, mass, [0, 1, 2])
+    cache.reallocate()
+    for layer in range(LAYERS):
+        cache.observe(layer, 10 * mass[1:], [1, 2])
+    cache.select_sequences([2, 2, 1])
+    assert cache.observed_steps.tolist() == [[1, 1, 1, 0]] * LAYERS
+    assert (cache.mass[0, :, 0].double() * MASS_UNIT).round().tolist() == [30, 30, 20, 0]
+    assert cache.importance.values(0)[:3, 0].tolist() == pytest.approx([3, 3, 2])
+    cache.truncate(1, 130)
+    assert cache.mass[0, 1, 2] > 0
+    assert not cache.mass[0, 1, 3:].any()
+
+
+def test_planned_steps_copy_what_they_write_to() -> None:
+    cache = filled(300, copies=4, formats=INT4)
+    cache.plan()
+    for layer in range(LAYERS):
+        for side in Side:
+            assert len(set(cache.entries[layer, side, :, 4].tolist())) == 4
+    cache.table.device_lengths += 1  # what the graph does
+    check_pages(cache)
+
+
+@pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
+@pytest.mark.parametrize("options", [{"formats": INT4}, {"budget": 0.4}], ids=str)
+def test_kernels_give_what_the_cpu_does(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps() -> dict[str, Any]:
+        cache = filled(300, copies=3, max_bytes=4 << 20, **options)
+        append_all(cache, [0, 1, 2], 3, 1)
+        cache.truncate(1, 150)
+        cache.select_sequences([1, 2, 1, 0])
+        append_all(cache, [0, 1, 2, 3], 70, 2, tokens=[70, 1, 0, 65])
+        check_pages(cache)
+        return cache_state(cache)
+
+    expected = steps()
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+    monkeypatch.setattr(page_kernels, "_runs_kernels", lambda _: True)
+    assert steps() == expected
+
+
+@pytest.mark.gpu
+def test_graphs_between_selections() -> None:
+    """A graph writes where the tables say at its replay: :meth:`plan` has copied what is shared."""
+    graphed, eager = (filled(300, "cuda", copies=4, formats=INT4) for _ in range(2))
+    static = [random_heads(graphed, 4, 1, layer) for layer in range(LAYERS)]
+
+    def step(cache: KVCache) -> list[torch.Tensor]:
+        return [attention_with_kv_cache(*x, cache, layer=layer)[0] for layer, x in enumerate(static)]
+
+    step(graphed), step(eager)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = step(graphed)
+        for change in (lambda: graphed.truncate(0, 1), lambda: graphed.select_sequences([0, 0])):
+            with pytest.raises(CacheInputError, match="cannot be captured in a CUDA graph"):
+                change()
+    for number in range(140):
+        for layer, x in enumerate(static):
+            for tensor, new in zip(x, random_heads(graphed, 4, 1, 10 * number + layer), strict=True):
+                tensor.copy_(new)
+        rows = np.random.default_rng(number).integers(0, 4, 4).tolist()
+        for cache in (graphed, eager):
+            cache.select_sequences(rows)
+        graphed.plan()
+        graph.replay()
+        for found, expected in zip(outs, step(eager), strict=True):
+            assert (found.float() - expected.float()).abs().max() < 2e-3
+    for cache in (graphed, eager):
+        check_pages(cache)
+    for sequence in range(4):
+        assert same(everything(graphed, sequence), everything(eager, sequence))
