@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,7 @@ def main() -> None:
         quality = measure(reference.keep(found) if keeps else found, windows, None if keeps else reference)
         seconds = time.perf_counter() - begin
         bits = made[0].average_bits() if isinstance(made[0], KVPackCache) else 16.0
+        print(f"{name}: {seconds:.0f} s, perplexity {quality.perplexity.value:.3f}", file=sys.stderr)
         rows.append({"cache": name, "bits": bits, "seconds": seconds, **dataclasses.asdict(quality)})
 
     with ReferenceLogits(windows) as reference:

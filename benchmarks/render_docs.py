@@ -358,6 +358,23 @@ def long_prompt() -> str:
     return table(headings, [[f"{result['tokens']}", *gigabytes, f"{result['seconds']:.1f}"]]) + gpu_origin(result)
 
 
+def cache_agreement() -> str:
+    result = newest("cache-agreement-books")
+    rows = []
+    for row in result["rows"]:
+        cells = [row["cache"], _number(row["bits"], 2), _number(row["perplexity"]["value"], 2)]
+        for name, scale, digits in (("kl", 1, 5), ("same_top_token", 100, 2)):
+            mean = row[name]
+            cells.append(
+                "–"
+                if mean is None
+                else f"{scale * mean['value']:.{digits}f} ± {scale * mean['standard_error']:.{digits}f}"
+            )
+        rows.append(cells)
+    headings = ["cache", "bits of an element", "perplexity", "KL, nats", "same top token, %"]
+    return table(headings, rows) + origin(result)
+
+
 def kv_planning() -> str:
     before, now = newest("kv-planning-before"), newest("kv-planning")
     rows = []
@@ -571,6 +588,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quality-equal-bytes": kv_quality("equal-bytes"),
     "kv-quality-verdicts": kv_quality_verdicts,
     "kv-planning": kv_planning,
+    "cache-agreement": cache_agreement,
     "same-speed": same_speed,
     "load-checks": load_checks,
     "long-prompt": long_prompt,
