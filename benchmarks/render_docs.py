@@ -544,6 +544,52 @@ def tensor_kinds() -> str:
     return text + origin(result)
 
 
+def _with_error(mean: dict[str, Any] | None, digits: int, times: int = 1) -> str:
+    """A mean of ``kvpack eval`` and its standard error."""
+    if mean is None:
+        return "–"
+    error = mean["standard_error"]
+    return _number(times * mean["value"], digits) + ("" if error is None else f" ± {times * error:.{digits}f}")
+
+
+def model_quality(name: str) -> Callable[[], str]:
+    """A result of ``kvpack eval --against``."""
+
+    def shown() -> str:
+        result = newest(name)
+        rows = []
+        for model in (result["original"], *result["models"]):
+            size = model["size"]
+            for quality, read in (
+                (model["full"], ""),
+                (model["stepwise"], f", KV in {_number(model['kv_bits'], 2)} bits"),
+            ):
+                if quality is not None:
+                    rows.append(
+                        [
+                            f"{Path(model['model']).name}{read}",
+                            _number(size["bytes"] / 1e6, 1),
+                            _number(size["coded_bits_per_weight"], 3),
+                            _number(size["bits_per_weight"], 2),
+                            _with_error(quality["kl"], 5),
+                            _with_error(quality["same_top_token"], 1, 100),
+                            _with_error(quality["loss_increase"], 4),
+                            _with_error(quality["perplexity"], 2),
+                        ]
+                    )
+        headings = ["model", "MB", "bits a coded weight", "bits a weight, whole file", "KL, nats a token"]
+        headings += ["same top token, %", "loss increase, nats a token", "perplexity"]
+        text = table(headings, rows)
+        text += f"\n{result['windows']} of {result['windows_available']} windows of {result['context']} tokens, "
+        text += (
+            f"{result['scored_tokens']} tokens scored, computed in {result['models'][0]['dtype']}; ± is the standard "
+        )
+        text += "error over windows.\n"
+        return text + origin(result)
+
+    return shown
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "minilm-short": lambda: minilm_rates(short=True),
     "minilm-rates": lambda: minilm_rates(short=False),
@@ -604,6 +650,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "runtime-streaming": runtime_streaming,
     "runtime-five": runtime_five,
     "runtime-encode": runtime_encode,
+    "smollm2-quality": model_quality("smollm2-quality"),
 }
 
 

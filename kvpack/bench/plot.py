@@ -201,6 +201,7 @@ def plot_models(report: dict[str, Any], path: Path) -> None:
         if any(model["full"]["kl"]["value"] > 0 for model in report["models"]):
             axes.set_yscale("log")
         axes.set_ylabel("KL(original ‖ model), nats a token")
+    axes.margins(x=0.2)  # names stand beside the points
     axes.set_xlabel("bits a weight, of the whole file")
     axes.set_title(f"{report['windows']} windows of {report['context']} tokens, ± standard error", fontsize=11)
     axes.grid(True, which="both", alpha=0.3)

@@ -592,6 +592,28 @@ def test_a_budget_counts_shared_pages_once() -> None:
     check_pages(cache)
 
 
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
+def test_a_budget_is_held_when_pages_come_and_go_by_selection(budget: float) -> None:
+    """Copies of open pages take bytes; sequences that are dropped leave less for those that stay."""
+    cache = filled(1500, budget=budget)
+    cache.select_sequences([0, 0, 0, 0])
+    append_all(cache, [0, 1, 2, 3], 1)
+    check_budget(cache)
+    cache = filled(1500, budget=budget)
+    append_all(cache, [1], 1500, 1)
+    append_all(cache, [2], 300, 1)
+    for rows in ([0, 2], [0]):
+        cache.select_sequences(rows)
+        check_budget(cache)
+    check_pages(cache)
+
+
+def check_budget(cache: KVCache) -> None:
+    for layer in range(LAYERS):
+        used, may, least = layer_bytes(cache, layer)
+        assert used <= max(may + 1, least)
+
+
 def test_what_was_observed_goes_with_the_sequences() -> None:
     cache = filled(300, copies=3, budget=0.5)
     mass = torch.arange(1, 4).reshape(3, 1, 1) * torch.ones(3, 2, 5)

@@ -439,9 +439,9 @@ class KVCache:
         """
         self._require_closed()
         ids = self.checked_input(layer, k, v, sequences)
-        counts = checked_counts(tokens, len(ids), k.shape[2])
+        counts = k.shape[2] if tokens is None else checked_counts(tokens, len(ids), k.shape[2])
         k, v = k.detach(), v.detach()
-        if isinstance(counts, int) and counts < k.shape[2]:
+        if tokens is not None and isinstance(counts, int):
             k, v = (x[:, :, x.shape[2] - counts :] for x in (k, v))
         rows = self._row_index(ids) if ids else None
         self._require_replayed()
@@ -464,7 +464,8 @@ class KVCache:
                 return
             step, begun = None, None
             if not self._is_quiet(layer, ids, counts):
-                self._own_pages([layer], ids, counts)
+                if not self._is_plain:
+                    self._own_pages([layer], ids, counts)
                 step = self._step(layer, ids, counts)
                 new = self._coming(layer, step)
                 changes = self._changes_for(layer, step, _Tokens(k, v, counts, ids, queries)) if keep else _NO_CHANGES
@@ -567,7 +568,9 @@ class KVCache:
     def _is_quiet(self, layer: int, ids: list[int], counts: Counts) -> bool:
         """Whether it is known that sequences have room for so many tokens and no page leaves the window: most steps."""
         known = self._quiet[layer]
-        return known is not None and most(counts) <= known[1] and known[0] == ids
+        if known is None or known[0] != ids:
+            return False
+        return (counts if isinstance(counts, int) else max(counts)) <= known[1]
 
     def _step(self, layer: int, ids: list[int], counts: Counts) -> Step:
         """What so many more tokens of each do to a layer's pages.
@@ -736,12 +739,12 @@ class KVCache:
             CacheFullError: a sequence would exceed ``max_tokens`` with so many more.
         """
         before = self.table.lengths[layer, list(sequences)]
-        counts = np.broadcast_to(tokens, before.shape)
-        after = before + counts
+        after = before + (tokens if isinstance(tokens, int) else np.array(tokens, np.int64))
         if len(after) and int(after.max()) > self.max_tokens:
             row = int(after.argmax())
+            more = tokens if isinstance(tokens, int) else tokens[row]
             raise CacheFullError(
-                f"layer {layer}, sequence {sequences[row]}: {counts[row]} tokens behind {before[row]} are more than "
+                f"layer {layer}, sequence {sequences[row]}: {more} tokens behind {before[row]} are more than "
                 f"the {self.max_tokens} of max_tokens; free() the sequence, or make a larger cache"
             )
 

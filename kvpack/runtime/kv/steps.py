@@ -44,7 +44,7 @@ class Step:
     ) -> None:
         self.ids, self._window, self._max_tokens, self._full_bytes = ids, window, max_tokens, full_bytes
         before = lengths[ids]
-        self._after = after = before + np.asarray(counts, np.int32)
+        self._after = after = before + (counts if isinstance(counts, int) else np.array(counts, np.int32))
         self.lengths = lengths.copy()
         self.lengths[ids] = after
         self.begins = bool((after[before == 0] > 0).any())
