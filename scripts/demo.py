@@ -4,8 +4,8 @@ all-MiniLM-L6-v2 (a BERT with 6 layers that turns a sentence into a vector) is c
 ``kvpack`` command. Each output is verified and decompressed, and the decompressed weights are compared with the
 original ones here, without kvpack's code. Then the model runs on real sentences, in NumPy, with both.
 
-Last, SmolLM2-135M-Instruct is compressed to 4.25 bits and answers a question on a text of 450 tokens, with a KV cache in
-INT4: by ``kvpack generate``.
+Last, SmolLM2-135M-Instruct is compressed to 4.25 bits and answers a question on a text of 450 tokens, with a KV cache
+in INT4: by ``kvpack generate``.
 """
 
 from __future__ import annotations
@@ -379,9 +379,10 @@ def answer_question(folder: Path) -> None:
     shutil.copyfile(source, gguf)
     report = kvpack(folder, "compress", gguf.name, "-o", "SmolLM2-kvpack", "--bits", "4.25", "--force")
     gguf.unlink()
+    shutil.copyfile(QUESTION, folder / QUESTION.name)
     question = QUESTION.read_text(encoding="utf-8")
     options = ("--chat", "--kv-bits", "4", "--max-new-tokens", "40", "--device", "cpu")
-    result = kvpack(folder, "generate", "SmolLM2-kvpack", "--prompt-file", str(QUESTION), *options)
+    result = kvpack(folder, "generate", "SmolLM2-kvpack", "--prompt-file", QUESTION.name, *options)
     weights, dense = result["weights"]["bytes"], result["weights"]["dense_bytes"]
     pages, pages_16_bit = result["kv_bytes"], result["kv_bytes_16_bit"]
     answer = result["texts"][0].strip()
