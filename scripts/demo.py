@@ -386,13 +386,14 @@ def answer_question(folder: Path) -> None:
     weights, dense = result["weights"]["bytes"], result["weights"]["dense_bytes"]
     pages, pages_16_bit = result["kv_bytes"], result["kv_bytes_16_bit"]
     answer = result["texts"][0].strip()
-    print(f"\n{question.strip()}\n\n> {answer}\n")
-    print(f"weights in memory  {weights / 1e6:6.1f} MB, {dense / 1e6:.1f} MB in 16 bits")
-    print(f"                   ({report['bits_per_weight']:.2f} bits where coded; the embedding keeps its 16)")
-    print(f"KV cache           {pages / 1e6:6.1f} MB, {pages_16_bit / 1e6:.1f} MB in 16 bits")
-    print(f"tokens             {result['prompt_tokens']} read in {result['prefill_seconds']:.1f} s, then ", end="")
-    print(f"{result['new_tokens']} written, {result['tokens_per_second']:.1f} a second")
-    print(f"peak of the process {result['peak_memory_bytes'] / 1e6:.0f} MB, Python and torch in it", flush=True)
+    text, _, asked = question.partition("Question:")
+    print(f"\n{text[:75]}…\n{text.strip()[-75:]}\n\nQuestion:{asked.rstrip()} {answer}\n")
+    print(f"weights in memory    {weights / 1e6:.1f} MB, {dense / 1e6:.1f} MB in 16 bits", end=" ")
+    print(f"({report['bits_per_weight']:.2f} bits where coded; the embedding has 16)")
+    print(f"KV cache             {pages / 1e6:.1f} MB, {pages_16_bit / 1e6:.1f} MB in 16 bits")
+    print(f"tokens               {result['prompt_tokens']} read in {result['prefill_seconds']:.1f} s,", end=" ")
+    print(f"then {result['new_tokens']} written, {result['tokens_per_second']:.1f} a second")
+    print(f"peak of the process  {result['peak_memory_bytes'] / 1e6:.0f} MB, Python and torch in it", flush=True)
     if not answer or weights > 0.5 * dense or pages >= pages_16_bit:
         raise DemoError("no answer, or no less memory than in 16 bits")
 
