@@ -78,7 +78,7 @@ def test_sentences_say_what_the_results_do() -> None:
 
 
 def test_sentences_about_whole_models_say_what_the_results_do() -> None:
-    """The figures that README.md and CHOOSING.md have in sentences, of models that generate and of a coded chat model."""
+    """The figures that README.md and CHOOSING.md have in sentences, of models that generate and of a chat model."""
     block = (ROOT / "docs" / "results" / "generation.md").read_text().split("<!-- figures:generation-summary -->")[1]
     table = [line.strip("| ").split(" | ") for line in block.split("<!-- end -->")[0].splitlines()]
     large = [row for row in table if row[0] == "llama-3.1-8b" and row[5] != "–"]
