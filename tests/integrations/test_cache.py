@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvpack import KVPackCache, PageFormat
-from kvpack.errors import CacheInputError
+from kvpack.errors import CacheFullError, CacheInputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:KVPackCache. the model is in torch.float32:UserWarning")
 
@@ -105,6 +105,22 @@ def test_with_another_cache_it_is_sdpa_or_eager(name: str, cache: str) -> None:
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
+def test_soft_caps_of_an_encoder_see_what_comes_behind() -> None:
+    part = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    part |= {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 1, "initializer_range": 0.3}
+    halves = {name: {"vocab_size": VOCABULARY, **part} for name in ("encoder", "decoder")}
+    torch.manual_seed(0)
+    model = transformers.T5GemmaForConditionalGeneration(transformers.T5GemmaConfig(**halves, vocab_size=VOCABULARY))
+    ids, mask = prompts()
+    found = []
+    for attention in ("eager", "kvpack"):
+        model.eval().set_attn_implementation(attention)
+        options = {"decoder_input_ids": ids[:, :9], "use_cache": False}
+        padded = logits(model, ids, attention_mask=mask, **options)
+        found.append(torch.cat([logits(model, ids, **options), padded]))
+    assert (found[0] - found[1]).abs().max() < 1e-4 * found[0].abs().max()
+
+
 def test_functions_of_others_do_not_take_the_name() -> None:
     def mine() -> None: ...
 
@@ -152,6 +168,43 @@ def test_a_cache_goes_on_where_a_text_ended(name: str) -> None:
     assert greedy(model, ids[:1], cache, 24).tolist() == greedy(base, ids[:1], new_tokens=24).tolist()
     with pytest.raises(CacheInputError, match="a batch of 3 rows has come, and the cache holds 63 columns of 1 rows"):
         logits(model, ids, cache)
+
+
+def test_a_step_that_does_not_fit_changes_nothing() -> None:
+    ids, mask = prompts()
+    model = model_of("llama")
+    cache = KVPackCache(model.config, max_tokens=42)
+    logits(model, ids, cache, attention_mask=mask)
+    longer = torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], 1)
+    with pytest.raises(CacheFullError, match="5 tokens behind 40 are more than the 42 of max_tokens"):
+        logits(model, ids[:, :5], cache, attention_mask=longer)
+    assert cache.get_seq_length() == 40
+    got = logits(model, ids[:, :1], cache, attention_mask=longer[:, :41])
+    other = KVPackCache(model.config)
+    logits(model, ids, other, attention_mask=mask)
+    assert torch.equal(got, logits(model, ids[:, :1], other, attention_mask=longer[:, :41]))
+
+
+def test_a_pass_that_failed_half_way_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, _ = prompts()
+    model = model_of("llama")
+    cache = KVPackCache(model.config)
+    want = logits(model, ids, cache)
+    with monkeypatch.context() as patched:
+        patched.setattr(model.model.layers[1], "forward", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(model, ids[:, :1], cache)
+    with pytest.raises(CacheInputError, match=r"a forward pass has failed half-way.*reset\(\) the cache"):
+        logits(model, ids[:, :1], cache)
+    cache.reset()
+    assert torch.equal(logits(model, ids, cache), want)
+
+
+def test_probabilities_are_refused() -> None:
+    ids, _ = prompts()
+    model = model_of("llama")
+    with pytest.raises(CacheInputError, match="output_attentions: kvpack's attention keeps no probabilities"):
+        greedy(model, ids, KVPackCache(model.config), output_attentions=True, return_dict_in_generate=True)
 
 
 def test_a_prompt_in_chunks() -> None:
@@ -229,6 +282,7 @@ def test_what_the_cache_is_not_for(name: str, reason: str) -> None:
         ({"layer_types": ["full_attention", "chunked_attention"]}, "has layers of type chunked_attention"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "has layers of type linear_attention"),
         ({"num_kv_shared_layers": 1}, "share keys and values with others"),
+        ({"cross_attention_layers": [1]}, "layers that attend to an image"),
     ],
 )
 def test_layers_that_the_cache_is_not_for(options: dict[str, Any], reason: str) -> None:
@@ -310,6 +364,24 @@ def test_a_compiled_model(name: str, backend: str) -> None:
 
     torch.compiler.reset()
     assert torch.equal(steps(compiled), steps(model))
+
+
+def test_a_compiled_mask_that_is_not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, _ = prompts(rows=2)
+    model = model_of("llama", dtype=torch.bfloat16)
+    masks = transformers.masking_utils.create_causal_mask
+
+    def sees_all(**options: Any) -> Any:
+        return masks(**options, or_mask_function=lambda batch, head, query, key: query >= 0)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", sees_all)
+    torch.compiler.reset()
+    with pytest.raises(CacheInputError, match="not causal"):
+        logits(torch.compile(model, backend="eager"), ids, KVPackCache(model.config))
+    cache = KVPackCache(model.config)
+    cache.early_initialization(2, 2, 32, torch.bfloat16, torch.device("cpu"))
+    with pytest.raises((CacheInputError, torch._dynamo.exc.Unsupported), match="not causal"):
+        logits(torch.compile(model, backend="eager", fullgraph=True), ids, cache)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])

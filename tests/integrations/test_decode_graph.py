@@ -123,6 +123,12 @@ def test_rows_end_as_those_of_generate_do() -> None:
     found = decoder.generate(ids, mask, max_new_tokens=NEW, eos_token_id=end, pad_token_id=0)
     assert torch.equal(found, expected)
     assert (found[1, COLUMNS + 10 :] == 0).all()
+    ends = [end, int(new[0, 5])]  # chat models have several
+    expected = generated(model, KVPackCache(model.config), ids, mask, eos_token_id=ends, pad_token_id=0)
+    decoder.cache.reset()
+    found = decoder.generate(ids, mask, max_new_tokens=NEW, eos_token_id=ends, pad_token_id=0)
+    assert torch.equal(found, expected)
+    assert (found[0, COLUMNS + 6 :] == 0).all()
 
 
 def test_who_samples_puts_tokens_in() -> None:
@@ -155,6 +161,24 @@ def test_a_cache_that_holds_tokens_is_gone_on_with() -> None:
         decoder.prompt(ids, mask)
 
 
+def test_a_capture_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, mask) = make_model(), make_batch()
+    cache = KVPackCache(model.config)
+    decoder = DecodeGraph(model, cache, max_tokens=COLUMNS + NEW)
+    decoder.prompt(ids, mask)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patched:  # between the cache and attention
+        patched.setattr("kvpack.integrations.transformers.cache.KVPackLayer.take_pending", fail)
+        with pytest.raises(RuntimeError), cache.captured_step():
+            decoder._forward()
+    assert cache.get_seq_length() == COLUMNS
+    decoder.step()
+    assert [cache.kv.length(1, row) for row in range(3)] == [51, 71, 11]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model, (ids, mask) = make_model(), make_batch()
     cache = KVPackCache(model.config)
@@ -172,6 +196,11 @@ def test_what_does_not_fit_is_refused() -> None:
     decoder.generate(ids, mask, max_new_tokens=2)
     with pytest.raises(CacheFullError, match="1 tokens behind 71"):
         decoder.step()
+    decoder.cache.reset()
+    with pytest.raises(CacheInputError, match="the cache holds 0 columns, and 71 behind the last step"):
+        decoder.step()
+    with pytest.raises(CacheInputError, match="max_new_tokens is 0"):
+        decoder.generate(ids, mask, max_new_tokens=0)
     model.set_attn_implementation("sdpa")
     with pytest.raises(CacheInputError, match="attn_implementation='kvpack' alone"):
         DecodeGraph(model, cache, max_tokens=99)

@@ -153,8 +153,13 @@ def attention_for_kvpack(
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise CacheInputError(f"{type(module).__name__} asks for {name}, which kvpack's attention does not have")
-    if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
+    if not _is_causal(module, is_causal):
         raise CacheInputError(f"{type(module).__name__} is not causal; kvpack's attention to a cache is")
+    if kwargs.get("output_attentions"):
+        raise CacheInputError(
+            "output_attentions: kvpack's attention keeps no probabilities; attn_implementation='eager' does, with any "
+            "other cache"
+        )
     if dropout:
         raise CacheInputError("kvpack's attention to a cache has no dropout: call model.eval()")
     if attention_mask is not None and seen is None:
@@ -164,6 +169,11 @@ def attention_for_kvpack(
         )
     tokens, window = (None, sliding_window) if seen is None else seen
     if window == _SOME_WINDOW:
+        if sliding_window is None:
+            raise CacheInputError(
+                f"{type(module).__name__} has no window, and its mask is not causal alone, which torch.compile cannot "
+                "look into: call the model without it, or use another cache"
+            )
         window = sliding_window
     if window != sliding_window and (sliding_window is not None or torch.compiler.is_compiling()):
         raise CacheInputError(
@@ -172,6 +182,10 @@ def attention_for_kvpack(
     scores = {"scale": scaling, "softcap": kwargs.get("softcap"), "sink_logits": kwargs.get("s_aux")}
     out = _attend(layer, query, key, value, tokens, {"window": window, **scores})
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: torch.nn.Module, given: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
 def _attend(
@@ -184,17 +198,20 @@ def _attend(
 ) -> torch.Tensor:
     cache, kv = layer.cache, layer.cache.kv
     assert kv is not None
-    new = query.shape[2]
-    before = layer.columns - new
-    if layer.index == 0 and not torch.compiler.is_compiling():
+    before, new = layer.columns, query.shape[2]
+    is_first = layer.index == 0 and not torch.compiler.is_compiling()
+    if is_first:
         cache.begin_step(len(query), before)
-        cache.add_columns(before, new, tokens)
     q, k, v = (in_pages_dtype(kv, states) for states in (query, key, value))
     options = {"layer": layer.index, "observe": cache.observes, **options}
     if tokens is None:
         out, _ = attention_with_kv_cache(q, k, v, kv, **options)
     else:
         out = _attend_to_tokens(kv, q, k, v, tokens, options)
+    # Not before: what fails in the first layer has changed nothing.
+    if is_first:
+        cache.add_columns(before, new, tokens)
+    layer.columns = before + new
     return out.to(query.dtype)
 
 
@@ -230,14 +247,18 @@ def _attention_elsewhere(
             f"{type(module).__name__} asks for a soft cap or sinks, and its module has no eager attention: use another "
             "attn_implementation"
         )
-    return eager(module, query, key, value, _added_to_scores(attention_mask, query, key), **options)
+    is_causal = _is_causal(module, options["is_causal"])
+    mask = _added_to_scores(attention_mask, query, key, is_causal=is_causal)
+    return eager(module, query, key, value, mask, **options)
 
 
-def _added_to_scores(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+def _added_to_scores(
+    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, *, is_causal: bool
+) -> torch.Tensor | None:
     """A mask for ``sdpa`` as one for ``eager``, to which None is no mask at all."""
     new, columns = query.shape[2], key.shape[2]
     if mask is None:
-        if new == 1:
+        if new == 1 or not is_causal:
             return None
         mask = torch.ones((new, columns), dtype=torch.bool, device=query.device).tril()[None, None]
     if mask.dtype != torch.bool:

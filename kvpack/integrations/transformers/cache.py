@@ -64,7 +64,7 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
 
     Attributes:
         cache, index: which layer of which cache.
-        columns: padded columns that have come; tokens may be fewer.
+        columns: padded columns that the cache holds; tokens may be fewer.
         pending: new keys and values, which wait for the attention function.
     """
 
@@ -102,7 +102,6 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
             )
         if self.cache.is_read_elsewhere():
             return self.cache.append_and_read(self, key_states, value_states)
-        self.columns += key_states.shape[-2]
         self.pending = key_states, value_states
         attention_arguments = kwargs.get("kwargs")
         if isinstance(attention_arguments, dict):  # from 5.24: what the attention function is called with
@@ -146,18 +145,19 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
     def reset(self) -> None:
         self.columns, self.pending = 0, None
 
+    # Each of these is called for every layer, and done for all at the first.
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._select_rows(beam_idx.tolist())
+        if self.index == 0:
+            self.cache.select_rows(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select_rows(indices.tolist())
+        if self.index == 0:
+            self.cache.select_rows(indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select_rows([row for row in range(self.cache.rows) for _ in range(repeats)])
-
-    def _select_rows(self, rows: list[int]) -> None:
-        if self.index == 0:  # of all layers at once
-            self.cache.select_rows(rows)
+        if self.index == 0:
+            self.cache.select_rows([row for row in range(self.cache.rows) for _ in range(repeats)])
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -341,9 +341,15 @@ class KVPackCache(Cache):  # type: ignore[misc]
         """Called by the attention function of the first layer, when all layers have the same tokens.
 
         Raises:
-            CacheInputError: other rows than the cache has.
+            CacheInputError: other rows than the cache has; a forward pass has failed, and some layers have its tokens.
         """
         assert self.kv is not None
+        layers: Any = self.layers
+        lengths = self.kv.table.lengths
+        if any(layer.columns != before for layer in layers) or (lengths != lengths[0]).any():
+            raise CacheInputError(
+                "a forward pass has failed half-way, and some layers of the cache hold its tokens: reset() the cache"
+            )
         if rows != self.rows:
             if before or rows > self.kv.max_sequences:
                 raise CacheInputError(
@@ -393,7 +399,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         finally:
             self._tokens, self._steps = tokens, steps
             for layer, count in zip(layers, columns, strict=True):
-                layer.columns, layer.is_pending = count, False
+                layer.columns, layer.pending = count, None
 
     def plan_step(self) -> None:
         """What the host does in a step of one token a row, before a CUDA graph repeats what the device does.
@@ -532,6 +538,11 @@ def _checked_config(config: PreTrainedConfig) -> PreTrainedConfig:
         raise CacheInputError(
             f"{name} has layers of type {', '.join(others)}; KVPackCache holds "
             f"{' and '.join(sorted(_LAYER_TYPES))}: use the cache that transformers gives this model"
+        )
+    if getattr(text, "cross_attention_layers", None):
+        raise CacheInputError(
+            f"{name} has layers that attend to an image (cross_attention_layers); those of KVPackCache attend to the "
+            "text before: use the cache that transformers gives this model"
         )
     sharing = getattr(text, "kv_sharing_modes", None)
     if getattr(text, "num_kv_shared_layers", 0) or (sharing is not None and "reuse" in sharing):

@@ -20,6 +20,7 @@ StaticCache gets a mask of all its columns.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -198,10 +199,16 @@ class DecodeGraph:
             :attr:`tokens`: chosen behind those that this step put into the cache.
 
         Raises:
+            CacheInputError: the KVPackCache has been reset, cropped or used by others since the last step.
             CacheFullError: a row would exceed ``max_tokens``, or pages the device's memory.
             DeviceError: the model's step cannot be captured in a CUDA graph.
         """
         self._started()
+        if isinstance(self.cache, KVPackCache) and self._columns_held() != self._longest:
+            raise CacheInputError(
+                f"the cache holds {self._columns_held()} columns, and {self._longest} behind the last step: call "
+                "prompt() or start() first"
+            )
         self._require_room(1, self._longest)
         if self._has_run and self._graph is None and self.device.type == "cuda":
             self._graph = self._captured()
@@ -221,7 +228,7 @@ class DecodeGraph:
         attention_mask: torch.Tensor | None = None,
         *,
         max_new_tokens: int,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
     ) -> torch.Tensor:
         """A prompt and what follows it, as ``model.generate(…, do_sample=False)`` returns it.
@@ -229,8 +236,9 @@ class DecodeGraph:
         Looks for ends every 16 tokens, and waits for the device then. What was decoded behind them is in the cache too.
 
         Args:
-            max_new_tokens: at most, of each row.
-            eos_token_id: ends a row; behind it come ``pad_token_id`` (None: the same). None: no row ends.
+            max_new_tokens: at most, of each row; 1 or more.
+            eos_token_id: each of these ends a row; behind it come ``pad_token_id`` (None: the first of these). None: no
+                row ends.
 
         Returns:
             i64 [rows, columns of the prompt + at most max_new_tokens].
@@ -238,18 +246,21 @@ class DecodeGraph:
         Raises:
             CacheInputError, CacheFullError, DeviceError: as of :meth:`prompt` and :meth:`step`.
         """
+        if max_new_tokens < 1:
+            raise CacheInputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         self._require_room(input_ids.shape[1] + max_new_tokens - 1, 0)
         found = [self.prompt(input_ids, attention_mask).clone()]
+        ends = None if eos_token_id is None else torch.tensor(eos_token_id, device=self.device).reshape(-1)
         while len(found) < max_new_tokens:
             is_look = len(found) % _STEPS_BETWEEN_LOOKS == 0
-            if eos_token_id is not None and is_look and torch.stack(found).eq(eos_token_id).any(0).all():
+            if ends is not None and is_look and torch.isin(torch.stack(found), ends).any(0).all():
                 break
             found.append(self.step().clone())
         new = torch.stack(found, dim=1)
-        if eos_token_id is not None:
-            ends = new.eq(eos_token_id)
-            behind = ends.cumsum(-1) - ends.long() > 0
-            new = new.masked_fill(behind, eos_token_id if pad_token_id is None else pad_token_id)
+        if ends is not None:
+            is_end = torch.isin(new, ends)
+            behind = is_end.cumsum(-1) - is_end.long() > 0
+            new = new.masked_fill(behind, int(ends[0]) if pad_token_id is None else pad_token_id)
             new = new[:, : int((~behind).sum(-1).max())]
         return torch.cat([input_ids.to(new.device), new], dim=1)
 
