@@ -56,11 +56,19 @@ _ADVICE = {
 @contextmanager
 def exit_codes(as_json: bool) -> Iterator[None]:
     """Known failures become one sentence (or one JSON object) and an exit code; others stay tracebacks."""
-    from kvpack.errors import DeviceError, FormatError, InputError, NotInstalledError
+    from kvpack.errors import (
+        CacheInputError,
+        DeviceError,
+        FormatError,
+        InputError,
+        ModelMismatchError,
+        NotInstalledError,
+        NotSupportedError,
+    )
 
     try:
         yield
-    except InputError as error:
+    except (InputError, ModelMismatchError, CacheInputError, NotSupportedError) as error:
         fail(ExitCode.USAGE, type(error).__name__, str(error), as_json)
     except (DeviceError, NotInstalledError) as error:
         fail(ExitCode.NO_DEVICE, type(error).__name__, str(error), as_json)

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kvpack.encode.listing import listed
 from kvpack.errors import InputError
-from kvpack.integrations.transformers.quantizer import plain_layer
+from kvpack.integrations.transformers.quantizer import plain_layer, refuse_offloaded
 from kvpack.runtime.weights.linear import RansLinear
 
 if TYPE_CHECKING:
@@ -40,11 +40,15 @@ class RansLoraLinear(lora.Linear):
     """A LoRA layer whose base is a :class:`kvpack.RansLinear`, or a dense layer once :func:`merge` has made one.
 
     Raises:
-        InputError: the variant or the initialization needs the base weight as numbers, or changes it.
+        InputError: the variant or the initialization needs the base weight as numbers, or changes it; or the base is on
+            the CPU or the disk by a ``device_map``.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> None:
         # As PEFT has it, for layers that it takes to be stored inputs × outputs: a coded one is never used that way.
+        base: Any = base_layer.get_base_layer() if isinstance(base_layer, tuners_utils.BaseTunerLayer) else base_layer
+        advice = "an adapter would lie there too, and not where the layer runs"
+        refuse_offloaded({base.tensor_name or "a layer": base}, advice)
         super().__init__(base_layer, adapter_name, config=config, **options)
         self.fan_in_fan_out = False
 
@@ -102,13 +106,7 @@ def dense_copy(layer: RansLinear) -> nn.Module:
     Raises:
         FormatError, StreamingError, RuntimeError: as of :meth:`kvpack.RansLinear.prepare`.
     """
-    dense = plain_layer(layer, layer.weight_dtype).requires_grad_(False)
-    hook = getattr(layer, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(dense, hook)
-    return dense
+    return plain_layer(layer, layer.weight_dtype).requires_grad_(False)
 
 
 def _adapted(model: nn.Module) -> dict[str, RansLoraLinear]:

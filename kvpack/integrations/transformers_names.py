@@ -93,13 +93,14 @@ def _refuse_lacking_experts(
     found: Mapping[str, list[tuple[str, str]]], converter_of: Mapping[str, Any], state: Mapping[str, torch.Tensor]
 ) -> None:
     """Raises ModelMismatchError where a file has not all matrices of all experts."""
-    stacks: dict[str, list[str]] = {}
+    # Those of as many experts together: in LongCat's modules one tensor has rows for experts that the other has not.
+    stacks: dict[tuple[str, int], list[str]] = {}
     for target, tensors in found.items():
         if _operations(converter_of[tensors[0][0]]) in _STACKED:
-            stacks.setdefault(target.rpartition(".")[0], []).append(target)
-    for module, targets in stacks.items():
+            stacks.setdefault((target.rpartition(".")[0], len(state[target])), []).append(target)
+    for (module, experts), targets in stacks.items():
         groups = [group for target in targets for group in _by_pattern(found[target]).values()]
-        if lacking := _lacking(groups, max(len(state[target]) for target in targets)):
+        if lacking := _lacking(groups, experts):
             raise ModelMismatchError(
                 f"{module}: the file has some of its experts' matrices, and not {listed(lacking, _SHOWN)}; "
                 "what has no weights would be random"

@@ -133,6 +133,22 @@ def test_the_token_before_a_text_stands_before_each_window(tmp_path: Path, origi
         evaluate([directory], novel, against=original, context=CONTEXT)
 
 
+class _OtherTokensAfterTheFirst:
+    """As SentencePiece's old tokenizers: what follows a special token is cut without a space before it."""
+
+    all_special_ids = (0, 1)
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
+        ids = [ord(letter) for letter in text]
+        return transformers.BatchEncoding({"input_ids": [0, *ids] if add_special_tokens else [7, *ids[1:]]})
+
+
+def test_prefix_of_a_tokenizer_that_cuts_differently_behind_it() -> None:
+    windows = text_windows(_OtherTokensAfterTheFirst(), "abcdefgh", context=5, windows=2)
+    assert windows.begins_with == (0,)
+    assert windows.ids.tolist() == [[0, 7, *b"bcd"], [0, *b"efgh"]]
+
+
 def test_step_by_step_is_the_full_forward(original: Path, novel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a cache that loses nothing; in two batches of windows."""
     monkeypatch.setattr(evaluation, "_ROWS", 3)

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from tiny_text_model import TEMPLATE, text, write_model, write_tokenizer
 from typer.testing import CliRunner
 
+import kvpack
 from kvpack.cli import app
 
 OK, USAGE, NO_DEVICE, INTERRUPTED = 0, 2, 5, 130
@@ -160,3 +161,13 @@ def test_what_is_not_installed(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "transformers", None)
     shown = run("generate", model, "--prompt", "rain", code=NO_DEVICE)
     assert shown.stderr == "kvpack: kvpack generate needs transformers: pip install 'kvpack[transformers]'\n"
+
+
+def test_a_config_of_another_model(model: Path, tmp_path: Path) -> None:
+    """One sentence, and no traceback."""
+    kvpack.compress(model, tmp_path / "coded", kvpack.QuantConfig(bits=4.25))
+    config = json.loads((tmp_path / "coded" / "config.json").read_text())
+    (tmp_path / "coded" / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
+    report = run_json("generate", tmp_path / "coded", "--prompt", "the old house", code=USAGE)
+    assert report["error"] == "ModelMismatchError"
+    assert "in the file, [192, 64] in the model" in report["message"]

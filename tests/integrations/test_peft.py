@@ -315,3 +315,13 @@ print(type(get_peft_model(Model(), LoraConfig(target_modules=["layer"])).base_mo
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.stdout == "RansLoraLinear\n", done.stderr
+
+
+def test_offloaded_layers_are_refused(directories: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """An adapter would be on the meta device, and the sum of no numbers."""
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    coded = directories["llama"][0]
+    model = transformers.LlamaForCausalLM.from_pretrained(coded, device_map=places, offload_folder=tmp_path)
+    with pytest.raises(InputError, match=r"device_map has the weights of model\.layers\.1\.\w+\.\w+\.weight on"):
+        get_peft_model(model, LoraConfig(target_modules=TARGETS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -405,3 +406,194 @@ def test_push_to_hub_uploads_a_finished_directory(
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="one/model", token="t")
     assert pushed == [("one/model", {"token": "t"})]
     kvpack.verify(tmp_path / "saved")
+
+
+ALREADY = "ignore:You passed `quantization_config`:UserWarning"
+
+
+@pytest.mark.filterwarnings(ALREADY)
+def test_what_is_kept_in_fp32_stays_so(tmp_path: Path) -> None:
+    """T5's `wo` where the rest is fp16: of a decoded layer as of a dense model's."""
+    model_of = Directories(tmp_path, "t5")
+    dense = model_of.load(model_of.dense, dtype=torch.float16)
+    model = model_of.load(dtype=torch.float16, quantization_config=kvpack.KVPackConfig(dequantize=True))
+    types = {name: tensor.dtype for name, tensor in dense.state_dict().items()}
+    assert torch.float32 in types.values()
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == types
+    assert bytes_of(model.state_dict()) == bytes_of(dense.state_dict())
+
+
+@pytest.mark.filterwarnings(ALREADY)
+def test_config_for_a_compressed_model(directories: Callable[[str], Directories]) -> None:
+    """What concerns loading counts; that the rest does not, transformers says."""
+    model_of = directories("llama")
+    modules = ["model.layers.0"]
+    model = model_of.load(quantization_config=kvpack.KVPackConfig(bits=3, modules_to_not_convert=modules))
+    assert coded_layers(model) == [name for name in coded_layers(model_of.load()) if ".layers.1." in name]
+    assert model.config.quantization_config.options["bits"] == 4.25
+    with pytest.warns(UserWarning, match="already has a `quantization_config` attribute"):
+        assert len(coded_layers(model_of.load(quantization_config=kvpack.KVPackConfig(bits=3)))) == 14
+    body = transformers.AutoModel.from_pretrained(
+        model_of.coded, quantization_config=kvpack.KVPackConfig(modules_to_not_convert=modules)
+    )
+    assert len(coded_layers(body)) == 7
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM has no module model\.layer\.0$"):
+        model_of.load(quantization_config=kvpack.KVPackConfig(modules_to_not_convert=["model.layer.0"]))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("modules_to_not_convert", "lm_head"),
+        ("modules_to_not_convert", [3]),
+        ("dequantize", "false"),
+        ("blob_bytes", [1]),
+        ("options", "x"),
+    ],
+)
+def test_types_of_options(option: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"^{option} of a KVPackConfig is "):
+        kvpack.KVPackConfig(**{option: value})
+
+
+def test_config_keys_do_not_replace_methods(directories: Callable[[str], Directories]) -> None:
+    config = transformers.AutoConfig.from_pretrained(directories("llama").coded)
+    config.quantization_config |= {"to_dict": 3, "of_a_later_version": 4}
+    loaded = directories("llama").load(config=config).config.quantization_config.to_dict()
+    assert loaded["of_a_later_version"] == 4
+    assert "to_dict" not in loaded
+
+
+def test_damage_of_plain_tensors_is_found(directories: Callable[[str], Directories], tmp_path: Path) -> None:
+    shutil.copytree(directories("llama").coded, tmp_path / "coded")
+    spoil(tmp_path / "coded", "model.embed_tokens.weight", 5)
+    with pytest.raises(FormatError, match=r"model\.embed_tokens\.weight"):
+        directories("llama").load(tmp_path / "coded")
+
+
+def test_shards_of_a_variant(directories: Callable[[str], Directories], tmp_path: Path) -> None:
+    """Their index has another kind of name."""
+    model_of = directories("llama")
+    model = model_of.load()
+    model.save_pretrained(tmp_path, max_shard_size="60KB", variant="fp16")
+    again = model_of.load(tmp_path, variant="fp16")
+    assert bytes_of(again.state_dict()) == bytes_of(model.state_dict())
+
+
+def test_save_in_place_of_other_shards(directories: Callable[[str], Directories], tmp_path: Path) -> None:
+    """Into the directory that it was loaded from. What was there must not be taken for what is there now."""
+    model_of = directories("llama tied")
+    model_of.load().save_pretrained(tmp_path)
+    for size, files in (("60KB", 3), ("5GB", 1), ("60KB", 3)):
+        model = model_of.load(tmp_path)
+        with torch.no_grad():
+            model.model.norm.weight += 1
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert len(list(tmp_path.glob("*.safetensors"))) == files
+        assert len(list(tmp_path.glob("*.index.json"))) == (files > 1)
+        kvpack.verify(tmp_path)
+        assert bytes_of(model_of.load(tmp_path).state_dict()) == bytes_of(model.state_dict())
+
+
+def test_save_twice_within_a_tick(
+    directories: Callable[[str], Directories], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File systems have clocks of up to two seconds: times do not tell what was written."""
+    model = directories("llama").load()
+    save = type(model).save_pretrained
+
+    def at_the_same_time(self: Any, directory: Path, **options: Any) -> None:
+        save(self, directory, **options)
+        for file in directory.iterdir():
+            os.utime(file, (1, 1))
+
+    model.save_pretrained(tmp_path)
+    for file in tmp_path.iterdir():
+        os.utime(file, (1, 1))
+    monkeypatch.setattr(type(model), "save_pretrained", at_the_same_time)
+    model.save_pretrained(tmp_path)
+    kvpack.verify(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["transformers_weights"] == GUARD
+
+
+def test_offloaded_layers_are_not_decoded(directories: Callable[[str], Directories], tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model_of = directories("llama")
+    model = model_of.load(device_map=places, offload_folder=tmp_path)
+    with pytest.raises(InputError, match=r"weights of model\.layers\.1\.self_attn\.q_proj, .* and 4 more on"):
+        model.dequantize()
+    assert len(coded_layers(model)) == 14
+    assert torch.equal(model_of.logits(model), model_of.logits(model_of.load()))
+
+
+def test_a_state_dict_is_refused(directories: Callable[[str], Directories]) -> None:
+    model = directories("llama").load()
+    config = transformers.AutoConfig.from_pretrained(directories("llama").coded)
+    with pytest.raises(InputError, match="not a state_dict"):
+        type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
+
+
+def test_experts_without_weights(tmp_path: Path) -> None:
+    """LongCat's: `gate_up_proj` has rows for them, `down_proj` has none."""
+    sizes = dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 32)
+    config = transformers.LongcatFlashConfig(
+        vocab_size=160,
+        hidden_size=64,
+        num_layers=1,
+        num_attention_heads=2,
+        ffn_hidden_size=128,
+        expert_ffn_hidden_size=64,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=2,
+        head_dim=32,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    transformers.LongcatFlashForCausalLM(config).save_pretrained(tmp_path / "plain")
+    kvpack.compress(tmp_path / "plain", tmp_path / "coded", kvpack.QuantConfig(bits=4.25))
+    kvpack.decompress(tmp_path / "coded", tmp_path / "dense")
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        coded, dense = (
+            transformers.LongcatFlashForCausalLM.from_pretrained(tmp_path / name)(ids).logits
+            for name in ("coded", "dense")
+        )
+    assert torch.equal(coded, dense)
+
+
+HUB = """
+import sys, transformers
+print(type(transformers.AutoConfig.from_pretrained("one/model", cache_dir=sys.argv[1])).__name__)
+try:
+    transformers.AutoModelForCausalLM.from_pretrained("one/model", cache_dir=sys.argv[1])
+except ValueError as error:
+    print(error)
+import kvpack
+model = transformers.AutoModelForCausalLM.from_pretrained("one/model", cache_dir=sys.argv[1])
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+
+
+def test_repository_in_the_hub_cache(directories: Callable[[str], Directories], tmp_path: Path) -> None:
+    """By its name: its config is read without kvpack, its weights are not, and afterwards they are."""
+    home = tmp_path / "models--one--model"
+    snapshot = home / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0a1b")
+    for number, file in enumerate(sorted(directories("llama").coded.iterdir())):
+        shutil.copy(file, home / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HUB, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    config, sentence, layer = done.stdout.splitlines()
+    assert (config, layer) == ("LlamaConfig", "RansLinear")
+    assert sentence.endswith(GUARD)

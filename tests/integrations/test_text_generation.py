@@ -193,3 +193,11 @@ def test_what_is_refused(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
         load_causal_model(tmp_path, device="tpu")
     with pytest.raises(InputError, match="dtype 'int8' is not one of"):
         load_causal_model(tmp_path, dtype="int8")
+
+
+def test_draws_are_from_all_tokens(loaded: tuple[Any, Any]) -> None:
+    """Unless top_p says otherwise; transformers alone would take the 50 most probable ones."""
+    model, tokenizer = loaded
+    rows = len(tokenizer)
+    result = generate_text(model, tokenizer, ["rain"] * rows, max_new_tokens=1, temperature=1e4)
+    assert len(set(result.texts)) > rows / 2 > 60

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +14,16 @@ from kvpack.errors import DirectoryIndexError, InputError, NotSupportedError
 from kvpack.format.layout import VERSION
 
 _OPTIONS = tuple(option.name for option in fields(QuantConfig))
+
+
+def _is_names(value: Any) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and all(isinstance(name, str) for name in value)
+
+
+def _check_type(option: str, value: object, what: str, is_right: Callable[[Any], bool]) -> None:
+    if value is not None and not is_right(value):
+        raise InputError(f"{option} of a KVPackConfig is {value!r}, and must be {what}")
 
 
 class KVPackConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -39,7 +49,7 @@ class KVPackConfig(QuantizationConfigMixin):  # type: ignore[misc]
             model's config.json says is kept.
 
     Raises:
-        InputError: an option has no such value, two exclude each other, or there is no such option.
+        InputError: an option has no such value or type, two exclude each other, or there is no such option.
         NotSupportedError: ``calibrate`` is given.
         DirectoryIndexError: a version of the format that this kvpack does not know.
     """
@@ -63,13 +73,17 @@ class KVPackConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "calibrate: kvpack cannot choose rates by calibration yet. bits gives all tensors one rate, "
                 "allocation='model' one step (the least squared error), tensor_bits={pattern: bits} rates of your own"
             )
+        _check_type("modules_to_not_convert", modules_to_not_convert, "a list of names", _is_names)
+        _check_type("dequantize", dequantize, "True or False", lambda value: isinstance(value, bool))
+        _check_type("blob_bytes", blob_bytes, "an object", lambda value: isinstance(value, Mapping))
+        _check_type("options", options, "an object", lambda value: isinstance(value, Mapping))
         given = {name: rest.pop(name) for name in _OPTIONS if name in rest}
         if bits is not None:
             given["bits"] = bits
         if options is not None or blob_bytes is not None:
             # As a file says it, perhaps one of a later version.
             self.options = {**(options or {}), **given}
-            self.__dict__.update(rest)
+            self.__dict__.update({key: value for key, value in rest.items() if not hasattr(type(self), key)})
         elif rest:
             known = [*_OPTIONS, "modules_to_not_convert", "dequantize"]
             raise InputError(f"KVPackConfig has no option {', '.join(rest)}; there are {', '.join(known)}")
@@ -79,10 +93,15 @@ class KVPackConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.blob_bytes = dict(blob_bytes or {})
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.dequantize = dequantize
-        if format_version != VERSION:
+        if format_version != VERSION or isinstance(format_version, bool):
             raise DirectoryIndexError(
                 f"quantization_config has format_version {format_version!r}, this kvpack knows {VERSION}"
             )
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What of a config given to ``from_pretrained`` counts for a model that is compressed already."""
+        wanted = {"modules_to_not_convert": self.modules_to_not_convert, "dequantize": self.dequantize}
+        return {key: value for key, value in wanted.items() if value}
 
     def quant_config(self) -> QuantConfig:
         """The options with which weights are coded.

@@ -13,6 +13,7 @@ over √windows (none for one window). It says how far the mean would move with 
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import tempfile
@@ -115,9 +116,8 @@ def text_windows(tokenizer: Any, text: str, *, context: int, windows: int) -> Te
     Raises:
         InputError: ``context`` leaves no token to score, or the text has fewer tokens than a window.
     """
-    with_prefix = tokenizer("a").input_ids
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    prefix = with_prefix[: next(i for i in range(len(with_prefix)) if with_prefix[i : i + len(bare)] == bare)]
+    special = set(tokenizer.all_special_ids)
+    prefix = list(itertools.takewhile(special.__contains__, tokenizer("a").input_ids))
     own = context - len(prefix)
     if own < (1 if prefix else 2):
         raise InputError(f"a window of {context} tokens has none to score; --context takes at least 2")

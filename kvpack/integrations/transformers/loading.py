@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers.integrations.accelerate import get_device
 
 from kvpack.encode.dtypes import NARROW_DTYPES
 from kvpack.encode.listing import listed
+from kvpack.encode.model_tree import is_index_name
 from kvpack.encode.reader import Reader
 from kvpack.errors import InputError, ModelMismatchError
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX
@@ -68,11 +70,12 @@ def open_files(files: Sequence[str]) -> Reader:
     """
     paths = [Path(file) for file in files]
     if not paths or any(path.suffix != ".safetensors" for path in paths):
-        raise InputError(f"kvpack reads safetensors files, and not {listed(list(map(str, files)), _SHOWN) or 'none'}")
+        found = listed(list(map(str, files)), _SHOWN) if paths else "a state_dict"
+        raise InputError(f"kvpack reads safetensors files, and not {found}")
     if len(paths) == 1:
         return Reader(paths[0])
     names = {path.name for path in paths}
-    for index in sorted(paths[0].parent.glob("*.safetensors.index.json")):
+    for index in sorted(path for path in paths[0].parent.iterdir() if is_index_name(path.name)):
         weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
         if set(weight_map.values()) == names:
             return Reader(index, components=False)
@@ -120,6 +123,22 @@ class _ModuleSelection(Selection):
         if any(f"{name}.".startswith(f"{module}.") for name in names for module in self.modules):
             return "modules_to_not_convert names it"
         return None
+
+    @classmethod
+    def of(cls, model: Any, modules: Sequence[str], nothing: bool) -> _ModuleSelection:
+        """
+        Args:
+            modules: names in the model, or in one that has a base model's prefix more.
+        """
+        base = f"{model.base_model_prefix}."
+        known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        found = {name: next((n for n in (name, name.removeprefix(base)) if n in known), None) for name in modules}
+        if lacking := [name for name, module in found.items() if module is None]:
+            warnings.warn(
+                f"modules_to_not_convert: {type(model).__name__} has no module {listed(lacking, _SHOWN)}",
+                stacklevel=2,
+            )
+        return cls(None, None, [module for module in found.values() if module is not None], nothing)
 
     def reason_against(self, place: Place, name: str, header: BlobHeader) -> str | None:
         return super().reason_against(place, name, header) or self._why_not(place.module_names)
@@ -232,10 +251,11 @@ class CheckpointLoading:
             error.args = (f"{reader.path}: {error}",)
             raise
         assert names is not None
-        selection = _ModuleSelection(None, None, modules_to_not_convert, dequantize)
+        selection = _ModuleSelection.of(model, modules_to_not_convert, dequantize)
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         self._refuse_narrow()
         places = places_of(model, names)
+        self.dtypes |= {name: place.dtype for place in places if place.fp32 for name in place.names}
         groups = tied_groups(places)
         differences = plan_places(groups, reader, names, selection, self.report)
         # Transformers' own check of shapes is not made where there is a quantizer, before 5.23.
@@ -365,13 +385,14 @@ class CheckpointLoading:
     def decode(self, target: str) -> dict[str, torch.Tensor]:
         """Parameter of the model → its numbers, and those of others that are made of the same tensors."""
         place, device = self._places[target], self._device(target)
-        dtypes = {name: self.dtypes[name] if not place.fp32 else torch.float32 for name in self._places}
         tensors = load_tensors(self.reader, self._sources[target], device, verify=False)
-        numbers = {name: _numbers(tensor, dtypes[target]) for name, tensor in tensors.items()}
+        numbers = {name: _numbers(tensor, self.dtypes[target]) for name, tensor in tensors.items()}
         if place.conversion is None:
             return {target: numbers[place.source]}
         made = place.conversion.convert(numbers)
-        return {name: made[name].to(dtypes[name]) for name in [target, *(other for other in made if other != target)]}
+        return {
+            name: made[name].to(self.dtypes[name]) for name in [target, *(other for other in made if other != target)]
+        }
 
     @property
     def layer_sources(self) -> set[str]:
@@ -401,15 +422,21 @@ class CheckpointLoading:
             if hook is not None:
                 device = torch.device("cpu")
             by_device.setdefault(device, {}).setdefault(layer.tensor_name, []).append(layer)
-        for device, layers in by_device.items():
-            loaded = load_tensors(self.reader, layers, device)
-            for name, sharing in layers.items():
-                blob = loaded[name]
-                assert isinstance(blob, DeviceBlob)
-                for layer in sharing:
-                    layer._take(blob)
-                    if hook := _offloading_hook(layer):
-                        _lend_weights(layer, hook, None)
+        with CrcChecks(self.reader) as checks:
+            # transformers has read them without a look at their CRCs.
+            for name in self.reader.main_keys():
+                if name not in self.reader.container(name).coded:
+                    checks.add(name)
+            for device, layers in by_device.items():
+                loaded = load_tensors(self.reader, layers, device)
+                for name, sharing in layers.items():
+                    blob = loaded[name]
+                    assert isinstance(blob, DeviceBlob)
+                    for layer in sharing:
+                        layer._take(blob)
+                        if hook := _offloading_hook(layer):
+                            _lend_weights(layer, hook, None)
+            checks.wait()
         for layer, hook in on_disk:
             for key, tensor in layer_in_file(self.reader, str(layer.tensor_name))._buffers.items():
                 if key in (BLOB, SCALE):

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from kvpack.encode.listing import listed
 from kvpack.encode.model_config import GUARD_KEY, METHOD, unguarded
 from kvpack.errors import InputError
 from kvpack.integrations.transformers.config import KVPackConfig
@@ -22,7 +23,12 @@ from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.replace import put_module
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kvpack.integrations.transformers.quantize_on_load import CodedCheckpoint
+
+
+_SHOWN = 3
 
 
 class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -127,6 +133,9 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         return None, metadata_of(model, self._entries)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        refuse_offloaded(
+            coded_layers(model), "dequantize() does not decode them; KVPackConfig(dequantize=True) loads plain weights"
+        )
         for module in list(model.modules()):
             if is_coded(module):
                 decode_experts(module, dtype)
@@ -152,7 +161,7 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def plain_layer(layer: RansLinear, dtype: torch.dtype | None) -> nn.Module:
-    """The module that a coded layer stands for."""
+    """The module that a coded layer stands for, with the hook that accelerate has put on it."""
     weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
     with torch.device("meta"):
         plain: nn.Module
@@ -163,7 +172,24 @@ def plain_layer(layer: RansLinear, dtype: torch.dtype | None) -> nn.Module:
     plain.weight = weight
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    if hasattr(layer, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(plain, layer._hf_hook)
     return plain.train(layer.training)
+
+
+def refuse_offloaded(layers: Mapping[str, RansLinear], advice: str) -> None:
+    """Raises InputError where weights come to a layer for each forward pass alone."""
+    away = []
+    for name, layer in layers.items():
+        if hasattr(layer, "_hf_hook"):
+            from kvpack.integrations.transformers.offloading import LentWeights
+
+            if isinstance(layer._hf_hook, LentWeights):
+                away.append(name)
+    if away:
+        raise InputError(f"device_map has the weights of {listed(away, _SHOWN)} on the CPU or the disk: {advice}")
 
 
 def tie_equal(model: nn.Module, ties: dict[str, str]) -> None:
@@ -198,3 +224,6 @@ def register() -> None:
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(METHOD)(KVPackConfig)
         auto.register_quantizer(METHOD)(KVPackQuantizer)
+        # Whose loading attributes transformers takes from a config that is given for a quantized model.
+        types: Any = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, KVPackConfig)

@@ -28,7 +28,6 @@ ON_IMPORT: dict[str, str] = {
 def _call(module: str) -> None:
     """A failure must not keep transformers from being imported: other models have nothing to do with kvpack."""
     import importlib
-    import warnings
 
     home, _, function = ON_IMPORT[module].partition(":")
     try:
@@ -37,49 +36,56 @@ def _call(module: str) -> None:
             getattr(imported, function)()
         # else this import of the module is one of that module's own, which registers when it has run.
     except Exception as error:
-        warnings.warn(
-            f"kvpack could not extend {module}: {type(error).__name__}: {error}; compressed models will not load "
-            "(kvpack needs transformers 5.17 or later, and torch)",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn(module, f"{type(error).__name__}: {error}")
+
+
+def _warn(module: str, reason: str) -> None:
+    import warnings
+
+    text = (
+        f"kvpack could not extend {module}: {reason}; compressed models will not load (kvpack needs transformers 5.17 "
+        "or later, and torch)"
+    )
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # where warnings are errors
+        print(text, file=sys.stderr)
 
 
 class _AfterImport:
-    """A finder. No subclass of importlib.abc.MetaPathFinder, whose module takes as long to import as all of this."""
+    """A finder. No subclass of importlib.abc.MetaPathFinder, whose module takes as long to import as all of this.
 
-    def __init__(self, modules: set[str]) -> None:
-        self.waiting = modules
+    It stays when it has found a module: who asked may not have run it, and a module may be loaded once more.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.waiting:
+        if fullname not in ON_IMPORT:
             return None
-        from importlib.util import find_spec
-
-        self.waiting.remove(fullname)  # the next line asks all finders, this one among them
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
+        others = (getattr(finder, "find_spec", None) for finder in list(sys.meta_path) if finder is not self)
+        specs = (find(fullname, path, target) for find in others if find is not None)
+        spec: ModuleSpec | None = next((spec for spec in specs if spec is not None), None)
+        run = getattr(spec and spec.loader, "exec_module", None)
+        if spec is None or run is None:
             return spec
-        run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            _call(fullname)
+            if module.__name__ == fullname:  # one loader may serve many modules
+                _call(fullname)
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        try:
+            spec.loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]
+        except AttributeError:
+            _warn(fullname, f"a {type(spec.loader).__name__} loads it, which cannot be changed")
         return spec
 
 
 def register_when_imported() -> None:
-    """Have transformers know kvpack now, or as soon as it is imported. Calling it again does nothing."""
-    waited_for = {name for finder in sys.meta_path if isinstance(finder, _AfterImport) for name in finder.waiting}
-    missing = set()
+    """Have transformers know kvpack now, and whenever it is imported. Calling it again does nothing."""
     for module in ON_IMPORT:
         if module in sys.modules:
             _call(module)
-        elif module not in waited_for:
-            missing.add(module)
-    if missing:
-        sys.meta_path.insert(0, _AfterImport(missing))
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import WeightRenaming
 
 from kvpack.encode.model_config import CONFIG_NAME, GUARD, GUARD_KEY
+from kvpack.encode.model_tree import is_index_name
 from kvpack.format.container import (
     BLOB_SUFFIX,
     CONTAINER_VERSION,
@@ -28,6 +31,9 @@ from kvpack.runtime.weights.linear import BLOB, SCALE, RansLinear
 from kvpack.runtime.weights.load import TORCH_DTYPES
 
 _PIECE_BYTES = 16 << 20
+# In the metadata of files that transformers has written, until finish() has completed them.
+_UNFINISHED = "kvpack_unfinished"
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -43,24 +49,39 @@ class SavePretrained:
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
         model, directory = self.model, Path(save_directory)
         push = options.pop("push_to_hub", False)
-        before = _versions(directory)
         type(model).save_pretrained(model, save_directory, *args, **options)
-        written = [directory / name for name, version in _versions(directory).items() if before.get(name) != version]
-        if directory / CONFIG_NAME in written:  # adapters are saved alone
-            files = [file for file in written if file.suffix == ".safetensors"]
+        # None where only adapters are saved, or where another process writes.
+        if files := [file for file in sorted(directory.glob("*.safetensors")) if _is_unfinished(file)]:
             finish(directory, files, model.config.quantization_config.to_dict())
+            _remove_former(directory, files)
         if push:
             known = ("commit_message", "token", "create_pr", "max_shard_size", "revision", "private")
             repo_id = options.get("repo_id", directory.name)
             model.push_to_hub(repo_id, **{key: options[key] for key in known if key in options})
 
 
-def _versions(directory: Path) -> dict[str, tuple[int, int]]:
-    """File → what changes when it is written."""
-    if not directory.is_dir():
-        return {}
-    found = {entry.name: entry.stat() for entry in os.scandir(directory) if entry.is_file()}
-    return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found.items()}
+def _is_unfinished(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return _UNFINISHED in (file.metadata() or {})
+    except SafetensorError:  # anything else that lies there
+        return False
+
+
+def _remove_former(directory: Path, files: Sequence[Path]) -> None:
+    """What readers would take in place of these files, or miss.
+
+    transformers removes the shards of an earlier save, but no index that names them, and no single file.
+    """
+    for path in list(directory.iterdir()):
+        if is_index_name(path.name):
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            if not all((directory / shard).exists() for shard in shards):
+                path.unlink()
+    for file in files:
+        single = _SHARD_NUMBER.sub("", file.name)
+        if single != file.name:
+            (directory / single).unlink(missing_ok=True)
 
 
 def coded_layers(model: torch.nn.Module) -> dict[str, RansLinear]:
@@ -123,7 +144,8 @@ def metadata_of(model: torch.nn.Module, entries: Mapping[str, Mapping[str, Any]]
         coded[saved] = {**entries.get(saved, {}), **known}
         crcs[saved + SCALE_SUFFIX] = _WIDEST_CRC
     crcs |= dict.fromkeys(model.state_dict(), _WIDEST_CRC)
-    return {VERSION_KEY: CONTAINER_VERSION, TENSORS_KEY: json.dumps(coded), CRC_KEY: json.dumps(crcs)}
+    metadata = {VERSION_KEY: CONTAINER_VERSION, TENSORS_KEY: json.dumps(coded), CRC_KEY: json.dumps(crcs)}
+    return metadata | {_UNFINISHED: ""}
 
 
 # Takes the room that a CRC will need.
@@ -152,6 +174,7 @@ def _finish_file(path: Path) -> dict[str, int]:
         (size,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(size))
         metadata = header.pop("__metadata__")
+        del metadata[_UNFINISHED]
         entries = json.loads(metadata[TENSORS_KEY])
         here = {name: entry for name, entry in sorted(entries.items()) if name + BLOB_SUFFIX in header}
         crcs: dict[str, int] = {}

@@ -166,7 +166,7 @@ def generate_text(
     cache = transformers.DynamicCache(config=model.config) if cache is None else cache
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     text = _Text(tokenizer, on_text) if on_text is not None and len(rows) == 1 else None
     streamer = _Tokens(text)
     interrupted = False
