@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kvpack import KVPackCache, PageFormat
 from kvpack.errors import CacheFullError, CacheInputError
+from kvpack.integrations.transformers.cache import take_announced_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:KVPackCache. the model is in torch.float32:UserWarning")
 
@@ -370,6 +371,16 @@ def test_a_compiled_model(name: str, backend: str) -> None:
 
     torch.compiler.reset()
     assert torch.equal(steps(compiled), steps(model))
+
+
+def test_a_compiled_model_takes_no_pads() -> None:
+    ids, mask = prompts()
+    model = model_of("llama", dtype=torch.bfloat16)
+    torch.compiler.reset()
+    with pytest.raises(CacheInputError, match="under torch.compile a KVPackCache takes no attention_mask"):
+        logits(torch.compile(model, backend="eager"), ids, KVPackCache(model.config), attention_mask=mask)
+    # What the cache has announced to its mask is not left for that of another.
+    assert not take_announced_mask()
 
 
 def test_a_compiled_mask_that_is_not_causal(monkeypatch: pytest.MonkeyPatch) -> None:

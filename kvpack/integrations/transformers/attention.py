@@ -53,8 +53,10 @@ def mask_for_kvpack(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         CacheInputError: for a KVPackCache, a mask that is not causal, or forbids what the cache holds.
     """
     columns = kwargs.get("kv_length")
-    if torch.compiler.is_compiling():
-        return _traced_mask(kwargs) if take_announced_mask() else sdpa_mask(*args, **kwargs)
+    # Also where a compiler has given up between cache and mask: what was announced must not wait for another cache's.
+    announced = take_announced_mask()
+    if announced and (torch.compiler.is_compiling() or kwargs.get("attention_mask") is not None):
+        return _traced_mask(kwargs)
     if not isinstance(columns, ColumnCount):
         return sdpa_mask(*args, **kwargs)
     window = _window(kwargs.get("mask_function", causal_mask_function))
