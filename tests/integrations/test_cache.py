@@ -143,6 +143,11 @@ def test_holes_and_padding_on_the_right_are_not_stored() -> None:
     got = logits(model, ids, cache, **options)
     assert (got - want)[mask.bool()].abs().max() < 1e-4 * want.abs().max()
     assert [cache.kv.length(0, row) for row in range(3)] == mask.sum(1).tolist()
+    # Windows count tokens.
+    windowed, row = model_of("mistral"), {name: x[:1] for name, x in options.items()}
+    alone = logits(model_of("mistral", "through fp16"), ids[:1, mask[0].bool()])
+    in_row = logits(windowed, ids[:1], KVPackCache(windowed.config), **row)[:, mask[0].bool()]
+    assert (in_row - alone).abs().max() < 1e-4 * alone.abs().max()
     # What has come cannot be masked afterwards, nor seen.
     later = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
     later[0, 5] = 1
@@ -300,9 +305,10 @@ def test_sizes_that_pages_do_not_have() -> None:
         logits(model, ids, KVPackCache(model.config))
 
 
-def test_keys_that_fp16_cannot_hold() -> None:
-    ids, _ = prompts()
-    model = model_of("qwen2")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_keys_that_fp16_cannot_hold(device: str) -> None:
+    ids = prompts()[0].to(device)
+    model = model_of("qwen2").to(device)
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.bias.fill_(1e5)
     with pytest.raises(CacheInputError, match=r"fp16 pages end at 65,504: KVPackCache\(dtype=torch.bfloat16\)"):

@@ -202,7 +202,7 @@ def _attend(
     is_first = layer.index == 0 and not torch.compiler.is_compiling()
     if is_first:
         cache.begin_step(len(query), before)
-    q, k, v = (in_pages_dtype(kv, states) for states in (query, key, value))
+    q, k, v = (in_pages_dtype(kv, states, is_prompt=before == 0) for states in (query, key, value))
     options = {"layer": layer.index, "observe": cache.observes, **options}
     if tokens is None:
         out, _ = attention_with_kv_cache(q, k, v, kv, **options)

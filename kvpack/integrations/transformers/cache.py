@@ -438,7 +438,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         before = layer.columns
         if layer.index == 0:
             self.begin_step(len(key_states), before)
-        k, v = in_pages_dtype(self.kv, key_states), in_pages_dtype(self.kv, value_states)
+        k, v = (in_pages_dtype(self.kv, states, is_prompt=before == 0) for states in (key_states, value_states))
         held = [self.kv.read(layer.index, row) for row in range(self.rows)]
         both = [torch.cat([torch.stack([x[side] for x in held]), new], dim=2) for side, new in enumerate((k, v))]
         self.kv.append(layer.index, k, v)
@@ -487,16 +487,18 @@ def take_announced_mask() -> bool:
     return found
 
 
-def in_pages_dtype(kv: KVCache, states: torch.Tensor) -> torch.Tensor:
+def in_pages_dtype(kv: KVCache, states: torch.Tensor, *, is_prompt: bool) -> torch.Tensor:
     """Keys, values or queries, as pages have them.
 
     Raises:
-        CacheInputError: fp16 is too narrow for them (seen on the CPU alone: elsewhere it would be waited for).
+        CacheInputError: fp16 is too narrow for them; on a GPU, which would be waited for, only those of a prompt are
+            looked at.
     """
     if states.dtype == kv.dtype:
         return states
     cast = states.to(kv.dtype)
-    if kv.dtype == torch.float16 and cast.device.type == "cpu" and not torch.compiler.is_compiling():
+    is_looked_at = is_prompt or cast.device.type == "cpu"
+    if kv.dtype == torch.float16 and is_looked_at and not torch.compiler.is_compiling():
         _require_finite(states, cast)
     return cast
 
