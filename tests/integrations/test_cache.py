@@ -377,7 +377,7 @@ def test_a_compiled_model_takes_no_pads() -> None:
     ids, mask = prompts()
     model = model_of("llama", dtype=torch.bfloat16)
     torch.compiler.reset()
-    with pytest.raises(CacheInputError, match="under torch.compile a KVPackCache takes no attention_mask"):
+    with pytest.raises(CacheInputError, match=r"under torch.compile a KVPackCache takes no attention_mask"):
         logits(torch.compile(model, backend="eager"), ids, KVPackCache(model.config), attention_mask=mask)
     # What the cache has announced to its mask is not left for that of another.
     assert not take_announced_mask()
