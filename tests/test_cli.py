@@ -791,3 +791,11 @@ def test_a_fault_of_its_own_is_no_usage_error(tmp_path: Path, monkeypatch: pytes
     result = CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"])
     assert isinstance(result.exception, KeyError)
     assert result.exit_code == 1
+
+
+def test_an_output_that_is_larger_is_called_so(tmp_path: Path) -> None:
+    save_file({"model.norm.weight": np.ones(4, np.float32)}, tmp_path / "tiny.safetensors")
+    result = run("compress", tmp_path / "tiny.safetensors", "--bits", 4)
+    assert result.exit_code == OK
+    assert "times larger" in result.stdout
+    assert "times smaller" not in result.stdout

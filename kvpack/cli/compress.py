@@ -180,9 +180,10 @@ def compress(
     if report.bits_per_weight is not None:
         coded = f"; coded tensors {report.bits_per_weight:.3f} bits a weight"
         coded += f", noise {shown_number(report.noise_db)} dB" if report.noise_db is not None else ", exact"
+    # A GGUF file has its embedding in few bits; it is kept in 16 here.
+    ratio = f"{report.ratio:.2f} times smaller" if report.ratio >= 1 else f"{1 / report.ratio:.2f} times larger"
     console.print(
-        f"{shown_size(report.input_bytes)} → {shown_size(report.output_bytes)}, {report.ratio:.2f} times smaller"
-        f"{coded}; {report.seconds:.1f} s",
+        f"{shown_size(report.input_bytes)} → {shown_size(report.output_bytes)}, {ratio}{coded}; {report.seconds:.1f} s",
         highlight=False,
     )
     console.print(

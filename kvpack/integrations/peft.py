@@ -24,6 +24,7 @@ from kvpack.integrations.transformers.quantizer import plain_layer, refuse_offlo
 from kvpack.runtime.weights.linear import RansLinear
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
 
 _MERGE = (
@@ -89,16 +90,20 @@ class RansLoraLinear(lora.Linear):
             raise InputError(_MERGE)
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def make_dense(self) -> None:
+    def make_dense(self, dtype: torch.dtype | None = None) -> None:
         """Put a dense copy in the place of the coded base layer; nothing if it is one already."""
         base = self.get_base_layer()
         if isinstance(base, RansLinear):
-            self.base_layer = dense_copy(base)
+            self.base_layer = dense_copy(base, dtype)
             self.fan_in_fan_out = isinstance(self.base_layer, Conv1D)
 
 
-def dense_copy(layer: RansLinear) -> nn.Module:
-    """The layer that the coded one was made from, as dense weights on its device and of the original's dtype.
+def dense_copy(layer: RansLinear, dtype: torch.dtype | None = None) -> nn.Module:
+    """The layer that the coded one was made from, as dense weights on its device.
+
+    Args:
+        layer: the coded layer.
+        dtype: of the weights; that of the original by default.
 
     Returns:
         ``nn.Linear``, or transformers' ``Conv1D`` where the original weight is inputs × outputs.
@@ -106,7 +111,7 @@ def dense_copy(layer: RansLinear) -> nn.Module:
     Raises:
         FormatError, StreamingError, RuntimeError: as of :meth:`kvpack.RansLinear.prepare`.
     """
-    return plain_layer(layer, layer.weight_dtype).requires_grad_(False)
+    return plain_layer(layer, dtype or layer.weight_dtype).requires_grad_(False)
 
 
 def _adapted(model: nn.Module) -> dict[str, RansLoraLinear]:
@@ -119,7 +124,7 @@ def _adapted(model: nn.Module) -> dict[str, RansLoraLinear]:
 
 
 def merge(model: Any, *, safe_merge: bool = False, adapter_names: list[str] | None = None) -> Any:
-    """The base model with the adapters merged into dense copies of the layers that have some.
+    """The base model with the adapters merged into dense copies of the layers that have some, in the model's dtype.
 
     Layers without an adapter stay coded; the adapted ones take the memory of dense weights, one more of them at a
     time. The model is changed in place, as by PEFT's own ``merge_and_unload``.
@@ -145,8 +150,10 @@ def merge(model: Any, *, safe_merge: bool = False, adapter_names: list[str] | No
     adapted = _adapted(model)
     if not adapted:
         raise InputError("no adapter is over coded weights: the model's own merge_and_unload() merges")
+    # A coded layer multiplies in the dtype of its input. A dense one has to have it: the file's may be another one.
+    dtype = getattr(model.get_base_model(), "dtype", None)
     for layer in adapted.values():
-        layer.make_dense()
+        layer.make_dense(dtype)
     return model.merge_and_unload(safe_merge=safe_merge, adapter_names=adapter_names)
 
 

@@ -254,6 +254,21 @@ def test_merged_on_request(coded: Any) -> None:
     torch.testing.assert_close(merged(input_ids=ids()).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_merged_in_the_dtype_of_the_model(dtype: Any, tmp_path: Path) -> None:
+    """The file's may be another one: a bf16 checkpoint that is trained in fp32."""
+    llama(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    kvpack.compress(tmp_path / "bf16", tmp_path / "coded", bits=6)
+    model = adapted(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "coded", dtype=dtype)).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids()).logits
+        merged = merge(model)
+        assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+        # What an adapter adds is rounded into the weights once, in the weights' dtype.
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(merged(input_ids=ids()).logits, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_merging_what_is_not_adapted(coded: Any, dense: Any) -> None:
     with pytest.raises(InputError, match="no adapters of PEFT"):
         merge(coded)
