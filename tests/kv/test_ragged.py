@@ -243,6 +243,20 @@ def test_kernels_give_what_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None
     caches[1].check()
 
 
+def test_a_capture_is_refused_before_rows_are_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Picking copies places to the device, which fails in a capture and leaves torch's random numbers broken."""
+
+    def pick(*_: object) -> None:
+        raise AssertionError("rows are picked")
+
+    cache = make_cache("cpu")
+    x = padded(cache, [1, 1, 1], 3)
+    monkeypatch.setattr(KVCache, "_is_captured", lambda _: True)
+    monkeypatch.setattr(attention, "_rows_of", pick)
+    with pytest.raises(CacheInputError, match="a CUDA graph repeats a call in which all rows bring as many"):
+        attention_with_kv_cache(*x, cache, tokens=[1, 0, 1])
+
+
 @pytest.mark.gpu
 def test_a_graph_takes_equal_numbers_alone() -> None:
     cache = make_cache("cuda")

@@ -436,6 +436,7 @@ def _attend_once(
     columns, tokens, groups = q.shape[2], None, {}
     parts = {columns: q}
     if counts != columns:
+        cache.require_equal_in_graphs(counts)  # before rows are picked, which a capture does not allow
         tokens = [counts] * len(q) if isinstance(counts, int) else counts
         # Rows that bring as many tokens are attended to together.
         groups = rows_by_count(tokens)
