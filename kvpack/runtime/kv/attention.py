@@ -469,7 +469,7 @@ def _rows_of(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 def _on_device(rows: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def _view_of_rows(view: KVView, rows: list[int]) -> KVView:
