@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file
 from tiny_text_model import TEMPLATE, text, write_model, write_tokenizer
 from typer.testing import CliRunner
 
@@ -171,3 +173,14 @@ def test_a_config_of_another_model(model: Path, tmp_path: Path) -> None:
     report = run_json("generate", tmp_path / "coded", "--prompt", "the old house", code=USAGE)
     assert report["error"] == "ModelMismatchError"
     assert "in the file, [192, 64] in the model" in report["message"]
+
+
+def test_missing_weights_are_refused(model: Path, tmp_path: Path) -> None:
+    """What has no weights would be random: an encoder, given to a command that needs a language model's head."""
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    result = run("generate", directory, "--prompt", "a", code=USAGE)
+    assert "has no weights for model.layers.1.mlp.down_proj.weight" in result.stderr

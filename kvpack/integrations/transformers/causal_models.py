@@ -15,12 +15,15 @@ from typing import Any
 import torch
 import transformers
 
+from kvpack.encode.listing import listed
 from kvpack.errors import InputError, KvpackError
 from kvpack.integrations.transformers.cache import KVPackCache
 from kvpack.runtime.weights.linear import RansLinear
 
 CACHE_BITS = (16, 8, 4, 3, 2)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# How many names a message lists.
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ def load_causal_model(
         attention: an attention implementation that transformers knows; its own choice by default.
 
     Raises:
-        InputError: the directory is none, or transformers cannot load a causal language model from it.
+        InputError: the directory is none, or transformers cannot load a causal language model from it, or it has no
+            weights for parts of that model, as an encoder without a language model's head.
         FormatError: the directory is compressed, and damaged.
     """
     if dtype not in DTYPES:
@@ -196,7 +200,14 @@ def load_causal_model(
     if place.type != "cpu":
         options["device_map"] = {"": place}
     with _loading(directory, "a causal language model of it"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, output_loading_info=True, **options
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{directory} has no weights for {listed(missing, _SHOWN)}, which a causal language model of its "
+            "configuration has: they would be random"
+        )
     return model.eval()
 
 
