@@ -199,12 +199,11 @@ def load_causal_model(
         options["attn_implementation"] = attention
     if place.type != "cpu":
         options["device_map"] = {"": place}
-    model: Any
-    report: dict[str, Any]
     with _loading(directory, "a causal language model of it"):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory, local_files_only=True, output_loading_info=True, **options
         )
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"{directory} has no weights for {listed(missing, _SHOWN)}, which a causal language model of its "
