@@ -112,7 +112,7 @@ def require_matplotlib() -> None:
 
 
 def require_transformers(command: str) -> None:
-    """For commands that run models.
+    """For commands that run models, before torch is loaded.
 
     Raises:
         NotInstalledError: torch, transformers or accelerate is not installed.
@@ -124,3 +124,5 @@ def require_transformers(command: str) -> None:
     missing = [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]
     if missing:
         raise NotInstalledError(f"{command} needs {' and '.join(missing)}: pip install 'kvpack[transformers]'")
+    # Read when torch is loaded. Its threads spin while they wait, and keep those that decode from the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -184,3 +186,17 @@ def test_missing_weights_are_refused(model: Path, tmp_path: Path) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     result = run("generate", directory, "--prompt", "a", code=USAGE)
     assert "has no weights for model.layers.1.mlp.down_proj.weight" in result.stderr
+
+
+def test_threads_of_torch_do_not_spin() -> None:
+    """The variable is read when torch is loaded, so that only a process of its own shows it; a user's own counts."""
+    code = (
+        "import os, sys; from kvpack.cli.failures import require_transformers; require_transformers('x');"
+        "assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert found.stdout == expected + "\n"
