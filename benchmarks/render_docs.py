@@ -358,8 +358,8 @@ def long_prompt() -> str:
     return table(headings, [[f"{result['tokens']}", *gigabytes, f"{result['seconds']:.1f}"]]) + gpu_origin(result)
 
 
-def cache_agreement() -> str:
-    result = newest("cache-agreement-books")
+def cache_agreement(model: str) -> str:
+    result = newest(f"cache-agreement-{model}")
     rows = []
     for row in result["rows"]:
         cells = [row["cache"], _number(row["bits"], 2), _number(row["perplexity"]["value"], 2)]
@@ -634,7 +634,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quality-equal-bytes": kv_quality("equal-bytes"),
     "kv-quality-verdicts": kv_quality_verdicts,
     "kv-planning": kv_planning,
-    "cache-agreement": cache_agreement,
+    "cache-agreement": lambda: cache_agreement("books"),
+    "cache-agreement-smollm2": lambda: cache_agreement("smollm2"),
     "same-speed": same_speed,
     "load-checks": load_checks,
     "long-prompt": long_prompt,
