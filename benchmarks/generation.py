@@ -402,9 +402,9 @@ class GenerationBench(BenchRun):
         return decoder
 
     def _eager(self, model: nn.Module, cache: Any, tokens: torch.Tensor, case: Case) -> Decoder:
-        import inspect
+        from kvpack.integrations.transformers.cache import cache_keyword
 
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        name = cache_keyword(model)
         ids = tokens
 
         @torch.no_grad()
@@ -506,13 +506,13 @@ class GenerationBench(BenchRun):
                     self._empty()
 
     def _prefill(self, model: nn.Module, context: int, *, is_kvpack: bool) -> dict[str, Any]:
-        import inspect
 
         from transformers import DynamicCache
 
         from kvpack import KVPackCache
+        from kvpack.integrations.transformers.cache import cache_keyword
 
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        name = cache_keyword(model)
         model.set_attn_implementation("kvpack" if is_kvpack else "sdpa")
         ids = torch.arange(context, device=self.device)[None] % 97 + 3
         found, peak = [], 0

@@ -217,12 +217,16 @@ def plan_at_step(fine: FineHistogram, step: float, layout: Layout, overhead: Ove
     return raw if raw.predicted.bits <= plan.predicted.bits else plan
 
 
+def _least_exponent(fine: FineHistogram) -> float:
+    """log2 of the least step by which the largest value is one that an outlier can have: 14 bits of magnitude."""
+    return float(np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
+
+
 def _solve(fine: FineHistogram, bits: float, layout: Layout, overhead: Overhead, rate_weight: float) -> RatePlan:
     """The smallest step whose predicted rate does not exceed ``bits`` (bisection on its logarithm)."""
     low = np.log2(fine.rms) - (bits - _GAUSSIAN_BITS) - 2.5
     high = low + 7.0
-    # An outlier's magnitude has 14 bits.
-    low = max(low, np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
+    low = max(low, _least_exponent(fine))
     high = max(high, low)
     return _bisect(
         lambda step: plan_at_step(fine, step, layout, overhead, rate_weight),
@@ -335,7 +339,7 @@ def plan_for_noise(
         return min(quiet, key=lambda plan: plan.predicted.bits)
     quietest = np.log2(fine.rms * np.sqrt(12 * limit)) - 1.0
     high = quietest + 2.0
-    low = max(quietest, np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
+    low = max(quietest, _least_exponent(fine))
 
     def plan_of(layout: Layout) -> RatePlan:
         overhead = fixed_bits_per_weight(header_of[layout])

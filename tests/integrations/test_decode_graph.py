@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from generation import CACHE_ARGUMENT
 
 from kvpack import KVPackCache
 from kvpack.errors import CacheFullError, CacheInputError, DeviceError
@@ -49,8 +49,7 @@ def make_batch(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def generated(model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    options = {"max_new_tokens": NEW, "do_sample": False, name: cache, **options}
+    options = {"max_new_tokens": NEW, "do_sample": False, CACHE_ARGUMENT: cache, **options}
     found: torch.Tensor = model.generate(ids, attention_mask=mask, **options)
     return found
 

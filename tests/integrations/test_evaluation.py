@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tiny_text_model import POSITIONS, VOCABULARY, text, write_model, write_tokenizer  # noqa: E402
+from tiny_text_model import POSITIONS, VOCABULARY, text, write_model, write_novel, write_tokenizer  # noqa: E402
 
 from kvpack.encode.progress import Progress  # noqa: E402
 from kvpack.errors import InputError  # noqa: E402
@@ -53,9 +53,7 @@ def other(tmp_path_factory: pytest.TempPathFactory, original: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def novel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "novel.txt"
-    path.write_text(text(seed=1), encoding="utf-8")
-    return path
+    return write_novel(tmp_path_factory.mktemp("text"))
 
 
 def log_probabilities(directory: Path, ids: Any) -> Any:

@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
-from tiny_text_model import TEMPLATE, text, write_model, write_tokenizer
+from tiny_text_model import TEMPLATE, write_model, write_novel, write_tokenizer
 from typer.testing import CliRunner
 
 import kvpack
@@ -34,9 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def novel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "novel.txt"
-    path.write_text(text(seed=1), encoding="utf-8")
-    return path
+    return write_novel(tmp_path_factory.mktemp("text"))
 
 
 def run(*arguments: object, code: int = OK, given: str | None = None) -> Any:

@@ -26,6 +26,13 @@ def text(words: int = 1000, seed: int = 0) -> str:
     return " ".join(random.Random(seed).choices(_WORDS, k=words))
 
 
+def write_novel(directory: Path) -> Path:
+    """A file of other text than what the tokenizer learns from."""
+    path = directory / "novel.txt"
+    path.write_text(text(seed=1), encoding="utf-8")
+    return path
+
+
 def write_tokenizer(directory: Path, *, begins: bool = False, template: str | None = None, learned: str = "") -> None:
     """A byte-level BPE of ``VOCABULARY`` tokens.
 

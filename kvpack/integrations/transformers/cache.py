@@ -16,6 +16,7 @@ returns all keys and values dequantized, which is slow, and pads are stored with
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,11 @@ _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _LAYER_CLASSES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
 
 Mask = npt.NDArray[np.bool_]
+
+
+def cache_keyword(model: Any) -> str:
+    """By what name a model's ``forward``, and ``generate``, take a cache: transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class ColumnCount(int):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import resource
 import sys
@@ -216,12 +215,6 @@ def position_limit(config: Any) -> int | None:
     """The most tokens of a sequence that a configuration allows; None where it names no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def cache_keyword() -> str:
-    """What ``forward`` and ``generate`` call the cache: transformers 5.24 has renamed it."""
-    known = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
 
 
 def weight_memory(model: Any) -> WeightMemory:

@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_utils import PreTrainedModel
 
 from kvpack.errors import CacheFullError, CacheInputError, DeviceError, KvpackError
-from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache
+from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache, cache_keyword
 
 # How many tokens lie between two looks for ends of texts, which wait for the device.
 _STEPS_BETWEEN_LOOKS = 16
@@ -94,10 +94,8 @@ class DecodeGraph:
             )
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
         self.device: torch.device = next(model.parameters()).device
-        parameters = inspect.signature(model.forward).parameters
-        # transformers 5.24 has another name for it, and warns of the former one.
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self._keeps_logits = "logits_to_keep" in parameters
+        self._cache_keyword = cache_keyword(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graph: torch.cuda.CUDAGraph | None = None
         self._has_run = False
         self._longest = 0  # columns, which are at least as many as tokens
@@ -285,7 +283,7 @@ class DecodeGraph:
             )
 
     def _call(self, input_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> Any:
-        options[self._cache_name] = self.cache
+        options[self._cache_keyword] = self.cache
         return self.model(input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=True, **options)
 
     def _forward(self) -> None:

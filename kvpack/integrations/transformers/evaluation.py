@@ -28,10 +28,9 @@ import torch
 from kvpack.encode.progress import Progress
 from kvpack.encode.report import describe
 from kvpack.errors import InputError
-from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache
+from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache, cache_keyword
 from kvpack.integrations.transformers.causal_models import (
     CacheOptions,
-    cache_keyword,
     kv_bytes,
     kv_bytes_16_bit,
     load_causal_model,
@@ -151,7 +150,7 @@ def step_by_step(model: Any, windows: TextWindows, new_cache: Callable[[], Any])
     Args:
         new_cache: makes an empty cache of transformers, which is called for each 16 windows.
     """
-    keyword = cache_keyword()
+    keyword = cache_keyword(model)
     length = windows.ids.shape[1]
     first = length - windows.scored - 1
     for begin in range(0, len(windows.ids), _ROWS):

@@ -12,9 +12,9 @@ import transformers
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from kvpack.errors import InputError
+from kvpack.integrations.transformers.cache import cache_keyword
 from kvpack.integrations.transformers.causal_models import (
     WeightMemory,
-    cache_keyword,
     kv_bytes,
     kv_bytes_16_bit,
     peak_memory_bytes,
@@ -179,7 +179,7 @@ def generate_text(
             max_new_tokens=max_new_tokens,
             pad_token_id=padding,
             streamer=streamer,
-            **{cache_keyword(): cache},
+            **{cache_keyword(model): cache},
             **sampling,
         )
     except KeyboardInterrupt:
