@@ -98,6 +98,7 @@ class Reader:
         self.containers: list[Container] = []
         self._pool = ThreadPool(threads)
         self._where: dict[str, Container] = {}
+        self._infos: dict[str, TensorInfo] = {}
         try:
             self.tree = ModelTree(self.path, components=components, without=without) if tree is None else tree
             for file in self.tree.weight_files:
@@ -159,6 +160,11 @@ class Reader:
         entry = container.coded.get(name)
         if entry is None:
             return None
+        if name not in self._infos:
+            self._infos[name] = self._read_info(name, container, entry)
+        return self._infos[name]
+
+    def _read_info(self, name: str, container: Container, entry: dict[str, Any]) -> TensorInfo:
         try:
             header = container.blob_header(name)
             self._check_shape(name, entry, header)
@@ -200,7 +206,7 @@ class Reader:
             self._check_crc(container, name + SCALE_SUFFIX)
             blob = Blob(container.data(name + BLOB_SUFFIX))
             self._check_shape(name, container.coded[name], blob.header)
-            self._check_scales(name, container, blob.header)
+            self._scales(name, container, blob.header)
             if container.coded[name]["dtype"] in NARROW_DTYPES and blob.tiles["outlier_count"].any():
                 raise ContainerMetadataError("outliers in a tensor that is not quantized")
         except ValueError as error:
@@ -235,7 +241,8 @@ class Reader:
             raise ContainerMetadataError(f"tensor {name!r}: dtype {dtype} with {kind.name} elements")
 
     @staticmethod
-    def _check_scales(name: str, container: Container, header: BlobHeader) -> None:
+    def _scales(name: str, container: Container, header: BlobHeader) -> npt.NDArray[np.float32] | None:
+        """What ``container.scales`` gives, if the header wants so many."""
         scales = container.scales(name)
         quantized = container.coded[name]["dtype"] not in ("I8", "U8")
         needed = header.layout.element_kind.is_integer and quantized
@@ -243,6 +250,7 @@ class Reader:
             raise ScaleError(f"tensor {name!r}: scales are {'missing' if needed else 'not expected'}")
         if scales is not None and len(scales) not in (1, header.matrices * header.rows):
             raise ScaleError(f"tensor {name!r}: {len(scales)} scales for {header.matrices} × {header.rows} rows")
+        return scales
 
     def _check_crc(self, container: Container, stored: str, data: memoryview | None = None) -> None:
         if self.verify and stored not in self._intact:

@@ -121,10 +121,10 @@ def check_tile_bytes(payload: memoryview, tile: np.void, where: str) -> None:
     Raises:
         PayloadCrcError, PaddingError
     """
-    begin, size = int(tile["data_offset"]), int(tile["data_size"])
+    begin, size, *_, given = tile.item()
     crc = zlib.crc32(payload[begin : begin + size])
-    if crc != int(tile["payload_crc32"]):
-        raise PayloadCrcError(f"{where}: payload_crc32 is 0x{int(tile['payload_crc32']):08X}, computed 0x{crc:08X}")
+    if crc != given:
+        raise PayloadCrcError(f"{where}: payload_crc32 is 0x{given:08X}, computed 0x{crc:08X}")
     _check_padding(payload, begin + size, where)
 
 
@@ -189,15 +189,18 @@ class Blob:
         if header.layout.element_kind != ElementKind.SIGNED:
             refuse(OutlierError, tiles["outlier_count"] > 0, "outliers in a tensor that is not signed")
 
-        # Sizes are summed as Python-sized integers: data_offset is u64, and u64 + u32 may wrap.
-        ends = tiles["data_offset"].astype(object) + tiles["data_size"].astype(object)
-        expected = 0
-        for tile, (offset, end) in enumerate(zip(tiles["data_offset"].tolist(), ends, strict=True)):
-            if offset != expected:
-                raise TileBoundsError(f"tile {tile}: data_offset is {offset}, prescribed is {expected}")
-            expected = align(int(end), ALIGNMENT_BYTES)
-        if expected != header.payload_bytes:
-            raise TileBoundsError(f"the tiles end at {expected}, payload_bytes is {header.payload_bytes}")
+        # From the sizes alone, which are u32: so many tiles as fit into memory do not sum up to 2^64.
+        sizes = (tiles["data_size"].astype(np.uint64) + (ALIGNMENT_BYTES - 1)) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        ends = np.cumsum(sizes)
+        prescribed = ends - sizes
+        bad = tiles["data_offset"] != prescribed
+        if bad.any():
+            tile = int(np.argmax(bad))
+            raise TileBoundsError(
+                f"tile {tile}: data_offset is {tiles['data_offset'][tile]}, prescribed is {prescribed[tile]}"
+            )
+        if ends[-1] != header.payload_bytes:
+            raise TileBoundsError(f"the tiles end at {ends[-1]}, payload_bytes is {header.payload_bytes}")
 
     def tile(self, index: int, *, check_crc: bool = True) -> Tile:
         """Validate tile ``index`` and return its parts.

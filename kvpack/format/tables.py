@@ -40,12 +40,13 @@ def pack_tables(tables: Sequence[Frequencies], alphabet_size: int) -> tuple[Tabl
 
 
 def _parse_packed(section: memoryview, num_tables: int, alphabet_size: int) -> list[Frequencies]:
-    # One integer, whose bit i is the section's: shifts find codes in a tenth of the time that lists of bits take.
-    bits, num_bits = int.from_bytes(section, "little"), 8 * len(section)
     tables: list[Frequencies] = []
-    at = 0
+    begin, longest = 0, alphabet_size * (2 * PROBABILITY_BITS + 1) // 8 + 1
     for index in range(num_tables):
-        table = np.zeros(NUM_SYMBOLS, np.uint16)
+        # One integer, whose bit i is the table's: shifts find codes in a tenth of the time that lists of bits take.
+        window = section[begin : begin + longest]
+        bits, num_bits, at = int.from_bytes(window, "little"), 8 * len(window), 0
+        table: list[int] = []
         for symbol in range(alphabet_size):
             rest = bits >> at
             if rest == 0:
@@ -56,13 +57,13 @@ def _parse_packed(section: memoryview, num_tables: int, alphabet_size: int) -> l
             at += 2 * k + 1
             if at > num_bits:
                 raise TableError(f"table {index} runs past the table section")
-            table[symbol] = (1 << k) + (rest >> (k + 1) & ((1 << k) - 1)) - 1
+            table.append((1 << k) + (rest >> (k + 1) & ((1 << k) - 1)) - 1)
         end = align(at, 8)
         if bits >> at & ((1 << (end - at)) - 1):
             raise PaddingError(f"the bits behind table {index} are not zero")
-        at = end
-        tables.append(table)
-    if align(at // 8, ALIGNMENT_BYTES) != len(section) or bits >> at:
+        begin += end // 8
+        tables.append(np.array(table + [0] * (NUM_SYMBOLS - alphabet_size), np.uint16))
+    if align(begin, ALIGNMENT_BYTES) != len(section) or any(section[begin:]):
         raise PaddingError("the bytes behind the last table are not zero, or too many")
     return tables
 

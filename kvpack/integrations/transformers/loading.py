@@ -350,8 +350,13 @@ class CheckpointLoading:
         module._is_hf_initialized = True  # type: ignore[assignment]
 
     def _layer(self, name: str, training: bool) -> RansLinear:
-        """A layer whose weights are still in the file. transformers counts their bytes, and does not look for them."""
+        """A layer whose weights are still in the file. transformers does not look for them.
+
+        It counts their bytes where it plans for several devices, and makes room for them.
+        """
         layer = layer_in_file(self.reader, name)
+        if self.device_map is None or (isinstance(self.device_map, dict) and list(self.device_map) == [""]):
+            layer._buffers |= {BLOB: torch.empty(0, dtype=torch.uint8, device="meta"), SCALE: None}
         layer._non_persistent_buffers_set |= {BLOB, SCALE}
         layer.__class__ = _LayerInFile
         return layer.train(training)

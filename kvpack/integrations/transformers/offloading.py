@@ -51,7 +51,7 @@ class LentWeights(ModelHook):  # type: ignore[misc]
             return home
         host = home.blob[: home.blob_bytes].numpy().data
         coded = padded(home.blob[: home.blob_bytes].to(self.device))
-        return DeviceBlob.from_buffer(coded, home.scales.to(self.device), home.dtype, home.shape, host=host)
+        return DeviceBlob.from_buffer(coded, home.scales, home.dtype, home.shape, host=host)
 
     def pre_forward(self, module: RansLinear, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.home = None if self.reader is not None else module.prepare()

@@ -60,7 +60,7 @@ class DeviceBlob:
         parsed = Blob(host)
         self.header = parsed.header
         self.dtype, self.shape = dtype, tuple(shape)
-        self.blob, self.scales = blob, scales
+        self.blob = blob
         self.blob_bytes = len(host)
         if len(blob) < self.blob_bytes + SLACK_BYTES:
             raise ValueError(
@@ -69,6 +69,7 @@ class DeviceBlob:
         if math.prod(self.shape) != self.header.num_elements:
             raise ValueError(f"shape {self.shape} for {self.header.num_elements} elements")
         check_scales(scales.detach().cpu().numpy(), self.header)
+        self.scales = scales.to(device)
         words = 0
         groups = np.empty((0, 4), np.uint32)
         tables = np.empty((0, 4096), np.uint32)
@@ -110,7 +111,7 @@ class DeviceBlob:
             require_device(target)
         return cls(
             torch.from_numpy(host).to(target),
-            torch.from_numpy(numbers).to(target),
+            torch.from_numpy(numbers),
             dtype,
             shape,
             host.data[: len(view)],
@@ -161,7 +162,7 @@ class DeviceBlob:
         if target == self.device:
             return self
         host = self.blob[: self.blob_bytes].cpu().numpy().data
-        return DeviceBlob(self.blob.to(target), self.scales.to(target), self.dtype, self.shape, host)
+        return DeviceBlob(self.blob.to(target), self.scales, self.dtype, self.shape, host)
 
     def _arguments(self) -> tuple[Any, ...]:
         return self.blob, self.groups, self.tables, self.scales, self.status, self.geometry

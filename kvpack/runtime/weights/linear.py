@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,8 +26,14 @@ SCALE = "weight_kvpack_scale"
 
 def padded_buffer(blob_bytes: int, device: torch.device) -> torch.Tensor:
     """u8 [blob_bytes + slack] of unspecified bytes with slack of zeros: what a blob lies in."""
-    buffer = torch.empty(blob_bytes + SLACK_BYTES, dtype=torch.uint8, device=device)
-    buffer[blob_bytes:].zero_()
+    size_bytes = blob_bytes + SLACK_BYTES
+    if device.type == "cpu":
+        # NumPy asks for huge pages where a buffer is large: first writes to small ones take most of a read's time.
+        buffer = torch.from_numpy(np.empty(size_bytes, np.uint8))
+    else:
+        buffer = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    if not buffer.is_meta:
+        buffer[blob_bytes:].zero_()
     return buffer
 
 
@@ -198,7 +205,8 @@ class RansLinear(nn.Module):
         shape = (in_features, out_features) if transposed else (out_features, in_features)
         layer._set_up(in_features, out_features, dtype, shape, tensor_name)
         device = torch.device(device)
-        layer.register_buffer(BLOB, padded_buffer(blob_bytes, device).zero_()[:blob_bytes])
+        whole = padded_buffer(blob_bytes, device)
+        layer.register_buffer(BLOB, whole[:blob_bytes] if whole.is_meta else whole.zero_()[:blob_bytes])
         scales = torch.zeros(num_scales, dtype=torch.float32, device=device) if num_scales else None
         layer.register_buffer(SCALE, scales)
         layer.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)

@@ -83,12 +83,12 @@ def _named(reader: Reader, name: str) -> Iterator[None]:
         raise
 
 
-def scales_on(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
-    """Checked scales of a coded tensor: f32 [0], [1] or [matrices · rows]."""
-    container = reader.container(name)
-    reader._check_scales(name, container, container.blob_header(name))
-    scales = container.scales(name)
-    return torch.from_numpy(np.empty(0, np.float32) if scales is None else scales).to(device)
+def scales_of(reader: Reader, name: str) -> torch.Tensor:
+    """Checked scales of a coded tensor: f32 [0], [1] or [matrices · rows], on the CPU."""
+    info = reader.info(name)
+    assert info is not None
+    scales = reader._scales(name, reader.container(name), info.header)
+    return torch.empty(0) if scales is None else torch.from_numpy(scales)
 
 
 def device_blob(reader: Reader, name: str, buffer: torch.Tensor, host: memoryview) -> DeviceBlob:
@@ -102,7 +102,7 @@ def device_blob(reader: Reader, name: str, buffer: torch.Tensor, host: memoryvie
     """
     info = reader.info(name)
     assert info is not None
-    scales = scales_on(reader, name, buffer.device)
+    scales = scales_of(reader, name)
     with _named(reader, name):
         return DeviceBlob.from_buffer(buffer, scales, TORCH_DTYPES[info.dtype], info.shape, host=host)
 
@@ -266,6 +266,35 @@ def _allocate(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
     return torch.empty(kept_shape(tensor), dtype=dtype, device=device)
 
 
+def _coded_bytes(reader: Reader, names: Iterable[str], wait: Callable[[str], None]) -> Iterator[memoryview]:
+    """The blobs' bytes in the host's memory, read ahead by the reader's threads while few wait to be taken.
+
+    Args:
+        wait: until a blob is worth reading.
+    """
+    ahead: deque[tuple[Future[memoryview], int]] = deque()
+    ahead_bytes = 0
+
+    def read(name: str) -> memoryview:
+        wait(name)
+        return reader.container(name).data(name + BLOB_SUFFIX)
+
+    try:
+        for name in names:
+            size_bytes = stored_bytes(reader, name)
+            while ahead and ahead_bytes + size_bytes > _MAX_PENDING_BYTES:
+                reading, taken_bytes = ahead.popleft()
+                ahead_bytes -= taken_bytes
+                yield reading.result()
+            ahead.append((reader._executor.submit(read, name), size_bytes))
+            ahead_bytes += size_bytes
+        while ahead:
+            yield ahead.popleft()[0].result()
+    finally:
+        for reading, _ in ahead:
+            reading.cancel()
+
+
 def _reserve(size_bytes: int, device: torch.device) -> None:
     """Let the allocator get one segment to carve tensors from: hundreds of cudaMalloc take longer than the copies."""
     spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -313,20 +342,26 @@ def load_tensors(
         Uploader(device, progress=progress) as uploader,
     ):
         upload = uploader.submit(pieces, begin=uploader.after_current_work())
+        numbers = {name: number for number, name in enumerate(order)}
+        coded = [name for name in order if name in pieces_of[name].coded]
+        # The host reads the file, too: behind the readers, it need not wait for the disk.
+        hosts = _coded_bytes(reader, coded, lambda name: upload.wait_piece(numbers[name]))
         for number, name in enumerate(order):
             loaded[name] = buffers[name]
-            coded = name in pieces_of[name].coded
-            if not coded and (checks is None or not checks.covers(name)):
+            is_coded = name in pieces_of[name].coded
+            if not is_coded and (checks is None or not checks.covers(name)):
                 continue
-            # The host reads the file, too: behind the readers, it need not wait for the disk.
-            upload.wait_piece(number)
-            host = pieces[number].target.numpy().data if device.type == "cpu" else None
-            if not coded:
+            host = None
+            if device.type == "cpu" or not is_coded:
+                upload.wait_piece(number)
+            if device.type == "cpu":
+                host = pieces[number].target.numpy().data
+            if not is_coded:
                 assert checks is not None
                 checks.add(name, host)
                 continue
             if host is None:
-                host = pieces_of[name].data(stored_name(reader, name))
+                host = next(hosts)
             with checks.around(name, host) if checks else nullcontext():
                 loaded[name] = device_blob(reader, name, buffers[name], host)
         upload.wait()

@@ -38,7 +38,7 @@ from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Upload, Uploader, side_stream
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
 from kvpack.runtime.weights.linear import BLOB, SCALE, RansLinear
-from kvpack.runtime.weights.load import CrcChecks, scales_on
+from kvpack.runtime.weights.load import CrcChecks, scales_of
 
 if TYPE_CHECKING:
     import os
@@ -307,11 +307,11 @@ class LayerStream:
         if member.piece is not None:
             assert reader is not None
             assert name is not None
-            scales = scales_on(reader, name, self.device)
+            scales = scales_of(reader, name)
         elif linear.weight_kvpack_scale is not None:
-            scales = linear.weight_kvpack_scale.to(self.device)
+            scales = linear.weight_kvpack_scale
         else:
-            scales = torch.empty(0, dtype=torch.float32, device=self.device)
+            scales = torch.empty(0)
         if layer.host is not None:
             host = layer.host[member.offset : member.offset + member.blob_bytes].numpy().data
         else:

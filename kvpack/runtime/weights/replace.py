@@ -510,12 +510,12 @@ def layer_in_file(reader: Reader, name: str) -> RansLinear:
     """A layer whose weights stay in the file until a LayerStream takes it."""
     info = reader.info(name)
     assert info is not None
-    scales = reader.container(name).scales(name)
+    scales = reader.container(name).tensors.get(name + SCALE_SUFFIX)
     return RansLinear.empty(
         info.header.cols,
         info.header.rows,
         info.blob_bytes,
-        0 if scales is None else len(scales),
+        0 if scales is None else scales.shape[0],
         False,
         TORCH_DTYPES[info.dtype],
         "meta",
