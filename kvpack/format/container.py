@@ -48,7 +48,7 @@ SCALE_SUFFIX = "_kvpack_scale"
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 1 << 18  # in one file; a reader's own limit (FORMAT.md §10)
 _DATA_ALIGNMENT_BYTES = 64
-_COPY_BYTES = 1 << 24
+_COPY_BYTES = 1 << 20  # memory of that size is used again, and in the cache yet when it is
 _ENDINGS = ("data", "tmp")
 MAX_DIMENSIONS = 64  # NumPy's
 _MAX_EMPTY_EXTENT = 1 << 58  # NumPy's is 2^63 bytes, zeros left out
@@ -310,7 +310,7 @@ class Container:
         return self.read(name, 0, self.tensors[name].size_bytes)
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a stored tensor in parts of at most 16 MiB, so that they are never in memory as a whole."""
+        """The bytes of a stored tensor in parts of at most 1 MiB, so that they are never in memory as a whole."""
         size = self.tensors[name].size_bytes
         for begin in range(0, size, _COPY_BYTES):
             yield self.read(name, begin, min(begin + _COPY_BYTES, size))

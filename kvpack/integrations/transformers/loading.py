@@ -355,7 +355,7 @@ class CheckpointLoading:
         It counts their bytes where it plans for several devices, and makes room for them.
         """
         layer = layer_in_file(self.reader, name)
-        if self.device_map is None or (isinstance(self.device_map, dict) and list(self.device_map) == [""]):
+        if self.device_map is None or (list(self.device_map) == [""] and self._home("") != "disk"):
             layer._buffers |= {BLOB: torch.empty(0, dtype=torch.uint8, device="meta"), SCALE: None}
         layer._non_persistent_buffers_set |= {BLOB, SCALE}
         layer.__class__ = _LayerInFile

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn, Self
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,12 +25,7 @@ SCALE = "weight_kvpack_scale"
 
 def padded_buffer(blob_bytes: int, device: torch.device) -> torch.Tensor:
     """u8 [blob_bytes + slack] of unspecified bytes with slack of zeros: what a blob lies in."""
-    size_bytes = blob_bytes + SLACK_BYTES
-    if device.type == "cpu":
-        # NumPy asks for huge pages where a buffer is large: first writes to small ones take most of a read's time.
-        buffer = torch.from_numpy(np.empty(size_bytes, np.uint8))
-    else:
-        buffer = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    buffer = torch.empty(blob_bytes + SLACK_BYTES, dtype=torch.uint8, device=device)
     if not buffer.is_meta:
         buffer[blob_bytes:].zero_()
     return buffer

@@ -21,6 +21,7 @@ from kvpack.errors import FormatError, InputError, TensorTableError
 from kvpack.format.blob import TILE_METADATA, Blob, check_tile_bytes
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container, StoredTensor
 from kvpack.format.header import HEADER_BYTES, BlobHeader
+from kvpack.format.layout import align
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Uploader
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
@@ -56,6 +57,7 @@ _PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Torch's allocator takes larger requests from its pool of large segments, cut into multiples of these blocks.
 _LARGE_BYTES = 1 << 20
 _BLOCK_BYTES = 512
+_HOST_BLOCK_BYTES = 32 << 20
 # So many tiles (of some 70 KB) are checked by one thread at once: large tensors are shared, small ones are not split.
 _TILES_A_CHECK = 64
 # Bytes that may wait for their checks beside one tensor's: reading is faster, and what was read is held meanwhile.
@@ -266,6 +268,24 @@ def _allocate(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
     return torch.empty(kept_shape(tensor), dtype=dtype, device=device)
 
 
+def _host_buffers(blob_bytes: list[int]) -> list[torch.Tensor]:
+    """What :func:`padded_buffer` gives on the CPU, several in a block of memory, which stays as long as one of them.
+
+    NumPy asks for huge pages where memory is large: page by page, first writes take most of a read's time.
+    """
+    sizes = [align(size + SLACK_BYTES, _BLOCK_BYTES) for size in blob_bytes]
+    buffers: list[torch.Tensor] = []
+    while len(buffers) < len(sizes):
+        ends = np.cumsum(sizes[len(buffers) :])
+        count = max(1, int(np.searchsorted(ends, _HOST_BLOCK_BYTES, side="right")))
+        block = np.empty(ends[count - 1], np.uint8)
+        for size, end in zip(blob_bytes[len(buffers) :], ends[:count], strict=False):
+            begin = end - sizes[len(buffers)]
+            block[begin + size : begin + size + SLACK_BYTES] = 0
+            buffers.append(torch.from_numpy(block[begin : begin + size + SLACK_BYTES]))
+    return buffers
+
+
 def _coded_bytes(reader: Reader, names: Iterable[str], wait: Callable[[str], None]) -> Iterator[memoryview]:
     """The blobs' bytes in the host's memory, read ahead by the reader's threads while few wait to be taken.
 
@@ -331,7 +351,12 @@ def load_tensors(
     if device.type == "cuda":
         sizes = [stored_bytes(reader, name) for name in order]
         _reserve(sum(size + _BLOCK_BYTES + SLACK_BYTES for size in sizes if size >= _LARGE_BYTES), device)
-    buffers = {name: _allocate(reader, name, device) for name in order}
+    if device.type == "cpu":
+        blob_bytes = {name: stored_bytes(reader, name) for name in order if name in pieces_of[name].coded}
+        buffers = dict(zip(blob_bytes, _host_buffers(list(blob_bytes.values())), strict=True))
+    else:
+        buffers = {}
+    buffers |= {name: _allocate(reader, name, device) for name in order if name not in buffers}
     pieces = [
         piece_of(container, stored_name(reader, name), buffers[name].reshape(-1).view(torch.uint8))
         for name, container in ((name, pieces_of[name]) for name in order)
