@@ -15,7 +15,11 @@ from kvpack.format.layout import (
     PROBABILITY_BITS,
     TableEncoding,
     align,
+    ceil_div,
 )
+
+_MAX_CODE_BITS = 2 * PROBABILITY_BITS + 1
+_CODE_MASK = (1 << _MAX_CODE_BITS) - 1
 
 Frequencies = npt.NDArray[np.uint16]  # [256], sum 4096
 
@@ -41,23 +45,27 @@ def pack_tables(tables: Sequence[Frequencies], alphabet_size: int) -> tuple[Tabl
 
 def _parse_packed(section: memoryview, num_tables: int, alphabet_size: int) -> list[Frequencies]:
     tables: list[Frequencies] = []
-    begin, longest = 0, alphabet_size * (2 * PROBABILITY_BITS + 1) // 8 + 1
+    begin, longest = 0, ceil_div(alphabet_size * _MAX_CODE_BITS, 8)
     for index in range(num_tables):
         # One integer, whose bit i is the table's: shifts find codes in a tenth of the time that lists of bits take.
         window = section[begin : begin + longest]
         bits, num_bits, at = int.from_bytes(window, "little"), 8 * len(window), 0
         table: list[int] = []
         for symbol in range(alphabet_size):
-            rest = bits >> at
-            if rest == 0:
-                raise TableError(f"table {index} runs past the table section")
+            rest = bits >> at & _CODE_MASK
+            if rest & 1:  # the code of 0, which most symbols have
+                table.append(0)
+                at += 1
+                continue
             k = (rest & -rest).bit_length() - 1
-            if k > PROBABILITY_BITS:
-                raise TableError(f"table {index}, symbol {symbol}: a code of {k} leading zeros")
+            if not 0 < k <= PROBABILITY_BITS:
+                if not bits >> at:
+                    raise TableError(f"table {index} runs past the table section")
+                raise TableError(f"table {index}, symbol {symbol}: more than {PROBABILITY_BITS} leading zeros")
             at += 2 * k + 1
-            if at > num_bits:
-                raise TableError(f"table {index} runs past the table section")
             table.append((1 << k) + (rest >> (k + 1) & ((1 << k) - 1)) - 1)
+        if at > num_bits:
+            raise TableError(f"table {index} runs past the table section")
         end = align(at, 8)
         if bits >> at & ((1 << (end - at)) - 1):
             raise PaddingError(f"the bits behind table {index} are not zero")

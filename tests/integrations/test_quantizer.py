@@ -332,6 +332,12 @@ def test_disk_offload(
         assert torch.equal(model_of.logits(model), expected)
 
 
+def test_all_on_disk(directories: Callable[[str], Directories], tmp_path: Path) -> None:
+    model_of = directories("llama tied")
+    model = model_of.load(device_map={"": "disk"}, offload_folder=tmp_path, offload_buffers=True)
+    assert torch.equal(model_of.logits(model), model_of.logits(model_of.load()))
+
+
 def spoil(path: Path, stored: str, offset: int) -> None:
     with kvpack.open(path) as reader:
         container = reader.containers[0]

@@ -408,6 +408,34 @@ def test_few_bytes_wait_for_their_checks(path: Path, monkeypatch: pytest.MonkeyP
         assert added == checked > 4 * limit
 
 
+def test_few_bytes_are_read_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with kvpack.open(path) as reader:
+        names = [name for name in reader if reader.info(name)] * 2
+        sizes = [load_module.stored_bytes(reader, name) for name in names]
+        limit = 2 * max(sizes)
+        monkeypatch.setattr(load_module, "_MAX_PENDING_BYTES", limit)
+        waited: list[str] = []
+        taken = 0
+        for name, host in zip(names, load_module._coded_bytes(reader, names, waited.append), strict=True):
+            assert host == reader.container(name).data(name + "_kvpack")
+            taken += len(host)
+            assert sum(sizes[: len(waited)]) - taken <= limit
+        assert sorted(waited) == sorted(names)
+        assert taken == sum(sizes) > 2 * limit
+
+
+def test_host_buffers_share_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a tensor of its own all the same, with room for slack, and none lies in another's."""
+    monkeypatch.setattr(load_module, "_HOST_BLOCK_BYTES", 20_000)
+    sizes = [100, 50_000, 7_000, 1, 4_096, 12_345]
+    buffers = load_module._host_buffers(sizes)
+    assert [len(buffer) for buffer in buffers] == [size + SLACK_BYTES for size in sizes]
+    assert [buffer.untyped_storage().nbytes() for buffer in buffers] == [len(buffer) for buffer in buffers]
+    for number, buffer in enumerate(buffers):
+        buffer.fill_(number)
+    assert all((buffer == number).all() for number, buffer in enumerate(buffers))
+
+
 def check_all(reader: Reader, names: list[str]) -> None:
     with CrcChecks(reader) as checks:
         for name in names:
