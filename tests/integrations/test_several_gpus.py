@@ -165,6 +165,11 @@ def test_a_pass_that_failed_on_the_second_device(split: Split, monkeypatch: pyte
         cache.reset()
         assert torch.equal(logits(model, ids, cache, **padded), want)
         assert [kv.num_layers for kv in cache.kvs] == [2, 2]
+    monkeypatch.setattr(cache.kvs[1], "select_sequences", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+    with pytest.raises(CacheInputError, match=r"some layers of the cache hold its tokens: reset\(\)"):
+        logits(model, ids[:, :1], cache, attention_mask=longer)
 
 
 def test_what_is_seen_of_a_mask_goes_to_other_devices_with_it() -> None:
