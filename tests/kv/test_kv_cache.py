@@ -24,6 +24,7 @@ from kvpack.runtime.kv.cache import KVCache  # noqa: E402
 from kvpack.runtime.kv.page_pools import PageInfo, PageOwner  # noqa: E402
 
 LAYERS, HEADS, HEAD_DIM, SEQUENCES, MAX_TOKENS = 2, 2, 16, 3, 64 * 20
+INT4, INT8 = PageFormat.INT4, PageFormat.INT8
 FULL = HEADS * HEAD_DIM * 64 * 2
 Place = tuple[int, int, int, int]  # layer, side, sequence, index
 
@@ -620,6 +621,48 @@ def test_tables_grow_by_need() -> None:
     assert cache.length(0, 1) == 64 * 64 + 1
     cache.reallocate()
     cache.check()
+
+
+@pytest.mark.parametrize(
+    "options", [{"budget": 0.3}, {"formats": [(INT4, INT8), (INT8, INT4)]}], ids=["budget", "formats"]
+)
+def test_a_cache_that_keeps_its_first_layers_is_one_of_so_many(options: dict[str, Any]) -> None:
+    """Also when tables grow, and when bytes are divided anew."""
+    formats = options.get("formats")
+    more = {"formats": [*formats, (INT4, INT4)]} if formats else options
+    caches = [
+        KVCache(layers, HEADS, HEAD_DIM, 64 * 100, device="cpu", max_sequences=SEQUENCES, slab_bytes=1, **given)
+        for layers, given in ((2, options), (3, more))
+    ]
+    for layer in range(2):
+        for cache in caches:
+            cache.append(layer, *random_tokens(cache, SEQUENCES, 500, layer))
+    with pytest.raises(CacheInputError, match="1 of 3 layers cannot be kept alone: others hold tokens"):
+        caches[1].keep_layers(1)
+    for count in (0, 4):
+        with pytest.raises(CacheInputError, match=f"{count} layers cannot be kept; there are 3"):
+            caches[1].keep_layers(count)
+    caches[1].keep_layers(2)
+    states = []
+    for cache in caches:
+        found = states.append([]) or states[-1]
+        cache.observe(1, torch.full((SEQUENCES, 2, 8), 0.1).cumsum(-1))
+        found += [str(cache), cache.estimate_memory_mb(), cache.average_bits(), cache.reallocate(), state(cache)]
+        fill(cache, 90, 30)
+        cache.truncate(0, 400)
+        cache.select_sequences([1, 0, 0])
+        found.append(state(cache))
+        for layer in range(2):
+            cache.append(layer, *random_tokens(cache, 1, 64 * 80, layer), [1])
+        assert cache.average_bits() < 9
+        found += [cache.reallocate(), state(cache), cache.elements]
+        cache.free(1)
+        cache.plan(1)
+        found.append(cache.table.lengths.tolist())
+        with pytest.raises(CacheInputError, match="layer is 2; there are 2"):
+            cache.length(2, 0)
+    assert states[0] == states[1]
+    assert states[0][-2] == 2 * 2 * (590 + 400 + 64 * 80 + 400) * HEADS * HEAD_DIM
 
 
 def test_tables_that_graphs_hold_do_not_grow() -> None:

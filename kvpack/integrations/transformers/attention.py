@@ -35,7 +35,7 @@ _SOME_WINDOW = -1
 
 
 class _Seen(NamedTuple):
-    """What a mask says, on the host; the tensor that goes through the model carries it as an attribute.
+    """What a mask says, on the host; the tensor that goes through the model carries it as the attribute kvpack_seen.
 
     Attributes:
         tokens: [rows, new columns]: which ones are tokens; None: all.
@@ -44,6 +44,15 @@ class _Seen(NamedTuple):
 
     tokens: Mask | None
     window: int | None
+
+
+class _Carrier(torch.Tensor):
+    """An empty mask with what was seen. accelerate sends it to each layer's device; an empty one may lie anywhere."""
+
+    kvpack_seen: _Seen
+
+    def to(self, *args: Any, **kwargs: Any) -> _Carrier:  # type: ignore[override]
+        return self
 
 
 def mask_for_kvpack(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -74,8 +83,8 @@ def mask_for_kvpack(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         tokens = None if tokens.all() else tokens
     if tokens is None and window is None:
         return None
-    carrier = torch.empty(0, dtype=torch.bool, device=kwargs.get("device", "cpu"))
-    carrier.kvpack_seen = _Seen(tokens, window)  # type: ignore[attr-defined]
+    carrier = torch.empty(0, dtype=torch.bool, device=kwargs.get("device", "cpu")).as_subclass(_Carrier)
+    carrier.kvpack_seen = _Seen(tokens, window)
     return carrier
 
 
@@ -198,14 +207,14 @@ def _attend(
     tokens: Mask | None,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    cache, kv = layer.cache, layer.cache.kv
+    cache, kv = layer.cache, layer.kv
     assert kv is not None
     before, new = layer.columns, query.shape[2]
     is_first = layer.index == 0 and not torch.compiler.is_compiling()
     if is_first:
         cache.begin_step(len(query), before)
     q, k, v = (in_pages_dtype(kv, states, is_prompt=before == 0) for states in (query, key, value))
-    options = {"layer": layer.index, "observe": cache.observes, **options}
+    options = {"layer": layer.kv_layer, "observe": cache.observes, **options}
     if tokens is None:
         out, _ = attention_with_kv_cache(q, k, v, kv, **options)
     else:

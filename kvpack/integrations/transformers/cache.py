@@ -17,10 +17,11 @@ returns all keys and values dequantized, which is slow, and pads are stored with
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +71,7 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
 
     Attributes:
         cache, index: which layer of which cache.
+        kv, kv_layer: where its pages are: which layer of which :class:`~kvpack.KVCache`; None before the first tokens.
         columns: padded columns that the cache holds; tokens may be fewer.
         pending: new keys and values, which wait for the attention function.
     """
@@ -83,12 +85,14 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
     def __init__(self, cache: KVPackCache, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache, self.index = cache, index
+        self.kv: KVCache | None = None
+        self.kv_layer = index
         self.columns = 0
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.compiler.disable
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.cache.prepare(key_states, value_states)
+        self.kv, self.kv_layer = self.cache.prepare(self.index, key_states, value_states)
         self.is_initialized = True
 
     def update(
@@ -180,6 +184,14 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
     prefetch = offload
 
 
+class _Part(NamedTuple):
+    """Layers that follow one another on one device: the first of them, and their pages."""
+
+    first: int
+    device: torch.device
+    kv: KVCache
+
+
 class KVPackCache(Cache):  # type: ignore[misc]
     """Keys and values of a causal language model in kvpack's pages: 16 bits, or a quarter of that, or by importance.
 
@@ -197,8 +209,10 @@ class KVPackCache(Cache):  # type: ignore[misc]
         dtype: of 16-bit pages, fp16 or bf16. None: the model's, and fp16 for one in fp32.
         policy, max_bytes: as of :class:`~kvpack.KVCache`.
 
+    Of a model on several devices, layers that follow one another on one of them have a :class:`~kvpack.KVCache` to
+    themselves, and ``budget`` and ``max_bytes`` are those of each.
+
     Attributes:
-        kv: the :class:`~kvpack.KVCache`; None before the first tokens.
         rows: of the batch.
 
     Raises:
@@ -246,7 +260,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         }
         # What is wrong with the options shall be known before the first token.
         KVCache(text.num_hidden_layers, 1, 64, dtype=_pages_dtype(dtype, torch.float16), device="cpu", **self._options)
-        self.kv: KVCache | None = None
+        self._parts: list[_Part] = []
         self.rows = 0
         # [rows, columns]: which columns are tokens; None: all.
         self._tokens: Mask | None = None
@@ -255,7 +269,27 @@ class KVPackCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[KVPackLayer(self, index) for index in range(text.num_hidden_layers)])
 
     def __repr__(self) -> str:
-        return f"KVPackCache({self.get_seq_length()} columns; {self.kv if self.kv is not None else 'no tokens yet'})"
+        held = "; ".join(map(str, self.kvs)) or "no tokens yet"
+        return f"KVPackCache({self.get_seq_length()} columns; {held})"
+
+    @property
+    def kvs(self) -> list[KVCache]:
+        """The caches of pages, in the order of their layers; none before the first tokens."""
+        return [part.kv for part in self._parts]
+
+    @property
+    def kv(self) -> KVCache | None:
+        """The :class:`~kvpack.KVCache` of all layers; None before the first tokens.
+
+        Raises:
+            CacheInputError: layers lie on several devices, and there are several.
+        """
+        if len(self._parts) > 1:
+            raise CacheInputError(
+                f"the model's layers lie on several devices ({', '.join(str(part.device) for part in self._parts)}), "
+                "with a KVCache each, KVPackCache.kvs; DecodeGraph takes one alone"
+            )
+        return self._parts[0].kv if self._parts else None
 
     def is_read_elsewhere(self) -> bool:
         """Whether the model's attention function is another than "kvpack"."""
@@ -266,15 +300,35 @@ class KVPackCache(Cache):  # type: ignore[misc]
         global _announced
         _announced = not self.is_read_elsewhere()
 
-    def prepare(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make the pages' cache, for the first keys and values.
+    def prepare(self, layer: int, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[KVCache, int]:
+        """The pages' cache for a layer's first keys and values, and which of its layers that is.
+
+        Where the layers behind lie is not known before their keys come. So a new cache is for all of them, and gives
+        up those that turn out to lie elsewhere.
 
         Raises:
             CacheInputError: pages cannot hold such keys and values.
         """
-        if self.kv is not None:
-            self._check_shapes(self.kv, key_states, value_states)
-            return
+        device = _device_of(layer, key_states)
+        last = self._parts[-1] if self._parts else None
+        if last is not None:
+            self._check_shapes(last.kv, key_states, value_states)
+            if device == last.device:
+                return last.kv, layer - last.first
+        made = self._made(len(self.layers) - layer, key_states, value_states)
+        if last is not None:
+            last.kv.keep_layers(layer - last.first)
+        else:
+            self.rows = len(key_states)
+        self._parts.append(_Part(layer, device, made))
+        return made, 0
+
+    def _made(self, num_layers: int, key_states: torch.Tensor, value_states: torch.Tensor) -> KVCache:
+        """A cache for the last layers, as many as that.
+
+        Raises:
+            CacheInputError: pages cannot hold such keys and values.
+        """
         rows, heads, _, head_dim = key_states.shape
         if value_states.shape != key_states.shape:
             raise CacheInputError(
@@ -291,16 +345,16 @@ class KVPackCache(Cache):  # type: ignore[misc]
                 f"KVPackCache: the model is in {key_states.dtype}, pages are in {dtype} (KVPackCache(dtype=…) chooses)",
                 stacklevel=2,
             )
-        self.kv = KVCache(
-            len(self.layers),
+        formats = self._options["formats"]
+        return KVCache(
+            num_layers,
             heads,
             head_dim,
             max_sequences=max(rows, self._max_sequences or 1),
             dtype=dtype,
             device=key_states.device,
-            **self._options,
+            **self._options | {"formats": formats[-num_layers:] if isinstance(formats, Sequence) else formats},
         )
-        self.rows = rows
 
     def _check_shapes(self, kv: KVCache, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         for name, states in (("keys", key_states), ("values", value_states)):
@@ -309,11 +363,6 @@ class KVPackCache(Cache):  # type: ignore[misc]
                 raise CacheInputError(
                     f"{name} have {heads} heads of {head_dim} in one layer, {kv.num_kv_heads} of {kv.head_dim} in "
                     "another; kvpack's pages need the same in all layers: use another cache"
-                )
-            if states.device != kv.device:
-                raise CacheInputError(
-                    f"{name} of one layer are on {states.device}, of another on {kv.device}; KVPackCache needs all "
-                    "layers on one device"
                 )
 
     @property
@@ -326,19 +375,20 @@ class KVPackCache(Cache):  # type: ignore[misc]
         return self._budget is not None
 
     def memory_mb(self) -> float:
-        """Device memory in MB (10^6 bytes)."""
-        return 0.0 if self.kv is None else self.kv.estimate_memory_mb()
+        """Memory in MB (10^6 bytes), of all devices."""
+        return sum(kv.estimate_memory_mb() for kv in self.kvs)
 
     def average_bits(self) -> float:
         """Bits of pages for an element of K and V, all that pages need counted; 0.0 of an empty cache."""
-        return 0.0 if self.kv is None else self.kv.average_bits()
+        elements = sum(kv.elements for kv in self.kvs)
+        return 8 * sum(kv.pools.bytes_in_use for kv in self.kvs) / elements if elements else 0.0
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
-        if self.kv is not None:
-            for row in range(self.kv.max_sequences):
-                self.kv.free(row)
+        for kv in self.kvs:
+            for row in range(kv.max_sequences):
+                kv.free(row)
         self._tokens, self._steps = None, 0
 
     # Columns and rows -------------------------------------------------------------------------------------------------
@@ -349,25 +399,26 @@ class KVPackCache(Cache):  # type: ignore[misc]
         Raises:
             CacheInputError: other rows than the cache has; a forward pass has failed, and some layers have its tokens.
         """
-        assert self.kv is not None
         layers: Any = self.layers
-        lengths = self.kv.table.lengths
+        kvs = self.kvs
+        lengths = np.concatenate([kv.table.lengths for kv in kvs])
         if any(layer.columns != before for layer in layers) or (lengths != lengths[0]).any():
             raise CacheInputError(
                 "a forward pass has failed half-way, and some layers of the cache hold its tokens: reset() the cache"
             )
         if rows != self.rows:
-            if before or rows > self.kv.max_sequences:
+            if before or rows > kvs[0].max_sequences:
                 raise CacheInputError(
                     f"a batch of {rows} rows has come, and the cache holds {before} columns of {self.rows} rows, with "
-                    f"room for {self.kv.max_sequences}: make another cache (KVPackCache(max_sequences=…)), or reset()"
+                    f"room for {kvs[0].max_sequences}: make another cache (KVPackCache(max_sequences=…)), or reset()"
                 )
             self.rows = rows
         if self._budget is None:
             return
         self._steps += 1
         if self._steps % _STEPS_BETWEEN_REALLOCATIONS == 0:
-            self.kv.reallocate()
+            for kv in kvs:
+                kv.reallocate()
 
     def add_columns(self, before: int, new: int, tokens: Mask | None) -> None:
         """Behind ``before`` columns ``new`` ones, of which those of ``tokens`` [rows, new] are stored; None: all."""
@@ -414,11 +465,13 @@ class KVPackCache(Cache):  # type: ignore[misc]
 
         Raises:
             CacheFullError: no room for the tokens; nothing has changed then.
+            CacheInputError: layers on several devices.
         """
-        assert self.kv is not None
+        kv = self.kv
+        assert kv is not None
         before = self.get_seq_length()
         self.begin_step(self.rows, before)
-        self.kv.plan(1, range(self.rows))
+        kv.plan(1, range(self.rows))
         self.add_columns(before, 1, None)
         layers: Any = self.layers
         for layer in layers:
@@ -428,7 +481,8 @@ class KVPackCache(Cache):  # type: ignore[misc]
         self, layer: KVPackLayer, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """For any other attention function: everything dequantized, [rows, heads, columns, head_dim], pads included."""
-        assert self.kv is not None
+        kv = layer.kv
+        assert kv is not None
         if not self._has_warned:
             warnings.warn(
                 f"KVPackCache: attn_implementation is {self._config._attn_implementation!r}, so all pages are "
@@ -444,20 +498,19 @@ class KVPackCache(Cache):  # type: ignore[misc]
         before = layer.columns
         if layer.index == 0:
             self.begin_step(len(key_states), before)
-        k, v = (in_pages_dtype(self.kv, states, is_prompt=before == 0) for states in (key_states, value_states))
-        held = [self.kv.read(layer.index, row) for row in range(self.rows)]
+        k, v = (in_pages_dtype(kv, states, is_prompt=before == 0) for states in (key_states, value_states))
+        held = [kv.read(layer.kv_layer, row) for row in range(self.rows)]
         both = [torch.cat([torch.stack([x[side] for x in held]), new], dim=2) for side, new in enumerate((k, v))]
-        self.kv.append(layer.index, k, v)
+        kv.append(layer.kv_layer, k, v)
         layer.columns += k.shape[2]
         return both[0].to(key_states.dtype), both[1].to(value_states.dtype)
 
     def crop_columns(self, count: int) -> None:
         """Forget the last columns, in all layers."""
-        kv = self.kv
-        if kv is None:
+        if not self._parts:
             return
         gone = np.full(self.rows, count) if self._tokens is None else self._tokens[:, -count:].sum(axis=1)
-        for row, tokens in enumerate(gone.tolist()):
+        for kv, (row, tokens) in itertools.product(self.kvs, enumerate(gone.tolist())):
             if tokens:
                 kv.truncate(row, max(kv.length(0, row) - tokens, 0))
         if self._tokens is not None:
@@ -469,15 +522,16 @@ class KVPackCache(Cache):  # type: ignore[misc]
         Raises:
             CacheInputError: more rows than there is room for.
         """
-        kv = self.kv
-        if kv is None or list(rows) == list(range(self.rows)):
+        kvs = self.kvs
+        if not kvs or list(rows) == list(range(self.rows)):
             return
-        if len(rows) > kv.max_sequences:
+        if len(rows) > kvs[0].max_sequences:
             raise CacheInputError(
-                f"{len(rows)} rows are wanted, and the cache has room for {kv.max_sequences}: make it with "
+                f"{len(rows)} rows are wanted, and the cache has room for {kvs[0].max_sequences}: make it with "
                 f"KVPackCache(max_sequences={len(rows)})"
             )
-        kv.select_sequences(rows)
+        for kv in kvs:
+            kv.select_sequences(rows)
         self.rows = len(rows)
         if self._tokens is not None:
             self._tokens = self._tokens[list(rows)]
@@ -491,6 +545,11 @@ def take_announced_mask() -> bool:
     global _announced
     found, _announced = _announced, False
     return found
+
+
+def _device_of(layer: int, states: torch.Tensor) -> torch.device:
+    """Where a layer runs."""
+    return states.device
 
 
 def in_pages_dtype(kv: KVCache, states: torch.Tensor, *, is_prompt: bool) -> torch.Tensor:

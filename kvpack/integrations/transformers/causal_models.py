@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import resource
 import sys
 from collections.abc import Iterator
@@ -77,7 +76,7 @@ class CacheOptions:
 def kv_bytes(cache: Any) -> int:
     """What a cache holds of keys and values: pages in use, or the tensors of a ``DynamicCache``, padding counted."""
     if isinstance(cache, KVPackCache):
-        return 0 if cache.kv is None else cache.kv.pools.bytes_in_use
+        return sum(kv.pools.bytes_in_use for kv in cache.kvs)
     return sum(side.nbytes for side in _sides(cache))
 
 
@@ -85,12 +84,7 @@ def kv_bytes_16_bit(cache: Any) -> int:
     """What the same tokens take in 16 bits, densely."""
     if not isinstance(cache, KVPackCache):
         return sum(2 * side.numel() for side in _sides(cache))
-    kv = cache.kv
-    if kv is None:
-        return 0
-    places = itertools.product(range(kv.num_layers), range(kv.max_sequences))
-    tokens = sum(kv.length(layer, sequence) for layer, sequence in places)
-    return 2 * 2 * tokens * kv.num_kv_heads * kv.head_dim
+    return 2 * sum(kv.elements for kv in cache.kvs)
 
 
 def _sides(cache: Any) -> list[torch.Tensor]:

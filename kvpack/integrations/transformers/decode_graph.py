@@ -54,7 +54,7 @@ class DecodeGraph:
         is_captured: whether steps replay a graph.
 
     Raises:
-        CacheInputError: a cache or an attention function that cannot be captured.
+        CacheInputError: a cache or an attention function that cannot be captured; a model on several devices.
 
     >>> import torch, transformers
     >>> from kvpack import KVPackCache
@@ -91,6 +91,12 @@ class DecodeGraph:
             raise CacheInputError(
                 f"{type(cache).__name__} grows at each step, which a CUDA graph does not repeat: use a KVPackCache or "
                 "a StaticCache"
+            )
+        devices = list(dict.fromkeys(p.device for p in model.parameters() if not p.is_meta))
+        if len(devices) > 1:
+            raise CacheInputError(
+                f"the model's layers lie on several devices ({', '.join(map(str, devices))}), and a CUDA graph is one "
+                "device's: load the model on one, or use model.generate"
             )
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
         self.device: torch.device = next(model.parameters()).device
@@ -306,7 +312,9 @@ class DecodeGraph:
             around = self.cache.captured_step()
         graph = torch.cuda.CUDAGraph()
         try:
-            with around, torch.cuda.graph(graph):
+            # Both would be those of the current device.
+            stream = torch.cuda.Stream(self.device)
+            with around, torch.cuda.device(self.device), torch.cuda.graph(graph, stream=stream):
                 self._forward()
         except KvpackError:
             raise

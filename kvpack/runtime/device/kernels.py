@@ -200,15 +200,14 @@ def launch(
             types, None for a null pointer.
         shared_bytes: dynamic shared memory of a block.
     """
-    import cupy
-
     dimensions, threads = (size if isinstance(size, tuple) else (size,) for size in (grid, block))
     if math.prod(dimensions) == 0:
         return
     stream = torch.cuda.current_stream(device)
     index = stream.device_index
     values = tuple(map(_argument, arguments))
-    on_device = nullcontext() if torch.cuda.current_device() == index else cupy.cuda.Device(index)
+    # torch's, which makes no context on the device that was current before, where there is none.
+    on_device = nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
     with on_device, _external(stream):
         _function(kernel, index, shared_bytes)(dimensions, threads, values, shared_mem=shared_bytes)
 

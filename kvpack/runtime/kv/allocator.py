@@ -404,6 +404,10 @@ class ImportanceEMA:
         found._average[:, :, :now], found._weight[:, :, :now] = self._average, self._weight
         return found
 
+    def keep_layers(self, count: int) -> None:
+        """Know of the first layers alone."""
+        self._average, self._weight = self._average[:count], self._weight[:count]
+
     def forget(self, sequence: int, first: int = 0) -> None:
         """The sequence's pages from the ``first`` on are no more."""
         self._average[:, sequence, first:] = 0

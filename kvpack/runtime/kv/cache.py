@@ -622,6 +622,29 @@ class KVCache:
             raise CacheInputError(f"{tokens} tokens cannot be reserved; max_tokens is {self.max_tokens}")
         self._grow_tables(ceil_div(tokens, PAGE_TOKENS))
 
+    def keep_layers(self, count: int) -> None:
+        """Have the first layers alone. The others hold no tokens, as those that turn out to lie on another device.
+
+        Raises:
+            CacheInputError: there are not so many layers, or others hold tokens; a ``with cache.writing(…)`` has not
+                ended; a CUDA graph's capture.
+        """
+        self._require_between_steps("keep_layers()")
+        count = _integer("count", count)
+        if not 1 <= count <= self.num_layers:
+            raise CacheInputError(f"{count} layers cannot be kept; there are {self.num_layers}")
+        if self.table.lengths[count:].any():
+            raise CacheInputError(f"{count} of {self.num_layers} layers cannot be kept alone: others hold tokens")
+        self.num_layers = count
+        self._open_formats, self._possible_formats = self._open_formats[:count], self._possible_formats[:count]
+        self._used_bytes, self._is_unplanned = self._used_bytes[:count], self._is_unplanned[:count]
+        self._pairs, self._queries, self._quiet = self._pairs[:count], self._queries[:count], self._quiet[:count]
+        self.errors, self.shares = self.errors[:count], self.shares[:count]
+        self.importance.keep_layers(count)
+        with torch.inference_mode(False):
+            self.table.keep_layers(count)
+            self.mass, self.observed_steps = self.mass[:count], self.observed_steps[:count]
+
     def plan(self, tokens: int = 1, sequences: Sequence[int] | None = None) -> None:
         """Make room in every layer for tokens that a replayed CUDA graph appends next, once.
 
@@ -1654,10 +1677,15 @@ class KVCache:
         entries = self.entries[layer]
         return np.where(entries == NO_PAGE, -1, entries & ENTRY_FORMAT_MASK).astype(np.int8)
 
+    @property
+    def elements(self) -> int:
+        """How many numbers are held: those of K and V, of all layers and sequences."""
+        return len(Side) * int(self.table.lengths.sum(dtype=np.int64)) * self.num_kv_heads * self.head_dim
+
     def average_bits(self) -> float:
         """Bits of pages in use per element of K and V held: scales, and what is empty of last pages, counted; 0.0 of
         an empty cache."""
-        elements = len(Side) * int(self.table.lengths.sum(dtype=np.int64)) * self.num_kv_heads * self.head_dim
+        elements = self.elements
         return 8 * self.pools.bytes_in_use / elements if elements else 0.0
 
     def estimate_memory_mb(self) -> float:

@@ -104,6 +104,14 @@ class PageTable:
         self._set_device_entries(widened(self.device_entries, pages, NO_PAGE))
         self.entries, self._host_flat = grown, grown.reshape(-1)
 
+    def keep_layers(self, count: int) -> None:
+        """Have the first layers alone. Nothing is copied: their entries and lengths stay where they are."""
+        self.entries, self.lengths = self.entries[:count], self.lengths[:count]
+        self._host_flat = self.entries.reshape(-1)
+        self.device_lengths = self.device_lengths[:count]
+        self.layer_lengths = self.device_lengths.unbind()
+        self._set_device_entries(self.device_entries[:count])
+
     def flat(self, place: Place) -> int:
         """Where a place is in the table seen as one row."""
         layer, side, sequence, index = place

@@ -763,5 +763,7 @@ def device_coder(device: torch.device | str, launcher: Launch = launch) -> Coder
         raise DeviceError(f"no device {device!r}: {error}") from None
     if launcher is launch:
         require_device(device)
+        # With its index, or the threads that encode would take what is current to them.
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     coder = _DeviceCoder(device, launcher)
     return Coder(coder.quantize, coder.count_tiles, coder.encode_strips)
