@@ -15,25 +15,63 @@ static_assert(kHeadDim % kGroupDims == 0 && kHeadDim <= 256);
 constexpr u32 kScalesBytes = 2 * kGroupDims;  // of a group of K
 constexpr u32 kTokenScalesBytes = 2 * kPageTokens;
 
+// Groups of K have widths of their own. A *group format* is a page's format, or 5 bits.
+constexpr u32 kInt5 = 8;
+
 __device__ constexpr u32 element_bits(u32 format) {
-  return static_cast<u32>(u64{KVPACK_FORMAT_BITS} >> (8 * format)) & 0xFF;
+  return format == kInt5 ? 5 : static_cast<u32>(u64{KVPACK_FORMAT_BITS} >> (8 * format)) & 0xFF;
 }
 __device__ constexpr bool is_quantized(u32 format) { return format >= KVPACK_FORMAT_INT8; }
-__device__ constexpr bool is_narrow(u32 format) {
-  return format == KVPACK_FORMAT_INT4 || format == KVPACK_FORMAT_INT3 || format == KVPACK_FORMAT_INT2;
+__device__ constexpr bool is_integer(u32 format) {
+  return is_quantized(format) && format != KVPACK_FORMAT_FP8_E4M3 && format != KVPACK_FORMAT_FP8_E5M2;
 }
-__device__ constexpr u32 payload_bytes(u32 format) { return kGroupDims * kPageTokens / 8 * element_bits(format); }
-// K has scales and centers in front of each group; V has scales in front of a block.
+__device__ constexpr bool has_centers(u32 side, u32 format) {
+  return side == KVPACK_SIDE_K ? is_quantized(format) : is_integer(format);
+}
+
+// K's groups lie in an order of their own: `place` says where one lies. The first ones are wide.
+constexpr u32 kHalfOfGroups = (kGroups + 1) / 2;
+constexpr u32 kWideGroups = kGroups % 2 ? kHalfOfGroups : align_up(kHalfOfGroups, 2);
+constexpr u64 kKeyOrder = u64{KVPACK_KEY_ORDER_HIGH} << 32 | u64{KVPACK_KEY_ORDER_LOW};
+__device__ constexpr u32 group_at(u32 place) { return static_cast<u32>(kKeyOrder >> 4 * place) & 15; }
+__device__ constexpr u64 places_of_groups() {
+  u64 places = 0;
+  for (u32 place = 0; place < kGroups; ++place) places |= static_cast<u64>(place) << 4 * group_at(place);
+  return places;
+}
+constexpr u64 kKeyPlaces = places_of_groups();
+__device__ constexpr u32 place_of(u32 group) { return static_cast<u32>(kKeyPlaces >> 4 * group) & 15; }
+
+// The format of a page's groups, of the wide ones of K or of the others.
+__device__ constexpr u32 wide_format(u32 side, u32 format) {
+  if (side == KVPACK_SIDE_V) return format;
+  return format == KVPACK_FORMAT_INT4 ? kInt5 : format == KVPACK_FORMAT_INT3 ? KVPACK_FORMAT_INT4 : format == KVPACK_FORMAT_INT2 ? KVPACK_FORMAT_INT3 : format;
+}
+__device__ constexpr u32 thin_format(u32 side, u32 format) {
+  if (side == KVPACK_SIDE_V) return format;
+  return format == KVPACK_FORMAT_INT4 ? KVPACK_FORMAT_INT3 : format == KVPACK_FORMAT_INT3 ? KVPACK_FORMAT_INT2 : format;
+}
+
+__device__ constexpr u32 payload_bytes(u32 group_format) { return kGroupDims * kPageTokens / 8 * element_bits(group_format); }
+// Scales and centers lie in front of each group of K, and in front of a block of V.
 __device__ constexpr u32 group_header_bytes(u32 side, u32 format) {
-  return side == KVPACK_SIDE_K && is_quantized(format) ? kScalesBytes * (1 + is_narrow(format)) : 0;
+  return side == KVPACK_SIDE_K && is_quantized(format) ? 2 * kScalesBytes : 0;
 }
 __device__ constexpr u32 block_header_bytes(u32 side, u32 format) {
-  return side == KVPACK_SIDE_V && is_quantized(format) ? kTokenScalesBytes : 0;
+  return side == KVPACK_SIDE_V && is_quantized(format) ? kTokenScalesBytes * (1 + has_centers(side, format)) : 0;
 }
-__device__ constexpr u32 group_bytes(u32 side, u32 format) { return group_header_bytes(side, format) + payload_bytes(format); }
-__device__ constexpr u32 block_bytes(u32 side, u32 format) {
-  return block_header_bytes(side, format) + kGroups * group_bytes(side, format);
+__device__ constexpr u32 wide_bytes(u32 side, u32 format) {
+  return group_header_bytes(side, format) + payload_bytes(wide_format(side, format));
 }
+__device__ constexpr u32 thin_bytes(u32 side, u32 format) {
+  return group_header_bytes(side, format) + payload_bytes(thin_format(side, format));
+}
+// Where the group at a place, or the block's end, lies in a block.
+__device__ constexpr u32 group_start(u32 side, u32 format, u32 place) {
+  const u32 wide = place < kWideGroups ? place : kWideGroups;
+  return block_header_bytes(side, format) + wide * wide_bytes(side, format) + (place - wide) * thin_bytes(side, format);
+}
+__device__ constexpr u32 block_bytes(u32 side, u32 format) { return group_start(side, format, kGroups); }
 
 // An entry of a page table: where the page begins, in bytes from `pages` (null on a GPU: then it is the address), and its format.
 __device__ __forceinline__ u32 entry_format(u64 entry) { return static_cast<u32>(entry) & ((1u << KVPACK_ENTRY_FORMAT_BITS) - 1); }

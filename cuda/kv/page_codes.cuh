@@ -14,13 +14,37 @@ struct Two {
   float first, second;
 };
 
-// The four pairs: 16 bits a word each; 8 bits two in a word, as in a page; narrower ones in one word, pair r at bit
-// element_bits · r of both halves.
+// The four pairs: 16 bits a word each; 8 and 5 bits two in a word, a byte each, as 8 bits are in a page; narrower ones in one word,
+// pair r at bit element_bits · r of both halves.
 template <u32 format>
 struct Slice {
-  static constexpr u32 kWords = is_narrow(format) ? 1 : element_bits(format) / 4;
+  static constexpr u32 kBits = element_bits(format);
+  static constexpr u32 kWords = kBits == 16 ? 4 : kBits > 4 ? 2 : 1;
   u32 words[kWords];
 };
+
+// Codes at bit 0 of both halves of a word, as bytes at bit 0 or 16 of the word that has pair r; and back.
+__device__ __forceinline__ u32 bytes_of_halves(u32 pair, u32 r) { return __byte_perm(pair, 0, r % 2 ? 0x2044 : 0x4420); }
+__device__ __forceinline__ u32 halves_of_bytes(u32 word, u32 r) { return __byte_perm(word, 0, r % 2 ? 0x4342 : 0x4140); }
+
+// 5-bit pairs 3k … 3k + 2 lie in word k, pair 15 above them. `word(k)` loads one.
+template <typename Word>
+__device__ __forceinline__ Slice<kInt5> slice_of_words5(const Word& word, u32 s) {
+  Slice<kInt5> slice{{0, 0}};
+#pragma unroll
+  for (u32 r = 0; r < 4; ++r) {
+    const u32 i = 4 * s + r;
+    u32 pair = 0;
+    if (i < kPairs - 1) {
+      pair = word(i / 3) >> 5 * (i % 3) & 0x001F001F;
+    } else {
+#pragma unroll
+      for (u32 k = 0; k < 5; ++k) pair |= (word(k) >> 15 & 0x00010001) << k;
+    }
+    slice.words[r / 2] |= bytes_of_halves(pair, r);
+  }
+  return slice;
+}
 
 // 3-bit pairs 5k … 5k + 4 lie in word k, pair 15 above them.
 __device__ __forceinline__ u32 slice_of_words3(u32 w0, u32 w1, u32 w2, u32 s) {
@@ -45,6 +69,9 @@ __device__ __forceinline__ Slice<format> load_slice(const u8* payload, u32 s, u3
   } else if constexpr (element_bits(format) == 8) {
     const uint2 v = __ldg(reinterpret_cast<const uint2*>(payload + 16 * (kLanes * (s / 2) + lane) + 8 * (s % 2)));
     slice.words[0] = v.x, slice.words[1] = v.y;
+  } else if constexpr (format == kInt5) {
+    const u32* words = reinterpret_cast<const u32*>(payload) + lane;
+    slice = slice_of_words5([&](u32 k) { return __ldg(words + kLanes * k); }, s);
   } else if constexpr (format == KVPACK_FORMAT_INT4) {
     slice.words[0] = __ldg(reinterpret_cast<const u32*>(payload + 16 * lane + 4 * s));
   } else if constexpr (format == KVPACK_FORMAT_INT2) {
@@ -74,6 +101,12 @@ __device__ __forceinline__ void load_group(const u8* payload, u32 lane, Slice<fo
   } else if constexpr (format == KVPACK_FORMAT_INT2) {
     const uint2 v = load_once_v2(payload + 8 * lane);
     slices[0].words[0] = v.x, slices[1].words[0] = v.x >> 8, slices[2].words[0] = v.y, slices[3].words[0] = v.y >> 8;
+  } else if constexpr (format == kInt5) {
+    u32 words[5];
+#pragma unroll
+    for (u32 k = 0; k < 5; ++k) words[k] = load_once_u32(payload + 4 * (kLanes * k + lane));
+#pragma unroll
+    for (u32 s = 0; s < kSlices; ++s) slices[s] = slice_of_words5([&](u32 k) { return words[k]; }, s);
   } else {
     const u8* words = payload + 4 * lane;
     const u32 w0 = load_once_u32(words), w1 = load_once_u32(words + 4 * kLanes), w2 = load_once_u32(words + 8 * kLanes);
@@ -97,6 +130,19 @@ __device__ __forceinline__ void store_group(u8* payload, u32 lane, const Slice<f
   } else if constexpr (format == KVPACK_FORMAT_INT2) {
     *reinterpret_cast<uint2*>(payload + 8 * lane) =
         make_uint2(slices[0].words[0] | slices[1].words[0] << 8, slices[2].words[0] | slices[3].words[0] << 8);
+  } else if constexpr (format == kInt5) {
+    u32 words[5] = {0, 0, 0, 0, 0};
+#pragma unroll
+    for (u32 i = 0; i < kPairs; ++i) {
+      const u32 pair = halves_of_bytes(slices[i / 4].words[i % 4 / 2], i);
+#pragma unroll
+      for (u32 k = 0; k < 5; ++k) {
+        if (i < kPairs - 1) words[k] |= k == i / 3 ? pair << 5 * (i % 3) : 0;
+        else words[k] |= (pair >> k & 0x00010001) << 15;
+      }
+    }
+#pragma unroll
+    for (u32 k = 0; k < 5; ++k) reinterpret_cast<u32*>(payload)[kLanes * k + lane] = words[k];
   } else {
     u32 words[3];
     words3_of_slices(words, slices[0].words[0], slices[1].words[0], slices[2].words[0], slices[3].words[0]);
@@ -124,59 +170,61 @@ __device__ __forceinline__ Two halves(u32 word) {
 }
 
 // What the codes of pair r say, before scale and center.
-template <u32 side, u32 format>
+template <u32 format>
 __device__ __forceinline__ Two pair_numbers(const Slice<format>& slice, u32 r) {
-  constexpr u32 bits = element_bits(format);
+  constexpr u32 bits = element_bits(format), half = 1u << (bits - 1);
   if constexpr (bits == 16) {
     return halves<format>(slice.words[r]);
-  } else if constexpr (bits == 8) {
+  } else if constexpr (bits > 4) {
     const u32 word = slice.words[r / 2] >> 16 * (r % 2), first = word & 0xFF, second = word >> 8 & 0xFF;
-    if constexpr (format == KVPACK_FORMAT_INT8) return {code_number(first, 128), code_number(second, 128)};
+    if constexpr (is_integer(format)) return {code_number(first, half), code_number(second, half)};
     if constexpr (format == KVPACK_FORMAT_FP8_E4M3) return {e4m3_value(first), e4m3_value(second)};
     return {f16_value(first << 8), f16_value(second << 8)};
   } else {
-    constexpr u32 mask = (1u << bits) - 1, half = 1u << (bits - 1);
+    constexpr u32 mask = (1u << bits) - 1;
     const u32 word = slice.words[0] >> bits * r;
-    Two k = {code_number(word & mask, half), code_number(word >> 16 & mask, half)};
-    if constexpr (side == KVPACK_SIDE_V) k = {add_ieee(k.first, 0.5f), add_ieee(k.second, 0.5f)};
-    return k;
+    return {code_number(word & mask, half), code_number(word >> 16 & mask, half)};
   }
 }
 
 // Scales, and centers, of a lane's columns.
 template <u32 side, u32 format>
 struct Columns {
+  static constexpr bool kCentered = has_centers(side, format);
   float scales[kColumns], centers[kColumns];
 
-  // Loads those of group `group` of K, or of slice `s` of V.
-  __device__ __forceinline__ void load(const u8* block, u32 group, u32 s, u32 lane) {
+  // Loads those in front of a group of K, or of slice `s` in front of a block of V.
+  __device__ __forceinline__ void load(const u8* header, u32 s, u32 lane) {
     if constexpr (is_quantized(format) && side == KVPACK_SIDE_K) {
-      const u8* header = block + group * group_bytes(side, format);
-      load_four(scales, header, lane);
-      if constexpr (is_narrow(format)) load_four(centers, header + kScalesBytes, lane);
+      load_of_group(scales, header, lane);
+      load_of_group(centers, header + kScalesBytes, lane);
     } else if constexpr (is_quantized(format)) {
-#pragma unroll
-      for (u32 e = 0; e < 2; ++e) {
-        const u32 of_both = __ldg(reinterpret_cast<const u32*>(block + 16 * (2 * (lane % 4) + e) + 4 * s));
-        scales[e] = f16_value(of_both & 0xFFFF), scales[2 + e] = f16_value(of_both >> 16);
-      }
+      load_of_slice(scales, header, s, lane);
+      if constexpr (kCentered) load_of_slice(centers, header + kTokenScalesBytes, s, lane);
     }
   }
 
   __device__ __forceinline__ float value(float number, u32 column) const {
     if constexpr (!is_quantized(format)) return number;
     const float scaled = multiply_ieee(scales[column], number);
-    return side == KVPACK_SIDE_K && is_narrow(format) ? add_ieee(centers[column], scaled) : scaled;
+    return kCentered ? add_ieee(centers[column], scaled) : scaled;
   }
   __device__ __forceinline__ Two pair(const Slice<format>& slice, u32 r) const {
-    const Two numbers = pair_numbers<side, format>(slice, r);
+    const Two numbers = pair_numbers<format>(slice, r);
     return {value(numbers.first, 2 * (r >> 1)), value(numbers.second, 2 * (r >> 1) + 1)};
   }
 
  private:
-  static __device__ __forceinline__ void load_four(float (&values)[kColumns], const u8* header, u32 lane) {
+  static __device__ __forceinline__ void load_of_group(float (&values)[kColumns], const u8* header, u32 lane) {
     const uint2 v = __ldg(reinterpret_cast<const uint2*>(header + 8 * (lane % 4)));
     values[0] = f16_value(v.x & 0xFFFF), values[1] = f16_value(v.x >> 16);
     values[2] = f16_value(v.y & 0xFFFF), values[3] = f16_value(v.y >> 16);
+  }
+  static __device__ __forceinline__ void load_of_slice(float (&values)[kColumns], const u8* header, u32 s, u32 lane) {
+#pragma unroll
+    for (u32 e = 0; e < 2; ++e) {
+      const u32 of_both = __ldg(reinterpret_cast<const u32*>(header + 16 * (2 * (lane % 4) + e) + 4 * s));
+      values[e] = f16_value(of_both & 0xFFFF), values[2 + e] = f16_value(of_both >> 16);
+    }
   }
 };

@@ -33,31 +33,40 @@ struct Rows {
   __device__ __forceinline__ Output* at(u32 token, u32 dim) const { return out + token * kHeadDim + dim; }
 };
 
-template <u32 format>
-__device__ __forceinline__ void read_slice(const u8* block, const Rows& rows, u32 s, u32 lane) {
+// A slice of the groups at places `first` to `last`, which have one format.
+template <u32 page_format, u32 format>
+__device__ __forceinline__ void read_groups(const u8* block, const Rows& rows, u32 s, u32 lane, u32 first, u32 last) {
   const u32 g = lane / 4, c = lane % 4;
   Columns<kSide, format> columns;
-  for (u32 group = 0; group < kGroups; ++group) {
-    if (kKeys || group == 0) columns.load(block, group, s, lane);
-    const u8* start = block + block_header_bytes(kSide, format) + group * group_bytes(kSide, format);
+  for (u32 place = first; place < last; ++place) {
+    const u8* start = block + group_start(kSide, page_format, place);
+    if (kKeys || place == first) columns.load(kKeys ? start : block, s, lane);
     const Slice<format> slice = load_slice<format>(start + group_header_bytes(kSide, format), s, lane);
+    const u32 dims = kGroupDims * (kKeys ? group_at(place) : place);
 #pragma unroll
     for (u32 r = 0; r < kRowPairs; ++r) {
       const Two x = columns.pair(slice, r);
       const u32 row = g + 8 * (r & 1), column = 2 * c + 8 * (r >> 1);
       if constexpr (kKeys) {
         const u32 token = 16 * s + row;
-        if (rows.has(token)) store_two(rows.at(token, kGroupDims * group + column), rows.is_zero(token) ? Two{0.0f, 0.0f} : x);
+        if (rows.has(token)) store_two(rows.at(token, dims + column), rows.is_zero(token) ? Two{0.0f, 0.0f} : x);
       } else {
 #pragma unroll
         for (u32 e = 0; e < 2; ++e) {
           const u32 token = 16 * s + column + e;
           const float value = rows.is_zero(token) ? 0.0f : e == 0 ? x.first : x.second;
-          if (rows.has(token)) *rows.at(token, kGroupDims * group + row) = output_of(value);
+          if (rows.has(token)) *rows.at(token, dims + row) = output_of(value);
         }
       }
     }
   }
+}
+
+template <u32 format>
+__device__ __forceinline__ void read_slice(const u8* block, const Rows& rows, u32 s, u32 lane) {
+  constexpr u32 wide = wide_format(kSide, format), thin = thin_format(kSide, format);
+  read_groups<format, wide>(block, rows, s, lane, 0, wide == thin ? kGroups : kWideGroups);
+  if constexpr (wide != thin) read_groups<format, thin>(block, rows, s, lane, kWideGroups, kGroups);
 }
 
 // pages: what entries count from; null if they are addresses. table: [gridDim.y, max_pages] of one side.

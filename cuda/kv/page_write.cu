@@ -22,7 +22,8 @@ __device__ __forceinline__ void write_some(u8* block, bool keys, const u16* rows
   for (u32 i = threadIdx.x; i < count * (kHeadDim / 2); i += kThreads) {
     const u32 token = first + i / (kHeadDim / 2), dim = 2 * (i % (kHeadDim / 2));
     const u32 pair = __ldg(reinterpret_cast<const u32*>(rows + (i / (kHeadDim / 2)) * stride + dim));
-    u8* slice = block + 16 * (dim / kGroupDims * kGroupUnits + token / 16 * kLanes);
+    const u32 group = dim / kGroupDims;
+    u8* slice = block + 16 * ((keys ? place_of(group) : group) * kGroupUnits + token / 16 * kLanes);
     const u32 row = keys ? token % 16 : dim % 16, column = keys ? dim % 16 : token % 16;
     u8* word = slice + 16 * (4 * (row % 8) + column % 8 / 2) + 4 * (2 * (column / 8) + row / 8);
     if (keys) {
@@ -50,7 +51,8 @@ __device__ __forceinline__ void write_all(u8* block, bool keys, const u16* rows,
   const u32 lane = threadIdx.x % kLanes, g = lane / 4, c = lane % 4;
 #pragma unroll 4
   for (u32 i = threadIdx.x; i < kGroups * kGroupUnits; i += kThreads) {
-    const u32 slice = tile_address + i / kLanes % kSlices * (16 * kRowStride) + i / kGroupUnits * (2 * kGroupDims);
+    const u32 group = keys ? group_at(i / kGroupUnits) : i / kGroupUnits;
+    const u32 slice = tile_address + i / kLanes % kSlices * (16 * kRowStride) + group * (2 * kGroupDims);
     uint4 pairs;
     if (keys) {
       const u32 at = slice + g * kRowStride + 4 * c;

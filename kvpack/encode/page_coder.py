@@ -1,17 +1,18 @@
 """Quantizers of KV pages, and back: the executable specification of what GPUs write, byte for byte (docs/KV.md §3).
 
 All arithmetic is IEEE fp32, each operation rounded to nearest even, sums taken as a tree: element i and element
-i + n / 2 first, n the power of two from the count up. With b bits, s the scale rounded to fp16, and k = code − 2^(b−1):
+i + n / 2 first, n the power of two from the count up. A *column* is what shares a scale s and a center c, both fp16: a
+dimension of K over the page's tokens, a token of V over its dimensions.
 
-    K, 4, 3, 2 bits   c + s·k, a dimension's values between their least and their largest; at 2 bits within 1.5
-                      standard deviations of their mean
-    K, 8 bits         s·k, largest magnitude / 127
-    V, 8 bits         s·k, a token's largest magnitude / 127
-    V, 4, 3, 2 bits   s·(k + ½), largest magnitude / 7.5, / 3.5, / 1.5; of at most 2.2 (3 bits), 1.5 (2 bits) root mean
-                      squares
-    fp8               s·x, largest magnitude / 448 (of e5m2, which reaches further, too: scales stay normal fp16)
+    integers of b bits  c + s·k, k = code − 2^(b−1), between the column's least and largest value
+    fp8                 c + s·x, largest distance from c / 448 (of e5m2, which reaches further, too: scales stay normal
+                        fp16); c is the column's mean (K) or 0 (V)
 
-A scale that fp16 rounds to 0 makes zeros; one that is too large for fp16 is 65504, and values are clamped; values that
+Levels of integers lie (largest − least) / (2^b − 1 + a) apart, so that the least and the largest value lie a / 2 of that
+outside of the outer levels (:data:`MARGIN_EIGHTHS`): nothing is off by more than half a step, since what is clipped is what
+attention looks for. The center is rounded first, and the scale is what reaches the column's ends from there.
+
+A scale that fp16 rounds to 0 makes centers; one that is too large for fp16 is 65504, and values are clamped; values that
 are not finite make the scale NaN, so that what is computed with them is NaN too. bf16 values below 2^-126 count as 0.
 """
 
@@ -23,21 +24,20 @@ import numpy.typing as npt
 
 from kvpack.errors import PageError
 from kvpack.format.pages import (
+    GROUP_DIMS,
     PAGE_TOKENS,
     BlockParts,
     PageFormat,
     PageLayout,
     Side,
     join_block,
-    pack_codes,
     split_block,
-    unpack_codes,
 )
 
 F32 = np.float32
 FP16_MAX = F32(65504)
-# In tenths of root mean squares, since kernels are given integers.
-CLIP_TENTHS = {(Side.K, PageFormat.INT2): 15, (Side.V, PageFormat.INT2): 15, (Side.V, PageFormat.INT3): 22}
+# a, in eighths since kernels are given integers, by bits of a code. Chosen by KL (docs/DESIGN-NOTES.md, 2026-11-29).
+MARGIN_EIGHTHS = {Side.K: {2: 6, 3: 4, 4: 4, 5: 0, 8: 0}, Side.V: {2: 1, 3: 0, 4: 0, 8: 0}}
 FP8_TYPES = {PageFormat.FP8_E4M3: ml_dtypes.float8_e4m3fn, PageFormat.FP8_E5M2: ml_dtypes.float8_e5m2}
 FP8_MAX = 448
 FLOAT_TYPES = {PageFormat.FP16: np.dtype(np.float16), PageFormat.BF16: np.dtype(ml_dtypes.bfloat16)}
@@ -66,11 +66,6 @@ def _inverse(scale: _Floats) -> _Floats:
     return np.divide(F32(1), scale, out=np.zeros_like(scale), where=scale != 0)
 
 
-def _clip(side: Side, page_format: PageFormat) -> np.float32 | None:
-    tenths = CLIP_TENTHS.get((side, page_format))
-    return None if tenths is None else F32(tenths) / F32(10)
-
-
 def _scale_axis(layout: PageLayout) -> int:
     """The axis of [..., token, dimension] that a scale runs along."""
     return -2 if layout.side == Side.K else -1
@@ -90,64 +85,60 @@ def quantize_blocks(values: npt.NDArray[np.generic], layout: PageLayout) -> npt.
     if not layout.format.is_quantized:
         if values.dtype != FLOAT_TYPES[layout.format]:
             raise PageError(f"values are {values.dtype}; a page of {layout.format.name} holds that type")
-        payload = pack_codes(values.view(np.uint16), layout)
-        return join_block(BlockParts(payload, none, none), layout)
+        return join_block(BlockParts(values.view(np.uint16), none, none), layout)
     x = values.astype(F32)
     x = np.where(np.abs(x) < np.finfo(F32).tiny, F32(0), x)
     axis = _scale_axis(layout)
+    codes = np.empty(x.shape, np.uint8)
+    scale, center = (np.empty(x.sum(axis, keepdims=True).shape, F32) for _ in range(2))
     with np.errstate(invalid="ignore", over="ignore"):
         usable = np.isfinite(x).all(axis, keepdims=True)
         x = np.where(usable, x, F32(0))
-        if layout.has_centers:
-            codes, scale, center = _around_centers(x, layout.format, axis)
-        elif layout.format.is_integer:
-            codes, scale = _around_zero(x, layout, axis)
-            center = None
+        if not layout.format.is_integer:
+            codes, scale, center = _as_floats(x, layout)
+        elif layout.side == Side.V:
+            codes, scale, center = _between_ends(x, layout.side, layout.format.element_bits)
         else:
-            largest = np.abs(x).max(axis, keepdims=True)
-            scale = _fp16(largest / F32(FP8_MAX))
-            rounded = np.clip(x * _inverse(scale), -FP8_MAX, FP8_MAX).astype(FP8_TYPES[layout.format])
-            codes, center = rounded.view(np.uint8), None
+            for dims, bits in _dims_and_bits(layout):
+                codes[..., dims], scale[..., dims], center[..., dims] = _between_ends(x[..., dims], layout.side, bits)
     scale = np.where(usable, scale, F32(np.nan))
     parts = BlockParts(
-        pack_codes(codes, layout),
+        codes,
         scale.squeeze(axis).astype(np.float16),
-        none if center is None else center.squeeze(axis).astype(np.float16),
+        center.squeeze(axis).astype(np.float16) if layout.has_centers else none,
     )
     return join_block(parts, layout)
 
 
-def _around_centers(x: _Floats, page_format: PageFormat, axis: int) -> tuple[npt.NDArray[np.uint8], _Floats, _Floats]:
-    """(codes, scales, centers)"""
-    half = F32(1 << (page_format.element_bits - 1))
+def _dims_and_bits(layout: PageLayout) -> list[tuple[npt.NDArray[np.intp], int]]:
+    """Dimensions of one width, and that width."""
+    groups = np.arange(layout.head_dim).reshape(-1, GROUP_DIMS)
+    return [(groups[list(layout.group_order[places])].reshape(-1), bits) for places, bits in layout.parts]
+
+
+def _as_floats(x: _Floats, layout: PageLayout) -> tuple[npt.NDArray[np.uint8], _Floats, _Floats]:
+    """(codes, scales, centers) of fp8."""
+    axis = _scale_axis(layout)
+    center = np.zeros_like(x[..., :1, :] if axis == -2 else x[..., :1])
+    if layout.has_centers:
+        mean = tree_sum(x, axis) / F32(x.shape[axis])
+        center = _fp16(np.where(np.isfinite(mean), mean, F32(0)))
+    around = x - center
+    scale = _fp16(np.abs(around).max(axis, keepdims=True) / F32(FP8_MAX))
+    rounded = np.clip(around * _inverse(scale), -FP8_MAX, FP8_MAX).astype(FP8_TYPES[layout.format])
+    return rounded.view(np.uint8), scale, center
+
+
+def _between_ends(x: _Floats, side: Side, bits: int) -> tuple[npt.NDArray[np.uint8], _Floats, _Floats]:
+    """(codes, scales, centers) of integers."""
+    axis = -2 if side == Side.K else -1
+    half, margin = F32(1 << (bits - 1)), F32(MARGIN_EIGHTHS[side][bits]) / F32(16)  # at each end
     low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
-    clip = _clip(Side.K, page_format)
-    if clip is not None:
-        count = F32(x.shape[axis])
-        mean = tree_sum(x, axis) / count
-        around = x - mean
-        reach = clip * np.sqrt(tree_sum(around * around, axis) / count)
-        low, high = np.fmax(low, mean - reach), np.fmin(high, mean + reach)  # sums that overflow clip nothing
-    scale = _fp16((high - low) / (2 * half - 1))
-    center = _fp16(low + half * scale)
+    step = (high - low) / (2 * half - 1 + 2 * margin)
+    center = _fp16(low + (half + margin) * step)
+    scale = _fp16(np.maximum((high - center) / (half - 1 + margin), (center - low) / (half + margin)))
     k = np.clip(np.rint((x - center) * _inverse(scale)), -half, half - 1)
     return (k + half).astype(np.uint8), scale, center
-
-
-def _around_zero(x: _Floats, layout: PageLayout, axis: int) -> tuple[npt.NDArray[np.uint8], _Floats]:
-    """(codes, scales)"""
-    half = F32(1 << (layout.format.element_bits - 1))
-    largest = np.abs(x).max(axis, keepdims=True)
-    if not layout.is_mid_rise:
-        scale = _fp16(largest / (half - 1))
-        k = np.clip(np.rint(x * _inverse(scale)), 1 - half, half - 1)
-        return (k + half).astype(np.uint8), scale
-    clip = _clip(Side.V, layout.format)
-    if clip is not None:
-        largest = np.minimum(largest, clip * np.sqrt(tree_sum(x * x, axis) / F32(x.shape[axis])))
-    scale = _fp16(largest / (half - F32(0.5)))
-    k = np.clip(np.floor(x * _inverse(scale)), -half, half - 1)
-    return (k + half).astype(np.uint8), scale
 
 
 def dequantize_blocks(blocks: npt.NDArray[np.uint8], layout: PageLayout) -> _Floats:
@@ -159,17 +150,15 @@ def dequantize_blocks(blocks: npt.NDArray[np.uint8], layout: PageLayout) -> _Flo
     if blocks.shape[-1] != layout.block_bytes:
         raise PageError(f"blocks have {blocks.shape[-1]} bytes; those of {layout} have {layout.block_bytes}")
     parts = split_block(blocks, layout)
-    codes = unpack_codes(parts.payload, layout)
     if not layout.format.is_quantized:
-        return np.asarray(codes.view(FLOAT_TYPES[layout.format]).astype(F32))
+        return np.asarray(parts.codes.astype(np.uint16).view(FLOAT_TYPES[layout.format]).astype(F32))
     axis = _scale_axis(layout)
     scale = np.expand_dims(parts.scales.astype(F32), axis)
-    if not layout.format.is_integer:
-        return np.asarray(codes.astype(np.uint8).view(FP8_TYPES[layout.format]).astype(F32) * scale)
-    half = F32(1 << (layout.format.element_bits - 1))
-    k = codes.astype(F32) - half
-    if layout.has_centers:
-        return np.asarray(np.expand_dims(parts.centers.astype(F32), axis) + scale * k)
-    if layout.is_mid_rise:
-        k += F32(0.5)
-    return np.asarray(scale * k)
+    if layout.format.is_integer:
+        halves = np.empty(layout.head_dim, F32)
+        for dims, bits in _dims_and_bits(layout):
+            halves[dims] = 1 << (bits - 1)
+        scaled = scale * (parts.codes.astype(F32) - halves)
+    else:
+        scaled = scale * parts.codes.astype(np.uint8).view(FP8_TYPES[layout.format]).astype(F32)
+    return np.asarray(np.expand_dims(parts.centers.astype(F32), axis) + scaled if layout.has_centers else scaled)

@@ -2,11 +2,15 @@
 
 A page holds K or V of :data:`PAGE_TOKENS` tokens for all KV heads of a layer, a *block* for each head. A block is what
 a warp multiplies, in the order in which the operands of ``mma.m16n8k16`` take it: what a lane loads is its own, so
-that nothing is moved between lanes. It consists of head_dim / 16 *groups* of 16 dimensions × 64 tokens, with scales in
-front::
+that nothing is moved between lanes. It consists of head_dim / 16 *groups* of 16 dimensions × 64 tokens, with scales and
+centers in front::
 
-    K block   group 0: [16 scales][16 centers, widths 4, 3, 2][payload]  group 1: …
-    V block   [64 scales]  group 0: [payload]  group 1: …
+    K block   group 0: [16 scales][16 centers][payload]  group 1: …
+    V block   [64 scales][64 centers, not of fp8]  group 0: [payload]  group 1: …
+
+Groups of K lie in the order of ``key_order``: those whose dimensions need the most bits first, :attr:`PageLayout.wide_groups`
+of them. Widths 4, 3 and 2 are means: a wide group has 5, 4, 3 bits and one of the others 3, 2, 2. Groups of V lie in
+the order of their dimensions.
 
 Rows of a group are tokens for K and dimensions for V; columns the other. Of the 16 × 16 elements of a slice s (16
 tokens), lane 4·g + c holds eight, as four pairs r; a pair lies in one register, its first element in the lower half::
@@ -18,12 +22,13 @@ So a lane has 16 pairs i = 4·s + r of a group. Their codes, of the lower and th
 
     16 bits  word i            the pair
     8        word i / 2        bytes 0, 1 (i even) or 2, 3 (i odd): first, second
+    5        word i / 3        bits 5·(i % 3) … of each half; of pair 15: bit k in bit 15 of word k's halves
     4        word i / 4        bits 4·(i % 4) … of each half
     3        word i / 5        bits 3·(i % 5) … of each half; of pair 15: bit k in bit 15 of word k's halves
     2        word i / 8        bits 2·(i % 8) … of each half
 
 Words lie in memory as lanes load them: up to four words of a lane side by side (``words_per_load``), then the next
-lane's; 3-bit words one after another.
+lane's; 5-bit and 3-bit words one after another.
 
 Scales and centers are fp16. Of K they belong to dimensions, 2·c, 2·c + 1, 2·c + 8, 2·c + 9 of each c in turn; of V to
 tokens, 16·s + 8·h + g at place 8·g + 2·s + h.
@@ -39,6 +44,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.errors import PageError
+from kvpack.format.layout import ceil_div
 
 PAGE_TOKENS = 64
 GROUP_DIMS = 16
@@ -69,6 +75,7 @@ class PageFormat(IntEnum):
 
     @property
     def element_bits(self) -> int:
+        """Bits of a code; of K's integers, their mean over groups."""
         return _ELEMENT_BITS[self]
 
     @property
@@ -87,12 +94,33 @@ ENTRY_FORMAT_MASK = (1 << ENTRY_FORMAT_BITS) - 1
 INTEGER_FORMATS = {8: PageFormat.INT8, 4: PageFormat.INT4, 3: PageFormat.INT3, 2: PageFormat.INT2}
 
 
+# Bits of K's wide groups and of its others.
+_KEY_BITS = {PageFormat.INT4: (5, 3), PageFormat.INT3: (4, 2), PageFormat.INT2: (3, 2)}
+MAX_GROUPS = MAX_HEAD_DIM // GROUP_DIMS
+
+
+@cache
+def half_split_order(head_dim: int) -> tuple[int, ...]:
+    """Groups of dimensions, those first that RoPE turns slowest where it turns dimension d together with d + head_dim / 2,
+    as in Llama, Qwen, Mistral and Gemma: pages keep what slow dimensions say best.
+
+    >>> half_split_order(128)
+    (3, 7, 2, 6, 1, 5, 0, 4)
+    """
+    half = head_dim // 2
+    speed = [sum(d % half for d in range(GROUP_DIMS * g, GROUP_DIMS * (g + 1))) for g in range(head_dim // GROUP_DIMS)]
+    return tuple(sorted(range(len(speed)), key=lambda group: (-speed[group], group)))
+
+
 @dataclass(frozen=True)
 class PageLayout:
     """Sizes of the pages of one side, format and head dimension.
 
+    Attributes:
+        key_order: the groups of K in the order in which they lie; empty: :func:`half_split_order`.
+
     Raises:
-        PageError: head_dim is not a multiple of 16, or above 256.
+        PageError: head_dim is not a multiple of 16, or above 256; an order that does not have each group once.
 
     >>> PageLayout(Side.K, PageFormat.INT4, 128).block_bytes
     4608
@@ -101,10 +129,13 @@ class PageLayout:
     side: Side
     format: PageFormat
     head_dim: int
+    key_order: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.head_dim % GROUP_DIMS or not 0 < self.head_dim <= MAX_HEAD_DIM:
             raise PageError(f"head_dim is {self.head_dim}; pages hold multiples of {GROUP_DIMS} up to {MAX_HEAD_DIM}")
+        if self.key_order and sorted(self.key_order) != list(range(self.groups)):
+            raise PageError(f"key_order is {self.key_order}; each of the groups 0 to {self.groups - 1} is wanted once")
 
     @property
     def groups(self) -> int:
@@ -112,54 +143,79 @@ class PageLayout:
         return self.head_dim // GROUP_DIMS
 
     @property
-    def has_centers(self) -> bool:
-        """Whether a dimension's values lie around a center of their own, not around 0."""
-        return self.side == Side.K and self.format in (PageFormat.INT4, PageFormat.INT3, PageFormat.INT2)
+    def group_order(self) -> tuple[int, ...]:
+        """The groups of dimensions in the order in which they lie."""
+        if self.side == Side.V:
+            return tuple(range(self.groups))
+        return self.key_order or half_split_order(self.head_dim)
 
     @property
-    def is_mid_rise(self) -> bool:
-        """Whether levels lie at odd multiples of half a scale, so that narrow codes waste none of them."""
-        return self.side == Side.V and self.format in (PageFormat.INT4, PageFormat.INT3, PageFormat.INT2)
+    def wide_groups(self) -> int:
+        """How many of K's groups, the first ones, have the larger width: half of them, and an even number if there is an
+        even number of groups, so that two groups at a time are alike."""
+        half = ceil_div(self.groups, 2)
+        return half if self.groups % 2 else half + half % 2
+
+    @property
+    def has_centers(self) -> bool:
+        """Whether a column's values lie around a center of their own, not around 0."""
+        return self.format.is_quantized and (self.side == Side.K or self.format.is_integer)
+
+    def bits_of(self, place: int) -> int:
+        """Bits of an element of the group at a place."""
+        if self.side == Side.V or self.format not in _KEY_BITS:
+            return self.format.element_bits
+        return _KEY_BITS[self.format][place >= self.wide_groups]
+
+    @property
+    def parts(self) -> list[tuple[slice, int]]:
+        """Places of groups of one width, and that width."""
+        wide = self.wide_groups
+        if self.bits_of(0) == self.bits_of(self.groups - 1):
+            return [(slice(0, self.groups), self.bits_of(0))]
+        return [(slice(0, wide), self.bits_of(0)), (slice(wide, self.groups), self.bits_of(wide))]
 
     @property
     def group_header_bytes(self) -> int:
         """Scales and centers in front of each group."""
         if self.side == Side.V or not self.format.is_quantized:
             return 0
-        return GROUP_DIMS * SCALE_BYTES * (1 + self.has_centers)
+        return GROUP_DIMS * SCALE_BYTES * 2
 
     @property
     def block_header_bytes(self) -> int:
-        """Scales in front of a block."""
-        return PAGE_TOKENS * SCALE_BYTES if self.side == Side.V and self.format.is_quantized else 0
+        """Scales and centers in front of a block."""
+        if self.side == Side.K or not self.format.is_quantized:
+            return 0
+        return PAGE_TOKENS * SCALE_BYTES * (1 + self.has_centers)
 
-    @property
-    def payload_bytes(self) -> int:
-        """Codes of a group."""
-        return GROUP_DIMS * PAGE_TOKENS * self.format.element_bits // 8
+    def group_bytes(self, place: int) -> int:
+        """Of the group at a place, its scales and centers with it."""
+        return self.group_header_bytes + payload_bytes(self.bits_of(place))
 
-    @property
-    def group_bytes(self) -> int:
-        return self.group_header_bytes + self.payload_bytes
+    def group_start(self, place: int) -> int:
+        """Where the group at a place, or the block's end, lies in a block."""
+        return self.block_header_bytes + sum(self.group_bytes(before) for before in range(place))
 
     @property
     def block_bytes(self) -> int:
         """One head's part of a page."""
-        return self.block_header_bytes + self.groups * self.group_bytes
-
-    @property
-    def words_per_lane(self) -> int:
-        """Words of 32 bits that a lane has of a group."""
-        return self.format.element_bits
-
-    @property
-    def words_per_load(self) -> int:
-        return 1 if self.format == PageFormat.INT3 else min(4, self.words_per_lane)
+        return self.group_start(self.groups)
 
     @property
     def bits_per_element(self) -> float:
         """Everything counted."""
         return 8 * self.block_bytes / (PAGE_TOKENS * self.head_dim)
+
+
+def payload_bytes(bits: int) -> int:
+    """Codes of a group."""
+    return GROUP_DIMS * PAGE_TOKENS * bits // 8
+
+
+def words_per_load(bits: int) -> int:
+    """How many of the ``bits`` words that a lane has of a group lie side by side."""
+    return 1 if bits % 2 else min(4, bits)
 
 
 def _element_places() -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
@@ -206,30 +262,30 @@ def code_shifts(bits: int) -> npt.NDArray[np.uint32]:
     return np.array([[pair * step, pair * step + half] for pair in range(16 // bits)], np.uint32)
 
 
-def pack_codes(codes: npt.NDArray[np.unsignedinteger], layout: PageLayout) -> npt.NDArray[np.uint8]:
-    """Codes [..., 64 tokens, head_dim] of ``element_bits`` bits → payloads u8 [..., groups, payload_bytes]."""
-    token, dim = element_index(layout.side)
-    grouped = codes.reshape(*codes.shape[:-1], layout.groups, GROUP_DIMS)
+def pack_codes(codes: npt.NDArray[np.unsignedinteger], side: Side, bits: int) -> npt.NDArray[np.uint8]:
+    """Codes [..., 64 tokens, 16·groups] of ``bits`` bits → payloads u8 [..., groups, payload bytes]."""
+    token, dim = element_index(side)
+    grouped = codes.reshape(*codes.shape[:-1], -1, GROUP_DIMS)
     pairs = np.moveaxis(grouped, -2, -3)[..., token, dim].astype(np.uint32)  # [..., groups, lane, pair, half]
-    bits, lead = layout.format.element_bits, pairs.shape[:-3]
+    lead = pairs.shape[:-3]
     shifts = code_shifts(bits)
     whole = PAIRS // len(shifts) * len(shifts)
     shifted = pairs[..., :whole, :].reshape(*lead, WARP_LANES, -1, shifts.size) << shifts.reshape(-1)
     words = np.bitwise_or.reduce(shifted, axis=-1)
-    if whole < PAIRS:  # of 3 bits: the last pair lies in what the others leave of their words, a bit in each
+    if whole < PAIRS:  # of 5 and 3 bits: the last pair lies in what the others leave of their words, a bit in each
         first, second = pairs[..., -1, :1], pairs[..., -1, 1:]
         bit = np.arange(bits, dtype=np.uint32)
         words |= (first >> bit & 1) << 15 | (second >> bit & 1) << 31
-    loads = words.reshape(*lead, WARP_LANES, -1, layout.words_per_load)
+    loads = words.reshape(*lead, WARP_LANES, -1, words_per_load(bits))
     ordered = np.ascontiguousarray(np.swapaxes(loads, -3, -2), dtype="<u4")
     return ordered.reshape(*lead, -1).view(np.uint8)
 
 
-def unpack_codes(payload: npt.NDArray[np.uint8], layout: PageLayout) -> npt.NDArray[np.uint16]:
-    """The inverse of :func:`pack_codes`: u16 [..., 64, head_dim]."""
-    bits, lead = layout.format.element_bits, payload.shape[:-1]
+def unpack_codes(payload: npt.NDArray[np.uint8], side: Side, bits: int) -> npt.NDArray[np.uint16]:
+    """The inverse of :func:`pack_codes`: u16 [..., 64, 16·groups]."""
+    lead = payload.shape[:-1]
     words = np.ascontiguousarray(payload).view("<u4")
-    loads = words.reshape(*lead, -1, WARP_LANES, layout.words_per_load)
+    loads = words.reshape(*lead, -1, WARP_LANES, words_per_load(bits))
     words = np.swapaxes(loads, -3, -2).reshape(*lead, WARP_LANES, -1)
     shifts = code_shifts(bits)
     pairs = (words[..., None, None] >> shifts & ((1 << bits) - 1)).reshape(*lead, WARP_LANES, -1, 2)
@@ -238,56 +294,67 @@ def unpack_codes(payload: npt.NDArray[np.uint8], layout: PageLayout) -> npt.NDAr
         last = np.bitwise_or.reduce(halves << np.arange(bits, dtype=np.uint32)[:, None], axis=-2)
         pairs = np.concatenate([pairs, last[..., None, :]], axis=-2)
     flat = pairs.reshape(*lead, -1).astype(np.uint16)
-    groups = flat.take(element_places(layout.side), axis=-1).reshape(*lead, PAGE_TOKENS, GROUP_DIMS)
-    return np.moveaxis(groups, -3, -2).reshape(*lead[:-1], PAGE_TOKENS, layout.head_dim)
+    groups = flat.take(element_places(side), axis=-1).reshape(*lead, PAGE_TOKENS, GROUP_DIMS)
+    return np.moveaxis(groups, -3, -2).reshape(*lead[:-1], PAGE_TOKENS, -1)
 
 
 @dataclass(frozen=True)
 class BlockParts:
-    """A block taken apart: ``payload`` u8 [..., groups, payload_bytes]; ``scales`` and ``centers`` fp16 in the order of
+    """A block taken apart: ``codes`` u8 (u16 of 16 bits) [..., 64, head_dim]; ``scales`` and ``centers`` fp16 of
     dimensions (K, [..., head_dim]) or tokens (V, [..., 64]); empty where there are none."""
 
-    payload: npt.NDArray[np.uint8]
+    codes: npt.NDArray[np.unsignedinteger]
     scales: npt.NDArray[np.float16]
     centers: npt.NDArray[np.float16]
 
 
+def _dims_as_they_lie(layout: PageLayout) -> npt.NDArray[np.intp]:
+    """The dimensions of a block's groups, in their order."""
+    order = np.array(layout.group_order)
+    return (GROUP_DIMS * order[:, None] + np.arange(GROUP_DIMS)).reshape(-1)
+
+
 def join_block(parts: BlockParts, layout: PageLayout) -> npt.NDArray[np.uint8]:
     """Parts → blocks u8 [..., block_bytes]."""
-    lead = parts.payload.shape[:-2]
-    order = scale_index(layout.side)
+    lead, dims, order = parts.codes.shape[:-2], _dims_as_they_lie(layout), scale_index(layout.side)
+    codes = parts.codes[..., dims]
+    numbers = [found for found in (parts.scales, parts.centers) if found.shape[-1]]
+    pieces = []
     if layout.side == Side.V:
-        flat = parts.payload.reshape(*lead, -1)
-        if not layout.format.is_quantized:
-            return np.ascontiguousarray(flat)
-        scales = np.ascontiguousarray(parts.scales[..., order]).view(np.uint8)
-        return np.concatenate([scales, flat], axis=-1)
-    pieces = [
-        np.ascontiguousarray(found.reshape(*lead, layout.groups, GROUP_DIMS)[..., order]).view(np.uint8)
-        for found in (parts.scales, parts.centers)
-        if found.shape[-1]
-    ]
-    return np.concatenate([*pieces, parts.payload], axis=-1).reshape(*lead, -1)
+        pieces += [np.ascontiguousarray(found[..., order]).view(np.uint8) for found in numbers]
+    for places, bits in layout.parts:
+        of_part = slice(GROUP_DIMS * places.start, GROUP_DIMS * places.stop)
+        payload = pack_codes(codes[..., of_part], layout.side, bits)
+        headers = [
+            np.ascontiguousarray(found[..., dims[of_part]].reshape(*lead, -1, GROUP_DIMS)[..., order]).view(np.uint8)
+            for found in numbers
+            if layout.side == Side.K
+        ]
+        pieces.append(np.concatenate([*headers, payload], axis=-1).reshape(*lead, -1))
+    return np.concatenate(pieces, axis=-1)
 
 
 def split_block(blocks: npt.NDArray[np.uint8], layout: PageLayout) -> BlockParts:
     """Blocks u8 [..., block_bytes] → parts."""
-    lead = blocks.shape[:-1]
-    head, none = layout.block_header_bytes, np.empty((*lead, 0), np.float16)
-    groups = blocks[..., head:].reshape(*lead, layout.groups, layout.group_bytes)
-    payload = groups[..., layout.group_header_bytes :]
-    if not layout.format.is_quantized:
-        return BlockParts(payload, none, none)
-    order = scale_index(layout.side)
+    lead, dims, order = blocks.shape[:-1], _dims_as_they_lie(layout), scale_index(layout.side)
+    count = layout.format.is_quantized * (1 + layout.has_centers)  # scales, and centers
+    of_k, of_v = (layout.head_dim, 0) if layout.side == Side.K else (0, PAGE_TOKENS)
+    numbers = [np.empty((*lead, (of_k + of_v) * (i < count)), np.float16) for i in range(2)]
+    codes = np.empty((*lead, PAGE_TOKENS, layout.head_dim), np.uint16)
+
+    def halves(stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
+        return np.ascontiguousarray(stored).view(np.float16)
+
     if layout.side == Side.V:
-        stored = np.ascontiguousarray(blocks[..., :head]).view(np.float16)
-        scales = np.empty_like(stored)
-        scales[..., order] = stored
-        return BlockParts(payload, scales, none)
-    found = []
-    for first in range(0, layout.group_header_bytes, GROUP_DIMS * SCALE_BYTES):
-        stored = np.ascontiguousarray(groups[..., first : first + GROUP_DIMS * SCALE_BYTES]).view(np.float16)
-        ordered = np.empty_like(stored)
-        ordered[..., order] = stored
-        found.append(ordered.reshape(*lead, -1))
-    return BlockParts(payload, found[0], found[1] if len(found) > 1 else none)
+        for i in range(count):
+            stored = blocks[..., of_v * SCALE_BYTES * i : of_v * SCALE_BYTES * (i + 1)]
+            numbers[i][..., order] = halves(stored)
+    for places, bits in layout.parts:
+        first, end = layout.group_start(places.start), layout.group_start(places.stop)
+        groups = blocks[..., first:end].reshape(*lead, places.stop - places.start, -1)
+        of_part = dims[GROUP_DIMS * places.start : GROUP_DIMS * places.stop]
+        codes[..., of_part] = unpack_codes(groups[..., layout.group_header_bytes :], layout.side, bits)
+        for i in range(count if layout.side == Side.K else 0):
+            stored = groups[..., GROUP_DIMS * SCALE_BYTES * i : GROUP_DIMS * SCALE_BYTES * (i + 1)]
+            numbers[i][..., of_part.reshape(-1, GROUP_DIMS)[:, order]] = halves(stored)
+    return BlockParts(codes, numbers[0], numbers[1])

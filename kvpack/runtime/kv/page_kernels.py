@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpack.encode.page_coder import CLIP_TENTHS, FLOAT_TYPES, FP8_MAX, dequantize_blocks, quantize_blocks
+from kvpack.encode.page_coder import FLOAT_TYPES, FP8_MAX, MARGIN_EIGHTHS, dequantize_blocks, quantize_blocks
 from kvpack.errors import PageError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import (
@@ -30,7 +30,6 @@ from kvpack.format.pages import (
     PageLayout,
     Side,
     split_block,
-    unpack_codes,
 )
 from kvpack.runtime.device import kernels
 from kvpack.runtime.device.devices import ACTIVATIONS
@@ -43,44 +42,57 @@ _MAX_SEQUENCES = 65535  # of a grid
 # Warps of a block that writes or reads a page's head, and how many of these blocks shall share a multiprocessor.
 _WRITE_WARPS, _WRITE_BLOCKS = 4, 8
 _READ_BLOCKS = 8
-# How many threads that quantize shall at least share a multiprocessor, so that none spills: of K, of K at 2 bits, where
+# How many threads that quantize shall at least share a multiprocessor, so that none spills: of K, of K as fp8, where
 # sums are taken, and of V, where a thread holds a slice's share of all dimensions.
 _K_THREADS, _K_SUM_THREADS, _V_THREADS, _WIDE_V_THREADS = 1024, 768, 512, 256
 _WIDE_HEAD_DIM = 128
 
 
-def write_kernel(head_dim: int) -> Kernel:
+def page_defines(head_dim: int, key_order: tuple[int, ...] = ()) -> dict[str, int]:
+    """What cuda/kv/page.cuh needs to know of the pages: a nibble for each group of K, in their order."""
+    order = PageLayout(Side.K, PageFormat.FP16, head_dim, key_order).group_order
+    nibbles = sum(group << 4 * place for place, group in enumerate(order))
+    return {
+        "KVPACK_HEAD_DIM": head_dim,
+        "KVPACK_KEY_ORDER_LOW": nibbles & 0xFFFFFFFF,
+        "KVPACK_KEY_ORDER_HIGH": nibbles >> 32,
+    }
+
+
+def write_kernel(head_dim: int, key_order: tuple[int, ...] = ()) -> Kernel:
     """New tokens into pages of 16 bits."""
-    defines = {"KVPACK_HEAD_DIM": head_dim, "KVPACK_MAX_WARPS": _WRITE_WARPS, "KVPACK_BLOCKS_PER_SM": _WRITE_BLOCKS}
+    defines = page_defines(head_dim, key_order) | {
+        "KVPACK_MAX_WARPS": _WRITE_WARPS,
+        "KVPACK_BLOCKS_PER_SM": _WRITE_BLOCKS,
+    }
     return Kernel.of("kv/page_write.cu", "page_write", defines=defines)
 
 
 def quantize_kernel(side: Side, source: PageFormat, target: PageFormat, head_dim: int) -> Kernel:
-    """Pages of one format into a quantized one."""
+    """Pages of one format into a quantized one, whatever the order of K's groups is."""
     if side == Side.K:
         warps = head_dim // GROUP_DIMS
-        threads = _K_SUM_THREADS if target == PageFormat.INT2 else _K_THREADS
+        threads = _K_THREADS if target.is_integer else _K_SUM_THREADS
     else:
         warps = _SLICES
         threads = _WIDE_V_THREADS if head_dim > _WIDE_HEAD_DIM else _V_THREADS
-    defines = {
+    defines = page_defines(head_dim) | {
         "KVPACK_SIDE": int(side),
         "KVPACK_SOURCE_FORMAT": int(source),
         "KVPACK_TARGET_FORMAT": int(target),
-        "KVPACK_CLIP_TENTHS": CLIP_TENTHS.get((side, target), 0),
+        # Bits 4·b … are of codes of b bits; those of 8 bits have no margin.
+        "KVPACK_MARGIN_EIGHTHS": sum(eighths << 4 * bits for bits, eighths in MARGIN_EIGHTHS[side].items()),
         "KVPACK_FP8_MAX": FP8_MAX,
-        "KVPACK_HEAD_DIM": head_dim,
         "KVPACK_MAX_WARPS": warps,
         "KVPACK_BLOCKS_PER_SM": max(1, threads // (warps * WARP_LANES)),
     }
     return Kernel.of("kv/page_quantize.cu", "page_quantize", defines=defines)
 
 
-def read_kernel(side: Side, head_dim: int, dtype: torch.dtype) -> Kernel:
+def read_kernel(side: Side, head_dim: int, dtype: torch.dtype, key_order: tuple[int, ...] = ()) -> Kernel:
     """Pages of any format into numbers."""
-    defines = {
+    defines = page_defines(head_dim, key_order) | {
         "KVPACK_SIDE": int(side),
-        "KVPACK_HEAD_DIM": head_dim,
         "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
         "KVPACK_MAX_WARPS": _SLICES,
         "KVPACK_BLOCKS_PER_SM": _READ_BLOCKS,
@@ -107,6 +119,7 @@ def write_tokens(
     status: torch.Tensor,
     pages_base: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
+    key_order: tuple[int, ...] = (),
 ) -> None:
     """Append tokens to sequences, in pages of 16 bits.
 
@@ -123,6 +136,7 @@ def write_tokens(
         status: i32 [2].
         pages_base: u8, on k's device; see the module. On the CPU it must be given.
         counts: i32 [batch], how many tokens each sequence gets, at most those of k; None: all.
+        key_order: of the pages (:class:`~kvpack.format.pages.PageLayout`).
 
     Raises:
         PageError: a tensor of another shape, type or device.
@@ -140,7 +154,7 @@ def write_tokens(
     if k.numel() == 0:
         return
     write = _write_by_kernel if _runs_kernels(k.device) else _write_on_cpu
-    write(k, v, table, positions, status, pages_base, counts)
+    write(k, v, table, positions, status, pages_base, counts, key_order)
 
 
 def quantize_pages(
@@ -211,6 +225,7 @@ def read_tokens(
     dtype: torch.dtype,
     status: torch.Tensor,
     pages_base: torch.Tensor | None = None,
+    key_order: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """Some tokens of each sequence, dequantized and rounded once to ``dtype``.
 
@@ -222,6 +237,7 @@ def read_tokens(
         dtype: fp16, bf16 or fp32.
         status: i32 [2]. Tokens without a page are zeros and are counted; the index is the sequence.
         pages_base: u8, on the table's device; see the module. On the CPU it must be given.
+        key_order: of the pages (:class:`~kvpack.format.pages.PageLayout`).
 
     Returns:
         [batch, num_kv_heads, num_tokens, head_dim].
@@ -229,7 +245,7 @@ def read_tokens(
     Raises:
         PageError: a tensor of another shape, type or device, a head_dim that pages cannot have.
     """
-    PageLayout(side, PageFormat.FP16, head_dim)
+    PageLayout(side, PageFormat.FP16, head_dim, key_order)
     if dtype not in ACTIVATIONS:
         raise PageError(f"tokens cannot be read as {dtype}; fp16, bf16 and fp32 are possible")
     if num_kv_heads < 1 or num_tokens < 0:
@@ -243,11 +259,12 @@ def read_tokens(
     _check("status", status, torch.int32, table.device, (2,))
     _check_base(pages_base, table.device)
     if not _runs_kernels(table.device):
-        return _read_on_cpu(table, side, starts, ends, num_tokens, head_dim, num_kv_heads, dtype, status, pages_base)
+        layouts = [PageLayout(side, page_format, head_dim, key_order) for page_format in PageFormat]
+        return _read_on_cpu(table, layouts, starts, ends, num_tokens, num_kv_heads, dtype, status, pages_base)
     out = torch.empty((batch, num_kv_heads, num_tokens, head_dim), dtype=dtype, device=table.device)
     if out.numel():
         kernels.launch(
-            read_kernel(side, head_dim, dtype),
+            read_kernel(side, head_dim, dtype, key_order),
             (_most_pages(num_tokens) * num_kv_heads, batch),
             _SLICES * WARP_LANES,
             (
@@ -329,11 +346,12 @@ def _write_by_kernel(
     status: torch.Tensor,
     pages_base: torch.Tensor | None,
     counts: torch.Tensor | None,
+    key_order: tuple[int, ...],
 ) -> None:
     batch, heads, tokens, head_dim = k.shape
     k, v = _aligned(k), _aligned(v)
     kernels.launch(
-        write_kernel(head_dim),
+        write_kernel(head_dim, key_order),
         (_most_pages(tokens) * heads, batch, len(Side)),
         _WRITE_WARPS * WARP_LANES,
         (
@@ -386,13 +404,14 @@ def _write_on_cpu(
     status: torch.Tensor,
     pages_base: torch.Tensor | None,
     counts: torch.Tensor | None,
+    key_order: tuple[int, ...],
 ) -> None:
     assert pages_base is not None
     pages, columns, heads = pages_base.numpy(), k.shape[2], k.shape[1]
     page_format = PAGE_FORMATS[k.dtype]
     of_sequences = [columns] * len(k) if counts is None else counts.clamp(0, columns).tolist()
     for side, values in zip(Side, (_numbers(k), _numbers(v)), strict=True):
-        layout = PageLayout(side, page_format, k.shape[3])
+        layout = PageLayout(side, page_format, k.shape[3], key_order)
         for b, (start, tokens) in enumerate(zip(positions.tolist(), of_sequences, strict=True)):
             if start < 0:
                 if tokens:
@@ -407,7 +426,7 @@ def _write_on_cpu(
                 blocks = _blocks(pages, entry, layout, heads)
                 held = np.zeros((heads, PAGE_TOKENS, layout.head_dim), np.uint16)
                 if first % PAGE_TOKENS:
-                    held = unpack_codes(split_block(blocks, layout).payload, layout)
+                    held = split_block(blocks, layout).codes.astype(np.uint16)
                 at = first - page * PAGE_TOKENS
                 held[:, at : at + last - first] = values[b, :, first - before : last - before].view(np.uint16)
                 blocks[:] = quantize_blocks(held.view(FLOAT_TYPES[page_format]), layout)
@@ -439,11 +458,10 @@ def _quantize_on_cpu(
 
 def _read_on_cpu(
     table: torch.Tensor,
-    side: Side,
+    layouts: Sequence[PageLayout],
     starts: torch.Tensor,
     ends: torch.Tensor,
     num_tokens: int,
-    head_dim: int,
     heads: int,
     dtype: torch.dtype,
     status: torch.Tensor,
@@ -451,7 +469,7 @@ def _read_on_cpu(
 ) -> torch.Tensor:
     assert pages_base is not None
     pages = pages_base.numpy()
-    out = torch.zeros((len(table), heads, num_tokens, head_dim), dtype=dtype, device="cpu")
+    out = torch.zeros((len(table), heads, num_tokens, layouts[0].head_dim), dtype=dtype, device="cpu")
     for b, (given, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         start = max(given, 0)
         for first, last, page in _pieces(start, min(start + num_tokens, end)):
@@ -459,7 +477,7 @@ def _read_on_cpu(
             if entry & ENTRY_FORMAT_MASK >= len(PageFormat):
                 _leave_out(status, b, last - first)
                 continue
-            layout = PageLayout(side, PageFormat(entry & ENTRY_FORMAT_MASK), head_dim)
+            layout = layouts[entry & ENTRY_FORMAT_MASK]
             values = torch.from_numpy(dequantize_blocks(_blocks(pages, entry, layout, heads), layout))
             at = first - page * PAGE_TOKENS
             out[b, :, first - start : last - start] = values[:, at : at + last - first].to(dtype)
