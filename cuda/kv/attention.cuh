@@ -70,12 +70,12 @@ __device__ __forceinline__ float sum_over_rows(float value) {
 // What a lane has of eight columns, 2·c and 2·c + 1 of them, but for the maxima of their scores.
 struct Softmax {
   float sum[2];
-  float scaled_sum[2];  // Σ p · scale of V, for levels at odd multiples of half a scale
+  float centers[2];  // Σ p · center of V: the same for all dimensions
   float values[kGroups][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (u32 j = 0; j < 2; ++j) sum[j] = 0, scaled_sum[j] = 0;
+    for (u32 j = 0; j < 2; ++j) sum[j] = 0, centers[j] = 0;
 #pragma unroll
     for (u32 m = 0; m < kGroups; ++m)
 #pragma unroll
@@ -83,7 +83,7 @@ struct Softmax {
   }
   __device__ __forceinline__ void rescale(float a, float b) {
     sum[0] *= a, sum[1] *= b;
-    scaled_sum[0] *= a, scaled_sum[1] *= b;
+    centers[0] *= a, centers[1] *= b;
 #pragma unroll
     for (u32 m = 0; m < kGroups; ++m) values[m][0] *= a, values[m][1] *= b, values[m][2] *= a, values[m][3] *= b;
   }
@@ -92,10 +92,27 @@ struct Softmax {
 typedef float Scores[kSlices][4];  // of a page and eight columns
 typedef u32 Operands[kSlices][2];
 
+// A lane's numbers of tokens of V, scales or centers: two halves for each slice, of rows g and g + 8.
+__device__ __forceinline__ float of_row(const u32 (&of_slices)[kSlices], u32 slice, u32 h) {
+  return f16_value(h == 0 ? of_slices[slice] & 0xFFFF : of_slices[slice] >> 16);
+}
+
+// Σ p · center of a page of V, the header of whose block is given.
+template <u32 format>
+__device__ __forceinline__ void add_centers(const Scores& probabilities, u32 header, u32 lane, float (&sums)[2]) {
+  if constexpr (has_centers(KVPACK_SIDE_V, format)) {
+    const uint4 v = load_shared_v4(header + kTokenScalesBytes + 16 * (lane / 4));
+    const u32 centers[kSlices] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) sums[i % 2] += probabilities[slice][i] * of_row(centers, slice, i / 2);
+  }
+}
+
 // Probabilities as operands for V: multiplied with its scales, a lane's eight, if the format has some; `rest`: what bf16 leaves of one.
 template <u32 format>
-__device__ __forceinline__ void to_operands(const Scores& probabilities, const uint4& scales, Operands& p, Operands& rest,
-                                            float (&scaled_sum)[2]) {
+__device__ __forceinline__ void to_operands(const Scores& probabilities, const uint4& scales, Operands& p, Operands& rest) {
   const u32 of_slice[kSlices] = {scales.x, scales.y, scales.z, scales.w};
 #pragma unroll
   for (u32 slice = 0; slice < kSlices; ++slice)
@@ -103,7 +120,7 @@ __device__ __forceinline__ void to_operands(const Scores& probabilities, const u
     for (u32 h = 0; h < 2; ++h) {
       const float a = probabilities[slice][2 * h], b = probabilities[slice][2 * h + 1];
       if constexpr (is_quantized(format)) {
-        const float scale = f16_value(h == 0 ? of_slice[slice] & 0xFFFF : of_slice[slice] >> 16);
+        const float scale = of_row(of_slice, slice, h);
         p[slice][h] = transpose_matrix(f16x2_bits(a * scale, b * scale));
       } else if constexpr (kBf16) {
         const u32 rounded = bf16x2_bits(a, b);
@@ -113,16 +130,9 @@ __device__ __forceinline__ void to_operands(const Scores& probabilities, const u
         p[slice][h] = transpose_matrix(f16x2_bits(a, b));
       }
     }
-  if constexpr (is_narrow(format)) {
-    constexpr u32 ones[4] = {both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00), both_halves(0x3C00)};
-    float sums[4] = {scaled_sum[0], scaled_sum[1], 0, 0};
-#pragma unroll
-    for (u32 slice = 0; slice < kSlices; ++slice) mma_f16(sums, ones, p[slice][0], p[slice][1]);
-    scaled_sum[0] = sums[0], scaled_sum[1] = sums[1];
-  }
 }
 
-// `product(slice, a)` for each of a group's four slices, with its operand, which it may change.
+// `product(slice, a)` for each of the four slices of a group of this group format, with its operand, which it may change.
 template <u32 format, class Product>
 __device__ __forceinline__ void for_slices(u32 payload, u32 lane, Product&& product) {
   u32 a[4];

@@ -31,7 +31,9 @@ constexpr u32 kWarps = KVPACK_WARPS;
 constexpr u32 kSlots = KVPACK_SLOTS;
 constexpr u32 kPieceGroups = kGroups % 2 == 0 ? 2 : 1;
 constexpr u32 kPieces = kGroups / kPieceGroups;  // of a block that is quantized
-constexpr u32 kSlotBytes = kTokenScalesBytes + 2048;
+constexpr u32 kThinPieces = (kGroups - kWideGroups) / kPieceGroups;  // the last ones of K
+static_assert(kWideGroups % kPieceGroups == 0, "groups of a piece have one width");
+constexpr u32 kSlotBytes = KVPACK_SLOT_BYTES;
 constexpr u32 kBarriersBytes = kWarps * kSlots * 8;
 constexpr u32 kRingBytes = kSlots * kSlotBytes;
 constexpr u32 kColumns = 8;
@@ -79,7 +81,8 @@ struct Segment {
   }
 };
 
-// What is copied of one side of a unit: `left` pieces of `bytes`; the first one of V has the block's scales in front.
+// What is copied of one side of a unit: `left` pieces of `bytes`, of the last kThinPieces in the upper half; the first one of V has the
+// block's scales and centers in front.
 struct Block {
   const u8* source;
   u32 left, bytes, first_bytes;
@@ -88,12 +91,11 @@ struct Block {
 __device__ __forceinline__ Block block_of(const u8* pages, u32 side, u64 entry, u32 head) {
   const u32 format = entry_format(entry);
   const bool quantized = is_quantized(format);
-  const u32 header = block_header_bytes(side, format), group = group_bytes(side, format);
   Block block;
-  block.source = entry_page(pages, entry) + static_cast<u64>(head) * (header + kGroups * group);
+  block.source = entry_page(pages, entry) + static_cast<u64>(head) * block_bytes(side, format);
   block.left = quantized ? kPieces : kGroups;
-  block.bytes = quantized ? kPieceGroups * group : group;
-  block.first_bytes = header;
+  block.bytes = (quantized ? kPieceGroups : 1) * (wide_bytes(side, format) | thin_bytes(side, format) << 16);
+  block.first_bytes = block_header_bytes(side, format);
   return block;
 }
 
@@ -122,7 +124,7 @@ struct Ring {
   static __device__ __forceinline__ u32 after(u32 slot) { return slot + 1 == kSlots ? 0 : slot + 1; }
 
   __device__ __forceinline__ void copy_one() {
-    const u32 size = block.bytes + block.first_bytes, to = base + filled * kSlotBytes;
+    const u32 size = (block.left > kThinPieces ? block.bytes & 0xFFFF : block.bytes >> 16) + block.first_bytes, to = base + filled * kSlotBytes;
 #ifdef KVPACK_BULK_COPIES
     if (lane == 0 && size > 0) copy_bulk(to, block.source, size, barriers + 8 * filled);
 #else
@@ -158,32 +160,39 @@ struct Ring {
   }
 };
 
-// Scores, but for an `offset` that all tokens of a column have.
+// Adds the scores of some pieces of a group format, but for what centers give to all tokens of a column alike. Queries are at `operands`.
 template <u32 format>
-__device__ __forceinline__ void multiply_keys(Ring& ring, u32 queries, u32 lane, Scores& scores, float (&offset)[2]) {
+__device__ __forceinline__ void multiply_pieces(Ring& ring, u32 pieces, u32& operands, u32 lane, Scores& scores, float (&centers)[4]) {
   constexpr u32 piece_groups = is_quantized(format) ? kPieceGroups : 1;
-  float centers[4] = {0, 0, 0, 0};
-  u32 operands = queries + (is_quantized(format) || !kBf16 ? 0 : kQueryBytes) + 8 * lane;
+  constexpr u32 header_bytes = group_header_bytes(KVPACK_SIDE_K, format);
 #pragma unroll 1
-  for (u32 piece = 0; piece < kGroups / piece_groups; ++piece) {
+  for (u32 piece = 0; piece < pieces; ++piece) {
     const u32 slot = ring.next();
 #pragma unroll
     for (u32 i = 0; i < piece_groups; ++i, operands += 8 * kLanes) {
-      const u32 group = slot + i * group_bytes(KVPACK_SIDE_K, format);
+      const u32 group = slot + i * (header_bytes + payload_bytes(format));
       uint2 q = load_shared_v2(operands);
-      if constexpr (is_narrow(format)) {
+      if constexpr (is_quantized(format)) {
         const uint2 center = load_shared_v2(group + kScalesBytes + 8 * (lane % 4));
         const u32 rows[4] = {center.x, 0, center.y, 0};  // eight rows alike, so that every lane has the product of its columns
         mma_f16(centers, rows, q.x, q.y);
-      }
-      if constexpr (is_quantized(format)) {
         const uint2 scales = load_shared_v2(group + 8 * (lane % 4));
         q = make_uint2(mul_f16x2(q.x, scales.x), mul_f16x2(q.y, scales.y));
       }
-      for_slices<format>(group + group_header_bytes(KVPACK_SIDE_K, format), lane,
-                         [&](u32 slice, const u32 (&a)[4]) { mma_page<format>(scores[slice], a, q.x, q.y); });
+      for_slices<format>(group + header_bytes, lane, [&](u32 slice, const u32 (&a)[4]) { mma_page<format>(scores[slice], a, q.x, q.y); });
     }
   }
+}
+
+// Scores, but for an `offset` that all tokens of a column have.
+template <u32 format>
+__device__ __forceinline__ void multiply_keys(Ring& ring, u32 queries, u32 lane, Scores& scores, float (&offset)[2]) {
+  constexpr u32 wide = wide_format(KVPACK_SIDE_K, format), thin = thin_format(KVPACK_SIDE_K, format);
+  constexpr u32 pieces = is_quantized(format) ? kPieces : kGroups;
+  float centers[4] = {0, 0, 0, 0};
+  u32 operands = queries + (is_quantized(format) || !kBf16 ? 0 : kQueryBytes) + 8 * lane;
+  multiply_pieces<wide>(ring, wide == thin ? pieces : kPieces - kThinPieces, operands, lane, scores, centers);
+  if constexpr (wide != thin) multiply_pieces<thin>(ring, kThinPieces, operands, lane, scores, centers);
   offset[0] = centers[0], offset[1] = centers[1];
 }
 
@@ -195,7 +204,8 @@ __device__ __forceinline__ void multiply_values(Ring& ring, u32 slot, const uint
   constexpr u32 piece_groups = is_quantized(format) ? kPieceGroups : 1;
   const u32 seen = is_quantized(format) || whole ? 0 : seen_bits(scores);
   Operands p, rest;
-  to_operands<format>(scores, scales, p, rest, softmax.scaled_sum);
+  add_centers<format>(scores, slot, lane, softmax.centers);
+  to_operands<format>(scores, scales, p, rest);
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {
     if (group > 0 && group % piece_groups == 0) slot = ring.next();
@@ -413,7 +423,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
       for (u32 i = 0; i < kLaneDims; ++i) {
         const u32 dim = kLanes * i + lane;
         if (dim >= kHeadDim) break;
-        const u32 place = kLanes * (dim / 16) + 4 * column + dim % 8 / 2;
+        const u32 place = kLanes * place_of(dim / 16) + 4 * column + dim % 8 / 2;
         const u32 address = query_area + 8 * place + dim % 16 / 8 * 4 + dim % 2 * 2;
         store_shared_u16(address, f16_bits(query_value(query[i]) * inverse));
         if constexpr (kBf16) store_shared_u16(address + kQueryBytes, bf16_bits(query_value(query[i]) * inverse));
@@ -536,6 +546,7 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
 #pragma unroll
     for (u32 j = 0; j < 2; ++j) {
       softmax.sum[j] = sum_over_rows(softmax.sum[j]);
+      softmax.centers[j] = sum_over_rows(softmax.centers[j]);
       if (lane < 4) store_shared_f32(statistics + 4 * (kColumns * warp + 2 * lane + j), maximum[j]);
     }
     __syncthreads();
@@ -565,9 +576,8 @@ attention_decode(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_t
 #pragma unroll
           for (u32 i = 0; i < kBatch; ++i) {
             const float* values = softmax.values[first + i];
-            const float half[2] = {0.5f * softmax.scaled_sum[0], 0.5f * softmax.scaled_sum[1]};
-            sums[i].x += (values[0] + half[0]) * weight[0], sums[i].y += (values[1] + half[1]) * weight[1];
-            sums[i].z += (values[2] + half[0]) * weight[0], sums[i].w += (values[3] + half[1]) * weight[1];
+            sums[i].x += (values[0] + softmax.centers[0]) * weight[0], sums[i].y += (values[1] + softmax.centers[1]) * weight[1];
+            sums[i].z += (values[2] + softmax.centers[0]) * weight[0], sums[i].w += (values[3] + softmax.centers[1]) * weight[1];
             if (w + 1 < kWarps || alone) {
               store_shared_f32x4(query_area + 16 * (kLanes * (first + i) + lane), sums[i]);
             } else if (lane % 4 < pairs) {

@@ -23,7 +23,8 @@ constexpr u32 kListBytes = 16 * kListed;
 constexpr u32 kBarriersBytes = align_up(8 * kSlots, 16);
 constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // of eight columns
 
-// Groups of a piece: as many as lie in 4 KiB, scales not counted, and at most eight. Without a division, which would be a function.
+// Groups of a piece, of a page's bits: as many as lie in 4 KiB, scales not counted, and at most eight. Of K the first ones may be wide.
+// Without a division, which would be a function.
 __device__ constexpr u32 log2_groups_of_piece(u32 bits) { return bits > 8 ? 1 : bits > 4 ? 2 : 3; }
 __device__ constexpr u32 groups_of_piece(u32 bits) { return 1u << log2_groups_of_piece(bits); }
 __device__ constexpr u32 pieces_of_block(u32 bits) { return (kGroups + groups_of_piece(bits) - 1) >> log2_groups_of_piece(bits); }
@@ -32,8 +33,14 @@ __device__ __forceinline__ u32 pieces_of(u32 formats) {
   return pieces_of_block(element_bits(formats & 0xFF)) + pieces_of_block(element_bits(formats >> 8));
 }
 static_assert(2 * pieces_of_block(16) <= kListed / 2);
-static_assert(groups_of_piece(4) * group_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT4) <= kSlotBytes);
-static_assert(groups_of_piece(8) * group_bytes(KVPACK_SIDE_V, KVPACK_FORMAT_INT8) + kTokenScalesBytes <= kSlotBytes);
+// The largest pieces: the first ones.
+__device__ constexpr u32 first_piece_bytes(u32 side, u32 format) {
+  const u32 groups = groups_of_piece(element_bits(format));
+  return group_start(side, format, groups < kGroups ? groups : kGroups);
+}
+static_assert(first_piece_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT4) <= kSlotBytes);
+static_assert(first_piece_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT8) <= kSlotBytes);
+static_assert(first_piece_bytes(KVPACK_SIDE_V, KVPACK_FORMAT_INT8) <= kSlotBytes);
 
 // The pieces of all visits in turn. `number` is that of the next one to use.
 struct Pieces {
@@ -113,10 +120,10 @@ struct Lister {
       const u64 entry = of_v ? v_entry : k_entry;
       const u32 format = entry_format(entry), bits = element_bits(format), piece = of_v ? lane - of_k : lane;
       const u32 side = of_v ? KVPACK_SIDE_V : KVPACK_SIDE_K;
-      const u32 header = block_header_bytes(side, format), group = group_bytes(side, format);
-      const u32 groups = groups_of_piece(bits), in_front = piece == 0 ? 0 : header + piece * groups * group;
-      address = reinterpret_cast<u64>(entry_page(pages, entry)) + static_cast<u64>(head) * (header + kGroups * group) + in_front;
-      size = (piece == 0 ? header : 0) + min(groups, kGroups - piece * groups) * group;
+      const u32 groups = groups_of_piece(bits), first = piece * groups;
+      const u32 begin = piece == 0 ? 0 : group_start(side, format, first);
+      address = reinterpret_cast<u64>(entry_page(pages, entry)) + static_cast<u64>(head) * block_bytes(side, format) + begin;
+      size = group_start(side, format, min(first + groups, kGroups)) - begin;
     }
     if (lane < here) {
       const uint4 v = make_uint4(static_cast<u32>(address), static_cast<u32>(address >> 32), size, formats);
@@ -129,9 +136,49 @@ typedef Scores TileScores[kTiles];
 
 __device__ __forceinline__ u32 bf16_of_f16(u32 pair) { return bf16x2_bits(f16_value(pair & 0xFFFF), f16_value(pair >> 16)); }
 
+// Some groups of a piece, of a group format: `group` is the first one's address, `begin` and `end` are those of their queries.
+template <u32 format>
+__device__ __forceinline__ void multiply_centers(u32 group, u32 begin, u32 end, u32 lane, float (&centers)[kTiles][4]) {
+  u32 at = group + kScalesBytes + 8 * (lane % 4);
+#pragma unroll 1
+  for (u32 operands = begin; operands < end; operands += 8 * kLanes, at += group_header_bytes(KVPACK_SIDE_K, format) + payload_bytes(format)) {
+    const uint2 center = load_shared_v2(at);
+    const u32 rows[4] = {center.x, center.x, center.y, center.y};
+#pragma unroll
+    for (u32 tile = 0; tile < kTiles; ++tile) {
+      const uint2 q = load_shared_v2(operands + tile * kQueryBytes + 8 * lane);
+      mma_f16(centers[tile], rows, q.x, q.y);
+    }
+  }
+}
+template <u32 format>
+__device__ __forceinline__ void multiply_groups(u32 group, u32 begin, u32 end, u32 lane, TileScores& scores) {
+  constexpr u32 header_bytes = group_header_bytes(KVPACK_SIDE_K, format);
+#pragma unroll 1
+  for (u32 operands = begin; operands < end; operands += 8 * kLanes, group += header_bytes + payload_bytes(format)) {
+    uint2 q[kTiles];
+#pragma unroll
+    for (u32 tile = 0; tile < kTiles; ++tile) q[tile] = load_shared_v2(operands + tile * kQueryBytes + 8 * lane);
+    if constexpr (is_quantized(format)) {
+      const uint2 scales = load_shared_v2(group + 8 * (lane % 4));
+#pragma unroll
+      for (uint2& operand : q) operand = make_uint2(mul_f16x2(operand.x, scales.x), mul_f16x2(operand.y, scales.y));
+    } else if constexpr (kBf16) {
+#pragma unroll
+      for (uint2& operand : q) operand = make_uint2(bf16_of_f16(operand.x), bf16_of_f16(operand.y));
+    }
+    for_slices<format>(group + header_bytes, lane, [&](u32 slice, const u32 (&a)[4]) {
+#pragma unroll
+      for (u32 tile = 0; tile < kTiles; ++tile) mma_page<format>(scores[tile][slice], a, q[tile].x, q[tile].y);
+    });
+  }
+}
+
 template <u32 format>
 __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 lane, TileScores& scores) {
   constexpr u32 piece_groups = groups_of_piece(element_bits(format));
+  constexpr u32 wide = wide_format(KVPACK_SIDE_K, format), thin = thin_format(KVPACK_SIDE_K, format);
+  constexpr u32 wide_groups = wide == thin ? kGroups : kWideGroups;
 #pragma unroll
   for (u32 tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -140,26 +187,19 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
       for (u32 i = 0; i < 4; ++i) scores[tile][slice][i] = 0;
 #pragma unroll 1
   for (u32 first = 0; first < kGroups; first += piece_groups) {
-    u32 group = pieces.next();
-    const u32 begin = queries + 8 * kLanes * first, end = queries + 8 * kLanes * min(first + piece_groups, kGroups);
-    if constexpr (is_narrow(format)) {
+    const u32 group = pieces.next();
+    const u32 last = min(first + piece_groups, kGroups), change = min(max(first, wide_groups), last);
+    const u32 begin = queries + 8 * kLanes * first, middle = queries + 8 * kLanes * change, end = queries + 8 * kLanes * last;
+    const u32 thin_group = group + (change - first) * wide_bytes(KVPACK_SIDE_K, format);
+    if constexpr (is_quantized(format)) {
       // Scores begin with what the centers give, the same for all tokens: rows alike.
       float centers[kTiles][4];
 #pragma unroll
       for (u32 tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) centers[tile][i] = 0;
-      u32 at = group + kScalesBytes + 8 * (lane % 4);
-#pragma unroll 1
-      for (u32 operands = begin; operands < end; operands += 8 * kLanes, at += group_bytes(KVPACK_SIDE_K, format)) {
-        const uint2 center = load_shared_v2(at);
-        const u32 rows[4] = {center.x, center.x, center.y, center.y};
-#pragma unroll
-        for (u32 tile = 0; tile < kTiles; ++tile) {
-          const uint2 q = load_shared_v2(operands + tile * kQueryBytes + 8 * lane);
-          mma_f16(centers[tile], rows, q.x, q.y);
-        }
-      }
+      multiply_centers<wide>(group, begin, middle, lane, centers);
+      if constexpr (wide != thin) multiply_centers<thin>(thin_group, middle, end, lane, centers);
 #pragma unroll
       for (u32 tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -167,24 +207,8 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
 #pragma unroll
           for (u32 i = 0; i < 4; ++i) scores[tile][slice][i] += centers[tile][i];
     }
-#pragma unroll 1
-    for (u32 operands = begin; operands < end; operands += 8 * kLanes, group += group_bytes(KVPACK_SIDE_K, format)) {
-      uint2 q[kTiles];
-#pragma unroll
-      for (u32 tile = 0; tile < kTiles; ++tile) q[tile] = load_shared_v2(operands + tile * kQueryBytes + 8 * lane);
-      if constexpr (is_quantized(format)) {
-        const uint2 scales = load_shared_v2(group + 8 * (lane % 4));
-#pragma unroll
-        for (uint2& operand : q) operand = make_uint2(mul_f16x2(operand.x, scales.x), mul_f16x2(operand.y, scales.y));
-      } else if constexpr (kBf16) {
-#pragma unroll
-        for (uint2& operand : q) operand = make_uint2(bf16_of_f16(operand.x), bf16_of_f16(operand.y));
-      }
-      for_slices<format>(group + group_header_bytes(KVPACK_SIDE_K, format), lane, [&](u32 slice, const u32 (&a)[4]) {
-#pragma unroll
-        for (u32 tile = 0; tile < kTiles; ++tile) mma_page<format>(scores[tile][slice], a, q[tile].x, q[tile].y);
-      });
-    }
+    multiply_groups<wide>(group, begin, middle, lane, scores);
+    if constexpr (wide != thin) multiply_groups<thin>(thin_group, middle, end, lane, scores);
   }
 }
 
@@ -199,7 +223,8 @@ __device__ __forceinline__ void multiply_values(Pieces& pieces, u32 slot, const 
 #pragma unroll
   for (u32 tile = 0; tile < kTiles; ++tile) {
     seen[tile] = is_quantized(format) || whole ? 0 : seen_bits(scores[tile]);
-    to_operands<format>(scores[tile], scales, p[tile], rest[tile], softmax[tile].scaled_sum);
+    add_centers<format>(scores[tile], slot, lane, softmax[tile].centers);
+    to_operands<format>(scores[tile], scales, p[tile], rest[tile]);
   }
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {
@@ -340,7 +365,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
         const float2 v = pair_of_floats(pairs[m][h]);
         operand[h] = f16x2_bits(v.x * inverse, v.y * inverse);
       }
-      store_shared_v2(queries + tile * kQueryBytes + 8 * (kLanes * m + lane), make_uint2(operand[0], operand[1]));
+      store_shared_v2(queries + tile * kQueryBytes + 8 * (kLanes * place_of(m) + lane), make_uint2(operand[0], operand[1]));
     }
     if (lane % 4 == 0) {
       const u32 address = statistics + 64 * tile + lane / 8 * 16 + lane / 4 % 2 * 4;
@@ -444,14 +469,15 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
 #endif
     };
     const float inverse[2] = {reciprocal(with_sink(0, sum_over_rows(s.sum[0]))), reciprocal(with_sink(1, sum_over_rows(s.sum[1])))};
+    const float centers[2] = {sum_over_rows(s.centers[0]), sum_over_rows(s.centers[1])};
     const u32 column = warp_column + 8 * tile + lane / 4;
     u32* to = result_of(column);
 #pragma unroll
     for (u32 m = 0; m < kGroups; ++m)
 #pragma unroll
       for (u32 h = 0; h < 2; ++h) {
-        const float a = (s.values[m][2 * h] + 0.5f * s.scaled_sum[0]) * inverse[0];
-        const float b = (s.values[m][2 * h + 1] + 0.5f * s.scaled_sum[1]) * inverse[1];
+        const float a = (s.values[m][2 * h] + centers[0]) * inverse[0];
+        const float b = (s.values[m][2 * h + 1] + centers[1]) * inverse[1];
         const u32 pair = transpose_matrix(kBf16 ? bf16x2_bits(a, b) : f16x2_bits(a, b));
         if (column < columns) to[8 * m + 4 * h + lane % 4] = pair;
       }

@@ -1,6 +1,6 @@
 // A lane's codes of a group as operands of mma.m16n8k16: four registers for each slice of 16 tokens, two numbers in each.
 //
-// Codes of 8, 4, 3 and 2 bits become the fp16 numbers code − 2^(bits−1), exactly: a code at bit p of a half, with 0x6400 around it, is
+// Codes of 8, 5, 4, 3 and 2 bits become the fp16 numbers code − 2^(bits−1), exactly: a code at bit p of a half, with 0x6400 around it, is
 // 1024 + 2^p · code, as long as it lies below bit 10. Of those at p > 0 a fused product takes the 2^p away. fp8 becomes fp16 of the same
 // value. Scales are applied to the other operand.
 #pragma once
@@ -26,6 +26,7 @@ __device__ __forceinline__ u32 codes_at(u32 word) {
   return fma_f16x2(biased, both_halves(f16_of_inverse_power(p)), both_halves(0x8000 | f16_of_integer((1024 >> p) + bias)));
 }
 
+// Of a group format.
 template <u32 format>
 struct GroupOperands {
   static constexpr u32 kBits = element_bits(format);
@@ -36,7 +37,7 @@ struct GroupOperands {
     if constexpr (kWords == 2) {
       const uint2 v = load_shared_v2(payload + 8 * lane);
       words[0] = v.x, words[1] = v.y;
-    } else if constexpr (kWords == 3) {
+    } else if constexpr (kWords % 2 == 1) {
 #pragma unroll
       for (u32 i = 0; i < kWords; ++i) words[i] = load_shared_u32(payload + 4 * (kLanes * i + lane));
     } else {
@@ -60,9 +61,12 @@ struct GroupOperands {
       return mul_f16x2(and_or(high, 0x80008000, (high & 0x7F007F00) >> 1), both_halves(f16_of_integer(256)));
     } else if constexpr (kBits == 3 && pair == kPairs - 1) {
       return codes_at<3, 0>(and_or(words[0] >> 15, both_halves(1), and_or(words[1] >> 14, both_halves(2), words[2] >> 13 & both_halves(4))));
+    } else if constexpr (kBits == 5 && pair == kPairs - 1) {
+      const u32 low = and_or(words[0] >> 15, both_halves(1), and_or(words[1] >> 14, both_halves(2), words[2] >> 13 & both_halves(4)));
+      return codes_at<5, 0>(and_or(words[3] >> 12, both_halves(8), and_or(words[4] >> 11, both_halves(16), low)));
     } else {
       constexpr u32 per_word = 16 / kBits, first = kBits * (pair % per_word);
-      constexpr u32 shift = first + kBits <= 10 ? 0 : kBits == 3 ? 9 : 8;
+      constexpr u32 shift = first + kBits <= 10 ? 0 : kBits == 5 ? 10 : kBits == 3 ? 9 : 8;
       return codes_at<kBits, first - shift>(words[pair / per_word] >> shift);
     }
   }

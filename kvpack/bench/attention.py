@@ -357,11 +357,15 @@ class AttentionBench(BenchRun):
 
     def _blocks(self, case: Case) -> int:
         """What a cache would choose."""
-        shape = attention_kernels.decode_shape(case.head_dim, torch.float16)
         tiles = ceil_div(case.heads // case.kv_heads * case.tokens, attention_kernels.COLUMNS)
         pages = case.context // PAGE_TOKENS
         return attention_kernels.decode_blocks(
-            case.sequences, case.kv_heads, tiles, pages, multiprocessors(), blocks_per_sm=shape.blocks_per_sm
+            case.sequences,
+            case.kv_heads,
+            tiles,
+            pages,
+            multiprocessors(),
+            blocks_per_sm=attention_kernels.decode_blocks_per_sm(case.head_dim),
         )
 
     def _grids(self, chosen: int) -> list[int]:

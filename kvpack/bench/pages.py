@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from kvpack.format.pages import (
-    GROUP_DIMS,
     PAGE_TOKENS,
     SCALE_BYTES,
     PageFormat,
@@ -128,29 +127,30 @@ def random_cache(
 
 def fill_blocks(blocks: torch.Tensor, layout: PageLayout, deviation: float, generator: torch.Generator) -> None:
     """Random values of about this deviation into blocks u8 [n, block_bytes]."""
-    count = len(blocks)
     if not layout.format.is_quantized:
         blocks.view(torch.float16).normal_(0.0, deviation, generator=generator)
         return
     blocks.view(torch.int32).random_(-(1 << 31), 1 << 31, generator=generator)
-    code_deviation = (1 << layout.format.element_bits) / math.sqrt(12)
     if not layout.format.is_integer:
         blocks &= _FP8_FINITE
-        code_deviation = _FP8_DEVIATION
 
-    def scales(number: int) -> torch.Tensor:
-        spread = 0.5 + torch.rand(count, number, device=blocks.device, generator=generator)
-        return (deviation / code_deviation * spread).half().view(torch.uint8)
+    def put_header(at: torch.Tensor, bits: int) -> None:
+        """Scales, and centers, of blocks or groups, into u8 [..., bytes of all]."""
+        code_deviation = (1 << bits) / math.sqrt(12) if layout.format.is_integer else _FP8_DEVIATION
+        shape = (*at.shape[:-1], at.shape[-1] // (SCALE_BYTES * (1 + layout.has_centers)))
+        spread = 0.5 + torch.rand(shape, device=blocks.device, generator=generator)
+        numbers = [deviation / code_deviation * spread]
+        if layout.has_centers:
+            numbers.append(deviation / 2 * torch.randn(shape, device=blocks.device, generator=generator))
+        at[:] = torch.cat([of_all.half().view(torch.uint8) for of_all in numbers], -1)
 
     if layout.side == Side.V:
-        blocks[:, : layout.block_header_bytes] = scales(PAGE_TOKENS)
+        put_header(blocks[:, : layout.block_header_bytes], layout.format.element_bits)
         return
-    groups = blocks.view(count, layout.groups, layout.group_bytes)
-    groups[..., : GROUP_DIMS * SCALE_BYTES] = scales(layout.head_dim).view(count, layout.groups, -1)
-    if layout.has_centers:
-        centers = deviation / 2 * torch.randn(count, layout.head_dim, device=blocks.device, generator=generator)
-        stored = centers.half().view(torch.uint8).view(count, layout.groups, -1)
-        groups[..., GROUP_DIMS * SCALE_BYTES : layout.group_header_bytes] = stored
+    for places, bits in layout.parts:
+        part = blocks[:, layout.group_start(places.start) : layout.group_start(places.stop)]
+        groups = part.unflatten(1, (places.stop - places.start, -1))
+        put_header(groups[..., : layout.group_header_bytes], bits)
 
 
 def expected_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:

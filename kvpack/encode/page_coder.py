@@ -8,12 +8,12 @@ dimension of K over the page's tokens, a token of V over its dimensions.
     fp8                 c + s·x, largest distance from c / 448 (of e5m2, which reaches further, too: scales stay normal
                         fp16); c is the column's mean (K) or 0 (V)
 
-Levels of integers lie (largest − least) / (2^b − 1 + a) apart, so that the least and the largest value lie a / 2 of that
-outside of the outer levels (:data:`MARGIN_EIGHTHS`): nothing is off by more than half a step, since what is clipped is what
-attention looks for. The center is rounded first, and the scale is what reaches the column's ends from there.
+Levels of integers lie (largest − least) / (2^b − 1 + a) apart, so that the least and the largest value lie a / 2 of
+that outside of the outer levels (:data:`MARGIN_EIGHTHS`). Nothing is off by more than half a step: what is clipped is
+what attention looks for. The center is rounded first, and the scale is what reaches the column's ends from there.
 
-A scale that fp16 rounds to 0 makes centers; one that is too large for fp16 is 65504, and values are clamped; values that
-are not finite make the scale NaN, so that what is computed with them is NaN too. bf16 values below 2^-126 count as 0.
+A scale that fp16 rounds to 0 makes centers. One that is too large for fp16 is 65504, and values are clamped. Values
+that are not finite make the scale NaN, so that what is computed with them is NaN too. bf16 values below 2^-126 count as 0.
 """
 
 from __future__ import annotations
@@ -89,18 +89,13 @@ def quantize_blocks(values: npt.NDArray[np.generic], layout: PageLayout) -> npt.
     x = values.astype(F32)
     x = np.where(np.abs(x) < np.finfo(F32).tiny, F32(0), x)
     axis = _scale_axis(layout)
-    codes = np.empty(x.shape, np.uint8)
-    scale, center = (np.empty(x.sum(axis, keepdims=True).shape, F32) for _ in range(2))
     with np.errstate(invalid="ignore", over="ignore"):
         usable = np.isfinite(x).all(axis, keepdims=True)
         x = np.where(usable, x, F32(0))
-        if not layout.format.is_integer:
-            codes, scale, center = _as_floats(x, layout)
-        elif layout.side == Side.V:
-            codes, scale, center = _between_ends(x, layout.side, layout.format.element_bits)
+        if layout.format.is_integer:
+            codes, scale, center = _between_ends(x, layout)
         else:
-            for dims, bits in _dims_and_bits(layout):
-                codes[..., dims], scale[..., dims], center[..., dims] = _between_ends(x[..., dims], layout.side, bits)
+            codes, scale, center = _as_floats(x, layout)
     scale = np.where(usable, scale, F32(np.nan))
     parts = BlockParts(
         codes,
@@ -110,10 +105,12 @@ def quantize_blocks(values: npt.NDArray[np.generic], layout: PageLayout) -> npt.
     return join_block(parts, layout)
 
 
-def _dims_and_bits(layout: PageLayout) -> list[tuple[npt.NDArray[np.intp], int]]:
-    """Dimensions of one width, and that width."""
-    groups = np.arange(layout.head_dim).reshape(-1, GROUP_DIMS)
-    return [(groups[list(layout.group_order[places])].reshape(-1), bits) for places, bits in layout.parts]
+def _bits_of_dims(layout: PageLayout) -> _Floats:
+    """Bits of an integer of each dimension."""
+    bits = np.empty((layout.groups, GROUP_DIMS), F32)
+    for place, group in enumerate(layout.group_order):
+        bits[group] = layout.bits_of(place)
+    return bits.reshape(-1)
 
 
 def _as_floats(x: _Floats, layout: PageLayout) -> tuple[npt.NDArray[np.uint8], _Floats, _Floats]:
@@ -129,10 +126,12 @@ def _as_floats(x: _Floats, layout: PageLayout) -> tuple[npt.NDArray[np.uint8], _
     return rounded.view(np.uint8), scale, center
 
 
-def _between_ends(x: _Floats, side: Side, bits: int) -> tuple[npt.NDArray[np.uint8], _Floats, _Floats]:
+def _between_ends(x: _Floats, layout: PageLayout) -> tuple[npt.NDArray[np.uint8], _Floats, _Floats]:
     """(codes, scales, centers) of integers."""
-    axis = -2 if side == Side.K else -1
-    half, margin = F32(1 << (bits - 1)), F32(MARGIN_EIGHTHS[side][bits]) / F32(16)  # at each end
+    axis = _scale_axis(layout)
+    bits = _bits_of_dims(layout) if layout.side == Side.K else np.array([layout.format.element_bits])
+    half = np.exp2(bits - 1).astype(F32)
+    margin = np.array([MARGIN_EIGHTHS[layout.side][int(b)] for b in bits], F32) / F32(16)  # at each end
     low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
     step = (high - low) / (2 * half - 1 + 2 * margin)
     center = _fp16(low + (half + margin) * step)
@@ -155,10 +154,7 @@ def dequantize_blocks(blocks: npt.NDArray[np.uint8], layout: PageLayout) -> _Flo
     axis = _scale_axis(layout)
     scale = np.expand_dims(parts.scales.astype(F32), axis)
     if layout.format.is_integer:
-        halves = np.empty(layout.head_dim, F32)
-        for dims, bits in _dims_and_bits(layout):
-            halves[dims] = 1 << (bits - 1)
-        scaled = scale * (parts.codes.astype(F32) - halves)
+        scaled = scale * (parts.codes.astype(F32) - np.exp2(_bits_of_dims(layout) - 1).astype(F32))
     else:
         scaled = scale * parts.codes.astype(np.uint8).view(FP8_TYPES[layout.format]).astype(F32)
     return np.asarray(np.expand_dims(parts.centers.astype(F32), axis) + scaled if layout.has_centers else scaled)

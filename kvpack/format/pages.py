@@ -8,9 +8,9 @@ centers in front::
     K block   group 0: [16 scales][16 centers][payload]  group 1: …
     V block   [64 scales][64 centers, not of fp8]  group 0: [payload]  group 1: …
 
-Groups of K lie in the order of ``key_order``: those whose dimensions need the most bits first, :attr:`PageLayout.wide_groups`
-of them. Widths 4, 3 and 2 are means: a wide group has 5, 4, 3 bits and one of the others 3, 2, 2. Groups of V lie in
-the order of their dimensions.
+Groups of K lie in the order of ``key_order``: those whose dimensions need the most bits first. The first ones
+(:attr:`PageLayout.wide_groups`) are wide: at widths 4, 3 and 2 they have 5, 4 and 3 bits, the others 3, 2 and 2. Groups
+of V lie in the order of their dimensions.
 
 Rows of a group are tokens for K and dimensions for V; columns the other. Of the 16 × 16 elements of a slice s (16
 tokens), lane 4·g + c holds eight, as four pairs r; a pair lies in one register, its first element in the lower half::
@@ -101,8 +101,8 @@ MAX_GROUPS = MAX_HEAD_DIM // GROUP_DIMS
 
 @cache
 def half_split_order(head_dim: int) -> tuple[int, ...]:
-    """Groups of dimensions, those first that RoPE turns slowest where it turns dimension d together with d + head_dim / 2,
-    as in Llama, Qwen, Mistral and Gemma: pages keep what slow dimensions say best.
+    """Groups of dimensions, those first that RoPE turns slowest: where it turns dimension d together with
+    d + head_dim / 2, as in Llama, Qwen, Mistral and Gemma. Slow dimensions say most of what a token is about.
 
     >>> half_split_order(128)
     (3, 7, 2, 6, 1, 5, 0, 4)
@@ -151,8 +151,8 @@ class PageLayout:
 
     @property
     def wide_groups(self) -> int:
-        """How many of K's groups, the first ones, have the larger width: half of them, and an even number if there is an
-        even number of groups, so that two groups at a time are alike."""
+        """How many of K's groups, the first ones, have the larger width: half of them, and an even number if there is
+        an even number of groups, so that two groups at a time are alike."""
         half = ceil_div(self.groups, 2)
         return half if self.groups % 2 else half + half % 2
 
@@ -196,6 +196,11 @@ class PageLayout:
     def group_start(self, place: int) -> int:
         """Where the group at a place, or the block's end, lies in a block."""
         return self.block_header_bytes + sum(self.group_bytes(before) for before in range(place))
+
+    def places_bytes(self, first: int, count: int) -> int:
+        """Of so many groups from a place on, or as many as there are; the block's header with the first one."""
+        begin = self.group_start(first) if first else 0
+        return self.group_start(min(first + count, self.groups)) - begin
 
     @property
     def block_bytes(self) -> int:

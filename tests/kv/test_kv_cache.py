@@ -342,10 +342,8 @@ class CacheMachine(RuleBasedStateMachine):
                 found = np.full((2, cache.entries.shape[3]), -1)
                 for bucket in cache.layer(layer).buckets(sequence):
                     found[bucket.side, bucket.indices] = bucket.format
-                    for entry, view in zip(bucket.entries.tolist(), bucket.views, strict=True):
-                        first = PageLayout(bucket.side, bucket.format, HEAD_DIM)
-                        ahead = first.block_header_bytes + first.group_header_bytes
-                        assert view.payload.data_ptr() == cache.pools.blocks(entry).data_ptr() + ahead
+                    for entry, blocks in zip(bucket.entries.tolist(), bucket.blocks, strict=True):
+                        assert blocks.data_ptr() == cache.pools.blocks(entry).data_ptr()
                 assert (found == cache.precision_map(layer)[:, sequence]).all()
 
     def teardown(self) -> None:

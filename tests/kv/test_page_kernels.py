@@ -20,7 +20,7 @@ from emulated_device import emulated_launch  # noqa: E402
 
 from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks  # noqa: E402
 from kvpack.errors import PageError  # noqa: E402
-from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side, split_block, unpack_codes  # noqa: E402
+from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side, split_block  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
 from kvpack.runtime.device.kernels import Kernel  # noqa: E402
 from kvpack.runtime.kv import page_kernels  # noqa: E402
@@ -239,7 +239,7 @@ class Cache:
         layout = PageLayout(side, self.format, self.head_dim)
         first = int(self.table[side, sequence, page]) & ~15
         blocks = self.pages.numpy()[first : first + self.heads * layout.block_bytes].reshape(self.heads, -1)
-        return unpack_codes(split_block(blocks, layout).payload, layout)
+        return split_block(blocks, layout).codes.astype(np.uint16)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 from pool_dump import dump
 
-from kvpack.encode.page_coder import quantize_blocks
 from kvpack.errors import CacheFullError, PageEntryError
-from kvpack.format.pages import ENTRY_FORMAT_BITS, PageFormat, PageLayout, Side, scale_index, split_block
+from kvpack.format.pages import ENTRY_FORMAT_BITS, PageFormat, PageLayout, Side
 
 torch = pytest.importorskip("torch")
 
@@ -119,32 +118,19 @@ TestPools.settings = settings(max_examples=40, stateful_step_count=40)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_views_are_the_pages_parts(kind: tuple[Side, PageFormat], device: str) -> None:
-    """Payload, scales and centers in a page's bytes, of whichever page of whichever slab."""
+def test_blocks_are_the_pages_own(kind: tuple[Side, PageFormat], device: str) -> None:
+    """Each page of whichever slab has bytes of its own, at its entry, and keeps them."""
     pools, layout = small_pools(device), PageLayout(*kind, HEAD_DIM)
     entries = [pools.allocate(*kind, OWNER) for _ in range(20)]
-    slabs = [slab.views for slab in pools._pools[kind].slabs]
-    assert sum(len(slab.payload) for slab in slabs) * pools.page_bytes(*kind) == pools.bytes_allocated
     rng = np.random.default_rng(0)
-    order = scale_index(layout.side)
-    for number in rng.permutation(20)[:6]:
-        x = rng.normal(0, 1, (HEADS, 64, HEAD_DIM)).astype(np.float32)
-        if layout.format.is_quantized:
-            blocks = quantize_blocks(x, layout)
-        else:
-            blocks = rng.integers(0, 256, (HEADS, layout.block_bytes)).astype(np.uint8)
-        pools.blocks(entries[number]).copy_(torch.from_numpy(blocks))
-        views, parts = pools.page_views(entries[number]), split_block(blocks, layout)
-        assert np.array_equal(views.payload.cpu().numpy(), parts.payload)
-        for view, part in ((views.scales, parts.scales), (views.centers, parts.centers)):
-            if view is None:
-                assert part.shape[-1] == 0
-                continue
-            assert np.array_equal(
-                view.cpu().numpy(), part.reshape(*view.shape[:-1], len(order))[..., order], equal_nan=True
-            )
-        slab, place = divmod(int(number), len(slabs[0].payload))
-        assert slabs[slab].payload[place].data_ptr() == views.payload.data_ptr()
+    blocks = rng.integers(0, 256, (20, HEADS, layout.block_bytes)).astype(np.uint8)
+    for number in rng.permutation(20):
+        pools.blocks(entries[number]).copy_(torch.from_numpy(blocks[number]))
+    for entry, expected in zip(entries, blocks, strict=True):
+        found = pools.blocks(entry)
+        assert np.array_equal(found.cpu().numpy(), expected)
+        first = 0 if pools.pages is None else pools.pages.data_ptr()
+        assert found.data_ptr() == first + (entry & ~15)
 
 
 def test_the_last_freed_is_the_next() -> None:

@@ -500,6 +500,7 @@ def _attend_by_kernel(
         "causal": call.causal,
         "softcap": call.softcap,
         "sink_logits": sink_logits,
+        "key_order": cache.key_order,
     }
     longest_pages = cache.longest_pages(call.layer, q.shape[2])
     whole = call.observe and cache.is_everything(view.sequences)
@@ -553,7 +554,6 @@ def _new_observed(
 
 def _decode_blocks(q: torch.Tensor, pages: int, cache: KVCache, call: _Call) -> int:
     """For the longest sequence; in a CUDA graph, which may be replayed with longer ones, for the longest possible."""
-    shape = attention_kernels.decode_shape(cache.head_dim, q.dtype)
     if call.window is not None:
         pages = min(pages, ceil_div(call.sinks, PAGE_TOKENS) + ceil_div(call.window + q.shape[2], PAGE_TOKENS) + 1)
     columns = q.shape[1] // cache.num_kv_heads * q.shape[2]
@@ -563,7 +563,7 @@ def _decode_blocks(q: torch.Tensor, pages: int, cache: KVCache, call: _Call) -> 
         ceil_div(columns, COLUMNS),
         pages,
         device_limits(q.device).multiprocessors,
-        blocks_per_sm=shape.blocks_per_sm,
+        blocks_per_sm=attention_kernels.decode_blocks_per_sm(cache.head_dim),
     )
 
 
@@ -614,6 +614,7 @@ def _dequantized(
             torch.float32,
             cache.status,
             cache.pools.pages,
+            cache.key_order,
         )
         for side in Side
     )

@@ -12,11 +12,11 @@ import torch
 
 from kvpack.errors import PageError
 from kvpack.format.layout import align, ceil_div
-from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, SCALE_BYTES, WARP_LANES, PageFormat, PageLayout, Side
+from kvpack.format.pages import GROUP_DIMS, WARP_LANES, PageFormat, PageLayout, Side, payload_bytes
 from kvpack.runtime.device import kernels, semaphores
 from kvpack.runtime.device.devices import ACTIVATIONS
 from kvpack.runtime.device.kernels import Kernel
-from kvpack.runtime.kv.page_kernels import PAGE_FORMATS
+from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, page_defines
 
 COLUMNS = 8
 DECODE_WARPS = 4
@@ -25,7 +25,6 @@ _MAX_BLOCKS = (1 << 16) - 1  # the kernel multiplies two numbers of blocks in 32
 MASS_FRACTION_BITS = 32
 # What a block has without asking; consumer GPUs share 100 KiB among the blocks of a multiprocessor.
 _SHARED_BYTES = 48 << 10
-_SLOT_BYTES = PAGE_TOKENS * SCALE_BYTES + 2048
 PREFILL_WARPS = 4
 _PREFILL_SLOTS, _PREFILL_LIST_BYTES = 3, 512
 _LOG2_E = math.log2(math.e)
@@ -44,12 +43,12 @@ def _defines(
     causal: bool,
     softcap: bool,
     sink_logits: bool,
+    key_order: tuple[int, ...],
 ) -> dict[str, int]:
     """What both kernels are told of queries and pages."""
     if dtype not in PAGE_FORMATS:
         raise PageError(f"queries are {dtype}; float16 and bfloat16 are possible")
-    return {
-        "KVPACK_HEAD_DIM": head_dim,
+    return page_defines(head_dim, key_order) | {
         "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
         "KVPACK_K_FORMATS": sum(1 << page_format for page_format in k_formats),
         "KVPACK_V_FORMATS": sum(1 << page_format for page_format in v_formats),
@@ -104,11 +103,11 @@ def _arguments(
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """Shared memory of ``cuda/kv/attention_decode.cu``: ``slots`` of a warp's ring, bytes of a block."""
+    """Shared memory of ``cuda/kv/attention_decode.cu``: slots of a warp's ring, of so many bytes; bytes of a block."""
 
     slots: int
+    slot_bytes: int
     shared_bytes: int
-    blocks_per_sm: int
 
 
 @dataclass(frozen=True)
@@ -133,15 +132,28 @@ class Observed:
     visited_pages: int | None = None
 
 
+def decode_blocks_per_sm(head_dim: int) -> int:
+    """How many blocks of :func:`decode` fit on a multiprocessor."""
+    return (16 if head_dim <= 128 else 12) // DECODE_WARPS
+
+
 @cache
-def decode_shape(head_dim: int, dtype: torch.dtype) -> DecodeShape:
+def decode_shape(
+    head_dim: int, dtype: torch.dtype, k_formats: frozenset[PageFormat], v_formats: frozenset[PageFormat]
+) -> DecodeShape:
     groups = head_dim // GROUP_DIMS
-    pieces = groups // 2 if groups % 2 == 0 else groups
+    together = 2 if groups % 2 == 0 else 1  # groups of a piece; one of 16 bits
+    pieces = groups // together
+    slot_bytes = payload_bytes(16)
+    for side, page_formats in zip(Side, (k_formats, v_formats), strict=True):
+        for page_format in page_formats:
+            if page_format.is_quantized:
+                slot_bytes = max(slot_bytes, PageLayout(side, page_format, head_dim).places_bytes(0, together))
     queries = groups * WARP_LANES * 8 * (2 if dtype == torch.bfloat16 else 1)
     fixed = max(queries, 4 * COLUMNS * head_dim) + 4 * 2 * COLUMNS * DECODE_WARPS + 4 * COLUMNS
-    slots = min((_SHARED_BYTES - fixed) // (DECODE_WARPS * (_SLOT_BYTES + 8)), pieces + 1)
-    shared_bytes = fixed + DECODE_WARPS * slots * _SLOT_BYTES + align(8 * DECODE_WARPS * slots, 16)
-    return DecodeShape(slots, shared_bytes, (16 if head_dim <= 128 else 12) // DECODE_WARPS)
+    slots = min((_SHARED_BYTES - fixed) // (DECODE_WARPS * (slot_bytes + 8)), pieces + 1)
+    shared_bytes = fixed + DECODE_WARPS * slots * slot_bytes + align(8 * DECODE_WARPS * slots, 16)
+    return DecodeShape(slots, slot_bytes, shared_bytes)
 
 
 @cache
@@ -155,14 +167,16 @@ def decode_kernel(
     softcap: bool = False,
     sink_logits: bool = False,
     observe: bool = False,
+    key_order: tuple[int, ...] = (),
 ) -> Kernel:
-    shape = decode_shape(head_dim, dtype)
-    defines = _defines(head_dim, dtype, k_formats, v_formats, causal, softcap, sink_logits) | {
+    shape = decode_shape(head_dim, dtype, k_formats, v_formats)
+    defines = _defines(head_dim, dtype, k_formats, v_formats, causal, softcap, sink_logits, key_order) | {
         "KVPACK_OBSERVE": int(observe),
         "KVPACK_MASS_FRACTION_BITS": MASS_FRACTION_BITS,
         "KVPACK_WARPS": DECODE_WARPS,
         "KVPACK_SLOTS": shape.slots,
-        "KVPACK_BLOCKS_PER_SM": shape.blocks_per_sm,
+        "KVPACK_SLOT_BYTES": shape.slot_bytes,
+        "KVPACK_BLOCKS_PER_SM": decode_blocks_per_sm(head_dim),
     }
     return Kernel.of("kv/attention_decode.cu", "attention_decode", defines=defines)
 
@@ -181,7 +195,7 @@ def decode_blocks(
     Args:
         tiles: of eight columns, for a KV head.
         max_pages: that a sequence attends to.
-        blocks_per_sm: that fit on a multiprocessor (:class:`DecodeShape`).
+        blocks_per_sm: that fit on a multiprocessor (:func:`decode_blocks_per_sm`).
 
     >>> decode_blocks(16, 8, 1, 256, 132)
     512
@@ -218,6 +232,7 @@ def decode(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
     observed: Observed | None = None,
+    key_order: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """softmax(q · Kᵀ · scale) · V over the pages of each sequence, [sequences, query heads, tokens, head_dim].
 
@@ -235,6 +250,7 @@ def decode(
             so that probabilities are off by less than 10^-3.
         sink_logits: fp32 [query heads], contiguous: one more score in each head's softmax, whose value is zero.
         observed: where to add the pages' shares of the attention.
+        key_order: of the pages (:class:`~kvpack.format.pages.PageLayout`).
 
     Raises:
         PageError: ``q`` has another dtype, there is a window without ``causal``, or too many blocks are asked for.
@@ -252,17 +268,19 @@ def decode(
         page_logs = torch.empty(segments * visited * COLUMNS, dtype=torch.float32, device=q.device)
         mass = observed.mass
         observation = (page_logs, mass, np.uint64(mass.stride(0)), observed.steps, observed.weights)
+    of_k, of_v = frozenset(k_formats), frozenset(v_formats)
     kernels.launch(
         # One query token is the last one, which sees all: one kernel less to compile.
         decode_kernel(
             head_dim,
             q.dtype,
-            frozenset(k_formats),
-            frozenset(v_formats),
+            of_k,
+            of_v,
             causal=causal or tokens == 1,
             softcap=softcap is not None,
             sink_logits=sink_logits is not None,
             observe=observed is not None,
+            key_order=key_order,
         ),
         blocks,
         DECODE_WARPS * WARP_LANES,
@@ -275,7 +293,7 @@ def decode(
             *observation,
         ),
         device=q.device,
-        shared_bytes=decode_shape(head_dim, q.dtype).shared_bytes,
+        shared_bytes=decode_shape(head_dim, q.dtype, of_k, of_v).shared_bytes,
     )
     return out
 
@@ -298,8 +316,12 @@ class PrefillShape:
 def prefill_shape(head_dim: int) -> PrefillShape:
     # As many as registers allow, with the scores of a page and the values of all dimensions in them.
     column_tiles = 3 if head_dim <= 128 else 2
-    # Eight groups of 4 bits with scales and centers.
-    slot_bytes = 8 * PageLayout(Side.K, PageFormat.INT4, head_dim).group_bytes
+    # The largest pieces: of eight groups of 4 bits, or of four of 8 bits.
+    slot_bytes = max(
+        PageLayout(side, page_format, head_dim).places_bytes(0, 8 if page_format == PageFormat.INT4 else 4)
+        for side in Side
+        for page_format in (PageFormat.INT4, PageFormat.INT8)
+    )
     columns = COLUMNS * column_tiles * PREFILL_WARPS
     barriers = align(8 * _PREFILL_SLOTS, 16)
     shared_bytes = _PREFILL_SLOTS * slot_bytes + _PREFILL_LIST_BYTES + barriers + columns * (8 + 2 * head_dim)
@@ -316,9 +338,10 @@ def prefill_kernel(
     causal: bool = True,
     softcap: bool = False,
     sink_logits: bool = False,
+    key_order: tuple[int, ...] = (),
 ) -> Kernel:
     shape = prefill_shape(head_dim)
-    defines = _defines(head_dim, dtype, k_formats, v_formats, causal, softcap, sink_logits) | {
+    defines = _defines(head_dim, dtype, k_formats, v_formats, causal, softcap, sink_logits, key_order) | {
         "KVPACK_WARPS": PREFILL_WARPS,
         "KVPACK_COLUMN_TILES": shape.column_tiles,
         "KVPACK_SLOT_BYTES": shape.slot_bytes,
@@ -342,6 +365,7 @@ def prefill(
     causal: bool = True,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
+    key_order: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """What :func:`decode` computes, for many query tokens: each tile of them is one block's."""
     sequences, num_heads, tokens, head_dim = q.shape
@@ -358,6 +382,7 @@ def prefill(
             causal=causal,
             softcap=softcap is not None,
             sink_logits=sink_logits is not None,
+            key_order=key_order,
         ),
         ceil_div(num_heads // num_kv_heads * tokens, shape.columns) * num_kv_heads * sequences,
         PREFILL_WARPS * WARP_LANES,

@@ -65,7 +65,7 @@ from kvpack.runtime.kv.attention_kernels import MASS_FRACTION_BITS
 from kvpack.runtime.kv.budget import FormatPairs, Room, Window, formats_from_what_is_left, room
 from kvpack.runtime.kv.distortion import Queries, format_errors
 from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, left_out, new_status, quantize_pages, read_tokens, write_tokens
-from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools, PageViews
+from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools
 from kvpack.runtime.kv.page_table import NO_PAGE, Ints, PageTable, Place, Places, widened
 from kvpack.runtime.kv.ragged import Counts, checked_counts, most
 from kvpack.runtime.kv.shared_pages import (
@@ -110,14 +110,15 @@ class Bucket:
 
     Attributes:
         indices: which pages of the sequence they are.
-        entries, views: of each.
+        entries: of each.
+        blocks: u8 [num_kv_heads, block bytes] of each, which :func:`kvpack.format.pages.split_block` takes apart.
     """
 
     side: Side
     format: PageFormat
     indices: Ints
     entries: Ints
-    views: list[PageViews]
+    blocks: list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class BucketedCacheLayer:
             for page_format in PageFormat:
                 indices = np.flatnonzero(formats == page_format)
                 if len(indices):
-                    views = [self.cache.pools.page_views(int(entry)) for entry in entries[indices]]
-                    found.append(Bucket(side, page_format, indices, entries[indices], views))
+                    blocks = [self.cache.pools.blocks(int(entry)) for entry in entries[indices]]
+                    found.append(Bucket(side, page_format, indices, entries[indices], blocks))
         return found
 
 
@@ -225,6 +226,8 @@ class KVCache:
         sinks: the first ones of each sequence, in 16 bits.
         max_bytes, slab_bytes: as of :class:`PagePools`.
         widths: the former name of ``formats``.
+        key_order: groups of 16 dimensions of keys, those first that quantized pages shall keep best. None is
+            :func:`~kvpack.format.pages.half_split_order`, for RoPE as Llama has it.
 
     Attributes:
         pools: where the pages lie.
@@ -244,7 +247,7 @@ class KVCache:
 
     Raises:
         CacheInputError: an argument is not what it must be.
-        PageError: a head_dim that pages cannot have.
+        PageError: a head_dim or a key_order that pages cannot have.
         CacheFullError: the system does not provide the address space (on the CPU).
     """
 
@@ -266,6 +269,7 @@ class KVCache:
         max_bytes: int | None = None,
         slab_bytes: int = SLAB_BYTES,
         widths: OpenFormats | None = None,
+        key_order: Sequence[int] | None = None,
     ) -> None:
         if widths is not None:
             warnings.warn("KVCache(widths=…) is called formats=…", DeprecationWarning, stacklevel=2)
@@ -294,6 +298,7 @@ class KVCache:
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.max_tokens, self.max_sequences, self.dtype = max_tokens, max_sequences, dtype
         self.device = resolve_device(device)
+        self.key_order = tuple(key_order or ())
         self.budget, self.policy = budget, policy
         self.recent_tokens, self.sinks = recent_tokens, sinks
         self.full_format = PAGE_FORMATS[dtype]
@@ -303,7 +308,9 @@ class KVCache:
             tuple(frozenset((self.full_format, PageFormat(f)) if budget is None else self.ladder) for f in pair)
             for pair in self._open_formats
         ]
-        self.pools = PagePools(num_kv_heads, head_dim, self.device, max_bytes=max_bytes, slab_bytes=slab_bytes)
+        self.pools = PagePools(
+            num_kv_heads, head_dim, self.device, max_bytes=max_bytes, slab_bytes=slab_bytes, key_order=self.key_order
+        )
         self._page_bytes = np.array([[self.pools.page_bytes(side, f) for f in self.ladder] for side in Side])
         self._full_bytes = int(self._page_bytes[0, -1])
         least = self._page_bytes.min(1).sum() / self._page_bytes[:, -1].sum()
@@ -727,7 +734,7 @@ class KVCache:
         """Tokens in pages that are there; the cache's lengths are not advanced."""
         table, positions = self._view_of(layer, rows)
         of_rows = None if isinstance(counts, int) else self._counts_on_device(counts)
-        write_tokens(k, v, table, positions, self.status, self.pools.pages, of_rows)
+        write_tokens(k, v, table, positions, self.status, self.pools.pages, of_rows, self.key_order)
         return KVView(self, layer, tuple(ids), table, positions + (k.shape[2] if of_rows is None else of_rows))
 
     def _clear(self, layer: int, k: torch.Tensor, rows: torch.Tensor | None, counts: Counts) -> None:
@@ -736,7 +743,7 @@ class KVCache:
         of_rows = None
         if not isinstance(counts, int):
             of_rows = self._counts_on_device([min(count, none.shape[2]) for count in counts])
-        write_tokens(none, none, *self._view_of(layer, rows), self.status, self.pools.pages, of_rows)
+        write_tokens(none, none, *self._view_of(layer, rows), self.status, self.pools.pages, of_rows, self.key_order)
 
     def _counts_on_device(self, counts: list[int]) -> torch.Tensor:
         """i32, without waiting; all layers of a step have the same."""
@@ -822,6 +829,7 @@ class KVCache:
                 self.dtype if dtype is None else dtype,
                 self.status,
                 self.pools.pages,
+                self.key_order,
             )[0]
             for side in Side
         )
@@ -938,7 +946,7 @@ class KVCache:
             targets = self._upload(np.ascontiguousarray(entries.T).reshape(-1)).view(2, self.num_layers, 1)
             there, put = self._upload(np.array([at, allocated], np.int64)).unbind()
             starts = torch.zeros(self.num_layers, dtype=torch.int32, device=self.device)
-            write_tokens(*values, targets, starts, self.status, self.pools.pages)
+            write_tokens(*values, targets, starts, self.status, self.pools.pages, key_order=self.key_order)
             self.table.set(at, allocated, there, put)
         except BaseException:
             self._free_again(allocated)
@@ -962,6 +970,7 @@ class KVCache:
                 self.dtype,
                 self.status,
                 self.pools.pages,
+                self.key_order,
             )
             for side in Side
         )
@@ -1612,7 +1621,7 @@ class KVCache:
             sequence, index = int(pages.sequence[found[0]]), int(pages.index[found[0]])
             x = self._page_values(layer, side, sequence, index, tokens)
             self.errors = self.errors.copy()  # what fails behind it puts the others back
-            self.errors[layer, side, :-1] = format_errors(x, side, self.ladder[:-1], queries)
+            self.errors[layer, side, :-1] = format_errors(x, side, self.ladder[:-1], queries, self.key_order)
             self.errors[layer, side, -1] = 0
 
     def _page_values(
@@ -1622,7 +1631,7 @@ class KVCache:
         entry, first = int(self.entries[layer, side, sequence, index]), index * PAGE_TOKENS
         values = np.zeros((self.num_kv_heads, PAGE_TOKENS, self.head_dim), np.float32)
         if entry != NO_PAGE:
-            layout = PageLayout(side, self.full_format, self.head_dim)
+            layout = PageLayout(side, self.full_format, self.head_dim, self.key_order)
             values[:] = dequantize_blocks(self.pools.blocks(entry).cpu().numpy(), layout)
         if tokens is not None and sequence in tokens.sequences:
             row = tokens.sequences.index(sequence)

@@ -39,7 +39,11 @@ class Queries:
 
 
 def format_errors(
-    x: npt.NDArray[np.float32], side: Side, formats: Sequence[PageFormat], queries: Queries | None
+    x: npt.NDArray[np.float32],
+    side: Side,
+    formats: Sequence[PageFormat],
+    queries: Queries | None,
+    key_order: tuple[int, ...] = (),
 ) -> npt.NDArray[np.float64]:
     """What each format spoils of a page: of K the mean squared error of scores, of V that of values relative to their
     mean square, which change the result of attention about alike.
@@ -47,6 +51,7 @@ def format_errors(
     Args:
         x: fp32 [heads, 64, head_dim]; what is not finite counts as 0.
         queries: that meet these keys; without them every dimension counts alike.
+        key_order: of the pages.
 
     Returns:
         fp64 [formats].
@@ -55,7 +60,7 @@ def format_errors(
     weights = _weights(x, side, queries)
     found = []
     for page_format in formats:
-        layout = PageLayout(side, page_format, x.shape[-1])
+        layout = PageLayout(side, page_format, x.shape[-1], key_order)
         error = dequantize_blocks(quantize_blocks(x, layout), layout) - x.astype(np.float64)
         found.append((np.square(error).mean(1) * weights).sum(-1).mean())
     return np.array(found)

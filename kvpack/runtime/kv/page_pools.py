@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from kvpack.errors import CacheFullError, PageEntryError
-from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
+from kvpack.format.pages import PageFormat, PageLayout, Side
 
 SLAB_BYTES = 4 << 20
 _LEAST_SLAB_PAGES = 8
@@ -52,30 +52,6 @@ class PageInfo:
     references: int
 
 
-@dataclass(frozen=True)
-class PageViews:
-    """Views of pages of one kind, without copies; of a slab with ``pages`` in front, of one page without.
-
-    Attributes:
-        payload: u8 [pages, heads, groups, payload_bytes].
-        scales: fp16 [pages, heads, groups, 16] of K, [pages, heads, 64] of V, in the order of ``scale_index``; None of
-            16 bits.
-        centers: fp16 [pages, heads, groups, 16] of K in 4 bits or fewer, else None.
-    """
-
-    payload: torch.Tensor
-    scales: torch.Tensor | None
-    centers: torch.Tensor | None
-
-    def page(self, number: int) -> PageViews:
-        """One page of a slab's."""
-        return PageViews(
-            self.payload[number],
-            None if self.scales is None else self.scales[number],
-            None if self.centers is None else self.centers[number],
-        )
-
-
 class _Slab:
     """Pages of one kind in one piece of memory. Of pages not in use, ``references`` is 0."""
 
@@ -87,31 +63,9 @@ class _Slab:
         # One number is set at a time, for which NumPy's arrays are slow.
         self.layers, self.pages = (array("i", [-1]) * self.page_count for _ in range(2))
         self.references = array("i", [0]) * self.page_count
-        self.views = _views(memory, layout, num_kv_heads)
 
     def entries(self) -> range:
         return range(self.first, self.first + self.page_count * self.page_bytes, self.page_bytes)
-
-
-def _views(memory: torch.Tensor, layout: PageLayout, num_kv_heads: int) -> PageViews:
-    block, group, groups = layout.block_bytes, layout.group_bytes, layout.groups
-    pages = memory.numel() // (num_kv_heads * block)
-    start = memory.storage_offset()
-
-    def strided(first: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        size = dtype.itemsize
-        steps = [stride // size for stride in (num_kv_heads * block, block, *strides)]
-        return memory.view(dtype).as_strided((pages, num_kv_heads, *shape), steps, (start + first) // size)
-
-    first = layout.block_header_bytes + layout.group_header_bytes
-    payload = strided(first, (groups, layout.payload_bytes), (group, 1), torch.uint8)
-    if not layout.format.is_quantized:
-        return PageViews(payload, None, None)
-    if layout.side == Side.V:
-        return PageViews(payload, strided(0, (PAGE_TOKENS,), (2,), torch.float16), None)
-    of_group = ((groups, GROUP_DIMS), (group, 2))
-    scales = strided(0, *of_group, torch.float16)
-    return PageViews(payload, scales, strided(2 * GROUP_DIMS, *of_group, torch.float16) if layout.has_centers else None)
 
 
 class _Pool:
@@ -139,7 +93,7 @@ class PagePools:
     """Pages of a KV cache on one device, for one number of heads and one head dimension.
 
     Args:
-        num_kv_heads, head_dim: of a page.
+        num_kv_heads, head_dim, key_order: of a page (:class:`~kvpack.format.pages.PageLayout`).
         device: where the pages lie.
         max_bytes: of all slabs. On the CPU, without it, as much as the machine has.
         slab_bytes: by how much a pool grows at most; by 8 pages, if they are larger. At first it grows by 8 pages,
@@ -149,7 +103,7 @@ class PagePools:
         pages: what entries count from: u8, on the CPU alone; None on CUDA.
 
     Raises:
-        PageError: a head_dim that pages cannot have.
+        PageError: a head_dim or an order that pages cannot have.
         CacheFullError: the system does not provide the address space.
     """
 
@@ -161,13 +115,14 @@ class PagePools:
         *,
         max_bytes: int | None = None,
         slab_bytes: int = SLAB_BYTES,
+        key_order: tuple[int, ...] = (),
     ) -> None:
         self.num_kv_heads, self.head_dim, self.device = num_kv_heads, head_dim, torch.device(device)
         self._pools = {
             (side, page_format): _Pool(layout, num_kv_heads * layout.block_bytes, slab_bytes)
             for side in Side
             for page_format in PageFormat
-            for layout in [PageLayout(side, page_format, head_dim)]
+            for layout in [PageLayout(side, page_format, head_dim, key_order)]
         }
         self.pages: torch.Tensor | None = None
         self._arena_end = _ARENA_START
@@ -300,15 +255,6 @@ class PagePools:
         slab, number = self._in_use(entry)
         first = number * slab.page_bytes
         return slab.memory[first : first + slab.page_bytes].view(self.num_kv_heads, slab.layout.block_bytes)
-
-    def page_views(self, entry: int) -> PageViews:
-        """Payload and scales of a page in use.
-
-        Raises:
-            PageEntryError: no page in use.
-        """
-        slab, number = self._in_use(entry)
-        return slab.views.page(number)
 
     def _find(self, entry: int) -> tuple[_Slab, int]:
         """The slab and the page in it."""
