@@ -23,19 +23,24 @@ constexpr u32 kListBytes = 16 * kListed;
 constexpr u32 kBarriersBytes = align_up(8 * kSlots, 16);
 constexpr u32 kQueryBytes = kGroups * kLanes * 8;  // of eight columns
 
-// Groups of a piece, of a page's bits: as many as lie in 4 KiB, scales not counted, and at most eight. Of K the first ones may be wide.
-// Without a division, which would be a function.
-__device__ constexpr u32 log2_groups_of_piece(u32 bits) { return bits > 8 ? 1 : bits > 4 ? 2 : 3; }
-__device__ constexpr u32 groups_of_piece(u32 bits) { return 1u << log2_groups_of_piece(bits); }
-__device__ constexpr u32 pieces_of_block(u32 bits) { return (kGroups + groups_of_piece(bits) - 1) >> log2_groups_of_piece(bits); }
+// Groups of a piece: as many as lie in 4 KiB, scales not counted, and at most eight; of K in 4 bits, whose first groups have 5, half as
+// many where a block has more than eight. Without a division, which would be a function.
+__device__ constexpr u32 log2_groups_of_piece(u32 side, u32 format) {
+  const u32 bits = element_bits(format);
+  return bits > 8 ? 1 : bits > 4 || (side == KVPACK_SIDE_K && bits == 4 && kGroups > 8) ? 2 : 3;
+}
+__device__ constexpr u32 groups_of_piece(u32 side, u32 format) { return 1u << log2_groups_of_piece(side, format); }
+__device__ constexpr u32 pieces_of_block(u32 side, u32 format) {
+  return (kGroups + groups_of_piece(side, format) - 1) >> log2_groups_of_piece(side, format);
+}
 // Pieces of a visit. `formats` is K's, plus V's times 256.
 __device__ __forceinline__ u32 pieces_of(u32 formats) {
-  return pieces_of_block(element_bits(formats & 0xFF)) + pieces_of_block(element_bits(formats >> 8));
+  return pieces_of_block(KVPACK_SIDE_K, formats & 0xFF) + pieces_of_block(KVPACK_SIDE_V, formats >> 8);
 }
-static_assert(2 * pieces_of_block(16) <= kListed / 2);
+static_assert(2 * pieces_of_block(KVPACK_SIDE_K, KVPACK_FORMAT_FP16) <= kListed / 2);
 // The largest pieces: the first ones.
 __device__ constexpr u32 first_piece_bytes(u32 side, u32 format) {
-  const u32 groups = groups_of_piece(element_bits(format));
+  const u32 groups = groups_of_piece(side, format);
   return group_start(side, format, groups < kGroups ? groups : kGroups);
 }
 static_assert(first_piece_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT4) <= kSlotBytes);
@@ -112,15 +117,15 @@ struct Lister {
     if (visit < seen.count) {
       const u32 page = seen.page_of(visit);
       const u64 k_entry = __ldg(k_entries + page), v_entry = __ldg(v_entries + page);
-      const u32 of_k = pieces_of_block(element_bits(entry_format(k_entry)));
+      const u32 of_k = pieces_of_block(KVPACK_SIDE_K, entry_format(k_entry));
       formats = entry_format(k_entry) | entry_format(v_entry) << 8;
       here = pieces_of(formats);
 
       const bool of_v = lane >= of_k;
       const u64 entry = of_v ? v_entry : k_entry;
-      const u32 format = entry_format(entry), bits = element_bits(format), piece = of_v ? lane - of_k : lane;
+      const u32 format = entry_format(entry), piece = of_v ? lane - of_k : lane;
       const u32 side = of_v ? KVPACK_SIDE_V : KVPACK_SIDE_K;
-      const u32 groups = groups_of_piece(bits), first = piece * groups;
+      const u32 groups = groups_of_piece(side, format), first = piece * groups;
       const u32 begin = piece == 0 ? 0 : group_start(side, format, first);
       address = reinterpret_cast<u64>(entry_page(pages, entry)) + static_cast<u64>(head) * block_bytes(side, format) + begin;
       size = group_start(side, format, min(first + groups, kGroups)) - begin;
@@ -176,7 +181,7 @@ __device__ __forceinline__ void multiply_groups(u32 group, u32 begin, u32 end, u
 
 template <u32 format>
 __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 lane, TileScores& scores) {
-  constexpr u32 piece_groups = groups_of_piece(element_bits(format));
+  constexpr u32 piece_groups = groups_of_piece(KVPACK_SIDE_K, format);
   constexpr u32 wide = wide_format(KVPACK_SIDE_K, format), thin = thin_format(KVPACK_SIDE_K, format);
   constexpr u32 wide_groups = wide == thin ? kGroups : kWideGroups;
 #pragma unroll
@@ -217,7 +222,7 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
 template <u32 format>
 __device__ __forceinline__ void multiply_values(Pieces& pieces, u32 slot, const uint4& scales, u32 lane, TileScores& scores,
                                                 Softmax (&softmax)[kTiles], bool whole) {
-  constexpr u32 piece_groups = groups_of_piece(element_bits(format));
+  constexpr u32 piece_groups = groups_of_piece(KVPACK_SIDE_V, format);
   u32 seen[kTiles];
   Operands p[kTiles], rest[kTiles];
 #pragma unroll
@@ -305,13 +310,13 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
   const u32 queries = of_warps + warp * (kTiles * kQueryBytes + 8 * kWarpColumns);
   const u32 statistics = queries + kTiles * kQueryBytes;
   // The element at which a column's query or result begins.
-  auto place_of = [&](u32 column, u64 head_stride, u64 token_stride) {
+  auto start_of = [&](u32 column, u64 head_stride, u64 token_stride) {
     const u32 token = column / heads_per_kv_head, of_group = column - token * heads_per_kv_head;
     return (head * heads_per_kv_head + of_group) * head_stride + token * token_stride;
   };
   auto result_of = [&](u32 column) {
     u16* of_sequence = out + static_cast<u64>(sequence) * heads * columns * kHeadDim;
-    return reinterpret_cast<u32*>(of_sequence + place_of(column, static_cast<u64>(tokens) * kHeadDim, kHeadDim));
+    return reinterpret_cast<u32*>(of_sequence + start_of(column, static_cast<u64>(tokens) * kHeadDim, kHeadDim));
   };
   if (length < (kCausal ? tokens : 1)) {
     constexpr u32 kPairsOfRow = kHeadDim / 2;
@@ -338,7 +343,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
 #pragma unroll 1
   for (u32 tile = 0; tile < kTiles; ++tile) {
     const u32 column = warp_column + 8 * tile + lane / 4;
-    const u64 place = sequence * q_sequence_stride + place_of(min(column, columns - 1), q_head_stride, q_token_stride);
+    const u64 place = sequence * q_sequence_stride + start_of(min(column, columns - 1), q_head_stride, q_token_stride);
     const u32* from = reinterpret_cast<const u32*>(q + place);
     u32 pairs[kGroups][2];
     float largest = 0;

@@ -287,10 +287,11 @@ __device__ __forceinline__ void quantize_columns(const u8* from, u8* to, u32 war
   if constexpr (kInteger) {
     constexpr float kHalf = static_cast<float>(1u << (element_bits(target) - 1)), kMargin = margin(element_bits(target));
     const float step = divide_ieee(subtract_ieee(ends.high, ends.low), 2.0f * kHalf - 1.0f + 2.0f * kMargin);
-    center_bits = saturated_f16(add_ieee(ends.low, multiply_ieee(kHalf + kMargin, step)));
-    const float center = f16_value(center_bits);
-    const float above = divide_ieee(subtract_ieee(ends.high, center), kHalf - 1.0f + kMargin);
-    const float below = divide_ieee(subtract_ieee(center, ends.low), kHalf + kMargin);
+    const float exact = add_ieee(ends.low, multiply_ieee(kHalf + kMargin, step));
+    center_bits = saturated_f16(exact);
+    const float center = f16_value(center_bits), reach = fabsf(exact) > kMaxF16 ? 0.0f : kMargin;
+    const float above = divide_ieee(subtract_ieee(ends.high, center), add_ieee(kHalf - 1.0f, reach));
+    const float below = divide_ieee(subtract_ieee(center, ends.low), add_ieee(kHalf, reach));
     scale_bits = saturated_f16(max_ieee(above, below));
   } else {
     if constexpr (has_centers(kSide, target)) {

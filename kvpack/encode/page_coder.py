@@ -10,10 +10,12 @@ dimension of K over the page's tokens, a token of V over its dimensions.
 
 Levels of integers lie (largest − least) / (2^b − 1 + a) apart, so that the least and the largest value lie a / 2 of
 that outside of the outer levels (:data:`MARGIN_EIGHTHS`). Nothing is off by more than half a step: what is clipped is
-what attention looks for. The center is rounded first, and the scale is what reaches the column's ends from there.
+what attention looks for. The center is rounded first, and the scale is what reaches the column's ends from there;
+with a = 0, if fp16 does not hold the center.
 
 A scale that fp16 rounds to 0 makes centers. One that is too large for fp16 is 65504, and values are clamped. Values
-that are not finite make the scale NaN, so that what is computed with them is NaN too. bf16 values below 2^-126 count as 0.
+that are not finite make the scale NaN, so that what is computed with them is NaN too. bf16 values below 2^-126 count
+as 0.
 """
 
 from __future__ import annotations
@@ -134,7 +136,10 @@ def _between_ends(x: _Floats, layout: PageLayout) -> tuple[npt.NDArray[np.uint8]
     margin = np.array([MARGIN_EIGHTHS[layout.side][int(b)] for b in bits], F32) / F32(16)  # at each end
     low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
     step = (high - low) / (2 * half - 1 + 2 * margin)
-    center = _fp16(low + (half + margin) * step)
+    exact = low + (half + margin) * step
+    center = _fp16(exact)
+    # From a center that fp16 cuts, ends are all that can be met.
+    margin = np.where(np.abs(exact) > FP16_MAX, F32(0), margin)
     scale = _fp16(np.maximum((high - center) / (half - 1 + margin), (center - low) / (half + margin)))
     k = np.clip(np.rint((x - center) * _inverse(scale)), -half, half - 1)
     return (k + half).astype(np.uint8), scale, center

@@ -316,11 +316,16 @@ class PrefillShape:
 def prefill_shape(head_dim: int) -> PrefillShape:
     # As many as registers allow, with the scores of a page and the values of all dimensions in them.
     column_tiles = 3 if head_dim <= 128 else 2
-    # The largest pieces: of eight groups of 4 bits, or of four of 8 bits.
+    # The largest pieces: of eight groups of 4 bits (four, of K in large blocks), or of four of 8 bits.
+    most = 8 if head_dim <= 128 else 4
     slot_bytes = max(
-        PageLayout(side, page_format, head_dim).places_bytes(0, 8 if page_format == PageFormat.INT4 else 4)
-        for side in Side
-        for page_format in (PageFormat.INT4, PageFormat.INT8)
+        PageLayout(side, page_format, head_dim).places_bytes(0, groups)
+        for side, page_format, groups in (
+            (Side.K, PageFormat.INT4, most),
+            (Side.V, PageFormat.INT4, 8),
+            (Side.K, PageFormat.INT8, 4),
+            (Side.V, PageFormat.INT8, 4),
+        )
     )
     columns = COLUMNS * column_tiles * PREFILL_WARPS
     barriers = align(8 * _PREFILL_SLOTS, 16)
