@@ -44,7 +44,9 @@ __device__ constexpr u32 first_piece_bytes(u32 side, u32 format) {
   return group_start(side, format, groups < kGroups ? groups : kGroups);
 }
 static_assert(first_piece_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT4) <= kSlotBytes);
+static_assert(first_piece_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT3) <= kSlotBytes);
 static_assert(first_piece_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_INT8) <= kSlotBytes);
+static_assert(first_piece_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_FP16) <= kSlotBytes);
 static_assert(first_piece_bytes(KVPACK_SIDE_V, KVPACK_FORMAT_INT8) <= kSlotBytes);
 
 // The pieces of all visits in turn. `number` is that of the next one to use.

@@ -313,19 +313,22 @@ class PrefillShape:
         return COLUMNS * self.column_tiles * PREFILL_WARPS
 
 
+def _groups_of_piece(layout: PageLayout) -> int:
+    """As ``attention_prefill.cu`` has it. A block's first piece is the largest."""
+    bits = layout.format.element_bits
+    if bits <= 4 and not (layout.side == Side.K and bits == 4 and layout.groups > 8):
+        return 8
+    return 4 if bits <= 8 else 2
+
+
+@cache
 def prefill_shape(head_dim: int) -> PrefillShape:
     # As many as registers allow, with the scores of a page and the values of all dimensions in them.
     column_tiles = 3 if head_dim <= 128 else 2
-    # The largest pieces: of eight groups of 4 bits (four, of K in large blocks), or of four of 8 bits.
-    most = 8 if head_dim <= 128 else 4
     slot_bytes = max(
-        PageLayout(side, page_format, head_dim).places_bytes(0, groups)
-        for side, page_format, groups in (
-            (Side.K, PageFormat.INT4, most),
-            (Side.V, PageFormat.INT4, 8),
-            (Side.K, PageFormat.INT8, 4),
-            (Side.V, PageFormat.INT8, 4),
-        )
+        layout.places_bytes(0, _groups_of_piece(layout))
+        for side in Side
+        for layout in (PageLayout(side, page_format, head_dim) for page_format in PageFormat)
     )
     columns = COLUMNS * column_tiles * PREFILL_WARPS
     barriers = align(8 * _PREFILL_SLOTS, 16)
