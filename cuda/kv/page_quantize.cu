@@ -162,15 +162,24 @@ __device__ __forceinline__ u32 fp8_code(float value) {
   return (magnitude < (128 - kBias) << 23 ? denormal : normal) | (bits >> 24 & 0x80);
 }
 
-// The code is in the low byte; the next byte is 0. Adding 1.5 · 2^23 rounds to an integer, to nearest even.
+// An integer's level, plus this number. Adding 1.5 · 2^23 rounds to an integer, to nearest even.
+template <u32 target>
+constexpr float kShift = 12582912.0f + static_cast<float>(1u << (element_bits(target) - 1));
+template <u32 target>
+__device__ __forceinline__ float shifted_level(float x, float inverse, float center) {
+  constexpr float kHalf = static_cast<float>(1u << (element_bits(target) - 1));
+  const float k = multiply_ieee(subtract_ieee(x, center), inverse);
+  return add_ieee(max_ieee(min_ieee(k, kHalf - 1.0f), -kHalf), kShift<target>);
+}
+
+// The code is in the low byte; the next byte is 0.
 template <u32 target>
 __device__ __forceinline__ u32 code_of(float x, float inverse, float center) {
-  if constexpr (has_centers(kSide, target)) x = subtract_ieee(x, center);
-  const float k = multiply_ieee(x, inverse);
   if constexpr (is_integer(target)) {
-    constexpr float kHalf = static_cast<float>(1u << (element_bits(target) - 1));
-    return __float_as_uint(add_ieee(max_ieee(min_ieee(k, kHalf - 1.0f), -kHalf), 12582912.0f + kHalf));
+    return __float_as_uint(shifted_level<target>(x, inverse, center));
   } else {
+    if constexpr (has_centers(kSide, target)) x = subtract_ieee(x, center);
+    const float k = multiply_ieee(x, inverse);
     constexpr float kMost = KVPACK_FP8_MAX;
     return fp8_code<target == KVPACK_FORMAT_FP8_E4M3>(max_ieee(min_ieee(k, kMost), -kMost));
   }
@@ -306,15 +315,63 @@ __device__ __forceinline__ void quantize_columns(const u8* from, u8* to, u32 war
   const float scale = f16_value(scale_bits), inverse = scale == 0.0f ? 0.0f : divide_ieee(1.0f, scale);
   const u32 both = finite ? scale_bits | center_bits << 16 : kNaNF16;
   u32 scales[kColumns], centers[kColumns];
-  float inverses[kColumns];
+  float inverses[kColumns], centers_of_codes[kColumns];
   bool usable[kColumns];
+  auto tell_all = [&](u32 of_kept) {
+#pragma unroll
+    for (u32 i = 0; i < kColumns; ++i) {
+      const u32 bits = of_column(of_kept, i, lane);
+      scales[i] = bits & 0xFFFF, centers[i] = bits >> 16;
+    }
+  };
+  tell_all(both);
 #pragma unroll
   for (u32 i = 0; i < kColumns; ++i) {
-    const u32 bits = of_column(both, i, lane);
-    scales[i] = bits & 0xFFFF, centers[i] = bits >> 16, usable[i] = scales[i] != kNaNF16;
+    usable[i] = scales[i] != kNaNF16, centers_of_codes[i] = f16_value(centers[i]);
     inverses[i] = of_column(inverse, i, lane);
   }
   const CodesOfZero<target> zero(usable);
+  if constexpr (!kKeys && (KVPACK_REFITTED >> target & 1)) {
+    // Levels as long as values, in the direction of these, around the same mean.
+    auto level = [&](float x, u32 i) {
+      return subtract_ieee(shifted_level<target>(x, inverses[i], centers_of_codes[i]), kShift<target>);
+    };
+    forget_numbers(parts);
+    const float mean = column_mean([&](u32 part, u32 r) { return values<kInteger>(parts, columns, part, r); }, lane);
+    float means[kColumns];
+#pragma unroll
+    for (u32 i = 0; i < kColumns; ++i) means[i] = of_column(mean, i, lane);
+    forget_numbers(parts);
+    const float square = column_mean(
+        [&](u32 part, u32 r) {
+          const Two x = values<kInteger>(parts, columns, part, r);
+          const float a = subtract_ieee(x.first, means[2 * (r >> 1)]), b = subtract_ieee(x.second, means[2 * (r >> 1) + 1]);
+          return Two{multiply_ieee(a, a), multiply_ieee(b, b)};
+        },
+        lane);
+    forget_numbers(parts);
+    const float along = column_mean(
+        [&](u32 part, u32 r) {
+          const u32 i = 2 * (r >> 1);
+          const Two x = values<kInteger>(parts, columns, part, r);
+          const float a = subtract_ieee(x.first, means[i]), b = subtract_ieee(x.second, means[i + 1]);
+          return Two{multiply_ieee(a, level(x.first, i)), multiply_ieee(b, level(x.second, i + 1))};
+        },
+        lane);
+    forget_numbers(parts);
+    const float mean_level = column_mean(
+        [&](u32 part, u32 r) {
+          const u32 i = 2 * (r >> 1);
+          const Two x = values<kInteger>(parts, columns, part, r);
+          return Two{level(x.first, i), level(x.second, i + 1)};
+        },
+        lane);
+    const float quotient = along > 0.0f ? divide_ieee(square, along) : __uint_as_float(0x7F800000);
+    const u32 fitted_bits = quotient < __uint_as_float(0x7F800000) ? saturated_f16(quotient) : scale_bits;
+    const float exact = subtract_ieee(mean, multiply_ieee(f16_value(fitted_bits), mean_level));
+    const bool holds = finite && fabsf(exact) <= kMaxF16 && fitted_bits != scale_bits;
+    tell_all(holds ? fitted_bits | saturated_f16(exact) << 16 : both);
+  }
 
   forget_numbers(parts);
   typedef Places<target> At;
@@ -327,8 +384,8 @@ __device__ __forceinline__ void quantize_columns(const u8* from, u8* to, u32 war
     for (u32 r = 0; r < kRowPairs; ++r) {
       const u32 i = 2 * (r >> 1);
       const Two x = values<kInteger>(parts, columns, part, r);
-      const u32 first = code_of<target>(x.first, inverses[i], f16_value(centers[i]));
-      const u32 second = code_of<target>(x.second, inverses[i + 1], f16_value(centers[i + 1]));
+      const u32 first = code_of<target>(x.first, inverses[i], centers_of_codes[i]);
+      const u32 second = code_of<target>(x.second, inverses[i + 1], centers_of_codes[i + 1]);
       codes[part].words[At::word_of_pair(r)] |= At::pair_of_codes(first, second) << At::bit_of_pair(r);
     }
     zero.replace(codes[part]);

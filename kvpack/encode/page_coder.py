@@ -11,7 +11,8 @@ dimension of K over the page's tokens, a token of V over its dimensions.
 Levels of integers lie (largest − least) / (2^b − 1 + a) apart, so that the least and the largest value lie a / 2 of
 that outside of the outer levels (:data:`MARGIN_EIGHTHS`). Nothing is off by more than half a step: what is clipped is
 what attention looks for. The center is rounded first, and the scale is what reaches the column's ends from there;
-with a = 0, if fp16 does not hold the center.
+with a = 0, if fp16 does not hold the center. V at 3 and 2 bits then gets the scale and the center that make codes as long
+as what they stand for (:func:`_refitted`).
 
 A scale that fp16 rounds to 0 makes centers. One that is too large for fp16 is 65504, and values are clamped. Values
 that are not finite make the scale NaN, so that what is computed with them is NaN too. bf16 values below 2^-126 count
@@ -39,7 +40,9 @@ from kvpack.format.pages import (
 F32 = np.float32
 FP16_MAX = F32(65504)
 # a, in eighths since kernels are given integers, by bits of a code. Chosen by KL (docs/DESIGN-NOTES.md, 2026-11-29).
-MARGIN_EIGHTHS = {Side.K: {2: 6, 3: 4, 4: 4, 5: 0, 8: 0}, Side.V: {2: 1, 3: 0, 4: 0, 8: 0}}
+MARGIN_EIGHTHS = {Side.K: {2: 6, 3: 4, 4: 4, 5: 0, 8: 0}, Side.V: {2: 4, 3: 4, 4: 0, 8: 0}}
+# Formats of V whose scales and centers are chosen anew, once codes are known.
+REFITTED = (PageFormat.INT3, PageFormat.INT2)
 FP8_TYPES = {PageFormat.FP8_E4M3: ml_dtypes.float8_e4m3fn, PageFormat.FP8_E5M2: ml_dtypes.float8_e5m2}
 FP8_MAX = 448
 FLOAT_TYPES = {PageFormat.FP16: np.dtype(np.float16), PageFormat.BF16: np.dtype(ml_dtypes.bfloat16)}
@@ -142,7 +145,25 @@ def _between_ends(x: _Floats, layout: PageLayout) -> tuple[npt.NDArray[np.uint8]
     margin = np.where(np.abs(exact) > FP16_MAX, F32(0), margin)
     scale = _fp16(np.maximum((high - center) / (half - 1 + margin), (center - low) / (half + margin)))
     k = np.clip(np.rint((x - center) * _inverse(scale)), -half, half - 1)
+    if layout.side == Side.V and layout.format in REFITTED:
+        scale, center = _refitted(x, k, scale, center)
     return (k + half).astype(np.uint8), scale, center
+
+
+def _refitted(x: _Floats, k: _Floats, scale: _Floats, center: _Floats) -> tuple[_Floats, _Floats]:
+    """(scales, centers) with which levels ``k`` are as long as values, in the direction of these, around the same mean.
+
+    What is rounded to the middle of a cell falls short of the values on average, and attention adds that up.
+    """
+    count = F32(x.shape[-1])
+    mean = tree_sum(x, -1) / count
+    around = x - mean
+    square, along = (tree_sum(around * of_each, -1) / count for of_each in (around, k))
+    fitted = np.divide(square, along, out=np.full_like(along, np.inf), where=along > 0)
+    fitted = np.where(np.isfinite(fitted), _fp16(fitted), scale)
+    exact = mean - fitted * (tree_sum(k, -1) / count)
+    holds = (np.abs(exact) <= FP16_MAX) & (fitted != scale)
+    return np.where(holds, fitted, scale), np.where(holds, _fp16(exact), center)
 
 
 def dequantize_blocks(blocks: npt.NDArray[np.uint8], layout: PageLayout) -> _Floats:

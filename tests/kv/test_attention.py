@@ -899,7 +899,7 @@ def test_it_says_what_it_is() -> None:
         attention_with_kv_cache(*random_qkv(cache, 4, 1), cache)
     attention_with_kv_cache(*random_qkv(cache, 4, 256), cache, layer=0)
     assert re.fullmatch(
-        r"KVCache\(2 layers, 2 heads of 64, torch.float16 on cpu; tokens 256, 256 of 2048 each; 10.19 bits, pages "
+        r"KVCache\(2 layers, 2 heads of 64, torch.float16 on cpu; tokens 256, 256 of 2048 each; 10.25 bits, pages "
         r"0.17 MB in 0.34 MB\)",
         repr(cache),
     ), repr(cache)

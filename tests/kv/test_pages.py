@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks, tree_sum
+from kvpack.encode.page_coder import FLOAT_TYPES, REFITTED, dequantize_blocks, quantize_blocks, tree_sum
 from kvpack.errors import PageError
 from kvpack.format.pages import (
     PageFormat,
@@ -135,7 +135,7 @@ def bits_of_dims(layout: PageLayout) -> np.ndarray:
 @pytest.mark.parametrize("side", Side)
 @pytest.mark.parametrize("page_format", QUANTIZED)
 def test_error_is_at_most_what_the_scale_allows(side: Side, page_format: PageFormat) -> None:
-    """Half a step of integers, for each value: nothing is clipped."""
+    """Half a step of integers, for each value: nothing is clipped. Scales that are chosen anew may differ a bit."""
     layout = PageLayout(side, page_format, 96)
     x = values((2, 64, 96)).astype(np.float32)
     blocks = quantize_blocks(x, layout)
@@ -144,9 +144,11 @@ def test_error_is_at_most_what_the_scale_allows(side: Side, page_format: PageFor
     scale = np.expand_dims(parts.scales.astype(np.float32), axis)
     error = np.abs(found - x)
     if page_format.is_integer:
-        assert (error <= 0.5 * scale + 5e-4 * np.abs(scale) * (1 << bits_of_dims(layout))).all()
+        refitted = side == Side.V and page_format in REFITTED
+        most = 0.8 if refitted else 0.5
+        assert (error <= most * scale + 5e-4 * np.abs(scale) * (1 << bits_of_dims(layout))).all()
         reach = x.max(axis, keepdims=True) - x.min(axis, keepdims=True)
-        assert (scale <= 1.01 * reach / ((1 << bits_of_dims(layout)) - 1)).all()
+        assert refitted or (scale <= 1.01 * reach / ((1 << bits_of_dims(layout)) - 1)).all()
         assert (scale >= 0.99 * reach / (1 << bits_of_dims(layout))).all()
     else:
         center = np.expand_dims(parts.centers.astype(np.float32), axis) if layout.has_centers else 0
@@ -163,6 +165,17 @@ def test_no_level_is_wasted(side: Side, page_format: PageFormat) -> None:
         counts = np.bincount(codes[..., bits_of_dims(layout) == bits].reshape(-1), minlength=1 << bits)
         assert len(counts) == 1 << bits
         assert (counts > 0.01 * counts.sum()).all()
+
+
+@pytest.mark.parametrize("page_format", REFITTED)
+def test_values_are_not_shortened(page_format: PageFormat) -> None:
+    """What is found of a token is as long as the token, in its own direction, and has its mean."""
+    layout = PageLayout(Side.V, page_format, 96)
+    x = values((4, 64, 96)).astype(np.float64)
+    found = dequantize_blocks(quantize_blocks(x.astype(np.float32), layout), layout) - x.mean(-1, keepdims=True)
+    around = x - x.mean(-1, keepdims=True)
+    assert np.abs((found * around).sum(-1) / np.square(around).sum(-1) - 1).max() < 2e-3
+    assert np.abs(found.mean(-1)).max() < 2e-3 * np.abs(x).max()
 
 
 @pytest.mark.parametrize("page_format", [PageFormat.INT4, PageFormat.INT3, PageFormat.INT2])

@@ -127,7 +127,7 @@ class SequencesMachine(RuleBasedStateMachine):
     @initialize(
         bits_of=st.sampled_from(
             [
-                *[0.2, 0.3, 0.45, 0.7, None, PageFormat.INT8, PageFormat.INT4, PageFormat.FP8_E4M3],
+                *[0.25, 0.3, 0.45, 0.7, None, PageFormat.INT8, PageFormat.INT4, PageFormat.FP8_E4M3],
                 *[[(PageFormat.INT8, PageFormat.INT3)] * LAYERS, [(PageFormat.FP16, PageFormat.INT2)] * LAYERS],
             ]
         ),

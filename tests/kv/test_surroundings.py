@@ -130,7 +130,7 @@ def made(**options: Any) -> KVCache:
         ({"max_bytes": "1"}, "max_bytes is '1'"),
         ({"budget": "0.3"}, "budget is '0.3'"),
         ({"budget": math.nan}, "budget is nan"),
-        ({"budget": 0.05}, "pages of INT2 take 0.1484 of the bytes of those in 16 bits: that is the least"),
+        ({"budget": 0.05}, "pages of INT2 take 0.1719 of the bytes of those in 16 bits: that is the least"),
         ({"budget": 0.148}, "that is the least"),
         ({"formats": PageFormat.INT4, "widths": PageFormat.INT4}, "both given"),
     ],

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpack.encode.page_coder import FLOAT_TYPES, FP8_MAX, MARGIN_EIGHTHS, dequantize_blocks, quantize_blocks
+from kvpack.encode.page_coder import FLOAT_TYPES, FP8_MAX, MARGIN_EIGHTHS, REFITTED, dequantize_blocks, quantize_blocks
 from kvpack.errors import PageError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import (
@@ -82,6 +82,7 @@ def quantize_kernel(side: Side, source: PageFormat, target: PageFormat, head_dim
         "KVPACK_TARGET_FORMAT": int(target),
         # Bits 4·b … are of codes of b bits; those of 8 bits have no margin.
         "KVPACK_MARGIN_EIGHTHS": sum(eighths << 4 * bits for bits, eighths in MARGIN_EIGHTHS[side].items()),
+        "KVPACK_REFITTED": sum(1 << page_format for page_format in REFITTED),
         "KVPACK_FP8_MAX": FP8_MAX,
         "KVPACK_MAX_WARPS": warps,
         "KVPACK_BLOCKS_PER_SM": max(1, threads // (warps * WARP_LANES)),
