@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -41,12 +42,15 @@ def command_line(variables: dict[str, Path | None]) -> str:
     known = {str(path): f"${name}" for name, path in variables.items() if path is not None}
     shown = ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
     for argument in sys.argv[1:]:
-        option, separator, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        # --option=VALUE, NAME=VALUE, or both.
+        named = re.match(r"(?:--[\w-]+=)?(?:[\w-]+=)?", argument)
+        option = named[0] if named else ""
+        value = argument[len(option) :]
         if value in known:
             value = known[value]
         elif os.sep in value and (value.startswith(os.sep) or Path(value).parent.exists()):
             value = Path(value).name
-        shown.append(option + separator + value)
+        shown.append(option + value)
     return " ".join(shown)
 
 

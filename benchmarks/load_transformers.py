@@ -1,11 +1,12 @@
 """Peak memory and time of ``from_pretrained``: a compressed directory against the original in bf16.
 
-    python benchmarks/load_transformers.py MODEL [--device cuda] [--bits 4.25] [--repeats 5] [--json]
+    python benchmarks/load_transformers.py MODEL [--device cuda] [--bits 4.25] [--repeats 5] [--json] [--profile]
 
 Each load is a process of its own. Memory is the peak of the process's resident set, with mapped files, above what it
 was before loading (on a GPU: what torch has allocated at most). transformers maps the files of a dense model on the CPU
 and reads them when they are first used, so time is given twice: until ``from_pretrained`` returns, and until a first
-forward pass over 8 tokens is done. Files are in the page cache.
+forward pass over 8 tokens is done. Files are in the page cache. ``--profile`` lists the functions in which
+``from_pretrained`` of each spends the main thread's time, waiting included, in one more process each.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LOAD = """
 import sys, time, json, re
 import torch, transformers, kvpack
 from transformers import AutoModelForCausalLM
-path, device = sys.argv[1:]
+path, device, profile = sys.argv[1:]
 transformers.utils.logging.disable_progress_bar()
 config = transformers.AutoConfig.from_pretrained(path)
 AutoModelForCausalLM._model_mapping[type(config)]  # imports the model's module
@@ -34,9 +35,19 @@ def peak(what):
 open("/proc/self/clear_refs", "w").write("5")
 before = peak("VmRSS")
 begin = time.perf_counter()
-model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=device)
-if device != "cpu":
-    torch.cuda.synchronize()
+def load():
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=device)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return model
+if profile:
+    import cProfile, pstats
+    profiler = cProfile.Profile()
+    profiler.runcall(load)
+    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(20)
+    pstats.Stats(profiler).sort_stats("cumulative").print_stats("kvpack/", 30)
+    raise SystemExit
+model = load()
 loaded = time.perf_counter() - begin
 memory = torch.cuda.max_memory_allocated() if device != "cpu" else peak("VmHWM") - before
 with torch.no_grad():
@@ -47,14 +58,14 @@ print(json.dumps({"load_s": loaded, "ready_s": ready, "load_peak_bytes": memory,
 """
 
 
+def run(path: Path, device: str, profile: str = "") -> str:
+    command = [sys.executable, "-W", "ignore", "-c", LOAD, str(path), device, profile]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def measure(path: Path, device: str, repeats: int) -> dict[str, float]:
     """The median of each number over ``repeats`` processes."""
-    runs = []
-    for _ in range(repeats):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", LOAD, str(path), device], capture_output=True, text=True, check=True
-        )
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    runs = [json.loads(run(path, device).splitlines()[-1]) for _ in range(repeats)]
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
@@ -70,6 +81,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=4.25)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         dense, coded = Path(folder) / "dense", Path(folder) / "coded"
@@ -81,6 +93,8 @@ def main() -> None:
         for name, path in (("bf16", dense), ("coded", coded)):
             file_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
             results[name] = measure(path, options.device, options.repeats) | {"file_bytes": file_bytes}
+            if options.profile:
+                print(f"{name}:\n{run(path, options.device, 'profile')}", file=sys.stderr)
     if options.json:
         about = {"model": options.model.name, "device": options.device, "bits": options.bits}
         print(json.dumps({**about, "transformers": transformers.__version__, "torch": torch.__version__, **results}))

@@ -20,6 +20,7 @@ from typing import Any
 
 import generation_report
 import kv_quality_report
+import kv_quantizers_report
 
 from kvpack.bench import attention_report as bench_attention_report
 from kvpack.bench import kv_quant_report as bench_kv_quant_report
@@ -351,6 +352,23 @@ def kv_quality_verdicts() -> str:
     return kv_quality_report.verdicts(newest("kv-quality")) + "\n"
 
 
+def kv_quantizers(run: str) -> Callable[[], str]:
+    """All tables of a run of ``kv_quantizers.py``, and what they come to."""
+
+    def render() -> str:
+        result = newest(f"kv-quantizers-{run}")
+        found = kv_quantizers_report.tables(result).values()
+        texts = [table(one.headings, one.rows) for one in found]
+        if result["texts"]:
+            settings = f"{result['context']} cached tokens, {result['texts'][0]['windows']} windows of each text; the "
+            settings += f"first page of kvpack's in {result['first_page']}."
+            texts += [f"{settings}\n", f"{kv_quantizers_report.verdicts(result)}\n"]
+        device = result["device"]["name"]
+        return "\n".join(texts) + origin({**result, "device": "cpu" if device == "CPU" else device})
+
+    return render
+
+
 def long_prompt() -> str:
     result = newest("long-prompt")
     gigabytes = [f"{result[name] / 1e9:.2f}" for name in ("fp16_bytes", "page_bytes", "slab_bytes", "peak_bytes")]
@@ -633,6 +651,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quality-configurations": kv_quality("configurations"),
     "kv-quality-equal-bytes": kv_quality("equal-bytes"),
     "kv-quality-verdicts": kv_quality_verdicts,
+    "kv-quantizers-books": kv_quantizers("books"),
+    "kv-quantizers-smollm2-2k": kv_quantizers("smollm2-2k"),
+    "kv-quantizers-smollm2-8k": kv_quantizers("smollm2-8k"),
+    "kv-quantizers-constructed": kv_quantizers("constructed"),
     "kv-planning": kv_planning,
     "cache-agreement": lambda: cache_agreement("books"),
     "cache-agreement-smollm2": lambda: cache_agreement("smollm2"),

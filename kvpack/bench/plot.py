@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,31 @@ def plot_kv_quality(report: dict[str, Any], path: Path) -> None:
     axes.set_title(f"KV pages, {report['sequences']} × {report['tokens']} tokens step by step", fontsize=11)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def plot_kv_quantizers(report: dict[str, Any], path: Path) -> None:
+    """Draw a result of ``benchmarks/kv_quantizers.py`` into a PNG: KL over bits, a panel for each text and a line for
+    each family of schemes."""
+    texts = [text for text in report["texts"] if any(sum(row["kl"]) > 0 for row in text["rows"])]
+    if not texts:
+        raise ValueError("no scheme differs from the reference, so there is nothing to draw")
+    figure, panels = _panels(len(texts), columns=2, width=5.5, height=4.2, around=1.0)
+    families = list(dict.fromkeys(row["family"] for text in texts for row in text["rows"]))
+    for panel, text in zip(panels, texts, strict=True):
+        for family, marker in zip(families, itertools.cycle("ov^sD*P"), strict=False):
+            rows = sorted((row for row in text["rows"] if row["family"] == family), key=lambda row: row["bits"])
+            points = [(row["bits"], 1000 * sum(row["kl"]) / len(row["kl"])) for row in rows if sum(row["kl"]) > 0]
+            # A line without points is drawn too, so that all panels have the same colors and one legend serves them.
+            panel.plot([bits for bits, _ in points], [kl for _, kl in points], f"{marker}-", ms=5, lw=1, label=family)
+        panel.set_yscale("log")
+        panel.set_xlabel("bits an element, everything counted", fontsize=8)
+        panel.set_title(text["name"], fontsize=10, parse_math=False)
+        panel.grid(True, which="both", alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * min(2, len(panels)), fontsize=8)
+    figure.supylabel("KL(16 bits ‖ these), thousandths of a nat a token", fontsize=9)
+    figure.suptitle(f"{report['model']}, {report['context']} cached tokens", fontsize=11, parse_math=False)
     figure.savefig(path, dpi=120, format="png")
 
 

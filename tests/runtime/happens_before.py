@@ -161,6 +161,10 @@ class FakeEvent:
         with self.detector.lock:
             self.clock = dict((stream or self.detector.current).work()[1])
 
+    def query(self) -> bool:
+        """As slow as can be: nothing is done before somebody waits for it."""
+        return False
+
     def synchronize(self) -> None:
         with self.detector.lock:
             merge(self.detector.known, self.clock)

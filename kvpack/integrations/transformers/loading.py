@@ -358,8 +358,9 @@ class CheckpointLoading:
         if self.device_map is None or (list(self.device_map) == [""] and self._home("") != "disk"):
             layer._buffers |= {BLOB: torch.empty(0, dtype=torch.uint8, device="meta"), SCALE: None}
         layer._non_persistent_buffers_set |= {BLOB, SCALE}
+        layer.training = training
         layer.__class__ = _LayerInFile
-        return layer.train(training)
+        return layer
 
     def _untie(self) -> None:
         """A coded layer has weights of its own, be it of an embedding's numbers."""

@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -298,11 +299,23 @@ class Uploader:
             self._free.put(pinned)
 
     def _take_buffer(self) -> _Pinned:
-        """A new buffer while there are few, then the one whose copy was enqueued first."""
+        """One whose copy is done, else a new one while there are few, else the one whose copy was enqueued first.
+
+        To pin memory takes longer than to copy it.
+        """
+        found: _Pinned | None = None
+        with suppress(queue.Empty):
+            found = self._free.get_nowait()
+        if found is not None and found.copied.query():
+            return found
         with self._lock:
             new = self._buffers < BUFFERS_PER_THREAD * self._threads
             self._buffers += new
-        return _Pinned(self._chunk_bytes, self.device) if new else self._free.get()
+        if not new:
+            return found or self._free.get()
+        if found is not None:
+            self._free.put(found)
+        return _Pinned(self._chunk_bytes, self.device)
 
     def close(self) -> None:
         """Give up what has not been read, wait for what is in flight, and let go of buffers and pieces."""

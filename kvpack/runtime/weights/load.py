@@ -146,11 +146,8 @@ class CrcChecks:
         tiles = np.frombuffer(host[begin : header.payload_offset], TILE_METADATA)
         payload = host[header.payload_offset :]
         checks = [
-            submit(self._check_tiles, name, payload, tiles, first) for first in range(0, len(tiles), _TILES_A_CHECK)
+            submit(self._check_coded, name, payload, tiles, first) for first in range(0, len(tiles), _TILES_A_CHECK)
         ]
-        scales = name + SCALE_SUFFIX
-        if scales in container.crc32:
-            checks.insert(0, submit(self._check_plain, name, scales, None))
         self._follow(checks, len(host))
 
     def _follow(self, checks: list[Future[None]], size_bytes: int) -> None:
@@ -176,7 +173,10 @@ class CrcChecks:
     def _check_plain(self, name: str, stored: str, host: memoryview | None) -> None:
         self._reader.container(name).check_crc32(stored, host)
 
-    def _check_tiles(self, name: str, payload: memoryview, tiles: npt.NDArray[np.void], first: int) -> None:
+    def _check_coded(self, name: str, payload: memoryview, tiles: npt.NDArray[np.void], first: int) -> None:
+        """Some tiles; in front of all, the scales."""
+        if first == 0:
+            self._check_plain(name, name + SCALE_SUFFIX, None)
         with _named(self._reader, name):
             for index in range(first, min(first + _TILES_A_CHECK, len(tiles))):
                 check_tile_bytes(payload, tiles[index], f"tile {index}")
