@@ -11,8 +11,8 @@ dimension of K over the page's tokens, a token of V over its dimensions.
 Levels of integers lie (largest − least) / (2^b − 1 + a) apart, so that the least and the largest value lie a / 2 of
 that outside of the outer levels (:data:`MARGIN_EIGHTHS`). Nothing is off by more than half a step: what is clipped is
 what attention looks for. The center is rounded first, and the scale is what reaches the column's ends from there;
-with a = 0, if fp16 does not hold the center. V at 3 and 2 bits then gets the scale and the center that make codes as long
-as what they stand for (:func:`_refitted`).
+with a = 0, if fp16 does not hold the center. V at 3 and 2 bits then gets the scale and the center that make codes as
+long as what they stand for (:func:`_refitted`).
 
 A scale that fp16 rounds to 0 makes centers. One that is too large for fp16 is 65504, and values are clamped. Values
 that are not finite make the scale NaN, so that what is computed with them is NaN too. bf16 values below 2^-126 count
@@ -160,10 +160,9 @@ def _refitted(x: _Floats, k: _Floats, scale: _Floats, center: _Floats) -> tuple[
     around = x - mean
     square, along = (tree_sum(around * of_each, -1) / count for of_each in (around, k))
     fitted = np.divide(square, along, out=np.full_like(along, np.inf), where=along > 0)
-    fitted = np.where(np.isfinite(fitted), _fp16(fitted), scale)
-    exact = mean - fitted * (tree_sum(k, -1) / count)
-    holds = (np.abs(exact) <= FP16_MAX) & (fitted != scale)
-    return np.where(holds, fitted, scale), np.where(holds, _fp16(exact), center)
+    exact = mean - _fp16(fitted) * (tree_sum(k, -1) / count)
+    holds = np.isfinite(fitted) & (np.abs(exact) <= FP16_MAX)
+    return np.where(holds, _fp16(fitted), scale), np.where(holds, _fp16(exact), center)
 
 
 def dequantize_blocks(blocks: npt.NDArray[np.uint8], layout: PageLayout) -> _Floats:

@@ -90,7 +90,7 @@ def scales_of(reader: Reader, name: str) -> torch.Tensor:
     info = reader.info(name)
     assert info is not None
     scales = reader._scales(name, reader.container(name), info.header)
-    return torch.empty(0) if scales is None else torch.from_numpy(scales)
+    return torch.empty(0, dtype=torch.float32, device="cpu") if scales is None else torch.from_numpy(scales)
 
 
 def device_blob(reader: Reader, name: str, buffer: torch.Tensor, host: memoryview) -> DeviceBlob:

@@ -311,7 +311,7 @@ class LayerStream:
         elif linear.weight_kvpack_scale is not None:
             scales = linear.weight_kvpack_scale
         else:
-            scales = torch.empty(0)
+            scales = torch.empty(0, dtype=torch.float32, device="cpu")
         if layer.host is not None:
             host = layer.host[member.offset : member.offset + member.blob_bytes].numpy().data
         else:
