@@ -52,7 +52,19 @@ __device__ constexpr u32 thin_format(u32 side, u32 format) {
   return format == KVPACK_FORMAT_INT4 ? KVPACK_FORMAT_INT3 : format == KVPACK_FORMAT_INT3 ? KVPACK_FORMAT_INT2 : format;
 }
 
-__device__ constexpr u32 payload_bytes(u32 group_format) { return kGroupDims * kPageTokens / 8 * element_bits(group_format); }
+// Element bits of all formats' groups, as KVPACK_FORMAT_BITS has them: what is chosen while kernels run is a shift.
+__device__ constexpr u64 key_bits(bool wide) {
+  u64 bits = 0;
+  for (u32 format = 0; format < 8; ++format) {
+    const u32 group_format = wide ? wide_format(KVPACK_SIDE_K, format) : thin_format(KVPACK_SIDE_K, format);
+    bits |= static_cast<u64>(element_bits(group_format)) << 8 * format;
+  }
+  return bits;
+}
+constexpr u64 kWideKeyBits = key_bits(true), kThinKeyBits = key_bits(false);
+constexpr u32 kBitBytes = kGroupDims * kPageTokens / 8;  // of a group, for each bit
+
+__device__ constexpr u32 payload_bytes(u32 group_format) { return kBitBytes * element_bits(group_format); }
 // Scales and centers lie in front of each group of K, and in front of a block of V.
 __device__ constexpr u32 group_header_bytes(u32 side, u32 format) {
   return side == KVPACK_SIDE_K && is_quantized(format) ? 2 * kScalesBytes : 0;
@@ -61,10 +73,12 @@ __device__ constexpr u32 block_header_bytes(u32 side, u32 format) {
   return side == KVPACK_SIDE_V && is_quantized(format) ? kTokenScalesBytes * (1 + has_centers(side, format)) : 0;
 }
 __device__ constexpr u32 wide_bytes(u32 side, u32 format) {
-  return group_header_bytes(side, format) + payload_bytes(wide_format(side, format));
+  const u64 bits = side == KVPACK_SIDE_K ? kWideKeyBits : u64{KVPACK_FORMAT_BITS};
+  return group_header_bytes(side, format) + kBitBytes * (static_cast<u32>(bits >> 8 * format) & 0xFF);
 }
 __device__ constexpr u32 thin_bytes(u32 side, u32 format) {
-  return group_header_bytes(side, format) + payload_bytes(thin_format(side, format));
+  const u64 bits = side == KVPACK_SIDE_K ? kThinKeyBits : u64{KVPACK_FORMAT_BITS};
+  return group_header_bytes(side, format) + kBitBytes * (static_cast<u32>(bits >> 8 * format) & 0xFF);
 }
 // Where the group at a place, or the block's end, lies in a block.
 __device__ constexpr u32 group_start(u32 side, u32 format, u32 place) {

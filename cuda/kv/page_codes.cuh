@@ -70,15 +70,15 @@ __device__ __forceinline__ Slice<format> load_slice(const u8* payload, u32 s, u3
     const uint2 v = __ldg(reinterpret_cast<const uint2*>(payload + 16 * (kLanes * (s / 2) + lane) + 8 * (s % 2)));
     slice.words[0] = v.x, slice.words[1] = v.y;
   } else if constexpr (format == kInt5) {
-    const u32* words = reinterpret_cast<const u32*>(payload) + lane;
-    slice = slice_of_words5([&](u32 k) { return __ldg(words + kLanes * k); }, s);
+    const u32* words = reinterpret_cast<const u32*>(payload);
+    slice = slice_of_words5([&](u32 k) { return __ldg(words + (k < 4 ? 4 * lane + k : 4 * kLanes + lane)); }, s);
   } else if constexpr (format == KVPACK_FORMAT_INT4) {
     slice.words[0] = __ldg(reinterpret_cast<const u32*>(payload + 16 * lane + 4 * s));
   } else if constexpr (format == KVPACK_FORMAT_INT2) {
     slice.words[0] = __ldg(reinterpret_cast<const u32*>(payload + 8 * lane + 4 * (s / 2))) >> 8 * (s % 2);
   } else {
-    const u32* words = reinterpret_cast<const u32*>(payload) + lane;
-    slice.words[0] = slice_of_words3(__ldg(words), __ldg(words + kLanes), __ldg(words + 2 * kLanes), s);
+    const uint2 v = __ldg(reinterpret_cast<const uint2*>(payload + 8 * lane));
+    slice.words[0] = slice_of_words3(v.x, v.y, __ldg(reinterpret_cast<const u32*>(payload + 8 * kLanes + 4 * lane)), s);
   }
   return slice;
 }
@@ -102,16 +102,15 @@ __device__ __forceinline__ void load_group(const u8* payload, u32 lane, Slice<fo
     const uint2 v = load_once_v2(payload + 8 * lane);
     slices[0].words[0] = v.x, slices[1].words[0] = v.x >> 8, slices[2].words[0] = v.y, slices[3].words[0] = v.y >> 8;
   } else if constexpr (format == kInt5) {
-    u32 words[5];
-#pragma unroll
-    for (u32 k = 0; k < 5; ++k) words[k] = load_once_u32(payload + 4 * (kLanes * k + lane));
+    const uint4 v = load_once_v4(payload + 16 * lane);
+    const u32 words[5] = {v.x, v.y, v.z, v.w, load_once_u32(payload + 16 * kLanes + 4 * lane)};
 #pragma unroll
     for (u32 s = 0; s < kSlices; ++s) slices[s] = slice_of_words5([&](u32 k) { return words[k]; }, s);
   } else {
-    const u8* words = payload + 4 * lane;
-    const u32 w0 = load_once_u32(words), w1 = load_once_u32(words + 4 * kLanes), w2 = load_once_u32(words + 8 * kLanes);
+    const uint2 v = load_once_v2(payload + 8 * lane);
+    const u32 last = load_once_u32(payload + 8 * kLanes + 4 * lane);
 #pragma unroll
-    for (u32 s = 0; s < kSlices; ++s) slices[s].words[0] = slice_of_words3(w0, w1, w2, s);
+    for (u32 s = 0; s < kSlices; ++s) slices[s].words[0] = slice_of_words3(v.x, v.y, last, s);
   }
 }
 
@@ -141,13 +140,13 @@ __device__ __forceinline__ void store_group(u8* payload, u32 lane, const Slice<f
         else words[k] |= (pair >> k & 0x00010001) << 15;
       }
     }
-#pragma unroll
-    for (u32 k = 0; k < 5; ++k) reinterpret_cast<u32*>(payload)[kLanes * k + lane] = words[k];
+    *reinterpret_cast<uint4*>(payload + 16 * lane) = make_uint4(words[0], words[1], words[2], words[3]);
+    *reinterpret_cast<u32*>(payload + 16 * kLanes + 4 * lane) = words[4];
   } else {
     u32 words[3];
     words3_of_slices(words, slices[0].words[0], slices[1].words[0], slices[2].words[0], slices[3].words[0]);
-#pragma unroll
-    for (u32 i = 0; i < 3; ++i) reinterpret_cast<u32*>(payload)[kLanes * i + lane] = words[i];
+    *reinterpret_cast<uint2*>(payload + 8 * lane) = make_uint2(words[0], words[1]);
+    *reinterpret_cast<u32*>(payload + 8 * kLanes + 4 * lane) = words[2];
   }
 }
 

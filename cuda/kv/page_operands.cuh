@@ -37,9 +37,12 @@ struct GroupOperands {
     if constexpr (kWords == 2) {
       const uint2 v = load_shared_v2(payload + 8 * lane);
       words[0] = v.x, words[1] = v.y;
-    } else if constexpr (kWords % 2 == 1) {
-#pragma unroll
-      for (u32 i = 0; i < kWords; ++i) words[i] = load_shared_u32(payload + 4 * (kLanes * i + lane));
+    } else if constexpr (kWords == 3) {
+      const uint2 v = load_shared_v2(payload + 8 * lane);
+      words[0] = v.x, words[1] = v.y, words[2] = load_shared_u32(payload + 8 * kLanes + 4 * lane);
+    } else if constexpr (kWords == 5) {
+      const uint4 v = load_shared_v4(payload + 16 * lane);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w, words[4] = load_shared_u32(payload + 16 * kLanes + 4 * lane);
     } else {
 #pragma unroll
       for (u32 i = 0; i < kWords / 4; ++i) {
@@ -59,14 +62,21 @@ struct GroupOperands {
       // Its exponent has a bit less than fp16's, and is 8 less.
       const u32 high = __byte_perm(words[pair / 2], 0, pair % 2 ? 0x3424 : 0x1404);
       return mul_f16x2(and_or(high, 0x80008000, (high & 0x7F007F00) >> 1), both_halves(f16_of_integer(256)));
-    } else if constexpr (kBits == 3 && pair == kPairs - 1) {
-      return codes_at<3, 0>(and_or(words[0] >> 15, both_halves(1), and_or(words[1] >> 14, both_halves(2), words[2] >> 13 & both_halves(4))));
-    } else if constexpr (kBits == 5 && pair == kPairs - 1) {
-      const u32 low = and_or(words[0] >> 15, both_halves(1), and_or(words[1] >> 14, both_halves(2), words[2] >> 13 & both_halves(4)));
-      return codes_at<5, 0>(and_or(words[3] >> 12, both_halves(8), and_or(words[4] >> 11, both_halves(16), low)));
+    } else if constexpr (kBits % 2 == 1) {
+      // Words are shifted by kShift − k, so that the bits of pair 15 that lie above their pairs come to lie side by side at bit kLast.
+      constexpr u32 kPerWord = 16 / kBits, kShift = kBits == 5 ? 10 : 9, kLast = 15 - kShift;
+      if constexpr (pair < kPairs - 1) {
+        constexpr u32 word = pair / kPerWord, first = kBits * (pair % kPerWord), shift = first + kBits <= 10 ? 0 : kShift - word;
+        return codes_at<kBits, first - shift>(words[word] >> shift);
+      } else {
+        u32 bits = 0;
+#pragma unroll
+        for (u32 k = 0; k < kBits; ++k) bits = and_or(words[k] >> (kShift - k), both_halves(1) << (kLast + k), bits);
+        return codes_at<kBits, kLast>(bits);
+      }
     } else {
       constexpr u32 per_word = 16 / kBits, first = kBits * (pair % per_word);
-      constexpr u32 shift = first + kBits <= 10 ? 0 : kBits == 5 ? 10 : kBits == 3 ? 9 : 8;
+      constexpr u32 shift = first + kBits <= 10 ? 0 : 8;
       return codes_at<kBits, first - shift>(words[pair / per_word] >> shift);
     }
   }

@@ -27,8 +27,8 @@ So a lane has 16 pairs i = 4·s + r of a group. Their codes, of the lower and th
     3        word i / 5        bits 3·(i % 5) … of each half; of pair 15: bit k in bit 15 of word k's halves
     2        word i / 8        bits 2·(i % 8) … of each half
 
-Words lie in memory as lanes load them: up to four words of a lane side by side (``words_per_load``), then the next
-lane's; 5-bit and 3-bit words one after another.
+Words lie in memory as lanes load them (:data:`LOADS`): up to four words of a lane side by side, then the next lane's;
+of 5 bits the first four and then the last, of 3 bits the first two and then the last.
 
 Scales and centers are fp16. Of K they belong to dimensions, 2·c, 2·c + 1, 2·c + 8, 2·c + 9 of each c in turn; of V to
 tokens, 16·s + 8·h + g at place 8·g + 2·s + h.
@@ -218,9 +218,8 @@ def payload_bytes(bits: int) -> int:
     return GROUP_DIMS * PAGE_TOKENS * bits // 8
 
 
-def words_per_load(bits: int) -> int:
-    """How many of the ``bits`` words that a lane has of a group lie side by side."""
-    return 1 if bits % 2 else min(4, bits)
+# How many of the ``bits`` words that a lane has of a group it loads at once.
+LOADS = {16: (4, 4, 4, 4), 8: (4, 4), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 
 
 def _element_places() -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
@@ -281,17 +280,18 @@ def pack_codes(codes: npt.NDArray[np.unsignedinteger], side: Side, bits: int) ->
         first, second = pairs[..., -1, :1], pairs[..., -1, 1:]
         bit = np.arange(bits, dtype=np.uint32)
         words |= (first >> bit & 1) << 15 | (second >> bit & 1) << 31
-    loads = words.reshape(*lead, WARP_LANES, -1, words_per_load(bits))
-    ordered = np.ascontiguousarray(np.swapaxes(loads, -3, -2), dtype="<u4")
-    return ordered.reshape(*lead, -1).view(np.uint8)
+    words = words.reshape(*lead, WARP_LANES, bits)
+    ends = np.cumsum(LOADS[bits])[:-1]
+    loads = [load.reshape(*lead, -1) for load in np.split(words, ends, axis=-1)]
+    return np.ascontiguousarray(np.concatenate(loads, axis=-1), dtype="<u4").view(np.uint8)
 
 
 def unpack_codes(payload: npt.NDArray[np.uint8], side: Side, bits: int) -> npt.NDArray[np.uint16]:
     """The inverse of :func:`pack_codes`: u16 [..., 64, 16·groups]."""
     lead = payload.shape[:-1]
     words = np.ascontiguousarray(payload).view("<u4")
-    loads = words.reshape(*lead, -1, WARP_LANES, words_per_load(bits))
-    words = np.swapaxes(loads, -3, -2).reshape(*lead, WARP_LANES, -1)
+    loads = np.split(words, WARP_LANES * np.cumsum(LOADS[bits])[:-1], axis=-1)
+    words = np.concatenate([load.reshape(*lead, WARP_LANES, -1) for load in loads], axis=-1)
     shifts = code_shifts(bits)
     pairs = (words[..., None, None] >> shifts & ((1 << bits) - 1)).reshape(*lead, WARP_LANES, -1, 2)
     if pairs.shape[-2] < PAIRS:

@@ -58,8 +58,11 @@ def test_places_as_the_document_has_them(side: Side, bits: int) -> None:
                     places = [(word, bit + k) for k in range(bits)]
                     if i == 15:
                         places = [(k, 15 + 16 * half) for k in range(bits)]
+                    together = bits - 1  # words of a lane that lie side by side; then the last of each lane
+                    at = [lane * together + w if w < together else 32 * together + lane for w, _ in places]
                     found = sum(
-                        word_bits(payload[group], 0, 32 * w + lane, b, 1) << k for k, (w, b) in enumerate(places)
+                        word_bits(payload[group], 0, w, b, 1) << k
+                        for k, (w, (_, b)) in enumerate(zip(at, places, strict=True))
                     )
                 else:
                     per_lane, per_load = bits, min(4, bits)
