@@ -97,16 +97,20 @@ __device__ __forceinline__ float of_row(const u32 (&of_slices)[kSlices], u32 sli
   return f16_value(h == 0 ? of_slices[slice] & 0xFFFF : of_slices[slice] >> 16);
 }
 
-// Σ p · center of a page of V, the header of whose block is given.
-template <u32 format>
-__device__ __forceinline__ void add_centers(const Scores& probabilities, u32 header, u32 lane, float (&sums)[2]) {
+// Adds Σ p · center of a page of V, the header of whose block is given, to the sums of each of `tiles` times eight columns.
+template <u32 format, u32 tiles>
+__device__ __forceinline__ void add_centers(const Scores* probabilities, Softmax* sums, u32 header, u32 lane) {
   if constexpr (has_centers(KVPACK_SIDE_V, format)) {
     const uint4 v = load_shared_v4(header + kTokenScalesBytes + 16 * (lane / 4));
     const u32 centers[kSlices] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
-      for (u32 i = 0; i < 4; ++i) sums[i % 2] += probabilities[slice][i] * of_row(centers, slice, i / 2);
+      for (u32 h = 0; h < 2; ++h) {
+        const float center = of_row(centers, slice, h);
+#pragma unroll
+        for (u32 i = 0; i < 2 * tiles; ++i) sums[i / 2].centers[i % 2] += probabilities[i / 2][slice][2 * h + i % 2] * center;
+      }
   }
 }
 

@@ -204,7 +204,7 @@ __device__ __forceinline__ void multiply_values(Ring& ring, u32 slot, const uint
   constexpr u32 piece_groups = is_quantized(format) ? kPieceGroups : 1;
   const u32 seen = is_quantized(format) || whole ? 0 : seen_bits(scores);
   Operands p, rest;
-  add_centers<format>(scores, slot, lane, softmax.centers);
+  add_centers<format, 1>(&scores, &softmax, slot, lane);
   to_operands<format>(scores, scales, p, rest);
 #pragma unroll
   for (u32 group = 0; group < kGroups; ++group) {

@@ -140,6 +140,7 @@ struct Lister {
 };
 
 typedef Scores TileScores[kTiles];
+typedef float Offsets[kTiles][2];  // what the centers of keys add to all scores of a column
 
 __device__ __forceinline__ u32 bf16_of_f16(u32 pair) { return bf16x2_bits(f16_value(pair & 0xFFFF), f16_value(pair >> 16)); }
 
@@ -150,7 +151,7 @@ __device__ __forceinline__ void multiply_centers(u32 group, u32 begin, u32 end, 
 #pragma unroll 1
   for (u32 operands = begin; operands < end; operands += 8 * kLanes, at += group_header_bytes(KVPACK_SIDE_K, format) + payload_bytes(format)) {
     const uint2 center = load_shared_v2(at);
-    const u32 rows[4] = {center.x, center.x, center.y, center.y};
+    const u32 rows[4] = {center.x, 0, center.y, 0};  // eight rows alike, so that every lane has the product of its columns
 #pragma unroll
     for (u32 tile = 0; tile < kTiles; ++tile) {
       const uint2 q = load_shared_v2(operands + tile * kQueryBytes + 8 * lane);
@@ -182,7 +183,7 @@ __device__ __forceinline__ void multiply_groups(u32 group, u32 begin, u32 end, u
 }
 
 template <u32 format>
-__device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 lane, TileScores& scores) {
+__device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 lane, TileScores& scores, Offsets& offsets) {
   constexpr u32 piece_groups = groups_of_piece(KVPACK_SIDE_K, format);
   constexpr u32 wide = wide_format(KVPACK_SIDE_K, format), thin = thin_format(KVPACK_SIDE_K, format);
   constexpr u32 wide_groups = wide == thin ? kGroups : kWideGroups;
@@ -192,6 +193,8 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
     for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) scores[tile][slice][i] = 0;
+#pragma unroll
+  for (u32 tile = 0; tile < kTiles; ++tile) offsets[tile][0] = offsets[tile][1] = 0;
 #pragma unroll 1
   for (u32 first = 0; first < kGroups; first += piece_groups) {
     const u32 group = pieces.next();
@@ -199,7 +202,6 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
     const u32 begin = queries + 8 * kLanes * first, middle = queries + 8 * kLanes * change, end = queries + 8 * kLanes * last;
     const u32 thin_group = group + (change - first) * wide_bytes(KVPACK_SIDE_K, format);
     if constexpr (is_quantized(format)) {
-      // Scores begin with what the centers give, the same for all tokens: rows alike.
       float centers[kTiles][4];
 #pragma unroll
       for (u32 tile = 0; tile < kTiles; ++tile)
@@ -208,11 +210,7 @@ __device__ __forceinline__ void multiply_keys(Pieces& pieces, u32 queries, u32 l
       multiply_centers<wide>(group, begin, middle, lane, centers);
       if constexpr (wide != thin) multiply_centers<thin>(thin_group, middle, end, lane, centers);
 #pragma unroll
-      for (u32 tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-        for (u32 slice = 0; slice < kSlices; ++slice)
-#pragma unroll
-          for (u32 i = 0; i < 4; ++i) scores[tile][slice][i] += centers[tile][i];
+      for (u32 tile = 0; tile < kTiles; ++tile) offsets[tile][0] += centers[tile][0], offsets[tile][1] += centers[tile][1];
     }
     multiply_groups<wide>(group, begin, middle, lane, scores);
     if constexpr (wide != thin) multiply_groups<thin>(thin_group, middle, end, lane, scores);
@@ -225,12 +223,12 @@ template <u32 format>
 __device__ __forceinline__ void multiply_values(Pieces& pieces, u32 slot, const uint4& scales, u32 lane, TileScores& scores,
                                                 Softmax (&softmax)[kTiles], bool whole) {
   constexpr u32 piece_groups = groups_of_piece(KVPACK_SIDE_V, format);
+  add_centers<format, kTiles>(scores, softmax, slot, lane);
   u32 seen[kTiles];
   Operands p[kTiles], rest[kTiles];
 #pragma unroll
   for (u32 tile = 0; tile < kTiles; ++tile) {
     seen[tile] = is_quantized(format) || whole ? 0 : seen_bits(scores[tile]);
-    add_centers<format>(scores[tile], slot, lane, softmax[tile].centers);
     to_operands<format>(scores[tile], scales, p[tile], rest[tile]);
   }
 #pragma unroll
@@ -271,9 +269,10 @@ struct MultiplyKeys {
   Pieces& pieces;
   u32 queries, lane;
   TileScores& scores;
+  Offsets& offsets;
   template <u32 format>
   __device__ __forceinline__ void operator()() {
-    multiply_keys<format>(pieces, queries, lane, scores);
+    multiply_keys<format>(pieces, queries, lane, scores, offsets);
   }
 };
 struct MultiplyValues {
@@ -390,7 +389,8 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
     const u32 formats = pieces.formats(), first_token = seen.page_of(visit) * kPageTokens;
     if (warp == 0) lister.add(seen, visit + 1, pieces.number + pieces_of(formats));
     TileScores scores;
-    with_format<KVPACK_K_FORMATS>(formats & 0xFF, MultiplyKeys{pieces, queries, lane, scores});
+    Offsets offsets;
+    with_format<KVPACK_K_FORMATS>(formats & 0xFF, MultiplyKeys{pieces, queries, lane, scores, offsets});
 #if KVPACK_SOFTCAP
 #pragma unroll
     for (u32 tile = 0; tile < kTiles; ++tile) {
@@ -400,8 +400,9 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
           float& score = scores[tile][slice][i];
-          score = capped(score * __uint_as_float(i % 2 == 0 ? of_queries.x : of_queries.y), cap, cap_exponent);
+          score = capped((score + offsets[tile][i % 2]) * __uint_as_float(i % 2 == 0 ? of_queries.x : of_queries.y), cap, cap_exponent);
         }
+      offsets[tile][0] = offsets[tile][1] = 0;
     }
 #endif
 
@@ -426,11 +427,13 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
       // Capped scores have their factor in them.
       const float factor[2] = {KVPACK_SOFTCAP ? 1 : __uint_as_float(bits.x), KVPACK_SOFTCAP ? 1 : __uint_as_float(bits.y)};
       const float before[2] = {__uint_as_float(bits.z), __uint_as_float(bits.w)};
-      float maximum[2] = {before[0], before[1]};
+      float maximum[2] = {kUnseen, kUnseen};
 #pragma unroll
       for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) maximum[i % 2] = fmaxf(maximum[i % 2], scores[tile][slice][i]);
+#pragma unroll
+      for (u32 j = 0; j < 2; ++j) maximum[j] = fmaxf(before[j], maximum[j] + offsets[tile][j]);
       if (__any_sync(kAllLanes, maximum[0] > before[0] || maximum[1] > before[1])) {
 #pragma unroll
         for (float& m : maximum) m = max_over_rows(m);
@@ -438,7 +441,7 @@ attention_prefill(const u16* q, u64 q_sequence_stride, u64 q_head_stride, u64 q_
         __syncwarp();  // all have loaded
         if (lane < 4) store_shared_v2(address + 8, make_uint2(__float_as_uint(maximum[0]), __float_as_uint(maximum[1])));
       }
-      const float shift[2] = {maximum[0] * factor[0], maximum[1] * factor[1]};
+      const float shift[2] = {(maximum[0] - offsets[tile][0]) * factor[0], (maximum[1] - offsets[tile][1]) * factor[1]};
 #pragma unroll
       for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
