@@ -82,7 +82,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(
         bits_of=st.sampled_from(
             [
-                *[0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 1.0],
+                *[0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 1.0],
                 *[None, PageFormat.INT8, PageFormat.FP8_E4M3],
                 [(PageFormat.INT8, PageFormat.INT4), (PageFormat.INT3, PageFormat.INT2)],
             ]
