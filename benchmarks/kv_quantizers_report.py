@@ -91,8 +91,8 @@ def at_equal_bits(bits: float, peers: Sequence[Row]) -> tuple[str, list[float]] 
 
 
 def comparisons(rows: list[Row]) -> list[Comparison]:
-    """Of each of kvpack's rows, where both are measured: KIVI-like groups of 64 at the same width, and at equal bits; the
-    KIVI-like scheme of least KL that takes no more bits, and not much less; for a budget, the uniform one."""
+    """Of each of kvpack's rows, where both are measured: KIVI-like groups of 64 at the same width, and at equal bits;
+    the KIVI-like scheme of least KL that takes no more bits, and not much less; for a budget, the uniform one."""
     by_name = {row["name"]: row for row in rows}
     found = []
     for row in rows:
