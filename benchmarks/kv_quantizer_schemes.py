@@ -5,8 +5,9 @@ tokens, the first page, scales, zero points and norms. Names:
 
     int4, fp8_e4m3, …    kvpack's pages of one format; int4/int2: K in one, V in another. The first page has a format
                          of its own.
-    POLICY@BUDGET        ``KVCache(budget=…, policy=…)``, which reads the prompt in chunks, observes its attention
-                         and divides the bytes anew behind each
+    POLICY@BUDGET        ``KVCache(budget=…, policy=…)``, which reads the prompt in chunks of 256 tokens, observes its
+                         attention and divides the bytes anew behind each. What a budget gives depends on that: a
+                         prompt in one chunk is observed once, and its pages leave the window all at once.
     kivi4g64             after KIVI (arXiv 2402.02750), on keys with positions applied: 4-bit integers between the least
                          and the largest of a group, K per channel in groups of 64 tokens, V per token in groups of 64
                          dimensions (of the largest divisor of head_dim that divides 64), fp16 scale and zero point of
@@ -35,7 +36,7 @@ from kvpack.runtime.kv.attention import attention_with_kv_cache
 from kvpack.runtime.kv.cache import KVCache
 
 RECENT_TOKENS = 64
-# What a cache with a budget reads at once.
+# Of a prompt, that are read at once.
 CHUNK_TOKENS = 256
 FP16_MAX = 65504.0
 WIDTHS = (8, 4, 3, 2)

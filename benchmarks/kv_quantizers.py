@@ -17,13 +17,16 @@ tokens that they bring themselves, are the reference's, so that only the quantiz
 standard errors are those over windows. ``bits`` of an element count everything.
 
 Schemes, and what each keeps in 16 bits, are in ``kv_quantizer_schemes.py``. kvpack's pages are compared window by
-window with KIVI-like schemes: of the same width in groups of 64, and with the one of least KL that takes no more bits.
+window with KIVI-like schemes: with groups of 64 at the same width; with what these would have at equal bits (log KL
+linear in bits between two of them); and with the one of least KL that takes no more bits, and at most one bit less.
+Budgets are compared with uniform ones, POLICY@BUDGET with uniform@BUDGET, where both are measured.
 ``--constructed`` measures the error of attention on keys and values made after ones that real models have
 (``kv_constructed.py``), too.
 
 Windows lie at equal distances in a text. ``--text python`` is Python's own standard library: the *.py files beside each
 other in sysconfig's ``stdlib`` folder, in order of name. Token by token through the cache, with pages quantized while
-the text is read: ``kv_quality.py`` (a Llama of transformers) and ``kvpack eval``.
+the text is read: ``kv_quality.py`` (a Llama of transformers; mixtures at equal bytes) and
+``kvpack eval``.
 """
 
 from __future__ import annotations

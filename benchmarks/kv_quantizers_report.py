@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -53,6 +54,22 @@ def paired_ratio(mine: Sequence[float], other: Sequence[float]) -> Ratio | None:
     return Ratio(value, None if rest is None else rest / mean(other), better, len(mine))
 
 
+class Comparison(NamedTuple):
+    """kvpack's row, and the KL of what it is compared with in each window; ``bits`` are the other's."""
+
+    row: Row
+    why: str
+    against: str
+    bits: float
+    kl: list[float]
+
+
+SAME_WIDTH, SAME_BUDGET = "same width", "same budget"
+EQUAL_BITS, NO_MORE_BITS = "equal bits, interpolated", "best of no more bits"
+# Schemes that take so many bits less say nothing.
+_CLOSE_BITS = 1.0
+
+
 def is_peer(row: Row) -> bool:
     return str(row["family"]).startswith(PEER)
 
@@ -61,21 +78,42 @@ def is_own(row: Row) -> bool:
     return str(row["family"]).startswith(("pages", "a budget"))
 
 
-def comparisons(rows: list[Row]) -> list[tuple[Row, Row, str]]:
-    """(kvpack's, the peer's, why that one), for all of kvpack's rows: the peer of the same width in groups of 64, and
-    the peer of least KL that takes no more bits."""
+def at_equal_bits(bits: float, peers: Sequence[Row]) -> tuple[str, list[float]] | None:
+    """What schemes of one family would have at some bits: log KL is taken as linear in bits between two of them, in
+    each window. Their names, and KL; None outside of what they take."""
+    ordered = sorted(peers, key=lambda row: float(row["bits"]))
+    for low, high in itertools.pairwise(ordered):
+        if low["bits"] <= bits < high["bits"]:
+            share = (bits - low["bits"]) / (high["bits"] - low["bits"])
+            kl = [a ** (1 - share) * b**share for a, b in zip(low["kl"], high["kl"], strict=True)]
+            return f"{low['name']}, {high['name']}", kl
+    return None
+
+
+def comparisons(rows: list[Row]) -> list[Comparison]:
+    """Of each of kvpack's rows, where both are measured: KIVI-like groups of 64 at the same width, and at equal bits;
+    the KIVI-like scheme of least KL that takes no more bits, and not much less; for a budget, the uniform one."""
     by_name = {row["name"]: row for row in rows}
     found = []
     for row in rows:
         if not is_own(row):
             continue
-        width = re.fullmatch(r"int(\d)", row["name"])
-        same = by_name.get(f"kivi{width[1]}g64") if width else None
-        if same is not None:
-            found.append((row, same, "same width"))
-        smaller = [other for other in rows if is_peer(other) and other["bits"] <= row["bits"]]
-        if smaller:
-            found.append((row, min(smaller, key=lambda other: mean(other["kl"])), "best of no more bits"))
+        named = []
+        if width := re.fullmatch(r"int(\d)", row["name"]):
+            named.append((SAME_WIDTH, f"kivi{width[1]}g64"))
+        policy, at, budget = row["name"].partition("@")
+        if at and policy != "uniform":
+            named.append((SAME_BUDGET, f"uniform@{budget}"))
+        for why, name in named:
+            if other := by_name.get(name):
+                found.append(Comparison(row, why, name, other["bits"], other["kl"]))
+        between = at_equal_bits(row["bits"], [one for one in rows if one["family"] == f"{PEER}, groups of 64"])
+        if between is not None:
+            found.append(Comparison(row, EQUAL_BITS, between[0], row["bits"], between[1]))
+        close = [one for one in rows if is_peer(one) and 0 <= row["bits"] - one["bits"] <= _CLOSE_BITS]
+        if close:
+            best = min(close, key=lambda one: mean(one["kl"]))
+            found.append(Comparison(row, NO_MORE_BITS, best["name"], best["bits"], best["kl"]))
     return found
 
 
@@ -94,35 +132,25 @@ def _quality(result: dict[str, Any]) -> Table:
     return Table("Quality by scheme", headings, rows)
 
 
-def _compared(result: dict[str, Any]) -> list[tuple[str, Row, Row, str, Ratio]]:
+def _compared(result: dict[str, Any]) -> list[tuple[str, Comparison, Ratio]]:
     found = []
     for text in result["texts"]:
-        for row, other, why in comparisons(text["rows"]):
-            ratio = paired_ratio(row["kl"], other["kl"])
+        for one in comparisons(text["rows"]):
+            ratio = paired_ratio(one.row["kl"], one.kl)
             if ratio is not None:
-                found.append((text["name"], row, other, why, ratio))
+                found.append((text["name"], one, ratio))
     return found
 
 
 def _comparisons(result: dict[str, Any]) -> Table:
-    headings = [
-        "text",
-        "pages",
-        "bits",
-        "against",
-        "",
-        "its bits",
-        "KL, × of its",
-        "± s.e.",
-        "better in windows",
-        "by KL",
-    ]
+    headings = ["text", "pages", "bits", "", "against", "its bits"]
+    headings += ["KL, × of its", "± s.e.", "better in windows", "by KL"]
     rows = []
-    for text, row, other, why, ratio in _compared(result):
-        cells = [text, row["name"], number(row["bits"], 3), other["name"], why, number(other["bits"], 3)]
+    for text, one, ratio in _compared(result):
+        cells = [text, one.row["name"], number(one.row["bits"], 3), one.why, one.against, number(one.bits, 3)]
         cells += [number(ratio.value, 3), number(ratio.standard_error, 3), f"{ratio.better} of {ratio.windows}"]
         rows.append([*cells, ratio.verdict])
-    return Table("Pages against KIVI-like schemes", headings, rows)
+    return Table("Pages against KIVI-like schemes, and budgets against uniform ones", headings, rows)
 
 
 def _constructed(result: dict[str, Any]) -> Table:
@@ -143,10 +171,12 @@ def verdicts(result: dict[str, Any]) -> str:
     compared = _compared(result)
     parts = []
     for why, whom in (
-        ("best of no more bits", "the best KIVI-like scheme of no more bits"),
-        ("same width", "KIVI-like groups of 64 at the same width"),
+        (SAME_WIDTH, "KIVI-like groups of 64 at the same width"),
+        (EQUAL_BITS, "KIVI-like groups of 64 at equal bits"),
+        (NO_MORE_BITS, "the best KIVI-like scheme of no more bits"),
+        (SAME_BUDGET, "uniform widths under the same budget"),
     ):
-        found = Counter(ratio.verdict for *_, kind, ratio in compared if kind == why)
+        found = Counter(ratio.verdict for _, one, ratio in compared if one.why == why)
         if found:
             parts.append(
                 f"Against {whom}, {found['wins']} of {found.total()} win and {found['loses']} lose by KL, by {CLEAR:g} "

@@ -293,14 +293,29 @@ def test_what_pages_are_compared_with() -> None:
     rows = [
         row("int4", "pages", 4.9, [1.0, 1.0]),
         row("int3/int2", "pages, K and V of two formats", 3.5, [3.0, 3.0]),
-        row("kivi4g64", "KIVI-like, groups of 64", 4.87, [2.0, 2.0]),
+        row("importance@0.3", "a budget, importance", 4.3, [1.0, 1.0]),
+        row("uniform@0.3", "a budget, uniform", 4.2, [1.0, 3.0]),
+        row("kivi4g64", "KIVI-like, groups of 64", 4.8, [2.0, 2.0]),
+        row("kivi8g64", "KIVI-like, groups of 64", 8.8, [0.0002, 0.0002]),
         row("kivi4g32", "KIVI-like, groups of 32", 5.4, [0.5, 0.5]),
         row("kivi3g32", "KIVI-like, groups of 32", 4.4, [1.5, 1.5]),
         row("turbo4", "TurboQuant-like", 4.6, [0.1, 0.1]),
     ]
-    found = [(mine["name"], other["name"], why) for mine, other, why in report.comparisons(rows)]
-    # kivi4g32 takes more bits; kivi3g32 is better than kivi4g64 here; nothing KIVI-like takes as few as int3/int2.
-    assert found == [("int4", "kivi4g64", "same width"), ("int4", "kivi3g32", "best of no more bits")]
+    found = [(one.row["name"], one.why, one.against) for one in report.comparisons(rows)]
+    # kivi4g32 takes more bits; kivi3g32 is better than kivi4g64 here; nothing KIVI-like takes as few as the others.
+    assert found == [
+        ("int4", report.SAME_WIDTH, "kivi4g64"),
+        ("int4", report.EQUAL_BITS, "kivi4g64, kivi8g64"),
+        ("int4", report.NO_MORE_BITS, "kivi3g32"),
+        ("importance@0.3", report.SAME_BUDGET, "uniform@0.3"),
+    ]
+    # A fortieth of four decades.
+    assert report.comparisons(rows)[1].kl == pytest.approx([2 * 10 ** (-4 / 40)] * 2)
+    rows.append(row("int8", "pages", 8.5, [0.001, 0.001]))  # kivi4g32 takes three bits less: no comparison
+    assert [one.why for one in report.comparisons(rows) if one.row["name"] == "int8"] == [
+        report.SAME_WIDTH,
+        report.EQUAL_BITS,
+    ]
 
 
 def test_wrong_names_are_refused() -> None:
@@ -356,7 +371,7 @@ def test_results_are_rendered(text: dict[str, Any], tmp_path: Path, monkeypatch:
     (tmp_path / "2026-11-26-kv-quantizers-books.json").write_text(json.dumps(result, allow_nan=False))
     shown = render_docs.figures("kv-quantizers-books")
     assert "| random | int4 |" in shown
-    assert "| kivi4g64 | same width |" in shown
+    assert "| same width | kivi4g64 |" in shown
     assert "320 cached tokens, 2 windows of each text" in shown
     assert "Against KIVI-like groups of 64 at the same width, " in shown
     plot = pytest.importorskip("kvpack.bench.plot")
