@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -249,3 +251,54 @@ def test_bf16_is_taken() -> None:
     layout = PageLayout(Side.V, PageFormat.INT8, 64)
     x = values((64, 64)).astype(ml_dtypes.bfloat16)
     assert quantize_blocks(x, layout).tobytes() == quantize_blocks(x.astype(np.float32), layout).tobytes()
+
+
+# Blocks of `golden_values`, whose bytes never change: what is stored must be read alike for good.
+GOLDEN = {
+    ("K", "INT8"): "2c14dbd0a9b8b285",
+    ("K", "INT4"): "a0265fe48182b451",
+    ("K", "INT3"): "12b0e77521cd900d",
+    ("K", "INT2"): "0896973adbc82172",
+    ("K", "FP8_E4M3"): "4ace3f857ef812d9",
+    ("K", "FP8_E5M2"): "0721ab7e8eff7ca1",
+    ("V", "INT8"): "98da49eba025db8f",
+    ("V", "INT4"): "8a329af239493ac3",
+    ("V", "INT3"): "68c786d197a95981",
+    ("V", "INT2"): "ba7e45f4f2ab966e",
+    ("V", "FP8_E4M3"): "c206650b9dc04303",
+    ("V", "FP8_E5M2"): "b752284ff89a5b27",
+}
+
+
+def golden_values(side: Side) -> np.ndarray:
+    """[64, 80]: exact arithmetic alone, so that they are the same everywhere."""
+    token, dim = np.mgrid[:64, :80]
+    x = ((token * 37 + dim * 101 + int(side) * 13) % 256 - 128) / 32 * np.exp2(dim % 5 - 2) + (dim % 7 - 3)
+    return x.astype(np.float16)
+
+
+@pytest.mark.parametrize("side", Side)
+@pytest.mark.parametrize("page_format", QUANTIZED)
+def test_golden_bytes(side: Side, page_format: PageFormat) -> None:
+    blocks = quantize_blocks(golden_values(side), PageLayout(side, page_format, 80))
+    assert hashlib.sha256(blocks.tobytes()).hexdigest()[:16] == GOLDEN[side.name, page_format.name]
+
+
+def test_keys_with_a_large_bias() -> None:
+    """Qwen's: what 8 bits lose depends on how far a dimension's values lie apart, not on where they lie."""
+    x = np.random.default_rng(0).normal(0, 1, (64, 64)).astype(np.float32)
+    bias = np.where(np.arange(64) % 8 == 0, 300.0, 0.0).astype(np.float32)
+    for page_format, most in ((PageFormat.INT8, 0.13), (PageFormat.FP8_E4M3, 0.2)):
+        layout = PageLayout(Side.K, page_format, 64)
+        held = (x + bias).astype(np.float16).astype(np.float32)
+        assert np.abs(dequantize_blocks(quantize_blocks(held, layout), layout) - held).max() < most
+
+
+@pytest.mark.parametrize("page_format", [PageFormat.INT8, PageFormat.INT4, PageFormat.INT3, PageFormat.INT2])
+def test_values_away_from_zero(page_format: PageFormat) -> None:
+    """A token's range is that of its elements: 0.6 wide around 10, not 10 wide."""
+    x = (10 + 0.1 * np.random.default_rng(0).normal(0, 1, (64, 64))).astype(np.float16).astype(np.float32)
+    layout = PageLayout(Side.V, page_format, 64)
+    reach = float((x.max(-1) - x.min(-1)).max())
+    error = np.abs(dequantize_blocks(quantize_blocks(x, layout), layout) - x).max()
+    assert error <= 0.8 * reach / ((1 << page_format.element_bits) - 1) + 4e-3
