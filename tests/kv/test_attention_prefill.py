@@ -386,7 +386,7 @@ def test_softcap_and_sink_logits_on_a_gpu(
     variant = variant_options(names, 8)
     lengths = [1500, 777, 65, 64, 63, 1, 0]
     for options in ({}, {"window": 100, "sinks": 4}, {"window": 1000}, {"causal": False}):
-        # q · scale, rounded to fp16, is alike for a page's tokens: at head_dim 16 it moves results of some draws by 0.0013.
+        # q · scale, rounded to fp16, is alike for a page's tokens: at head_dim 16 that moves some draws by 0.0013.
         check(lengths, (8, 2), 60, head_dim, dtype, device="cuda", seed=1, **variant, **options)
         check(
             [64 * 20], (8, 1), 100, head_dim, dtype, [(PAGE_FORMATS[dtype],) * 2], device="cuda", **variant, **options

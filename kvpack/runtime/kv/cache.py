@@ -215,7 +215,7 @@ class KVCache:
         dtype: of keys and values, fp16 or bf16.
         device: of everything; None is CUDA if torch has it, else the CPU.
         budget: bytes of pages as a fraction of those in 16 bits, at most 1 and at least what pages of 2 bits take
-            (0.15 at a head_dim of 64), which long sequences keep; short ones are mostly pages that stay in 16 bits.
+            (0.17 at a head_dim of 64), which long sequences keep; short ones are mostly pages that stay in 16 bits.
             See the module. Slabs come on top: those of a side and format have room for 8 pages, or for at most twice
             the most that were ever in use, and less than ``slab_bytes`` of it unused; ``pools.bytes_allocated`` counts
             them.
