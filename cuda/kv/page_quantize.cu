@@ -369,7 +369,7 @@ __device__ __forceinline__ void quantize_columns(const u8* from, u8* to, u32 war
     const float quotient = along > 0.0f ? divide_ieee(square, along) : __uint_as_float(0x7F800000);
     const u32 fitted_bits = saturated_f16(quotient);
     const float exact = subtract_ieee(mean, multiply_ieee(f16_value(fitted_bits), mean_level));
-    const bool holds = finite && quotient < __uint_as_float(0x7F800000) && fabsf(exact) <= kMaxF16;
+    const bool holds = finite && quotient <= multiply_ieee(1.25f, scale) && fabsf(exact) <= kMaxF16;
     tell_all(holds ? fitted_bits | saturated_f16(exact) << 16 : both);
   }
 

@@ -153,7 +153,9 @@ def _between_ends(x: _Floats, layout: PageLayout) -> tuple[npt.NDArray[np.uint8]
 def _refitted(x: _Floats, k: _Floats, scale: _Floats, center: _Floats) -> tuple[_Floats, _Floats]:
     """(scales, centers) with which levels ``k`` are as long as values, in the direction of these, around the same mean.
 
-    What is rounded to the middle of a cell falls short of the values on average, and attention adds that up.
+    What is rounded to the middle of a cell falls short of the values on average, and attention adds that up. Where
+    that would take more than a quarter of the scale, as beside an outlier, most of a token is rounded to one level, and
+    longer steps would spoil the rest.
     """
     count = F32(x.shape[-1])
     mean = tree_sum(x, -1) / count
@@ -161,7 +163,7 @@ def _refitted(x: _Floats, k: _Floats, scale: _Floats, center: _Floats) -> tuple[
     square, along = (tree_sum(around * of_each, -1) / count for of_each in (around, k))
     fitted = np.divide(square, along, out=np.full_like(along, np.inf), where=along > 0)
     exact = mean - _fp16(fitted) * (tree_sum(k, -1) / count)
-    holds = np.isfinite(fitted) & (np.abs(exact) <= FP16_MAX)
+    holds = (fitted <= F32(1.25) * scale) & (np.abs(exact) <= FP16_MAX)
     return np.where(holds, _fp16(fitted), scale), np.where(holds, _fp16(exact), center)
 
 

@@ -75,7 +75,7 @@ class PageFormat(IntEnum):
 
     @property
     def element_bits(self) -> int:
-        """Bits of a code; of K's integers, their mean over groups."""
+        """Bits of a code; of K's integers a name for their two widths (:meth:`PageLayout.bits_of`)."""
         return _ELEMENT_BITS[self]
 
     @property
