@@ -901,7 +901,8 @@ def test_keys_in_an_order_of_their_own(page_format: PageFormat, device: str) -> 
 @pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
 @pytest.mark.parametrize("tokens", [1, 130])
 def test_kernels_read_keys_in_an_order_of_their_own(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = make_cache("cpu", head_dim=80, key_order=(2, 0, 4, 3, 1), formats=INT4, recent_tokens=0, sinks=0)
+    options: dict[str, Any] = {"formats": INT4, "recent_tokens": 0, "sinks": 0, "max_bytes": 4 << 20}
+    cache = make_cache("cpu", head_dim=80, key_order=(2, 0, 4, 3, 1), **options)
     attention_with_kv_cache(*random_qkv(cache, 4, 200), cache)
     monkeypatch.setattr(kernels, "launch", emulated_launch)
     monkeypatch.setattr(attention, "_attend_on_cpu", attention._attend_by_kernel)
@@ -911,7 +912,7 @@ def test_kernels_read_keys_in_an_order_of_their_own(tokens: int, monkeypatch: py
 
 def test_orders_of_keys_that_are_none() -> None:
     for order in ([0, 1, 2], [0, 1, 2, 2], [1, 2, 3, 4], [-1, 0, 1, 2], [0, 1, 2, 3, 4]):
-        with pytest.raises(PageError, match="key_order is .*; each of the groups 0 to 3 is wanted once"):
+        with pytest.raises(PageError, match=r"key_order is .*; each of the groups 0 to 3 is wanted once"):
             make_cache("cpu", key_order=order)
 
 
