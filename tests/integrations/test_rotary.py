@@ -52,7 +52,7 @@ TINY: dict[str, tuple[Architecture, tuple[int, ...]]] = {
             "Llama4ForCausalLM",
             _SIZES
             | {"head_dim": 64, "num_local_experts": 1, "interleave_moe_layer_step": 2, "use_qk_norm": False}
-            | {"intermediate_size_mlp": 64, "attention_chunk_size": None, "layer_types": ["full_attention"]},
+            | {"intermediate_size_mlp": 64},
         ),
         (3, 2, 1, 0),
     ),
@@ -76,7 +76,8 @@ def test_orders_are_those_of_the_keys(name: str) -> None:
         cache = transformers.DynamicCache(config=model.config)
         options = {CACHE_ARGUMENT: cache, "position_ids": torch.tensor([[place]]), "use_cache": True}
         model(input_ids=torch.arange(3, VOCABULARY)[:, None], **options)
-        found.append(cache.layers[0].keys[:, :, -1].double())
+        layer: Any = cache.layers[0]
+        found.append(layer.keys[:, :, -1].double())
     turned = ((found[1] - found[0]) ** 2).mean((0, 1)) / (found[0] ** 2 + found[1] ** 2).mean((0, 1))
     speed = np.log(turned.numpy() + 1e-12).reshape(-1, 16).mean(1)[list(order or (1, 3, 0, 2))]
     assert (np.diff(speed) > -0.5).all()  # of groups that are alike, about 0.2 is chance
@@ -118,6 +119,8 @@ def test_layers_that_turn_other_dimensions_count_alike() -> None:
     config = ARCHITECTURES["gemma3"].config()
     config.rope_parameters["full_attention"]["partial_rotary_factor"] = 0.5
     assert key_order(config, 128) == (7, 6, 3, 5, 4, 1, 2, 0)
+    config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert key_order(config, 128) == (7, 3, 6, 5, 1, 2, 4, 0)  # 1 and 2 both have 47/96
     config.layer_types = ["full_attention", "full_attention"]
     assert key_order(config, 128) == (4, 5, 6, 7, 1, 3, 0, 2)
     # Of all pairs, the slowest stand still.
