@@ -355,7 +355,7 @@ def test_keys_lie_in_the_order_of_the_model(name: str, monkeypatch: pytest.Monke
 def test_orders_of_keys_that_are_refused() -> None:
     model = model_of("llama")  # head_dim is 32
     for order, error in (("10", CacheInputError), ([0.0, 1.0], CacheInputError), ([0, 0], PageError)):
-        with pytest.raises(error, match="key_order is"):
+        with pytest.raises(error, match="key_order is "):
             KVPackCache(model.config, key_order=order)
     with pytest.raises(PageError, match="each of the groups 0 to 15 is wanted once"):
         KVPackCache(model.config, key_order=range(17))

@@ -1739,7 +1739,7 @@ def _checked_order(key_order: Sequence[int] | None) -> tuple[int, ...]:
     """
     if key_order is None:
         return ()
-    if not isinstance(key_order, Sequence) or isinstance(key_order, str):
+    if not isinstance(key_order, Sequence):
         raise CacheInputError(f"key_order is {key_order!r}; a sequence of groups of 16 dimensions is wanted")
     return tuple(_integer("a group of key_order", group) for group in key_order)
 
