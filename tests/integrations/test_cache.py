@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers
 from integrations.generation import CACHE_ARGUMENT, greedy, logits
-from integrations.models import ARCHITECTURES, VOCABULARY, WITH_KV_CACHE
+from integrations.models import ARCHITECTURES, VOCABULARY, WITH_KV_CACHE, Architecture
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvpack import KVPackCache, PageFormat
-from kvpack.errors import CacheFullError, CacheInputError
+from kvpack.errors import CacheFullError, CacheInputError, PageError
 from kvpack.integrations.transformers.cache import take_announced_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:KVPackCache. the model is in torch.float32:UserWarning")
@@ -316,6 +316,51 @@ def test_keys_that_fp16_cannot_hold(device: str) -> None:
         logits(model, ids, KVPackCache(model.config))
     found = logits(model, ids, KVPackCache(model.config, dtype=torch.bfloat16))
     assert found.isfinite().all()
+
+
+# Of 64 dimensions 32 turn: i with i + 16, and 2i with 2i + 1.
+PARTLY_ROTATED = {"Phi": (2, 3, 0, 1), "Glm": (2, 3, 1, 0)}
+
+
+@pytest.mark.parametrize("name", PARTLY_ROTATED)
+def test_keys_lie_in_the_order_of_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
+    options = sizes | {"vocab_size": VOCABULARY, "num_attention_heads": 2, "num_key_value_heads": 2}
+    architecture = Architecture(f"{name}Config", f"{name}ForCausalLM", options)
+    base, model = architecture.model(), architecture.model()
+    base.set_attn_implementation("through fp16")
+    model.set_attn_implementation("kvpack")
+    ids, mask = prompts(tokens=100)
+    cache = KVPackCache(model.config)
+    got = greedy(model, ids, cache, 32, attention_mask=mask)
+    assert got.tolist() == greedy(base, ids, new_tokens=32, attention_mask=mask).tolist()
+    assert cache.kv.key_order == PARTLY_ROTATED[name]
+    own = KVPackCache(model.config, key_order=[3, 2, 1, 0])
+    whole = logits(model, ids, own)
+    assert own.kv.key_order == (3, 2, 1, 0)
+    # Of 16-bit pages the order does not show, of others half of the groups have more bits.
+    assert torch.equal(logits(model, ids, KVPackCache(model.config)), whole)
+    small = KVPackCache(model.config, formats="INT4", recent_tokens=0, sinks=0)
+    logits(model, ids, small)
+    error = small.kv.read(0, 0)[0][:, :64].float() - own.kv.read(0, 0)[0][:, :64].float()
+    by_group = error.square().reshape(-1, 4, 16).mean((0, 2))[list(PARTLY_ROTATED[name])]
+    assert 4 * by_group[:2].max() < by_group[2:].min()
+    places = [torch.device("cpu", 0), torch.device("cpu", 1)]
+    monkeypatch.setattr("kvpack.integrations.transformers.cache._device_of", lambda layer, states: places[layer])
+    split = KVPackCache(model.config)
+    logits(model, ids, split)
+    assert [kv.key_order for kv in split.kvs] == 2 * [PARTLY_ROTATED[name]]
+
+
+def test_orders_of_keys_that_are_refused() -> None:
+    model = model_of("llama")  # head_dim is 32
+    for order, error in (("10", CacheInputError), ([0.0, 1.0], CacheInputError), ([0, 0], PageError)):
+        with pytest.raises(error, match="key_order is "):
+            KVPackCache(model.config, key_order=order)
+    with pytest.raises(PageError, match="each of the groups 0 to 15 is wanted once"):
+        KVPackCache(model.config, key_order=range(17))
+    with pytest.raises(PageError, match="each of the groups 0 to 1 is wanted once"):
+        logits(model, prompts()[0], KVPackCache(model.config, key_order=[0, 1, 2]))
 
 
 @pytest.mark.filterwarnings("default:KVPackCache. the model is in")

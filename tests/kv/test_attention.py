@@ -18,7 +18,7 @@ from paged_values import attention_error, by_kv_head, probabilities
 from pool_dump import cache_state
 
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
-from kvpack.errors import CacheFullError, CacheInputError
+from kvpack.errors import CacheFullError, CacheInputError, PageError
 from kvpack.format.pages import PageFormat, PageLayout, Side
 
 torch = pytest.importorskip("torch")
@@ -876,6 +876,44 @@ def test_kernels_give_what_the_cpu_does(
     masses = [cache.mass.double() * MASS_UNIT for cache in caches]
     assert (masses[0] - masses[1]).abs().max() < 2e-4
     assert torch.equal(caches[0].observed_steps, caches[1].observed_steps)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("page_format", [FP16, INT4, INT3, INT2])
+def test_keys_in_an_order_of_their_own(page_format: PageFormat, device: str) -> None:
+    """Pages are those of the layout, and attention is to what they hold."""
+    order = [2, 0, 4, 3, 1]
+    options: dict[str, Any] = {"head_dim": 80, "formats": page_format, "recent_tokens": 0, "sinks": 0}
+    cache, default = make_cache(device, key_order=order, **options), make_cache(device, **options)
+    assert cache.key_order == tuple(order)
+    q, k, v = random_qkv(cache, 4, 150)
+    for one in (cache, default):
+        attention_with_kv_cache(q, k, v, one)
+    layout = PageLayout(Side.K, page_format, 80, tuple(order))
+    whole = k[0, :, :128].cpu().numpy().reshape(2, 2, 64, 80)
+    want = dequantize_blocks(quantize_blocks(whole, layout), layout).reshape(2, 128, 80)
+    assert np.array_equal(held(cache, 0, 0)[0][:, :128], want)
+    assert np.array_equal(held(default, 0, 0)[0][:, :128], want) == (page_format == FP16)
+    assert attend_and_compare(cache, 4, 1, seed=1) < 1e-3
+    assert attend_and_compare(cache, 4, 5, seed=2) < 1e-3
+
+
+@pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_kernels_read_keys_in_an_order_of_their_own(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"formats": INT4, "recent_tokens": 0, "sinks": 0, "max_bytes": 4 << 20}
+    cache = make_cache("cpu", head_dim=80, key_order=(2, 0, 4, 3, 1), **options)
+    attention_with_kv_cache(*random_qkv(cache, 4, 200), cache)
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+    monkeypatch.setattr(attention, "_attend_on_cpu", attention._attend_by_kernel)
+    monkeypatch.setattr(attention, "device_limits", lambda _: SimpleNamespace(multiprocessors=4))
+    assert attend_and_compare(cache, 4, tokens, seed=1) < 2e-3
+
+
+def test_orders_of_keys_that_are_none() -> None:
+    for order in ([0, 1, 2], [0, 1, 2, 2], [1, 2, 3, 4], [-1, 0, 1, 2], [0, 1, 2, 3, 4]):
+        with pytest.raises(PageError, match=r"key_order is .*; each of the groups 0 to 3 is wanted once"):
+            make_cache("cpu", key_order=order)
 
 
 def test_a_cache_cannot_be_copied() -> None:

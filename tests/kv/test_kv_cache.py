@@ -475,6 +475,10 @@ def test_kernels_that_fail_leave_the_cache_as_it_was(monkeypatch: pytest.MonkeyP
         ({"formats": [PageFormat.INT4, PageFormat.INT8]}, r"for a layer; a PageFormat for all, or a pair"),
         ({"formats": PageFormat.BF16}, r"pages of torch\.float16 cannot become BF16"),
         ({"recent_tokens": -1}, "recent_tokens is -1"),
+        ({"key_order": 3}, "key_order is 3; a sequence of groups of 16 dimensions is wanted"),
+        ({"key_order": "0"}, "a group of key_order is '0'; an integer is wanted"),
+        ({"key_order": {0}}, "key_order is .0.; a sequence of groups"),
+        ({"key_order": [0.0]}, "a group of key_order is 0.0; an integer is wanted"),
         ({"max_sequences": 0}, "max_sequences is 0"),
     ],
 )

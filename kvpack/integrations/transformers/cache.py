@@ -30,7 +30,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from kvpack.errors import CacheInputError
-from kvpack.format.pages import PageFormat
+from kvpack.format.pages import GROUP_DIMS, MAX_GROUPS, PageFormat
+from kvpack.integrations.transformers import rotary
 from kvpack.runtime.kv.allocator import Policy
 from kvpack.runtime.kv.cache import KVCache, OpenFormats
 
@@ -208,6 +209,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         max_sequences: rows of the batch; None: as many as come first (with beams, batch times beams).
         dtype: of 16-bit pages, fp16 or bf16. None: the model's, and fp16 for one in fp32.
         policy, max_bytes: as of :class:`~kvpack.KVCache`.
+        key_order: the same; None: after the model's rotary positions (:mod:`~kvpack.integrations.transformers.rotary`).
 
     Of a model on several devices, layers that follow one another on one of them have a :class:`~kvpack.KVCache` to
     themselves, and ``budget`` and ``max_bytes`` are those of each.
@@ -216,7 +218,8 @@ class KVPackCache(Cache):  # type: ignore[misc]
         rows: of the batch.
 
     Raises:
-        CacheInputError: an option; a model whose layers are no causal attention with keys and values of their own.
+        PageError: a ``key_order`` that does not have each group once.
+        CacheInputError: another option; a model whose layers are no causal attention with keys and values of their own.
 
     >>> import torch, transformers
     >>> from kvpack import KVPackCache
@@ -245,6 +248,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         policy: Policy = "importance",
         max_bytes: int | None = None,
+        key_order: Sequence[int] | None = None,
     ) -> None:
         text = _checked_config(config)
         self._config, self._dtype, self._max_sequences = text, dtype, max_sequences
@@ -257,9 +261,12 @@ class KVPackCache(Cache):  # type: ignore[misc]
             "sinks": sinks,
             "policy": policy,
             "max_bytes": max_bytes,
+            "key_order": key_order,
         }
-        # What is wrong with the options shall be known before the first token.
-        KVCache(text.num_hidden_layers, 1, 64, dtype=_pages_dtype(dtype, torch.float16), device="cpu", **self._options)
+        # What is wrong with the options shall be known before the first token; of key_order, all but its length.
+        groups = min(len(key_order), MAX_GROUPS) if isinstance(key_order, Sequence) else 0
+        head_dim, of_pages = GROUP_DIMS * groups or 64, _pages_dtype(dtype, torch.float16)
+        KVCache(text.num_hidden_layers, 1, head_dim, dtype=of_pages, device="cpu", **self._options)
         self._parts: list[_Part] = []
         self.rows = 0
         # [rows, columns]: which columns are tokens; None: all.
@@ -328,6 +335,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
 
         Raises:
             CacheInputError: pages cannot hold such keys and values.
+            PageError: a key_order of another head_dim.
         """
         rows, heads, _, head_dim = key_states.shape
         if value_states.shape != key_states.shape:
@@ -345,7 +353,11 @@ class KVPackCache(Cache):  # type: ignore[misc]
                 f"KVPackCache: the model is in {key_states.dtype}, pages are in {dtype} (KVPackCache(dtype=…) chooses)",
                 stacklevel=2,
             )
-        formats = self._options["formats"]
+        formats, order = self._options["formats"], self._options["key_order"]
+        options = self._options | {
+            "formats": formats[-num_layers:] if isinstance(formats, Sequence) else formats,
+            "key_order": rotary.key_order(self._config, head_dim) if order is None else order,
+        }
         return KVCache(
             num_layers,
             heads,
@@ -353,7 +365,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
             max_sequences=max(rows, self._max_sequences or 1),
             dtype=dtype,
             device=key_states.device,
-            **self._options | {"formats": formats[-num_layers:] if isinstance(formats, Sequence) else formats},
+            **options,
         )
 
     def _check_shapes(self, kv: KVCache, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -298,7 +298,7 @@ class KVCache:
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.max_tokens, self.max_sequences, self.dtype = max_tokens, max_sequences, dtype
         self.device = resolve_device(device)
-        self.key_order = tuple(key_order or ())
+        self.key_order = _checked_order(key_order)
         self.budget, self.policy = budget, policy
         self.recent_tokens, self.sinks = recent_tokens, sinks
         self.full_format = PAGE_FORMATS[dtype]
@@ -1730,6 +1730,18 @@ def _integer(name: str, value: int, least: int | None = None) -> int:
     if least is not None and number < least:
         raise CacheInputError(f"{name} is {number}; it must be at least {least}")
     return number
+
+
+def _checked_order(key_order: Sequence[int] | None) -> tuple[int, ...]:
+    """
+    Raises:
+        CacheInputError: it is no sequence of integers.
+    """
+    if key_order is None:
+        return ()
+    if not isinstance(key_order, Sequence):
+        raise CacheInputError(f"key_order is {key_order!r}; a sequence of groups of 16 dimensions is wanted")
+    return tuple(_integer("a group of key_order", group) for group in key_order)
 
 
 def _joined(changes: Sequence[_Changes]) -> _Changes:
