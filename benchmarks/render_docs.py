@@ -369,6 +369,34 @@ def kv_quantizers(run: str) -> Callable[[], str]:
     return render
 
 
+# Runs of ``kv_quantizers.py``, and how a table names them.
+_QUANTIZER_RUNS = {
+    "books": "books-27m",
+    "smollm2-2k-same": "SmolLM2",
+    "smollm2-2k": "SmolLM2",
+    "smollm2-8k": "SmolLM2",
+}
+
+
+def kv_quantizers_summary() -> str:
+    """KL of each width beside KIVI-like groups of 64 and 32, and TurboQuant-like vectors."""
+    lines = []
+    for run, model in _QUANTIZER_RUNS.items():
+        result = newest(f"kv-quantizers-{run}")
+        first = "own format" if result["first_page"] == "same" else "16 bits"
+        for text in result["texts"]:
+            rows = {row["name"]: row for row in text["rows"]}
+            for bits in (8, 4, 3, 2):
+                names = (f"int{bits}", f"kivi{bits}g64", f"kivi{bits}g32", f"turbo{bits}")
+                cells = [
+                    f"{rows[name]['bits']:.2f}: {1e3 * statistics.fmean(rows[name]['kl']):.3g}" if name in rows else "–"
+                    for name in names
+                ]
+                lines.append([f"{model}, {result['context']}, {text['name']}", first, f"INT{bits}", *cells])
+    peers = ["kvpack", "KIVI-like, groups of 64", "groups of 32", "TurboQuant-like"]
+    return table(["model, tokens, text", "first page", "pages", *peers], lines)
+
+
 def long_prompt() -> str:
     result = newest("long-prompt")
     gigabytes = [f"{result[name] / 1e9:.2f}" for name in ("fp16_bytes", "page_bytes", "slab_bytes", "peak_bytes")]
@@ -421,6 +449,19 @@ def same_speed() -> str:
             lines.append([bench, section, str(len(ratios)), *cells, str(beyond)])
     headings = ["bench", "section", "rows", "median of after / before", "lowest", "highest", "rows beyond 3 %"]
     return table(headings, lines) + "".join(map(origin, results))
+
+
+def pages_speed() -> str:
+    """What pages with two widths of keys cost in time, by section, format and tokens."""
+    result = newest("pages-speed-attention")
+    lines = [
+        [row["section"], row["name"], str(row["context"]), str(row["tokens"])]
+        + [_number(row[key], digits) for key, digits in (("before_us", 1), ("after_us", 1), ("ratio", 3))]
+        for row in result["rows"]
+        if row["section"] in ("decode", "prefill")
+    ]
+    headings = ["kernel", "pages", "tokens", "of them new", "before, µs", "after, µs", "after / before"]
+    return table(headings, lines) + origin(result)
 
 
 def load_checks() -> str:
@@ -654,6 +695,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quantizers-books": kv_quantizers("books"),
     "kv-quantizers-books-first16": kv_quantizers("books-first16"),
     "kv-quantizers-budgets": kv_quantizers("budgets"),
+    "kv-quantizers-summary": kv_quantizers_summary,
     "kv-quantizers-smollm2-2k": kv_quantizers("smollm2-2k"),
     "kv-quantizers-smollm2-2k-same": kv_quantizers("smollm2-2k-same"),
     "kv-quantizers-smollm2-8k": kv_quantizers("smollm2-8k"),
@@ -662,6 +704,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "cache-agreement": lambda: cache_agreement("books"),
     "cache-agreement-smollm2": lambda: cache_agreement("smollm2"),
     "same-speed": same_speed,
+    "pages-speed": pages_speed,
     "load-checks": load_checks,
     "long-prompt": long_prompt,
     "generate-summary": generate_summary,
