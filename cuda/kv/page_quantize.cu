@@ -332,16 +332,15 @@ __device__ __forceinline__ void quantize_columns(const u8* from, u8* to, u32 war
   }
   const CodesOfZero<target> zero(usable);
   if constexpr (!kKeys && (KVPACK_REFITTED >> target & 1)) {
-    // Levels as long as values, in the direction of these, around the same mean.
+    // Levels as long as values, in the direction of these, around the same mean. Without forget_numbers in between: values would lie in
+    // local memory.
     auto level = [&](float x, u32 i) {
       return subtract_ieee(shifted_level<target>(x, inverses[i], centers_of_codes[i]), kShift<target>);
     };
-    forget_numbers(parts);
     const float mean = column_mean([&](u32 part, u32 r) { return values<kInteger>(parts, columns, part, r); }, lane);
     float means[kColumns];
 #pragma unroll
     for (u32 i = 0; i < kColumns; ++i) means[i] = of_column(mean, i, lane);
-    forget_numbers(parts);
     const float square = column_mean(
         [&](u32 part, u32 r) {
           const Two x = values<kInteger>(parts, columns, part, r);
@@ -349,7 +348,6 @@ __device__ __forceinline__ void quantize_columns(const u8* from, u8* to, u32 war
           return Two{multiply_ieee(a, a), multiply_ieee(b, b)};
         },
         lane);
-    forget_numbers(parts);
     const float along = column_mean(
         [&](u32 part, u32 r) {
           const u32 i = 2 * (r >> 1);
@@ -358,7 +356,6 @@ __device__ __forceinline__ void quantize_columns(const u8* from, u8* to, u32 war
           return Two{multiply_ieee(a, level(x.first, i)), multiply_ieee(b, level(x.second, i + 1))};
         },
         lane);
-    forget_numbers(parts);
     const float mean_level = column_mean(
         [&](u32 part, u32 r) {
           const u32 i = 2 * (r >> 1);

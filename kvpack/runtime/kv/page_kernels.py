@@ -43,8 +43,8 @@ _MAX_SEQUENCES = 65535  # of a grid
 _WRITE_WARPS, _WRITE_BLOCKS = 4, 8
 _READ_BLOCKS = 8
 # How many threads that quantize shall at least share a multiprocessor, so that none spills: of K, of K as fp8, where
-# sums are taken, and of V, where a thread holds a slice's share of all dimensions.
-_K_THREADS, _K_SUM_THREADS, _V_THREADS, _WIDE_V_THREADS = 1024, 768, 512, 256
+# sums are taken, and of V, where a thread holds a slice's share of all dimensions; where it is fitted, with sums, too.
+_K_THREADS, _K_SUM_THREADS, _V_THREADS, _V_SUM_THREADS, _WIDE_V_THREADS = 1024, 768, 512, 384, 256
 _WIDE_HEAD_DIM = 128
 
 
@@ -75,7 +75,8 @@ def quantize_kernel(side: Side, source: PageFormat, target: PageFormat, head_dim
         threads = _K_THREADS if target.is_integer else _K_SUM_THREADS
     else:
         warps = _SLICES
-        threads = _WIDE_V_THREADS if head_dim > _WIDE_HEAD_DIM else _V_THREADS
+        threads = _V_SUM_THREADS if target in REFITTED else _V_THREADS
+        threads = _WIDE_V_THREADS if head_dim > _WIDE_HEAD_DIM else threads
     defines = page_defines(head_dim) | {
         "KVPACK_SIDE": int(side),
         "KVPACK_SOURCE_FORMAT": int(source),
