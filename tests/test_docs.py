@@ -67,7 +67,8 @@ def test_sentences_say_what_the_results_do() -> None:
         f"generates tokens at {between(coded)}×",
         f"{best / long['int4']:.1f} times as fast",
         f"in INT4 pages, {caches['int4']['bits']:.1f} bits",
-        f"| {kl['int4']:.4f} | {kl['kivi4g32']:.4f} with KIVI-like 4 bits, which take {caches['kivi4g32']['bits']:.1f} |",
+        f"| {kl['int4']:.4f} | {kl['kivi4g32']:.4f} with KIVI-like 4 bits, which take",
+        f"which take {caches['kivi4g32']['bits']:.1f} |",
         f"| {quality['tensor:4.25']:.3f} | {quality['int4-g128']:.3f} with INT4",
         f"| {two_bits / 1e9:.1f} GB | {prompt['fp16_bytes'] / 1e9:.1f} GB in FP16",
     ]
