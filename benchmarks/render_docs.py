@@ -383,7 +383,7 @@ def kv_quantizers_summary() -> str:
     lines = []
     for run, model in _QUANTIZER_RUNS.items():
         result = newest(f"kv-quantizers-{run}")
-        first = "own format" if result["first_page"] == "same" else "16 bits"
+        first = {"same": "own format", "fp16": "16 bits"}.get(result["first_page"], result["first_page"].upper())
         for text in result["texts"]:
             rows = {row["name"]: row for row in text["rows"]}
             for bits in (8, 4, 3, 2):

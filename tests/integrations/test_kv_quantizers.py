@@ -362,6 +362,8 @@ def test_commands_name_files_not_places(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_results_are_rendered(text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [name for name in render_docs.FIGURES if name.startswith("kv-quantizers")]
     monkeypatch.setattr(render_docs, "RESULTS", tmp_path)
+    assert "has no `kv-quantizers-books` yet" in render_docs.figures("kv-quantizers-summary")
+    names.remove("kv-quantizers-summary")
     assert all(f"has no `{name}` yet" in render_docs.figures(name) for name in names)
     result = {
         "command": "python benchmarks/kv_quantizers.py", "date": "2026-11-26", "cpu": "a CPU", "cores": 2,
@@ -374,6 +376,13 @@ def test_results_are_rendered(text: dict[str, Any], tmp_path: Path, monkeypatch:
     assert "| same width | kivi4g64 |" in shown
     assert "320 cached tokens, 2 windows of each text" in shown
     assert "Against KIVI-like groups of 64 at the same width, " in shown
+    monkeypatch.setattr(render_docs, "_QUANTIZER_RUNS", {"books": "tiny"})
+    row = next(found for found in text["rows"] if found["name"] == "int4")
+    summary = render_docs.figures("kv-quantizers-summary")
+    assert (
+        f"| tiny, 320, random | INT8 | INT4 | {row['bits']:.2f}: {1e3 * sum(row['kl']) / len(row['kl']):.3g} |"
+        in summary
+    )
     plot = pytest.importorskip("kvpack.bench.plot")
     plot.plot_kv_quantizers(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
