@@ -25,8 +25,12 @@ __device__ __forceinline__ u32 unit_address(u32 rows, u32 row, u32 unit) {
   return rows + 16 * (row * kRowUnits + (unit ^ (row / (8 / kRowUnits) % kRowUnits)));
 }
 
-// Four slots hold 16 neighbouring columns, whatever g is: bytes in the order of the slots → in the order of the columns.
-__device__ __forceinline__ void order_columns(const u32 (&slots)[4], u32 (&columns)[4]) {
+// Four slots hold 16 neighbouring columns, or eight slots 32 if g is 8.
+constexpr u32 kSlotsKept = kCodesPerSymbol == 8 ? 8 : 4;
+
+// Bytes in the order of the slots → in the order of the columns: 16 columns, of eight slots those of half `half`.
+template <u32 half>
+__device__ __forceinline__ void order_columns(const u32 (&slots)[kSlotsKept], u32 (&columns)[4]) {
 #pragma unroll
   for (u32 i = 0; i < 4; ++i) {
     if constexpr (kCodesPerSymbol == 1) {
@@ -34,8 +38,9 @@ __device__ __forceinline__ void order_columns(const u32 (&slots)[4], u32 (&colum
     } else if constexpr (kCodesPerSymbol == 2) {
       columns[i] = __byte_perm(slots[i & 2], slots[i | 1], i % 2 == 0 ? 0x5140 : 0x7362);
     } else {
-      u32 low = __byte_perm(slots[0], slots[1], i | (4 + i) << 4);
-      u32 high = __byte_perm(slots[2], slots[3], i | (4 + i) << 4);
+      const u32 first = kCodesPerSymbol == 8 ? i % 2 * 4 : 0, byte = kCodesPerSymbol == 8 ? 2 * half + i / 2 : i;
+      u32 low = __byte_perm(slots[first], slots[first + 1], byte | (4 + byte) << 4);
+      u32 high = __byte_perm(slots[first + 2], slots[first + 3], byte | (4 + byte) << 4);
       columns[i] = __byte_perm(low, high, 0x5410);
     }
   }
@@ -140,7 +145,7 @@ struct RowWriter {
   u32 rows;
   u32 lane;
   float scale;
-  u32 kept[4];
+  u32 kept[kSlotsKept];
   // The lane's outliers: where the next one is, its column in the tile (or one that no tile has), how many are left.
   const u32* outlier;
   u32 outlier_col;
@@ -164,8 +169,12 @@ struct RowWriter {
 
   template <u32 k>
   __device__ __forceinline__ void slot(u32 elements) {
-    kept[k % 4] = elements;
-    if constexpr (k % 4 == 3) put_columns<k / 4>();
+    kept[k % kSlotsKept] = elements;
+    if constexpr (kSlotsKept == 4 && k % 4 == 3) put_columns<k / 4>();
+    if constexpr (kSlotsKept == 8 && k == 7) {
+      put_columns<0>();
+      put_columns<1>();
+    }
   }
 
   __device__ __forceinline__ float value(float integer) const { return multiply_rn(scale, integer); }
@@ -174,7 +183,7 @@ struct RowWriter {
   template <u32 half>
   __device__ __forceinline__ void put_columns() {
     u32 columns[4];
-    order_columns(kept, columns);
+    order_columns<half>(kept, columns);
     if constexpr (kOutputBytes == 1) {
       put_unit(half, make_uint4(byte_numbers(columns[0]), byte_numbers(columns[1]), byte_numbers(columns[2]),
                                 byte_numbers(columns[3])));

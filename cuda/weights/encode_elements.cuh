@@ -18,6 +18,7 @@ constexpr u32 kElementBits = KVPACK_ELEMENT_BITS;
 constexpr u32 kCodeBits = KVPACK_CODE_BITS;
 constexpr u32 kCodesPerSymbol = KVPACK_CODES_PER_SYMBOL;
 constexpr u32 kRawBits = KVPACK_RAW_BITS;
+constexpr bool kFolded = KVPACK_FOLDED != 0;
 constexpr u32 kSymbolBits = kCodeBits * kCodesPerSymbol;
 constexpr u32 kElementBytes = sizeof(Element);
 constexpr u32 kChunkWords = kChunkCols * kElementBytes / 4;  // u32 that hold a lane's chunk, column after column
@@ -52,8 +53,15 @@ __device__ __forceinline__ u32 add_bytes(u32 a, u32 b) {
   return ((a & ~high) + (b & ~high)) ^ ((a ^ b) & high);
 }
 
+// Four elements of up to 8 bits with their codes folded (§4). No product of a byte leaves it.
+__device__ __forceinline__ u32 fold(u32 elements) {
+  constexpr u32 top = kEveryByte << (kRawBits - 1) % 8, up = 2 * ((1u << kCodeBits) - 1);
+  const u32 turned = elements ^ kNarrowHalf;
+  return turned ^ (turned & top) * up;
+}
+
 // Chunk `chunk` of a row that begins (in this tile) at `row`; columns behind the tile's last repeat it. With `previous`
-// the elements are replaced by their differences (§5.3, integers alone).
+// the elements are replaced by their differences (§5.3, integers alone); codes are folded if the layout has them so.
 __device__ __forceinline__ void load_chunk(const TileView& view, const Element* row, u32 chunk, bool previous,
                                            u32 (&words)[kChunkWords]) {
   const u32 first_col = chunk * kChunkCols;
@@ -92,6 +100,10 @@ __device__ __forceinline__ void load_chunk(const TileView& view, const Element* 
       }
       if (chunk == 0) words[0] = (words[0] & ~0xFFu) | first;
     }
+    if constexpr (kFolded) {
+#pragma unroll
+      for (u32 i = 0; i < kChunkWords; ++i) words[i] = fold(words[i]);
+    }
   }
 }
 
@@ -108,12 +120,21 @@ __device__ __forceinline__ u32 chunk_symbol(const u32 (&words)[kChunkWords], u32
   } else if constexpr (kCodesPerSymbol == 1) {
     return (words[step / 4] >> (8 * (step % 4) + kRawBits)) & mask;
   } else {
-    u32 codes = (words[step * kCodesPerSymbol / 4] >> kRawBits) & (kEveryByte * ((1u << kCodeBits) - 1));
-    codes |= codes >> (8 - kCodeBits);
+    // Codes of four columns, two and two of them beside each other.
+    auto pairs = [&](u32 word) {
+      const u32 codes = (words[word] >> kRawBits) & (kEveryByte * ((1u << kCodeBits) - 1));
+      return codes | codes >> (8 - kCodeBits);
+    };
+    auto four = [&](u32 word) {
+      const u32 codes = pairs(word);
+      return (codes | codes >> (2 * (8 - kCodeBits))) & ((1u << 4 * kCodeBits % 32) - 1);
+    };
     if constexpr (kCodesPerSymbol == 2) {
-      return (codes >> (16 * (step % 2))) & mask;
+      return (pairs(step / 2) >> (16 * (step % 2))) & mask;
+    } else if constexpr (kCodesPerSymbol == 4) {
+      return four(step);
     } else {
-      return (codes | codes >> (2 * (8 - kCodeBits))) & mask;
+      return four(2 * step) | four(2 * step + 1) << (4 * kCodeBits);
     }
   }
 }
@@ -135,9 +156,10 @@ __device__ __forceinline__ void chunk_slots(const u32 (&words)[kChunkWords], u32
       const u32 first = slot / 2 * 2;
       slots[slot] = __byte_perm(words[first], words[first + 1], slot % 2 ? 0x7531 : 0x6420);
     } else {
-      const u32 first = slot / 4 * 4, byte = slot % 4, pick = byte | (4 + byte) << 4;
-      const u32 low = __byte_perm(words[first], words[first + 1], pick);
-      slots[slot] = __byte_perm(low, __byte_perm(words[first + 2], words[first + 3], pick), 0x5410);
+      constexpr u32 apart = kCodesPerSymbol / 4;  // words from one byte's to the next one's
+      const u32 first = apart == 1 ? slot / 4 * 4 : slot / 4, byte = slot % 4, pick = byte | (4 + byte) << 4;
+      const u32 low = __byte_perm(words[first], words[first + apart], pick);
+      slots[slot] = __byte_perm(low, __byte_perm(words[first + 2 * apart], words[first + 3 * apart], pick), 0x5410);
     }
   }
 }

@@ -140,6 +140,9 @@ __device__ __forceinline__ void store_eight(const Eight& eight, float inverse, u
   } else if constexpr (kCodesPerSymbol == 2) {  // two slots that alternate
     store_shared_v2(of_slot(2 * j), make_uint2(pair(0, 2), pair(4, 6)));
     store_shared_v2(of_slot(2 * j + 1), make_uint2(pair(1, 3), pair(5, 7)));
+  } else if constexpr (kCodesPerSymbol == 8) {  // one byte of all slots
+#pragma unroll
+    for (u32 k = 0; k < kSlots; ++k) store_shared_u16(of_slot(k) + 2 * j, f16_bits(eight.value(k) * inverse));
   } else {  // the first or the last two bytes of four slots
 #pragma unroll
     for (u32 k = 0; k < 4; ++k) store_shared_u32(of_slot(j / 2 * 4 + k) + j % 2 * 4, pair(k, 4 + k));

@@ -18,6 +18,7 @@ constexpr u32 kCodeBits = KVPACK_CODE_BITS;
 constexpr u32 kCodesPerSymbol = KVPACK_CODES_PER_SYMBOL;
 constexpr u32 kRawBits = KVPACK_RAW_BITS;
 constexpr u32 kElementBits = KVPACK_ELEMENT_BITS;
+constexpr bool kFolded = KVPACK_FOLDED != 0;
 constexpr u32 kNarrowRawBits = kRawBits & 7;  // of the planes of 4, 2 and 1 bits
 constexpr u32 kWidePlanes = kRawBits >> 3;
 constexpr u32 kStepsPerChunk = kChunkCols / kCodesPerSymbol;
@@ -270,6 +271,13 @@ __device__ __forceinline__ u32 narrow_bits(const RawChunk& raw) {
   return bits;
 }
 
+// Four elements whose codes are folded (§4), as unsigned elements: the codes are xor-ed with the highest raw bit, the sign is turned.
+// No product of a byte leaves it.
+__device__ __forceinline__ u32 unfold(u32 folded) {
+  constexpr u32 top = kBytes << (kRawBits - 1) % 8, up = 2 * ((1u << kCodeBits) - 1), half = kBytes * (kHalf & 0xFF);
+  return folded ^ half ^ (folded & top) * up;
+}
+
 // Codes number `code` of four symbols, above the raw bits of slot `slot`: four elements of up to 8 bits.
 template <u32 slot, u32 code>
 __device__ __forceinline__ u32 join_slot(u32 symbols, const RawChunk& raw) {
@@ -277,6 +285,7 @@ __device__ __forceinline__ u32 join_slot(u32 symbols, const RawChunk& raw) {
   constexpr u32 mask = kBytes * (((1u << kCodeBits) - 1) << shift);
   u32 codes = shifted<static_cast<int>(shift) - static_cast<int>(kCodeBits * code)>(symbols) & mask;
   if constexpr (kElementBits <= 8 && kRawBits > 0) codes |= narrow_bits<slot>(raw);
+  if constexpr (kFolded) codes = unfold(codes);
   return codes;
 }
 

@@ -122,11 +122,10 @@ def decode_tile(blob: Blob, tile: Tile, tables: list[npt.NDArray[np.uint32]], ou
     if tile.mode == TileMode.RAW:
         unpack_bits(tile.raw, layout.element_bits, out)
         return
-    parameters = (layout.code_bits, layout.codes_per_symbol, layout.raw_bits)
     planes = _aligned(tile.raw, "<u4").reshape(geometry.groups, geometry.chunks, GROUP_LANES * layout.raw_bits)
     line = np.empty(geometry.chunks * CHUNK_COLS, np.uint8 if layout.element_bits <= 8 else np.uint32)
     if tile.mode == TileMode.CONSTANT:
-        decode_constant_tile(np.uint8(tile.constant_symbol), planes, parameters, line, out)
+        decode_constant_tile(np.uint8(tile.constant_symbol), planes, layout.parameters, line, out)
         return
     words = np.zeros(len(tile.words) + geometry.steps + 1, np.uint16)
     words[: len(tile.words)] = tile.words
@@ -136,7 +135,7 @@ def decode_tile(blob: Blob, tile: Tile, tables: list[npt.NDArray[np.uint32]], ou
         words,
         planes,
         tables[tile.table_index],
-        parameters,
+        layout.parameters,
         tile.predictor == Predictor.PREVIOUS,
         line,
         out,

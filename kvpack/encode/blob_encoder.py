@@ -107,10 +107,9 @@ def count_strip(
     """Symbol histograms of a strip's tiles, i64 [tiles, 256]."""
     cols = strip.elements.shape[1]
     counts = np.zeros((ceil_div(cols, tile_cols), NUM_SYMBOLS), np.int64)
-    parameters = (layout.code_bits, layout.codes_per_symbol, layout.raw_bits)
     for tile in range(counts.shape[0]):
         window = strip.elements[:, tile * tile_cols : (tile + 1) * tile_cols]
-        count_symbols(window, parameters, predictor == Predictor.PREVIOUS, counts[tile])
+        count_symbols(window, layout.parameters, predictor == Predictor.PREVIOUS, counts[tile])
     return counts
 
 
@@ -184,7 +183,6 @@ def _encode_tile(
 ) -> _TileBytes:
     """One tile in whichever mode is smallest."""
     layout = header.layout
-    parameters = (layout.code_bits, layout.codes_per_symbol, layout.raw_bits)
     raw_bytes = raw_mode_bytes(geometry, layout.element_bits)
     buffer = np.zeros(
         align(max(max_tile_bytes(header, geometry), raw_bytes) + ALIGNMENT_BYTES, ALIGNMENT_BYTES) + outliers.nbytes,
@@ -195,17 +193,17 @@ def _encode_tile(
         if predictor == Predictor.PREVIOUS:
             # Mode constant has no predictor, and equal differences (a ramp) are not equal elements.
             counts = np.zeros(NUM_SYMBOLS, np.int64)
-            count_symbols(elements, parameters, False, counts)
+            count_symbols(elements, layout.parameters, False, counts)
         constant = np.count_nonzero(counts) == 1
         end = raw_offset + raw_plane_bytes(geometry, layout.raw_bits) if constant else raw_bytes
         if end < raw_bytes:
             buffer[0] = np.argmax(counts)
-            encode_planes(elements, parameters, buffer[raw_offset:].view(np.uint32))
+            encode_planes(elements, layout.parameters, buffer[raw_offset:].view(np.uint32))
     else:
         mode = TileMode.RANS
         raw_offset, end = encode_rans_tile(
             elements,
-            parameters,
+            layout.parameters,
             predictor == Predictor.PREVIOUS,
             table,
             header.length_bytes == 1,

@@ -43,6 +43,29 @@ def pad_row(elements, row, half, previous, line):  # type: ignore[no-untyped-def
 
 
 @kernel
+def fold_row(line, code_bits, raw_bits):  # type: ignore[no-untyped-def]
+    """Fold the codes of a padded row of unsigned elements in place (FORMAT.md §4).
+
+    With the sign bit turned, an element is two's complement; its code is xor-ed with the highest raw bit, everywhere.
+    """
+    kind = line.dtype.type
+    turned, top, codes = kind(1 << (code_bits + raw_bits - 1)), kind(raw_bits - 1), kind((1 << code_bits) - 1 << raw_bits)
+    for col in range(line.shape[0]):
+        u = line[col] ^ turned
+        line[col] = u ^ (codes & (kind(0) - ((u >> top) & kind(1))))
+
+
+@kernel
+def unfold_row(line, code_bits, raw_bits):  # type: ignore[no-untyped-def]
+    """The inverse of :func:`fold_row`."""
+    kind = line.dtype.type
+    turned, top, codes = kind(1 << (code_bits + raw_bits - 1)), kind(raw_bits - 1), kind((1 << code_bits) - 1 << raw_bits)
+    for col in range(line.shape[0]):
+        u = line[col]
+        line[col] = u ^ turned ^ (codes & (kind(0) - ((u >> top) & kind(1))))
+
+
+@kernel
 def pack_symbols(line, code_bits, codes_per_symbol, raw_bits, symbols):  # type: ignore[no-untyped-def]
     """Pack the codes of a padded row into u8 ``symbols`` [steps]."""
     c, b = np.uint8(code_bits), np.uint8(raw_bits)
@@ -53,6 +76,12 @@ def pack_symbols(line, code_bits, codes_per_symbol, raw_bits, symbols):  # type:
         for step in range(symbols.shape[0]):
             low, high = line[2 * step] >> b, line[2 * step + 1] >> b
             symbols[step] = np.uint8(low) | (np.uint8(high) << c)
+    elif codes_per_symbol == 8:
+        for step in range(symbols.shape[0]):
+            s = np.uint8(line[8 * step] >> b)
+            for code in range(1, 8):
+                s |= np.uint8(line[8 * step + code] >> b) << np.uint8(code)  # eight codes to a byte have one bit
+            symbols[step] = s
     else:
         for step in range(symbols.shape[0]):
             s = np.uint8(line[4 * step] >> b) | (np.uint8(line[4 * step + 1] >> b) << c)
@@ -132,6 +161,8 @@ def pack_planes(line, codes_per_symbol, raw_bits, lane, slots, planes):  # type:
             _gather(line, base, 1, slots)
         elif codes_per_symbol == 2:
             _gather(line, base, 2, slots)
+        elif codes_per_symbol == 8:
+            _gather(line, base, 8, slots)
         else:
             _gather(line, base, 4, slots)
         if narrow_bits & 4:
@@ -176,17 +207,20 @@ def _join_codes(symbols, first, code_bits, g, raw_bits, slots):  # type: ignore[
 def join_narrow(symbols, planes, lane, layout, slots, out):  # type: ignore[no-untyped-def]
     """Put the elements of one lane together: u8 ``symbols`` [steps], the group's ``planes`` → u8 ``out``.
 
-    ``layout`` is (code_bits, codes_per_symbol, raw_bits); ``slots`` u32 [8] is scratch; ``out`` has whole chunks.
+    ``layout`` is ``Layout.parameters``; ``slots`` u32 [8] is scratch; ``out`` has whole chunks.
     """
-    code_bits, g, raw_bits = layout
+    code_bits, g, raw_bits, folded = layout
     for chunk in range(out.shape[0] // CHUNK_COLS):
         base = chunk * CHUNK_COLS
         _load_narrow_planes(planes[chunk], raw_bits, lane, slots)
         if g == 1:
             _join_codes(symbols, base, code_bits, 1, raw_bits, slots)
             _scatter(slots, base, 1, out)
+        elif g == 8:
+            _join_codes(symbols, base // 8, 1, 8, raw_bits, slots)
+            _scatter(slots, base, 8, out)
         elif g == 4:
-            _join_codes(symbols, base // 4, 2, 4, raw_bits, slots)  # four codes to a byte have 2 bits
+            _join_codes(symbols, base // 4, code_bits, 4, raw_bits, slots)
             _scatter(slots, base, 4, out)
         elif code_bits == 4:
             _join_codes(symbols, base // 2, 4, 2, raw_bits, slots)
@@ -194,6 +228,8 @@ def join_narrow(symbols, planes, lane, layout, slots, out):  # type: ignore[no-u
         else:
             _join_codes(symbols, base // 2, code_bits, 2, raw_bits, slots)
             _scatter(slots, base, 2, out)
+    if folded:
+        unfold_row(out, code_bits, raw_bits)
 
 
 @kernel

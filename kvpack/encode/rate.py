@@ -163,7 +163,7 @@ def estimate(fine: FineHistogram, step: float, layout: Layout, overhead: Overhea
     clipped = np.clip(q, -half, half - 1)
     beyond = np.abs(fine.centres) / step - np.abs(clipped)
     outlier = (q != clipped) & (beyond >= rounding.clamp)
-    codes = np.bincount((clipped + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits)
+    codes = np.bincount(layout.codes(clipped + half), fine.counts, minlength=1 << layout.code_bits)
     total = fine.counts.sum()
     bits = entropy_bits(codes) * (1 + overhead.padding) + layout.raw_bits + overhead.rans
     bits = min(bits, layout.element_bits + overhead.raw)
@@ -183,9 +183,9 @@ def rounding_for(fine: FineHistogram, step: float, layout: Layout, rate_weight: 
     rounding = NEAREST
     for _ in range(2):
         q = np.clip(_integers(fine, step, rounding), -half, half - 1)
-        codes = np.bincount((q + half) >> layout.raw_bits, fine.counts, minlength=1 << layout.code_bits)
+        codes = np.bincount(layout.codes(q + half), fine.counts, minlength=1 << layout.code_bits)
         lengths = -np.log2((codes + 0.5) / (codes.sum() + 0.5 * len(codes)))
-        of_value = np.repeat(lengths, 1 << layout.raw_bits)  # code length of q = −half … half − 1
+        of_value = lengths[layout.codes(np.arange(2 * half))]  # code length of q = −half … half − 1
         magnitude = np.full(NUM_THRESHOLDS + 1, np.nan)
         magnitude[:half] = of_value[half:]
         magnitude[1:half] = (magnitude[1:half] + of_value[1:half][::-1]) / 2

@@ -8,6 +8,7 @@ from numba import njit
 from kvpack.encode.jit import kernel
 from kvpack.encode.planes import (
     SLOTS,
+    fold_row,
     join_narrow,
     join_wide,
     pack_planes,
@@ -27,9 +28,9 @@ _STATE_LOW = np.uint32(STATE_LOW)
 def count_symbols(elements, layout, previous, histogram):  # type: ignore[no-untyped-def]
     """Add a tile's symbols, padding columns included, to ``histogram`` i64 [256].
 
-    ``layout`` is (code_bits, codes_per_symbol, raw_bits), here and below; ``previous`` selects predictor 1.
+    ``layout`` is ``Layout.parameters``, here and below; ``previous`` selects predictor 1.
     """
-    code_bits, g, raw_bits = layout
+    code_bits, g, raw_bits, folded = layout
     rows, cols = elements.shape
     padded = (cols + CHUNK_COLS - 1) // CHUNK_COLS * CHUNK_COLS
     line = np.empty(padded, elements.dtype)
@@ -39,6 +40,8 @@ def count_symbols(elements, layout, previous, histogram):  # type: ignore[no-unt
     counts = np.zeros((4, 256), np.int64)
     for row in range(rows):
         pad_row(elements, row, half, previous, line)
+        if folded:
+            fold_row(line, code_bits, raw_bits)
         pack_symbols(line, code_bits, g, raw_bits, symbols)
         for step in range(0, symbols.shape[0], 4):
             counts[0, symbols[step]] += 1
@@ -58,7 +61,7 @@ def encode_rans_tile(elements, layout, previous, table, u8_lengths, out):  # typ
     geometry (``blob_encoder.max_tile_bytes``).
     """
     out8, out16, out32 = out
-    code_bits, g, raw_bits = layout
+    code_bits, g, raw_bits, folded = layout
     rows, cols = elements.shape
     groups = (rows + GROUP_LANES - 1) // GROUP_LANES
     lanes = groups * GROUP_LANES
@@ -83,6 +86,8 @@ def encode_rans_tile(elements, layout, previous, table, u8_lengths, out):  # typ
         for lane in range(coded):
             if lane < valid:
                 pad_row(elements, first + lane, half, previous, line)
+                if folded:
+                    fold_row(line, code_bits, raw_bits)
                 pack_symbols(line, code_bits, g, raw_bits, symbols[lane])
                 if raw_bits:
                     pack_planes(line, g, raw_bits, lane, slots, planes[group])
@@ -110,7 +115,7 @@ def encode_rans_tile(elements, layout, previous, table, u8_lengths, out):  # typ
 @kernel
 def encode_planes(elements, layout, out32):  # type: ignore[no-untyped-def]
     """Write only the raw planes of a tile (mode constant, predictor 0) to ``out32``."""
-    _, g, raw_bits = layout
+    _, g, raw_bits, _ = layout
     rows, cols = elements.shape
     chunks = (cols + CHUNK_COLS - 1) // CHUNK_COLS
     groups = (rows + GROUP_LANES - 1) // GROUP_LANES
@@ -141,7 +146,7 @@ def decode_rans_tile(  # type: ignore[no-untyped-def]
     ``words`` as in :func:`decode_lanes`; ``planes`` u32 [groups, chunks, 32·raw_bits]; ``line`` is scratch of whole
     chunks, u8 for elements of up to 8 bits and u32 for wider ones.
     """
-    code_bits, g, raw_bits = layout
+    code_bits, g, raw_bits, _ = layout
     rows, cols = out.shape
     half = 1 << (code_bits + raw_bits - 1)
     symbols = np.empty((GROUP_LANES, line.shape[0] // g), np.uint8)

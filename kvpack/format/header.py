@@ -16,6 +16,7 @@ from kvpack.errors import (
 from kvpack.format.layout import (
     ALIGNMENT_BYTES,
     CHUNK_COLS,
+    FLAG_FOLDED,
     FLAG_TRANSPOSED,
     GROUP_LANES,
     KNOWN_FLAGS,
@@ -140,7 +141,7 @@ class BlobHeader:
         return _STRUCT.pack(
             MAGIC,
             VERSION,
-            FLAG_TRANSPOSED if self.transposed else 0,
+            FLAG_TRANSPOSED * self.transposed | FLAG_FOLDED * layout.folded,
             self.rows,
             self.cols,
             TILE_ROWS,
@@ -209,7 +210,8 @@ class BlobHeader:
             raise ReservedError(f"probability_bits is {probability_bits}, legal is {PROBABILITY_BITS}")
         if element_kind not in ElementKind.__members__.values():
             raise ReservedError(f"element_kind is {element_kind}, known are 0 to {max(ElementKind)}")
-        layout = Layout(ElementKind(element_kind), element_bits, code_bits, codes_per_symbol)
+        folded = bool(flags & FLAG_FOLDED)
+        layout = Layout(ElementKind(element_kind), element_bits, code_bits, codes_per_symbol, folded)
         if raw_bits != layout.raw_bits:
             raise LayoutError(f"raw_bits is {raw_bits}, but element_bits − code_bits is {layout.raw_bits}")
         for name, value in (("rows", rows), ("cols", cols), ("matrices", matrices)):

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from kvpack.errors import LayoutError
 
@@ -33,7 +37,8 @@ OUTLIER_DELTA_MAX = (1 << (OUTLIER_DELTA_BITS - 1)) - 1
 OUTLIER_BYTES = 4
 
 FLAG_TRANSPOSED = 1 << 0
-KNOWN_FLAGS = FLAG_TRANSPOSED
+FLAG_FOLDED = 1 << 2  # bit 1 is reserved for seeded states
+KNOWN_FLAGS = FLAG_TRANSPOSED | FLAG_FOLDED
 
 
 class ElementKind(IntEnum):
@@ -87,7 +92,9 @@ class TableEncoding(IntEnum):
 class Layout:
     """How elements of ``element_bits`` bits become symbols and raw bits.
 
-    The high ``code_bits`` are the code; ``codes_per_symbol`` codes make a symbol; the rest is stored raw.
+    The high ``code_bits`` are the code; ``codes_per_symbol`` codes make a symbol; the rest is stored raw. A ``folded``
+    code is 0 where the raw bits alone say what the integer is, and the same for an integer and its complement: the sign
+    is among the raw bits, where it costs what it is worth.
 
     Raises:
         LayoutError: for a combination that FORMAT.md §§3–4 calls illegal.
@@ -97,6 +104,7 @@ class Layout:
     element_bits: int
     code_bits: int
     codes_per_symbol: int
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if self.element_kind.is_integer:
@@ -107,13 +115,17 @@ class Layout:
                 f"element_bits is {self.element_bits}; {self.element_kind.name} elements have "
                 f"{FLOAT_ELEMENT_BITS[self.element_kind]}"
             )
-        if not 2 <= self.code_bits <= min(8, self.element_bits):
+        if self.folded and self.element_kind != ElementKind.SIGNED:
+            raise LayoutError(f"codes of {self.element_kind.name} elements are folded; those of SIGNED ones can be")
+        # A folded code needs a raw bit to be folded by.
+        low, high = (1, self.element_bits - 1) if self.folded else (2, min(8, self.element_bits))
+        if not low <= self.code_bits <= high:
             raise LayoutError(
-                f"code_bits is {self.code_bits}; legal for {self.element_bits}-bit elements is "
-                f"2 to {min(8, self.element_bits)}"
+                f"code_bits is {self.code_bits}; legal for {self.element_bits}-bit elements"
+                f"{' with folded codes' if self.folded else ''} is {low} to {high}"
             )
-        if self.codes_per_symbol not in (1, 2, 4):
-            raise LayoutError(f"codes_per_symbol is {self.codes_per_symbol}; legal is 1, 2 or 4")
+        if self.codes_per_symbol not in (1, 2, 4, 8):
+            raise LayoutError(f"codes_per_symbol is {self.codes_per_symbol}; legal is 1, 2, 4 or 8")
         if self.codes_per_symbol * self.code_bits > 8:
             raise LayoutError(f"{self.codes_per_symbol} codes of {self.code_bits} bits do not fit one byte")
         if self.codes_per_symbol > 1 and self.element_bits > 8:
@@ -126,6 +138,23 @@ class Layout:
     @property
     def raw_bits(self) -> int:
         return self.element_bits - self.code_bits
+
+    @property
+    def parameters(self) -> tuple[int, int, int, bool]:
+        """What compiled loops are given: code_bits, codes_per_symbol, raw_bits, folded."""
+        return self.code_bits, self.codes_per_symbol, self.raw_bits, self.folded
+
+    def codes(self, elements: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The codes of unsigned elements (FORMAT.md §4).
+
+        >>> Layout(ElementKind.SIGNED, 4, 2, 4, folded=True).codes(np.arange(16)).tolist()
+        [2, 2, 1, 1, 3, 3, 0, 0, 0, 0, 3, 3, 1, 1, 2, 2]
+        """
+        if not self.folded:
+            return np.asarray(elements >> self.raw_bits)
+        turned = elements ^ (1 << (self.element_bits - 1))
+        top = turned >> (self.raw_bits - 1) & 1
+        return np.asarray(turned >> self.raw_bits ^ top * ((1 << self.code_bits) - 1))
 
     @property
     def alphabet_size(self) -> int:

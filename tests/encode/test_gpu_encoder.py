@@ -83,12 +83,17 @@ INTEGER_LAYOUTS = [
     integer_layout("fast", SIGNED, 4),
     integer_layout("compact", SIGNED, 8),
     Layout(SIGNED, 8, 5, 1),
+    Layout(SIGNED, 5, 1, 8, folded=True),
+    Layout(SIGNED, 5, 2, 4, folded=True),  # b = 2 + 1
+    Layout(SIGNED, 6, 3, 2, folded=True),
+    Layout(SIGNED, 8, 1, 4, folded=True),  # b = 4 + 2 + 1
+    Layout(SIGNED, 3, 2, 1, folded=True),
 ]
 FLOAT_LAYOUTS = [layout for kind in ElementKind if not kind.is_integer for layout in float_layouts(kind)]
 
 
 def layout_id(layout: Layout) -> str:
-    return f"{layout.element_kind.name}-{layout.element_bits}-{layout.code_bits}x{layout.codes_per_symbol}"
+    return f"{layout.element_kind.name}-{layout.element_bits}-{layout.code_bits}x{layout.codes_per_symbol}{'-folded' if layout.folded else ''}"
 
 
 def elements_of(layout: Layout, shape: Sequence[int], seed: int = 0, sigma: float = 0.06) -> np.ndarray:

@@ -45,6 +45,13 @@ OTHER_LAYOUTS = [
     Layout(ElementKind.UNSIGNED, n, c, g) for n in range(2, 9) for c in range(2, n + 1) for g in (1, 2, 4) if g * c <= 8
 ]
 OTHER_LAYOUTS += [
+    Layout(ElementKind.SIGNED, n, c, g, folded=True)
+    for n in range(2, 9)
+    for c in range(1, n)
+    for g in (1, 2, 4, 8)
+    if g * c <= 8
+]
+OTHER_LAYOUTS += [
     Layout(ElementKind(kind), n, c, 1)
     for kind, n in ((2, 16), (3, 16), (4, 32), (6, 8))
     for c in range(max(2, n - 24), 9)

@@ -76,6 +76,7 @@ def layout_defines(layout: Layout) -> dict[str, int]:
         "KVPACK_CODE_BITS": layout.code_bits,
         "KVPACK_CODES_PER_SYMBOL": layout.codes_per_symbol,
         "KVPACK_RAW_BITS": layout.raw_bits,
+        "KVPACK_FOLDED": int(layout.folded),
     }
 
 

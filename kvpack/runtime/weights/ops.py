@@ -52,13 +52,14 @@ def pack_geometry(
         max_group_words,
         int(predicted),
         int(has_outliers),
+        int(layout.folded),
     ]
 
 
 @lru_cache(maxsize=4096)
 def _header(geometry: tuple[int, ...]) -> BlobHeader:
     kind, bits, code_bits, codes_per_symbol, rows, cols, tile_cols, matrices = geometry[:8]
-    layout = Layout(ElementKind(kind), bits, code_bits, codes_per_symbol)
+    layout = Layout(ElementKind(kind), bits, code_bits, codes_per_symbol, bool(geometry[12]))
     return BlobHeader(layout=layout, rows=rows, cols=cols, tile_cols=tile_cols, matrices=matrices)
 
 
