@@ -23,6 +23,7 @@ from profile_kernels import coded
 
 from kvpack.bench.linear import copies_of
 from kvpack.bench.timing import Work, measure
+from kvpack.runtime.device.devices import device_limits
 from kvpack.runtime.weights import launch_model, ops, products
 from kvpack.runtime.weights.launch_model import ProductFit, Terms
 
@@ -38,7 +39,7 @@ def estimate(terms: Terms, costs: Terms) -> float:
 
 def launches_of(coded_weights: products.Coded, tokens: int) -> tuple[int, list[tuple[Terms, ProductFit]]]:
     """Eights of vectors, and launches worth timing."""
-    limits = launch_model.device_limits(coded_weights.blob.device)
+    limits = device_limits(coded_weights.blob.device)
     shape = (coded_weights.header, coded_weights.word_buffer_bytes, limits)
     if tokens == 1:
         eights = 0
@@ -85,7 +86,7 @@ def main() -> None:
     tile_cols = list(map(int, options.tile_cols.split(",")))
     for (rows, cols), layout, width in itertools.product(shapes, options.layouts.split(","), tile_cols):
         copies = [ops._coded(*b._arguments()) for b in copies_of(coded(rows, cols, layout, width), COPIES)]
-        limits = launch_model.device_limits(copies[0].blob.device)
+        limits = device_limits(copies[0].blob.device)
         for tokens in map(int, options.tokens.split(",")):
             x = torch.randn(tokens, cols, device="cuda").half()
             eights, launches = launches_of(copies[0], tokens)

@@ -56,7 +56,7 @@ def _parse_header(data: bytes) -> tuple[Header, int, int]:
     h = Header(*struct.unpack_from("<IHHQQHHII8BHHQII", data))
     _check(magic=h.magic == 0x52414E53, version=h.version == 1, flags=h.flags & ~1 == 0)
     _check(rows=h.rows >= 1, cols=h.cols >= 1, matrices=h.matrices >= 1)
-    _check(tile_rows=h.tile_rows == 256, tile_cols=h.tile_cols in range(32, 513, 32))
+    _check(tile_rows=h.tile_rows == 256, tile_cols=h.tile_cols in range(32, 2049, 32))
     _check(num_tiles_row=h.num_tiles_row == -(-h.rows // 256))
     _check(num_tiles_col=h.num_tiles_col == -(-h.cols // h.tile_cols))
     _check(element_kind=h.kind in KIND_BITS, element_bits=h.n in KIND_BITS.get(h.kind, ()))
@@ -215,9 +215,9 @@ def _decode_tile(h: Header, tile: Tile, tables: list[Table], body: bytes, r: int
         return u >> np.uint32(1) | (u & np.uint32(1)) << np.uint32(h.n - 1)
     q: Array = u.astype(np.int32) - (1 << (h.n - 1) if h.kind == SIGNED else 0)
     v = np.frombuffer(body, "<u4", tile.outlier_count, tile.outlier_offset).astype(np.int64)
-    row, col, delta = v >> 24, v >> 15 & 511, ((v & 0x7FFF) ^ 0x4000) - 0x4000  # §7.5
+    row, col, delta = v >> 24, v >> 13 & 2047, ((v & 0x1FFF) ^ 0x1000) - 0x1000  # §7.5
     _check(outlier_position=(row < r).all() and (col < k).all(), outlier_delta=delta.all())
-    _check(outlier_order=(np.diff(v >> 15) > 0).all())
+    _check(outlier_order=(np.diff(v >> 13) > 0).all())
     q[row, col] += delta.astype(np.int32)
     return q
 

@@ -15,6 +15,7 @@ from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     FLOAT_ELEMENT_BITS,
+    OUTLIER_DELTA_MAX,
     ElementKind,
     Layout,
     Predictor,
@@ -87,7 +88,7 @@ def encode_with_outliers(
         matrix, tile_row = divmod(index, header.num_tiles_row)
         first = 256 * tile_row
         mine = [
-            (row - first, col, delta + (1 << 14))
+            (row - first, col, delta + OUTLIER_DELTA_MAX + 1)
             for m, row, col, delta in outliers
             if m == matrix and first <= row < first + 256
         ]
@@ -140,7 +141,7 @@ def outlier_blob() -> bytes:
     """The tile of ``rans_blob`` with four outliers."""
     return encode_with_outliers(
         gaussian_elements((1, 40, 350), 5, 1.5, 1),
-        [(0, 0, 5, 300), (0, 0, 9, -16384), (0, 7, 0, 16383), (0, 39, 349, -17)],
+        [(0, 0, 5, 300), (0, 0, 9, -4096), (0, 7, 0, 4095), (0, 39, 349, -17)],
         integer_layout("balanced", SIGNED, 5),
         tile_cols=352,
     )

@@ -4,12 +4,13 @@
 // each tile, in the order matrix, group of rows, tile column, so that a warp that walks along its rows reads it in order.
 //
 //   u32 0   tile's first byte, from the blob's, in units of 16 bytes
-//   u32 1   bits 0–16   group's first word, from the tile's first byte, in words
-//           bits 17–31  number of words
-//   u32 2   bits 0–16   raw_offset in units of 16 bytes
-//           bits 17–18  mode      bit 19 predictor      bits 20–23 table
-//   u32 3   bits 0–16   group's first outlier among the tile's
-//           bits 17–31  number of outliers
+//   u32 1   bits 0–18   group's first word, from the tile's first byte, in words
+//           bits 19–20  mode      bit 21 predictor      bits 22–25 table
+//           bits 26–29  number of outliers, its high bits
+//   u32 2   bits 0–15   number of words
+//           bits 16–31  raw_offset in units of 16 bytes
+//   u32 3   bits 0–18   group's first outlier among the tile's
+//           bits 19–31  number of outliers, its low bits
 #pragma once
 
 #include "common/common.cuh"
@@ -47,14 +48,14 @@ __device__ __forceinline__ Group unpack_group(const u8* blob, uint4 entry) {
   Group group;
   group.tile_unit = entry.x;
   group.tile = blob + 16ull * entry.x;
-  group.first_word = entry.y & 0x1FFFF;
-  group.num_words = entry.y >> 17;
-  group.raw_offset = 16 * (entry.z & 0x1FFFF);
-  group.mode = (entry.z >> 17) & 3;
-  group.predictor = (entry.z >> 19) & 1;
-  group.table = (entry.z >> 20) & 15;
-  group.first_outlier = entry.w & 0x1FFFF;
-  group.num_outliers = entry.w >> 17;
+  group.first_word = entry.y & 0x7FFFF;
+  group.mode = (entry.y >> 19) & 3;
+  group.predictor = (entry.y >> 21) & 1;
+  group.table = (entry.y >> 22) & 15;
+  group.num_words = entry.z & 0xFFFF;
+  group.raw_offset = 16 * (entry.z >> 16);
+  group.first_outlier = entry.w & 0x7FFFF;
+  group.num_outliers = (entry.y >> 26) << 13 | entry.w >> 19;
   return group;
 }
 
@@ -376,7 +377,7 @@ __device__ __forceinline__ const u32* outliers_of(const Group& group, const Plac
   return reinterpret_cast<const u32*>(group.tile + align_up(end, 4)) + group.first_outlier;
 }
 __device__ __forceinline__ u32 outlier_lane(u32 outlier) { return (outlier >> 24) % kLanes; }
-__device__ __forceinline__ u32 outlier_col(u32 outlier) { return (outlier >> KVPACK_OUTLIER_DELTA_BITS) & 0x1FF; }
+__device__ __forceinline__ u32 outlier_col(u32 outlier) { return (outlier >> KVPACK_OUTLIER_DELTA_BITS) & ((1u << KVPACK_OUTLIER_COL_BITS) - 1); }
 __device__ __forceinline__ int outlier_delta(u32 outlier) {
   constexpr u32 up = 32 - KVPACK_OUTLIER_DELTA_BITS;
   return static_cast<int>(outlier << up) >> up;

@@ -32,7 +32,7 @@ from kvpack.format.header import BlobHeader, TileGeometry
 from kvpack.format.layout import (
     ALIGNMENT_BYTES,
     CHUNK_COLS,
-    MAX_TILE_COLS,
+    DEFAULT_TILE_COLS,
     NUM_SYMBOLS,
     OUTLIER_BYTES,
     OUTLIER_DELTA_BITS,
@@ -53,7 +53,7 @@ NO_TABLE = EncoderTable(*(np.zeros(NUM_SYMBOLS, np.uint64) for _ in range(3)))
 class Strip(NamedTuple):
     """One tile row of one matrix: up to 256 rows, all columns.
 
-    ``outliers`` u32 [count, 3] holds (row in the strip, column, delta + 2^14) sorted by row, then column.
+    ``outliers`` u32 [count, 3] holds (row in the strip, column, delta + 2^12) sorted by row, then column.
     """
 
     elements: Elements
@@ -83,7 +83,7 @@ class EncodedBlob:
         return self.front + self.payload
 
 
-def even_tile_cols(cols: int, max_tile_cols: int = MAX_TILE_COLS) -> int:
+def even_tile_cols(cols: int, max_tile_cols: int = DEFAULT_TILE_COLS) -> int:
     """Columns in equal parts of at most ``max_tile_cols``, rounded up to 32: 384 → 384, 1536 → 512.
 
     >>> [even_tile_cols(n) for n in (384, 1408, 4096, 100)]
@@ -133,7 +133,7 @@ def estimate_blob_bytes(header: BlobHeader, tile_counts: npt.NDArray[np.int64], 
 
     A lane of B bits takes B/16 − 1/2 words on average: its initial state carries 24 bits, of which 16 are L's.
     """
-    tables, assignment = cluster_tables(tile_counts)
+    tables, assignment = cluster_tables(tile_counts, header.layout)
     section = len(pack_tables(tables, header.layout.alphabet_size)[1]) if tables else 0
     total = float(header.payload_offset + OUTLIER_BYTES * outlier_count)
     uses_tables = False
@@ -255,7 +255,7 @@ def encode_strips(
     strips = range(header.matrices * header.num_tiles_row)
     if tile_counts is None:
         tile_counts = count_tiles(header, source, predictor, executor)
-    tables, assignment = cluster_tables(tile_counts)
+    tables, assignment = cluster_tables(tile_counts, header.layout)
     encoder_tables = [encoder_table(table) for table in tables]
 
     def encode(index: int) -> list[_TileBytes]:

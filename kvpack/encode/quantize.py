@@ -38,7 +38,7 @@ NEAREST = Rounding(_HALVES, F32(0.5))
 class Quantized(NamedTuple):
     """A strip's elements and what was counted on the way.
 
-    ``elements`` u8 [R, K]; ``outliers`` u32 [count, 3] (row, column, delta + 2^14); ``dot`` is Σ round(4096·w/step)·q
+    ``elements`` u8 [R, K]; ``outliers`` u32 [count, 3] (row, column, delta + 2^12); ``dot`` is Σ round(4096·w/step)·q
     and ``energy`` Σ q², over all elements, outliers included.
     """
 

@@ -218,7 +218,7 @@ def plan_at_step(fine: FineHistogram, step: float, layout: Layout, overhead: Ove
 
 
 def _least_exponent(fine: FineHistogram) -> float:
-    """log2 of the least step by which the largest value is one that an outlier can have: 14 bits of magnitude."""
+    """log2 of the least step by which the largest value is one that an outlier can have: 12 bits of magnitude."""
     return float(np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
 
 

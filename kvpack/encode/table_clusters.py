@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvpack.encode.frequencies import normalise_all, normalise_frequencies
 from kvpack.encode.jit import kernel
-from kvpack.format.layout import FREQUENCY_SUM, MAX_TABLES, NUM_SYMBOLS
+from kvpack.format.layout import FREQUENCY_SUM, MAX_TABLES, NUM_SYMBOLS, Layout
 from kvpack.format.tables import Frequencies
 
 Counts = npt.NDArray[np.int64]
@@ -23,7 +23,7 @@ Counts = npt.NDArray[np.int64]
 _ROUNDS = 4
 # Bounds are compared with a margin far above the error of sums in floating point.
 _MARGIN = 1e-9
-# More tables must save at least this share of the bits: a GPU reloads its look-up table for each of them.
+# More tables must save at least this share of all bits, the raw ones among them: a GPU makes a launch for each of them.
 _WORTH_WHILE = 0.002
 # Bits of a symbol of each frequency.
 _LENGTHS = np.log2(FREQUENCY_SUM) - np.log2(np.maximum(np.arange(FREQUENCY_SUM), 1))
@@ -94,28 +94,35 @@ def _least_bits(counts: Counts, totals: Counts, table: Frequencies, bits: float)
 class CommonTable:
     """The best single table for all tiles of which none is constant.
 
-    ``coded_bits`` are the tiles' with it, ``bits`` its own as well.
+    ``coded_bits`` are the tiles' with it, ``bits`` its own as well; ``raw_bits`` those that no table changes.
     """
 
     table: Frequencies
     coded_bits: float
     bits: float
+    raw_bits: int
 
     @classmethod
-    def of(cls, total: Counts) -> CommonTable:
+    def of(cls, total: Counts, layout: Layout) -> CommonTable:
         """``total`` [256] is the sum of the tiles' histograms."""
         table = normalise_frequencies(total)
         used = total > 0
         bits = float(total[used] @ _LENGTHS[table[used]])
-        return cls(table, bits, bits + _table_bits(table[None]))
+        raw_bits = layout.raw_bits * layout.codes_per_symbol * int(total.sum())
+        return cls(table, bits, bits + _table_bits(table[None]), raw_bits)
+
+    def to_beat(self, bits: float) -> float:
+        """What more tables must stay within to be worth while, where fewer take ``bits``."""
+        return bits - _WORTH_WHILE * (bits + self.raw_bits)
 
     def suffices(self, least_bits: float) -> bool:
         """Whether more tables are not worth while, if the tiles take at least ``least_bits`` with any."""
-        return least_bits * (1 - _MARGIN) > self.bits * (1 - _WORTH_WHILE)
+        return least_bits * (1 - _MARGIN) > self.to_beat(self.bits)
 
 
 def cluster_tables(
     tile_counts: Counts,
+    layout: Layout,
 ) -> tuple[list[Frequencies], Counts]:
     """Tables for tiles with histograms ``tile_counts`` [tiles, 256].
 
@@ -130,7 +137,7 @@ def cluster_tables(
     counts = tile_counts
     if len(coded) < len(tile_counts):
         counts, totals = tile_counts[coded], totals[coded]
-    common = CommonTable.of(counts.sum(axis=0))
+    common = CommonTable.of(counts.sum(axis=0), layout)
     least_bits = _least_bits(counts, totals, common.table, common.coded_bits)
     tables, assignment[coded] = cluster_coded(counts, common, least_bits)
     return tables, assignment
@@ -152,7 +159,7 @@ def cluster_coded(
     totals = as_floats @ np.ones(NUM_SYMBOLS)
     order = np.argsort(_costs(as_floats, np.stack(tables))[:, 0] / totals, kind="stable")
     number = 2
-    while number <= min(MAX_TABLES, len(counts)) and least_bits <= best_bits * (1 - _WORTH_WHILE):
+    while number <= min(MAX_TABLES, len(counts)) and least_bits <= common.to_beat(best_bits):
         trial = np.empty(len(counts), np.int64)
         trial[order] = np.arange(len(counts)) * number // len(counts)
         for _ in range(_ROUNDS):
@@ -165,7 +172,7 @@ def cluster_coded(
             trial = np.unique(trial, return_inverse=True)[1]
         costs = _costs(as_floats, trial_tables)[np.arange(len(counts)), trial]
         bits = float(costs.sum()) + _table_bits(trial_tables)
-        if bits > best_bits * (1 - _WORTH_WHILE):
+        if bits > common.to_beat(best_bits):
             break
         tables, best, best_bits = list(trial_tables.astype(np.uint16)), trial, bits
         number *= 2

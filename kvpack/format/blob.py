@@ -35,6 +35,7 @@ from kvpack.format.layout import (
     CHUNK_COLS,
     GROUP_LANES,
     OUTLIER_BYTES,
+    OUTLIER_COL_BITS,
     OUTLIER_DELTA_BITS,
     STATE_LOW,
     TILE_ROWS,
@@ -314,13 +315,13 @@ class Blob:
 
 
 def _parse_outliers(where: str, data: npt.NDArray[np.uint8], geometry: TileGeometry) -> Outliers:
-    """Outliers from their u32s (FORMAT.md §7.5): row 31..24, column 23..15, delta 14..0."""
+    """Outliers from their u32s (FORMAT.md §7.5): row 31..24, column 23..13, delta 12..0."""
     entries = data.view("<u4")
     positions = entries >> OUTLIER_DELTA_BITS
     if (positions[1:] <= positions[:-1]).any():
         raise OutlierError(f"{where}: outliers are not sorted strictly by row and column")
-    rows = (entries >> 24).astype(np.int32)
-    cols = (positions & 0x1FF).astype(np.int32)
+    rows = (positions >> OUTLIER_COL_BITS).astype(np.int32)
+    cols = (positions & ((1 << OUTLIER_COL_BITS) - 1)).astype(np.int32)
     deltas = (entries << (32 - OUTLIER_DELTA_BITS)).view(np.int32) >> (32 - OUTLIER_DELTA_BITS)
     if (rows >= geometry.rows).any() or (cols >= geometry.cols).any():
         raise OutlierError(f"{where}: an outlier lies outside {geometry.rows} × {geometry.cols}")

@@ -297,7 +297,7 @@ def test_outliers_that_change_after_the_check(what: str, tokens: int) -> None:
         at = blob.header.payload_offset + int(tile["data_offset"]) + int(tile["outlier_offset"])
         outliers = coded.blob.numpy()[at : at + 4 * int(tile["outlier_count"])].view("<u4")
         if what == "columns":
-            outliers |= 0x1FF << OUTLIER_DELTA_BITS
+            outliers |= 0x7FF << OUTLIER_DELTA_BITS
         elif len(outliers) > 1:
             row = outliers[0] >> 24 << 24
             outliers[:2] = row | 60 << OUTLIER_DELTA_BITS | 5, row | 1 << OUTLIER_DELTA_BITS | 5

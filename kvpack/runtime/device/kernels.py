@@ -40,6 +40,7 @@ _NAMES = (
     "STATE_LOW",
     "NUM_SYMBOLS",
     "MAX_STEPS_U8_LENGTHS",
+    "OUTLIER_COL_BITS",
     "OUTLIER_DELTA_BITS",
 )
 

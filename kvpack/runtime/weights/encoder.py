@@ -469,7 +469,7 @@ def _encode(
         if constant_tiles:
             tile_counts = _from_device(counts).astype(np.int64)
         else:
-            common = CommonTable.of(total)
+            common = CommonTable.of(total, header.layout)
             tables, least_bits = [common.table], least_units / _UNITS_PER_BIT
             settled = common.suffices(least_bits)
             copy = None if settled else _Copy(counts)
@@ -481,7 +481,7 @@ def _encode(
     if placed is None:
         assert tile_counts is not None
         total = tile_counts.sum(axis=0)
-        tables, assignment = cluster_tables(tile_counts)
+        tables, assignment = cluster_tables(tile_counts, header.layout)
         placed = code(tables, _plan(job, tile_counts, assignment), first_end)
 
     packed = [pack_table(table, header.layout.alphabet_size) for table in tables]
@@ -598,7 +598,7 @@ class _DeviceStrips(QuantizedStrips):
         self._lock = threading.Lock()
         self._elements: torch.Tensor | None = None
         self._host: npt.NDArray[np.uint8] | None = None
-        self._outliers = np.empty((0, 3), np.uint32)  # (row of all, column, delta + 2^14), sorted
+        self._outliers = np.empty((0, 3), np.uint32)  # (row of all, column, delta + 2^12), sorted
         self._sums = (0, 0)
 
     def _on_device(self) -> torch.Tensor:

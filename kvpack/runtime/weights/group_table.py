@@ -20,16 +20,17 @@ from kvpack.format.layout import (
     ALIGNMENT_BYTES,
     CHUNK_COLS,
     GROUP_LANES,
-    MAX_TILE_COLS,
     OUTLIER_BYTES,
+    OUTLIER_COL_BITS,
     OUTLIER_DELTA_BITS,
     TILE_ROWS,
     TileMode,
     ceil_div,
 )
 
-_LOW_BITS = 17  # of a word's or an outlier's index, and of raw_offset / 16
-_LIMIT = 1 << _LOW_BITS
+_INDEX_BITS = 19  # of a word or an outlier
+_COUNT_BITS = 16  # of a group's words; as many has raw_offset / 16
+_OUTLIER_COUNT_LOW_BITS = 13  # a group has up to 2^16 outliers: 4 more bits lie elsewhere
 
 Index = npt.NDArray[np.int64]
 
@@ -113,8 +114,8 @@ def _group_offsets(blob: Blob, geometry: _Geometry) -> tuple[Index, Index]:
     wrong = np.zeros(header.num_tiles, np.bool_)
     wrong[rans] = bad
     _refuse(LaneError, wrong, "group_offset does not match the lanes' lengths")
-    wrong[rans] = (np.diff(firsts[rans], axis=1) > GROUP_LANES * MAX_TILE_COLS).any(axis=1)
-    _refuse(LaneError, wrong, "a group has more words than steps")
+    wrong[rans] = (np.diff(firsts[rans], axis=1) >= 1 << _COUNT_BITS).any(axis=1)
+    _refuse(LaneError, wrong, "more words than 12 bits a step")
     return firsts, firsts[:, -1]
 
 
@@ -134,7 +135,7 @@ def _outlier_ranges(blob: Blob, geometry: _Geometry) -> tuple[Index, Index]:
     payload = np.frombuffer(blob.payload, np.uint8)
     entries = payload[at[:, None] + np.arange(OUTLIER_BYTES)].view("<u4")[:, 0].astype(np.int64)
     place = entries >> OUTLIER_DELTA_BITS
-    row, col = place >> 9, place & (MAX_TILE_COLS - 1)
+    row, col = place >> OUTLIER_COL_BITS, place & ((1 << OUTLIER_COL_BITS) - 1)
     wrong = np.zeros(num_tiles, np.bool_)
     wrong[tile_of[(row >= geometry.rows[tile_of]) | (col >= geometry.cols[tile_of])]] = True
     _refuse(OutlierError, wrong, "an outlier lies outside the tile")
@@ -168,14 +169,17 @@ def group_table(blob: Blob) -> npt.NDArray[np.uint32]:
     rans = tiles["mode"] == TileMode.RANS
     first_word = np.where(rans[:, None], words_at[:, None] + firsts[:, :-1], 0)
     num_words = np.diff(firsts, axis=1)
-    _refuse(LaneError, first_word.max(axis=1) >= _LIMIT, "more words than 12 bits a step")
+    raw_unit = tiles["raw_offset"].astype(np.int64) // ALIGNMENT_BYTES
+    too_many = (first_word.max(axis=1) >= 1 << _INDEX_BITS) | (raw_unit >= 1 << _COUNT_BITS)
+    _refuse(LaneError, too_many, "more words than 12 bits a step")
     entries = np.empty((header.num_tiles, GROUPS_PER_TILE, 4), np.int64)
     entries[:, :, 0] = ((header.payload_offset + tiles["data_offset"].astype(np.int64)) // ALIGNMENT_BYTES)[:, None]
-    entries[:, :, 1] = first_word | num_words << _LOW_BITS
     flags = tiles["mode"].astype(np.int64) | tiles["predictor"].astype(np.int64) << 2
     flags |= tiles["table_index"].astype(np.int64) << 3
-    entries[:, :, 2] = (tiles["raw_offset"] // ALIGNMENT_BYTES | flags << _LOW_BITS)[:, None]
-    entries[:, :, 3] = first_outlier | num_outliers << _LOW_BITS
+    high, low = np.divmod(num_outliers, 1 << _OUTLIER_COUNT_LOW_BITS)
+    entries[:, :, 1] = first_word | (flags[:, None] | high << 7) << _INDEX_BITS
+    entries[:, :, 2] = num_words | raw_unit[:, None] << _COUNT_BITS
+    entries[:, :, 3] = first_outlier | low << _INDEX_BITS
 
     # Tiles come by matrix, tile row, tile column; groups by matrix, row group, tile column.
     by_tile = entries.reshape(header.matrices, header.num_tiles_row, header.num_tiles_col, GROUPS_PER_TILE, 4)
@@ -185,4 +189,4 @@ def group_table(blob: Blob) -> npt.NDArray[np.uint32]:
 
 def max_group_words(table: npt.NDArray[np.uint32]) -> int:
     """The most words that a group has."""
-    return int((table[:, 1] >> _LOW_BITS).max(initial=0))
+    return int((table[:, 2] & ((1 << _COUNT_BITS) - 1)).max(initial=0))
