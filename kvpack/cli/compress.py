@@ -97,7 +97,7 @@ def compress(
     layout: Annotated[LayoutOption, typer.Option("--layout", help="How weights become symbols.")] = (LayoutOption.AUTO),
     tile_cols: Annotated[
         int | None,
-        typer.Option("--tile-cols", help="Columns of a tile: a multiple of 32 up to 512."),
+        typer.Option("--tile-cols", help="Columns of a tile: a multiple of 32 up to 2048."),
     ] = None,
     allocation: Annotated[
         AllocationOption,

@@ -32,11 +32,13 @@ from kvpack.format.header import BlobHeader, TileGeometry
 from kvpack.format.layout import (
     ALIGNMENT_BYTES,
     CHUNK_COLS,
-    DEFAULT_TILE_COLS,
+    GROUP_LANES,
+    MAX_TILE_COLS,
     NUM_SYMBOLS,
     OUTLIER_BYTES,
     OUTLIER_DELTA_BITS,
     TILE_ROWS,
+    ElementKind,
     Layout,
     Predictor,
     TileMode,
@@ -46,6 +48,12 @@ from kvpack.format.layout import (
 from kvpack.format.tables import Frequencies, pack_tables
 
 Elements = npt.NDArray[Any]  # unsigned [rows, cols]
+
+# (least, most) columns of a tile, and the groups of lanes that a matrix must have for more than the least: so many keep
+# an H200 busy, whose products are as fast with longer tiles then.
+_TILE_COLS = (512, 1024)
+_FAST_TILE_COLS = (256, 1024)
+_BUSY_GROUPS = 3072
 
 NO_TABLE = EncoderTable(*(np.zeros(NUM_SYMBOLS, np.uint64) for _ in range(3)))
 
@@ -83,13 +91,25 @@ class EncodedBlob:
         return self.front + self.payload
 
 
-def even_tile_cols(cols: int, max_tile_cols: int = DEFAULT_TILE_COLS) -> int:
-    """Columns in equal parts of at most ``max_tile_cols``, rounded up to 32: 384 → 384, 1536 → 512.
+def even_tile_cols(rows: int, cols: int, layout: Layout) -> int:
+    """Columns of the tiles that a matrix gets: long ones where that costs no speed, all of (nearly) equal length.
 
-    >>> [even_tile_cols(n) for n in (384, 1408, 4096, 100)]
-    [384, 480, 512, 128]
+    A lane costs 32 bits and more, whatever its length: 0.125 bit a weight at 256 columns, 0.02 at 2048. A GPU needs
+    some thousand groups of lanes to be busy, so that only large matrices can afford long ones. The one integer a symbol
+    of ``compact`` is for size, and gets the longest.
+
+    >>> balanced = Layout(ElementKind.SIGNED, 5, 2, 4, folded=True)
+    >>> [even_tile_cols(rows, cols, balanced) for rows, cols in ((384, 384), (512, 1408), (4096, 4096), (28672, 4096))]
+    [384, 480, 512, 1024]
     """
-    parts = ceil_div(cols, max_tile_cols)
+    if layout.codes_per_symbol == 1 and layout.element_kind.is_integer:
+        most = MAX_TILE_COLS
+    else:
+        least, most = (_FAST_TILE_COLS if layout.codes_per_symbol == 8 else _TILE_COLS)
+        row_groups = ceil_div(rows, GROUP_LANES)
+        while most > least and row_groups * ceil_div(cols, most) < _BUSY_GROUPS:
+            most //= 2
+    parts = ceil_div(cols, most)
     return align(ceil_div(cols, parts), CHUNK_COLS)
 
 
@@ -363,7 +383,7 @@ def encode_elements(
         layout=layout,
         rows=elements.shape[1],
         cols=elements.shape[2],
-        tile_cols=tile_cols or even_tile_cols(elements.shape[2]),
+        tile_cols=tile_cols or even_tile_cols(elements.shape[1], elements.shape[2], layout),
         matrices=elements.shape[0],
         transposed=transposed,
     )

@@ -42,7 +42,7 @@ class QuantConfig:
         preset: instead of a rate ``near-lossless`` (a noise of −41.5 dB of the variance), ``int8-row`` (INT8 with a
             scale for each row) or ``lossless``.
         layout: how weights become symbols: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
-        tile_cols: columns of a tile, a multiple of 32 up to 512; None: equal parts of at most 512.
+        tile_cols: columns of a tile, a multiple of 32 up to 2048; None: equal parts, longer ones in larger matrices.
         allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
         include: a regular expression, or several; tensors that would be kept as they are, are coded if one of them is
             found in their names. One is held as text, several as a tuple (in JSON a list).

@@ -184,7 +184,7 @@ class Matrices:
             layout=layout,
             rows=self.rows,
             cols=self.cols,
-            tile_cols=tile_cols or even_tile_cols(self.cols),
+            tile_cols=tile_cols or even_tile_cols(self.rows, self.cols, layout),
             matrices=self.matrices,
             transposed=self.transposed,
         )

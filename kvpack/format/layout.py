@@ -21,7 +21,6 @@ TILE_ROWS = 256
 GROUP_LANES = 32
 CHUNK_COLS = 32
 MAX_TILE_COLS = 2048
-DEFAULT_TILE_COLS = 512
 ALIGNMENT_BYTES = 16
 
 PROBABILITY_BITS = 12
@@ -179,17 +178,23 @@ LAYOUT_NAMES = ("balanced", "fast", "compact")
 
 
 def integer_layout(name: str, element_kind: ElementKind, element_bits: int) -> Layout:
-    """The named layout (``compact``, ``balanced`` or ``fast``) for integers of ``element_bits`` bits.
+    """The named layout (``compact``, ``balanced`` or ``fast``) for integers of ``element_bits`` bits (FORMAT.md §4).
 
-    >>> integer_layout("balanced", ElementKind.SIGNED, 5).raw_bits
-    1
+    >>> integer_layout("balanced", ElementKind.SIGNED, 5)
+    Layout(element_kind=<ElementKind.SIGNED: 1>, element_bits=5, code_bits=2, codes_per_symbol=4, folded=True)
     """
-    if name == "compact":
-        return Layout(element_kind, element_bits, element_bits, 1)
-    if name == "fast" or (name == "balanced" and element_bits == 2):
-        return Layout(element_kind, element_bits, 2, 4)
-    if name == "balanced":
-        return Layout(element_kind, element_bits, min(4, element_bits), 2)
+    signed = element_kind == ElementKind.SIGNED
+    match name:
+        case "compact":
+            return Layout(element_kind, element_bits, element_bits, 1)
+        case "balanced" if signed and element_bits >= 4:
+            return Layout(element_kind, element_bits, 2, 4, folded=True)
+        case "balanced" if element_bits >= 3:
+            return Layout(element_kind, element_bits, min(4, element_bits), 2)
+        case "fast" if signed:
+            return Layout(element_kind, element_bits, 1, 8, folded=True)
+        case "balanced" | "fast":
+            return Layout(element_kind, element_bits, 2, 4)
     raise ValueError(f"unknown layout {name!r}; there are {', '.join(LAYOUT_NAMES)}")
 
 

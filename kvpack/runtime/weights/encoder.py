@@ -545,7 +545,7 @@ def encode_on_device(
         layout=layout,
         rows=elements.shape[1],
         cols=elements.shape[2],
-        tile_cols=tile_cols or even_tile_cols(elements.shape[2]),
+        tile_cols=tile_cols or even_tile_cols(elements.shape[1], elements.shape[2], layout),
         matrices=elements.shape[0],
         transposed=transposed,
     )
