@@ -27,6 +27,7 @@ from kvpack.encode.frequencies import entropy_bits
 from kvpack.encode.quantize import NEAREST, NUM_THRESHOLDS, Rounding
 from kvpack.format.header import HEADER_BYTES, TILE_METADATA_BYTES, BlobHeader
 from kvpack.format.layout import (
+    CHUNK_COLS,
     LAYOUT_NAMES,
     OUTLIER_BYTES,
     OUTLIER_DELTA_MAX,
@@ -135,15 +136,15 @@ class Overhead(NamedTuple):
 
 def fixed_bits_per_weight(header: BlobHeader) -> Overhead:
     """Overhead of a blob: states, lengths, metadata, header, table, scale."""
-    geometry = header.tile_geometry(0)
+    last = header.tile_geometry(header.num_tiles - 1)
     lane_bits = 32 + 8 * header.length_bytes - 8  # the last word of a lane is half full on average
     lanes = header.matrices * header.rows * header.num_tiles_col
     tile_bits = 8 * (TILE_METADATA_BYTES + 32 + 8)
     total = lanes * lane_bits + header.num_tiles * tile_bits
     total += 8 * (HEADER_BYTES + _TYPICAL_TABLE_BYTES + 4)
     raw_bits = header.num_tiles * 8 * (TILE_METADATA_BYTES + 8) + 8 * (HEADER_BYTES + 4)
-    padding = geometry.chunks * 32 * header.num_tiles_col / header.cols - 1
-    idle = geometry.lanes * header.num_tiles_row / header.rows - 1 if header.num_tiles_row == 1 else 0
+    padding = (CHUNK_COLS * last.chunks - last.cols) / header.cols
+    idle = (last.lanes - last.rows) / header.rows
     return Overhead(
         total / header.num_elements + (padding + idle) * header.layout.raw_bits, raw_bits / header.num_elements, padding
     )
@@ -288,7 +289,9 @@ def candidate_layouts(layout_name: str, bits: float, fine: FineHistogram | None 
     names: tuple[str, ...] = ("balanced",) if layout_name == "auto" else (layout_name,)
     if any(name not in LAYOUT_NAMES for name in names):
         raise ValueError(f"unknown layout {layout_name!r}")
-    widths = sorted({min(8, max(2, needed + shift)) for shift in (-1, 0, 1)})
+    # With `fast` widths are a bit apart from a code that says nothing: a range that is short of the tails may pay.
+    shifts = range(-2 if layout_name == "fast" else -1, 2)
+    widths = sorted({min(8, max(2, needed + shift)) for shift in shifts})
     if fine is not None and not fine.is_smooth:
         names = ("balanced", "compact") if layout_name == "auto" and not fine.is_small else names
         widths = list(range(2, 9))

@@ -626,17 +626,27 @@ def encode_at_bits(
     target_bits = bits - _RATE_TOLERANCE_BITS / 2
     aim = target_bits
     best: tuple[RatePlan, _Counted] | None = None
-    for _ in range(_MAX_CORRECTIONS):
+    below = above = None  # (aim, bits over the target) of the nearest trials
+    for attempt in range(_MAX_CORRECTIONS):
         plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
         counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
         achieved = 8 * counted.size_bytes / weights.size
         if achieved <= bits and (best is None or counted.size_bytes > best[1].size_bytes):
             best = plan, counted
-        if abs(achieved - target_bits) <= _RATE_TOLERANCE_BITS / 2:
+        excess = achieved - target_bits
+        if abs(excess) <= _RATE_TOLERANCE_BITS / 2:
             break
-        # The histogram's prediction is off by nearly the same amount at a neighbouring step.
-        aim += target_bits - achieved
+        if attempt == 0 and abs(excess) > _PREDICTION_IS_OFF_BY_BITS:
+            aim -= excess  # what neighbours share makes symbols shorter, of whichever layout: choose once more
+            continue
         layouts = [plan.layout]
+        below, above = ((aim, excess), above) if excess < 0 else (below, (aim, excess))
+        if below is None or above is None:
+            # The histogram's prediction is off by nearly the same amount at a neighbouring step.
+            aim -= excess
+        else:
+            share = below[1] / (below[1] - above[1])
+            aim = below[0] + min(0.9, max(0.1, share)) * (above[0] - below[0])
     for attempt in range(_MAX_CORRECTIONS):
         if best is not None:
             encoded = _finish(weights, fine, *best, tile_cols, executor, coder)
