@@ -20,6 +20,7 @@ Array = npt.NDArray[Any]
 L = 1 << 16  # §5.2: the lower bound of a state, and the state after a lane's last step
 UNSIGNED, SIGNED = 0, 1  # the integer kinds (§4)
 RANS, RAW, CONSTANT = 0, 1, 2  # modes (§6)
+TRANSPOSED, FOLDED = 1, 4  # flags (§3)
 KIND_BITS = {0: range(2, 9), 1: range(2, 9), 2: (16,), 3: (16,), 4: (32,), 5: (8,), 6: (8,)}  # §4
 FLOAT_KIND = {"BF16": 2, "F16": 3, "F32": 4, "F8_E4M3": 5, "F8_E5M2": 6}  # §4, §9.3
 NUMPY_DTYPE = {  # safetensors dtypes; those that NumPy lacks become bit patterns
@@ -54,14 +55,16 @@ def _parse_header(data: bytes) -> tuple[Header, int, int]:
     """§3, §2: the header, checked; num_tiles; and P, the offset of the payload."""
     _check(length=len(data) >= 64)
     h = Header(*struct.unpack_from("<IHHQQHHII8BHHQII", data))
-    _check(magic=h.magic == 0x52414E53, version=h.version == 1, flags=h.flags & ~1 == 0)
+    _check(magic=h.magic == 0x52414E53, version=h.version == 1, flags=h.flags & ~(TRANSPOSED | FOLDED) == 0)
     _check(rows=h.rows >= 1, cols=h.cols >= 1, matrices=h.matrices >= 1)
     _check(tile_rows=h.tile_rows == 256, tile_cols=h.tile_cols in range(32, 2049, 32))
     _check(num_tiles_row=h.num_tiles_row == -(-h.rows // 256))
     _check(num_tiles_col=h.num_tiles_col == -(-h.cols // h.tile_cols))
     _check(element_kind=h.kind in KIND_BITS, element_bits=h.n in KIND_BITS.get(h.kind, ()))
-    _check(code_bits=2 <= h.c <= min(8, h.n), raw_bits=h.b == h.n - h.c and h.b <= 24)
-    _check(codes_per_symbol=h.g in (1, 2, 4) and h.g * h.c <= 8)
+    low, high = (1, h.n - 1) if h.flags & FOLDED else (2, min(8, h.n))
+    _check(flags=h.kind == SIGNED or not h.flags & FOLDED)
+    _check(code_bits=low <= h.c <= high, raw_bits=h.b == h.n - h.c and h.b <= 24)
+    _check(codes_per_symbol=h.g in (1, 2, 4, 8) and h.g * h.c <= 8 and (h.g == 1 or h.n <= 8))
     _check(probability_bits=h.probability_bits == 12, quantizer=h.quantizer == 0)
     _check(table_encoding=h.table_encoding in (0, 1), num_tables=h.num_tables <= 16)
     _check(table_bytes=h.table_bytes % 16 == 0 and (h.table_bytes > 0) == (h.num_tables > 0))
@@ -188,6 +191,8 @@ def _coded_mode(h: Header, tile: Tile, tables: list[Table], body: bytes, r: int,
     _check(raw_planes_of_padding_lanes=not raw[r:].any())
     shift = np.arange(h.g, dtype=np.uint32) * np.uint32(h.c)  # §4: code j is in bits c*j ...
     code = (symbols[:, :, None] >> shift & np.uint32((1 << h.c) - 1)).reshape(lanes, -1)
+    if h.flags & FOLDED:  # §4: bits of v are those of the code xor bit b - 1; the highest of u is that of v turned
+        code ^= (raw >> np.uint32(h.b - 1)) * np.uint32((1 << h.c) - 1) ^ np.uint32(1 << (h.c - 1))
     u = (code << np.uint32(h.b) | raw)[:r, :k]
     if tile.predictor:  # §5.3, summed up: u_i = d_0 + ... + d_i - i * 2^(n-1) mod 2^n
         offset = np.arange(k, dtype=np.int64) << (h.n - 1)

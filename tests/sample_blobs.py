@@ -103,12 +103,24 @@ def frequencies(blob: bytes) -> list[list[int]]:
 
 
 def rans_blob() -> bytes:
-    """One tile: 40 × 350, signed 5 bits, balanced (c = 4, g = 2, b = 1): 64 lanes, 176 steps."""
+    """One tile: 40 × 350, signed 5 bits, c = 4, g = 2, b = 1: 64 lanes, 176 steps."""
     return encode_elements(
         gaussian_elements((40, 350), 5, 1.5, 1),
-        integer_layout("balanced", SIGNED, 5),
+        Layout(SIGNED, 5, 4, 2),
         tile_cols=352,
     )
+
+
+def folded_blob() -> bytes:
+    """One tile: 40 × 350, signed 5 bits, folded codes (c = 1, g = 8, b = 4): 64 lanes, 44 steps."""
+    return encode_elements(gaussian_elements((40, 350), 5, 2.5, 32), integer_layout("fast", SIGNED, 5), tile_cols=352)
+
+
+def longest_blob() -> bytes:
+    """Two tiles of up to 2048 columns, balanced, with outliers in the last columns of the first one."""
+    outliers = [(0, 0, 511, 1), (0, 0, 512, -4096), (0, 3, 2047, 4095), (0, 32, 1024, 77), (0, 32, 2048, -9)]
+    elements = gaussian_elements((1, 64, 2100), 5, 2.5, 33)
+    return encode_with_outliers(elements, outliers, integer_layout("balanced", SIGNED, 5), tile_cols=2048)
 
 
 def wide_rans_blob() -> bytes:
@@ -127,9 +139,9 @@ def raw_blob() -> bytes:
 
 
 def constant_blob() -> bytes:
-    """One tile: 40 × 350, signed 6 bits, balanced (c = 4, g = 2, b = 2), equal codes."""
+    """One tile: 40 × 350, signed 6 bits, c = 4, g = 2, b = 2, equal codes."""
     elements = 20 + np.random.default_rng(4).integers(0, 4, (40, 350)).astype(np.uint8)
-    return encode_elements(elements, integer_layout("balanced", SIGNED, 6), tile_cols=352)
+    return encode_elements(elements, Layout(SIGNED, 6, 4, 2), tile_cols=352)
 
 
 def narrow_constant_blob() -> bytes:
@@ -142,7 +154,7 @@ def outlier_blob() -> bytes:
     return encode_with_outliers(
         gaussian_elements((1, 40, 350), 5, 1.5, 1),
         [(0, 0, 5, 300), (0, 0, 9, -4096), (0, 7, 0, 4095), (0, 39, 349, -17)],
-        integer_layout("balanced", SIGNED, 5),
+        Layout(SIGNED, 5, 4, 2),
         tile_cols=352,
     )
 
@@ -188,6 +200,8 @@ def float_blob(kind: ElementKind = ElementKind.BF16, choice: int = 0) -> bytes:
 
 BASES = {
     "rans": rans_blob,
+    "folded": folded_blob,
+    "longest": longest_blob,
     "wide-rans": wide_rans_blob,
     "raw": raw_blob,
     "constant": constant_blob,

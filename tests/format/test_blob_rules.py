@@ -5,12 +5,14 @@ The CRCs of every broken blob are right (unless the CRC is the rule): nothing hi
 
 from __future__ import annotations
 
+import itertools
 import struct
 import tracemalloc
 import zlib
 from functools import cache
 
 import blob_surgery as surgery
+import independent_decoder
 import numpy as np
 import pytest
 import sample_blobs as samples
@@ -39,7 +41,7 @@ from kvpack.errors import (
     VersionError,
 )
 from kvpack.format.blob import Blob
-from kvpack.format.layout import ElementKind, Layout, Predictor, float_layouts, integer_layout
+from kvpack.format.layout import ElementKind, Layout, Predictor, TileMode, float_layouts, integer_layout
 
 
 @cache
@@ -112,13 +114,21 @@ def test_version(version: int) -> None:
     assert_refused(patched(base("rans"), version=version), VersionError)
 
 
-@pytest.mark.parametrize("bit", range(1, 16))
+@pytest.mark.parametrize("bit", [1, *range(3, 16)])
 def test_reserved_flags(bit: int) -> None:
     assert_refused(patched(base("rans"), flags=1 << bit), ReservedError)
 
 
 def test_flag_transposed_is_legal() -> None:
     assert Blob(patched(base("rans"), flags=1)).header.transposed
+    assert Blob(patched(base("folded"), flags=5)).header.transposed
+
+
+def test_the_flag_of_folded_codes_decides_what_codes_mean() -> None:
+    blob = base("longest")  # two bits a code: legal with and without
+    folded, plain = (decode_integers(Blob(patched(blob, flags=flags))) for flags in (4, 0))
+    assert not np.array_equal(folded, plain)
+    assert_refused(patched(base("folded"), flags=0), LayoutError)  # a code of one bit
 
 
 @pytest.mark.parametrize("name", ["rows", "cols", "matrices"])
@@ -140,7 +150,7 @@ def test_tile_rows(tile_rows: int) -> None:
 
 
 # 350 columns are one tile in each of these widths, so that the number of tiles stays right.
-@pytest.mark.parametrize("tile_cols", [351, 353, 368, 511, 544, 1024, 65504, 65535])
+@pytest.mark.parametrize("tile_cols", [351, 353, 368, 511, 2047, 2049, 2080, 4096, 65504, 65535])
 def test_tile_cols(tile_cols: int) -> None:
     assert_refused(patched(base("rans"), tile_cols=tile_cols), GeometryError)
 
@@ -387,26 +397,64 @@ def test_raw_bits_are_element_bits_minus_code_bits(raw_bits: int) -> None:
     assert_refused(patched(base("rans"), raw_bits=raw_bits), LayoutError)
 
 
-def legal(kind: int, n: int, c: int, g: int) -> bool:
+def legal(kind: int, n: int, c: int, g: int, folded: bool) -> bool:
     """§§3–4 once more, written from the table."""
     bits = {0: range(2, 9), 1: range(2, 9), 2: [16], 3: [16], 4: [32], 5: [8], 6: [8]}[kind]
-    return n in bits and 2 <= c <= min(8, n) and g in (1, 2, 4) and g * c <= 8 and n - c <= 24 and (g == 1 or n <= 8)
+    code_bits = range(1, n) if folded else range(2, min(8, n) + 1)
+    if n not in bits or c not in code_bits or (folded and kind != 1):
+        return False
+    return g in (1, 2, 4, 8) and g * c <= 8 and n - c <= 24 and (g == 1 or n <= 8)
 
 
 def test_layouts_are_refused_exactly_where_the_tables_say() -> None:
     checked = 0
-    for kind in range(7):
-        for n in range(34):
-            for c in range(10):
-                for g in range(10):
-                    try:
-                        Layout(ElementKind(kind), n, c, g)
-                        accepted = True
-                    except LayoutError:
-                        accepted = False
-                    assert accepted == legal(kind, n, c, g), (kind, n, c, g)
-                    checked += accepted
-    assert checked == 2 * sum((n - 1) + (min(n, 4) - 1) + 1 for n in range(2, 9)) + 7 + 7 + 1 + 22
+    for kind, n, c, g, folded in itertools.product(range(7), range(34), range(10), range(10), (False, True)):
+        try:
+            Layout(ElementKind(kind), n, c, g, folded)
+            accepted = True
+        except LayoutError:
+            accepted = False
+        assert accepted == legal(kind, n, c, g, folded), (kind, n, c, g, folded)
+        checked += accepted
+    plain = 2 * sum((n - 1) + (min(n, 4) - 1) + 1 for n in range(2, 9)) + 7 + 7 + 1 + 22
+    assert checked == plain + sum((n - 1) + min(n - 1, 4) + min(n - 1, 2) + 1 for n in range(2, 9))
+
+
+ILLEGAL_FOLDED = [
+    *[(kind, 8, 2, 4) for kind in (0, 5, 6)],
+    *[(2, 16, 4, 1), (3, 16, 4, 1), (4, 32, 8, 1)],
+    *[(1, n, n, 1) for n in (2, 4, 8)],  # no raw bit to be folded by
+    *[(1, 8, c, g) for c, g in ((0, 1), (1, 3), (1, 16), (2, 8), (3, 4), (5, 2))],
+]
+
+
+@pytest.mark.parametrize(("kind", "n", "c", "g"), ILLEGAL_FOLDED)
+def test_illegal_folded_layout(kind: int, n: int, c: int, g: int) -> None:
+    blob = patched(base("raw"), flags=4, **layout_fields(kind, n, c, g))
+    assert_refused(blob, LayoutError)
+    with pytest.raises(ValueError, match="illegal"):
+        independent_decoder.decode_blob(blob)
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+def test_folded_codes_as_the_page_defines_them(n: int) -> None:
+    """Bit by bit, and what the page says of them: 0 where q fits the raw bits, the same for q and −1 − q."""
+    for c in range(1, n):
+        codes = Layout(ElementKind.SIGNED, n, c, 1, folded=True).codes(np.arange(1 << n)).tolist()
+        b, half = n - c, 1 << (n - 1)
+        for u, code in enumerate(codes):
+            v = u ^ half
+            assert [code >> i & 1 for i in range(c)] == [(v >> (b + i) ^ v >> (b - 1)) & 1 for i in range(c)]
+            assert (code == 0) == (-(1 << (b - 1)) <= u - half < 1 << (b - 1))
+            assert code == codes[(1 << n) - 1 - u]
+    if n == 4:
+        example = np.array([[5, -6, 1, -2] * 40] * 256, np.int8)
+        layout = integer_layout("balanced", ElementKind.SIGNED, 4)
+        blob = Blob(encode_elements((example + 8).astype(np.uint8), layout))
+        assert blob.tile(0).mode == TileMode.CONSTANT
+        assert blob.tile(0).constant_symbol == 0x05
+        # Columns 0 … 3 are the lowest byte of four slots: in the plane of two bits, raw parts 01, 10, 01, 10.
+        assert blob.tile(0).raw[0] == 0b10_01_10_01
 
 
 # §5.1, tables
@@ -989,16 +1037,16 @@ def test_outliers_of_a_kind_that_is_not_signed(name: str) -> None:
 
 def test_worked_example() -> None:
     header = bytes.fromhex(
-        "534E4152 0100 0000 0100000000000000 0400000000000000 0001 2000"
-        "01000000 01000000 04 04 02 00 0C 01 00 00 0000 0000"
+        "534E4152 0100 0400 0100000000000000 0400000000000000 0001 2000"
+        "01000000 01000000 04 02 04 02 0C 01 00 00 0000 0000"
         "1000000000000000 01000000"
     )
     payload = bytes.fromhex("87980000") + bytes(12)
     tile = bytes.fromhex("0000000000000000 04000000 00000000 01 00 0000 00000000 04000000")
     tile += bytes.fromhex("D6B8CAA2")
-    blob = header + bytes.fromhex("888EC5DB") + tile + payload
+    blob = header + bytes.fromhex("B572E3E8") + tile + payload
     assert zlib.crc32(payload[:4]) == 0xA2CAB8D6
-    assert zlib.crc32(header + tile) == 0xDBC58E88
+    assert zlib.crc32(header + tile) == 0xE8E372B5
     elements = np.array([[7, 8, 8, 9]], np.uint8)
     assert encode_elements(elements, integer_layout("balanced", ElementKind.SIGNED, 4)) == blob
     assert decode_integers(Blob(blob)).tolist() == [[[-1, 0, 0, 1]]]
