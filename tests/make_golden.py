@@ -1,4 +1,5 @@
-"""Write the golden files of format version 1: tests/data/v1/*.blob and manifest.json. Run once, ever.
+"""Write the golden files of format version 1: tests/data/v1/*.blob and manifest.json. Run once for each revision
+of the format that changes what files mean: the one of docs/FORMAT.md §12, before anything was published, is the last.
 
 Golden files never change: a reader of any later release must decode them to the same numbers. This script
 therefore refuses to touch a folder that has some. It is kept to show where they come from, and to be run by
@@ -27,6 +28,7 @@ from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
 from kvpack.format.layout import (  # noqa: E402
     ElementKind,
+    Layout,
     Predictor,
     float_layouts,
     integer_layout,
@@ -47,11 +49,13 @@ def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
         for kind in (SIGNED, UNSIGNED):
             for bits in (2, 3, 4, 5, 6, 7, 8):
                 seed = 100 * number + 10 * kind + bits
-                # In the middle of what has code 2 of 4, so that the mode is rans also where c = 2.
-                shift = (1 << bits) // 8
+                layout = integer_layout(name, kind, bits)
+                # In the middle of what has code 2 of 4, so that the mode is rans also where c = 2; with one folded bit
+                # nearer to zero, where few elements have code 1.
+                shift = (1 << bits) // (16 if layout.code_bits == 1 else 8)
                 elements = samples.gaussian_elements((1, 63, 93), bits, 0.55 * (1 << bits) / 8, seed)
                 elements = np.minimum(elements + shift, (1 << bits) - 1).astype(np.uint8)
-                blob = encode_elements(elements, integer_layout(name, kind, bits))
+                blob = encode_elements(elements, layout)
                 half = 1 << (bits - 1) if kind == SIGNED else 0
                 yield f"{kind.name.lower()}{bits}-{name}", blob, elements.astype(np.int32) - half
 
@@ -73,6 +77,11 @@ def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
         yield f"predicted-unsigned8-{name}", blob, walk.astype(np.int32)
     narrow = (walk // 4) % 32
     blob = encode_elements(narrow.astype(np.uint8), integer_layout("compact", SIGNED, 5), predictor=Predictor.PREVIOUS)
+    for name, sigma in (("balanced", 1.5), ("fast", 2.5)):
+        steps = np.rint(np.random.default_rng(2007).normal(0, sigma, (1, 32, 128))).astype(np.int64)
+        walk = np.cumsum(steps, axis=2) % 32
+        walks = encode_elements(walk.astype(np.uint8), integer_layout(name, SIGNED, 5), predictor=Predictor.PREVIOUS)
+        yield f"predicted-signed5-{name}", walks, walk.astype(np.int32) - 16
     yield "predicted-signed5-compact", blob, narrow.astype(np.int32) - 16
 
     elements = samples.gaussian_elements((1, 40, 90), 4, 1.0, 2001)
@@ -89,6 +98,28 @@ def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
     elements = samples.gaussian_elements((1, 33, 352), 4, 0.7, 2002)
     blob = encode_elements(elements, integer_layout("compact", SIGNED, 4), tile_cols=352)
     yield "lengths-u16", blob, elements.astype(np.int32) - 8
+
+    # Layouts that no name has: folded codes of three bits, of seven, and one a symbol; the wide second one of `balanced`.
+    for bits, code_bits, codes_per_symbol, folded in (
+        (6, 3, 2, True),
+        (8, 7, 1, True),
+        (3, 1, 4, True),
+        (8, 4, 2, False),
+    ):
+        elements = samples.gaussian_elements((1, 32, 93), bits, (1 << bits) / 12, 2010 + bits + code_bits)
+        layout = Layout(SIGNED, bits, code_bits, codes_per_symbol, folded)
+        name = f"signed{bits}-{code_bits}x{codes_per_symbol}{'-folded' * folded}"
+        yield name, encode_elements(elements, layout), elements.astype(np.int32) - (1 << (bits - 1))
+
+    # The longest tiles, with the extremes of outliers in columns that only these have.
+    outliers = [(0, 0, 511, 1), (0, 0, 512, -4096), (0, 3, 1024, 77), (0, 3, 2047, 4095), (0, 7, 2048, -9)]
+    for name, bits, rows in (("compact", 2, 8), ("fast", 2, 32)):
+        elements = samples.gaussian_elements((1, rows, 2080), bits, (1 << bits) / 8, 2020 + bits)
+        blob = samples.encode_with_outliers(elements, outliers, integer_layout(name, SIGNED, bits), tile_cols=2048)
+        integers = elements.astype(np.int32) - (1 << (bits - 1))
+        for _, row, col, delta in outliers:
+            integers[0, row, col] += delta
+        yield f"longest-{name}", blob, integers
 
     uniform = np.random.default_rng(2003).integers(0, 8, (3, 5, 7)).astype(np.uint8)
     blob = encode_elements(uniform, integer_layout("compact", SIGNED, 3))

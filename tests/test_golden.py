@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.format.blob import Blob
-from kvpack.format.layout import ElementKind, Predictor, TableEncoding, TileMode
+from kvpack.format.layout import ElementKind, Layout, Predictor, TableEncoding, TileMode, integer_layout
 
 FOLDER = Path(__file__).parent / "data" / "v1"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text())
@@ -29,7 +29,7 @@ def read(name: str) -> bytes:
 
 def test_manifest_names_every_file() -> None:
     assert sorted(path.stem for path in FOLDER.glob("*.blob")) == sorted(MANIFEST)
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 300_000
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 330_000
 
 
 @pytest.mark.parametrize("name", MANIFEST)
@@ -50,27 +50,22 @@ def test_golden_file(name: str) -> None:
 def test_golden_files_cover_the_format() -> None:
     blobs = [Blob(read(name)) for name in MANIFEST]
     headers = [blob.header for blob in blobs]
-    integer = {"compact", "balanced", "fast"}
-    layouts = Counter((h.layout.element_kind, h.layout.element_bits, h.layout.name) for h in headers)
-    for kind in (ElementKind.SIGNED, ElementKind.UNSIGNED):
-        for bits in range(2, 9):
-            # Layouts that coincide (2-bit balanced is fast) bear one name.
-            assert {n for k, b, n in layouts if (k, b) == (kind, bits)} >= integer - (
-                {"compact", "fast"} if bits <= 4 else set()
-            )
-    coded = {
-        (h.layout.element_kind, h.layout.element_bits, h.layout.code_bits, h.layout.codes_per_symbol)
-        for h, blob in zip(headers, blobs, strict=True)
-        if (blob.tiles["mode"] == TileMode.RANS).any()
-    }
-    for kind in (ElementKind.SIGNED, ElementKind.UNSIGNED):
-        for bits in range(4, 9):
-            assert {(kind, bits, bits, 1), (kind, bits, 4, 2), (kind, bits, 2, 4)} <= coded
-        assert {(kind, 2, 2, 4), (kind, 3, 3, 2), (kind, 3, 3, 1), (kind, 3, 2, 4)} <= coded
-    assert {k for k, *_ in coded} == set(ElementKind)
-    assert {c for k, _, c, _ in coded if k == ElementKind.FP16} == {5, 6, 7, 8}
+    coded = {h.layout for h, blob in zip(headers, blobs, strict=True) if (blob.tiles["mode"] == TileMode.RANS).any()}
+    for kind, bits, name in itertools.product(
+        (ElementKind.SIGNED, ElementKind.UNSIGNED), range(2, 9), ("compact", "balanced", "fast")
+    ):
+        # Two unsigned bits are as well stored raw as coded one by one.
+        if (kind, bits, name) != (ElementKind.UNSIGNED, 2, "compact"):
+            assert integer_layout(name, kind, bits) in coded
+    assert {(layout.code_bits, layout.codes_per_symbol) for layout in coded if layout.folded} == {
+        (1, 4), (1, 8), (2, 4), (3, 2), (7, 1),
+    }  # fmt: skip
+    assert Layout(ElementKind.SIGNED, 8, 4, 2) in coded
+    assert {blob.header.layout.folded for blob in blobs if blob.tiles["predictor"].any()} == {True, False}
+    assert {layout.element_kind for layout in coded} == set(ElementKind)
+    assert {layout.code_bits for layout in coded if layout.element_kind == ElementKind.FP16} == {5, 6, 7, 8}
     # Every combination of raw planes that a layout can have: 8s, 4, 2 and 1.
-    assert {0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 24} <= {h.layout.raw_bits for h in headers}
+    assert {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 24} <= {h.layout.raw_bits for h in headers}
 
     tiles = np.concatenate([blob.tiles for blob in blobs])
     assert set(tiles["mode"].tolist()) == set(TileMode)
@@ -80,6 +75,11 @@ def test_golden_files_cover_the_format() -> None:
     assert tiles["table_index"].max() >= 1
     assert {h.table_encoding for h in headers if h.num_tables > 1} == set(TableEncoding)
     assert {h.length_bytes for h in headers if h.num_tables} == {1, 2}
+    longest = [blob for blob in blobs if blob.header.tile_cols == 2048]
+    assert {blob.header.length_bytes for blob in longest} == {1, 2}
+    outliers = [blob.tile(0).outliers for blob in longest]
+    assert {cols.max() for cols in (found.cols for found in outliers)} == {2047}
+    assert all({-4096, 4095} <= set(found.deltas.tolist()) for found in outliers)
     assert {h.transposed for h in headers} == {True, False}
     assert max(h.matrices for h in headers) > 1
     assert any(h.num_tiles_row > 1 and h.num_tiles_col > 1 and h.matrices > 1 for h in headers)

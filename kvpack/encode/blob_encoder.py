@@ -105,7 +105,7 @@ def even_tile_cols(rows: int, cols: int, layout: Layout) -> int:
     if layout.codes_per_symbol == 1 and layout.element_kind.is_integer:
         most = MAX_TILE_COLS
     else:
-        least, most = (_FAST_TILE_COLS if layout.codes_per_symbol == 8 else _TILE_COLS)
+        least, most = _FAST_TILE_COLS if layout.codes_per_symbol == 8 else _TILE_COLS
         row_groups = ceil_div(rows, GROUP_LANES)
         while most > least and row_groups * ceil_div(cols, most) < _BUSY_GROUPS:
             most //= 2

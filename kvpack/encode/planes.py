@@ -49,7 +49,11 @@ def fold_row(line, code_bits, raw_bits):  # type: ignore[no-untyped-def]
     With the sign bit turned, an element is two's complement; its code is xor-ed with the highest raw bit, everywhere.
     """
     kind = line.dtype.type
-    turned, top, codes = kind(1 << (code_bits + raw_bits - 1)), kind(raw_bits - 1), kind((1 << code_bits) - 1 << raw_bits)
+    turned, top, codes = (
+        kind(1 << (code_bits + raw_bits - 1)),
+        kind(raw_bits - 1),
+        kind((1 << code_bits) - 1 << raw_bits),
+    )
     for col in range(line.shape[0]):
         u = line[col] ^ turned
         line[col] = u ^ (codes & (kind(0) - ((u >> top) & kind(1))))
@@ -59,7 +63,11 @@ def fold_row(line, code_bits, raw_bits):  # type: ignore[no-untyped-def]
 def unfold_row(line, code_bits, raw_bits):  # type: ignore[no-untyped-def]
     """The inverse of :func:`fold_row`."""
     kind = line.dtype.type
-    turned, top, codes = kind(1 << (code_bits + raw_bits - 1)), kind(raw_bits - 1), kind((1 << code_bits) - 1 << raw_bits)
+    turned, top, codes = (
+        kind(1 << (code_bits + raw_bits - 1)),
+        kind(raw_bits - 1),
+        kind((1 << code_bits) - 1 << raw_bits),
+    )
     for col in range(line.shape[0]):
         u = line[col]
         line[col] = u ^ turned ^ (codes & (kind(0) - ((u >> top) & kind(1))))

@@ -60,11 +60,12 @@ from kvpack.format.layout import (
     ceil_div,
     float_layouts,
     integer_layout,
+    integer_layouts,
 )
 
 _TINY = float(np.finfo(np.float32).tiny)
-# A `fast` tensor decodes 1.4 times as fast; `auto` takes it where it costs at most this share of bytes more.
-FAST_COSTS_AT_MOST = 0.01
+# A layout of half the look-ups decodes 1.4 times as fast, and is taken where it costs at most this share of bytes more.
+QUICKER_COSTS_AT_MOST = 0.01
 # How far below the rate a tensor may land, and how often the step is corrected.
 _RATE_TOLERANCE_BITS = 0.004
 _MAX_CORRECTIONS = 6
@@ -265,8 +266,7 @@ def encode_lossless(
     """Code the tensor's bits as they are; ``layout_name`` matters for I8 and U8 alone."""
     kind = LOSSLESS_KINDS[dtype]
     if kind.is_integer:
-        names = ("balanced",) if layout_name == "auto" else (layout_name,)
-        layouts = tuple(integer_layout(name, kind, 8) for name in names)
+        layouts = integer_layouts("balanced" if layout_name == "auto" else layout_name, kind, 8)
     else:
         layouts = float_layouts(kind)
 
@@ -285,7 +285,10 @@ def encode_lossless(
         return estimate_blob_bytes(header, counts, 0), counts
 
     candidates = [(*estimate(layout), layout) for layout in layouts]
-    _, counts, layout = min(candidates, key=lambda candidate: candidate[0])
+    size_bytes, counts, layout = min(candidates, key=lambda candidate: candidate[0])
+    if kind.is_integer:
+        most = size_bytes * (1 + QUICKER_COSTS_AT_MOST)
+        _, counts, layout = next(candidate for candidate in candidates if candidate[0] <= most)
     blob = coder.encode_strips(weights.header(layout, tile_cols), source, tile_counts=counts, executor=executor)
     return EncodedTensor(blob, None, "lossless", layout, None)
 
@@ -693,6 +696,12 @@ def _encode_from_ladder(
     raise RateOutOfReachError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
 
 
+def _eight_bit_layouts(layout_name: str) -> list[Layout]:
+    """What integers of 8 bits, whose step is given, may be stored as: quickest first."""
+    names = ("fast", "balanced") if layout_name == "auto" else (layout_name,)
+    return [layout for name in names for layout in integer_layouts(name, ElementKind.SIGNED, 8)]
+
+
 def encode_near_lossless(
     weights: Matrices,
     *,
@@ -713,18 +722,20 @@ def encode_near_lossless(
     if fine.rms == 0:
         return _encode_zeros(weights, tile_cols, executor, coder)
     if fine.is_smooth:
-        names = ("balanced", "fast") if layout_name == "auto" else (layout_name,)
-        layouts = [integer_layout(name, ElementKind.SIGNED, 8) for name in names]
+        layouts = _eight_bit_layouts(layout_name)
     else:
         layouts = candidate_layouts(layout_name, 8.0, fine)
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     aim_db = NEAR_LOSSLESS_DB
     for _ in range(_MAX_CORRECTIONS):
         plan = plan_for_noise(fine, 10 ** (aim_db / 10), layouts, headers)
-        if fine.is_smooth and layout_name == "auto":
-            fast = plan_at_step(fine, plan.step, layouts[1], fixed_bits_per_weight(headers[layouts[1]]), LAMBDA)
-            if fast.predicted.bits <= plan.predicted.bits * (1 + FAST_COSTS_AT_MOST):
-                plan = fast
+        if fine.is_smooth:
+            most = plan.predicted.bits * (1 + QUICKER_COSTS_AT_MOST)
+            quicker = (
+                plan_at_step(fine, plan.step, layout, fixed_bits_per_weight(headers[layout]), LAMBDA)
+                for layout in layouts[: layouts.index(plan.layout)]
+            )
+            plan = next((trial for trial in quicker if trial.predicted.bits <= most), plan)
         counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
         encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
         noise = encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db
@@ -807,13 +818,8 @@ def encode_int8_rows(
     if tiny:
         raise NotEncodableError(f"{tiny} rows have values near the end of the fp32 range")
     strips = coder.quantize(weights, scales, 8, NEAREST)
-    names = ("balanced", "fast") if layout_name == "auto" else (layout_name,)
-    trials = []
-    for name in names:
-        layout = integer_layout(name, ElementKind.SIGNED, 8)
-        header = weights.header(layout, tile_cols)
-        trials.append((header, _count_quantized(header, strips, executor)))
-    header, counted = trials[0]
-    if len(trials) > 1 and trials[1][1].size_bytes <= counted.size_bytes * (1 + FAST_COSTS_AT_MOST):
-        header, counted = trials[1]
+    headers = [weights.header(layout, tile_cols) for layout in _eight_bit_layouts(layout_name)]
+    trials = [(header, _count_quantized(header, strips, executor)) for header in headers]
+    most = min(trial.size_bytes for _, trial in trials) * (1 + QUICKER_COSTS_AT_MOST)
+    header, counted = next(pair for pair in trials if pair[1].size_bytes <= most)
     return _encode_quantized(weights, header, counted.counts, strips, scales, "int8-row", executor, coder)

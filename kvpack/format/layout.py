@@ -169,7 +169,7 @@ class Layout:
         if not self.element_kind.is_integer:
             return "lossless"
         for name in LAYOUT_NAMES:
-            if integer_layout(name, self.element_kind, self.element_bits) == self:
+            if self in integer_layouts(name, self.element_kind, self.element_bits):
                 return name
         return "custom"
 
@@ -196,6 +196,18 @@ def integer_layout(name: str, element_kind: ElementKind, element_bits: int) -> L
         case "balanced" | "fast":
             return Layout(element_kind, element_bits, 2, 4)
     raise ValueError(f"unknown layout {name!r}; there are {', '.join(LAYOUT_NAMES)}")
+
+
+def integer_layouts(name: str, element_kind: ElementKind, element_bits: int) -> tuple[Layout, ...]:
+    """All layouts of a name, the quickest (and usual) one first.
+
+    ``balanced`` has a second one, for integers whose range is given and much wider than most of them: a folded code
+    would be 0 for nearly all, and their raw bits far from even.
+    """
+    first = integer_layout(name, element_kind, element_bits)
+    if name == "balanced" and first.folded:
+        return first, Layout(element_kind, element_bits, 4, 2)
+    return (first,)
 
 
 def float_layouts(element_kind: ElementKind) -> tuple[Layout, ...]:

@@ -67,7 +67,7 @@ def compare_with_twin(weights: Weights, steps: Weights, rounding: Rounding, bits
     elements, outliers, dot, energy = twin(weights, steps, rounding.thresholds, rounding.clamp, 1 << (bits - 1))
     found = quantize(weights, steps, bits, rounding)
     np.testing.assert_array_equal(found.elements, elements)
-    assert [(int(r), int(c), int(d) - 2**14) for r, c, d in found.outliers] == outliers
+    assert [(int(r), int(c), int(d) - 2**12) for r, c, d in found.outliers] == outliers
     assert (found.dot, found.energy) == (dot, energy)
     return len(outliers)
 
@@ -77,10 +77,10 @@ def compare_with_twin(weights: Weights, steps: Weights, rounding: Rounding, bits
 def test_kernel_equals_twin(bits: int, seed: int) -> None:
     rng = np.random.default_rng(1000 * bits + seed)
     weights = student_t((61, 333), seed, 1.0)
-    weights[rng.random(weights.shape) < 0.01] *= F32(60)
+    weights[rng.random(weights.shape) < 0.01] *= F32(40)
     weights[rng.random(weights.shape) < 0.01] = F32(0)
     weights[3] = F32(-0.0)
-    steps = rng.uniform(0.02, 1.5, 61).astype(np.float32)
+    steps = rng.uniform(0.06, 1.5, 61).astype(np.float32)
     steps[7] = 0
     thresholds = rng.uniform(0.3, 0.95, NUM_THRESHOLDS).astype(np.float32)
     for rounding in (NEAREST, Rounding(thresholds, F32(rng.uniform(0.5, 3)))):
@@ -116,11 +116,11 @@ def test_kernel_at_its_thresholds(bits: int) -> None:
 
 def test_clamping_and_outliers_by_hand() -> None:
     """4 bits hold −8 … 7; a clamp of 1.25 steps lets 8.2 stay 7 and makes an outlier of 8.3."""
-    weights = np.array([[7.4, 7.6, 8.2, 8.3, -8.4, -9.2, -9.3, 16383, -16383, 0.5]], np.float32)
+    weights = np.array([[7.4, 7.6, 8.2, 8.3, -8.4, -9.2, -9.3, 4095, -4095, 0.5]], np.float32)
     found = quantize(weights, np.ones(1, np.float32), 4, Rounding(NEAREST.thresholds, F32(1.25)))
     assert (found.elements.astype(int) - 8).tolist() == [[7, 7, 7, 7, -8, -8, -8, 7, -8, 1]]
-    assert [(int(c), int(d) - 2**14) for _, c, d in found.outliers] == [(3, 1), (6, -1), (7, 16376), (8, -16375)]
-    assert found.energy == 7**2 * 3 + 8**2 + 2 * 8**2 + 9**2 + 2 * 16383**2 + 1
+    assert [(int(c), int(d) - 2**12) for _, c, d in found.outliers] == [(3, 1), (6, -1), (7, 4088), (8, -4087)]
+    assert found.energy == 7**2 * 3 + 8**2 + 2 * 8**2 + 9**2 + 2 * 4095**2 + 1
 
 
 def test_more_outliers_than_the_first_buffer_holds() -> None:
@@ -131,7 +131,7 @@ def test_more_outliers_than_the_first_buffer_holds() -> None:
     np.testing.assert_array_equal(found.outliers[:, 0], np.repeat(np.arange(40), 50))
     np.testing.assert_array_equal(found.outliers[:, 1], np.tile(np.arange(50), 40))
     np.testing.assert_array_equal(
-        found.outliers[:, 2].astype(int) - 2**14, np.where(np.arange(2000) // 50 % 2, 100 - 1, -100 + 2)
+        found.outliers[:, 2].astype(int) - 2**12, np.where(np.arange(2000) // 50 % 2, 100 - 1, -100 + 2)
     )
 
 
@@ -356,7 +356,7 @@ def test_zero_rows(pack: Pack, options: dict[str, Any]) -> None:
     assert packed["a.weight"].method != "keep"
     for row in (0, 100, 255, 256, 299):
         assert not packed.values["a.weight"][row].any()
-    assert packed.assert_recorded_noise("a.weight") < -20
+    assert packed.assert_recorded_noise("a.weight") < -19.8  # 0.1 less than with codes of 4 bits, 2 a symbol
 
 
 @pytest.mark.parametrize(
@@ -441,12 +441,12 @@ def test_outliers_are_stored_to_half_a_step(pack: Pack, factor: float) -> None:
 
 
 def test_values_too_far_apart_for_a_step(pack: Pack) -> None:
-    """A magnitude has 14 bits: a value of 10^6 needs coarser steps than the others can do with."""
+    """A magnitude has 12 bits: a value of 10^6 needs coarser steps than the others can do with."""
     weights = student_t((256, 512), 20)
     weights[9, 9] = 1e6
     for options in ({"bits": 4}, {"bits": 4, "allocation": "model"}):
         packed = pack({"a.weight": weights}, **options)
-        assert str(packed["a.weight"].reason).startswith("the largest value (1e+06) is more than 16383 steps of ")
+        assert str(packed["a.weight"].reason).startswith("the largest value (1e+06) is more than 4095 steps of ")
         packed.assert_lossless("a.weight", str(packed["a.weight"].reason))
     packed = pack({"a.weight": weights}, preset="near-lossless")
     packed.assert_lossless("a.weight", "no step that holds all values reaches -41.5 dB of the variance")
@@ -797,9 +797,9 @@ def test_metadata_says_what_was_measured(pack: Pack) -> None:
     q = packed.decoded["a.weight"]
     info = packed.info["a.weight"]
     assert info is not None
-    half = 1 << (info.header.layout.element_bits - 1)
-    raw = info.header.layout.raw_bits
-    counts = np.bincount(((np.clip(q, -half, half - 1).astype(int) + half) >> raw).ravel())
+    layout = info.header.layout
+    half, raw = 1 << (layout.element_bits - 1), layout.raw_bits
+    counts = np.bincount(layout.codes(np.clip(q, -half, half - 1).astype(int) + half).ravel())
     p = counts[counts > 0] / counts.sum()
     assert report.entropy_bits == pytest.approx(raw - float((p * np.log2(p)).sum()), abs=0.02)
 
