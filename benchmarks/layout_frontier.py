@@ -2,8 +2,8 @@
 
     python benchmarks/layout_frontier.py --json benchmarks/results/DATE-layout-frontier.json
 
-Weights are Gaussian integers of 5 bits and about 4.0 bits of entropy: for speed alone. Each case is timed with the launches
-that the launch model likes best, in CUDA graphs over rotated weights, and the fastest counts: what is compared is
+Weights are Gaussian integers of 5 bits and about 4.0 bits of entropy: for speed alone. Each case is timed with the
+launches that the launch model likes best, in CUDA graphs over rotated weights, and the fastest counts: what is compared is
 layouts, not how well launches are chosen for them. FP16 is cuBLAS on the same shape, in the same run.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,16 @@ def main() -> None:
         for tokens in tokens_of:
             x = torch.randn(tokens, cols, device="cuda", generator=generator).half()
             error = relative_error(x.double() @ weights.double().T)
-            works, of_work = [Work([lambda w=w: dense.apply(w, x) for w in dense.copies], error, 1e-3)], [("fp16", 0)]
+            plain = [partial(dense.apply, w, x) for w in dense.copies]
+            works, of_work = [Work(plain, error, 1e-3)], [("fp16", 0)]
             wanted = set()
             for key, blob in blobs.items():
                 copies = [ops._coded(*b._arguments()) for b in copies_of(blob, rotated(blob.nbytes, ROTATE_BYTES))]
                 eights, launches = launches_of(copies[0], tokens)
                 for _, fit in launches[: options.launches]:
                     wanted.add(kernel_of(copies[0], tokens, eights, fit, limits.architecture))
-                    works.append(
-                        Work([lambda w=w, f=fit: products.multiply(w, x, None, limits, f) for w in copies], error, 1e-3)
-                    )
+                    runs = [partial(products.multiply, w, x, None, limits, fit) for w in copies]
+                    works.append(Work(runs, error, 1e-3))
                     of_work.append(key)
             list(executor.map(compile_ahead, wanted))
             timed = measure(works, samples=7, sample_ms=0.5, case_ms=1500)
@@ -136,7 +137,13 @@ def main() -> None:
             by_shape = {c["shape"]: f"{c['us']:.1f} ({c['of_fp16']:.2f})" for c in of_kind}
             over = [c["bits_over_entropy"] for c in of_kind if c["bits_over_entropy"] is not None]
             table.append(
-                [name, width, tokens, f"{max(over):.3f}" if over else "", *(by_shape.get(shape, "") for shape in shapes)]
+                [
+                    name,
+                    width,
+                    tokens,
+                    f"{max(over):.3f}" if over else "",
+                    *(by_shape.get(shape, "") for shape in shapes),
+                ]
             )
     print_table(head, table, "µs (times FP16's speed)")
     if options.json:

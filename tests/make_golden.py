@@ -99,7 +99,7 @@ def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
     blob = encode_elements(elements, integer_layout("compact", SIGNED, 4), tile_cols=352)
     yield "lengths-u16", blob, elements.astype(np.int32) - 8
 
-    # Layouts that no name has: folded codes of three bits, of seven, and one a symbol; the wide second one of `balanced`.
+    # Folded codes of three bits, of seven, and of one with four a symbol, which no name has; the second `balanced`.
     for bits, code_bits, codes_per_symbol, folded in (
         (6, 3, 2, True),
         (8, 7, 1, True),

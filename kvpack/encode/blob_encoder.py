@@ -38,7 +38,6 @@ from kvpack.format.layout import (
     OUTLIER_BYTES,
     OUTLIER_DELTA_BITS,
     TILE_ROWS,
-    ElementKind,
     Layout,
     Predictor,
     TileMode,

@@ -721,10 +721,7 @@ def encode_near_lossless(
     fine = measure(weights, executor)
     if fine.rms == 0:
         return _encode_zeros(weights, tile_cols, executor, coder)
-    if fine.is_smooth:
-        layouts = _eight_bit_layouts(layout_name)
-    else:
-        layouts = candidate_layouts(layout_name, 8.0, fine)
+    layouts = _eight_bit_layouts(layout_name) if fine.is_smooth else candidate_layouts(layout_name, 8.0, fine)
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     aim_db = NEAR_LOSSLESS_DB
     for _ in range(_MAX_CORRECTIONS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from happens_before import Detector, FakeStream, detecting  # noqa: E402
 
 from kvpack.encode.blob_decoder import decode_integers, rotate_left  # noqa: E402
 from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
+from kvpack.errors import DeviceError  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
 from kvpack.format.header import BlobHeader  # noqa: E402
 from kvpack.format.layout import (  # noqa: E402
@@ -237,6 +239,55 @@ def test_every_gpu_has_a_launch(architecture: int, multiprocessors: int) -> None
                 assert fit.shared_bytes <= limits.shared_block_bytes
                 assert fit.blocks * fit.teams * fit.run_quotient + fit.run_remainder == 128
                 assert (fit.panels - 1) * fit.panel_width < header.num_tiles_col <= fit.panels * fit.panel_width
+
+
+SMALL = Limits(89, 24, 100 << 10, 99 << 10)
+
+
+@pytest.mark.parametrize(("bits", "tokens", "parts"), [(5, 20, [8, 8, 4]), (5, 7, [7]), (8, 3, [1, 1, 1]), (8, 1, [1])])
+def test_long_tiles_on_a_small_gpu(monkeypatch: pytest.MonkeyPatch, bits: int, tokens: int, parts: list[int]) -> None:
+    """2048 columns leave no room for the activations of all vectors beside the words: they come a few at a time."""
+    elements = samples.gaussian_elements((1, 40, 2048), bits, 2 ** (bits - 3), bits)
+    data = encode_elements(elements, integer_layout("compact", ElementKind.SIGNED, bits))
+    assert Blob(data).header.tile_cols == 2048
+    scales = np.full(1, 2.0**-bits, np.float32)
+    coded, weights = coded_tensor(data, scales), dense(data, scales)[0].astype(np.float64)
+    products.check_fits(coded.header, coded.max_group_words, SMALL)
+    x = torch.from_numpy(np.random.default_rng(bits).normal(0, 1, (tokens, 2048))).to(torch.float16)
+    bias = torch.arange(40, dtype=torch.float16)
+    launched, launch = [], kernels.launch
+
+    def note(kernel: Any, grid: Any, block: Any, arguments: Any, **options: Any) -> None:
+        assert options["shared_bytes"] <= SMALL.shared_block_bytes
+        launched.append(arguments[0].shape[0])
+        launch(kernel, grid, block, arguments, **options)
+
+    monkeypatch.setattr(kernels, "launch", note)
+    got = products.multiply(coded, x, bias, SMALL).double().numpy()
+    assert launched == parts
+    expected = x.double().numpy() @ weights.T + bias.double().numpy()
+    assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["compact", "balanced"])
+def test_tiles_that_no_block_can_hold_are_refused(name: str) -> None:
+    """Twelve bits a step, as many as there can be, in tiles of 2048 columns."""
+    layout = integer_layout(name, ElementKind.SIGNED, 8)
+    header = BlobHeader(layout=layout, rows=4096, cols=4096, tile_cols=2048)
+    steps = 2048 // layout.codes_per_symbol
+    words = 32 * steps * 12 // 16
+    products.check_fits(header, words, LIMITS)
+    if name == "balanced":
+        products.check_fits(header, words, SMALL)
+        return
+    with pytest.raises(DeviceError, match=r"2048 columns .* 100 KiB of words .* 99 KiB of shared .* --tile-cols 1024"):
+        products.check_fits(header, words, SMALL)
+    coded = replace(coded_tensor(*quantized(40, 96, "compact", 8)), header=header, max_group_words=words)
+    for tokens in (1, 2, 32):
+        with pytest.raises(DeviceError, match="--tile-cols 1024"):
+            products.multiply(coded, torch.ones(tokens, 4096, dtype=torch.float16), None, SMALL)
+    with pytest.raises(DeviceError, match="--tile-cols 1024"):
+        products.decode(coded, products.OUTPUTS[torch.float16], None, SMALL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -15,14 +15,15 @@ from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind, Predictor
 from kvpack.runtime.device import semaphores
+from kvpack.runtime.device.devices import device_limits
 from kvpack.runtime.device.kernels import require_device
-from kvpack.runtime.weights import ops
+from kvpack.runtime.weights import ops, products
 from kvpack.runtime.weights.group_table import group_table, max_group_words
 from kvpack.runtime.weights.products import FLOAT_TYPES, LOSSLESS_TYPES
 
-# A lane of a damaged blob reads at most a word a step (512) and one ahead, a raw element at most 8 bytes behind its
+# A lane of a damaged blob reads at most a word a step (2048) and one ahead, a raw element at most 8 bytes behind its
 # tile.
-SLACK_BYTES = 2048
+SLACK_BYTES = 4608
 
 
 def check_scales(scales: npt.NDArray[np.float32], header: BlobHeader) -> None:
@@ -78,6 +79,7 @@ class DeviceBlob:
             semaphores.prepare(device)
             groups = group_table(parsed)
             words = max_group_words(groups)
+            products.check_fits(self.header, words, device_limits(device))
             if parsed.tables:
                 tables = np.stack([decoder_table(table) for table in parsed.tables])
         self.groups = torch.from_numpy(groups.view(np.int32)).to(device)
@@ -100,7 +102,7 @@ class DeviceBlob:
 
         Raises:
             BlobError, ScaleError: the blob or its scales break a rule of FORMAT.md.
-            DeviceError: the device cannot be used.
+            DeviceError: the device cannot be used, or its shared memory is too small for the blob's tiles.
         """
         view = memoryview(data).cast("B")
         host = np.zeros(len(view) + SLACK_BYTES, np.uint8)

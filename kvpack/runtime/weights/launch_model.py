@@ -84,13 +84,13 @@ def _fits(limits: Limits, max_warps: int) -> Iterator[tuple[int, int, int, int]]
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def fit_decode(word_buffer_bytes: int, limits: Limits, tasks: int, staging_bytes: int, max_warps: int) -> Fit:
-    """The launch of a decode kernel over ``tasks`` groups, with ``staging_bytes`` for each warp."""
+def fit_decode(word_buffer_bytes: int, limits: Limits, tasks: int, staging_bytes: int, max_warps: int) -> Fit | None:
+    """The launch of a decode kernel over ``tasks`` groups, with ``staging_bytes`` for each warp; None if none fits."""
     for warps, blocks, buffers, available in _fits(limits, max_warps):
         shared = _TABLE_BYTES + warps * (staging_bytes + buffers * word_buffer_bytes)
         if shared <= available:
             return Fit(warps, buffers, min(ceil_div(tasks, warps), blocks * limits.multiprocessors), shared)
-    raise AssertionError("one warp with one buffer of 33 KiB fits every GPU since sm_80")
+    return None
 
 
 class Terms(NamedTuple):
@@ -219,11 +219,9 @@ def gemm_launches(
     return _product_launches(_shape(header), limits, max_warps, max_panels, memory)
 
 
-def _best(launches: Iterable[tuple[Terms, ProductFit]], costs: Terms) -> ProductFit:
+def _best(launches: Iterable[tuple[Terms, ProductFit]], costs: Terms) -> ProductFit | None:
     found = min(launches, key=lambda launch: sum(map(operator.mul, launch[0], costs)), default=None)
-    if found is None:
-        raise AssertionError("one warp, one buffer of 33 KiB and one tile column fit every GPU since sm_80")
-    return found[1]
+    return None if found is None else found[1]
 
 
 def _shape(header: BlobHeader) -> tuple[int, int, int]:
@@ -233,8 +231,8 @@ def _shape(header: BlobHeader) -> tuple[int, int, int]:
 @lru_cache(maxsize=_REMEMBERED)
 def fit_gemv(
     header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int, max_panels: int = _MAX_BLOCKS_Y
-) -> ProductFit:
-    """The launch of the kernel for one vector that should take the least time."""
+) -> ProductFit | None:
+    """The launch of the kernel for one vector that should take the least time; None if none fits."""
     return _best(gemv_launches(header, word_buffer_bytes, limits, max_warps, max_panels), COSTS[0])
 
 
@@ -246,8 +244,8 @@ def fit_gemm(
     max_warps: int,
     token_tiles: int,
     max_panels: int = _MAX_BLOCKS_Y,
-) -> ProductFit:
-    """The launch of the kernel for a few vectors that should take the least time."""
+) -> ProductFit | None:
+    """The launch of the kernel for a few vectors that should take the least time; None if none fits."""
     launches = gemm_launches(header, word_buffer_bytes, limits, max_warps, token_tiles, max_panels)
     return _best(launches, COSTS[token_tiles])
 

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from kvpack.errors import DeviceError
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     ALIGNMENT_BYTES,
@@ -97,10 +98,8 @@ class Coded:
 
     @cached_property
     def word_buffer_bytes(self) -> int:
-        """A group's words from the multiple of 16 bytes before them, and what a damaged lane may read behind them."""
-        steps = self.header.tile_cols // self.layout.codes_per_symbol
-        words = align(ALIGNMENT_BYTES - 2 + 2 * self.max_group_words, ALIGNMENT_BYTES)
-        return words + align(2 * (steps + 1), ALIGNMENT_BYTES)
+        """What a group's words take in shared memory."""
+        return word_buffer_bytes(self.header, self.max_group_words)
 
     @property
     def scale_stride(self) -> int:
@@ -111,6 +110,33 @@ class Coded:
         if not len(self.tables):
             yield 0, None
         yield from enumerate(self.tables)
+
+
+def word_buffer_bytes(header: BlobHeader, max_group_words: int) -> int:
+    """A group's words from the multiple of 16 bytes before them, and what a damaged lane may read behind them."""
+    steps = header.tile_cols // header.layout.codes_per_symbol
+    words = align(ALIGNMENT_BYTES - 2 + 2 * max_group_words, ALIGNMENT_BYTES)
+    return words + align(2 * (steps + 1), ALIGNMENT_BYTES)
+
+
+def check_fits(header: BlobHeader, max_group_words: int, limits: Limits) -> None:
+    """Whether a device can decode a tensor, and multiply one vector with it.
+
+    Raises:
+        DeviceError: not even one warp's share of a tile fits the shared memory of a block.
+    """
+    buffer_bytes, architecture = word_buffer_bytes(header, max_group_words), limits.architecture
+    widest = GROUP_LANES * CHUNK_COLS * 4
+    fits = fit_decode(buffer_bytes, limits, 1, widest, 1) is not None
+    if fits and can_multiply(header.layout):
+        fits = fit_gemv(header, buffer_bytes, limits, gemv_warps(header.layout, architecture)) is not None
+    if not fits:
+        available = limits.block_bytes(1)
+        raise DeviceError(
+            f"tiles of {header.tile_cols} columns with up to {buffer_bytes >> 10} KiB of words for {GROUP_LANES} rows "
+            f"do not fit this GPU, which gives a block {available >> 10} KiB of shared memory: compress the tensor "
+            f"with --tile-cols {max(CHUNK_COLS, header.tile_cols // 2 // CHUNK_COLS * CHUNK_COLS)} or less"
+        )
 
 
 def gemv_warps(layout: Layout, architecture: int) -> int:
@@ -184,10 +210,25 @@ def max_panels(coded: Coded, sums: int) -> int:
     return max(1, min(PARTIALS_BYTES // of_panel, coded.header.num_tiles_col))
 
 
+def fit_product(coded: Coded, tokens: int, limits: Limits) -> ProductFit | None:
+    """The launch for up to 32 vectors that should be the fastest; None if so many do not fit shared memory."""
+    shape = (coded.header, coded.word_buffer_bytes, limits)
+    if tokens == 1:
+        warps = gemv_warps(coded.layout, limits.architecture)
+        return fit_gemv(*shape, warps, max_panels(coded, 1)) or fit_gemv(*shape, warps)
+    eights = token_tiles(tokens)
+    return fit_gemm(*shape, gemm_warps(eights, limits.architecture), eights, max_panels(coded, 8 * eights))
+
+
+def token_tiles(tokens: int) -> int:
+    """How many eights of vectors the kernel for ``tokens`` of them, at most 32, works on."""
+    return next(n for n in TOKEN_TILES if tokens <= 8 * n)
+
+
 def multiply(
     coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits, fit: ProductFit | None = None
 ) -> torch.Tensor:
-    """x · Wᵀ (+ bias) by a fused kernel.
+    """x · Wᵀ (+ bias) by a fused kernel; in several launches where shared memory is too small for all vectors at once.
 
     Args:
         x: contiguous [tokens, cols], tokens at most 32, fp16, bf16 or fp32.
@@ -197,21 +238,41 @@ def multiply(
     Returns:
         [tokens, rows] of x's type. The same bits at each run of the same launch.
     """
-    header, tokens = coded.header, x.shape[0]
-    out = torch.empty((tokens, header.rows), dtype=x.dtype, device=x.device)
+    out = torch.empty((len(x), coded.header.rows), dtype=x.dtype, device=x.device)
+    fit = fit or fit_product(coded, len(x), limits)
+    if fit is not None:
+        _multiply(coded, x, bias, fit, limits, out)
+        return out
+    check_fits(coded.header, coded.max_group_words, limits)
+    fewer = (16, 8, 1)
+    at_once = next(tokens for tokens in fewer if tokens < len(x) and fit_product(coded, tokens, limits))
+    for first in range(0, len(x), at_once):
+        part = slice(first, first + at_once)
+        fit = fit_product(coded, len(x[part]), limits)
+        assert fit is not None  # no more vectors than fit
+        _multiply(coded, x[part], bias, fit, limits, out[part])
+    return out
+
+
+def _multiply(
+    coded: Coded,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    fit: ProductFit,
+    limits: Limits,
+    out: torch.Tensor,
+) -> None:
+    """One product into ``out``, a launch for each table."""
+    header, tokens = coded.header, len(x)
     num_tables = max(1, len(coded.tables))
     last: tuple[np.uint32, ...] = ()
-    shape = (header, coded.word_buffer_bytes, limits)
     if tokens == 1:
-        fit = fit or fit_gemv(*shape, gemv_warps(coded.layout, limits.architecture), max_panels(coded, 1))
         kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, limits.architecture)
         sums = 1
     else:
-        token_tiles = next(n for n in TOKEN_TILES if tokens <= 8 * n)
-        warps = gemm_warps(token_tiles, limits.architecture)
-        fit = fit or fit_gemm(*shape, warps, token_tiles, max_panels(coded, 8 * token_tiles))
-        kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, token_tiles, limits.architecture)
-        sums, last = 8 * token_tiles, (np.uint32(tokens),)
+        eights = token_tiles(tokens)
+        kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, eights, limits.architecture)
+        sums, last = 8 * eights, (np.uint32(tokens),)
     parts = fit.panels * num_tables
     partials = arrivals = None
     if parts > 1:
@@ -256,7 +317,6 @@ def multiply(
             device=x.device,
             shared_bytes=fit.shared_bytes,
         )
-    return out
 
 
 def decode(
@@ -284,6 +344,9 @@ def decode(
         coded.layout, output, limits.architecture, outliers=coded.has_outliers, predicted=coded.predicted
     )
     fit = fit_decode(coded.word_buffer_bytes, limits, end - first, staging_bytes, max_warps)
+    if fit is None:
+        check_fits(header, coded.max_group_words, limits)
+    assert fit is not None  # no more than what has just been checked
     kernel = decode_kernel(
         coded.layout,
         output,
