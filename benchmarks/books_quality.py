@@ -9,8 +9,9 @@ layers; embeddings and norms stay) with what a compressed file gives back. KL(or
 top tokens are means over the tokens of the first --windows windows of 1024 tokens that do not overlap; perplexity is
 that of the next token after each position of the first --perplexity-windows, or of the whole text with --full.
 
-Settings: ``tensor:BITS`` and ``model:BITS`` (rate for each tensor, or one step for the model), ``near-lossless``,
-and the fixed-width baselines ``int4-g128`` and ``int3-g128`` (asymmetric, fp16 scale and minimum per 128 weights).
+Settings: ``tensor:BITS`` and ``model:BITS`` (rate for each tensor, or one step for the model; with ``:compact`` or
+``:fast`` behind, in that layout), ``near-lossless``, and the fixed-width baselines ``int4-g128`` and ``int3-g128``
+(asymmetric, fp16 scale and minimum per 128 weights).
 """
 
 from __future__ import annotations
@@ -138,9 +139,9 @@ class Evaluator:
     def setting(self, name: str) -> dict[str, Any]:
         """All measures of one setting."""
         began = time.perf_counter()
-        kind, _, bits = name.partition(":")
+        kind, bits, layout = (*name.split(":"), "", "")[:3]
         if kind in ("tensor", "model"):
-            result = self._compressed(bits=float(bits), allocation=kind)
+            result = self._compressed(bits=float(bits), allocation=kind, layout=layout or "auto")
         elif name == "near-lossless":
             result = self._compressed(preset=name)
         elif name in ("int4-g128", "int3-g128"):

@@ -3,8 +3,8 @@
     python benchmarks/layout_frontier.py --json benchmarks/results/DATE-layout-frontier.json
 
 Weights are Gaussian integers of 5 bits and about 4.0 bits of entropy: for speed alone. Each case is timed with the
-launches that the launch model likes best, in CUDA graphs over rotated weights, and the fastest counts: what is compared is
-layouts, not how well launches are chosen for them. FP16 is cuBLAS on the same shape, in the same run.
+launches that the launch model likes best, in CUDA graphs over rotated weights, and the fastest counts: what is compared
+is layouts, not how well launches are chosen for them. FP16 is cuBLAS on the same shape, in the same run.
 """
 
 from __future__ import annotations

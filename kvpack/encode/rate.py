@@ -145,9 +145,8 @@ def fixed_bits_per_weight(header: BlobHeader) -> Overhead:
     raw_bits = header.num_tiles * 8 * (TILE_METADATA_BYTES + 8) + 8 * (HEADER_BYTES + 4)
     padding = (CHUNK_COLS * last.chunks - last.cols) / header.cols
     idle = (last.lanes - last.rows) / header.rows
-    return Overhead(
-        total / header.num_elements + (padding + idle) * header.layout.raw_bits, raw_bits / header.num_elements, padding
-    )
+    planes = ((1 + padding) * (1 + idle) - 1) * header.layout.raw_bits
+    return Overhead(total / header.num_elements + planes, raw_bits / header.num_elements, padding)
 
 
 def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArray[np.int64]:
