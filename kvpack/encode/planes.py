@@ -15,6 +15,7 @@ from kvpack.format.layout import CHUNK_COLS, GROUP_LANES
 
 U32 = np.uint32
 _BYTES = U32(0x01010101)
+_EVEN, _HALF = U32(0x00FF00FF), U32(0xFFFF)
 SLOTS = 8
 
 
@@ -57,20 +58,6 @@ def fold_row(line, code_bits, raw_bits):  # type: ignore[no-untyped-def]
     for col in range(line.shape[0]):
         u = line[col] ^ turned
         line[col] = u ^ (codes & (kind(0) - ((u >> top) & kind(1))))
-
-
-@kernel
-def unfold_row(line, code_bits, raw_bits):  # type: ignore[no-untyped-def]
-    """The inverse of :func:`fold_row`."""
-    kind = line.dtype.type
-    turned, top, codes = (
-        kind(1 << (code_bits + raw_bits - 1)),
-        kind(raw_bits - 1),
-        kind((1 << code_bits) - 1 << raw_bits),
-    )
-    for col in range(line.shape[0]):
-        u = line[col]
-        line[col] = u ^ turned ^ (codes & (kind(0) - ((u >> top) & kind(1))))
 
 
 @kernel
@@ -118,6 +105,20 @@ def _scatter(slots, base, g, out):  # type: ignore[no-untyped-def]
         out[col + g] = np.uint8(u >> U32(8))
         out[col + 2 * g] = np.uint8(u >> U32(16))
         out[col + 3 * g] = np.uint8(u >> U32(24))
+
+
+@njit(nogil=True, inline="always")
+def _scatter_quads(slots, base, g, out32):  # type: ignore[no-untyped-def]
+    """The same for g = 4 or 8 and ``out`` seen as u32: four slots are turned like a matrix of 4 × 4 bytes."""
+    for first in range(0, SLOTS, 4):
+        a, b, c, d = slots[first], slots[first + 1], slots[first + 2], slots[first + 3]
+        low_0, low_1 = (a & _EVEN) | ((b & _EVEN) << U32(8)), ((a >> U32(8)) & _EVEN) | (b & ~_EVEN)
+        high_0, high_1 = (c & _EVEN) | ((d & _EVEN) << U32(8)), ((c >> U32(8)) & _EVEN) | (d & ~_EVEN)
+        at = (base + _slot_column(first, g)) // 4
+        out32[at] = (low_0 & _HALF) | (high_0 << U32(16))
+        out32[at + g // 4] = (low_1 & _HALF) | (high_1 << U32(16))
+        out32[at + 2 * (g // 4)] = (low_0 >> U32(16)) | (high_0 & ~_HALF)
+        out32[at + 3 * (g // 4)] = (low_1 >> U32(16)) | (high_1 & ~_HALF)
 
 
 @njit(nogil=True, inline="always")
@@ -184,11 +185,11 @@ def pack_planes(line, codes_per_symbol, raw_bits, lane, slots, planes):  # type:
 
 
 @njit(nogil=True, inline="always")
-def _load_narrow_planes(planes, narrow_bits, lane, slots):  # type: ignore[no-untyped-def]
-    """All planes of fewer than 8 bits of one lane and chunk, into ``slots``."""
+def _load_narrow_planes(planes, narrow_bits, lane, slots, above):  # type: ignore[no-untyped-def]
+    """All planes of fewer than 8 bits of one lane and chunk, into ``slots``, with ``above`` in the bits above them."""
     at = 0
     for slot in range(SLOTS):
-        slots[slot] = U32(0)
+        slots[slot] = above
     if narrow_bits & 4:
         _load_plane(planes, narrow_bits & 3, 4, lane, slots)
         at += 4 * GROUP_LANES
@@ -211,6 +212,24 @@ def _join_codes(symbols, first, code_bits, g, raw_bits, slots):  # type: ignore[
             slots[g * quad + code] |= ((four >> U32(code_bits * code)) & code_mask) << U32(raw_bits)
 
 
+@njit(nogil=True, inline="always")
+def _join_folded(symbols, first, code_bits, g, raw_bits, slots):  # type: ignore[no-untyped-def]
+    """The same for folded codes (the inverse of :func:`fold_row`) in ``slots`` that have a sign bit of 1 above."""
+    ones = U32((1 << code_bits) - 1)
+    code_mask = _BYTES * ones
+    for quad in range(SLOTS // g):
+        step = first + 4 * quad
+        four = U32(symbols[step]) | (U32(symbols[step + 1]) << U32(8))
+        four |= (U32(symbols[step + 2]) << U32(16)) | (U32(symbols[step + 3]) << U32(24))
+        for code in range(g):
+            u = slots[g * quad + code]
+            folded = (u >> U32(raw_bits - 1)) & _BYTES
+            if code_bits > 1:
+                folded *= ones  # no product of a byte leaves it
+            codes = (four >> U32(code_bits * code)) & code_mask
+            slots[g * quad + code] = u ^ ((codes ^ folded) << U32(raw_bits))
+
+
 @kernel
 def join_narrow(symbols, planes, lane, layout, slots, out):  # type: ignore[no-untyped-def]
     """Put the elements of one lane together: u8 ``symbols`` [steps], the group's ``planes`` → u8 ``out``.
@@ -218,26 +237,37 @@ def join_narrow(symbols, planes, lane, layout, slots, out):  # type: ignore[no-u
     ``layout`` is ``Layout.parameters``; ``slots`` u32 [8] is scratch; ``out`` has whole chunks.
     """
     code_bits, g, raw_bits, folded = layout
+    out32 = out.view(np.uint32)
+    sign = _BYTES * U32(1 << (code_bits + raw_bits - 1)) if folded else U32(0)
     for chunk in range(out.shape[0] // CHUNK_COLS):
         base = chunk * CHUNK_COLS
-        _load_narrow_planes(planes[chunk], raw_bits, lane, slots)
-        if g == 1:
-            _join_codes(symbols, base, code_bits, 1, raw_bits, slots)
-            _scatter(slots, base, 1, out)
-        elif g == 8:
-            _join_codes(symbols, base // 8, 1, 8, raw_bits, slots)
-            _scatter(slots, base, 8, out)
+        _load_narrow_planes(planes[chunk], raw_bits, lane, slots, sign)
+        if g == 8:
+            _join_folded(symbols, base // 8, 1, 8, raw_bits, slots)
+            _scatter_quads(slots, base, 8, out32)
         elif g == 4:
-            _join_codes(symbols, base // 4, code_bits, 4, raw_bits, slots)
-            _scatter(slots, base, 4, out)
-        elif code_bits == 4:
-            _join_codes(symbols, base // 2, 4, 2, raw_bits, slots)
+            if not folded:
+                _join_codes(symbols, base // 4, 2, 4, raw_bits, slots)
+            elif code_bits == 2:
+                _join_folded(symbols, base // 4, 2, 4, raw_bits, slots)
+            else:
+                _join_folded(symbols, base // 4, 1, 4, raw_bits, slots)
+            _scatter_quads(slots, base, 4, out32)
+        elif g == 2:
+            if folded:
+                _join_folded(symbols, base // 2, code_bits, 2, raw_bits, slots)
+            elif code_bits == 4:
+                _join_codes(symbols, base // 2, 4, 2, raw_bits, slots)
+            else:
+                _join_codes(symbols, base // 2, code_bits, 2, raw_bits, slots)
             _scatter(slots, base, 2, out)
         else:
-            _join_codes(symbols, base // 2, code_bits, 2, raw_bits, slots)
-            _scatter(slots, base, 2, out)
-    if folded:
-        unfold_row(out, code_bits, raw_bits)
+            if folded:
+                _join_folded(symbols, base, code_bits, 1, raw_bits, slots)
+            else:
+                _join_codes(symbols, base, code_bits, 1, raw_bits, slots)
+            for slot in range(SLOTS):
+                out32[base // 4 + slot] = slots[slot]
 
 
 @kernel
@@ -247,7 +277,7 @@ def join_wide(symbols, planes, lane, raw_bits, slots, out):  # type: ignore[no-u
     for chunk in range(out.shape[0] // CHUNK_COLS):
         base = chunk * CHUNK_COLS
         at = 32 * (raw_bits - narrow_bits)
-        _load_narrow_planes(planes[chunk, at:], narrow_bits, lane, slots)
+        _load_narrow_planes(planes[chunk, at:], narrow_bits, lane, slots, U32(0))
         for slot in range(SLOTS):
             for t in range(4):
                 col = base + 4 * slot + t

@@ -167,7 +167,9 @@ def decode_rans_tile(  # type: ignore[no-untyped-def]
             _join(symbols[lane], planes[group], lane, layout, slots, line)
             if previous:
                 undo_predictor(half, line)
-            out[first + lane] = line[:cols]
+            row = out[first + lane]
+            for col in range(cols):  # compiled to wide copies, unlike an assignment of slices
+                row[col] = line[col]
     return bad
 
 

@@ -74,6 +74,9 @@ class Outliers:
     deltas: npt.NDArray[np.int32]
 
 
+_NO_OUTLIERS = Outliers(*(np.empty(0, np.int32) for _ in range(3)))
+
+
 @dataclass(frozen=True)
 class Tile:
     """One validated tile; arrays are views into the blob wherever alignment allows.
@@ -316,6 +319,8 @@ class Blob:
 
 def _parse_outliers(where: str, data: npt.NDArray[np.uint8], geometry: TileGeometry) -> Outliers:
     """Outliers from their u32s (FORMAT.md §7.5): row 31..24, column 23..13, delta 12..0."""
+    if not len(data):
+        return _NO_OUTLIERS
     entries = data.view("<u4")
     positions = entries >> OUTLIER_DELTA_BITS
     if (positions[1:] <= positions[:-1]).any():
