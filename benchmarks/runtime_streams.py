@@ -159,7 +159,7 @@ class Bench:
                 out.unlink(missing_ok=True)
         shape = (2 * self.options.intermediate, self.options.hidden)
         for layout in LAYOUTS:
-            bits, sigma = (8, 30.0) if layout == "balanced" else (5, 3.9)
+            bits, sigma = 5, 3.9
             half = 1 << (bits - 1)
             normal = torch.randn(shape, device=self.device) * sigma
             elements = (normal.round_().clamp_(-half, half - 1) + half).to(torch.uint8)

@@ -300,7 +300,7 @@ def test_malformed_rates_of_their_own(source: Path, value: str) -> None:
         (["--bits", "nan"], "nan bits a weight"),
         (["--bits", "4", "--preset", "lossless"], "bits and preset exclude each other"),
         (["--tile-cols", "48"], "tile_cols 48: multiples of 32"),
-        (["--tile-cols", "544"], "tile_cols 544"),
+        (["--tile-cols", "2080"], "tile_cols 2080"),
         (["--tile-cols", "0"], "tile_cols 0"),
         (["--include", "("], "include '(' is not a regular expression"),
         (["--exclude", "["], "exclude '[' is not a regular expression"),

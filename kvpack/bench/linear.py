@@ -57,7 +57,7 @@ from kvpack.runtime.weights.device_blob import DeviceBlob
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
 SECTIONS = ("copy", "tensors", "linear", "decode", "streams", "codecs", "encode", "targets", "specification")
 PEERS = ("triton", "nvidia-nvcomp-cu13", "entropack")
-# layout → (bits of an element, standard deviation of the integers)
+# layout → (bits of an element, standard deviation of the integers). Until folded codes `balanced` had (8, 30): INT8.
 SOURCES = {"balanced": (5, 3.9), "fast": (5, 3.9)}
 WEIGHT_DEVIATION = 0.02  # of the dequantized weights, as in a trained layer
 # Rounding to fp16 gives 2·10⁻⁴, to bf16 2·10⁻³; a wrong result is wrong by far more.

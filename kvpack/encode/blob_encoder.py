@@ -97,7 +97,8 @@ def even_tile_cols(rows: int, cols: int, layout: Layout) -> int:
     some thousand groups of lanes to be busy, so that only large matrices can afford long ones. The one integer a symbol
     of ``compact`` is for size, and gets the longest.
 
-    >>> balanced = Layout(ElementKind.SIGNED, 5, 2, 4, folded=True)
+    >>> from kvpack.format.layout import ElementKind, integer_layout
+    >>> balanced = integer_layout("balanced", ElementKind.SIGNED, 5)
     >>> [even_tile_cols(rows, cols, balanced) for rows, cols in ((384, 384), (512, 1408), (4096, 4096), (28672, 4096))]
     [384, 480, 512, 1024]
     """

@@ -43,6 +43,7 @@ from kvpack.encode.rate import (
     RatePlan,
     candidate_layouts,
     fixed_bits_per_weight,
+    layouts_at,
     plan_at_step,
     plan_for_bits,
     plan_for_noise,
@@ -751,8 +752,8 @@ def plan_at_common_step(
     weights: Matrices, fine: FineHistogram, step: float, layout_name: str, tile_cols: int | None
 ) -> RatePlan:
     """How to store this tensor if the whole model has one step."""
-    names = ("balanced",) if layout_name == "auto" else (layout_name,)
-    layouts = [integer_layout(name, ElementKind.SIGNED, n) for name in names for n in range(2, 9)]
+    name = "balanced" if layout_name == "auto" else layout_name
+    layouts = [layout for n in range(2, 9) for layout in layouts_at(name, n, 0.0)]
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     return plan_for_step(fine, step, layouts, headers)
 

@@ -86,7 +86,7 @@ def test_it_does_not_change() -> None:
         ({"allocation": 3}, "allocation 3: there are tensor, model"),
         ({"tile_cols": 0}, "tile_cols 0: multiples of 32 from 32 to 512 are possible"),
         ({"tile_cols": 48}, "tile_cols 48: multiples of 32"),
-        ({"tile_cols": 544}, "tile_cols 544: multiples of 32"),
+        ({"tile_cols": 2080}, "tile_cols 2080: multiples of 32"),
         ({"tile_cols": 64.0}, "tile_cols 64.0: multiples of 32"),
         ({"include": "("}, r"include '\(' is not a regular expression"),
         ({"exclude": "["}, r"exclude '\[' is not a regular expression"),
