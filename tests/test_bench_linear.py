@@ -187,12 +187,16 @@ def test_a_report_without_rows_has_no_verdicts() -> None:
 def test_specification() -> None:
     found = {row["what"]: row for row in evaluate_specification(synthetic_report())}
     assert found["fast: ratio over INT8"]["met"] is True
-    assert found["balanced: ratio over INT8"]["met"] is False
+    assert found["balanced: ratio over INT8"]["measured"] == pytest.approx(8 / 4.2)
     assert found["fast: device memory over FP16"]["measured"] == pytest.approx(100 * 4.5 / 16)
     assert found["fast: device memory over INT8"]["met"] is None
     assert found["fast: encode, CPU, 16 threads"]["met"] is True
     assert found["balanced: five layers on streams"]["measured"] == pytest.approx(0.04)
     assert found["balanced: dequantization error"]["met"] is True
+    large = synthetic_report()
+    for tensor in large["tensors"]:
+        tensor["bits_per_weight"] = 7.25
+    assert {row["what"]: row for row in evaluate_specification(large)}["balanced: ratio over INT8"]["met"] is False
 
 
 def test_the_fastest_tile_columns_within_the_size_are_chosen() -> None:

@@ -580,8 +580,8 @@ def _check_offset(fine: FineHistogram, encoded: EncodedTensor, bits: float) -> N
 def _encode_zeros(
     weights: Matrices, tile_cols: int | None, executor: ThreadPoolExecutor | None, coder: Coder
 ) -> EncodedTensor:
-    layout = integer_layout("balanced", ElementKind.SIGNED, 4)
-    strips = coder.quantize(weights, np.zeros(1, np.float32), 4, NEAREST)
+    layout = integer_layout("balanced", ElementKind.SIGNED, 2)  # of which nothing is raw
+    strips = coder.quantize(weights, np.zeros(1, np.float32), layout.element_bits, NEAREST)
     header = weights.header(layout, tile_cols)
     counted = _count_quantized(header, strips, executor)
     scales = np.zeros(1, np.float32)

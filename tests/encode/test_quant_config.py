@@ -84,7 +84,7 @@ def test_it_does_not_change() -> None:
         ({"layout": "wide"}, "layout 'wide': there are auto, "),
         ({"layout": None}, "layout None: there are auto, "),
         ({"allocation": 3}, "allocation 3: there are tensor, model"),
-        ({"tile_cols": 0}, "tile_cols 0: multiples of 32 from 32 to 512 are possible"),
+        ({"tile_cols": 0}, "tile_cols 0: multiples of 32 from 32 to 2048 are possible"),
         ({"tile_cols": 48}, "tile_cols 48: multiples of 32"),
         ({"tile_cols": 2080}, "tile_cols 2080: multiples of 32"),
         ({"tile_cols": 64.0}, "tile_cols 64.0: multiples of 32"),

@@ -373,7 +373,7 @@ def test_product_of_mixed_tiles(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_product_with_predictor(tokens: int) -> None:
     rng = np.random.default_rng(3)
-    steps = np.rint(rng.normal(0, 12, (1, 70, 200))).astype(int)  # of which folded codes are mostly 0, not all
+    steps = np.rint(rng.normal(0, 12, (1, 64, 200))).astype(int)  # of which folded codes are mostly 0, not all
     elements = ((np.cumsum(steps, axis=2) + 128) % 256).astype(np.uint8)
     layout = integer_layout("balanced", ElementKind.SIGNED, 8)
     data = encode_elements(elements, layout, tile_cols=96, predictor=samples.Predictor.PREVIOUS)
