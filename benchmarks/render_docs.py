@@ -144,8 +144,8 @@ def minilm_ideas() -> str:
     return text + "\n" + table(["columns of a tile", "bits", "noise, dB"], rows) + origin(result)
 
 
-def books(short: bool) -> str:
-    result = newest("books-quality")
+def books(short: bool, name: str = "books-quality") -> str:
+    result = newest(name)
     rows = []
     for row in result["rows"]:
         if short and row["setting"] not in ("tensor:3.5", "tensor:4.25", "tensor:5", "near-lossless", "int4-g128"):
@@ -154,6 +154,7 @@ def books(short: bool) -> str:
             setting_name(result, row["setting"])
             .replace("tensor:", "`--bits ")
             .replace("model:", "`--allocation model --bits ")
+            .replace(":", " --layout ")
         )
         name += "`" if name.startswith("`") else ""
         cells = [name, _number(row["bits"], 3), f"{row['kl']:.4f}", _number(100 * row["same_top"], 1)]
@@ -164,7 +165,9 @@ def books(short: bool) -> str:
     headings = ["setting", "bits a weight", "KL to the original", "same top token, %", "perplexity"]
     text = table(headings if short else [*headings, "noise, dB"], rows)
     text += f"\nThe original's perplexity is {result['original_perplexity']:.2f}"
-    text += f" ({result['perplexity_windows']} windows of {result['window_tokens']} tokens: the whole text)."
+    whole = result["perplexity_windows"] == (result["tokens_in_text"] - 1) // result["window_tokens"]
+    text += f" ({result['perplexity_windows']} windows of {result['window_tokens']} tokens"
+    text += ": the whole text)." if whole else ")."
     return text + "\n" + ("" if short else origin(result))
 
 
@@ -656,6 +659,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "minilm-ideas": minilm_ideas,
     "books-short": lambda: books(short=True),
     "books": lambda: books(short=False),
+    "books-layouts": lambda: books(short=False, name="books-layouts"),
     "books-default": books_default,
     "tensor-kinds": tensor_kinds,
     "codec": codec,

@@ -143,6 +143,8 @@ def gemv_warps(layout: Layout, architecture: int) -> int:
     """At most how many warps a block for one vector has, if two share a multiprocessor."""
     if architecture >= _NEWER:
         return 10
+    if layout.codes_per_symbol == 8 and layout.raw_bits % 4 == 3:  # planes of two bits and of one
+        return 14 if layout.raw_bits == 3 else 10
     if layout.raw_bits > _MANY_RAW_BITS:
         return 12
     return 16 if layout.raw_bits < _MANY_RAW_BITS - 1 else 14
