@@ -46,7 +46,8 @@ def launches_of(coded_weights: products.Coded, tokens: int) -> tuple[int, list[t
         found = list(launch_model.gemv_launches(*shape, products.gemv_warps(coded_weights.layout, limits.architecture)))
     else:
         eights = next(n for n in products.TOKEN_TILES if tokens <= 8 * n)
-        found = list(launch_model.gemm_launches(*shape, products.gemm_warps(eights, limits.architecture), eights))
+        warps = products.gemm_warps(coded_weights.layout, eights, limits.architecture)
+        found = list(launch_model.gemm_launches(*shape, warps, eights))
     found.sort(key=lambda launch: estimate(launch[0], launch_model.COSTS[eights]))
     picked: list[tuple[Terms, ProductFit]] = []
     seen: set[tuple[int, ...]] = set()

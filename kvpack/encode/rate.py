@@ -298,8 +298,8 @@ def candidate_layouts(layout_name: str, bits: float, fine: FineHistogram | None 
     if fine is not None and not fine.is_smooth:
         names = ("balanced", "compact") if layout_name == "auto" and not fine.is_small else names
         widths = list(range(2, 9))
-    layouts = [layout for name in names for n in widths for layout in layouts_at(name, n, bits)]
-    return list(dict.fromkeys(layouts))
+        return [integer_layout(name, ElementKind.SIGNED, n) for name in names for n in widths]  # the same at every rate
+    return [layout for name in names for n in widths for layout in layouts_at(name, n, bits)]
 
 
 def layouts_at(layout_name: str, element_bits: int, bits: float) -> tuple[Layout, ...]:

@@ -24,7 +24,7 @@ from nvrtc import compile_for  # noqa: E402
 
 from kvpack.bench import matrix_quantizer as matrices  # noqa: E402
 from kvpack.bench.matrix_quantizer_reference import FORMATS, Axis  # noqa: E402
-from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layout  # noqa: E402
+from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layouts  # noqa: E402
 from kvpack.format.pages import PageFormat, Side  # noqa: E402
 from kvpack.runtime.device.kernels import Kernel, layout_defines  # noqa: E402
 from kvpack.runtime.kv import attention_kernels as attention  # noqa: E402
@@ -59,7 +59,11 @@ _ENCODER_BLOCKS = {
 T = TypeVar("T")
 SIGNED, UNSIGNED = (
     # Some names mean the same layout.
-    tuple(dict.fromkeys(integer_layout(name, kind, bits) for bits in range(2, 9) for name in LAYOUT_NAMES))
+    tuple(
+        dict.fromkeys(
+            layout for bits in range(2, 9) for name in LAYOUT_NAMES for layout in integer_layouts(name, kind, bits)
+        )
+    )
     for kind in (ElementKind.SIGNED, ElementKind.UNSIGNED)
 )
 FLOATS = tuple(layout for kind in ElementKind if not kind.is_integer for layout in float_layouts(kind))

@@ -232,7 +232,7 @@ def test_every_gpu_has_a_launch(architecture: int, multiprocessors: int) -> None
         for word_buffer_bytes in (1024, 17 << 10):
             shape = (header, word_buffer_bytes, limits)
             fits = [fit_gemv(*shape, products.gemv_warps(layout, architecture))]
-            fits += [fit_gemm(*shape, products.gemm_warps(n, architecture), n) for n in products.TOKEN_TILES]
+            fits += [fit_gemm(*shape, products.gemm_warps(layout, n, architecture), n) for n in products.TOKEN_TILES]
             for fit in fits:
                 assert fit.members * fit.teams <= 32
                 assert fit.members == 1 or fit.teams <= 15  # barriers

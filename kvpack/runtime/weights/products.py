@@ -150,8 +150,10 @@ def gemv_warps(layout: Layout, architecture: int) -> int:
     return 16 if layout.raw_bits < _MANY_RAW_BITS - 1 else 14
 
 
-def gemm_warps(token_tiles: int, architecture: int) -> int:
+def gemm_warps(layout: Layout, token_tiles: int, architecture: int) -> int:
     """The same for a few vectors."""
+    if layout.codes_per_symbol == 8 and layout.raw_bits == 7:
+        return min(10, _GEMM_WARPS[token_tiles][architecture < _NEWER])
     return _GEMM_WARPS[token_tiles][architecture < _NEWER]
 
 
@@ -184,7 +186,7 @@ def gemm_kernel(
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemm_warps(token_tiles, architecture) * BLOCKS_PER_SM // resident,
+        "KVPACK_MAX_WARPS": gemm_warps(layout, token_tiles, architecture) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
         "KVPACK_TOKEN_TILES": token_tiles,
     }
@@ -219,7 +221,9 @@ def fit_product(coded: Coded, tokens: int, limits: Limits) -> ProductFit | None:
         warps = gemv_warps(coded.layout, limits.architecture)
         return fit_gemv(*shape, warps, max_panels(coded, 1)) or fit_gemv(*shape, warps)
     eights = token_tiles(tokens)
-    return fit_gemm(*shape, gemm_warps(eights, limits.architecture), eights, max_panels(coded, 8 * eights))
+    return fit_gemm(
+        *shape, gemm_warps(coded.layout, eights, limits.architecture), eights, max_panels(coded, 8 * eights)
+    )
 
 
 def token_tiles(tokens: int) -> int:
