@@ -129,7 +129,7 @@ class EncodedTensor:
 def _is_stack(shape: tuple[int, ...]) -> bool:
     """Whether a tensor of 3 or more dimensions is a matrix for each of the leading ones.
 
-    Every matrix has tiles of its own, of 256 rows and as many as 512 columns: matrices of few rows, or of few
+    Every matrix has tiles of its own, of 256 rows and some hundred columns: matrices of few rows, or of few
     columns, are mostly overhead (a patch embedding [768, 3, 32, 32], a convolution [258, 1, 256]).
     """
     if len(shape) <= 2 or shape[-1] < 32:
