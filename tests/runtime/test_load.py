@@ -387,16 +387,16 @@ def test_reader_checks_what_is_asked_for(path: Path, tmp_path: Path, name: str) 
 def test_few_bytes_wait_for_their_checks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read is held until it is checked: a slow check holds up who reads."""
     limit, checked = 60_000, 0
-    check = load_module.check_tile_bytes
+    check = load_module.check_tiles
 
-    def slow(payload: memoryview, tile: Any, where: str) -> None:
+    def slow(payload: memoryview, tiles: Any, first: int) -> None:
         nonlocal checked
-        time.sleep(0.02)
-        check(payload, tile, where)
-        checked += int(tile["data_size"])
+        time.sleep(0.02 * len(tiles))
+        check(payload, tiles, first)
+        checked += int(tiles["data_size"].sum())
 
     monkeypatch.setattr(load_module, "_MAX_PENDING_BYTES", limit)
-    monkeypatch.setattr(load_module, "check_tile_bytes", slow)
+    monkeypatch.setattr(load_module, "check_tiles", slow)
     with kvpack.open(path, threads=1) as reader, CrcChecks(reader) as checks:
         added = 0
         for name in [name for name in reader if reader.info(name)] * 2:

@@ -18,10 +18,11 @@ import torch
 
 from kvpack.encode.reader import Reader
 from kvpack.errors import FormatError, InputError, TensorTableError
-from kvpack.format.blob import TILE_METADATA, Blob, check_tile_bytes
+from kvpack.format.blob import TILE_METADATA, Blob
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container, StoredTensor
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
+from kvpack.format.tile_crc import check_tiles
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Uploader
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
@@ -178,8 +179,7 @@ class CrcChecks:
         if first == 0:
             self._check_plain(name, name + SCALE_SUFFIX, None)
         with _named(self._reader, name):
-            for index in range(first, min(first + _TILES_A_CHECK, len(tiles))):
-                check_tile_bytes(payload, tiles[index], f"tile {index}")
+            check_tiles(payload, tiles[first : first + _TILES_A_CHECK], first)
 
     @contextmanager
     def around(self, name: str, host: memoryview) -> Iterator[None]:
