@@ -119,10 +119,10 @@ def _group_offsets(blob: Blob, geometry: _Geometry) -> tuple[Index, Index]:
         totals[full] += last.view(f"<u{header.length_bytes}").sum(axis=1, dtype=np.int64)
     firsts[rans, GROUPS_PER_TILE] = totals
     words = np.diff(firsts, axis=1)
-    wrong: npt.NDArray[np.bool_] = np.any(words < 0, axis=1) | (firsts[:, 0] != 0)
+    wrong = np.any(words < 0, axis=1) | (firsts[:, 0] != 0)
     wrong |= (geometry.beyond & (firsts != firsts[:, -1:])).any(axis=1)
     _refuse(LaneError, wrong, "group_offset does not match the lanes' lengths")
-    _refuse(LaneError, (words > GROUP_LANES * MAX_TILE_COLS).any(axis=1), "a group has more words than steps")
+    _refuse(LaneError, np.any(words > GROUP_LANES * MAX_TILE_COLS, axis=1), "a group has more words than steps")
     return firsts, words
 
 
