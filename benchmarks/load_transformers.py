@@ -8,7 +8,7 @@ and reads them when they are first used, so time is given twice: until ``from_pr
 forward pass over 8 tokens is done. Files are in the page cache. Imports are not in these times, neither side's: torch,
 transformers and the model's module, kvpack, and on a GPU CuPy, which kvpack imports when a process uses its kernels for
 the first time. ``cupy_s`` is what that takes; a first load in a process takes it besides. ``--profile`` lists the
-functions in which ``from_pretrained`` of each spends the main thread's time, waiting included, in one more process each.
+functions in which ``from_pretrained`` of each spends the main thread's time, waiting included, in one more process.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ with torch.no_grad():
     model(torch.arange(3, 11, device=model.device)[None])[0].float().cpu()
 ready = time.perf_counter() - begin
 held = torch.cuda.memory_allocated() if device != "cpu" else peak("VmHWM") - before
-print(json.dumps({"load_s": loaded, "ready_s": ready, "cupy_s": cupy, "load_peak_bytes": memory, "ready_peak_bytes": held}))
+times = {"load_s": loaded, "ready_s": ready, "cupy_s": cupy}
+print(json.dumps({**times, "load_peak_bytes": memory, "ready_peak_bytes": held}))
 """
 
 
