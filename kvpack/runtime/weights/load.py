@@ -290,7 +290,7 @@ def _allocate(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
 
 
 def _host_buffers(blob_bytes: list[int]) -> list[torch.Tensor]:
-    """Memory for blobs with slack on the CPU, several in a block, which stays as long as one of them.
+    """Memory for blobs on the CPU with slack of zeros, several in a block, which stays as long as one of them.
 
     NumPy asks for huge pages where memory is large: page by page, first writes take most of a read's time.
     """
@@ -302,6 +302,7 @@ def _host_buffers(blob_bytes: list[int]) -> list[torch.Tensor]:
         block = np.empty(ends[count - 1], np.uint8)
         for size, end in zip(blob_bytes[len(buffers) :], ends[:count], strict=False):
             begin = end - sizes[len(buffers)]
+            block[begin + size : begin + size + SLACK_BYTES] = 0
             buffers.append(torch.from_numpy(block[begin : begin + size + SLACK_BYTES]))
     return buffers
 
@@ -401,8 +402,6 @@ def load_tensors(
                 upload.wait_piece(number)
             if device.type == "cpu":
                 host = pieces[number].target.numpy().data
-                if is_coded:
-                    buffers[name][len(host) :].zero_()
             if not is_coded:
                 assert checks is not None
                 checks.add(name, host)
