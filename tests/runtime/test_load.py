@@ -408,6 +408,35 @@ def test_few_bytes_wait_for_their_checks(path: Path, monkeypatch: pytest.MonkeyP
         assert added == checked > 4 * limit
 
 
+def test_small_tensors_are_checked_together(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task for a thread, not one each; and what comes behind a damaged one of them is not looked at."""
+    checked: list[int] = []
+    check = load_module.check_tiles
+
+    def noted(payload: memoryview, tiles: Any, first: int) -> None:
+        checked.append(len(payload))
+        check(payload, tiles, first)
+
+    monkeypatch.setattr(load_module, "check_tiles", noted)
+    with kvpack.open(path, threads=1) as reader, CrcChecks(reader) as checks:
+        names = [name for name in reader if reader.info(name)]
+        hosts = [reader.container(name).data(name + "_kvpack") for name in names]
+        assert sum(map(len, hosts)) < load_module._CHECK_BYTES
+        for name, host in zip(names, hosts, strict=True):
+            checks.add(name, host)
+        assert checked == []
+        checks.wait()
+        assert len(checked) >= len(names) > 2
+        broken = bytearray(hosts[1])
+        broken[-20] ^= 1
+        checked.clear()
+        for name, host in zip(names, [hosts[0], memoryview(broken), *hosts[2:]], strict=True):
+            checks.add(name, host)
+        with pytest.raises(FormatError, match=rf"tensor {names[1]!r}: tile \d+: "):
+            checks.wait()
+        assert len(checked) == 2
+
+
 def test_few_bytes_are_read_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with kvpack.open(path) as reader:
         names = [name for name in reader if reader.info(name)] * 2
