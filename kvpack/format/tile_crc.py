@@ -8,7 +8,6 @@ zlib's CRC-32, crc(A, B) = crc(A) · x^(8 · len(B)) + crc(B), polynomials over 
 from __future__ import annotations
 
 import zlib
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +52,6 @@ def _powers(step: Polynomials, count: int) -> tuple[Polynomials, Polynomials]:
     return powers, step
 
 
-@cache
 def _tables() -> tuple[Polynomials, Polynomials, Polynomials, Polynomials]:
     """Multiples of x^(8 · bytes) for a distance's low and high digit and for padding, and the CRC of padding."""
     padding_units = ALIGNMENT_BYTES // OUTLIER_BYTES
@@ -63,6 +61,10 @@ def _tables() -> tuple[Polynomials, Polynomials, Polynomials, Polynomials]:
     high, _ = _powers(unit, 1 << _DIGIT_BITS)
     crcs = [zlib.crc32(bytes(OUTLIER_BYTES * units)) for units in range(padding_units)]
     return _multiples(low), _multiples(high), _multiples(padding), np.array(crcs, np.uint32)
+
+
+# Made when this is imported: threads that need them at the same time would each make them.
+_LOW, _HIGH, _PADDING, _PADDING_CRCS = _tables()
 
 
 def _is_intact(payload: memoryview, tiles: npt.NDArray[np.void]) -> bool:
@@ -79,12 +81,11 @@ def _is_intact(payload: memoryview, tiles: npt.NDArray[np.void]) -> bool:
         or (offsets[1:] != (ends[:-1] * ALIGNMENT_BYTES).astype(np.uint64)).any()
     ):
         return False
-    low, high, padding, padding_crcs = _tables()
-    padding_units = -sizes // OUTLIER_BYTES % len(padding_crcs)
-    crcs = _product(tiles["payload_crc32"].astype(np.uint32), padding[padding_units]) ^ padding_crcs[padding_units]
+    padding = -sizes // OUTLIER_BYTES % len(_PADDING_CRCS)
+    crcs = _product(tiles["payload_crc32"].astype(np.uint32), _PADDING[padding]) ^ _PADDING_CRCS[padding]
     distances = ends[-1] - ends
-    crcs = _product(crcs, low[distances & ((1 << _DIGIT_BITS) - 1)])
-    crcs = _product(crcs, high[distances >> _DIGIT_BITS])
+    crcs = _product(crcs, _LOW[distances & ((1 << _DIGIT_BITS) - 1)])
+    crcs = _product(crcs, _HIGH[distances >> _DIGIT_BITS])
     return zlib.crc32(payload[begin : begin + run_bytes]) == int(np.bitwise_xor.reduce(crcs))
 
 
