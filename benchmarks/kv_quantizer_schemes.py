@@ -59,6 +59,7 @@ class Recording:
             token each, or none.
         scale: of scores.
         prompt_q: fp16 [layers, heads, tokens, head_dim], where a scheme wants it.
+        key_order: of kvpack's pages, as ``KVCache`` takes it: that of the model.
     """
 
     k: torch.Tensor
@@ -68,6 +69,7 @@ class Recording:
     new_v: torch.Tensor
     scale: float
     prompt_q: torch.Tensor | None = None
+    key_order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,10 @@ class Scheme(Protocol):
 
 @dataclass(frozen=True)
 class Coder:
-    """One side's values [kv_heads, tokens, head_dim] fp32, tokens in whole pages, to what they become; and the bits an
-    element takes, which depend on head_dim."""
+    """One side's values [kv_heads, tokens, head_dim] fp32, tokens in whole pages, to what they become, with the
+    recording's ``key_order``; and the bits an element takes, which depend on head_dim."""
 
-    apply: Callable[[torch.Tensor], torch.Tensor]
+    apply: Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor]
     bits: Callable[[int], float]
 
 
@@ -127,7 +129,8 @@ class SideBySide:
             for begin, end, coders in spans:
                 bits += (end - begin) * coders[side].bits(head_dim)
                 for layer in range(layers):
-                    out[layer, :, begin:end] = coders[side].apply(values[layer, :, begin:end].float())
+                    of_layer = values[layer, :, begin:end].float()
+                    out[layer, :, begin:end] = coders[side].apply(of_layer, recording.key_order)
             found.append(out)
         return Quantized(*found, bits / (2 * tokens))
 
@@ -158,6 +161,7 @@ class Budgeted:
             budget=self.budget,
             policy=self.policy,
             recent_tokens=RECENT_TOKENS,
+            key_order=recording.key_order,
         )
         for begin in range(0, tokens, CHUNK_TOKENS):
             for layer in range(layers):
@@ -176,10 +180,10 @@ class Budgeted:
 def page_coder(side: Side, page_format: PageFormat) -> Coder:
     """kvpack's own, through its executable specification; 16 bits leave values as they are."""
     if not page_format.is_quantized:
-        return Coder(lambda x: x, lambda head_dim: 16.0)
+        return Coder(lambda x, _: x, lambda head_dim: 16.0)
 
-    def apply(x: torch.Tensor) -> torch.Tensor:
-        layout = PageLayout(side, page_format, x.shape[-1])
+    def apply(x: torch.Tensor, key_order: tuple[int, ...]) -> torch.Tensor:
+        layout = PageLayout(side, page_format, x.shape[-1], key_order)
         pages = x.unflatten(-2, (-1, PAGE_TOKENS)).cpu().numpy()
         return torch.from_numpy(dequantize_blocks(quantize_blocks(pages, layout), layout)).flatten(-3, -2).to(x)
 
@@ -201,12 +205,12 @@ def between_extremes(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
 def kivi_coder(side: Side, bits: int, group: int) -> Coder:
     if side == Side.K:
 
-        def apply(x: torch.Tensor) -> torch.Tensor:
+        def apply(x: torch.Tensor, _: tuple[int, ...]) -> torch.Tensor:
             return between_extremes(x.unflatten(-2, (-1, group)), -2, bits).flatten(-3, -2)
 
         return Coder(apply, lambda head_dim: bits + 32 / group)
 
-    def apply_to_tokens(x: torch.Tensor) -> torch.Tensor:
+    def apply_to_tokens(x: torch.Tensor, _: tuple[int, ...]) -> torch.Tensor:
         return between_extremes(x.unflatten(-1, (-1, math.gcd(group, x.shape[-1]))), -1, bits).flatten(-2, -1)
 
     return Coder(apply_to_tokens, lambda head_dim: bits + 32 / math.gcd(group, head_dim))
@@ -252,7 +256,7 @@ def turbo_coder(bits: int) -> Coder:
     levels = gaussian_levels(bits).float()
     borders = (levels[1:] + levels[:-1]) / 2
 
-    def apply(x: torch.Tensor) -> torch.Tensor:
+    def apply(x: torch.Tensor, _: tuple[int, ...]) -> torch.Tensor:
         turn = rotation(x.shape[-1]).to(x)
         norm = _fp16(x.norm(dim=-1, keepdim=True))
         unit = torch.where(norm > 0, x / norm, 0) @ turn * math.sqrt(x.shape[-1])

@@ -49,6 +49,7 @@ from kv_quantizer_schemes import CHUNK_TOKENS, Quantized, Recording, Scheme, pag
 from kv_quantizers_report import tables, verdicts
 
 from kvpack.format.pages import PAGE_TOKENS
+from kvpack.integrations.transformers import rotary
 from kvpack.integrations.transformers.cache import cache_keyword
 
 QUERIES = 64
@@ -207,7 +208,8 @@ def record(model: Any, ids: torch.Tensor, *, prompt_queries: bool) -> tuple[Reco
         reference = next_log_probabilities(model, ids, k, v)
         q, new_k, new_v = taken()
     assert ATTENTION.scale is not None
-    return Recording(k, v, q, new_k, new_v, ATTENTION.scale, prompt_q), reference
+    key_order = rotary.key_order(model.config.get_text_config(decoder=True), k.shape[-1])
+    return Recording(k, v, q, new_k, new_v, ATTENTION.scale, prompt_q, key_order), reference
 
 
 def attention_error(recording: Recording, quantized: Quantized) -> float:

@@ -22,6 +22,7 @@ import render_docs  # noqa: E402
 from tiny_text_model import write_model, write_novel  # noqa: E402
 
 from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
+from kvpack.integrations.transformers import rotary  # noqa: E402
 from kvpack.runtime.kv.attention import attention_with_kv_cache  # noqa: E402
 from kvpack.runtime.kv.cache import KVCache  # noqa: E402
 
@@ -187,6 +188,33 @@ def test_pages_are_those_of_the_cache() -> None:
     assert 0 < first < 0.05 < all_first
 
 
+def test_wide_dimensions_are_those_of_the_model() -> None:
+    """A model that turns neighbours keeps other dimensions best than a Llama."""
+    torch.manual_seed(0)
+    config = transformers.GPTJConfig(vocab_size=97, n_embd=128, n_layer=1, n_head=2, n_positions=512, rotary_dim=32)
+    model = transformers.GPTJForCausalLM(config).eval()
+    order = rotary.key_order(config, 64)
+    assert order
+    kv_quantizers.prepare(model)
+    ids = torch.randint(0, 97, (CONTEXT + 64,), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        recording, _ = kv_quantizers.record(model, ids, prompt_queries=True)
+    found, budgeted = (scheme.apply(recording) for scheme in schemes.parse_schemes(["int3", "importance@0.3"], None))
+    for name, one, options in (("int3", found, {"formats": PageFormat.INT3}), ("budget", budgeted, {"budget": 0.3})):
+        k = {}
+        for key_order in (order, None):
+            cache = KVCache(1, 2, 64, CONTEXT, device="cpu", key_order=key_order, **options)
+            assert recording.prompt_q is not None
+            for begin in range(0, CONTEXT, schemes.CHUNK_TOKENS):
+                new = slice(begin, begin + schemes.CHUNK_TOKENS)
+                qkv = (x[0, None, :, new] for x in (recording.prompt_q, recording.k, recording.v))
+                attention_with_kv_cache(*qkv, cache, layer=0, scale=recording.scale, observe=True)
+                cache.reallocate()
+            k[key_order] = cache.read(0, 0, torch.float32)[0][:, 64:]
+        assert torch.equal(one.k[0, :, 64:], k[order]), name
+        assert not torch.equal(k[order], k[None]), name
+
+
 def test_a_budget_is_the_cache_that_has_observed_the_prompt(text: dict[str, Any], model: Any) -> None:
     kv_quantizers.prepare(model)
     tokens = 896  # of fewer, most pages are pinned
@@ -224,9 +252,9 @@ def test_between_extremes_by_hand() -> None:
     x = torch.tensor([[0.0, 1.0, 2.2, 3.0], [5.0, 5.0, 5.0, 5.0]])
     assert torch.equal(schemes.between_extremes(x, -1, 2), torch.tensor([[0.0, 1.0, 2.0, 3.0], [5.0] * 4]))
     tokens = torch.arange(128.0)[None, :, None].expand(1, 128, 16)
-    k = schemes.kivi_coder(Side.K, 2, 64).apply(tokens)
+    k = schemes.kivi_coder(Side.K, 2, 64).apply(tokens, ())
     assert sorted(set(k[0, :, 3].tolist())) == [0, 21, 42, 63, 64, 85, 106, 127]  # four levels a group of 64 tokens
-    assert torch.equal(schemes.kivi_coder(Side.V, 2, 64).apply(tokens), tokens)  # a token's values are all the same
+    assert torch.equal(schemes.kivi_coder(Side.V, 2, 64).apply(tokens, ()), tokens)  # a token's values are all the same
 
 
 def test_levels_are_those_of_lloyd_and_max() -> None:
@@ -235,7 +263,7 @@ def test_levels_are_those_of_lloyd_and_max() -> None:
     assert schemes.gaussian_levels(3)[-1] == pytest.approx(2.1520, abs=1e-4)
     x = torch.randn(1, 20_000, 64, generator=torch.Generator().manual_seed(0))
     for bits, error in ((2, 0.1175), (3, 0.03454), (4, 0.009497)):
-        found = schemes.turbo_coder(bits).apply(x)
+        found = schemes.turbo_coder(bits).apply(x, ())
         assert float((found - x).square().mean() / x.square().mean()) == pytest.approx(error, rel=0.04)
 
 
