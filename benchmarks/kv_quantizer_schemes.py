@@ -4,7 +4,7 @@ All leave the newest :data:`RECENT_TOKENS` tokens in 16 bits, as ``KVCache`` doe
 tokens, the first page, scales, zero points and norms. Names:
 
     int4, fp8_e4m3, …    kvpack's pages of one format; int4/int2: K in one, V in another. The first page has a format
-                         of its own.
+                         of its own: by default that which it has in a ``KVCache``.
     POLICY@BUDGET        ``KVCache(budget=…, policy=…)``, which reads the prompt in chunks of 256 tokens, observes its
                          attention and divides the bytes anew behind each. What a budget gives depends on that: a
                          prompt in one chunk is observed once, and its pages leave the window all at once.
@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -34,6 +34,8 @@ from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side
 from kvpack.runtime.kv.allocator import POLICIES, Policy
 from kvpack.runtime.kv.attention import attention_with_kv_cache
 from kvpack.runtime.kv.cache import KVCache
+
+FirstPage = PageFormat | Literal["cache"] | None
 
 RECENT_TOKENS = 64
 # Of a prompt, that are read at once.
@@ -108,12 +110,13 @@ class Coder:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """K and V each by a coder; the first page by others, if they are given."""
+    """K and V each by a coder; the first page by others, of ``first_formats``, if they are given."""
 
     name: str
     family: str
     coders: tuple[Coder, Coder]
     first: tuple[Coder, Coder] | None = None
+    first_formats: tuple[PageFormat, ...] = ()
     wants_prompt_queries = False
 
     def apply(self, recording: Recording) -> Quantized:
@@ -276,10 +279,20 @@ def page_format(name: str) -> PageFormat:
     return PageFormat[name.upper()]
 
 
-def parse_scheme(name: str, first_page: PageFormat | None) -> Scheme:
+def first_page_of_cache(formats: tuple[PageFormat, PageFormat]) -> tuple[PageFormat, PageFormat]:
+    """What the first page has in a ``KVCache`` of these formats of K and V, when it has left the recent window."""
+    cache = KVCache(1, 1, 64, 3 * PAGE_TOKENS, device="cpu", formats=[formats], recent_tokens=RECENT_TOKENS)
+    tokens = torch.zeros((1, 1, 3 * PAGE_TOKENS, 64), dtype=cache.dtype)
+    cache.append(0, tokens, tokens)
+    k, v = (PageFormat(int(cache.precision_map(0)[side, 0, 0])) for side in Side)
+    return k, v
+
+
+def parse_scheme(name: str, first_page: FirstPage) -> Scheme:
     """
     Args:
-        first_page: what kvpack's pages have for the first 64 tokens; None: the same as all others.
+        first_page: what kvpack's pages have for the first 64 tokens; "cache": as in a ``KVCache``; None: the same as
+            all others.
 
     Raises:
         ValueError: a name that means nothing.
@@ -303,11 +316,13 @@ def parse_scheme(name: str, first_page: PageFormat | None) -> Scheme:
     else:
         family = "pages, K and V of two formats"
     coders = page_coder(Side.K, formats[0]), page_coder(Side.V, formats[1])
-    first = None if first_page is None else (page_coder(Side.K, first_page), page_coder(Side.V, first_page))
-    return SideBySide(name, family, coders, first)
+    if first_page is None:
+        return SideBySide(name, family, coders)
+    first = first_page_of_cache(formats) if first_page == "cache" else (first_page, first_page)
+    return SideBySide(name, family, coders, (page_coder(Side.K, first[0]), page_coder(Side.V, first[1])), first)
 
 
-def parse_schemes(names: Sequence[str], first_page: PageFormat | None) -> list[Scheme]:
+def parse_schemes(names: Sequence[str], first_page: FirstPage) -> list[Scheme]:
     """Each once; ``default`` stands for :data:`DEFAULT_SCHEMES`.
 
     Raises:
