@@ -58,6 +58,9 @@ def test_sentences_say_what_the_results_do() -> None:
     kl = {name: sum(r["kl"]) / len(r["kl"]) for name, r in caches.items()}
     same = [{r["name"]: r for r in one["rows"]} for one in newest("kv-quantizers-smollm2-2k-same")["texts"]]
     assert [one["name"] for one in newest("kv-quantizers-smollm2-2k-same")["texts"]] == ["books", "python"]
+    # README says so of both.
+    assert newest("kv-quantizers-smollm2-2k")["first_page"] == "fp16"
+    assert newest("kv-quantizers-smollm2-2k-same")["first_page"] == "same"
     assert {len(r["kl"]) for rows in same for r in rows.values()} == {6}
     own, peer = ([sum(rows[name]["kl"]) / 6 for rows in same] for name in ("int4", "kivi4g64"))
     equal_bits = {f"{rows[name]['bits']:.4f}" for rows in same for name in ("int4", "kivi4g64")}
