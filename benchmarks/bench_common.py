@@ -5,6 +5,7 @@ Results name files, not places: a path that is given as an argument is recorded 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -132,6 +133,33 @@ class MeanNoise:
     @property
     def db(self) -> float:
         return 10 * math.log10(self.weighted / self.size)
+
+
+def require_inputs(parser: argparse.ArgumentParser, model: Path | None, *texts: Path) -> None:
+    """End the program, before anything is loaded, unless these are a model directory and files.
+
+    transformers would look for the name of a missing directory on the Hub.
+    """
+    from kvpack.errors import InputError
+    from kvpack.integrations.transformers.causal_models import check_directory
+
+    try:
+        if model is not None:
+            check_directory(model)
+    except InputError as error:
+        parser.error(str(error))
+    for text in texts:
+        if not text.is_file():
+            parser.error(f"{text} is no file")
+
+
+def require_plotting(parser: argparse.ArgumentParser, plot: Path | None) -> None:
+    """End the program, before the work, if a chart is wanted that cannot be drawn."""
+    try:
+        if plot is not None:
+            import kvpack.bench.plot  # noqa: F401
+    except ImportError as error:
+        parser.error(f"--plot needs matplotlib ({error}): pip install 'kvpack[plot]'")
 
 
 def environment_path(name: str) -> Path | None:

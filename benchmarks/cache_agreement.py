@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from bench_common import environment_path, print_table, provenance, write_result
+from bench_common import environment_path, print_table, provenance, require_inputs, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kvpack import KVPackCache
@@ -37,10 +37,11 @@ def main() -> None:
     parser.add_argument("--caches", default=DEFAULT_CACHES)
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16", help="of the model: bfloat16, float16 or float32")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    require_inputs(parser, options.model, options.text)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     text = options.text.read_text(encoding="utf-8")
     windows = text_windows(tokenizer, text, context=options.context, windows=options.windows)

@@ -41,12 +41,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import device_record, environment_path, print_table, provenance, synchronize, write_result
+from bench_common import (
+    device_record,
+    environment_path,
+    print_table,
+    provenance,
+    require_inputs,
+    require_plotting,
+    synchronize,
+    write_result,
+)
 from kv_quality_report import tables, verdicts
 from torch.nn.functional import embedding, linear, rms_norm, silu
 
@@ -404,7 +413,7 @@ def measure(
 
 @contextmanager
 def progress(runs: int, tokens: int) -> Iterator[Callable[[str], Callable[[int], None]]]:
-    """A bar on stderr, gone when done; nothing where stderr is no terminal."""
+    """A bar on stderr, gone when done; where stderr is no terminal, a line for each run."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -420,8 +429,13 @@ def progress(runs: int, tokens: int) -> Iterator[Callable[[str], Callable[[int],
         disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task("", total=runs * tokens)
+        numbers = count(1)
+        begun = time.perf_counter()
 
         def begin(name: str) -> Callable[[int], None]:
+            if not console.is_terminal:
+                line = f"{name}: run {next(numbers)} of {runs}, after {time.perf_counter() - begun:.0f} s"
+                print(line, file=sys.stderr, flush=True)
             bar.update(task, description=name)
             return lambda steps: bar.advance(task, steps)
 
@@ -455,6 +469,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.model is None or options.text is None:
         parser.error("MODEL and TEXT are needed, or KVPACK_BOOKS_MODEL and KVPACK_BOOKS_TEXT")
+    require_inputs(parser, options.model, options.text)
+    require_plotting(parser, options.plot)
     if options.sequences < 1 or options.tokens < PAGE_TOKENS or options.tokens % PAGE_TOKENS:
         parser.error(f"--sequences is at least 1, --tokens a multiple of {PAGE_TOKENS}")
     device = torch.device(options.device)

@@ -4,7 +4,7 @@ All leave the newest :data:`RECENT_TOKENS` tokens in 16 bits, as ``KVCache`` doe
 tokens, the first page, scales, zero points and norms. Names:
 
     int4, fp8_e4m3, …    kvpack's pages of one format; int4/int2: K in one, V in another. The first page has a format
-                         of its own.
+                         of its own: by default that which it has in a ``KVCache``.
     POLICY@BUDGET        ``KVCache(budget=…, policy=…)``, which reads the prompt in chunks of 256 tokens, observes its
                          attention and divides the bytes anew behind each. What a budget gives depends on that: a
                          prompt in one chunk is observed once, and its pages leave the window all at once.
@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -34,6 +34,8 @@ from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side
 from kvpack.runtime.kv.allocator import POLICIES, Policy
 from kvpack.runtime.kv.attention import attention_with_kv_cache
 from kvpack.runtime.kv.cache import KVCache
+
+FirstPage = PageFormat | Literal["cache"] | None
 
 RECENT_TOKENS = 64
 # Of a prompt, that are read at once.
@@ -59,6 +61,7 @@ class Recording:
             token each, or none.
         scale: of scores.
         prompt_q: fp16 [layers, heads, tokens, head_dim], where a scheme wants it.
+        key_order: of kvpack's pages, as ``KVCache`` takes it: that of the model.
     """
 
     k: torch.Tensor
@@ -68,6 +71,7 @@ class Recording:
     new_v: torch.Tensor
     scale: float
     prompt_q: torch.Tensor | None = None
+    key_order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,21 +101,22 @@ class Scheme(Protocol):
 
 @dataclass(frozen=True)
 class Coder:
-    """One side's values [kv_heads, tokens, head_dim] fp32, tokens in whole pages, to what they become; and the bits an
-    element takes, which depend on head_dim."""
+    """One side's values [kv_heads, tokens, head_dim] fp32, tokens in whole pages, to what they become, with the
+    recording's ``key_order``; and the bits an element takes, which depend on head_dim."""
 
-    apply: Callable[[torch.Tensor], torch.Tensor]
+    apply: Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor]
     bits: Callable[[int], float]
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """K and V each by a coder; the first page by others, if they are given."""
+    """K and V each by a coder; the first page by others, of ``first_formats``, if they are given."""
 
     name: str
     family: str
     coders: tuple[Coder, Coder]
     first: tuple[Coder, Coder] | None = None
+    first_formats: tuple[PageFormat, ...] = ()
     wants_prompt_queries = False
 
     def apply(self, recording: Recording) -> Quantized:
@@ -127,7 +132,8 @@ class SideBySide:
             for begin, end, coders in spans:
                 bits += (end - begin) * coders[side].bits(head_dim)
                 for layer in range(layers):
-                    out[layer, :, begin:end] = coders[side].apply(values[layer, :, begin:end].float())
+                    of_layer = values[layer, :, begin:end].float()
+                    out[layer, :, begin:end] = coders[side].apply(of_layer, recording.key_order)
             found.append(out)
         return Quantized(*found, bits / (2 * tokens))
 
@@ -158,6 +164,7 @@ class Budgeted:
             budget=self.budget,
             policy=self.policy,
             recent_tokens=RECENT_TOKENS,
+            key_order=recording.key_order,
         )
         for begin in range(0, tokens, CHUNK_TOKENS):
             for layer in range(layers):
@@ -176,10 +183,10 @@ class Budgeted:
 def page_coder(side: Side, page_format: PageFormat) -> Coder:
     """kvpack's own, through its executable specification; 16 bits leave values as they are."""
     if not page_format.is_quantized:
-        return Coder(lambda x: x, lambda head_dim: 16.0)
+        return Coder(lambda x, _: x, lambda head_dim: 16.0)
 
-    def apply(x: torch.Tensor) -> torch.Tensor:
-        layout = PageLayout(side, page_format, x.shape[-1])
+    def apply(x: torch.Tensor, key_order: tuple[int, ...]) -> torch.Tensor:
+        layout = PageLayout(side, page_format, x.shape[-1], key_order)
         pages = x.unflatten(-2, (-1, PAGE_TOKENS)).cpu().numpy()
         return torch.from_numpy(dequantize_blocks(quantize_blocks(pages, layout), layout)).flatten(-3, -2).to(x)
 
@@ -201,12 +208,12 @@ def between_extremes(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
 def kivi_coder(side: Side, bits: int, group: int) -> Coder:
     if side == Side.K:
 
-        def apply(x: torch.Tensor) -> torch.Tensor:
+        def apply(x: torch.Tensor, _: tuple[int, ...]) -> torch.Tensor:
             return between_extremes(x.unflatten(-2, (-1, group)), -2, bits).flatten(-3, -2)
 
         return Coder(apply, lambda head_dim: bits + 32 / group)
 
-    def apply_to_tokens(x: torch.Tensor) -> torch.Tensor:
+    def apply_to_tokens(x: torch.Tensor, _: tuple[int, ...]) -> torch.Tensor:
         return between_extremes(x.unflatten(-1, (-1, math.gcd(group, x.shape[-1]))), -1, bits).flatten(-2, -1)
 
     return Coder(apply_to_tokens, lambda head_dim: bits + 32 / math.gcd(group, head_dim))
@@ -252,7 +259,7 @@ def turbo_coder(bits: int) -> Coder:
     levels = gaussian_levels(bits).float()
     borders = (levels[1:] + levels[:-1]) / 2
 
-    def apply(x: torch.Tensor) -> torch.Tensor:
+    def apply(x: torch.Tensor, _: tuple[int, ...]) -> torch.Tensor:
         turn = rotation(x.shape[-1]).to(x)
         norm = _fp16(x.norm(dim=-1, keepdim=True))
         unit = torch.where(norm > 0, x / norm, 0) @ turn * math.sqrt(x.shape[-1])
@@ -272,10 +279,20 @@ def page_format(name: str) -> PageFormat:
     return PageFormat[name.upper()]
 
 
-def parse_scheme(name: str, first_page: PageFormat | None) -> Scheme:
+def first_page_of_cache(formats: tuple[PageFormat, PageFormat]) -> tuple[PageFormat, PageFormat]:
+    """What the first page has in a ``KVCache`` of these formats of K and V, when it has left the recent window."""
+    cache = KVCache(1, 1, 64, 3 * PAGE_TOKENS, device="cpu", formats=[formats], recent_tokens=RECENT_TOKENS)
+    tokens = torch.zeros((1, 1, 3 * PAGE_TOKENS, 64), dtype=cache.dtype)
+    cache.append(0, tokens, tokens)
+    k, v = (PageFormat(int(cache.precision_map(0)[side, 0, 0])) for side in Side)
+    return k, v
+
+
+def parse_scheme(name: str, first_page: FirstPage) -> Scheme:
     """
     Args:
-        first_page: what kvpack's pages have for the first 64 tokens; None: the same as all others.
+        first_page: what kvpack's pages have for the first 64 tokens; "cache": as in a ``KVCache``; None: the same as
+            all others.
 
     Raises:
         ValueError: a name that means nothing.
@@ -299,11 +316,13 @@ def parse_scheme(name: str, first_page: PageFormat | None) -> Scheme:
     else:
         family = "pages, K and V of two formats"
     coders = page_coder(Side.K, formats[0]), page_coder(Side.V, formats[1])
-    first = None if first_page is None else (page_coder(Side.K, first_page), page_coder(Side.V, first_page))
-    return SideBySide(name, family, coders, first)
+    if first_page is None:
+        return SideBySide(name, family, coders)
+    first = first_page_of_cache(formats) if first_page == "cache" else (first_page, first_page)
+    return SideBySide(name, family, coders, (page_coder(Side.K, first[0]), page_coder(Side.V, first[1])), first)
 
 
-def parse_schemes(names: Sequence[str], first_page: PageFormat | None) -> list[Scheme]:
+def parse_schemes(names: Sequence[str], first_page: FirstPage) -> list[Scheme]:
     """Each once; ``default`` stands for :data:`DEFAULT_SCHEMES`.
 
     Raises:

@@ -43,12 +43,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import device_record, print_table, provenance, write_result
+from bench_common import (
+    device_record,
+    print_table,
+    provenance,
+    require_inputs,
+    require_plotting,
+    write_result,
+)
 from kv_constructed import constructed
-from kv_quantizer_schemes import CHUNK_TOKENS, Quantized, Recording, Scheme, page_format, parse_schemes
+from kv_quantizer_schemes import (
+    CHUNK_TOKENS,
+    FirstPage,
+    Quantized,
+    Recording,
+    Scheme,
+    SideBySide,
+    page_format,
+    parse_schemes,
+)
 from kv_quantizers_report import tables, verdicts
 
 from kvpack.format.pages import PAGE_TOKENS
+from kvpack.integrations.transformers import rotary
 from kvpack.integrations.transformers.cache import cache_keyword
 
 QUERIES = 64
@@ -207,7 +224,8 @@ def record(model: Any, ids: torch.Tensor, *, prompt_queries: bool) -> tuple[Reco
         reference = next_log_probabilities(model, ids, k, v)
         q, new_k, new_v = taken()
     assert ATTENTION.scale is not None
-    return Recording(k, v, q, new_k, new_v, ATTENTION.scale, prompt_q), reference
+    key_order = rotary.key_order(model.config.get_text_config(decoder=True), k.shape[-1])
+    return Recording(k, v, q, new_k, new_v, ATTENTION.scale, prompt_q, key_order), reference
 
 
 def attention_error(recording: Recording, quantized: Quantized) -> float:
@@ -297,16 +315,22 @@ def measure_constructed(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    told = "; default: %(default)s"
     parser.add_argument("model", type=Path, nargs="?", help="a directory; reads each --text")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE|python", help="may be given again")
-    parser.add_argument("--windows", type=int, default=4, help="of each text")
-    parser.add_argument("--context", type=int, default=1984, help=f"tokens of each; a multiple of {PAGE_TOKENS}")
-    parser.add_argument("--schemes", default="default", help="comma-separated; `default`: all without a budget")
-    parser.add_argument("--first-page", default="int8", help="of kvpack's pages; `same`: the format of the others")
+    parser.add_argument("--windows", type=int, default=4, help="of each text" + told)
+    parser.add_argument("--context", type=int, default=1984, help=f"tokens of each; a multiple of {PAGE_TOKENS}{told}")
+    parser.add_argument("--schemes", default="default", help="comma-separated; `default`: all without a budget" + told)
+    parser.add_argument(
+        "--first-page",
+        default="cache",
+        help="format of kvpack's first page, but of a budget's; `cache`: as KVCache has it; `same`: as the others"
+        + told,
+    )
     parser.add_argument("--constructed", action="store_true", help="keys and values that are made; needs no model")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="written anew after each window")
-    parser.add_argument("--plot", type=Path, help="a PNG: KL over bits")
+    parser.add_argument("--device", default="cpu", help="of torch" + told)
+    parser.add_argument("--json", type=Path, help="written anew after each window; default: none")
+    parser.add_argument("--plot", type=Path, help="a PNG: KL over bits; default: none")
     options = parser.parse_args()
     directory: Path | None = options.model
     if bool(directory) != bool(options.text) or not (directory or options.constructed):
@@ -316,11 +340,15 @@ def main() -> None:
     if options.plot and not options.text:
         parser.error("--plot draws KL, which takes a model and a --text")
     try:
-        first_page = None if options.first_page == "same" else page_format(options.first_page)
+        named: dict[str, FirstPage] = {"cache": "cache", "same": None}
+        first_page = named[options.first_page] if options.first_page in named else page_format(options.first_page)
         schemes = parse_schemes(options.schemes.split(","), first_page)
         texts = [read_text(argument) for argument in options.text]
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    require_inputs(parser, directory)
+    require_plotting(parser, options.plot)
+    first_formats = {one.name for s in schemes if isinstance(s, SideBySide) for one in s.first_formats}
     result: dict[str, Any] = {
         "what": "kv-quantizers",
         **provenance({"MODEL": directory}, ("torch", "transformers")),
@@ -329,6 +357,7 @@ def main() -> None:
         "context": options.context,
         "queries": QUERIES,
         "first_page": options.first_page,
+        "first_page_formats": sorted(first_formats),
         "texts": [],
         "constructed": measure_constructed(schemes) if options.constructed else [],
         "complete": True,
@@ -337,11 +366,16 @@ def main() -> None:
     if directory is not None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        try:
+            for text in texts:
+                list(windows_of(tokenizer, text, options.windows, options.context + QUERIES))
+        except SystemExit as error:
+            parser.error(str(error))
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().to(options.device)
         most = getattr(model.config, "max_position_embeddings", None)
         if most is not None and options.context + QUERIES > most:
             parser.error(f"--context and {QUERIES} queries are more than the model's {most} positions")
-        tokenizer = AutoTokenizer.from_pretrained(directory)
         all_windows = options.windows * len(texts)
         found = measure(
             model,

@@ -15,10 +15,16 @@ from kv_quality_report import CLEAR
 from kvpack.bench.report import Row, Table, number
 
 PEER = "KIVI-like"
+# Below, no verdict is given: chance alone exceeds two standard errors, which are themselves estimated from the windows,
+# in 30 % of comparisons of 2 windows, in 10 % of 6, in 9 % of 8, and in 5 % of very many (Student's t).
+LEAST_WINDOWS = 8
 
 
 class Ratio(NamedTuple):
-    """Of two means over the same windows; ``better`` counts windows where the first is less."""
+    """Of two means over the same windows; ``better`` counts windows where the first is less.
+
+    The verdict on fewer than :data:`LEAST_WINDOWS` is their number.
+    """
 
     value: float
     standard_error: float | None
@@ -31,6 +37,8 @@ class Ratio(NamedTuple):
             return "one window"
         if self.value == 1:
             return "equal"
+        if self.windows < LEAST_WINDOWS:
+            return f"{self.windows} windows"
         if abs(1 - self.value) < CLEAR * self.standard_error:
             return "no difference"
         return "wins" if self.value < 1 else "loses"
@@ -78,6 +86,11 @@ def is_own(row: Row) -> bool:
     return str(row["family"]).startswith(("pages", "a budget"))
 
 
+def takes_no_more(one: Row, other: Row) -> bool:
+    """In no window: a budget's bits vary, and KL is compared window by window."""
+    return all(bits <= most for bits, most in zip(one["window_bits"], other["window_bits"], strict=True))
+
+
 def at_equal_bits(bits: float, peers: Sequence[Row]) -> tuple[str, list[float]] | None:
     """What schemes of one family would have at some bits: log KL is taken as linear in bits between two of them, in
     each window. Their names, and KL; None outside of what they take."""
@@ -110,7 +123,8 @@ def comparisons(rows: list[Row]) -> list[Comparison]:
         between = at_equal_bits(row["bits"], [one for one in rows if one["family"] == f"{PEER}, groups of 64"])
         if between is not None:
             found.append(Comparison(row, EQUAL_BITS, between[0], row["bits"], between[1]))
-        close = [one for one in rows if is_peer(one) and 0 <= row["bits"] - one["bits"] <= _CLOSE_BITS]
+        close = [one for one in rows if is_peer(one) and takes_no_more(one, row)]
+        close = [one for one in close if row["bits"] - one["bits"] <= _CLOSE_BITS]
         if close:
             best = min(close, key=lambda one: mean(one["kl"]))
             found.append(Comparison(row, NO_MORE_BITS, best["name"], best["bits"], best["kl"]))
@@ -129,7 +143,7 @@ def _quality(result: dict[str, Any]) -> Table:
             cells = [text["name"], row["name"], number(row["bits"], 3), _milli(mean(row["kl"]))]
             cells += [_milli(standard_error(row["kl"])), number(100 * mean(row["same_top"]))]
             rows.append([*cells, number(mean(row["error"]), 4), number(standard_error(row["error"]), 4)])
-    return Table("Quality by scheme", headings, rows)
+    return Table(f"Quality by scheme, first page of kvpack's {first_page(result)}", headings, rows)
 
 
 def _compared(result: dict[str, Any]) -> list[tuple[str, Comparison, Ratio]]:
@@ -161,9 +175,8 @@ def _constructed(result: dict[str, Any]) -> Table:
     for i, row in enumerate(cases[0]["rows"]):
         cells = [row["name"], number(row["bits"], 3)]
         rows.append([*cells, *(number(case["rows"][i]["error"], 4) for case in cases)])
-    return Table(
-        "Error of attention on constructed keys and values", ["scheme", "bits", *(c["name"] for c in cases)], rows
-    )
+    title = f"Error of attention on constructed keys and values, first page of kvpack's {first_page(result)}"
+    return Table(title, ["scheme", "bits", *(c["name"] for c in cases)], rows)
 
 
 def verdicts(result: dict[str, Any]) -> str:
@@ -176,13 +189,32 @@ def verdicts(result: dict[str, Any]) -> str:
         (NO_MORE_BITS, "the best KIVI-like scheme of no more bits"),
         (SAME_BUDGET, "uniform widths under the same budget"),
     ):
-        found = Counter(ratio.verdict for _, one, ratio in compared if one.why == why)
+        found = Counter(
+            ratio.verdict for _, one, ratio in compared if one.why == why and ratio.windows >= LEAST_WINDOWS
+        )
         if found:
             parts.append(
                 f"Against {whom}, {found['wins']} of {found.total()} win and {found['loses']} lose by KL, by {CLEAR:g} "
                 "standard errors or more."
             )
+    if few := {ratio.windows for _, _, ratio in compared if ratio.windows < LEAST_WINDOWS}:
+        parts.append(
+            f"Of {' or '.join(map(str, sorted(few)))} windows no verdict is given, {LEAST_WINDOWS} are needed: the "
+            "standard error is estimated from the windows too, and chance alone exceeds two of it in 30 % of "
+            "comparisons of 2 windows, in 9 % of 8."
+        )
     return " ".join(parts)
+
+
+def first_page(result: dict[str, Any]) -> str:
+    """What the first page of kvpack's had; a budget's cache has it as a cache has, whatever was asked for."""
+    pages = [row for text in result["texts"] for row in text["rows"] if is_own(row) and "@" not in row["name"]]
+    pages += [row for case in result["constructed"] for row in case["rows"] if is_own(row)]
+    asked = result["first_page"] if pages else "cache"
+    if asked == "cache":
+        formats = result.get("first_page_formats", [])
+        return "as in a cache" + (f" ({', '.join(formats)})" if pages and formats else "")
+    return "in the format of the others" if asked == "same" else f"in {asked.upper()}"
 
 
 def tables(result: dict[str, Any]) -> dict[str, Table]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bench_common import require_inputs
 
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side
@@ -35,11 +36,16 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=2048, help="a multiple of 64")
     options = parser.parse_args()
+    if options.tokens < PAGE_TOKENS or options.tokens % PAGE_TOKENS:
+        parser.error(f"--tokens is {options.tokens}; a multiple of {PAGE_TOKENS} is wanted")
+    require_inputs(parser, options.model, options.text)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     text = options.text.read_text(encoding="utf-8")[: 20 * options.tokens]
     tokens = AutoTokenizer.from_pretrained(options.model)(text, return_tensors="pt").input_ids[:, : options.tokens]
+    if tokens.shape[1] < options.tokens:
+        parser.error(f"the text has {tokens.shape[1]} tokens, fewer than --tokens {options.tokens}")
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     with torch.no_grad():
         layers = model(tokens, use_cache=True).past_key_values.layers
     print("| side | format | bits an element | noise, dB | symmetric, dB |\n|---|---|---|---|---|")

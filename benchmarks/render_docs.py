@@ -363,8 +363,8 @@ def kv_quantizers(run: str) -> Callable[[], str]:
         found = kv_quantizers_report.tables(result).values()
         texts = [table(one.headings, one.rows) for one in found]
         if result["texts"]:
-            settings = f"{result['context']} cached tokens, {result['texts'][0]['windows']} windows of each text; the "
-            settings += f"first page of kvpack's in {result['first_page']}."
+            settings = f"{result['context']} cached tokens, {result['texts'][0]['windows']} windows of each text; "
+            settings += f"the first page of kvpack's {kv_quantizers_report.first_page(result)}."
             texts += [f"{settings}\n", f"{kv_quantizers_report.verdicts(result)}\n"]
         device = result["device"]["name"]
         return "\n".join(texts) + origin({**result, "device": "cpu" if device == "CPU" else device})
@@ -386,7 +386,9 @@ def kv_quantizers_summary() -> str:
     lines = []
     for run, model in _QUANTIZER_RUNS.items():
         result = newest(f"kv-quantizers-{run}")
-        first = {"same": "own format", "fp16": "16 bits"}.get(result["first_page"], result["first_page"].upper())
+        first = {"same": "own format", "fp16": "16 bits", "cache": "as in a cache"}.get(
+            result["first_page"], result["first_page"].upper()
+        )
         for text in result["texts"]:
             rows = {row["name"]: row for row in text["rows"]}
             for bits in (8, 4, 3, 2):

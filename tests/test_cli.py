@@ -255,6 +255,18 @@ def test_compress_prints_a_table_and_what_was_kept(source: Path, tmp_path: Path)
         assert text in lines
     assert "out [bold] name.safetensors" in lines
     assert result.stderr == ""
+    report = run_json("compress", source, "-o", output, "--bits", 4, "--force")
+    rows = [tensor["name"] for tensor in report["tensors"] if tensor["method"] != "keep"]
+    assert len(rows) > 2
+    shown, verbose = (
+        [line.split() for line in run(*command).stdout.splitlines()]
+        for command in (
+            ("compress", source, "-o", output, "--bits", 4, "--force"),
+            ("compress", source, "-o", output, "--bits", 4, "--force", "--verbose"),
+        )
+    )
+    assert not [words for words in shown if words and words[0] in rows]
+    assert [words[0] for words in verbose if words and words[0] in rows] == rows
 
 
 def test_the_rate_and_the_tile_columns(source: Path, tmp_path: Path) -> None:

@@ -56,6 +56,16 @@ def test_sentences_say_what_the_results_do() -> None:
     two_bits = 200_000 / PAGE_TOKENS * 28 * 8 * blocks
     caches = {r["name"]: r for r in newest("kv-quantizers-smollm2-2k")["texts"][0]["rows"]}
     kl = {name: sum(r["kl"]) / len(r["kl"]) for name, r in caches.items()}
+    same = [{r["name"]: r for r in one["rows"]} for one in newest("kv-quantizers-smollm2-2k-same")["texts"]]
+    assert [one["name"] for one in newest("kv-quantizers-smollm2-2k-same")["texts"]] == ["books", "python"]
+    # README says so of both.
+    assert newest("kv-quantizers-smollm2-2k")["first_page"] == "fp16"
+    assert newest("kv-quantizers-smollm2-2k-same")["first_page"] == "same"
+    assert {len(r["kl"]) for rows in same for r in rows.values()} == {6}
+    own, peer = ([sum(rows[name]["kl"]) / 6 for rows in same] for name in ("int4", "kivi4g64"))
+    equal_bits = {f"{rows[name]['bits']:.4f}" for rows in same for name in ("int4", "kivi4g64")}
+    assert len(equal_bits) == 1
+    times = [[sum(rows[f"int{bits}"]["kl"]) / sum(rows[f"kivi{bits}g64"]["kl"]) for bits in (8, 4, 3)] for rows in same]
     quality = {row["setting"]: row["kl"] for row in newest("books-quality")["rows"]}
     prompt = newest("long-prompt")
     readme = [
@@ -66,7 +76,11 @@ def test_sentences_say_what_the_results_do() -> None:
         f"attention at {between(slow)}×",
         f"generates tokens at {between(coded)}×",
         f"{best / long['int4']:.1f} times as fast",
-        f"in INT4 pages, {caches['int4']['bits']:.1f} bits",
+        f"first page of 64 in 16 bits on this side alone, {caches['int4']['bits']:.1f} bits with everything counted",
+        f"in 4 bits on both sides, {float(equal_bits.pop()):.1f} bits each: KL on novels, and on Python's library | ",
+        f"| {own[0]:.4f}, {own[1]:.4f} | {peer[0]:.4f}, {peer[1]:.4f} with KIVI-like 4 bits |",
+        "pages then have {:.2f}, {:.2f} and {:.2f} times the KL of KIVI-like groups of 64 on novels".format(*times[0]),
+        "and {:.2f}, {:.2f} and {:.2f} times on Python's library".format(*times[1]),
         f"| {kl['int4']:.4f} | {kl['kivi4g32']:.4f} with KIVI-like 4 bits, which take",
         f"which take {caches['kivi4g32']['bits']:.1f} |",
         f"| {quality['tensor:4.25']:.3f} | {quality['int4-g128']:.3f} with INT4",

@@ -119,6 +119,7 @@ def compress(
     ] = DeviceOption.CPU,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, but write nothing.")] = False,
     force: Force = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print a line for each coded tensor too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a .safetensors file or a model directory; or a .bin, .pt, .pth or .gguf file.
@@ -158,7 +159,8 @@ def compress(
         print(json.dumps(report.as_dict(), allow_nan=False))
         return
     console = data_console()
-    print_tensors([vars(tensor) for tensor in report.tensors], kept_singly=False)
+    if verbose:
+        print_tensors([vars(tensor) for tensor in report.tensors], kept_singly=False)
     otherwise: dict[tuple[str, str], list[str]] = {}
     for tensor in report.tensors:
         if tensor.reason is not None:

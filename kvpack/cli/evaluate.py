@@ -105,9 +105,9 @@ def _print(report: Report) -> None:
     for heading in headings:
         table.add_column(heading, justify="right")
 
-    def row(model: ModelReport, quality: Quality, read: str) -> None:
+    def row(name: str, model: ModelReport, quality: Quality, read: str = "") -> None:
         cells = [
-            printable(Path(model.model).name) + read,
+            printable(name) + read,
             "–" if model.size.bytes is None else shown_size(model.size.bytes),
             shown_number(model.size.bits_per_weight),
             _shown(quality.perplexity, 3),
@@ -116,17 +116,30 @@ def _print(report: Report) -> None:
             cells += [_shown(quality.loss_increase, 4), _shown(quality.kl, 5), _shown(quality.same_top_token, 4)]
         table.add_row(*cells)
 
-    if report.original is not None:
-        row(report.original, report.original.full, "")
-    for model in report.models:
-        row(model, model.full, "")
+    originals = [] if report.original is None else [report.original]
+    names = _names([Path(model.model) for model in (*originals, *report.models)])
+    for original in originals:
+        of_original, *names = names
+        row(f"{of_original} (original)" if of_original in names else of_original, original, original.full)
+    for name, model in zip(names, report.models, strict=True):
+        row(name, model, model.full)
         if model.stepwise is not None:
-            row(model, model.stepwise, f", KV in {shown_number(model.kv_bits)} bits")
+            row(name, model, model.stepwise, f", KV in {shown_number(model.kv_bits)} bits")
     console: Any = data_console()
     console.print(table)
+    # Of one window there is none.
+    errors = "; ± is the standard error over windows" if report.windows > 1 else ""
     nats = "; loss and KL(original ‖ model) in nats a token" if compared else ""
     console.print(
         f"{report.windows} of {report.windows_available} windows of {report.context} tokens, {report.scored_tokens} "
-        f"scored, in {report.models[0].dtype}; ± is the standard error over windows{nats}",
+        f"scored, in {report.models[0].dtype}{errors}{nats}",
         highlight=False,
     )
+
+
+def _names(directories: list[Path]) -> list[str]:
+    """Of directories, without the folders that they lie in unless two have one name."""
+    names = [directory.name for directory in directories]
+    if len(set(names)) == len(set(directories)):
+        return names
+    return [str(directory) for directory in directories]

@@ -11,7 +11,7 @@ import typer
 
 from kvpack.cli.failures import ExitCode, exit_codes, require_transformers
 from kvpack.cli.options import CacheBits, CacheBudget, ComputeDevice, ComputeDtype, ComputeDtypeOption, Json
-from kvpack.cli.printing import shown_number, shown_size
+from kvpack.cli.printing import shown_number
 
 if TYPE_CHECKING:
     from kvpack.integrations.transformers.text_generation import Generation
@@ -103,18 +103,23 @@ def _prompts(prompt: list[str] | None, file: Path | None) -> list[str]:
         raise typer.BadParameter(f"{file} is not UTF-8 text ({error})", param_hint="--prompt-file") from None
 
 
+def _mb(size_bytes: int) -> str:
+    """In one unit, so that sizes of a line can be compared."""
+    return f"{shown_number(size_bytes / 1e6)} MB"
+
+
 def _print(result: Generation) -> None:
     weights, kv = result.weights, result.kv_bytes
-    dense = "" if weights.bytes == weights.dense_bytes else f" ({shown_size(weights.dense_bytes)} dense)"
-    whole = "" if kv == result.kv_bytes_16_bit else f" ({shown_size(result.kv_bytes_16_bit)} in 16 bits)"
+    dense = "" if weights.bytes == weights.dense_bytes else f" ({_mb(weights.dense_bytes)} dense)"
+    whole = "" if kv == result.kv_bytes_16_bit else f" ({_mb(result.kv_bytes_16_bit)} in 16 bits)"
     parts = [
         f"{result.prompt_tokens} prompt tokens",
         f"{result.new_tokens} new",
         f"prefill {shown_number(result.prefill_seconds)} s",
         f"{shown_number(result.tokens_per_second, 1)} tokens/s",
-        f"weights {shown_size(weights.bytes)}{dense}",
-        f"KV {shown_size(kv)}{whole}",
-        f"peak memory {shown_size(result.peak_memory_bytes)}",
+        f"weights {_mb(weights.bytes)}{dense}",
+        f"KV {_mb(kv)}{whole}",
+        f"peak memory {_mb(result.peak_memory_bytes)}",
     ]
     ended = "interrupted; " if result.interrupted else ""
     print(f"kvpack: {ended}{', '.join(parts)}", file=sys.stderr)

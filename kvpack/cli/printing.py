@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,11 +14,38 @@ if TYPE_CHECKING:
     from kvpack.encode.progress import Progress
 
 _UNFOLDED_COLUMNS = 10_000
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class _ProgressLines:
+    """How many tokens a command has read, in lines on stderr."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._all = self._done = 0
+        self._name = ""
+        self._last = time.monotonic()
+
+    def total(self, size: int) -> None:
+        self._all = size
+
+    def tensor(self, name: str) -> None:
+        self._name = name
+
+    def advance(self, size: int) -> None:
+        self._done += size
+        now = time.monotonic()
+        if now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        line = f"kvpack: {self._title}: {self._done:,} of {self._all:,} tokens ({printable(self._name)}) …"
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress_bar(title: str, unit: Literal["bytes", "tokens"] = "bytes") -> Iterator[Progress]:
-    """A bar on stderr with rate and time left; nothing where stderr is no terminal."""
+    """A bar on stderr with rate and time left. Where stderr is no terminal, nothing of bytes, which are soon done, and
+    of tokens a line every ten seconds."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -57,6 +86,10 @@ def progress_bar(title: str, unit: Literal["bytes", "tokens"] = "bytes") -> Iter
             disable=not console.is_terminal,
         ) as bar,
     ):
+        if unit == "tokens" and not console.is_terminal:
+            lines = _ProgressLines(title)
+            yield Progress(lines.total, lines.advance, lines.tensor)
+            return
         task = bar.add_task(title, total=None, tensor="")
         yield Progress(
             total=lambda size: bar.update(task, total=size),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -204,6 +205,83 @@ def test_a_pass_that_failed_half_way_is_not_gone_on_with(monkeypatch: pytest.Mon
         logits(model, ids[:, :1], cache)
     cache.reset()
     assert torch.equal(logits(model, ids, cache), want)
+
+
+@pytest.mark.parametrize("attention", ["kvpack", "sdpa"])
+def test_a_cache_of_fewer_layers(attention: str) -> None:
+    ids, _ = prompts()
+    model, other = model_of("llama", attention, num_hidden_layers=4), model_of("llama", attention)
+    cache = KVPackCache(other.config)
+    of_model = {"kvpack": "4", "sdpa": "at least 3"}[attention]  # which sdpa does not tell
+    wrong = rf"made with has 2 layers, and the model has {of_model}: .*KVPackCache\(model.config"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "KVPackCache: attn_implementation is 'sdpa'")
+        for call in (logits, greedy):
+            cache.reset()
+            with pytest.raises(CacheInputError, match=wrong):
+                call(model, ids, cache)
+        cache.reset()
+        assert torch.equal(logits(other, ids, cache), logits(other, ids, KVPackCache(other.config)))
+
+
+def test_a_cache_of_more_layers(recwarn: pytest.WarningsRecorder) -> None:
+    ids, _ = prompts()
+    model, config = model_of("llama"), ARCHITECTURES["llama"].config(num_hidden_layers=4)
+    config._attn_implementation = "kvpack"
+    cache = KVPackCache(config)
+    with pytest.raises(CacheInputError, match="made with has 4 layers, and the model has 2: "):
+        logits(model, ids, cache)
+    assert cache.get_seq_length() == 0
+    # sdpa does not say how many there are: this is known when the first layer comes again.
+    model.set_attn_implementation("sdpa")
+    config._attn_implementation = "sdpa"
+    elsewhere = KVPackCache(config)
+    logits(model, ids, elsewhere)
+    with pytest.raises(CacheInputError, match=r"keys have come for 2 layers, and the config .* made with has 4: it is"):
+        logits(model, ids[:, :1], elsewhere)
+
+
+@pytest.mark.parametrize("options", [{"num_key_value_heads": 4}, {"head_dim": 16}])
+@pytest.mark.parametrize("attention", ["kvpack", "sdpa"])
+def test_a_cache_of_other_heads(attention: str, options: dict[str, int]) -> None:
+    ids, _ = prompts()
+    model, other = model_of("llama", attention), model_of("llama", attention, **options)
+    cache = KVPackCache(other.config)
+    heads, head_dim = options.get("num_key_value_heads", 2), options.get("head_dim", 32)
+    wrong = f"keys have 2 heads of 32, and the config that KVPackCache was made with has {heads} of {head_dim}: "
+    with pytest.raises(CacheInputError, match=wrong):
+        logits(model, ids, cache)
+    assert cache.kv is None
+
+
+def test_formats_by_name_in_pairs() -> None:
+    ids, _ = prompts(rows=1, tokens=200)
+    model = model_of("llama")
+    wanted = [(PageFormat.INT8, PageFormat.INT4), (PageFormat.INT4, PageFormat.INT2)]
+    found = []
+    for formats in (wanted, [("INT8", "int4"), (PageFormat.INT4, "INT2")]):
+        cache = KVPackCache(model.config, formats=formats)
+        found.append(logits(model, ids, cache))
+        maps = [cache.kv.precision_map(layer)[side, 0, 1] for layer in range(2) for side in range(2)]
+        assert maps == [page_format for pair in wanted for page_format in pair]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"formats": [("INT8", "INT5")] * 2}, "formats has 'INT5'; there are FP16, "),
+        ({"formats": [("INT8", "INT4")] * 30}, "^formats are a list of 30; .* for each of 2 layers is wanted$"),
+        ({"max_sequences": 0}, "max_sequences is 0; it must be at least 1"),
+        ({"max_sequences": -1}, "max_sequences is -1; it must be at least 1"),
+        ({"policy": "position"}, "policy is 'position' without a budget"),
+        ({"policy": "importance", "formats": "INT4"}, "policy is 'importance' without a budget"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as found:
+        KVPackCache(ARCHITECTURES["llama"].config(), **options)
+    assert isinstance(found.value, CacheInputError)
 
 
 def test_probabilities_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -22,6 +23,7 @@ import render_docs  # noqa: E402
 from tiny_text_model import write_model, write_novel  # noqa: E402
 
 from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
+from kvpack.integrations.transformers import rotary  # noqa: E402
 from kvpack.runtime.kv.attention import attention_with_kv_cache  # noqa: E402
 from kvpack.runtime.kv.cache import KVCache  # noqa: E402
 
@@ -187,6 +189,33 @@ def test_pages_are_those_of_the_cache() -> None:
     assert 0 < first < 0.05 < all_first
 
 
+def test_wide_dimensions_are_those_of_the_model() -> None:
+    """A model that turns neighbours keeps other dimensions best than a Llama."""
+    torch.manual_seed(0)
+    config = transformers.GPTJConfig(vocab_size=97, n_embd=128, n_layer=1, n_head=2, n_positions=512, rotary_dim=32)
+    model = transformers.GPTJForCausalLM(config).eval()
+    order = rotary.key_order(config, 64)
+    assert order
+    kv_quantizers.prepare(model)
+    ids = torch.randint(0, 97, (CONTEXT + 64,), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        recording, _ = kv_quantizers.record(model, ids, prompt_queries=True)
+    found, budgeted = (scheme.apply(recording) for scheme in schemes.parse_schemes(["int3", "importance@0.3"], None))
+    for name, one, options in (("int3", found, {"formats": PageFormat.INT3}), ("budget", budgeted, {"budget": 0.3})):
+        k = {}
+        for key_order in (order, None):
+            cache = KVCache(1, 2, 64, CONTEXT, device="cpu", key_order=key_order, **options)
+            assert recording.prompt_q is not None
+            for begin in range(0, CONTEXT, schemes.CHUNK_TOKENS):
+                new = slice(begin, begin + schemes.CHUNK_TOKENS)
+                qkv = (x[0, None, :, new] for x in (recording.prompt_q, recording.k, recording.v))
+                attention_with_kv_cache(*qkv, cache, layer=0, scale=recording.scale, observe=True)
+                cache.reallocate()
+            k[key_order] = cache.read(0, 0, torch.float32)[0][:, 64:]
+        assert torch.equal(one.k[0, :, 64:], k[order]), name
+        assert not torch.equal(k[order], k[None]), name
+
+
 def test_a_budget_is_the_cache_that_has_observed_the_prompt(text: dict[str, Any], model: Any) -> None:
     kv_quantizers.prepare(model)
     tokens = 896  # of fewer, most pages are pinned
@@ -224,9 +253,9 @@ def test_between_extremes_by_hand() -> None:
     x = torch.tensor([[0.0, 1.0, 2.2, 3.0], [5.0, 5.0, 5.0, 5.0]])
     assert torch.equal(schemes.between_extremes(x, -1, 2), torch.tensor([[0.0, 1.0, 2.0, 3.0], [5.0] * 4]))
     tokens = torch.arange(128.0)[None, :, None].expand(1, 128, 16)
-    k = schemes.kivi_coder(Side.K, 2, 64).apply(tokens)
+    k = schemes.kivi_coder(Side.K, 2, 64).apply(tokens, ())
     assert sorted(set(k[0, :, 3].tolist())) == [0, 21, 42, 63, 64, 85, 106, 127]  # four levels a group of 64 tokens
-    assert torch.equal(schemes.kivi_coder(Side.V, 2, 64).apply(tokens), tokens)  # a token's values are all the same
+    assert torch.equal(schemes.kivi_coder(Side.V, 2, 64).apply(tokens, ()), tokens)  # a token's values are all the same
 
 
 def test_levels_are_those_of_lloyd_and_max() -> None:
@@ -235,7 +264,7 @@ def test_levels_are_those_of_lloyd_and_max() -> None:
     assert schemes.gaussian_levels(3)[-1] == pytest.approx(2.1520, abs=1e-4)
     x = torch.randn(1, 20_000, 64, generator=torch.Generator().manual_seed(0))
     for bits, error in ((2, 0.1175), (3, 0.03454), (4, 0.009497)):
-        found = schemes.turbo_coder(bits).apply(x)
+        found = schemes.turbo_coder(bits).apply(x, ())
         assert float((found - x).square().mean() / x.square().mean()) == pytest.approx(error, rel=0.04)
 
 
@@ -273,12 +302,14 @@ def test_constructed_cases_have_their_traits() -> None:
 def test_paired_ratios() -> None:
     ratio = report.paired_ratio([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     assert ratio is not None
-    assert (ratio.value, ratio.standard_error, ratio.better, ratio.verdict) == (0.5, 0, 3, "wins")
+    assert (ratio.value, ratio.standard_error, ratio.better, ratio.verdict) == (0.5, 0, 3, "3 windows")
     ratio = report.paired_ratio([1.0, 3.0], [2.0, 2.0])
     assert ratio is not None
     assert ratio.standard_error == pytest.approx(math.sqrt(2) / math.sqrt(2) / 2)
     assert ratio.verdict == "equal"
-    for mine, verdict in (([1.0, 3.2], "no difference"), ([3.0, 3.1], "loses"), ([1.0], "one window")):
+    few = (([1.0, 3.2], "2 windows"), ([3.0, 3.1] * 3, "6 windows"), ([1.0], "one window"))
+    enough = (([1.0, 3.2] * 4, "no difference"), ([3.0, 3.1] * 4, "loses"), ([1.0, 1.1] * 4, "wins"))
+    for mine, verdict in (*few, *enough):
         found = report.paired_ratio(mine, [2.0] * len(mine))
         assert found is not None
         assert found.verdict == verdict
@@ -286,7 +317,8 @@ def test_paired_ratios() -> None:
 
 
 def row(name: str, family: str, bits: float, kl: list[float]) -> dict[str, Any]:
-    return {"name": name, "family": family, "bits": bits, "kl": kl, "same_top": [1.0, 1.0], "error": [0.1, 0.1]}
+    found = {"name": name, "family": family, "bits": bits, "window_bits": [bits] * len(kl), "kl": kl}
+    return {**found, "same_top": [1.0] * len(kl), "error": [0.1] * len(kl)}
 
 
 def test_what_pages_are_compared_with() -> None:
@@ -316,6 +348,59 @@ def test_what_pages_are_compared_with() -> None:
         report.SAME_WIDTH,
         report.EQUAL_BITS,
     ]
+
+
+def test_the_best_of_no_more_bits_takes_no_more_in_any_window() -> None:
+    budget = row("importance@0.3", "a budget, importance", 4.5, [1.0, 1.0]) | {"window_bits": [4.3, 4.7]}
+    others = [
+        row("kivi3g32", "KIVI-like, groups of 32", 4.4, [0.5, 0.5]),
+        row("kivi3g64", "KIVI-like, groups of 64", 3.9, [2, 2]),
+    ]
+    found = [one.against for one in report.comparisons([budget, *others]) if one.why == report.NO_MORE_BITS]
+    assert found == ["kivi3g64"]
+
+
+def result_of(windows: int) -> dict[str, Any]:
+    rows = [
+        row("int4", "pages", 4.9, [1.0, 1.1] * (windows // 2)),
+        row("kivi4g64", "KIVI-like, groups of 64", 4.8, [2.0, 2.2] * (windows // 2)),
+    ]
+    return {"first_page": "cache", "texts": [{"name": "novel", "rows": rows}], "constructed": []}
+
+
+def test_few_windows_have_no_verdict() -> None:
+    assert report.verdicts(result_of(8)) == (
+        "Against KIVI-like groups of 64 at the same width, 1 of 1 win and 0 lose by KL, by 2 standard errors or more. "
+        "Against the best KIVI-like scheme of no more bits, 1 of 1 win and 0 lose by KL, by 2 standard errors or more."
+    )
+    few = report.verdicts(result_of(6))
+    assert few.startswith("Of 6 windows no verdict is given, 8 are needed: ")
+    assert "win" not in few.replace("windows", "")
+    assert {cells[-1] for cells in report.tables(result_of(6))["comparisons"].rows} == {"6 windows"}
+
+
+def test_the_first_page_is_that_of_a_cache_and_named() -> None:
+    recording = random_recording()
+    for name in ("int3/int4", "int8", "fp8_e4m3", "int2"):
+        (scheme,) = schemes.parse_schemes([name], "cache")
+        assert isinstance(scheme, schemes.SideBySide)
+        found = scheme.apply(recording)
+        pair = PageFormat[name.split("/")[0].upper()], PageFormat[name.split("/")[-1].upper()]
+        cache = KVCache(LAYERS, KV_HEADS, HEAD_DIM, CONTEXT, device="cpu", formats=[pair] * LAYERS)
+        for layer in range(LAYERS):
+            cache.append(layer, recording.k[layer, None], recording.v[layer, None])
+            k, v = cache.read(layer, 0, torch.float32)
+            assert torch.equal(found.k[layer], k), name
+            assert torch.equal(found.v[layer], v), name
+        assert found.bits == pytest.approx(cache.average_bits()), name
+        assert [int(cache.precision_map(0)[side, 0, 0]) for side in Side] == list(scheme.first_formats)
+    result = result_of(8)
+    named = {"cache": "as in a cache (FP16)", "same": "in the format of the others", "int8": "in INT8"}
+    for asked, shown in named.items():
+        title = report.tables(result | {"first_page": asked, "first_page_formats": ["FP16"]})["quality"].title
+        assert title == f"Quality by scheme, first page of kvpack's {shown}"
+    result["texts"][0]["rows"][0] |= {"name": "importance@0.3", "family": "a budget, importance"}
+    assert report.first_page(result | {"first_page": "int8"}) == "as in a cache"
 
 
 def test_wrong_names_are_refused() -> None:
@@ -375,7 +460,8 @@ def test_results_are_rendered(text: dict[str, Any], tmp_path: Path, monkeypatch:
     assert "| random | int4 |" in shown
     assert "| same width | kivi4g64 |" in shown
     assert "320 cached tokens, 2 windows of each text" in shown
-    assert "Against KIVI-like groups of 64 at the same width, " in shown
+    assert "the first page of kvpack's in INT8." in shown
+    assert "Of 2 windows no verdict is given, 8 are needed: " in shown
     monkeypatch.setattr(render_docs, "_QUANTIZER_RUNS", {"books": "tiny"})
     row = next(found for found in text["rows"] if found["name"] == "int4")
     summary = render_docs.figures("kv-quantizers-summary")
@@ -402,7 +488,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     out, err = capsys.readouterr()
     assert "| novel | int4 " in out
     assert "| aligned |" in out
-    assert "Against KIVI-like groups of 64 at the same width, " in out
+    assert "Quality by scheme, first page of kvpack's in the format of the others" in out
+    assert "Of 2 windows no verdict is given, 8 are needed: " in out
     assert "novel: window 2 of 2, " in err
     result = json.loads(path.read_text())
     assert [case["name"] for case in result["constructed"]] == list(kv_constructed.constructed())
@@ -422,12 +509,83 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (["--constructed", "--plot", "a.png"], "--plot draws KL"),
         (["model", "--text", "python", "--context", "100"], "a multiple of 64"),
         (["model", "--text", "novel"], "NAME=FILE"),
+        (["no/model", "--text", "python"], "no/model is no directory"),
+        (["MODEL", "--text", "a=missing.txt"], "missing.txt"),
+        (["MODEL", "--text", "a=TEXT", "--windows", "1000"], "a: 1000 windows of 2048 tokens do not fit"),
     ],
 )
 def test_wrong_usage(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Before any model is loaded."""
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    names = {"MODEL": str(write_model(tmp_path / "tiny")), "a=TEXT": f"a={write_novel(tmp_path)}"}
     with pytest.raises(SystemExit) as found:
-        run(monkeypatch, *arguments)
+        run(monkeypatch, *(names.get(argument, argument) for argument in arguments))
     assert found.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["kv_quantizers", "kv_quality", "cache_agreement", "page_noise"])
+@pytest.mark.parametrize("missing", ["model", "text"])
+def test_missing_inputs_end_a_script_at_once(
+    script: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would look for the name on the Hub, and try again."""
+    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    model, novel = write_model(tmp_path / "tiny"), write_novel(tmp_path)
+    named = (tmp_path / "none", novel) if missing == "model" else (model, tmp_path / "none")
+    text = ("--text", f"novel={named[1]}") if script == "kv_quantizers" else (str(named[1]),)
+    arguments = [script, str(named[0]), *text, *(("--device", "cpu") if script == "kv_quality" else ())]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as found:
+        importlib.import_module(script).main()
+    assert found.value.code == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", ["kv_quantizers", "kv_quality"])
+def test_a_chart_that_cannot_be_drawn_is_refused_before_the_work(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setitem(sys.modules, "kvpack.bench.plot", None)
+    model, novel = write_model(tmp_path / "tiny"), write_novel(tmp_path)
+    text = ("--text", f"novel={novel}") if script == "kv_quantizers" else (str(novel),)
+    monkeypatch.setattr(sys, "argv", [script, str(model), *text, "--device", "cpu", "--plot", "a.png"])
+    with pytest.raises(SystemExit) as found:
+        importlib.import_module(script).main()
+    assert found.value.code == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(("--tokens", "100"), "a multiple of 64 is wanted"), ((), "fewer than --tokens 6400")]
+)
+def test_page_noise_of_too_few_tokens(
+    options: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inputs = [str(write_model(tmp_path / "tiny")), str(write_novel(tmp_path))]
+    monkeypatch.setattr(sys, "argv", ["page_noise", *inputs, *(options or ("--tokens", "6400"))])
+    with pytest.raises(SystemExit) as found:
+        importlib.import_module("page_noise").main()
+    assert found.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_prints_defaults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    for default in ("of each text; default: 4", "as the others; default: cache", "default: 1984", "default: cpu"):
+        assert default in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tiny_text_model import TEMPLATE, write_model, write_novel, write_tokenizer
 from typer.testing import CliRunner
 
 import kvpack
-from kvpack.cli import app
+from kvpack.cli import app, printing
 
 OK, USAGE, NO_DEVICE, INTERRUPTED = 0, 2, 5, 130
 
@@ -118,11 +119,37 @@ def test_eval(model: Path, novel: Path) -> None:
     assert "KL" not in run("eval", model, *options).stdout
 
 
+def test_rows_of_eval_are_told_apart(model: Path, novel: Path, tmp_path: Path) -> None:
+    options = ("--text", novel, "--context", 32, "--windows", 1)
+    itself = run("eval", model, "--against", model, *options).stdout
+    assert [line.split("  ")[1] for line in itself.splitlines() if "tiny" in line] == ["tiny (original)", "tiny"]
+    assert "±" not in itself  # of one window
+    assert "; loss and KL(original ‖ model) in nats a token" in itself
+    copy = shutil.copytree(model, tmp_path / "tiny")
+    named = run("eval", copy, "--against", model, *options).stdout.split()
+    assert [word for word in named if word.endswith("tiny")] == [str(model), str(copy)]
+
+
+def test_progress_of_eval_where_stderr_is_no_terminal(
+    model: Path, novel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("eval", model, "--against", model, "--text", novel, "--context", 32, "--windows", 2)
+    monkeypatch.setattr(printing, "_SECONDS_BETWEEN_LINES", 1e9)
+    assert run(*options).stderr == ""
+    monkeypatch.setattr(printing, "_SECONDS_BETWEEN_LINES", 0.0)
+    assert run(*options).stderr.splitlines() == [
+        f"kvpack: eval: {tokens} of 128 tokens (tiny) …" for tokens in (32, 64, 96, 128)
+    ]
+
+
 def test_pages(model: Path, novel: Path) -> None:
     """--kv-bits and --kv-budget reach the cache."""
     shown = run("generate", model, "--prompt", "rain", "--max-new-tokens", 4, "--kv-bits", 16)
     assert shown.stdout == run("generate", model, "--prompt", "rain", "--max-new-tokens", 4).stdout
     assert " in 16 bits)" in shown.stderr
+    sizes = re.findall(r"(?:weights|KV|peak memory) ([\d.]+ \w+)(?: \(([\d.]+ \w+) in 16 bits\))?", shown.stderr)
+    assert len(sizes) == 3
+    assert {size.split()[1] for pair in sizes for size in pair if size} == {"MB"}
     options = ("eval", model, "--text", novel, "--windows", 1, "--context", 224)
     four, two = (run_json(*options, *kv)["models"][0] for kv in (("--kv-bits", 4), ("--kv-budget", 0.6)))
     assert four["full"] == two["full"]
@@ -184,6 +211,34 @@ def test_missing_weights_are_refused(model: Path, tmp_path: Path) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     result = run("generate", directory, "--prompt", "a", code=USAGE)
     assert "has no weights for model.layers.1.mlp.down_proj.weight" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "message"),
+    [
+        (None, None, " has no weights, neither *.safetensors nor pytorch_model*.bin"),
+        (None, b"no such file", ": transformers cannot load a causal language model of it: Error while deserializing"),
+        ('{"model_type": "nonesuch"}', b"", " has a model of type 'nonesuch', which transformers "),
+        (
+            '{"model_type": "t5"}',
+            b"",
+            " has a model of type 't5', of which transformers makes no causal",
+        ),
+        ("{}", b"", "/config.json has no model_type"),
+        ("{", b"", "/config.json is no JSON"),
+    ],
+)
+def test_directories_that_no_model_comes_of(
+    config: str | None, weights: bytes | None, message: str, model: Path, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(model, tmp_path / "model")
+    (directory / "model.safetensors").unlink()
+    if weights is not None:
+        (directory / "model.safetensors").write_bytes(weights)
+    if config is not None:
+        (directory / "config.json").write_text(config)
+    for command in (("generate", directory, "--prompt", "a"), ("generate", directory, "--prompt", "a", "--kv-bits", 4)):
+        assert run(*command, code=USAGE).stderr.startswith(f"kvpack: {directory}{message}")
 
 
 def test_threads_of_torch_do_not_spin() -> None:

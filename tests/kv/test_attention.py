@@ -941,6 +941,10 @@ def test_it_says_what_it_is() -> None:
         r"0.17 MB in 0.34 MB\)",
         repr(cache),
     ), repr(cache)
+    few = make_cache("cpu", num_layers=1, max_sequences=2)
+    attention_with_kv_cache(*random_qkv(few, 4, 16), few)
+    whole = "64.00 bits, pages 0.07 MB in 0.26 MB; pages are allocated whole: 128 tokens, of which 32 are stored)"
+    assert repr(few).endswith(whole), repr(few)
 
 
 @pytest.mark.parametrize("device", DEVICES)

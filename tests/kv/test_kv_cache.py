@@ -470,6 +470,7 @@ def test_kernels_that_fail_leave_the_cache_as_it_was(monkeypatch: pytest.MonkeyP
         ({"policy": "best"}, "policy is 'best'; there are uniform, importance, per-layer, position"),
         ({"dtype": torch.float32}, r"dtype is torch\.float32"),
         ({"formats": [(PageFormat.INT4, PageFormat.INT4)]}, "a pair .of K, of V. for each of 2 layers is wanted"),
+        ({"formats": [(PageFormat.INT4, PageFormat.INT4)] * 3}, "^formats are a list of 3; .* of 2 layers is wanted$"),
         ({"formats": 4}, r"formats are 4; a PageFormat for all, or a pair"),
         ({"formats": "INT4"}, r"formats are 'INT4'"),
         ({"formats": [PageFormat.INT4, PageFormat.INT8]}, r"for a layer; a PageFormat for all, or a pair"),

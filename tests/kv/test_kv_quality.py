@@ -168,3 +168,12 @@ def test_names() -> None:
             parsed(name)
     with pytest.raises(ValueError, match="too few"):
         kv_quality.parse_configuration("importance@int3", 64, 1, 16)
+
+
+def test_runs_are_told_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with kv_quality.progress(2, 64) as begin:
+        for name in ("reference", "int8"):
+            begin(name)(64)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split(", after")[0] for line in err.splitlines()] == ["reference: run 1 of 2", "int8: run 2 of 2"]

@@ -387,16 +387,16 @@ def test_reader_checks_what_is_asked_for(path: Path, tmp_path: Path, name: str) 
 def test_few_bytes_wait_for_their_checks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read is held until it is checked: a slow check holds up who reads."""
     limit, checked = 60_000, 0
-    check = load_module.check_tile_bytes
+    check = load_module.check_tiles
 
-    def slow(payload: memoryview, tile: Any, where: str) -> None:
+    def slow(payload: memoryview, tiles: Any, first: int) -> None:
         nonlocal checked
-        time.sleep(0.02)
-        check(payload, tile, where)
-        checked += int(tile["data_size"])
+        time.sleep(0.02 * len(tiles))
+        check(payload, tiles, first)
+        checked += int(tiles["data_size"].sum())
 
     monkeypatch.setattr(load_module, "_MAX_PENDING_BYTES", limit)
-    monkeypatch.setattr(load_module, "check_tile_bytes", slow)
+    monkeypatch.setattr(load_module, "check_tiles", slow)
     with kvpack.open(path, threads=1) as reader, CrcChecks(reader) as checks:
         added = 0
         for name in [name for name in reader if reader.info(name)] * 2:
@@ -406,6 +406,35 @@ def test_few_bytes_wait_for_their_checks(path: Path, monkeypatch: pytest.MonkeyP
             assert added - checked <= limit + len(host)
         checks.wait()
         assert added == checked > 4 * limit
+
+
+def test_small_tensors_are_checked_together(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task for a thread, not one each; and what comes behind a damaged one of them is not looked at."""
+    checked: list[int] = []
+    check = load_module.check_tiles
+
+    def noted(payload: memoryview, tiles: Any, first: int) -> None:
+        checked.append(len(payload))
+        check(payload, tiles, first)
+
+    monkeypatch.setattr(load_module, "check_tiles", noted)
+    with kvpack.open(path, threads=1) as reader, CrcChecks(reader) as checks:
+        names = [name for name in reader if reader.info(name)]
+        hosts = [reader.container(name).data(name + "_kvpack") for name in names]
+        assert sum(map(len, hosts)) < load_module._CHECK_BYTES
+        for name, host in zip(names, hosts, strict=True):
+            checks.add(name, host)
+        assert checked == []
+        checks.wait()
+        assert len(checked) >= len(names) > 2
+        broken = bytearray(hosts[1])
+        broken[-20] ^= 1
+        checked.clear()
+        for name, host in zip(names, [hosts[0], memoryview(broken), *hosts[2:]], strict=True):
+            checks.add(name, host)
+        with pytest.raises(FormatError, match=rf"tensor {names[1]!r}: tile \d+: "):
+            checks.wait()
+        assert len(checked) == 2
 
 
 def test_few_bytes_are_read_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,8 @@ def attention_for_kvpack(
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "is_causal": is_causal}
         return _attention_elsewhere(module, query, key, value, attention_mask, options | kwargs)
     layer.take_pending(key, value)
+    if layer.index == 0:
+        layer.cache.check_layers(getattr(module, "config", None))
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise CacheInputError(f"{type(module).__name__} asks for {name}, which kvpack's attention does not have")

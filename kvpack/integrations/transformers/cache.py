@@ -21,7 +21,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,7 @@ _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _LAYER_CLASSES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
 
 Mask = npt.NDArray[np.bool_]
+NamedFormats = str | Sequence[tuple[PageFormat | str, PageFormat | str]]
 
 
 def cache_keyword(model: Any) -> str:
@@ -202,13 +203,14 @@ class KVPackCache(Cache):  # type: ignore[misc]
     Args:
         config: the model's own ``model.config``.
         formats: what pages become when they leave the recent window: a :class:`~kvpack.PageFormat` or its name
-            ("INT4"), or a pair (of K, of V) for each layer. With neither this nor ``budget``, 16 bits.
+            ("INT4"), or a pair of such (of K, of V) for each layer. With neither this nor ``budget``, 16 bits.
         budget: bytes of pages as a fraction of those in 16 bits, divided by what attention looks at.
         recent_tokens, sinks: of each sequence the newest and the first ones, in 16 bits.
         max_tokens: of a sequence; pages come by need. None: 16 million.
         max_sequences: rows of the batch; None: as many as come first (with beams, batch times beams).
         dtype: of 16-bit pages, fp16 or bf16. None: the model's, and fp16 for one in fp32.
-        policy, max_bytes: as of :class:`~kvpack.KVCache`.
+        policy: with a ``budget``, as of :class:`~kvpack.KVCache`; None: "importance".
+        max_bytes: as of :class:`~kvpack.KVCache`.
         key_order: the same; None: after the model's rotary positions (:mod:`~kvpack.integrations.transformers.rotary`).
 
     Of a model on several devices, layers that follow one another on one of them have a :class:`~kvpack.KVCache` to
@@ -239,34 +241,37 @@ class KVPackCache(Cache):  # type: ignore[misc]
         self,
         config: PreTrainedConfig,
         *,
-        formats: OpenFormats | str | None = None,
+        formats: OpenFormats | NamedFormats | None = None,
         budget: float | None = None,
         recent_tokens: int = 64,
         sinks: int = 4,
         max_tokens: int | None = None,
         max_sequences: int | None = None,
         dtype: torch.dtype | None = None,
-        policy: Policy = "importance",
+        policy: Policy | None = None,
         max_bytes: int | None = None,
         key_order: Sequence[int] | None = None,
     ) -> None:
         text = _checked_config(config)
+        if policy is not None and budget is None:
+            raise CacheInputError(f"policy is {policy!r} without a budget, whose bytes it would divide: give a budget")
         self._config, self._dtype, self._max_sequences = text, dtype, max_sequences
         self._budget = budget
         self._options: dict[str, Any] = {
             "max_tokens": _MAX_TOKENS if max_tokens is None else max_tokens,
-            "formats": _format_of(formats),
+            "formats": _formats_of(formats),
             "budget": budget,
             "recent_tokens": recent_tokens,
             "sinks": sinks,
-            "policy": policy,
+            "policy": "importance" if policy is None else policy,
             "max_bytes": max_bytes,
             "key_order": key_order,
         }
         # What is wrong with the options shall be known before the first token; of key_order, all but its length.
         groups = min(len(key_order), MAX_GROUPS) if isinstance(key_order, Sequence) else 0
         head_dim, of_pages = GROUP_DIMS * groups or 64, _pages_dtype(dtype, torch.float16)
-        KVCache(text.num_hidden_layers, 1, head_dim, dtype=of_pages, device="cpu", **self._options)
+        rows = 1 if max_sequences is None else max_sequences
+        KVCache(text.num_hidden_layers, 1, head_dim, max_sequences=rows, dtype=of_pages, device="cpu", **self._options)
         self._parts: list[_Part] = []
         self.rows = 0
         # [rows, columns]: which columns are tokens; None: all.
@@ -343,6 +348,14 @@ class KVPackCache(Cache):  # type: ignore[misc]
                 f"keys have head_dim {head_dim} and values {value_states.shape[-1]}, as with multi-head latent "
                 "attention; kvpack's pages need the same for both: use another cache"
             )
+        named = _heads_of(self._config)
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and named is not None:
+            named = heads, named[1]  # a model in tensor-parallel parts has a part of its heads
+        if named is not None and named != (heads, head_dim):
+            raise CacheInputError(
+                f"keys have {heads} heads of {head_dim}, and the config that KVPackCache was made with has {named[0]} "
+                f"of {named[1]}: make the cache with this model's own, KVPackCache(model.config, …)"
+            )
         if head_dim % 16 != 0 or head_dim > 256:
             raise CacheInputError(
                 f"head_dim is {head_dim}; kvpack's pages need a multiple of 16 up to 256: use another cache"
@@ -403,6 +416,34 @@ class KVPackCache(Cache):  # type: ignore[misc]
                 kv.free(row)
         self._tokens, self._steps = None, 0
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Raises:
+            CacheInputError: the cache has fewer layers than the model, and what :meth:`KVPackLayer.update` raises.
+        """
+        if layer_idx >= len(self.layers):
+            self._refuse_layers(f"at least {layer_idx + 1}")
+        found: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
+
+    def check_layers(self, config: Any) -> None:
+        """Called by the attention function of the first layer with the model's configuration, if it has one.
+
+        Raises:
+            CacheInputError: the model has another number of layers than the cache.
+        """
+        layers = len(self.layers) if config is self._config else getattr(config, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers != len(self.layers):
+            self._refuse_layers(str(layers))
+
+    def _refuse_layers(self, of_model: str) -> NoReturn:
+        raise CacheInputError(
+            f"the config that KVPackCache was made with has {len(self.layers)} layers, and the model has {of_model}: "
+            "make the cache with this model's own, KVPackCache(model.config, …)"
+        )
+
     # Columns and rows -------------------------------------------------------------------------------------------------
 
     def begin_step(self, rows: int, before: int) -> None:
@@ -415,8 +456,14 @@ class KVPackCache(Cache):  # type: ignore[misc]
         kvs = self.kvs
         lengths = np.concatenate([kv.table.lengths for kv in kvs])
         if any(layer.columns != before for layer in layers) or (lengths != lengths[0]).any():
+            reached = sum(layer.is_initialized for layer in layers)
+            never = ""
+            if reached < len(layers):
+                never = f"keys have come for {reached} layers, and the config that KVPackCache was made with has "
+                never += f"{len(layers)}: it is another model's (KVPackCache(model.config, …) is wanted), or "
             raise CacheInputError(
-                "a forward pass has failed half-way, and some layers of the cache hold its tokens: reset() the cache"
+                f"{never}a forward pass has failed half-way, and some layers of the cache hold its tokens: reset() the "
+                "cache"
             )
         if rows != self.rows:
             if before or rows > kvs[0].max_sequences:
@@ -644,15 +691,37 @@ def _has_heads(config: PreTrainedConfig) -> bool:
         return True
 
 
-def _format_of(formats: OpenFormats | str | None) -> OpenFormats | None:
-    if not isinstance(formats, str):
-        return formats
+def _heads_of(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """KV heads and head_dim, where a configuration names them as most do; of others they are known with the keys."""
     try:
-        return PageFormat[formats.upper()]
+        heads = getattr(config, "num_key_value_heads", None)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except Exception:  # numbers for each layer, or none
+        return None
+    return (heads, head_dim) if isinstance(heads, int) and isinstance(head_dim, int) else None
+
+
+def _formats_of(formats: OpenFormats | NamedFormats | None) -> OpenFormats | None:
+    """With the formats that names are of; what is no such thing is left to :class:`~kvpack.KVCache` to refuse."""
+    if isinstance(formats, str):
+        return _format_of(formats)
+    if isinstance(formats, PageFormat) or not isinstance(formats, Sequence):
+        return formats
+    pairs: Any = [
+        tuple(_format_of(one) if isinstance(one, str) else one for one in pair)
+        if isinstance(pair, Sequence) and not isinstance(pair, str)
+        else pair
+        for pair in formats
+    ]
+    return pairs  # type: ignore[no-any-return]
+
+
+def _format_of(name: str) -> PageFormat:
+    try:
+        return PageFormat[name.upper()]
     except KeyError:
-        raise CacheInputError(
-            f"formats is {formats!r}; there are {', '.join(known.name for known in PageFormat)}"
-        ) from None
+        known = ", ".join(page_format.name for page_format in PageFormat)
+        raise CacheInputError(f"formats has {name!r}; there are {known}") from None
 
 
 def _pages_dtype(wanted: torch.dtype | None, of_model: torch.dtype) -> torch.dtype:

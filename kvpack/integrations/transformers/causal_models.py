@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from transformers.models import auto
 
 from kvpack.encode.listing import listed
 from kvpack.errors import InputError, KvpackError
@@ -109,7 +112,7 @@ def chosen_device(name: str) -> torch.device:
 
 
 def check_directory(path: Path) -> None:
-    """A directory that transformers can load a causal language model and its tokenizer from.
+    """A directory whose configuration is that of a causal language model of transformers.
 
     Raises:
         InputError: it is none; the message says how to get one.
@@ -125,6 +128,36 @@ def check_directory(path: Path) -> None:
         raise InputError(f"{path} is no directory; {advice}")
     if not (path / "config.json").is_file():
         raise InputError(f"{path} has no config.json: it is no model directory of transformers")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path / 'config.json'} is no JSON ({error})") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise InputError(f"{path / 'config.json'} has no model_type: it is no configuration of a model of transformers")
+    if "auto_map" in config:  # a model of its own code
+        return
+    if kind not in auto.CONFIG_MAPPING:
+        raise InputError(
+            f"{path} has a model of type {kind!r}, which transformers {transformers.__version__} does not have: "
+            "another version may have it"
+        )
+    if kind not in auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(
+            f"{path} has a model of type {kind!r}, of which transformers makes no causal language model: it does not "
+            "continue a text by itself"
+        )
+
+
+def _check_weights(directory: Path) -> None:
+    """
+    Raises:
+        InputError: there are none that transformers reads.
+    """
+    if not any(directory.glob("*.safetensors")) and not any(directory.glob("pytorch_model*.bin")):
+        raise InputError(
+            f"{directory} has no weights, neither *.safetensors nor pytorch_model*.bin: only its configuration is there"
+        )
 
 
 @contextmanager
@@ -139,10 +172,13 @@ def _loading(directory: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         # tokenizers raises a bare Exception for a file that it cannot read.
-        if not isinstance(error, OSError | ValueError | KeyError | ImportError) and type(error) is not Exception:
+        known = OSError | ValueError | KeyError | ImportError | SafetensorError
+        if not isinstance(error, known) and type(error) is not Exception:
             raise
-        lines = str(error).strip().splitlines()
+        lines = [line.strip() for line in str(error).strip().splitlines()]
         reason = lines[0] if lines else type(error).__name__
+        if reason.endswith(":"):  # a list follows
+            reason = " ".join(lines)
         raise InputError(f"{directory}: transformers cannot load {what}: {reason}") from None
     finally:
         if had_bars:
@@ -186,6 +222,8 @@ def load_causal_model(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_directory(directory)
+    _check_weights(directory)
     place = chosen_device(device)
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
     if attention is not None:

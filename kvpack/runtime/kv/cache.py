@@ -369,10 +369,12 @@ class KVCache:
     def __repr__(self) -> str:
         lengths = self.table.lengths[0].tolist()
         shown = lengths if len(lengths) <= 8 else [*lengths[:8], "…"]
+        stored, room = sum(lengths), PAGE_TOKENS * sum(ceil_div(length, PAGE_TOKENS) for length in lengths)
+        whole = "" if stored == room else f"; pages are allocated whole: {room} tokens, of which {stored} are stored"
         return (
             f"KVCache({self.num_layers} layers, {self.num_kv_heads} heads of {self.head_dim}, {self.dtype} on "
             f"{self.device}; tokens {', '.join(map(str, shown))} of {self.max_tokens} each; {self.average_bits():.2f} "
-            f"bits, pages {self.pools.bytes_in_use / 1e6:.2f} MB in {self.estimate_memory_mb():.2f} MB)"
+            f"bits, pages {self.pools.bytes_in_use / 1e6:.2f} MB in {self.estimate_memory_mb():.2f} MB{whole})"
         )
 
     def __reduce_ex__(self, protocol: object) -> str:
@@ -388,8 +390,10 @@ class KVCache:
             formats = self.full_format
         pairs: Any = [(formats, formats)] * self.num_layers if isinstance(formats, PageFormat) else formats
         wanted = f"a PageFormat for all, or a pair (of K, of V) for each of {self.num_layers} layers"
-        if not isinstance(pairs, Sequence) or isinstance(pairs, str) or len(pairs) != self.num_layers:
+        if not isinstance(pairs, Sequence) or isinstance(pairs, str):
             raise CacheInputError(f"formats are {formats!r}; {wanted} is wanted")
+        if len(pairs) != self.num_layers:
+            raise CacheInputError(f"formats are a list of {len(pairs)}; {wanted} is wanted")
         for pair in pairs:
             is_pair = isinstance(pair, Sequence) and len(pair) == len(Side)
             if not is_pair or not all(isinstance(page_format, PageFormat) for page_format in pair):

@@ -69,21 +69,22 @@ class DeviceBlob:
             )
         if math.prod(self.shape) != self.header.num_elements:
             raise ValueError(f"shape {self.shape} for {self.header.num_elements} elements")
-        check_scales(scales.detach().cpu().numpy(), self.header)
-        self.scales = scales.to(device)
+        check_scales(scales.numpy(force=True), self.header)
+        # Each call of torch gives the GIL up, for which a loader's threads wait: there are no more of them than needed.
+        self.scales = scales if scales.device == device else scales.to(device)
         words = 0
-        groups = np.empty((0, 4), np.uint32)
-        tables = np.empty((0, 4096), np.uint32)
+        self.groups = torch.empty((0, 4), dtype=torch.int32, device=device)
+        self.tables = torch.empty((0, 4096), dtype=torch.int32, device=device)
         if device.type == "cuda":
             require_device(device)
             semaphores.prepare(device)
             groups = group_table(parsed)
             words = max_group_words(groups)
             products.check_fits(self.header, words, device_limits(device))
+            self.groups = torch.from_numpy(groups.view(np.int32)).to(device)
             if parsed.tables:
                 tables = np.stack([decoder_table(table) for table in parsed.tables])
-        self.groups = torch.from_numpy(groups.view(np.int32)).to(device)
-        self.tables = torch.from_numpy(tables.view(np.int32)).to(device)
+                self.tables = torch.from_numpy(tables.view(np.int32)).to(device)
         self.status = torch.zeros(2, dtype=torch.int32, device=device)
         self.has_outliers = bool(parsed.tiles["outlier_count"].any())
         predicted = bool((parsed.tiles["predictor"] == Predictor.PREVIOUS).any())

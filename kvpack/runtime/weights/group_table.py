@@ -6,6 +6,8 @@ lengths and words are not (a kernel clamps the former, reads a bounded number of
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +26,7 @@ from kvpack.format.layout import (
     OUTLIER_COL_BITS,
     OUTLIER_DELTA_BITS,
     TILE_ROWS,
+    Layout,
     TileMode,
     ceil_div,
 )
@@ -31,6 +34,7 @@ from kvpack.format.layout import (
 _INDEX_BITS = 19  # of a word or an outlier
 _COUNT_BITS = 16  # of a group's words; as many has raw_offset / 16
 _OUTLIER_COUNT_LOW_BITS = 13  # a group has up to 2^16 outliers: 4 more bits lie elsewhere
+_OFFSET_BYTES = np.arange(GROUP_OFFSETS_BYTES)
 
 Index = npt.NDArray[np.int64]
 
@@ -50,33 +54,42 @@ def _refuse(error: type[Exception], bad: npt.NDArray[np.bool_], what: str) -> No
 
 
 class _Geometry:
-    """Rows, columns and lanes of all tiles, i64 [num_tiles]."""
+    """What follows for all tiles from a header's numbers alone, i64 [num_tiles]; layers of one shape share it.
 
-    def __init__(self, header: BlobHeader) -> None:
+    Attributes:
+        rows, cols: of the tile; groups, lanes: in it.
+        words_at: where a rans tile's words begin.
+        planes, packed: bytes of its raw planes, and of its elements in mode raw.
+        beyond: bool [num_tiles, 9]: the group lies behind the tile's last.
+    """
+
+    def __init__(self, layout: Layout, rows: int, cols: int, tile_cols: int, matrices: int) -> None:
+        header = BlobHeader(layout, rows, cols, tile_cols, matrices)
         tile_row, tile_col = np.divmod(
             np.arange(header.num_tiles, dtype=np.int64) % (header.num_tiles_row * header.num_tiles_col),
             header.num_tiles_col,
         )
-        self.rows = np.minimum(header.rows - tile_row * TILE_ROWS, TILE_ROWS)
-        self.cols = np.minimum(header.cols - tile_col * header.tile_cols, header.tile_cols)
+        self.rows = np.minimum(rows - tile_row * TILE_ROWS, TILE_ROWS)
+        self.cols = np.minimum(cols - tile_col * tile_cols, tile_cols)
         self.groups = -(-self.rows // GROUP_LANES)
         self.lanes = self.groups * GROUP_LANES
-        self.chunks = -(-self.cols // CHUNK_COLS)
+        chunks = -(-self.cols // CHUNK_COLS)
+        self.words_at = GROUP_OFFSETS_BYTES + self.lanes * (4 + header.length_bytes)
+        self.planes = self.lanes * chunks * (CHUNK_COLS // 8 * layout.raw_bits)
+        self.packed = -(-(self.rows * self.cols * layout.element_bits) // 8)
+        self.beyond = np.arange(GROUPS_PER_TILE + 1) >= self.groups[:, None]
+
+
+_geometry = lru_cache(maxsize=8)(_Geometry)
 
 
 def _check_offsets(blob: Blob, geometry: _Geometry, totals: Index) -> None:
     """raw_offset, outlier_offset and data_size of all tiles against what FORMAT.md §§7.1–7.5 prescribe."""
-    header, tiles = blob.header, blob.tiles
-    layout, mode = header.layout, blob.tiles["mode"]
-    words_at = GROUP_OFFSETS_BYTES + geometry.lanes * (4 + header.length_bytes)
-    raw_offset = np.select(
-        [mode == TileMode.RANS, mode == TileMode.CONSTANT],
-        [_align(words_at + 2 * totals, ALIGNMENT_BYTES), np.int64(ALIGNMENT_BYTES)],
-        0,
-    )
-    planes = geometry.lanes * geometry.chunks * (CHUNK_COLS // 8 * layout.raw_bits)
-    packed = -(-(geometry.rows * geometry.cols * layout.element_bits) // 8)
-    end = np.where(mode == TileMode.RAW, packed, raw_offset + planes)
+    tiles, mode = blob.tiles, blob.tiles["mode"]
+    raw_offset = _align(geometry.words_at + 2 * totals, ALIGNMENT_BYTES)
+    raw_offset[mode == TileMode.CONSTANT] = ALIGNMENT_BYTES
+    raw_offset[mode == TileMode.RAW] = 0
+    end = np.where(mode == TileMode.RAW, geometry.packed, raw_offset + geometry.planes)
     outlier_offset = _align(end, OUTLIER_BYTES)
     size = outlier_offset + OUTLIER_BYTES * tiles["outlier_count"].astype(np.int64)
     _refuse(TileBoundsError, tiles["raw_offset"] != raw_offset, "raw_offset is not what is prescribed")
@@ -85,38 +98,33 @@ def _check_offsets(blob: Blob, geometry: _Geometry, totals: Index) -> None:
 
 
 def _group_offsets(blob: Blob, geometry: _Geometry) -> tuple[Index, Index]:
-    """First words [num_tiles, 9] of all groups (the last column: of no group), and the totals [num_tiles]."""
-    header = blob.header
+    """First words [num_tiles, 9] of all groups (the last column: of no group), and their numbers [num_tiles, 8]."""
+    header, tiles = blob.header, blob.tiles
     firsts = np.zeros((header.num_tiles, GROUPS_PER_TILE + 1), np.int64)
-    rans = np.flatnonzero(blob.tiles["mode"] == TileMode.RANS)
+    is_rans = tiles["mode"] == TileMode.RANS
+    rans = np.flatnonzero(is_rans)
     if not len(rans):
-        return firsts, firsts[:, -1]
-    needed = GROUP_OFFSETS_BYTES + geometry.lanes * (4 + header.length_bytes)
-    sizes = blob.tiles["data_size"].astype(np.int64)
-    _refuse(TileBoundsError, (blob.tiles["mode"] == TileMode.RANS) & (sizes < needed), "too short for its lane tables")
+        return firsts, firsts[:, 1:]
+    _refuse(TileBoundsError, is_rans & (tiles["data_size"] < geometry.words_at), "too short for its lane tables")
     payload = np.frombuffer(blob.payload, np.uint8)
-    at = blob.tiles["data_offset"][rans].astype(np.int64)
-    offsets = payload[at[:, None] + np.arange(GROUP_OFFSETS_BYTES)].view("<u4").astype(np.int64)
-    firsts[rans, :GROUPS_PER_TILE] = offsets
+    at = tiles["data_offset"][rans].astype(np.int64)
+    firsts[rans, :GROUPS_PER_TILE] = payload[at[:, None] + _OFFSET_BYTES].view("<u4")
     # The number of all words follows from raw_offset, to within the padding, and is the offset behind the last group;
     # a full tile has none, so that its last group's length is found from its lanes.
-    full = geometry.groups[rans] == GROUPS_PER_TILE
-    totals = offsets[:, -1].copy()
-    if full.any():
-        lengths_at = at[full] + GROUP_OFFSETS_BYTES + 4 * geometry.lanes[rans][full]
-        lengths_at += (GROUPS_PER_TILE - 1) * GROUP_LANES * header.length_bytes
-        last = payload[lengths_at[:, None] + np.arange(GROUP_LANES * header.length_bytes)]
-        totals[full] += last.view(f"<u{header.length_bytes}").astype(np.int64).sum(axis=1)
+    totals = firsts[rans, GROUPS_PER_TILE - 1]
+    full = np.flatnonzero(geometry.groups[rans] == GROUPS_PER_TILE)
+    if len(full):
+        last_bytes = GROUP_LANES * header.length_bytes
+        lengths_at = at[full] + (geometry.words_at[rans[full]] - last_bytes)
+        last = payload[lengths_at[:, None] + np.arange(last_bytes)]
+        totals[full] += last.view(f"<u{header.length_bytes}").sum(axis=1, dtype=np.int64)
     firsts[rans, GROUPS_PER_TILE] = totals
-    beyond = np.arange(GROUPS_PER_TILE + 1) >= geometry.groups[rans, None]
-    bad = (np.diff(firsts[rans], axis=1) < 0).any(axis=1) | (firsts[rans, 0] != 0)
-    bad |= (beyond & (firsts[rans] != totals[:, None])).any(axis=1)
-    wrong = np.zeros(header.num_tiles, np.bool_)
-    wrong[rans] = bad
+    words = np.diff(firsts, axis=1)
+    wrong = np.any(words < 0, axis=1) | (firsts[:, 0] != 0)
+    wrong |= (geometry.beyond & (firsts != firsts[:, -1:])).any(axis=1)
     _refuse(LaneError, wrong, "group_offset does not match the lanes' lengths")
-    wrong[rans] = (np.diff(firsts[rans], axis=1) >= 1 << _COUNT_BITS).any(axis=1)
-    _refuse(LaneError, wrong, "more words than 12 bits a step")
-    return firsts, firsts[:, -1]
+    _refuse(LaneError, np.any(words >= 1 << _COUNT_BITS, axis=1), "more words than 12 bits a step")
+    return firsts, words
 
 
 def _outlier_ranges(blob: Blob, geometry: _Geometry) -> tuple[Index, Index]:
@@ -160,15 +168,13 @@ def group_table(blob: Blob) -> npt.NDArray[np.uint32]:
     header, tiles = blob.header, blob.tiles
     if header.blob_bytes >= ALIGNMENT_BYTES << 32:
         raise GeometryError(f"a blob of {header.blob_bytes} bytes; the runtime addresses up to {ALIGNMENT_BYTES << 32}")
-    geometry = _Geometry(header)
-    firsts, totals = _group_offsets(blob, geometry)
-    _check_offsets(blob, geometry, totals)
+    geometry = _geometry(header.layout, header.rows, header.cols, header.tile_cols, header.matrices)
+    firsts, num_words = _group_offsets(blob, geometry)
+    _check_offsets(blob, geometry, firsts[:, -1])
     first_outlier, num_outliers = _outlier_ranges(blob, geometry)
 
-    words_at = (GROUP_OFFSETS_BYTES + geometry.lanes * (4 + header.length_bytes)) // 2
-    rans = tiles["mode"] == TileMode.RANS
-    first_word = np.where(rans[:, None], words_at[:, None] + firsts[:, :-1], 0)
-    num_words = np.diff(firsts, axis=1)
+    first_word = firsts[:, :-1] + (geometry.words_at // 2)[:, None]
+    first_word[tiles["mode"] != TileMode.RANS] = 0
     raw_unit = tiles["raw_offset"].astype(np.int64) // ALIGNMENT_BYTES
     too_many = (first_word.max(axis=1) >= 1 << _INDEX_BITS) | (raw_unit >= 1 << _COUNT_BITS)
     _refuse(LaneError, too_many, "more words than 12 bits a step")

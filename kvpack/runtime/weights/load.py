@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,10 +19,11 @@ import torch
 
 from kvpack.encode.reader import Reader
 from kvpack.errors import FormatError, InputError, TensorTableError
-from kvpack.format.blob import TILE_METADATA, Blob, check_tile_bytes
+from kvpack.format.blob import TILE_METADATA, Blob
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container, StoredTensor
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
+from kvpack.format.tile_crc import check_tiles
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Uploader
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
@@ -60,6 +62,8 @@ _BLOCK_BYTES = 512
 _HOST_BLOCK_BYTES = 32 << 20
 # So many tiles (of some 70 KB) are checked by one thread at once: large tensors are shared, small ones are not split.
 _TILES_A_CHECK = 64
+# Small tensors are checked together: to give a thread something to do takes as long as to read 100 KB.
+_CHECK_BYTES = 4 << 20
 # Bytes that may wait for their checks beside one tensor's: reading is faster, and what was read is held meanwhile.
 _MAX_PENDING_BYTES = 256 << 20
 
@@ -109,6 +113,11 @@ def device_blob(reader: Reader, name: str, buffer: torch.Tensor, host: memoryvie
         return DeviceBlob.from_buffer(buffer, scales, TORCH_DTYPES[info.dtype], info.shape, host=host)
 
 
+def _run_all(checks: Iterable[Callable[[], object]]) -> None:
+    for check in checks:
+        check()
+
+
 class CrcChecks:
     """All bytes of tensors against their CRCs, by the reader's threads while others do something else.
 
@@ -117,8 +126,10 @@ class CrcChecks:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._pending: deque[tuple[list[Future[None]], int]] = deque()
-        self._pending_bytes = 0
+        self._next: list[Callable[[], object]] = []
+        self._next_bytes = self._next_held_bytes = 0
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        self._held_bytes = 0  # by all that is not done
 
     def covers(self, name: str) -> bool:
         """Whether there is anything to compare a tensor with."""
@@ -135,40 +146,50 @@ class CrcChecks:
         Raises:
             FormatError: of an earlier one that is damaged.
         """
-        container, submit = self._reader.container(name), self._reader._executor.submit
+        container = self._reader.container(name)
         if name not in container.coded:
             if self.covers(name):
-                self._follow([submit(self._check_plain, name, name, host)], container.tensors[name].size_bytes)
+                size_bytes = container.tensors[name].size_bytes
+                self._add(partial(self._check_plain, name, name, host), size_bytes, size_bytes)
+                self._make_room(size_bytes)
             return
         assert host is not None
         header = BlobHeader.parse(host)
         begin = HEADER_BYTES + header.table_bytes
         tiles = np.frombuffer(host[begin : header.payload_offset], TILE_METADATA)
         payload = host[header.payload_offset :]
-        checks = [
-            submit(self._check_coded, name, payload, tiles, first) for first in range(0, len(tiles), _TILES_A_CHECK)
-        ]
-        self._follow(checks, len(host))
+        for first in range(0, len(tiles), _TILES_A_CHECK):
+            is_last = first + _TILES_A_CHECK >= len(tiles)  # done when all before it are
+            check_bytes = len(host) * min(_TILES_A_CHECK, len(tiles) - first) // len(tiles)
+            self._add(partial(self._check_coded, name, payload, tiles, first), check_bytes, len(host) if is_last else 0)
+        self._make_room(len(host))
 
-    def _follow(self, checks: list[Future[None]], size_bytes: int) -> None:
-        """Note what is under way, whose bytes are held until all of it is done, and wait for room."""
-        self._pending.append((checks, size_bytes))
-        self._pending_bytes += size_bytes
+    def _add(self, check: Callable[[], object], check_bytes: int, held_bytes: int) -> None:
+        self._next.append(check)
+        self._next_bytes += check_bytes
+        self._next_held_bytes += held_bytes
+        self._held_bytes += held_bytes
+        if self._next_bytes >= _CHECK_BYTES:
+            self._submit()
+
+    def _submit(self) -> None:
+        if self._next:
+            self._pending.append((self._reader._executor.submit(_run_all, self._next), self._next_held_bytes))
+            self._next, self._next_bytes, self._next_held_bytes = [], 0, 0
+
+    def _make_room(self, size_bytes: int) -> None:
+        """Forget what is done, and wait while more is held than may be beside the last one's bytes."""
+        if self._held_bytes - size_bytes > _MAX_PENDING_BYTES:
+            self._submit()
         while self._pending:
-            done = all(check.done() for check in self._pending[0][0])
-            if not done and self._pending_bytes - size_bytes <= _MAX_PENDING_BYTES:
+            if not self._pending[0][0].done() and self._held_bytes - size_bytes <= _MAX_PENDING_BYTES:
                 break
             self._wait_for_oldest()
 
     def _wait_for_oldest(self) -> None:
-        checks, size_bytes = self._pending.popleft()
-        self._pending_bytes -= size_bytes
-        try:
-            for check in checks:
-                check.result()
-        finally:
-            for check in checks:
-                check.cancel()
+        check, held_bytes = self._pending.popleft()
+        self._held_bytes -= held_bytes
+        check.result()
 
     def _check_plain(self, name: str, stored: str, host: memoryview | None) -> None:
         self._reader.container(name).check_crc32(stored, host)
@@ -178,8 +199,7 @@ class CrcChecks:
         if first == 0:
             self._check_plain(name, name + SCALE_SUFFIX, None)
         with _named(self._reader, name):
-            for index in range(first, min(first + _TILES_A_CHECK, len(tiles))):
-                check_tile_bytes(payload, tiles[index], f"tile {index}")
+            check_tiles(payload, tiles[first : first + _TILES_A_CHECK], first)
 
     @contextmanager
     def around(self, name: str, host: memoryview) -> Iterator[None]:
@@ -201,6 +221,7 @@ class CrcChecks:
         Raises:
             FormatError: of the first damaged one.
         """
+        self._submit()
         while self._pending:
             self._wait_for_oldest()
 
@@ -214,10 +235,10 @@ class CrcChecks:
         trace: TracebackType | None,
     ) -> None:
         """Leave out what has not been begun: after an error, nobody asks for it any more."""
-        for checks, _ in self._pending:
-            for check in checks:
-                check.cancel()
+        for check, _ in self._pending:
+            check.cancel()
         self._pending.clear()
+        self._next.clear()
 
 
 def check_lanes(reader: Reader, tensors: Mapping[str, DeviceBlob | torch.Tensor]) -> None:
@@ -269,7 +290,7 @@ def _allocate(reader: Reader, name: str, device: torch.device) -> torch.Tensor:
 
 
 def _host_buffers(blob_bytes: list[int]) -> list[torch.Tensor]:
-    """Memory for blobs with slack on the CPU, several in a block, which stays as long as one of them.
+    """Memory for blobs on the CPU with slack of zeros, several in a block, which stays as long as one of them.
 
     NumPy asks for huge pages where memory is large: page by page, first writes take most of a read's time.
     """
@@ -281,6 +302,7 @@ def _host_buffers(blob_bytes: list[int]) -> list[torch.Tensor]:
         block = np.empty(ends[count - 1], np.uint8)
         for size, end in zip(blob_bytes[len(buffers) :], ends[:count], strict=False):
             begin = end - sizes[len(buffers)]
+            block[begin + size : begin + size + SLACK_BYTES] = 0
             buffers.append(torch.from_numpy(block[begin : begin + size + SLACK_BYTES]))
     return buffers
 
@@ -380,8 +402,6 @@ def load_tensors(
                 upload.wait_piece(number)
             if device.type == "cpu":
                 host = pieces[number].target.numpy().data
-                if is_coded:
-                    buffers[name][len(host) :].zero_()
             if not is_coded:
                 assert checks is not None
                 checks.add(name, host)
