@@ -163,8 +163,12 @@ def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bo
     narrow, of_four, wide, widest = _DECODE_WARPS.get(architecture // 10, _OTHER_DECODE_WARPS)
     if output == OUTPUT_NOTHING:
         return narrow
+    eight = layout.codes_per_symbol == 8  # eight slots are kept until their columns are complete
     if many or fp32 or outliers or predicted:
-        return widest if fp32 and many else wide
+        return widest if eight or (fp32 and many) else wide
+    spills = layout.codes_per_symbol == 2 and layout.raw_bits == _MANY_RAW_BITS - 1 and output in OUTPUTS.values()
+    if eight or spills:
+        return wide
     return of_four if layout.codes_per_symbol > 2 else narrow
 
 
