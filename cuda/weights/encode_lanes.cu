@@ -1,6 +1,13 @@
 // rANS-encodes the lanes of tiles into scratch memory (docs/FORMAT.md §5.2).
 #include "weights/encode_elements.cuh"
 
+// Left alone, the compiler spills where codes are folded on sm_120, to have six blocks of a multiprocessor.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200 && KVPACK_FOLDED
+#define ENCODE_LANES_BOUNDS __launch_bounds__(KVPACK_TILE_ROWS, 4)
+#else
+#define ENCODE_LANES_BOUNDS __launch_bounds__(KVPACK_TILE_ROWS)
+#endif
+
 // An entry of an encoder's table. The quotient x div f is umulhi(x + round_down, reciprocal) >> shift, exact for all
 // x < f·2^20 (kvpack/runtime/weights/encoder.py makes the table and gives the proof).
 //
@@ -37,7 +44,7 @@ struct LaneCoder {
 // tables: uint2 [tables, 256]; plan: s32 [tiles]; words: u16 [blocks, 256, lane_words], a lane's words at the end of its
 // part; states, lengths: u32 [blocks, 256]; tile_words: u32 [tiles], all the words of a tile. lane_words is a multiple of 4
 // and at least ceil(steps · 12 / 16) + 1.
-extern "C" __global__ void __launch_bounds__(KVPACK_TILE_ROWS)
+extern "C" __global__ void ENCODE_LANES_BOUNDS
 encode_lanes(const Element* elements, u32 rows, u32 cols, u32 tile_cols, u32 first_tile, u32 previous, const s32* plan,
              const uint2* tables, u32 lane_words, u16* words, u32* states, u32* lengths, u32* tile_words) {
   __shared__ uint2 table[KVPACK_NUM_SYMBOLS];
