@@ -28,7 +28,14 @@ from kvpack.format.layout import (
 from kvpack.runtime.device import kernels, semaphores
 from kvpack.runtime.device.devices import ACTIVATIONS, Limits
 from kvpack.runtime.device.kernels import Kernel
-from kvpack.runtime.weights.launch_model import BLOCKS_PER_SM, ProductFit, fit_decode, fit_gemm, fit_gemv
+from kvpack.runtime.weights.launch_model import (
+    BLOCKS_PER_SM,
+    ProductFit,
+    fit_decode,
+    fit_gemm,
+    fit_gemv,
+    gemv_launches,
+)
 
 # Registers bound the warps of a block: 64, 72, 80, 96, 128, 168 a thread with 16, 14, 12, 10, 8, 6 of them. Raw
 # planes are loaded two chunks ahead, so that many raw bits, outliers or wide results leave fewer. How many registers
@@ -129,7 +136,8 @@ def check_fits(header: BlobHeader, max_group_words: int, limits: Limits) -> None
     widest = GROUP_LANES * CHUNK_COLS * 4
     fits = fit_decode(buffer_bytes, limits, 1, widest, 1) is not None
     if fits and can_multiply(header.layout):
-        fits = fit_gemv(header, buffer_bytes, limits, gemv_warps(header.layout, architecture)) is not None
+        # The first launch that fits is found at once; the best one takes milliseconds, and many blobs are loaded.
+        fits = any(True for _ in gemv_launches(header, buffer_bytes, limits, gemv_warps(header.layout, architecture)))
     if not fits:
         available = limits.block_bytes(1)
         raise DeviceError(
