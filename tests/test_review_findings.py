@@ -144,13 +144,13 @@ def run_with_odd_name(folder: Path, *arguments: object) -> None:
 
 
 def test_names_with_control_characters_and_markup(tmp_path: Path) -> None:
-    run_with_odd_name(tmp_path, "compress", tmp_path / "m.safetensors", "--bits", "4")
+    run_with_odd_name(tmp_path, "compress", tmp_path / "m.safetensors", "--bits", "4", "--verbose")
     run_with_odd_name(tmp_path, "inspect", tmp_path / "m.kvpack.safetensors")
 
 
 def test_drawing_names_with_control_characters_and_markup(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="kvpack inspect --plot draws with matplotlib, which is not installed")
-    run_with_odd_name(tmp_path, "compress", tmp_path / "m.safetensors", "--bits", "4")
+    run_with_odd_name(tmp_path, "compress", tmp_path / "m.safetensors", "--bits", "4", "--verbose")
     run_with_odd_name(tmp_path, "inspect", tmp_path / "m.kvpack.safetensors", "--plot", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
