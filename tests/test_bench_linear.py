@@ -117,6 +117,8 @@ def test_options_have_the_defaults_of_a_full_and_of_a_quick_run() -> None:
     assert full.shapes == SHAPES
     assert full.ms == MS
     assert {s.label for s in full.shapes} >= bench_report.LLAMA_SHAPES | {SPECIFICATION_SHAPE.label}
+    assert full.tile_cols == (128, 256, 512, 1024, 2048)  # to the longest that the format has
+    assert set(quick.tile_cols) < set(full.tile_cols)
     assert set(quick.ms) < set(full.ms)
     assert len(quick.shapes) < len(full.shapes)
     assert full.as_dict().keys() == quick.as_dict().keys()
@@ -124,9 +126,9 @@ def test_options_have_the_defaults_of_a_full_and_of_a_quick_run() -> None:
 
 
 def test_options_are_lists() -> None:
-    options = parse_options(shapes="o, 512x96", ms="1,16,1", layouts="fast", tile_cols="32,512")
+    options = parse_options(shapes="o, 512x96", ms="1,16,1", layouts="fast", tile_cols="32,2048")
     assert [shape.label for shape in options.shapes] == ["4096×4096", "512×96"]
-    assert (options.ms, options.layouts, options.tile_cols) == ((1, 16), ("fast",), (32, 512))
+    assert (options.ms, options.layouts, options.tile_cols) == ((1, 16), ("fast",), (32, 2048))
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def bench_linear(
     layouts: Annotated[str | None, typer.Option("--layouts", metavar="LIST", help="balanced,fast")] = None,
     tile_cols: Annotated[
         str | None,
-        typer.Option("--tile-cols", metavar="LIST", help="Tile columns to choose from; default 128,256,512."),
+        typer.Option("--tile-cols", metavar="LIST", help="Tile columns to choose from; default 128,256,512,1024,2048."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes, less than a minute.")] = False,
     time_limit_s: TimeLimit = None,

@@ -34,7 +34,7 @@ ELEMENT_DTYPES: dict[int, type[np.unsignedinteger[Any]]] = {
     32: np.uint32,
 }
 
-# A reader's own limit (FORMAT.md §10): a constant tile expands 48 bytes, its metadata counted, to 131,072 elements.
+# A reader's own limit (FORMAT.md §10): a constant tile expands 48 bytes, its metadata counted, to 524,288 elements.
 FREE_ELEMENTS = 1 << 28
 ELEMENTS_PER_BLOB_BYTE = 256
 

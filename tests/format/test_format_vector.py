@@ -1,4 +1,4 @@
-"""The file that docs/FORMAT.md §11.2 shows in hex decodes to the numbers printed there, by kvpack and independently."""
+"""What docs/FORMAT.md §§11.2 and 11.3 show in hex decodes to the numbers printed there, by kvpack and independently."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 from independent_decoder import decode_blob, read_container
 
 import kvpack
+from kvpack.encode.blob_decoder import decode_integers
 from kvpack.format.blob import Blob
 from kvpack.format.container import Container
-from kvpack.format.layout import Predictor, TileMode
+from kvpack.format.layout import ElementKind, Predictor, TileMode, integer_layout
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "FORMAT.md").read_text(encoding="utf-8")
 
@@ -24,10 +25,10 @@ def listing(name: str) -> list[str]:
     return found.group(1).splitlines()
 
 
-def vector() -> bytes:
+def vector(name: str = "vector") -> bytes:
     data = b""
     repeat = False
-    for line in listing("vector"):
+    for line in listing(name):
         if line == "*":
             repeat = True
             continue
@@ -42,6 +43,28 @@ def vector() -> bytes:
 
 def table(name: str) -> np.ndarray[Any, Any]:
     return np.array([[float(cell) for cell in line.split()] for line in listing(name)])
+
+
+def printed_states(table: str) -> list[str]:
+    """The column "x after" of a lane's steps."""
+    rows = table.splitlines()[2:]
+    return [state for row in rows for state in re.findall(r"`([0-9A-F]{8})`", "".join(row.split("|")[5:6]))]
+
+
+def states_of_lane_0(blob: Blob, steps: int) -> list[str]:
+    """§5.2 by hand."""
+    frequencies = blob.tables[0].astype(int)
+    starts = np.cumsum(frequencies) - frequencies
+    x, words = int(blob.tile(0).states[0]), blob.tile(0).words.tolist()
+    states = []
+    for _ in range(steps):
+        slot = x % 4096
+        symbol = int(np.flatnonzero((starts <= slot) & (slot < starts + frequencies))[0])
+        x = int(frequencies[symbol]) * (x >> 12) + slot - int(starts[symbol])
+        if x < 1 << 16:
+            x = (x << 16) | words.pop(0)
+        states.append(f"{x:08X}")
+    return states
 
 
 @pytest.fixture
@@ -88,18 +111,27 @@ def test_the_lane_of_the_page(file: Path) -> None:
     """§5.2 by hand: the table of states is what its words give."""
     with Container(file) as container:
         blob = Blob(container.data("w_kvpack"))
-    frequencies = blob.tables[0].astype(int)
-    starts = np.cumsum(frequencies) - frequencies
-    x, words = int(blob.tile(0).states[0]), [int(word) for word in blob.tile(0).words[:2]]
-    states = []
-    for _ in range(16):
-        slot = x % 4096
-        symbol = int(np.flatnonzero((starts <= slot) & (slot < starts + frequencies))[0])
-        x = int(frequencies[symbol]) * (x >> 12) + slot - int(starts[symbol])
-        if x < 1 << 16:
-            x = (x << 16) | words.pop(0)
-        states.append(f"{x:08X}")
-    rows = PAGE[PAGE.index("| step | x before |") : PAGE.index("The state is L after 16 steps")].splitlines()[2:]
-    printed = [state for row in rows for state in re.findall(r"`([0-9A-F]{8})`", "".join(row.split("|")[5:6]))]
+    states = states_of_lane_0(blob, 16)
+    printed = printed_states(PAGE[PAGE.index("| step | x before |") : PAGE.index("The state is L after 16 steps")])
     assert printed == states
     assert states[-1] == "00010000"
+
+
+def test_the_folded_blob_of_the_page() -> None:
+    data = vector("folded")
+    assert len(data) == 592
+    blob, expected = Blob(data), table("folded integers")
+    assert blob.header.layout == integer_layout("balanced", ElementKind.SIGNED, 4)
+    assert blob.header.layout.folded
+    assert np.array_equal(decode_integers(blob)[0], expected)
+    assert np.array_equal(decode_blob(data)[0], expected)
+    tile = blob.tile(0)
+    assert tile.mode == TileMode.RANS
+    assert {symbol: int(f) for symbol, f in enumerate(blob.tables[0]) if f} == {
+        0x00: 1792, 0x05: 512, 0xA0: 256, 0xAA: 1536
+    }  # fmt: skip
+    section = PAGE[PAGE.index("### 11.3") : PAGE.index("## 12.")]
+    for value in (blob.header.header_crc32, int(blob.tiles["payload_crc32"][0]), *tile.states[:2].tolist()):
+        assert f"`0x{value:08X}`" in section
+    assert not len(tile.words)
+    assert printed_states(section[section.index("| step |") : section.index("Step 0 has")]) == states_of_lane_0(blob, 8)

@@ -338,6 +338,19 @@ def test_product_with_outliers(mode: str, tokens: int) -> None:
     check_product(data, scales, tokens, torch.float16)
 
 
+def test_groups_of_more_outliers_than_the_low_bits_count() -> None:
+    """A group's entry has its outliers' number in two fields, of 13 and 4 bits (``group_table``)."""
+    elements = samples.gaussian_elements((1, 32, 320), 5, 3, 1)
+    every = np.ndindex(32, 320)
+    outliers = [(0, row, col, 37 * (row + 1) - col or 1) for row, col in every if (row + col) % 9]
+    assert 1 << 13 < len(outliers) < elements.size
+    data = samples.encode_with_outliers(
+        elements, outliers, integer_layout("balanced", ElementKind.SIGNED, 5), tile_cols=320
+    )
+    assert np.array_equal(decoded_numbers(data), decode_integers(Blob(data)))
+    check_product(data, np.full(1, 0.37, np.float32), 1, torch.float16)
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 0])
 @pytest.mark.parametrize("what", ["columns", "order"])
 def test_outliers_that_change_after_the_check(what: str, tokens: int) -> None:
