@@ -66,7 +66,7 @@ def test_sentences_say_what_the_results_do() -> None:
     equal_bits = {f"{rows[name]['bits']:.4f}" for rows in same for name in ("int4", "kivi4g64")}
     assert len(equal_bits) == 1
     times = [[sum(rows[f"int{bits}"]["kl"]) / sum(rows[f"kivi{bits}g64"]["kl"]) for bits in (8, 4, 3)] for rows in same]
-    quality = {row["setting"]: row["kl"] for row in newest("books-quality")["rows"]}
+    quality = {row["setting"]: row["kl"] for row in newest("books-layouts")["rows"]}
     prompt = newest("long-prompt")
     readme = [
         f"{between(speeds(('balanced',), large, 1, 1))} times as fast",
@@ -83,7 +83,7 @@ def test_sentences_say_what_the_results_do() -> None:
         "and {:.2f}, {:.2f} and {:.2f} times on Python's library".format(*times[1]),
         f"| {kl['int4']:.4f} | {kl['kivi4g32']:.4f} with KIVI-like 4 bits, which take",
         f"which take {caches['kivi4g32']['bits']:.1f} |",
-        f"| {quality['tensor:4.25']:.3f} | {quality['int4-g128']:.3f} with INT4",
+        f"| {quality['tensor:4.25']:.4f} | {quality['int4-g128']:.4f} with INT4",
         f"| {two_bits / 1e9:.1f} GB | {prompt['fp16_bytes'] / 1e9:.1f} GB in FP16",
     ]
     text = " ".join((ROOT / "README.md").read_text().split())
