@@ -57,6 +57,8 @@ _SMALL_STEPS_PER_OCTAVE = 4
 # A rate that a layout leaves so much of is not what limits it; noises of this ratio are equal.
 _RATE_IS_SLACK_AT = 0.05
 _EQUAL_NOISE = 1.01
+# Bits a weight of raw planes of lanes without a row from which another layout is tried.
+_IDLE_PLANES_MATTER_AT = 0.05
 # Folded codes above two raw bits lose 0.08 bit, at 3 bits a weight 13 % more KL; above this rate speed counts for more.
 _FOLDED_LOSES_UP_TO_BITS = 3.2
 _FOLDED_LOSES_AT = 4  # bits of an element
@@ -136,6 +138,15 @@ class Overhead(NamedTuple):
     raw: float
     padding: float = 0.0
     """Padding columns, as a part of the columns: in mode rans they are coded like these."""
+    edge: float = 0.0
+    """The part of the weights that lies in tile rows with idle lanes: lanes that have raw planes, but no row."""
+    edge_planes: float = 0.0
+    """Bits a weight of these planes, for the weights of the edge: in mode rans alone, and each tile row has a mode."""
+
+    @property
+    def idle_planes(self) -> float:
+        """Bits a weight of idle lanes' planes, over all weights."""
+        return self.edge * self.edge_planes
 
 
 def fixed_bits_per_weight(header: BlobHeader) -> Overhead:
@@ -148,9 +159,14 @@ def fixed_bits_per_weight(header: BlobHeader) -> Overhead:
     total += 8 * (HEADER_BYTES + _TYPICAL_TABLE_BYTES + 4)
     raw_bits = header.num_tiles * 8 * (TILE_METADATA_BYTES + 8) + 8 * (HEADER_BYTES + 4)
     padding = (CHUNK_COLS * last.chunks - last.cols) / header.cols
-    idle = (last.lanes - last.rows) / header.rows
-    planes = ((1 + padding) * (1 + idle) - 1) * header.layout.raw_bits
-    return Overhead(total / header.num_elements + planes, raw_bits / header.num_elements, padding)
+    idle = (last.lanes - last.rows) / last.rows
+    return Overhead(
+        total / header.num_elements + padding * header.layout.raw_bits,
+        raw_bits / header.num_elements,
+        padding,
+        last.rows / header.rows if idle else 0.0,
+        (1 + padding) * idle * header.layout.raw_bits,
+    )
 
 
 def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArray[np.int64]:
@@ -169,8 +185,9 @@ def estimate(fine: FineHistogram, step: float, layout: Layout, overhead: Overhea
     outlier = (q != clipped) & (beyond >= rounding.clamp)
     codes = np.bincount(layout.codes(clipped + half), fine.counts, minlength=1 << layout.code_bits)
     total = fine.counts.sum()
-    bits = entropy_bits(codes) * (1 + overhead.padding) + layout.raw_bits + overhead.rans
-    bits = min(bits, layout.element_bits + overhead.raw)
+    rans = entropy_bits(codes) * (1 + overhead.padding) + layout.raw_bits + overhead.rans
+    raw = layout.element_bits + overhead.raw
+    bits = (1 - overhead.edge) * min(rans, raw) + overhead.edge * min(rans + overhead.edge_planes, raw)
     bits += 8 * OUTLIER_BYTES * float(fine.counts[outlier].sum()) / total
     error = fine.centres - step * np.where(outlier, q, clipped)
     noise = float(fine.counts @ (error * error)) / total
@@ -213,7 +230,7 @@ def plan_at_step(fine: FineHistogram, step: float, layout: Layout, overhead: Ove
     """The plan of one given step."""
     rounding = rounding_for(fine, step, layout, rate_weight)
     plan = RatePlan(step, layout, rounding, estimate(fine, step, layout, overhead, rounding))
-    if overhead.rans - overhead.raw < _RAW_MAY_WIN_AT or rounding is NEAREST:
+    if overhead.rans + overhead.idle_planes - overhead.raw < _RAW_MAY_WIN_AT or rounding is NEAREST:
         return plan
     # In tiles of a fixed width all codes cost the same, and only outliers have a price.
     nearest = Rounding(NEAREST.thresholds, rounding.clamp)
@@ -312,11 +329,21 @@ def _is_allowed(plan: RatePlan) -> bool:
     return plan.layout in layouts_at(plan.layout.name, plan.layout.element_bits, plan.predicted.bits)
 
 
+def layouts_for_idle_lanes(header_of: dict[Layout, BlobHeader]) -> list[Layout]:
+    """The other layouts of a name, which have fewer raw planes, for those whose idle lanes' planes cost much."""
+    return [
+        other
+        for layout, header in header_of.items()
+        if fixed_bits_per_weight(header).idle_planes >= _IDLE_PLANES_MATTER_AT
+        for other in integer_layouts(layout.name, layout.element_kind, layout.element_bits)[1:]
+    ]
+
+
 def raw_layouts(layouts: list[Layout], bits: float, header_of: dict[Layout, BlobHeader]) -> list[Layout]:
     """Layouts of the widths that fit ``bits`` in mode raw, if lanes cost so much that it may be worth while."""
     layout = layouts[-1]
     overhead = fixed_bits_per_weight(header_of[layout])
-    if overhead.rans - overhead.raw < _RAW_MAY_WIN_AT:
+    if overhead.rans + overhead.idle_planes - overhead.raw < _RAW_MAY_WIN_AT:
         return []
     widest = min(8, int(bits - overhead.raw))
     name = layout.name if layout.name in LAYOUT_NAMES else "balanced"

@@ -44,6 +44,7 @@ from kvpack.encode.rate import (
     candidate_layouts,
     fixed_bits_per_weight,
     layouts_at,
+    layouts_for_idle_lanes,
     plan_at_step,
     plan_for_bits,
     plan_for_noise,
@@ -544,16 +545,16 @@ def _check_noise(weights: Matrices, fine: FineHistogram, plan: RatePlan, encoded
     if encoded.noise_db is None:
         return
     _check_offset(fine, encoded, bits)
-    if encoded.noise_db > _most_noise_db(bits):
-        raise RateOutOfReachError(f"overhead leaves too little of {bits} bits a weight")
     achieved = 8 * encoded.size_bytes / weights.size
-    if fine.largest < _AT_THE_LIMIT * plan.step:
-        return
-    if 10 * math.log10(plan.predicted.noise) > _most_noise_db(min(bits, achieved)):
+    too_noisy = encoded.noise_db > _most_noise_db(bits)
+    too_coarse = too_noisy or 10 * math.log10(plan.predicted.noise) > _most_noise_db(min(bits, achieved))
+    if too_coarse and fine.largest >= _AT_THE_LIMIT * plan.step:
         raise NotEncodableError(
             f"the largest value ({fine.largest:.3g}) is more than {MAX_MAGNITUDE} steps of any that suits the others "
             f"(rms {fine.rms:.3g})"
         )
+    if too_noisy:
+        raise RateOutOfReachError(f"overhead leaves too little of {bits} bits a weight")
 
 
 def _check_offset(fine: FineHistogram, encoded: EncodedTensor, bits: float) -> None:
@@ -624,7 +625,7 @@ def encode_at_bits(
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     if not fine.is_smooth:
         return _encode_from_ladder(weights, fine, bits, worth_bits, headers, tile_cols, executor, coder)
-    for layout in raw_layouts(layouts, bits, headers):
+    for layout in [*layouts_for_idle_lanes(headers), *raw_layouts(layouts, bits, headers)]:
         headers.setdefault(layout, weights.header(layout, tile_cols))
     layouts = list(headers)
     target_bits = bits - _RATE_TOLERANCE_BITS / 2

@@ -8,7 +8,7 @@ import sample_blobs as samples
 
 from kvpack.encode.blob_encoder import encode_elements, even_tile_cols
 from kvpack.encode.rate import fixed_bits_per_weight
-from kvpack.encode.tensor_encoder import Matrices
+from kvpack.encode.tensor_encoder import Matrices, encode_at_bits
 from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind, float_layouts, integer_layout
@@ -83,6 +83,28 @@ def test_the_overhead_that_is_planned_is_that_of_the_blob(name: str, rows: int, 
     padded = sum(header.tile_geometry(i).lanes * 32 * header.tile_geometry(i).chunks for i in range(header.num_tiles))
     planes = layout.raw_bits * (padded - elements.size) / elements.size
     overhead = fixed_bits_per_weight(header)
+    assert overhead.edge == pytest.approx(rows % 256 / rows if rows % 32 else 0)
     lanes = rows * header.num_tiles_col * (24 + 8 * header.length_bytes)
     without = (lanes + header.num_tiles * 8 * 72 + 8 * (64 + 150 + 4)) / elements.size
-    assert overhead.rans - without == pytest.approx(planes, abs=1e-9)
+    assert overhead.rans + overhead.idle_planes - without == pytest.approx(planes, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "bits", "name", "noise_db"),
+    [
+        # The last tile row has one row of 257, or 44 of 300, and goes raw where idle lanes' planes cost more.
+        (257, 384, 6.0, "fast", -31.9),
+        (257, 333, 5.0, "auto", -26.0),
+        (257, 333, 6.0, "auto", -31.6),
+        (300, 400, 7.0, "fast", -37.4),
+        # Lanes without a row have raw planes, of which `balanced` has fewer in its other layout.
+        (129, 1024, 6.0, "auto", -30.4),
+        (100, 2048, 6.0, "auto", -30.2),
+    ],
+)
+def test_rows_that_leave_lanes_idle(rows: int, cols: int, bits: float, name: str, noise_db: float) -> None:
+    weights = (np.random.default_rng(rows).normal(0, 1, (rows, cols)) * 0.02).astype(np.float32)
+    encoded = encode_at_bits(Matrices(weights), bits, layout_name=name)
+    assert bits - 0.02 < 8 * encoded.size_bytes / weights.size <= bits
+    assert encoded.noise_db is not None
+    assert encoded.noise_db < noise_db
