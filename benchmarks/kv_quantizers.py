@@ -200,7 +200,8 @@ def record(model: Any, ids: torch.Tensor, *, prompt_queries: bool) -> tuple[Reco
     """What a model caches of all but the last 64 of ``ids``, and the reference: fp64 [64, vocabulary].
 
     Raises:
-        SystemExit: a model whose cache is not keys and values of one shape in each layer, or beyond fp16.
+        SystemExit: a model whose cache is not keys and values of one shape in each layer, or beyond fp16; or whose
+            attention does not go through transformers' interface, where queries are seen.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -210,7 +211,10 @@ def record(model: Any, ids: torch.Tensor, *, prompt_queries: bool) -> tuple[Reco
     with ATTENTION.recording() if prompt_queries else nullcontext() as taken:
         for begin in range(0, tokens, CHUNK_TOKENS):
             _forward(model.base_model, ids[begin : min(begin + CHUNK_TOKENS, tokens)], cache, begin)
-        prompt_q = taken()[0].half() if taken else None
+        queries = taken() if taken else None
+    if queries == []:
+        sys.exit(f"{type(model).__name__}'s attention is its own in this transformers: its queries cannot be recorded")
+    prompt_q = queries[0].half() if queries else None
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         sys.exit(f"{type(model).__name__} has layers that do not cache all tokens")
     if len({x.shape for layer in cache.layers for x in (layer.keys, layer.values)}) != 1:
