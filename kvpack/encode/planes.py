@@ -201,13 +201,18 @@ def _load_narrow_planes(planes, narrow_bits, lane, slots, above):  # type: ignor
 
 
 @njit(nogil=True, inline="always")
+def _four_symbols(symbols, step):  # type: ignore[no-untyped-def]
+    """Four symbols in the bytes of a u32."""
+    low = U32(symbols[step]) | (U32(symbols[step + 1]) << U32(8))
+    return low | (U32(symbols[step + 2]) << U32(16)) | (U32(symbols[step + 3]) << U32(24))
+
+
+@njit(nogil=True, inline="always")
 def _join_codes(symbols, first, code_bits, g, raw_bits, slots):  # type: ignore[no-untyped-def]
     """Put the codes of a chunk (symbols from ``first``) above the raw bits in ``slots``."""
     code_mask = _BYTES * U32((1 << code_bits) - 1)
     for quad in range(SLOTS // g):
-        step = first + 4 * quad
-        four = U32(symbols[step]) | (U32(symbols[step + 1]) << U32(8))
-        four |= (U32(symbols[step + 2]) << U32(16)) | (U32(symbols[step + 3]) << U32(24))
+        four = _four_symbols(symbols, first + 4 * quad)
         for code in range(g):
             slots[g * quad + code] |= ((four >> U32(code_bits * code)) & code_mask) << U32(raw_bits)
 
@@ -218,9 +223,7 @@ def _join_folded(symbols, first, code_bits, g, raw_bits, slots):  # type: ignore
     ones = U32((1 << code_bits) - 1)
     code_mask = _BYTES * ones
     for quad in range(SLOTS // g):
-        step = first + 4 * quad
-        four = U32(symbols[step]) | (U32(symbols[step + 1]) << U32(8))
-        four |= (U32(symbols[step + 2]) << U32(16)) | (U32(symbols[step + 3]) << U32(24))
+        four = _four_symbols(symbols, first + 4 * quad)
         for code in range(g):
             u = slots[g * quad + code]
             folded = (u >> U32(raw_bits - 1)) & _BYTES
