@@ -19,6 +19,7 @@ from kvpack.encode.frequencies import coded_bits, entropy_bits
 from kvpack.encode.planes import pack_bits
 from kvpack.encode.rans import EncoderTable, encoder_table
 from kvpack.encode.table_clusters import cluster_tables
+from kvpack.encode.tensor_parallel import dividing_tile_cols
 from kvpack.encode.threads import map_ordered
 from kvpack.encode.tile_coder import count_symbols, encode_planes, encode_rans_tile
 from kvpack.format.blob import (
@@ -91,18 +92,20 @@ class EncodedBlob:
         return self.front + self.payload
 
 
-def even_tile_cols(rows: int, cols: int, layout: Layout) -> int:
+def even_tile_cols(rows: int, cols: int, layout: Layout, column_parts: int = 1) -> int:
     """Columns of the tiles that a matrix gets: long ones where that costs no speed, all of (nearly) equal length.
 
     A lane costs 32 bits and more, whatever its length: 0.125 bit a weight at 256 columns, 0.02 at 2048. A GPU needs
     some thousand groups of lanes to be busy, so that only large matrices can afford long ones. The one integer a symbol
-    of ``compact`` is for size, and gets the longest.
+    of ``compact`` is for size, and gets the longest. Where the columns will be split into ``column_parts``, tiles end
+    at the borders (:mod:`kvpack.encode.tensor_parallel` says whether that can be).
 
     >>> from kvpack.format.layout import ElementKind, integer_layout
     >>> balanced = integer_layout("balanced", ElementKind.SIGNED, 5)
     >>> [even_tile_cols(rows, cols, balanced) for rows, cols in ((384, 384), (512, 1408), (4096, 4096), (28672, 4096))]
     [384, 480, 512, 1024]
     """
+    cols //= column_parts
     if layout.codes_per_symbol == 1 and layout.element_kind.is_integer:
         most = MAX_TILE_COLS
     else:
@@ -110,6 +113,10 @@ def even_tile_cols(rows: int, cols: int, layout: Layout) -> int:
         row_groups = ceil_div(rows, GROUP_LANES)
         while most > least and row_groups * ceil_div(cols, most) < _BUSY_GROUPS:
             most //= 2
+    if column_parts > 1:
+        dividing = dividing_tile_cols(cols, most)
+        assert dividing is not None, "the columns cannot be split so"
+        return dividing
     parts = ceil_div(cols, most)
     return align(ceil_div(cols, parts), CHUNK_COLS)
 

@@ -145,6 +145,9 @@ class Matrices:
     dimension × the rest (convolutions), see :func:`_is_stack`.
     """
 
+    # Into how many parts the columns will be split: tiles end at their borders.
+    column_parts = 1
+
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
         self._set_geometry(array.shape, array.dtype, transposed=transposed)
         stored = (self.matrices, self.cols, self.rows) if transposed else (self.matrices, self.rows, self.cols)
@@ -187,7 +190,7 @@ class Matrices:
             layout=layout,
             rows=self.rows,
             cols=self.cols,
-            tile_cols=tile_cols or even_tile_cols(self.rows, self.cols, layout),
+            tile_cols=tile_cols or even_tile_cols(self.rows, self.cols, layout, self.column_parts),
             matrices=self.matrices,
             transposed=self.transposed,
         )
