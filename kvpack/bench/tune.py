@@ -21,11 +21,14 @@ import torch
 
 from kvpack.bench.linear import SOURCES, copies_of, rotated
 from kvpack.bench.timing import Work, measure, relative_error, synchronize_or_stop
+from kvpack.encode.progress import Progress
 from kvpack.encode.threads import default_threads
+from kvpack.errors import DeviceError
 from kvpack.format.layout import ElementKind, integer_layout
-from kvpack.runtime.device.devices import Limits, device_limits
+from kvpack.runtime.device import devices
+from kvpack.runtime.device.devices import Limits
 from kvpack.runtime.device.kernels import Kernel
-from kvpack.runtime.weights import launch_model, ops, products
+from kvpack.runtime.weights import launch_costs, launch_model, ops, products
 from kvpack.runtime.weights.device_blob import DeviceBlob
 from kvpack.runtime.weights.encoder import encode_on_device
 from kvpack.runtime.weights.launch_costs import Costs, TimedCase, candidates, regret
@@ -242,7 +245,7 @@ class DeviceTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.limits = device_limits(device)
+        self.limits = devices.device_limits(device)
         self.generator = torch.Generator(device=device)
         properties: Any = torch.cuda.get_device_properties(device)
         self.rotate_bytes = _ROTATED_L2 * getattr(properties, "L2_cache_size", 64 << 20)
@@ -292,3 +295,66 @@ class DeviceTimer:
                 self.errors.setdefault(case.name, str(one.error))
         synchronize_or_stop()
         return [one.us for one in timed]
+
+
+def tune_device(
+    name: str, *, time_limit_s: float = TIME_LIMIT_S, dry_run: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Tune the launches of a device, and keep the costs found; with ``dry_run``, say which are in use.
+
+    Returns:
+        A report: device, file, in_use and note (see :class:`.launch_costs.DeviceCosts`), costs, cases; once tuned also
+        seconds, launches_timed, cases_timed, slower_than_best {eights: {before, after}}, complete, errors.
+
+    Raises:
+        DeviceError: it is no CUDA device, or nothing could be timed on it.
+        OSError: the costs cannot be written.
+    """
+    device = devices.resolve_device(name)
+    if device.type != "cuda":
+        raise DeviceError(f"launches are a GPU's: {name!r} has none to tune; use --device cuda")
+    limits = devices.device_limits(device)
+    cases = plan()
+    now = launch_costs.device_costs(limits)
+    report: dict[str, Any] = {
+        "device": limits.name,
+        "file": str(launch_costs.costs_file(limits)),
+        "dry_run": dry_run,
+        "in_use": now.origin,
+        "note": now.note,
+        "cases": len(cases),
+    }
+    if dry_run:
+        return report | {"costs": _shown(now.costs)}
+    told = progress or Progress()
+    told.total(_ROUNDS * len(cases))
+
+    def advance(case: str) -> None:
+        told.tensor(case)
+        told.advance(1)
+
+    with torch.no_grad(), torch.cuda.device(device):
+        timer = DeviceTimer(device)
+        shipped = launch_costs.shipped_costs(limits).costs
+        found = tune(cases, timer.launches, timer.time, shipped, time_limit_s=time_limit_s, advance=advance)
+    measured = {
+        "seconds": round(found.seconds, 1),
+        "launches_timed": found.launches,
+        "cases_timed": len(found.timings),
+        "slower_than_best": {
+            str(eights): {"before": before, "after": after} for eights, (before, after) in found.regrets.items()
+        },
+    }
+    if not found.regrets:
+        why = f"; {next(iter(timer.errors.values()))}" if timer.errors else ""
+        raise DeviceError(
+            f"nothing could be tuned in {time_limit_s:g} s ({len(found.timings)} of {len(cases)} products were "
+            f"timed{why}): a higher --time-limit-s may do"
+        )
+    launch_costs.write_tuned(limits, launch_costs.made_for(limits), found.costs, measured)
+    report |= {**measured, "complete": found.complete, "errors": timer.errors}
+    return report | {"in_use": launch_costs.device_costs(limits).origin, "costs": _shown(found.costs)}
+
+
+def _shown(costs: Costs) -> dict[str, dict[str, float]]:
+    return {str(eights): terms._asdict() for eights, terms in costs.items()}

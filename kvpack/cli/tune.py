@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpack.cli.failures import exit_codes
+from kvpack.cli.failures import exit_codes, needs_device
 from kvpack.cli.options import Json
 from kvpack.cli.printing import data_console, progress_bar, shown_number
 
@@ -28,77 +28,15 @@ def tune(
     Takes about a minute, and is worth it once a device and version. Without it, launches are chosen by costs that come
     with kvpack. KVPACK_LAUNCH_COSTS=shipped leaves measured costs out of use.
     """
-    with exit_codes(as_json):
-        report = _tune(device, time_limit_s, dry_run)
+    with exit_codes(as_json), needs_device(as_json):
+        from kvpack.bench.tune import tune_device
+
+        with progress_bar("tuning launches", unit="cases") as progress:
+            report = tune_device(device, time_limit_s=time_limit_s, dry_run=dry_run, progress=progress)
     if as_json:
         print(json.dumps({"ok": True, **report}, allow_nan=False))
     else:
         _show(report)
-
-
-def _tune(device_name: str, time_limit_s: float, dry_run: bool) -> dict[str, Any]:
-    from kvpack.errors import DeviceError
-
-    try:
-        import torch
-
-        from kvpack.bench import tune as tuning
-        from kvpack.runtime.device.devices import device_limits, resolve_device
-        from kvpack.runtime.weights import launch_costs
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "cupy"):
-            raise
-        raise DeviceError(
-            f"no device: {error.name} is not installed: pip install 'kvpack[cuda13]' or 'kvpack[cuda12]'"
-        ) from None
-    device = resolve_device(device_name)
-    if device.type != "cuda":
-        raise DeviceError(f"launches are a GPU's: {device_name!r} has none to tune; use --device cuda")
-    limits = device_limits(device)
-    cases = tuning.plan()
-    now = launch_costs.device_costs(limits)
-    report: dict[str, Any] = {
-        "device": limits.name,
-        "file": str(launch_costs.costs_file(limits)),
-        "dry_run": dry_run,
-        "in_use": now.origin,
-        "note": now.note,
-    }
-    if dry_run:
-        return report | {"cases": len(cases), "costs": _shown(now.costs)}
-    with torch.no_grad(), torch.cuda.device(device), progress_bar("tuning launches", unit="cases") as progress:
-        progress.total(tuning.rounds() * len(cases))
-
-        def advance(name: str) -> None:
-            progress.tensor(name)
-            progress.advance(1)
-
-        timer = tuning.DeviceTimer(device)
-        shipped = launch_costs.shipped_costs(limits).costs
-        found = tuning.tune(cases, timer.launches, timer.time, shipped, time_limit_s=time_limit_s, advance=advance)
-    regrets = {str(eights): {"before": before, "after": after} for eights, (before, after) in found.regrets.items()}
-    measured = {
-        "seconds": round(found.seconds, 1),
-        "launches_timed": found.launches,
-        "cases_timed": len(found.timings),
-        "slower_than_best": regrets,
-    }
-    report |= {**measured, "cases": len(cases), "complete": found.complete, "errors": timer.errors}
-    if not found.regrets:
-        raise DeviceError(
-            f"nothing could be tuned in {time_limit_s:g} s ({len(found.timings)} of {len(cases)} products were timed"
-            f"{'; ' + next(iter(timer.errors.values())) if timer.errors else ''}): a higher --time-limit-s may do"
-        )
-    path = launch_costs.write_tuned(limits, launch_costs.made_for(limits), found.costs, measured)
-    return report | {
-        "file": str(path),
-        "in_use": launch_costs.device_costs(limits).origin,
-        "costs": _shown(found.costs),
-    }
-
-
-def _shown(costs: Any) -> dict[str, dict[str, float]]:
-    return {str(eights): terms._asdict() for eights, terms in costs.items()}
 
 
 def _show(report: dict[str, Any]) -> None:
