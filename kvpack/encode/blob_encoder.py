@@ -47,6 +47,7 @@ from kvpack.format.layout import (
     outlier_delta_bits,
 )
 from kvpack.format.tables import Frequencies, pack_tables
+from kvpack.format.tile_parts import TileBytes
 
 Elements = npt.NDArray[Any]  # unsigned [rows, cols]
 
@@ -196,12 +197,7 @@ def _tile_outliers(strip: Strip, first_col: int, cols: int, tile_cols: int) -> n
     return pack_outliers(row, col - np.uint32(first_col), delta, tile_cols)
 
 
-class _TileBytes(NamedTuple):
-    metadata: tuple[int, ...]  # in the order of TILE_METADATA, data_offset left 0
-    data: memoryview
-
-
-def _encode_tile(
+def encode_tile(
     header: BlobHeader,
     geometry: TileGeometry,
     elements: Elements,
@@ -210,7 +206,7 @@ def _encode_tile(
     table_index: int,
     table: EncoderTable,
     predictor: Predictor,
-) -> _TileBytes:
+) -> TileBytes:
     """One tile in whichever mode is smallest."""
     layout = header.layout
     raw_bytes = raw_mode_bytes(geometry, layout.element_bits)
@@ -248,7 +244,7 @@ def _encode_tile(
     buffer[outlier_offset:size] = outliers.astype("<u4").view(np.uint8)
     data = memoryview(buffer.data)[:size]
     rans = mode == TileMode.RANS
-    return _TileBytes(
+    return TileBytes(
         (
             0,
             size,
@@ -288,7 +284,7 @@ def encode_strips(
     tables, assignment = cluster_tables(tile_counts, header.layout)
     encoder_tables = [encoder_table(table) for table in tables]
 
-    def encode(index: int) -> list[_TileBytes]:
+    def encode(index: int) -> list[TileBytes]:
         strip = source(index)
         done = []
         for column in range(header.num_tiles_col):
@@ -297,7 +293,7 @@ def encode_strips(
             first = geometry.first_col
             table_index = int(assignment[tile])
             done.append(
-                _encode_tile(
+                encode_tile(
                     header,
                     geometry,
                     strip.elements[:, first : first + geometry.cols],
