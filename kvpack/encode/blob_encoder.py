@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kvpack.encode.frequencies import coded_bits, entropy_bits
 from kvpack.encode.planes import pack_bits
+from kvpack.encode.quantize import DELTA_OFFSET
 from kvpack.encode.rans import EncoderTable, encoder_table
 from kvpack.encode.table_clusters import cluster_tables
 from kvpack.encode.tensor_parallel import dividing_tile_cols
@@ -37,13 +38,14 @@ from kvpack.format.layout import (
     MAX_TILE_COLS,
     NUM_SYMBOLS,
     OUTLIER_BYTES,
-    OUTLIER_DELTA_BITS,
+    OUTLIER_ROW_SHIFT,
     TILE_ROWS,
     Layout,
     Predictor,
     TileMode,
     align,
     ceil_div,
+    outlier_delta_bits,
 )
 from kvpack.format.tables import Frequencies, pack_tables
 from kvpack.format.tile_parts import TileBytes
@@ -62,7 +64,7 @@ NO_TABLE = EncoderTable(*(np.zeros(NUM_SYMBOLS, np.uint64) for _ in range(3)))
 class Strip(NamedTuple):
     """One tile row of one matrix: up to 256 rows, all columns.
 
-    ``outliers`` u32 [count, 3] holds (row in the strip, column, delta + 2^12) sorted by row, then column.
+    ``outliers`` u32 [count, 3] holds (row in the strip, column, delta + 2^14) sorted by row, then column.
     """
 
     elements: Elements
@@ -184,14 +186,22 @@ def estimate_blob_bytes(header: BlobHeader, tile_counts: npt.NDArray[np.int64], 
     return total + section * uses_tables
 
 
-def _tile_outliers(strip: Strip, first_col: int, cols: int) -> npt.NDArray[np.uint32]:
-    """The strip's outliers in a tile, packed as FORMAT.md §7.5 says."""
+def pack_outliers(
+    row: npt.NDArray[np.uint32], col: npt.NDArray[np.uint32], delta: npt.NDArray[np.uint32], tile_cols: int
+) -> npt.NDArray[np.uint32]:
+    """Outliers as FORMAT.md §7.5 says, from row and column in the tile and delta + 2^14, u32 [count] each."""
+    delta_bits = outlier_delta_bits(tile_cols)
+    low = (delta - np.uint32(DELTA_OFFSET)) & np.uint32((1 << delta_bits) - 1)
+    return np.asarray(row << OUTLIER_ROW_SHIFT | col << delta_bits | low, np.uint32)
+
+
+def _tile_outliers(strip: Strip, first_col: int, cols: int, tile_cols: int) -> npt.NDArray[np.uint32]:
+    """The strip's outliers in a tile of ``cols`` columns, packed."""
     if strip.outliers is None or not len(strip.outliers):
         return np.empty(0, np.uint32)
-    row, col, delta = strip.outliers.T
-    inside = (col >= first_col) & (col < first_col + cols)
-    delta = (delta[inside] ^ (1 << (OUTLIER_DELTA_BITS - 1))).astype(np.uint32)
-    return np.asarray((row[inside] << 24) | ((col[inside] - first_col) << OUTLIER_DELTA_BITS) | delta, np.uint32)
+    inside = (strip.outliers[:, 1] >= first_col) & (strip.outliers[:, 1] < first_col + cols)
+    row, col, delta = strip.outliers[inside].T
+    return pack_outliers(row, col - np.uint32(first_col), delta, tile_cols)
 
 
 def encode_tile(
@@ -294,7 +304,7 @@ def encode_strips(
                     header,
                     geometry,
                     strip.elements[:, first : first + geometry.cols],
-                    _tile_outliers(strip, first, geometry.cols),
+                    _tile_outliers(strip, first, geometry.cols, header.tile_cols),
                     tile_counts[tile],
                     table_index,
                     encoder_tables[table_index] if table_index >= 0 else NO_TABLE,
