@@ -52,6 +52,7 @@ from kvpack.encode.rate import (
     plan_ladder,
     raw_layouts,
 )
+from kvpack.encode.tensor_parallel import dividing_tile_cols
 from kvpack.encode.threads import map_ordered
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
@@ -743,8 +744,10 @@ def encode_near_lossless(
         return _encode_near_lossless(weights, fine, layout_name, tile_cols, executor, coder)
     except NotEncodableError:
         # Outliers of shorter tiles reach further.
-        shorter = 1 << OUTLIER_LEAST_COL_BITS
-        if tile_cols is not None or weights.cols <= shorter:
+        shorter: int | None = 1 << OUTLIER_LEAST_COL_BITS
+        if weights.column_parts > 1:
+            shorter = dividing_tile_cols(weights.cols // weights.column_parts, 1 << OUTLIER_LEAST_COL_BITS)
+        if shorter is None or tile_cols is not None or weights.cols <= shorter:
             raise
         return _encode_near_lossless(weights, fine, layout_name, shorter, executor, coder)
 

@@ -111,6 +111,20 @@ def test_without_it_parts_are_not_made(folder: Path) -> None:
         reader.coded("l.down_proj.weight").part("inputs", 0, 2)
 
 
+def test_tiles_that_outliers_make_shorter_divide_the_parts_too(tmp_path: Path) -> None:
+    values = np.random.default_rng(6).normal(0, 0.02, (64, 2112)).astype(np.float32)
+    values[5, 7] = 300 * 0.02  # more steps than an outlier of a tile of 1056 columns can have
+    save_file({"l.down_proj.weight": values}, tmp_path / "m.safetensors")
+    options = {"preset": "near-lossless", "layout": "compact", "tensor_parallel": 2}
+    kvpack.compress(tmp_path / "m.safetensors", tmp_path / "out", **options)
+    with kvpack.open(tmp_path / "out") as reader:
+        tensor = reader.coded("l.down_proj.weight")
+        assert tensor.header.tile_cols == 352
+        np.testing.assert_array_equal(
+            numbers(tensor.part("inputs", 1, 2)), reader.dequantize("l.down_proj.weight")[:, 1056:]
+        )
+
+
 def test_the_command_and_inspect_say_it(folder: Path) -> None:
     source, target = str(folder / "m.safetensors"), str(folder / "out")
     done = CliRunner().invoke(app, ["compress", source, "-o", target, "--tensor-parallel", "2"])
