@@ -16,23 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cupy
 import numpy as np
 import torch
 from bench_common import print_table, provenance, write_result
 from books_generate import device_record
-from launch_costs import launches_of
 
 from kvpack.bench import peers
 from kvpack.bench.linear import copies_of, rotated
 from kvpack.bench.timing import Work, measure, relative_error
+from kvpack.bench.tune import compile_ahead, kernel_of, launches_of, worth_timing
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.format.layout import ElementKind, Layout
-from kvpack.runtime.device import kernels
 from kvpack.runtime.device.devices import device_limits
 from kvpack.runtime.weights import ops, products
 from kvpack.runtime.weights.device_blob import DeviceBlob
-from kvpack.runtime.weights.launch_model import ProductFit
+from kvpack.runtime.weights.launch_costs import device_costs
 
 SHAPES = "6144x4096,4096x4096,28672x4096,4096x14336"
 # code bits × codes a symbol; f: folded
@@ -54,17 +52,6 @@ def coded(elements: np.ndarray[Any, Any], layout: Layout, tile_cols: int, execut
     return DeviceBlob.from_bytes(memoryview(data), scales, torch.float16, (rows, cols), "cuda")
 
 
-def kernel_of(blob: products.Coded, tokens: int, eights: int, fit: ProductFit, architecture: int) -> kernels.Kernel:
-    if tokens == 1:
-        return products.gemv_kernel(blob.layout, torch.float16, fit.buffers, fit.resident, architecture)
-    return products.gemm_kernel(blob.layout, torch.float16, fit.buffers, fit.resident, eights, architecture)
-
-
-def compile_ahead(kernel: kernels.Kernel) -> None:
-    """Put a kernel's code into CuPy's cache on disk; several threads can do so at once."""
-    cupy.RawModule(code=kernel.text(), options=kernel.options()).get_function(kernel.function)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=SHAPES, help="ROWSxCOLS, …")
@@ -76,6 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     limits = device_limits(torch.device("cuda"))
+    costs = device_costs(limits).costs
     executor, cases = ThreadPoolExecutor(), []
     tokens_of = list(map(int, options.tokens.split(",")))
     generator = torch.Generator(device="cuda").manual_seed(0)
@@ -95,6 +83,7 @@ def main() -> None:
             if width <= cols
         }
         for tokens in tokens_of:
+            liked = costs[products.token_tiles(tokens) if tokens > 1 else 0]
             x = torch.randn(tokens, cols, device="cuda", generator=generator).half()
             error = relative_error(x.double() @ weights.double().T)
             plain = [partial(dense.apply, w, x) for w in dense.copies]
@@ -102,9 +91,10 @@ def main() -> None:
             wanted = set()
             for key, blob in blobs.items():
                 copies = [ops._coded(*b._arguments()) for b in copies_of(blob, rotated(blob.nbytes, ROTATE_BYTES))]
-                eights, launches = launches_of(copies[0], tokens)
-                for _, fit in launches[: options.launches]:
-                    wanted.add(kernel_of(copies[0], tokens, eights, fit, limits.architecture))
+                launches = launches_of(copies[0], tokens, limits)
+                for number in worth_timing(launches, liked, options.launches):
+                    fit = launches[number][1]
+                    wanted.add(kernel_of(copies[0], tokens, fit, limits))
                     runs = [partial(products.multiply, w, x, None, limits, fit) for w in copies]
                     works.append(Work(runs, error, 1e-3))
                     of_work.append(key)

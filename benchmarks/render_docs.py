@@ -531,6 +531,29 @@ def generation(name: str) -> Callable[[], str]:
     return render
 
 
+def llama_shape() -> str:
+    """Tokens a second by batch, and how many times as fast as dense weights."""
+    result = newest("llama-shape")
+    names = list(dict.fromkeys(row["weights"] for row in result["rows"]))
+    rows = []
+    for name in names:
+        of_name = [row for row in result["rows"] if row["weights"] == name]
+        cells = [name, _number(of_name[0]["bits_per_weight"], 2), _number(of_name[0]["linear_bytes"] / 1e9, 2)]
+        for row in of_name:
+            if row["us"] is None:
+                cells.append(row["error"])
+                continue
+            ratio = "" if row["weights"] == names[0] else f" ({_number(row['ratio_to_dense'], 2)}×)"
+            cells.append(f"{_number(row['tokens_per_s'], 0)}{ratio}")
+        rows.append(cells)
+    batches = dict.fromkeys(row["batch"] for row in result["rows"])
+    headings = ["linear layers", "bits a weight", "GB", *(f"tokens/s, batch {batch}" for batch in batches)]
+    text = table(headings, rows)
+    text += f"\n{result['shape']['name']}, {result['layers']} layers, random weights, context {result['context']}, "
+    text += f"{result['dtype']}, one CUDA graph a token; in brackets: times as fast as {names[0]}.\n"
+    return text + gpu_origin(result)
+
+
 def runtime_load() -> str:
     result = newest("runtime-streams")
     rows = [
@@ -720,6 +743,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "generation-weights": generation("weights"),
     "generation-prefill": generation("prefill"),
     "generation-launches": generation("launches"),
+    "llama-shape": llama_shape,
     "runtime-load": runtime_load,
     "runtime-memory": runtime_memory,
     "runtime-streaming": runtime_streaming,

@@ -220,9 +220,11 @@ def _decode_tile(h: Header, tile: Tile, tables: list[Table], body: bytes, r: int
         return u >> np.uint32(1) | (u & np.uint32(1)) << np.uint32(h.n - 1)
     q: Array = u.astype(np.int32) - (1 << (h.n - 1) if h.kind == SIGNED else 0)
     v = np.frombuffer(body, "<u4", tile.outlier_count, tile.outlier_offset).astype(np.int64)
-    row, col, delta = v >> 24, v >> 13 & 2047, ((v & 0x1FFF) ^ 0x1000) - 0x1000  # §7.5
+    bits = 15 if h.tile_cols <= 512 else 14 if h.tile_cols <= 1024 else 13  # §7.5, of δ
+    row, col, delta = v >> 24, (v & 0xFFFFFF) >> bits, v & (1 << bits) - 1
+    delta -= delta >> (bits - 1) << bits
     _check(outlier_position=(row < r).all() and (col < k).all(), outlier_delta=delta.all())
-    _check(outlier_order=(np.diff(v >> 13) > 0).all())
+    _check(outlier_order=(np.diff(v >> bits) > 0).all())
     q[row, col] += delta.astype(np.int32)
     return q
 

@@ -111,14 +111,19 @@ def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
         name = f"signed{bits}-{code_bits}x{codes_per_symbol}{'-folded' * folded}"
         yield name, encode_elements(elements, layout), elements.astype(np.int32) - (1 << (bits - 1))
 
-    # The longest tiles, with the extremes of outliers in columns that only these have.
+    # The longest tiles of each number of bits of δ, with the extremes of outliers in their last columns.
+    compact = integer_layout("compact", SIGNED, 2)
+    for tile_cols, most in ((512, 1 << 14), (544, 1 << 13), (1024, 1 << 13), (1056, 1 << 12)):
+        last = tile_cols - 1
+        outliers = [(0, 0, 0, -most), (0, 0, last, most - 1), (0, 5, last - 31, -most), (0, 5, tile_cols, 1)]
+        elements = samples.gaussian_elements((1, 6, tile_cols + 32), 2, 0.5, 2022 + tile_cols)
+        blob = samples.encode_with_outliers(elements, outliers, compact, tile_cols=tile_cols)
+        yield f"outliers-{tile_cols}-columns", blob, samples.with_deltas(elements.astype(np.int32) - 2, outliers)
     outliers = [(0, 0, 511, 1), (0, 0, 512, -4096), (0, 3, 1024, 77), (0, 3, 2047, 4095), (0, 7, 2048, -9)]
     for name, bits, rows in (("compact", 2, 8), ("fast", 2, 32)):
         elements = samples.gaussian_elements((1, rows, 2080), bits, (1 << bits) / 8, 2020 + bits)
         blob = samples.encode_with_outliers(elements, outliers, integer_layout(name, SIGNED, bits), tile_cols=2048)
-        integers = elements.astype(np.int32) - (1 << (bits - 1))
-        for _, row, col, delta in outliers:
-            integers[0, row, col] += delta
+        integers = samples.with_deltas(elements.astype(np.int32) - (1 << (bits - 1)), outliers)
         yield f"longest-{name}", blob, integers
 
     uniform = np.random.default_rng(2003).integers(0, 8, (3, 5, 7)).astype(np.uint8)
@@ -143,8 +148,8 @@ def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
         ("constant", 8, "compact", np.full((1, 40, 70), 3, np.uint8)),
     ):
         places = np.sort(rng.choice(base.size, 40, replace=False))
-        deltas = rng.integers(1, 4096, 40) * rng.choice((-1, 1), 40)
-        deltas[:2] = -4096, 4095
+        deltas = rng.integers(1, 1 << 14, 40) * rng.choice((-1, 1), 40)
+        deltas[:2] = -16384, 16383
         positions = zip(*(axis.tolist() for axis in np.unravel_index(places, base.shape)), strict=True)
         blob = samples.encode_with_outliers(
             base,

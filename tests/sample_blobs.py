@@ -11,11 +11,11 @@ from blob_surgery import with_plain_tables
 
 from kvpack.encode.blob_decoder import rotate_left
 from kvpack.encode.blob_encoder import Strip, encode_elements, encode_strips
+from kvpack.encode.quantize import DELTA_OFFSET
 from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     FLOAT_ELEMENT_BITS,
-    OUTLIER_DELTA_MAX,
     ElementKind,
     Layout,
     Predictor,
@@ -88,7 +88,7 @@ def encode_with_outliers(
         matrix, tile_row = divmod(index, header.num_tiles_row)
         first = 256 * tile_row
         mine = [
-            (row - first, col, delta + OUTLIER_DELTA_MAX + 1)
+            (row - first, col, delta + DELTA_OFFSET)
             for m, row, col, delta in outliers
             if m == matrix and first <= row < first + 256
         ]
@@ -96,6 +96,15 @@ def encode_with_outliers(
         return Strip(elements[matrix, first : first + 256], table)
 
     return encode_strips(header, source, predictor=predictor).data
+
+
+def with_deltas(
+    integers: npt.NDArray[np.int32], outliers: Sequence[tuple[int, int, int, int]]
+) -> npt.NDArray[np.int32]:
+    """``integers`` [matrices, rows, cols] plus the deltas of outliers (matrix, row, column, delta)."""
+    for matrix, row, col, delta in outliers:
+        integers[matrix, row, col] += delta
+    return integers
 
 
 def frequencies(blob: bytes) -> list[list[int]]:
@@ -153,7 +162,7 @@ def outlier_blob() -> bytes:
     """The tile of ``rans_blob`` with four outliers."""
     return encode_with_outliers(
         gaussian_elements((1, 40, 350), 5, 1.5, 1),
-        [(0, 0, 5, 300), (0, 0, 9, -4096), (0, 7, 0, 4095), (0, 39, 349, -17)],
+        [(0, 0, 5, 300), (0, 0, 9, -16384), (0, 7, 0, 16383), (0, 39, 349, -17)],
         Layout(SIGNED, 5, 4, 2),
         tile_cols=352,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -236,6 +238,102 @@ def test_tables_are_rectangular_and_complete() -> None:
     assert [found["tiles"].rows[2][1], found["tiles"].rows[2][-1]] == ["fast", "yes"]
 
 
+def test_humming_is_shown_where_it_was_measured() -> None:
+    report = synthetic_report()
+    without = tables(report)
+    report["linear"] += [linear(shape.label, m, "humming-int5", None, 0.8) for shape in SHAPES for m in MS]
+    missing = linear("4096×4096", 1, "humming-int8", None, None, error="ImportError: libnvrtc.so.13: no such file")
+    report["linear"].append(missing)
+    found = tables(report)
+    for name in ("batch-1", "batches"):
+        assert len(found[name].headings) == len(without[name].headings) + 1
+        assert all(len(row) == len(found[name].headings) for row in found[name].rows)
+    assert found["batch-1"].rows[0][found["batch-1"].headings.index("Humming INT5 g128, µs")] == "0.8"
+    assert found["batches"].rows[0][found["batches"].headings.index("Humming INT5 g128, × FP16")] == "2.50"
+    assert found["peers"].rows == [["humming-int8", "4096×4096", "1", "ImportError: libnvrtc.so.13: no such file"]]
+
+
+class FakeHumming:
+    """What is used of humming.layer.HummingLayer, with weights of 1/8."""
+
+    def __init__(self, shape_n: int, shape_k: int, *, weight_config: dict[str, Any], torch_dtype: Any) -> None:
+        self.shape, self.config, self.transformed = (shape_n, shape_k), weight_config, False
+        assert weight_config["group_size"] == 128
+        self.weight_schema = self
+
+    def to(self, device: Any) -> FakeHumming:
+        return self
+
+    def load_from_unquantized(self, weights: Any) -> None:
+        assert tuple(weights.shape) == self.shape
+        self.weights = (8 * weights).round() / 8
+
+    def named_parameters(self) -> Any:
+        return [("weight", self.weights)]
+
+    def dequant_tensors(self, tensors: dict[str, Any]) -> Any:
+        assert not self.transformed
+        return tensors["weight"].float()
+
+    def transform(self) -> None:
+        self.transformed = True
+
+    def parameters(self) -> Any:
+        return [self.weights.byte(), self.weights[:, :1]]
+
+    def __call__(self, x: Any) -> Any:
+        assert self.transformed
+        return (x.double() @ self.weights.double().T).to(x.dtype)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_humming_is_a_peer(bench: Any, monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
+    monkeypatch.setitem(sys.modules, "humming", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "humming.layer", SimpleNamespace(HummingLayer=FakeHumming))
+    report = bench.bench_linear(replace(small(), quick=quick, shapes=small().shapes[:1], layouts=("fast",)))
+    rows = [row for row in report["linear"] if row["name"].startswith("humming")]
+    names = ["humming-int4"] if quick else ["humming-int4", "humming-int5", "humming-int8"]
+    assert [(row["name"], row["m"]) for row in rows] == [(name, m) for m in (1, 2, 8) for name in names]
+    assert all(row["us"] is not None and row["relative_error"] < 1e-3 for row in rows)
+    assert rows[0]["bits_per_weight"] == 8 * (256 * 128 + 256 * 2) / (256 * 128)  # as FakeHumming stores them
+
+
+@pytest.mark.parametrize(
+    ("error", "module", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'humming'", name="humming"), "humming", "not installed"),
+        (ModuleNotFoundError("No module named 'nvidia'", name="nvidia"), "nvidia.nvcomp", "not installed"),
+        (
+            ModuleNotFoundError("No module named 'nvidia.nvcomp'", name="nvidia.nvcomp"),
+            "nvidia.nvcomp",
+            "not installed",
+        ),
+        (
+            ModuleNotFoundError("No module named 'jinja2'", name="jinja2"),
+            "humming",
+            "ModuleNotFoundError: No module named 'jinja2'",
+        ),
+        (ImportError("libnvcomp.so.6: cannot open"), "nvidia.nvcomp", "ImportError: libnvcomp.so.6: cannot open"),
+    ],
+)
+def test_a_broken_peer_is_not_called_absent(error: ImportError, module: str, reason: str) -> None:
+    pytest.importorskip("torch")
+    from kvpack.bench.peers import import_failure
+
+    assert import_failure(error, module) == reason
+
+
+def test_codecs_that_cannot_be_loaded_say_why(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: Any) -> Any:
+        raise ImportError("libnvcomp.so.6: cannot open shared object file")
+
+    monkeypatch.setattr(bench.bench_peers, "nvcomp_ans", missing)
+    options = replace(small(), quick=False, shapes=small().shapes[:1], layouts=("fast",), ms=(1,))
+    rows = {row["name"]: row for row in bench.bench_linear(options)["codecs"]}
+    assert rows["nvCOMP ANS"]["error"] == "ImportError: libnvcomp.so.6: cannot open shared object file"
+    assert rows["EntroPack tile-ANS"]["error"] == "not installed"
+
+
 def test_a_partial_report_has_tables_too(tmp_path: Path) -> None:
     report = synthetic_report()
     report |= {"linear": report["linear"][:3], "decode": [], "streams": [], "tensors": [], "complete": False}
@@ -411,7 +509,7 @@ def test_a_run_measures_everything_and_reports_as_it_goes(bench: Any) -> None:
     assert [row["m"] for row in dense] == [1, 2, 8] * 2
     # Peers that need CUDA fail here: one row each says why.
     failed = [row for row in report["linear"] if row["us"] is None]
-    assert {row["name"] for row in failed} <= {"int8", "int4"}
+    assert {row["name"] for row in failed} <= {"int8", "int4", "humming-int4"}
     assert all(row["error"] for row in failed)
     assert len(report["decode"]) == 2 * 2 * 2
     assert all(row["fraction_of_bound"] > 0 for row in report["decode"])

@@ -16,7 +16,15 @@ import pytest
 
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.format.blob import Blob
-from kvpack.format.layout import ElementKind, Layout, Predictor, TableEncoding, TileMode, integer_layout
+from kvpack.format.layout import (
+    ElementKind,
+    Layout,
+    Predictor,
+    TableEncoding,
+    TileMode,
+    integer_layout,
+    outlier_delta_max,
+)
 
 FOLDER = Path(__file__).parent / "data" / "v1"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text())
@@ -80,6 +88,11 @@ def test_golden_files_cover_the_format() -> None:
     outliers = [blob.tile(0).outliers for blob in longest]
     assert {cols.max() for cols in (found.cols for found in outliers)} == {2047}
     assert all({-4096, 4095} <= set(found.deltas.tolist()) for found in outliers)
+    for tile_cols in (512, 544, 1024, 1056):
+        found = next(blob for blob in blobs if blob.header.tile_cols == tile_cols).tile(0).outliers
+        most = outlier_delta_max(tile_cols)
+        assert ((found.deltas == most) & (found.cols == tile_cols - 1)).any()
+        assert -most - 1 in found.deltas
     assert {h.transposed for h in headers} == {True, False}
     assert max(h.matrices for h in headers) > 1
     assert any(h.num_tiles_row > 1 and h.num_tiles_col > 1 and h.matrices > 1 for h in headers)

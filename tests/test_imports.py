@@ -32,7 +32,7 @@ FOR_ALL = {"_version", "errors"}
 # What `kvpack bench linear` compares with. Only these files name them, and they load them when they measure: kvpack
 # neither needs nor installs these packages.
 PEERS = {
-    "kvpack/bench/peers.py": {"nvidia", "entropack"},
+    "kvpack/bench/peers.py": {"nvidia", "entropack", "humming"},
     "kvpack/bench/int8_gemv_triton.py": {"triton"},
 }
 

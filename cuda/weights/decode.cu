@@ -151,6 +151,7 @@ struct RowWriter {
   u32 outlier_col;
   u32 num_outliers;
   u32 first_col;  // of the chunk, in the tile
+  u32 delta_bits;
 
   __device__ __forceinline__ void find_outliers(const Group& group, const Place& place) {
     outlier = outliers_of(group, place);
@@ -164,7 +165,7 @@ struct RowWriter {
   }
 
   __device__ __forceinline__ void look_ahead() {
-    outlier_col = num_outliers > 0 ? ::outlier_col(__ldg(outlier)) : KVPACK_MAX_TILE_COLS;
+    outlier_col = num_outliers > 0 ? ::outlier_col(__ldg(outlier), delta_bits) : KVPACK_MAX_TILE_COLS;
   }
 
   template <u32 k>
@@ -221,7 +222,7 @@ struct RowWriter {
         // Not as columns[col / 4 % 4], which would put them into memory.
         const u32 even = (col & 8) != 0 ? columns[2] : columns[0], odd = (col & 8) != 0 ? columns[3] : columns[1];
         const u32 four = (col & 4) != 0 ? odd : even;
-        int integer = static_cast<int>((four >> (col % 4 * 8)) & 0xFF) - static_cast<int>(kHalf) + outlier_delta(__ldg(outlier));
+        int integer = static_cast<int>((four >> (col % 4 * 8)) & 0xFF) - static_cast<int>(kHalf) + outlier_delta(__ldg(outlier), delta_bits);
         // Damage to their order must not lead out of the row.
         if (col < kChunkCols) put_number(rows, lane, col, kScaled ? output_bits(value(static_cast<float>(integer))) : static_cast<u32>(integer));
         ++outlier;
@@ -309,7 +310,7 @@ decode(const u8* blob, const uint4* groups, const u32* table, const float* scale
     u8* to = output + ((matrix_row - first_row) * cols + place.first_col) * kOutputBytes;
     float scale = 0;
     if constexpr (kScaled) scale = lane < num_rows ? scales[(matrix_row + lane) * scale_stride] : 0.0f;
-    RowWriter writer{staged, lane, scale, {}, nullptr, KVPACK_MAX_TILE_COLS, 0, 0};
+    RowWriter writer{staged, lane, scale, {}, nullptr, KVPACK_MAX_TILE_COLS, 0, 0, outlier_delta_bits(tile_cols)};
     if constexpr (kHasOutliers) {
       if (mine && group.num_outliers > 0) writer.find_outliers(group, place);
     }

@@ -9,7 +9,7 @@ typedef long long s64;
 constexpr u32 kThreads = KVPACK_QUANTIZE_THREADS;
 constexpr u32 kWarps = kThreads / kLanes;
 constexpr u32 kLastThreshold = KVPACK_NUM_THRESHOLDS - 1;
-constexpr s32 kDeltaOffset = 1 << (KVPACK_OUTLIER_DELTA_BITS - 1);
+constexpr s32 kDeltaOffset = KVPACK_DELTA_OFFSET;
 
 #if KVPACK_WEIGHT_KIND == KVPACK_KIND_FP32
 typedef float Weight;
@@ -24,9 +24,9 @@ __device__ __forceinline__ float weight_value(Weight weight) { return __uint_as_
 
 // A warp takes a row after another.
 //
-// weights: [rows, cols], finite, at most 2^12 steps; steps: float [rows] if by_row, else [1]; a step of 0 gives 0.
+// weights: [rows, cols], finite, at most outlier_delta_max (layout.py) steps; steps: float [rows] if by_row, else [1]; a step of 0 gives 0.
 // thresholds: float [KVPACK_NUM_THRESHOLDS]; half = 2^(n−1); elements: u8 [rows, cols].
-// outliers: u64 [capacity], (row · cols + col) << 16 | delta + 2^12, in any order; those beyond capacity are counted alone.
+// outliers: u64 [capacity], (row · cols + col) << 16 | delta + 2^14, in any order; those beyond capacity are counted alone.
 // sums: u64 [3], to which are added (two's complement) Σ trunc(4096·w/step)·q, Σ q², the number of outliers.
 extern "C" __global__ void __launch_bounds__(kThreads)
 encode_quantize(const Weight* weights, u32 rows, u32 cols, const float* steps, u32 by_row, const float* thresholds,

@@ -237,11 +237,13 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #if KVPACK_GROUPED
       x = load_pointer<const void>(ends + kEndsX);
 #endif
+      const u32 delta_bits = outlier_delta_bits(tile_cols);
 #pragma unroll 1
       for (u32 i = 0; i < again.num_outliers; ++i) {
         u32 outlier = __ldg(outliers + i);
-        if (outlier_lane(outlier) == lane && outlier_col(outlier) < place.tile_cols) {  // damage must not lead out of x
-          sum += static_cast<float>(outlier_delta(outlier)) * load_activation(x, place.first_col + outlier_col(outlier));
+        const u32 col = outlier_col(outlier, delta_bits);
+        if (outlier_lane(outlier) == lane && col < place.tile_cols) {  // damage must not lead out of x
+          sum += static_cast<float>(outlier_delta(outlier, delta_bits)) * load_activation(x, place.first_col + col);
         }
       }
     }

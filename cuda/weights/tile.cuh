@@ -376,11 +376,17 @@ __device__ __forceinline__ const u32* outliers_of(const Group& group, const Plac
                                           : group.raw_offset + place.lanes() * place.chunks() * 4 * kRawBits;
   return reinterpret_cast<const u32*>(group.tile + align_up(end, 4)) + group.first_outlier;
 }
-__device__ __forceinline__ u32 outlier_lane(u32 outlier) { return (outlier >> 24) % kLanes; }
-__device__ __forceinline__ u32 outlier_col(u32 outlier) { return (outlier >> KVPACK_OUTLIER_DELTA_BITS) & ((1u << KVPACK_OUTLIER_COL_BITS) - 1); }
-__device__ __forceinline__ int outlier_delta(u32 outlier) {
-  constexpr u32 up = 32 - KVPACK_OUTLIER_DELTA_BITS;
-  return static_cast<int>(outlier << up) >> up;
+// Bits of delta in a blob whose tiles have up to `tile_cols` columns: what a column leaves.
+__device__ __forceinline__ u32 outlier_delta_bits(u32 tile_cols) {
+  const u32 least = KVPACK_OUTLIER_ROW_SHIFT - KVPACK_OUTLIER_LEAST_COL_BITS;
+  return min(least, KVPACK_OUTLIER_ROW_SHIFT - 32 + static_cast<u32>(__clz(static_cast<int>(tile_cols - 1))));
+}
+__device__ __forceinline__ u32 outlier_lane(u32 outlier) { return (outlier >> KVPACK_OUTLIER_ROW_SHIFT) % kLanes; }
+__device__ __forceinline__ u32 outlier_col(u32 outlier, u32 delta_bits) {
+  return (outlier & ((1u << KVPACK_OUTLIER_ROW_SHIFT) - 1)) >> delta_bits;
+}
+__device__ __forceinline__ int outlier_delta(u32 outlier, u32 delta_bits) {
+  return static_cast<int>(outlier << (32 - delta_bits)) >> (32 - delta_bits);
 }
 
 // What a kernel saw of damage: [0] number of lanes that did not end as they must, [1] lowest group table index among them plus 1,

@@ -24,6 +24,7 @@ import torch
 from kvpack.bench import peers as bench_peers
 from kvpack.bench import run as bench_run
 from kvpack.bench.report import (
+    HUMMING,
     MAX_BITS,
     NOTE,
     SCHEMA,
@@ -56,7 +57,9 @@ from kvpack.runtime.weights.device_blob import DeviceBlob
 
 DEVICE = "cuda"  # torch's current one; tests put the CPU here
 SECTIONS = ("copy", "tensors", "linear", "decode", "streams", "codecs", "encode", "targets", "specification")
-PEERS = ("triton", "nvidia-nvcomp-cu13", "entropack")
+PEERS = ("triton", "humming-kernels", "nvidia-nvcomp-cu12", "nvidia-nvcomp-cu13", "entropack")
+# The module that a peer of products lives in.
+MODULES = {"int8": "triton", **dict.fromkeys(HUMMING.values(), "humming")}
 # layout → (bits of an element, standard deviation of the integers). Until folded codes `balanced` had (8, 30): INT8.
 SOURCES = {"balanced": (5, 3.9), "fast": (5, 3.9)}
 WEIGHT_DEVIATION = 0.02  # of the dequantized weights, as in a trained layer
@@ -275,6 +278,8 @@ class LinearBench(BenchRun):
     def _peers(self, shape: Shape, source: Source) -> list[Contestant]:
         """Everything but kvpack. A peer that cannot be made is one row with the reason."""
         rotate = self.options.rotate_bytes
+        # Humming compiles for each shape and width; a quick run has one width.
+        widths = {name: bits for bits, name in HUMMING.items() if bits == 4 or not self.options.quick}
 
         def make(name: str) -> bench_peers.Peer:
             if name == "fp16":
@@ -282,6 +287,9 @@ class LinearBench(BenchRun):
                 return bench_peers.dense(weights, rotated(weights.nbytes, rotate))
             if name == "int4":
                 return bench_peers.int4(shape.rows, shape.cols, lambda size: rotated(size, rotate), self.generator)
+            if name in widths:
+                weights = source.exact.half()
+                return bench_peers.humming(weights, widths[name], lambda size: rotated(size, rotate))
             from kvpack.bench.int8_gemv_triton import CONFIGS
 
             configs = CONFIGS[:3] if self.options.quick else CONFIGS
@@ -289,12 +297,13 @@ class LinearBench(BenchRun):
             return bench_peers.int8_gemv(source.integers, source.scales, count, configs)
 
         found = []
-        for name in ("fp16", "int8", "int4") if self.options.peers else ("fp16",):
+        for name in ("fp16", "int8", "int4", *widths) if self.options.peers else ("fp16",):
             try:
                 found.append(Contestant(name, None, make(name)))
             except Exception as error:
-                absent = isinstance(error, ImportError)
-                reason = "not installed" if absent else f"{type(error).__name__}: {str(error)[:300]}"
+                reason = f"{type(error).__name__}: {str(error)[:300]}"
+                if isinstance(error, ImportError):
+                    reason = bench_peers.import_failure(error, MODULES.get(name, name))
                 self._row(shape, min(self.options.ms), name, None, None, Timed(error=reason))
                 synchronize_or_stop()
         return found
@@ -483,19 +492,20 @@ class LinearBench(BenchRun):
             cols = 4096
             source = self._source(Shape("codec", CODEC_BYTES // cols, cols), layout)
             description = f"{SOURCES[layout][0]}-bit, σ = {SOURCES[layout][1]:g}, {CODEC_BYTES >> 20} MB as bytes"
-            attempts: list[tuple[str, Callable[[], Row]]] = [
-                ("nvCOMP ANS", partial(bench_peers.nvcomp_ans, source.integers.view(torch.uint8).flatten())),
-                ("EntroPack tile-ANS", partial(bench_peers.entropack_tile_ans, source.integers)),
+            flat = source.integers.view(torch.uint8).flatten()
+            attempts: list[tuple[str, str, Callable[[], Row]]] = [
+                ("nvCOMP ANS", "nvidia.nvcomp", partial(bench_peers.nvcomp_ans, flat)),
+                ("EntroPack tile-ANS", "entropack", partial(bench_peers.entropack_tile_ans, source.integers)),
             ]
-            for name, attempt in attempts:
+            for name, module, attempt in attempts:
                 row: Row = {"name": name, "source": description, "layout": layout, "error": None}
                 self.report["codecs"].append(row)
                 try:
                     row |= attempt()
                     row["elements_per_s"] = CODEC_BYTES / row["decode_us"] * 1e6
                     row["encode_elements_per_s"] = CODEC_BYTES / row["encode_us"] * 1e6
-                except ImportError:
-                    row["error"] = "not installed"
+                except ImportError as error:
+                    row["error"] = bench_peers.import_failure(error, module)
                 except Exception as error:
                     row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
                     synchronize_or_stop()

@@ -1,4 +1,4 @@
-"""What ``kvpack bench linear`` compares with: dense FP16, torch's INT4, a plain INT8 product, other entropy coders.
+"""What ``kvpack bench linear`` compares with: dense FP16, torch's INT4, a plain INT8 product, Humming, entropy coders.
 
 The packages that only serve as peers are loaded inside the functions that use them; where one is absent, the report
 says so. Nothing else of kvpack uses them.
@@ -6,6 +6,7 @@ says so. Nothing else of kvpack uses them.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from kvpack.bench.provenance import package_version
 from kvpack.bench.timing import relative_error, time_quickly
 
 INT4_GROUP = 128
+HUMMING_GROUP = 128
 _INNER_K_TILES = 8
 _CODEC_REPEATS = 7
 
@@ -63,6 +65,40 @@ def int4(rows: int, cols: int, copies: Callable[[int], int], generator: torch.Ge
         return out
 
     return Peer(several, apply, weights, torch.bfloat16, weight_bytes)
+
+
+def humming(weights: torch.Tensor, bits: int, copies: Callable[[int], int]) -> Peer:
+    """Humming's product of INT2 to INT8 weights, symmetric, groups of 128 with an fp16 scale; fp16 activations.
+
+    vLLM's kernels for quantized weights. They are compiled when a layer is first called, some seconds for each shape.
+
+    Args:
+        weights: f16 [rows, cols] on the device, cols a multiple of 128; quantized by Humming itself.
+
+    Raises:
+        ImportError: humming-kernels, or something that it needs, cannot be imported.
+    """
+    module = import_module("humming.layer")
+    rows, cols = weights.shape
+    config = {"dtype": f"int{bits}", "group_size": HUMMING_GROUP}
+    layer = module.HummingLayer(rows, cols, weight_config=config, torch_dtype=torch.float16).to(weights.device)
+    layer.load_from_unquantized(weights)
+    exact = layer.weight_schema.dequant_tensors(dict(layer.named_parameters())).double()
+    layer.transform()
+    weight_bytes = sum(parameter.nbytes for parameter in layer.parameters())
+    several = [layer, *(copy.deepcopy(layer) for _ in range(copies(weight_bytes) - 1))]
+    note = f"humming-kernels {package_version('humming-kernels')}"
+    return Peer(several, lambda one, x: one(x), exact, torch.float16, weight_bytes, note)
+
+
+def import_failure(error: ImportError, module: str) -> str:
+    """Why a peer is missing: "not installed" only where its own module is what cannot be found."""
+    parents = [module]
+    while "." in parents[-1]:
+        parents.append(parents[-1].rpartition(".")[0])
+    if isinstance(error, ModuleNotFoundError) and error.name in parents:
+        return "not installed"
+    return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def int8_gemv(integers: torch.Tensor, scales: torch.Tensor, copies: int, configs: Sequence[Any] | None = None) -> Peer:

@@ -62,7 +62,7 @@ def _times_as_fast(panel: Any, title: str, xlabel: str) -> None:
 
 def plot_linear(report: dict[str, Any], path: Path) -> None:
     """Draw a report of ``kvpack bench linear`` into a PNG: speed against FP16 over M, a panel for each shape."""
-    from kvpack.bench.report import ratio
+    from kvpack.bench.report import HUMMING, humming_label, ratio
 
     ms = report["options"]["ms"]
     shapes = list(dict.fromkeys(row["shape"] for row in report["linear"]))
@@ -71,6 +71,7 @@ def plot_linear(report: dict[str, Any], path: Path) -> None:
     series: list[tuple[str, str, str | None, str]] = [
         ("INT8 (Triton)", "int8", None, "v"),
         ("INT4 g128 (torch)", "int4", None, "^"),
+        *((humming_label(name), name, None, "s") for name in HUMMING.values()),
         *((f"kvpack {layout}", "kvpack", layout, "o") for layout in report["options"]["layouts"]),
     ]
     figure, panels = _panels(len(shapes), columns=3, width=4.2, height=3.2, around=0.8)

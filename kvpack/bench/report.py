@@ -10,8 +10,8 @@ A report is one JSON object (``schema`` 1)::
     copy          [{bytes, us, gb_per_s}]              bytes read plus bytes written
     tensors       coded weights: shape, layout, tile_cols, bits_per_weight, blob_bytes, device_bytes, encode_ms,
                   bit_exact, dequantize_max_error, error_with_massive_activations, best
-    linear        products: shape, m, name (fp16, int8, int4, kvpack), layout, tile_cols, bits_per_weight, best, note,
-                  + a measurement
+    linear        products: shape, m, name (fp16, int8, int4, humming-int4, …-int5, …-int8, kvpack), layout,
+                  tile_cols, bits_per_weight, best, note, + a measurement
     decode        decoding alone: shape, layout, tile_cols, to (int8, fp16), moved_bytes, elements_per_s, bound_us,
                   fraction_of_bound, + a measurement
     streams       five layers: work (decode, linear, staged), m, layout, serial and parallel (measurements), speedup,
@@ -74,6 +74,8 @@ SPECIFICATION_SHAPE = Shape("wide", 2048, 5632)
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 LAYOUTS = ("balanced", "fast")
 TILE_COLS = (128, 256, 512, 1024, MAX_TILE_COLS)
+# Names of Humming's products, by bits of a weight.
+HUMMING = {4: "humming-int4", 5: "humming-int5", 8: "humming-int8"}
 QUICK_SHAPES = ("o", "wide")
 QUICK_MS = (1, 8, 2048)
 QUICK_TILE_COLS = (256, 512)
@@ -343,14 +345,28 @@ def microseconds(row: Row | None) -> str:
     return number(row["us"], 1 if row["us"] < 1000 else 0) + star
 
 
+def _humming(report: Report) -> list[str]:
+    """Humming's products that were measured."""
+    found = {row["name"] for row in report.get("linear", ()) if row["us"] is not None}
+    return [name for name in HUMMING.values() if name in found]
+
+
+def humming_label(name: str) -> str:
+    """What tables and charts call a product of Humming."""
+    return f"Humming {name.rpartition('-')[2].upper()} g128"
+
+
 def _batch_1(report: Report) -> Table:
     layouts = report["options"]["layouts"]
     headings = ["out × in", "FP16 cuBLAS, µs", "INT8 (Triton), µs", "INT4 g128 (torch), µs"]
+    humming = _humming(report)
+    headings += [f"{humming_label(name)}, µs" for name in humming]
     for layout in layouts:
         headings += [f"{layout}, µs", "bits", "× FP16", "× INT4"]
     rows = []
     for shape in _shapes_of(report):
-        cells = [shape, *(microseconds(find_linear(report, shape, 1, name)) for name in ("fp16", "int8", "int4"))]
+        names = ("fp16", "int8", "int4", *humming)
+        cells = [shape, *(microseconds(find_linear(report, shape, 1, name)) for name in names)]
         for layout in layouts:
             row = find_linear(report, shape, 1, "kvpack", layout)
             cells += [microseconds(row), number(row["bits_per_weight"] if row else None)]
@@ -361,7 +377,10 @@ def _batch_1(report: Report) -> Table:
 
 def _batches(report: Report) -> Table:
     layouts = report["options"]["layouts"]
-    headings = ["out × in", "M", "FP16 cuBLAS, µs", "INT4, × FP16", *(f"{layout}, × FP16" for layout in layouts)]
+    humming = _humming(report)
+    headings = ["out × in", "M", "FP16 cuBLAS, µs", "INT4, × FP16"]
+    headings += [f"{humming_label(name)}, × FP16" for name in humming]
+    headings += [f"{layout}, × FP16" for layout in layouts]
     headings += [f"{layout}, µs" for layout in layouts]
     rows = []
     for shape in _shapes_of(report):
@@ -369,11 +388,21 @@ def _batches(report: Report) -> Table:
             if not any((row["shape"], row["m"]) == (shape, m) for row in report["linear"]):
                 continue
             cells = [shape, str(m), microseconds(find_linear(report, shape, m, "fp16"))]
-            cells.append(number(ratio(report, shape, m, None, name="int4")))
+            cells += [number(ratio(report, shape, m, None, name=name)) for name in ("int4", *humming)]
             cells += [number(ratio(report, shape, m, layout)) for layout in layouts]
             cells += [microseconds(find_linear(report, shape, m, "kvpack", layout)) for layout in layouts]
             rows.append(cells)
     return Table("Product by number of activation vectors", headings, rows)
+
+
+def _peers(report: Report) -> Table:
+    """Why products of others are missing."""
+    rows = [
+        [row["name"], row["shape"], str(row["m"]), row["error"] or "not measured"]
+        for row in report.get("linear", ())
+        if row["us"] is None and row["name"] != "kvpack"
+    ]
+    return Table("Products of others that are missing", ["name", "out × in", "from M", "reason"], rows)
 
 
 def _tiles(report: Report) -> Table:
@@ -482,6 +511,7 @@ def tables(report: Report) -> dict[str, Table]:
     found = {
         "batch-1": _batch_1(report),
         "batches": _batches(report),
+        "peers": _peers(report),
         "tiles": _tiles(report),
         "decode": _decode(report),
         "codecs": _codecs(report),

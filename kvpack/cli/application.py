@@ -23,6 +23,7 @@ from kvpack.cli.evaluate import evaluate
 from kvpack.cli.failures import ExitCode, failure
 from kvpack.cli.generate import generate
 from kvpack.cli.inspect import inspect, verify
+from kvpack.cli.tune import tune
 
 app = typer.Typer(
     name="kvpack",
@@ -35,6 +36,7 @@ for command in (compress, decompress, inspect, verify):
     app.command()(command)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(tune)
 app.add_typer(bench_app, name="bench")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpack.cli.failures import ExitCode, exit_codes, fail, require_matplotlib
+from kvpack.cli.failures import ExitCode, exit_codes, needs_device, require_matplotlib
 from kvpack.cli.options import Json, Threads
 from kvpack.cli.printing import data_console
 
@@ -177,22 +177,6 @@ def bench_attention(
 
 
 @contextmanager
-def _needs_device(as_json: bool) -> Iterator[None]:
-    """Without torch, CuPy or a GPU the exit code says that there is no device."""
-    from kvpack.errors import DeviceError
-
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "cupy"):
-            raise
-        message = f"no device: {error.name} is not installed: pip install 'kvpack[cuda13]' or 'kvpack[cuda12]'"
-        fail(ExitCode.NO_DEVICE, "DeviceError", message, as_json)
-    except DeviceError as error:
-        fail(ExitCode.NO_DEVICE, "DeviceError", str(error), as_json)
-
-
-@contextmanager
 def _usage() -> Iterator[None]:
     """Around the parsing of options."""
     try:
@@ -211,7 +195,7 @@ def _run_bench(
 
     if plot is not None:
         require_matplotlib()
-    with _needs_device(as_json):
+    with needs_device(as_json):
         report: dict[str, Any] = getattr(importlib.import_module(f"kvpack.bench.{name}"), f"bench_{name}")(
             options,
             publish=None if report_path is None else lambda so_far: write_report(report_path, so_far),

@@ -97,6 +97,22 @@ def exit_codes(as_json: bool) -> Iterator[None]:
         fail(ExitCode.INTERRUPTED, "KeyboardInterrupt", "interrupted; no output was left behind", as_json)
 
 
+@contextmanager
+def needs_device(as_json: bool) -> Iterator[None]:
+    """Without torch, CuPy or a GPU the exit code says that there is no device."""
+    from kvpack.errors import DeviceError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "cupy"):
+            raise
+        message = f"no device: {error.name} is not installed: pip install 'kvpack[cuda13]' or 'kvpack[cuda12]'"
+        fail(ExitCode.NO_DEVICE, "DeviceError", message, as_json)
+    except DeviceError as error:
+        fail(ExitCode.NO_DEVICE, "DeviceError", str(error), as_json)
+
+
 def require_matplotlib() -> None:
     """For --plot: before the work, not behind it.
 

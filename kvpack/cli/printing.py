@@ -18,10 +18,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class _ProgressLines:
-    """How many tokens a command has read, in lines on stderr."""
+    """How many tokens, or cases, a command has done, in lines on stderr."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    def __init__(self, title: str, unit: str) -> None:
+        self._title, self._unit = title, unit
         self._all = self._done = 0
         self._name = ""
         self._last = time.monotonic()
@@ -38,14 +38,14 @@ class _ProgressLines:
         if now - self._last < _SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        line = f"kvpack: {self._title}: {self._done:,} of {self._all:,} tokens ({printable(self._name)}) …"
+        line = f"kvpack: {self._title}: {self._done:,} of {self._all:,} {self._unit} ({printable(self._name)}) …"
         print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def progress_bar(title: str, unit: Literal["bytes", "tokens"] = "bytes") -> Iterator[Progress]:
+def progress_bar(title: str, unit: Literal["bytes", "tokens", "cases"] = "bytes") -> Iterator[Progress]:
     """A bar on stderr with rate and time left. Where stderr is no terminal, nothing of bytes, which are soon done, and
-    of tokens a line every ten seconds."""
+    of the others a line every ten seconds."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -64,8 +64,8 @@ def progress_bar(title: str, unit: Literal["bytes", "tokens"] = "bytes") -> Iter
     console = Console(stderr=True)
     told = False
     amount: list[ProgressColumn] = [DownloadColumn(binary_units=True), TransferSpeedColumn()]
-    if unit == "tokens":
-        amount = [MofNCompleteColumn(), TextColumn("tokens")]
+    if unit != "bytes":
+        amount = [MofNCompleteColumn(), TextColumn(unit)]
 
     def tell() -> None:
         nonlocal told
@@ -86,8 +86,8 @@ def progress_bar(title: str, unit: Literal["bytes", "tokens"] = "bytes") -> Iter
             disable=not console.is_terminal,
         ) as bar,
     ):
-        if unit == "tokens" and not console.is_terminal:
-            lines = _ProgressLines(title)
+        if unit != "bytes" and not console.is_terminal:
+            lines = _ProgressLines(title, unit)
             yield Progress(lines.total, lines.advance, lines.tensor)
             return
         task = bar.add_task(title, total=None, tensor="")

@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from kvpack.encode.frequencies import coded_bits, entropy_bits
 from kvpack.encode.planes import pack_bits
+from kvpack.encode.quantize import DELTA_OFFSET
 from kvpack.encode.rans import EncoderTable, encoder_table
 from kvpack.encode.table_clusters import cluster_tables
+from kvpack.encode.tensor_parallel import dividing_tile_cols
 from kvpack.encode.threads import map_ordered
 from kvpack.encode.tile_coder import count_symbols, encode_planes, encode_rans_tile
 from kvpack.format.blob import (
@@ -36,15 +38,17 @@ from kvpack.format.layout import (
     MAX_TILE_COLS,
     NUM_SYMBOLS,
     OUTLIER_BYTES,
-    OUTLIER_DELTA_BITS,
+    OUTLIER_ROW_SHIFT,
     TILE_ROWS,
     Layout,
     Predictor,
     TileMode,
     align,
     ceil_div,
+    outlier_delta_bits,
 )
 from kvpack.format.tables import Frequencies, pack_tables
+from kvpack.format.tile_parts import TileBytes
 
 Elements = npt.NDArray[Any]  # unsigned [rows, cols]
 
@@ -60,7 +64,7 @@ NO_TABLE = EncoderTable(*(np.zeros(NUM_SYMBOLS, np.uint64) for _ in range(3)))
 class Strip(NamedTuple):
     """One tile row of one matrix: up to 256 rows, all columns.
 
-    ``outliers`` u32 [count, 3] holds (row in the strip, column, delta + 2^12) sorted by row, then column.
+    ``outliers`` u32 [count, 3] holds (row in the strip, column, delta + 2^14) sorted by row, then column.
     """
 
     elements: Elements
@@ -90,18 +94,20 @@ class EncodedBlob:
         return self.front + self.payload
 
 
-def even_tile_cols(rows: int, cols: int, layout: Layout) -> int:
+def even_tile_cols(rows: int, cols: int, layout: Layout, column_parts: int = 1) -> int:
     """Columns of the tiles that a matrix gets: long ones where that costs no speed, all of (nearly) equal length.
 
     A lane costs 32 bits and more, whatever its length: 0.125 bit a weight at 256 columns, 0.02 at 2048. A GPU needs
     some thousand groups of lanes to be busy, so that only large matrices can afford long ones. The one integer a symbol
-    of ``compact`` is for size, and gets the longest.
+    of ``compact`` is for size, and gets the longest. Where the columns will be split into ``column_parts``, tiles end
+    at the borders (:mod:`kvpack.encode.tensor_parallel` says whether that can be).
 
     >>> from kvpack.format.layout import ElementKind, integer_layout
     >>> balanced = integer_layout("balanced", ElementKind.SIGNED, 5)
     >>> [even_tile_cols(rows, cols, balanced) for rows, cols in ((384, 384), (512, 1408), (4096, 4096), (28672, 4096))]
     [384, 480, 512, 1024]
     """
+    cols //= column_parts
     if layout.codes_per_symbol == 1 and layout.element_kind.is_integer:
         most = MAX_TILE_COLS
     else:
@@ -109,6 +115,10 @@ def even_tile_cols(rows: int, cols: int, layout: Layout) -> int:
         row_groups = ceil_div(rows, GROUP_LANES)
         while most > least and row_groups * ceil_div(cols, most) < _BUSY_GROUPS:
             most //= 2
+    if column_parts > 1:
+        dividing = dividing_tile_cols(cols, most)
+        assert dividing is not None, "the columns cannot be split so"
+        return dividing
     parts = ceil_div(cols, most)
     return align(ceil_div(cols, parts), CHUNK_COLS)
 
@@ -176,22 +186,25 @@ def estimate_blob_bytes(header: BlobHeader, tile_counts: npt.NDArray[np.int64], 
     return total + section * uses_tables
 
 
-def _tile_outliers(strip: Strip, first_col: int, cols: int) -> npt.NDArray[np.uint32]:
-    """The strip's outliers in a tile, packed as FORMAT.md §7.5 says."""
+def pack_outliers(
+    row: npt.NDArray[np.uint32], col: npt.NDArray[np.uint32], delta: npt.NDArray[np.uint32], tile_cols: int
+) -> npt.NDArray[np.uint32]:
+    """Outliers as FORMAT.md §7.5 says, from row and column in the tile and delta + 2^14, u32 [count] each."""
+    delta_bits = outlier_delta_bits(tile_cols)
+    low = (delta - np.uint32(DELTA_OFFSET)) & np.uint32((1 << delta_bits) - 1)
+    return np.asarray(row << OUTLIER_ROW_SHIFT | col << delta_bits | low, np.uint32)
+
+
+def _tile_outliers(strip: Strip, first_col: int, cols: int, tile_cols: int) -> npt.NDArray[np.uint32]:
+    """The strip's outliers in a tile of ``cols`` columns, packed."""
     if strip.outliers is None or not len(strip.outliers):
         return np.empty(0, np.uint32)
-    row, col, delta = strip.outliers.T
-    inside = (col >= first_col) & (col < first_col + cols)
-    delta = (delta[inside] ^ (1 << (OUTLIER_DELTA_BITS - 1))).astype(np.uint32)
-    return np.asarray((row[inside] << 24) | ((col[inside] - first_col) << OUTLIER_DELTA_BITS) | delta, np.uint32)
+    inside = (strip.outliers[:, 1] >= first_col) & (strip.outliers[:, 1] < first_col + cols)
+    row, col, delta = strip.outliers[inside].T
+    return pack_outliers(row, col - np.uint32(first_col), delta, tile_cols)
 
 
-class _TileBytes(NamedTuple):
-    metadata: tuple[int, ...]  # in the order of TILE_METADATA, data_offset left 0
-    data: memoryview
-
-
-def _encode_tile(
+def encode_tile(
     header: BlobHeader,
     geometry: TileGeometry,
     elements: Elements,
@@ -200,7 +213,7 @@ def _encode_tile(
     table_index: int,
     table: EncoderTable,
     predictor: Predictor,
-) -> _TileBytes:
+) -> TileBytes:
     """One tile in whichever mode is smallest."""
     layout = header.layout
     raw_bytes = raw_mode_bytes(geometry, layout.element_bits)
@@ -238,7 +251,7 @@ def _encode_tile(
     buffer[outlier_offset:size] = outliers.astype("<u4").view(np.uint8)
     data = memoryview(buffer.data)[:size]
     rans = mode == TileMode.RANS
-    return _TileBytes(
+    return TileBytes(
         (
             0,
             size,
@@ -278,7 +291,7 @@ def encode_strips(
     tables, assignment = cluster_tables(tile_counts, header.layout)
     encoder_tables = [encoder_table(table) for table in tables]
 
-    def encode(index: int) -> list[_TileBytes]:
+    def encode(index: int) -> list[TileBytes]:
         strip = source(index)
         done = []
         for column in range(header.num_tiles_col):
@@ -287,11 +300,11 @@ def encode_strips(
             first = geometry.first_col
             table_index = int(assignment[tile])
             done.append(
-                _encode_tile(
+                encode_tile(
                     header,
                     geometry,
                     strip.elements[:, first : first + geometry.cols],
-                    _tile_outliers(strip, first, geometry.cols),
+                    _tile_outliers(strip, first, geometry.cols, header.tile_cols),
                     tile_counts[tile],
                     table_index,
                     encoder_tables[table_index] if table_index >= 0 else NO_TABLE,

@@ -55,12 +55,14 @@ from kvpack.encode.tensor_encoder import (
     planned_bytes,
 )
 from kvpack.encode.tensor_kinds import ModuleTree
+from kvpack.encode.tensor_parallel import Split, reason_not_to_split
 from kvpack.encode.threads import default_threads
 from kvpack.errors import InputError
 from kvpack.format.container import (
     BLOB_SUFFIX,
     CONTAINER_VERSION,
     CRC_KEY,
+    PARALLEL_KEY,
     SCALE_SUFFIX,
     TENSORS_KEY,
     VARIANCE_NOISE_KEY,
@@ -152,6 +154,8 @@ class _Model:
     ) -> None:
         self.config, self.executor, self.coder = config, executor, coder
         self.tree = ModelTree(source, without=target, file=tensors)
+        # Coded tensor -> why it cannot be split into config.tensor_parallel parts, None if it can be.
+        self.split_reasons: dict[str, str | None] = {}
         try:
             selection = Selection.from_config(config)
             for file in self.tree.weight_files:
@@ -195,6 +199,18 @@ class _Model:
         is_dequantized = self.dequantizes_fp8 and any(fp8.config_folder == folder for fp8 in self.fp8.values())
         return dequantized_config(config) if is_dequantized else config
 
+    def split_notes(self, reports: list[TensorReport]) -> list[str]:
+        """A sentence for each reason why coded tensors cannot be split as was asked for."""
+        names_of: dict[str, list[str]] = {}
+        for name in [report.name for report in reports if report.method != "keep"]:
+            if (reason := self.split_reasons.get(name)) is not None:
+                names_of.setdefault(reason, []).append(name)
+        return [
+            f"tensor parallel {self.config.tensor_parallel}: {listed(names, 3)} cannot be split so ({reason}), "
+            "coded as without it"
+            for reason, names in names_of.items()
+        ]
+
     def notes(self) -> list[str]:
         """What there is to say of how it was found out, and of fp8, each sentence once, with where it holds."""
         return list(
@@ -213,7 +229,15 @@ class _Model:
         return sum(t.size_bytes for file in self.tree.weight_files for t in file.container.tensors.values())
 
     def matrices(self, file: WeightFile, tensor: StoredTensor) -> Matrices:
-        return StoredMatrices(file.container, tensor, transposed=tensor.name in self.kinds[file.set_prefix].transposed)
+        transposed = tensor.name in self.kinds[file.set_prefix].transposed
+        weights = StoredMatrices(file.container, tensor, transposed=transposed)
+        split, parts = Split.of(tensor.name), self.config.tensor_parallel
+        if parts > 1:
+            reason = reason_not_to_split(split, weights.rows, weights.cols, self.config.tile_cols, parts)
+            self.split_reasons[file.names[tensor.name]] = reason
+            if reason is None and split in (Split.INPUTS, Split.EITHER):
+                weights.column_parts = parts
+        return weights
 
     def common_step_tensors(self) -> list[tuple[WeightFile, StoredTensor]]:
         return [
@@ -378,6 +402,8 @@ def _encode_file(
         entries[name]["noise_db"] = _rounded(encoded.noise_db)
         if encoded.variance_noise_db is not None:
             entries[name][VARIANCE_NOISE_KEY] = report.noise_db
+        if model.config.tensor_parallel > 1 and model.split_reasons[file.names[name]] is None:
+            entries[name][PARALLEL_KEY] = model.config.tensor_parallel
         progress.advance(tensor.size_bytes)
 
     def add_scales() -> None:
@@ -502,7 +528,7 @@ def compress(
         reports,
         files if source.is_dir() else [],
         [str(file) for file in model.tree.passed_over],
-        [*model.notes(), *quantization_notes(report.reason for report in reports)],
+        [*model.notes(), *model.split_notes(reports), *quantization_notes(report.reason for report in reports)],
         time.perf_counter() - began,
     )
 

@@ -43,6 +43,8 @@ class QuantConfig:
             scale for each row) or ``lossless``.
         layout: how weights become symbols: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
         tile_cols: columns of a tile, a multiple of 32 up to 2048; None: equal parts, longer ones in larger matrices.
+        tensor_parallel: how many devices will share the weights: tiles end where the parts of layers do that are split
+            by their inputs, so that a part needs no coding of its own. 1: tiles are chosen without.
         allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
         include: a regular expression, or several; tensors that would be kept as they are, are coded if one of them is
             found in their names. One is held as text, several as a tuple (in JSON a list).
@@ -60,6 +62,7 @@ class QuantConfig:
     preset: str | None = None
     layout: str = "auto"
     tile_cols: int | None = None
+    tensor_parallel: int = 1
     allocation: str = "tensor"
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
@@ -88,6 +91,7 @@ class QuantConfig:
         object.__setattr__(self, "exclude", exclude)
         object.__setattr__(self, "bits", None if rate is None else _rate(rate))
         object.__setattr__(self, "tile_cols", None if self.tile_cols is None else _columns(self.tile_cols))
+        object.__setattr__(self, "tensor_parallel", _parts(self.tensor_parallel))
         object.__setattr__(
             self,
             "tensor_bits",
@@ -176,3 +180,9 @@ def _columns(columns: object) -> int:
             f"tile_cols {columns}: multiples of {CHUNK_COLS} from {CHUNK_COLS} to {MAX_TILE_COLS} are possible"
         )
     return int(columns)
+
+
+def _parts(parts: object) -> int:
+    if isinstance(parts, bool) or not isinstance(parts, Integral) or int(parts) < 1:
+        raise InputError(f"tensor_parallel {parts}: a number of devices, 1 or more, is needed")
+    return int(parts)

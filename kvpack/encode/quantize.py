@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.jit import kernel
-from kvpack.format.layout import OUTLIER_DELTA_MAX
 
 F32 = np.float32
 # Magnitudes from here on share the last threshold.
@@ -21,8 +20,8 @@ NUM_THRESHOLDS = 129
 _HALVES = np.full(NUM_THRESHOLDS, 0.5, np.float32)
 # w/step is summed in units of 2^-12, so that sums are integers and their order does not matter.
 FIXED_POINT = 4096
-# Magnitudes, in steps, that an outlier can express whatever the layout (FORMAT.md §7.5).
-MAX_MAGNITUDE = OUTLIER_DELTA_MAX
+# What is added to outliers' deltas so that they are unsigned, whatever the tiles: half the range of the widest ones.
+DELTA_OFFSET = 1 << 14
 
 
 class Rounding(NamedTuple):
@@ -38,7 +37,7 @@ NEAREST = Rounding(_HALVES, F32(0.5))
 class Quantized(NamedTuple):
     """A strip's elements and what was counted on the way.
 
-    ``elements`` u8 [R, K]; ``outliers`` u32 [count, 3] (row, column, delta + 2^12); ``dot`` is Σ round(4096·w/step)·q
+    ``elements`` u8 [R, K]; ``outliers`` u32 [count, 3] (row, column, delta + 2^14); ``dot`` is Σ round(4096·w/step)·q
     and ``energy`` Σ q², over all elements, outliers included.
     """
 
@@ -52,7 +51,7 @@ class Quantized(NamedTuple):
 def quantize_strip(weights, steps, thresholds, clamp, half, elements):  # type: ignore[no-untyped-def]
     """Quantize f32 ``weights`` [R, K] by ``steps`` f32 [R] to signed elements around ``half`` = 2^(n−1).
 
-    A step of 0 gives 0. Magnitudes must not exceed MAX_MAGNITUDE steps (the caller's to check). Returns
+    A step of 0 gives 0. Magnitudes must not exceed outlier_delta_max steps (the caller's to check). Returns
     (outliers, dot, energy), see :class:`Quantized`.
     """
     outliers = np.empty((64, 3), np.uint32)
@@ -84,7 +83,7 @@ def quantize_strip(weights, steps, thresholds, clamp, half, elements):  # type: 
                         outliers = grown
                     outliers[count, 0] = row
                     outliers[count, 1] = col
-                    outliers[count, 2] = q - edge + (OUTLIER_DELTA_MAX + 1)
+                    outliers[count, 2] = q - edge + DELTA_OFFSET
                     count += 1
                 elements[row, col] = edge + half
             else:
@@ -159,7 +158,7 @@ def strip_noise(weights, elements, half, scales, outliers, column_sums):  # type
                 and outliers[next_outlier, 0] == row
                 and outliers[next_outlier, 1] == col
             ):
-                q += np.int32(outliers[next_outlier, 2]) - (OUTLIER_DELTA_MAX + 1)
+                q += np.int32(outliers[next_outlier, 2]) - DELTA_OFFSET
                 next_outlier += 1
             w = weights[row, col]
             decoded = scale * F32(q)

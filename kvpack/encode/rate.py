@@ -30,11 +30,11 @@ from kvpack.format.layout import (
     CHUNK_COLS,
     LAYOUT_NAMES,
     OUTLIER_BYTES,
-    OUTLIER_DELTA_MAX,
     ElementKind,
     Layout,
     integer_layout,
     integer_layouts,
+    outlier_delta_max,
 )
 
 LAMBDA = 0.1155
@@ -136,6 +136,8 @@ class Overhead(NamedTuple):
 
     rans: float
     raw: float
+    max_steps: int
+    """The largest magnitude, in steps, that is sure to be one that an outlier of such tiles can have."""
     padding: float = 0.0
     """Padding columns, as a part of the columns: in mode rans they are coded like these."""
     edge: float = 0.0
@@ -163,6 +165,7 @@ def fixed_bits_per_weight(header: BlobHeader) -> Overhead:
     return Overhead(
         total / header.num_elements + padding * header.layout.raw_bits,
         raw_bits / header.num_elements,
+        outlier_delta_max(header.tile_cols),
         padding,
         last.rows / header.rows if idle else 0.0,
         (1 + padding) * idle * header.layout.raw_bits,
@@ -238,16 +241,16 @@ def plan_at_step(fine: FineHistogram, step: float, layout: Layout, overhead: Ove
     return raw if raw.predicted.bits <= plan.predicted.bits else plan
 
 
-def _least_exponent(fine: FineHistogram) -> float:
-    """log2 of the least step by which the largest value is one that an outlier can have: 12 bits of magnitude."""
-    return float(np.log2(fine.largest / OUTLIER_DELTA_MAX) + _ABOVE_LIMIT)
+def _least_exponent(fine: FineHistogram, overhead: Overhead) -> float:
+    """log2 of the least step by which the largest value is one that an outlier can have."""
+    return float(np.log2(fine.largest / overhead.max_steps) + _ABOVE_LIMIT)
 
 
 def _solve(fine: FineHistogram, bits: float, layout: Layout, overhead: Overhead, rate_weight: float) -> RatePlan:
     """The smallest step whose predicted rate does not exceed ``bits`` (bisection on its logarithm)."""
     low = np.log2(fine.rms) - (bits - _GAUSSIAN_BITS) - 2.5
     high = low + 7.0
-    low = max(low, _least_exponent(fine))
+    low = max(low, _least_exponent(fine, overhead))
     high = max(high, low)
     return _bisect(
         lambda step: plan_at_step(fine, step, layout, overhead, rate_weight),
@@ -289,13 +292,20 @@ def _ladder(fine: FineHistogram, layouts: Iterable[tuple[Layout, Overhead]]) -> 
     steps_per_octave = _SMALL_STEPS_PER_OCTAVE if fine.is_small else _LADDER_STEPS_PER_OCTAVE
     exponents = np.arange(first, last, -1 / steps_per_octave)
     steps = [float(np.float32(fine.deviation * 2.0**exponent)) for exponent in exponents]
+    layouts = list(layouts)
+    pairs = [
+        (layout, overhead, step)
+        for layout, overhead in layouts
+        for step in steps
+        if fine.largest <= overhead.max_steps * step
+    ]
     # If none can hold the largest value, quantizing says so.
-    steps = [step for step in steps if fine.largest <= OUTLIER_DELTA_MAX * step] or steps[:1]
+    pairs = pairs or [(layout, overhead, steps[0]) for layout, overhead in layouts]
     if fine.grid_step > 0:
-        steps.insert(0, fine.grid_step)
+        pairs = [(layout, overhead, fine.grid_step) for layout, overhead in layouts] + pairs
     occupied = fine.counts > 0
     fine = replace(fine, counts=fine.counts[occupied], values=fine.centres[occupied], width=fine.bin_width)
-    plans = [plan_at_step(fine, step, layout, overhead, 0.0) for layout, overhead in layouts for step in steps]
+    plans = [plan_at_step(fine, step, layout, overhead, 0.0) for layout, overhead, step in pairs]
     return sorted(plans, key=lambda plan: (plan.predicted.noise, plan.predicted.bits))
 
 
@@ -337,6 +347,28 @@ def layouts_for_idle_lanes(header_of: dict[Layout, BlobHeader]) -> list[Layout]:
         if fixed_bits_per_weight(header).idle_planes >= _IDLE_PLANES_MATTER_AT
         for other in integer_layouts(layout.name, layout.element_kind, layout.element_bits)[1:]
     ]
+
+
+def layouts_that_lose_less(
+    fine: FineHistogram, bits: float, layouts: list[Layout], header_of: dict[Layout, BlobHeader]
+) -> list[Layout]:
+    """The layouts that are usual at low rates alone, if there they leave less noise than ``layouts`` at ``bits``.
+
+    Tails as heavy as a Cauchy distribution's have so many outliers that a folded code loses more than half a bit.
+    """
+    if bits <= _FOLDED_LOSES_UP_TO_BITS:
+        return []
+    other_headers = {
+        other: replace(header_of[layout], layout=other)
+        for layout in layouts
+        for other in layouts_at(layout.name, layout.element_bits, _FOLDED_LOSES_UP_TO_BITS)[1:]
+    }
+    if not other_headers:
+        return []
+    others = list(other_headers)
+    usual = plan_for_bits(fine, bits, layouts, header_of).predicted.noise
+    quieter = plan_for_bits(fine, _FOLDED_LOSES_UP_TO_BITS, others, other_headers).predicted.noise < usual
+    return others if quieter else []
 
 
 def raw_layouts(layouts: list[Layout], bits: float, header_of: dict[Layout, BlobHeader]) -> list[Layout]:
@@ -382,20 +414,22 @@ def plan_for_noise(
         return min(quiet, key=lambda plan: plan.predicted.bits)
     quietest = np.log2(fine.rms * np.sqrt(12 * limit)) - 1.0
     high = quietest + 2.0
-    low = max(quietest, _least_exponent(fine))
 
     def plan_of(layout: Layout) -> RatePlan:
         overhead = fixed_bits_per_weight(header_of[layout])
         return _bisect(
             lambda step: plan_at_step(fine, step, layout, overhead, LAMBDA),
-            low,
+            max(quietest, _least_exponent(fine, overhead)),
             high,
             12,
             lambda plan: plan.predicted.noise <= limit,
         )
 
     plans = [plan_of(layout) for layout in layouts]
-    return min(plans, key=lambda plan: plan.predicted.bits)
+    # A value that is the largest by far sets the step, and that of layouts with longer tiles is coarser.
+    least = min(plan.predicted.noise for plan in plans)
+    most = limit if least <= limit else least * _EQUAL_NOISE
+    return min((plan for plan in plans if plan.predicted.noise <= most), key=lambda plan: plan.predicted.bits)
 
 
 def plan_for_step(

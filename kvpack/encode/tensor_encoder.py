@@ -25,7 +25,6 @@ from kvpack.encode.distinct import distinct_values, grid_step
 from kvpack.encode.dtypes import BIT_PATTERNS, LOSSLESS_KINDS, as_float32
 from kvpack.encode.quantize import (
     FIXED_POINT,
-    MAX_MAGNITUDE,
     NEAREST,
     Quantized,
     Rounding,
@@ -45,6 +44,7 @@ from kvpack.encode.rate import (
     fixed_bits_per_weight,
     layouts_at,
     layouts_for_idle_lanes,
+    layouts_that_lose_less,
     plan_at_step,
     plan_for_bits,
     plan_for_noise,
@@ -52,10 +52,12 @@ from kvpack.encode.rate import (
     plan_ladder,
     raw_layouts,
 )
+from kvpack.encode.tensor_parallel import dividing_tile_cols
 from kvpack.encode.threads import map_ordered
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     FLOAT_ELEMENT_BITS,
+    OUTLIER_LEAST_COL_BITS,
     TILE_ROWS,
     ElementKind,
     Layout,
@@ -63,6 +65,7 @@ from kvpack.format.layout import (
     float_layouts,
     integer_layout,
     integer_layouts,
+    outlier_delta_max,
 )
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -83,8 +86,8 @@ _TRIM_TO_AT_LEAST = 0.97
 _MOSTLY_NOT_ZERO = 0.9
 # Part of the values in one fine bin from which on the histogram is not smooth.
 _SPIKE_AT = 0.05
-# From so many steps on the largest value may be what keeps the step from being finer.
-_AT_THE_LIMIT = 0.99 * MAX_MAGNITUDE
+# From this part of the most steps on the largest value may be what keeps the step from being finer.
+_AT_THE_LIMIT = 0.99
 # Means of fewer numbers than this say nothing; a variance below this part of the power is rounding.
 _MEANS_OF_AT_LEAST = 8
 _CONSTANT = 1e-13
@@ -145,6 +148,9 @@ class Matrices:
     dimension × the rest (convolutions), see :func:`_is_stack`.
     """
 
+    # Into how many parts the columns will be split: tiles end at their borders.
+    column_parts = 1
+
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
         self._set_geometry(array.shape, array.dtype, transposed=transposed)
         stored = (self.matrices, self.cols, self.rows) if transposed else (self.matrices, self.rows, self.cols)
@@ -187,7 +193,7 @@ class Matrices:
             layout=layout,
             rows=self.rows,
             cols=self.cols,
-            tile_cols=tile_cols or even_tile_cols(self.rows, self.cols, layout),
+            tile_cols=tile_cols or even_tile_cols(self.rows, self.cols, layout, self.column_parts),
             matrices=self.matrices,
             transposed=self.transposed,
         )
@@ -509,11 +515,10 @@ def _run_plan(
     executor: ThreadPoolExecutor | None,
     coder: Coder,
 ) -> _Counted:
-    if fine.largest / plan.step > MAX_MAGNITUDE:
-        raise NotEncodableError(
-            f"the largest value ({fine.largest:.3g}) is more than {MAX_MAGNITUDE} steps of {plan.step:.3g}"
-        )
     header = weights.header(plan.layout, tile_cols)
+    most = outlier_delta_max(header.tile_cols)
+    if fine.largest / plan.step > most:
+        raise NotEncodableError(f"the largest value ({fine.largest:.3g}) is more than {most} steps of {plan.step:.3g}")
     steps = np.full(1, plan.step, np.float32)
     strips = coder.quantize(weights, steps, plan.layout.element_bits, plan.rounding)
     return _count_quantized(header, strips, executor)
@@ -535,7 +540,14 @@ def _finish(
     return _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor, coder)
 
 
-def _check_noise(weights: Matrices, fine: FineHistogram, plan: RatePlan, encoded: EncodedTensor, bits: float) -> None:
+def _check_noise(
+    weights: Matrices,
+    fine: FineHistogram,
+    plan: RatePlan,
+    encoded: EncodedTensor,
+    bits: float,
+    tile_cols: int | None,
+) -> None:
     """Check that ``bits`` bits a weight went into weights, not into means, outliers or overhead.
 
     Raises:
@@ -548,9 +560,10 @@ def _check_noise(weights: Matrices, fine: FineHistogram, plan: RatePlan, encoded
     achieved = 8 * encoded.size_bytes / weights.size
     too_noisy = encoded.noise_db > _most_noise_db(bits)
     too_coarse = too_noisy or 10 * math.log10(plan.predicted.noise) > _most_noise_db(min(bits, achieved))
-    if too_coarse and fine.largest >= _AT_THE_LIMIT * plan.step:
+    most = outlier_delta_max(weights.header(plan.layout, tile_cols).tile_cols)
+    if too_coarse and fine.largest >= _AT_THE_LIMIT * most * plan.step:
         raise NotEncodableError(
-            f"the largest value ({fine.largest:.3g}) is more than {MAX_MAGNITUDE} steps of any that suits the others "
+            f"the largest value ({fine.largest:.3g}) is more than {most} steps of any that suits the others "
             f"(rms {fine.rms:.3g})"
         )
     if too_noisy:
@@ -625,7 +638,11 @@ def encode_at_bits(
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     if not fine.is_smooth:
         return _encode_from_ladder(weights, fine, bits, worth_bits, headers, tile_cols, executor, coder)
-    for layout in [*layouts_for_idle_lanes(headers), *raw_layouts(layouts, bits, headers)]:
+    for layout in [
+        *layouts_for_idle_lanes(headers),
+        *raw_layouts(layouts, bits, headers),
+        *layouts_that_lose_less(fine, bits, layouts, headers),
+    ]:
         headers.setdefault(layout, weights.header(layout, tile_cols))
     layouts = list(headers)
     target_bits = bits - _RATE_TOLERANCE_BITS / 2
@@ -657,7 +674,7 @@ def encode_at_bits(
             encoded = _finish(weights, fine, *best, tile_cols, executor, coder)
             excess = 8 * encoded.size_bytes / weights.size - bits
             if excess <= 0:
-                _check_noise(weights, fine, best[0], encoded, worth_bits)
+                _check_noise(weights, fine, best[0], encoded, worth_bits, tile_cols)
                 return encoded
         else:
             excess = 0.02
@@ -688,7 +705,7 @@ def _encode_from_ladder(
         if 8 * counted.size_bytes <= (bits + _RATE_TOLERANCE_BITS) * weights.size:
             encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
             if 8 * encoded.size_bytes <= bits * weights.size:
-                _check_noise(weights, fine, plan, encoded, worth_bits)
+                _check_noise(weights, fine, plan, encoded, worth_bits, tile_cols)
                 return encoded
         # What a prediction is off by is nearly the same for the next plan.
         excess = 0.9 * (8 * counted.size_bytes / weights.size - plan.predicted.bits)
@@ -723,6 +740,26 @@ def encode_near_lossless(
     fine = measure(weights, executor)
     if fine.rms == 0:
         return _encode_zeros(weights, tile_cols, executor, coder)
+    try:
+        return _encode_near_lossless(weights, fine, layout_name, tile_cols, executor, coder)
+    except NotEncodableError:
+        # Outliers of shorter tiles reach further.
+        shorter: int | None = 1 << OUTLIER_LEAST_COL_BITS
+        if weights.column_parts > 1:
+            shorter = dividing_tile_cols(weights.cols // weights.column_parts, 1 << OUTLIER_LEAST_COL_BITS)
+        if shorter is None or tile_cols is not None or weights.cols <= shorter:
+            raise
+        return _encode_near_lossless(weights, fine, layout_name, shorter, executor, coder)
+
+
+def _encode_near_lossless(
+    weights: Matrices,
+    fine: FineHistogram,
+    layout_name: str,
+    tile_cols: int | None,
+    executor: ThreadPoolExecutor | None,
+    coder: Coder,
+) -> EncodedTensor:
     layouts = _eight_bit_layouts(layout_name) if fine.is_smooth else candidate_layouts(layout_name, 8.0, fine)
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     aim_db = NEAR_LOSSLESS_DB
@@ -733,6 +770,7 @@ def encode_near_lossless(
             quicker = (
                 plan_at_step(fine, plan.step, layout, fixed_bits_per_weight(headers[layout]), LAMBDA)
                 for layout in layouts[: layouts.index(plan.layout)]
+                if fine.largest <= outlier_delta_max(headers[layout].tile_cols) * plan.step
             )
             plan = next((trial for trial in quicker if trial.predicted.bits <= most), plan)
         counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
@@ -740,7 +778,8 @@ def encode_near_lossless(
         noise = encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db
         if noise is None or noise <= NEAR_LOSSLESS_DB + _NOISE_TOLERANCE_DB:
             # Where the largest value sets the step, the others' noise is beyond what all of them have on average.
-            if fine.largest < _AT_THE_LIMIT * plan.step:
+            most_steps = outlier_delta_max(headers[plan.layout].tile_cols)
+            if fine.largest < _AT_THE_LIMIT * most_steps * plan.step:
                 return encoded
             if 10 * math.log10(plan.predicted.noise) <= aim_db + _NOISE_TOLERANCE_DB:
                 return encoded

@@ -35,14 +35,14 @@ from kvpack.format.layout import (
     CHUNK_COLS,
     GROUP_LANES,
     OUTLIER_BYTES,
-    OUTLIER_COL_BITS,
-    OUTLIER_DELTA_BITS,
+    OUTLIER_ROW_SHIFT,
     STATE_LOW,
     TILE_ROWS,
     ElementKind,
     Predictor,
     TileMode,
     align,
+    outlier_delta_bits,
 )
 from kvpack.format.tables import Frequencies, parse_tables
 
@@ -275,7 +275,7 @@ class Blob:
             words=words,
             constant_symbol=constant_symbol,
             raw=data[raw_offset:raw_end],
-            outliers=_parse_outliers(where, data[outlier_offset:], geometry),
+            outliers=_parse_outliers(where, data[outlier_offset:], geometry, self.header.tile_cols),
         )
 
     @staticmethod
@@ -317,17 +317,18 @@ class Blob:
         return states, lengths, data[words_offset:words_end].view("<u2"), raw_offset
 
 
-def _parse_outliers(where: str, data: npt.NDArray[np.uint8], geometry: TileGeometry) -> Outliers:
-    """Outliers from their u32s (FORMAT.md §7.5): row 31..24, column 23..13, delta 12..0."""
+def _parse_outliers(where: str, data: npt.NDArray[np.uint8], geometry: TileGeometry, tile_cols: int) -> Outliers:
+    """Outliers from their u32s (FORMAT.md §7.5): row, column, delta from the highest bits to the lowest."""
     if not len(data):
         return _NO_OUTLIERS
     entries = data.view("<u4")
-    positions = entries >> OUTLIER_DELTA_BITS
+    delta_bits = outlier_delta_bits(tile_cols)
+    positions = entries >> delta_bits
     if (positions[1:] <= positions[:-1]).any():
         raise OutlierError(f"{where}: outliers are not sorted strictly by row and column")
-    rows = (positions >> OUTLIER_COL_BITS).astype(np.int32)
-    cols = (positions & ((1 << OUTLIER_COL_BITS) - 1)).astype(np.int32)
-    deltas = (entries << (32 - OUTLIER_DELTA_BITS)).view(np.int32) >> (32 - OUTLIER_DELTA_BITS)
+    rows = (entries >> OUTLIER_ROW_SHIFT).astype(np.int32)
+    cols = (positions & ((1 << (OUTLIER_ROW_SHIFT - delta_bits)) - 1)).astype(np.int32)
+    deltas = (entries << (32 - delta_bits)).view(np.int32) >> (32 - delta_bits)
     if (rows >= geometry.rows).any() or (cols >= geometry.cols).any():
         raise OutlierError(f"{where}: an outlier lies outside {geometry.rows} × {geometry.cols}")
     if (deltas == 0).any():

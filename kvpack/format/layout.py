@@ -32,10 +32,9 @@ MAX_TABLES = 16
 MAX_STEPS_U8_LENGTHS = 340
 
 MAX_RAW_BITS = 24
-OUTLIER_COL_BITS = 11
-OUTLIER_DELTA_BITS = 13
-OUTLIER_DELTA_MAX = (1 << (OUTLIER_DELTA_BITS - 1)) - 1
 OUTLIER_BYTES = 4
+OUTLIER_ROW_SHIFT = 24  # below the row, column and delta share the bits
+OUTLIER_LEAST_COL_BITS = 9
 
 FLAG_TRANSPOSED = 1 << 0
 FLAG_FOLDED = 1 << 2  # bit 1 is reserved for seeded states
@@ -221,6 +220,24 @@ def float_layouts(element_kind: ElementKind) -> tuple[Layout, ...]:
         case ElementKind.FP8_E5M2:
             return (Layout(element_kind, 8, 5, 1),)
     raise ValueError(f"{element_kind.name} is no float kind")
+
+
+def outlier_delta_bits(tile_cols: int) -> int:
+    """Bits of an outlier's delta: what the row, and a column of a tile so long, leave (FORMAT.md §7.5).
+
+    >>> [outlier_delta_bits(tile_cols) for tile_cols in (32, 512, 544, 1024, 1056, 2048)]
+    [15, 15, 14, 14, 13, 13]
+    """
+    return OUTLIER_ROW_SHIFT - max(OUTLIER_LEAST_COL_BITS, (tile_cols - 1).bit_length())
+
+
+def outlier_delta_max(tile_cols: int) -> int:
+    """The largest delta of an outlier; the least one is −1 minus that.
+
+    >>> [outlier_delta_max(tile_cols) for tile_cols in (512, 1024, 2048)]
+    [16383, 8191, 4095]
+    """
+    return (1 << (outlier_delta_bits(tile_cols) - 1)) - 1
 
 
 def align(value: int, multiple: int) -> int:

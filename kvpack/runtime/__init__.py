@@ -9,6 +9,7 @@
 ``weights.linear``, ``.replace``, ``.warmup``  ``kvpack.RansLinear``, ``replace_linears``, ``warmup``
 ``weights.ops``                                ``torch.ops.kvpack``, for CUDA and the CPU
 ``weights.products``, ``.launch_model``        fused products and decoding; how they are launched
+``weights.launch_costs``                       what the parts of a launch cost on a device: shipped, or measured
 ``weights.expansion``                          products of many vectors: slabs decoded beside cuBLAS
 ``weights.offload``                            models larger than the device; layers side by side
 ``weights.encoder``                            the encoder on a GPU, the same bytes as the CPU's

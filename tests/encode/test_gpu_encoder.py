@@ -262,7 +262,7 @@ def test_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
     elements = mixed_elements()
     rng = np.random.default_rng(3)
     places = sorted(set(map(tuple, rng.integers((0, 0, 0), elements.shape, (300, 3)).tolist())))
-    deltas = rng.integers(1, 1 << 12, len(places)) * rng.choice((-1, 1), len(places))
+    deltas = rng.integers(1, 1 << 14, len(places)) * rng.choice((-1, 1), len(places))
     outliers = [(*place, delta) for place, delta in zip(places, deltas.tolist(), strict=True)]
     layout = integer_layout("compact", SIGNED, 6)
     expected = encode_with_outliers(elements, outliers, layout, tile_cols=64, transposed=True)

@@ -22,7 +22,16 @@ import kvpack
 from kvpack.encode import rate as rates
 from kvpack.encode.distinct import distinct_values, grid_step
 from kvpack.encode.nearest import EncodeOptions, encode_nearest
-from kvpack.encode.tensor_encoder import CPU_CODER, NEAR_LOSSLESS_DB, EncodedTensor, Matrices, NotEncodableError
+from kvpack.encode.tensor_encoder import (
+    CPU_CODER,
+    NEAR_LOSSLESS_DB,
+    EncodedTensor,
+    Matrices,
+    NotEncodableError,
+    encode_near_lossless,
+)
+from kvpack.format.blob import Blob
+from kvpack.format.layout import outlier_delta_max
 
 RATES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.25, 5.0, 6.0, 7.5)
 # What the same step takes and gives again: sizes are found to 0.004 bits, scales to 2^-12.
@@ -193,8 +202,22 @@ def test_one_large_column_does_not_make_the_others_coarse(factor: float, tmp_pat
             assert noise > (-30 if factor == 20 else -15)
         else:
             assert noise < -41
-            # An outlier has 12 bits of magnitude: beyond that exact coding is left.
-            assert report.method == ("uniform" if factor < 100 else "lossless")
+            # An outlier has 14 bits of magnitude in tiles of 512 columns: beyond that exact coding is left.
+            assert report.method == ("uniform" if factor < 1000 else "lossless")
+
+
+def test_near_lossless_takes_shorter_tiles_where_outliers_must_reach_further() -> None:
+    """One tile of 1024 columns holds 8,191 steps; the value has some 12,000."""
+    weights = np.random.default_rng(4).normal(size=(256, 1024)).astype(np.float32)
+    weights[3, 900] = 350
+    encoded = encode_near_lossless(Matrices(weights), layout_name="compact")
+    blob = Blob(encoded.blob.data)
+    assert blob.header.tile_cols == 512
+    assert encoded.noise_db is not None
+    assert encoded.noise_db < NEAR_LOSSLESS_DB
+    assert blob.tile(1).outliers.deltas.max() > outlier_delta_max(1024)
+    weights[3, 900] = 150
+    assert Blob(encode_near_lossless(Matrices(weights), layout_name="compact").blob.data).header.tile_cols == 1024
 
 
 def test_tiny_values_are_not_zeroed(tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ from kvpack.errors import DirectoryIndexError, InputError
 
 DEFAULTS = {
     "bits": 4.85, "preset": None, "layout": "auto", "tile_cols": None, "allocation": "tensor", "include": None,
-    "exclude": None, "tensor_bits": {}, "dequantize_fp8": False,
+    "exclude": None, "tensor_bits": {}, "dequantize_fp8": False, "tensor_parallel": 1,
 }  # fmt: skip
 OTHERS = {
     "bits": 3.5, "preset": None, "layout": "fast", "tile_cols": 96, "allocation": "model", "include": "head",
     "exclude": r"^b\.", "tensor_bits": {"up": 2.5, "down": "lossless"}, "dequantize_fp8": True,
+    "tensor_parallel": 2,
 }  # fmt: skip
 
 

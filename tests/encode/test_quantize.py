@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 
 import kvpack
 from kvpack.encode.compress import CompressReport, TensorReport
-from kvpack.encode.quantize import MAX_MAGNITUDE, NEAREST, NUM_THRESHOLDS, Rounding, quantize, quantize_strip
+from kvpack.encode.quantize import DELTA_OFFSET, NEAREST, NUM_THRESHOLDS, Rounding, quantize, quantize_strip
 from kvpack.encode.tensor_encoder import EncodedTensor, Matrices, encode_at_bits
 from kvpack.errors import ContainerMetadataError
+from kvpack.format.layout import outlier_delta_max
 
 F32 = np.float32
 Weights = npt.NDArray[np.float32]
@@ -67,7 +68,7 @@ def compare_with_twin(weights: Weights, steps: Weights, rounding: Rounding, bits
     elements, outliers, dot, energy = twin(weights, steps, rounding.thresholds, rounding.clamp, 1 << (bits - 1))
     found = quantize(weights, steps, bits, rounding)
     np.testing.assert_array_equal(found.elements, elements)
-    assert [(int(r), int(c), int(d) - 2**12) for r, c, d in found.outliers] == outliers
+    assert [(int(r), int(c), int(d) - DELTA_OFFSET) for r, c, d in found.outliers] == outliers
     assert (found.dot, found.energy) == (dot, energy)
     return len(outliers)
 
@@ -84,7 +85,7 @@ def test_kernel_equals_twin(bits: int, seed: int) -> None:
     steps[7] = 0
     thresholds = rng.uniform(0.3, 0.95, NUM_THRESHOLDS).astype(np.float32)
     for rounding in (NEAREST, Rounding(thresholds, F32(rng.uniform(0.5, 3)))):
-        assert np.abs(weights[steps > 0] / steps[steps > 0, None]).max() < MAX_MAGNITUDE
+        assert np.abs(weights[steps > 0] / steps[steps > 0, None]).max() < outlier_delta_max(512)
         outliers = compare_with_twin(weights, steps, rounding, bits)
         assert outliers > 100 if bits < 7 else outliers > 0
 
@@ -116,11 +117,11 @@ def test_kernel_at_its_thresholds(bits: int) -> None:
 
 def test_clamping_and_outliers_by_hand() -> None:
     """4 bits hold −8 … 7; a clamp of 1.25 steps lets 8.2 stay 7 and makes an outlier of 8.3."""
-    weights = np.array([[7.4, 7.6, 8.2, 8.3, -8.4, -9.2, -9.3, 4095, -4095, 0.5]], np.float32)
+    weights = np.array([[7.4, 7.6, 8.2, 8.3, -8.4, -9.2, -9.3, 16383, -16383, 0.5]], np.float32)
     found = quantize(weights, np.ones(1, np.float32), 4, Rounding(NEAREST.thresholds, F32(1.25)))
     assert (found.elements.astype(int) - 8).tolist() == [[7, 7, 7, 7, -8, -8, -8, 7, -8, 1]]
-    assert [(int(c), int(d) - 2**12) for _, c, d in found.outliers] == [(3, 1), (6, -1), (7, 4088), (8, -4087)]
-    assert found.energy == 7**2 * 3 + 8**2 + 2 * 8**2 + 9**2 + 2 * 4095**2 + 1
+    assert [(int(c), int(d) - DELTA_OFFSET) for _, c, d in found.outliers] == [(3, 1), (6, -1), (7, 16376), (8, -16375)]
+    assert found.energy == 7**2 * 3 + 8**2 + 2 * 8**2 + 9**2 + 2 * 16383**2 + 1
 
 
 def test_more_outliers_than_the_first_buffer_holds() -> None:
@@ -131,7 +132,7 @@ def test_more_outliers_than_the_first_buffer_holds() -> None:
     np.testing.assert_array_equal(found.outliers[:, 0], np.repeat(np.arange(40), 50))
     np.testing.assert_array_equal(found.outliers[:, 1], np.tile(np.arange(50), 40))
     np.testing.assert_array_equal(
-        found.outliers[:, 2].astype(int) - 2**12, np.where(np.arange(2000) // 50 % 2, 100 - 1, -100 + 2)
+        found.outliers[:, 2].astype(int) - DELTA_OFFSET, np.where(np.arange(2000) // 50 % 2, 100 - 1, -100 + 2)
     )
 
 
@@ -441,12 +442,12 @@ def test_outliers_are_stored_to_half_a_step(pack: Pack, factor: float) -> None:
 
 
 def test_values_too_far_apart_for_a_step(pack: Pack) -> None:
-    """A magnitude has 12 bits: a value of 10^6 needs coarser steps than the others can do with."""
+    """A magnitude has 14 bits: a value of 10^6 needs coarser steps than the others can do with."""
     weights = student_t((256, 512), 20)
     weights[9, 9] = 1e6
     for options in ({"bits": 4}, {"bits": 4, "allocation": "model"}):
         packed = pack({"a.weight": weights}, **options)
-        assert str(packed["a.weight"].reason).startswith("the largest value (1e+06) is more than 4095 steps of ")
+        assert str(packed["a.weight"].reason).startswith("the largest value (1e+06) is more than 16383 steps of ")
         packed.assert_lossless("a.weight", str(packed["a.weight"].reason))
     packed = pack({"a.weight": weights}, preset="near-lossless")
     packed.assert_lossless("a.weight", "no step that holds all values reaches -41.5 dB of the variance")

@@ -29,6 +29,7 @@ from kvpack.format.layout import (
     TileMode,
     float_layouts,
     integer_layout,
+    outlier_delta_max,
 )
 
 Elements = npt.NDArray[Any]
@@ -298,8 +299,10 @@ def test_outliers(
     half = 1 << (layout.element_bits - 1)
     elements = draw_elements("gaussian", shape, layout.element_bits, 512, seed)
     places = np.sort(rng.permutation(elements.size)[:count])
-    deltas = rng.integers(-4096, 4096, len(places))
-    deltas[deltas == 0] = 4095
+    tile_cols = int(rng.choice([*range(1, 17), 33, 64])) * 32
+    most = outlier_delta_max(tile_cols)
+    deltas = rng.integers(-most - 1, most + 1, len(places))
+    deltas[deltas == 0] = most
     positions = np.stack(np.unravel_index(places, shape), axis=1)
     expected = elements.astype(np.int32) - half
     expected.ravel()[places] += deltas
@@ -307,7 +310,7 @@ def test_outliers(
         elements,
         [(*position, int(delta)) for position, delta in zip(positions.tolist(), deltas, strict=True)],
         layout,
-        tile_cols=int(rng.choice([*range(1, 17), 64])) * 32,
+        tile_cols=tile_cols,
         predictor=predictor,
     )
     blob = Blob(data)

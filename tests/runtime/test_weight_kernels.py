@@ -25,7 +25,6 @@ from kvpack.errors import DeviceError  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
 from kvpack.format.header import BlobHeader  # noqa: E402
 from kvpack.format.layout import (  # noqa: E402
-    OUTLIER_DELTA_BITS,
     TILE_ROWS,
     ElementKind,
     ceil_div,
@@ -361,10 +360,10 @@ def test_outliers_that_change_after_the_check(what: str, tokens: int) -> None:
         at = blob.header.payload_offset + int(tile["data_offset"]) + int(tile["outlier_offset"])
         outliers = coded.blob.numpy()[at : at + 4 * int(tile["outlier_count"])].view("<u4")
         if what == "columns":
-            outliers |= 0x7FF << OUTLIER_DELTA_BITS
+            outliers |= 0x1FF << 15
         elif len(outliers) > 1:
             row = outliers[0] >> 24 << 24
-            outliers[:2] = row | 60 << OUTLIER_DELTA_BITS | 5, row | 1 << OUTLIER_DELTA_BITS | 5
+            outliers[:2] = row | 60 << 15 | 5, row | 1 << 15 | 5
     if tokens == 0:
         out = poisoned((1, 70, 150), torch.float16)
         products.decode(coded, products.OUTPUTS[torch.float16], out, LIMITS)

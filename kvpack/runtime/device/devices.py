@@ -42,12 +42,14 @@ class Limits:
 
     Attributes:
         architecture: its compute capability, as 90 for 9.0.
+        name: as CUDA has it, as ``"NVIDIA H100 80GB HBM3"``.
     """
 
     architecture: int
     multiprocessors: int
     shared_bytes: int
     shared_block_bytes: int
+    name: str = ""
 
     def block_bytes(self, resident: int) -> int:
         """Shared memory that a block may have, if ``resident`` of them share a multiprocessor."""
@@ -63,4 +65,5 @@ def device_limits(device: torch.device) -> Limits:
         found.multi_processor_count,
         found.shared_memory_per_multiprocessor,
         found.shared_memory_per_block_optin,
+        found.name,
     )

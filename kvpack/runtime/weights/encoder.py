@@ -47,9 +47,10 @@ from kvpack.encode.blob_encoder import (
     StripSource,
     element_entropy_bits,
     even_tile_cols,
+    pack_outliers,
 )
 from kvpack.encode.jit import kernel
-from kvpack.encode.quantize import FIXED_POINT, NUM_THRESHOLDS, Rounding
+from kvpack.encode.quantize import DELTA_OFFSET, FIXED_POINT, NUM_THRESHOLDS, Rounding
 from kvpack.encode.table_clusters import CONSTANT, CommonTable, cluster_coded, cluster_tables
 from kvpack.encode.tensor_encoder import Coder, Matrices, QuantizedCounts, QuantizedStrips
 from kvpack.encode.threads import map_ordered
@@ -63,7 +64,6 @@ from kvpack.format.layout import (
     MAX_TABLES,
     NUM_SYMBOLS,
     OUTLIER_BYTES,
-    OUTLIER_DELTA_BITS,
     PROBABILITY_BITS,
     TILE_ROWS,
     ElementKind,
@@ -115,6 +115,7 @@ def _quantize_kernel(kind: ElementKind) -> Kernel:
         "KVPACK_WEIGHT_KIND": int(kind),
         "KVPACK_NUM_THRESHOLDS": NUM_THRESHOLDS,
         "KVPACK_FIXED_POINT": FIXED_POINT,
+        "KVPACK_DELTA_OFFSET": DELTA_OFFSET,
         "KVPACK_QUANTIZE_THREADS": _QUANTIZE_THREADS,
     }
     return _kernel("encode_quantize", None, tuple(numbers.items()))
@@ -572,7 +573,7 @@ def _sort_outliers(header: BlobHeader, strips: list[npt.NDArray[np.uint32] | Non
         row, col, delta = outliers.T.astype(np.uint32)
         tile_col, in_tile = np.divmod(col, _U32(header.tile_cols))
         order = np.argsort(tile_col, kind="stable")
-        entry = row << 24 | in_tile << OUTLIER_DELTA_BITS | delta ^ _U32(1 << (OUTLIER_DELTA_BITS - 1))
+        entry = pack_outliers(row, in_tile, delta, header.tile_cols)
         packed.append(entry[order])
         first = index * header.num_tiles_col + 1
         per_tile[first : first + header.num_tiles_col] = np.bincount(tile_col, minlength=header.num_tiles_col)
@@ -598,7 +599,7 @@ class _DeviceStrips(QuantizedStrips):
         self._lock = threading.Lock()
         self._elements: torch.Tensor | None = None
         self._host: npt.NDArray[np.uint8] | None = None
-        self._outliers = np.empty((0, 3), np.uint32)  # (row of all, column, delta + 2^12), sorted
+        self._outliers = np.empty((0, 3), np.uint32)  # (row of all, column, delta + 2^14), sorted
         self._sums = (0, 0)
 
     def _on_device(self) -> torch.Tensor:

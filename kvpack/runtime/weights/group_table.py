@@ -23,12 +23,12 @@ from kvpack.format.layout import (
     CHUNK_COLS,
     GROUP_LANES,
     OUTLIER_BYTES,
-    OUTLIER_COL_BITS,
-    OUTLIER_DELTA_BITS,
+    OUTLIER_ROW_SHIFT,
     TILE_ROWS,
     Layout,
     TileMode,
     ceil_div,
+    outlier_delta_bits,
 )
 
 _INDEX_BITS = 19  # of a word or an outlier
@@ -142,15 +142,16 @@ def _outlier_ranges(blob: Blob, geometry: _Geometry) -> tuple[Index, Index]:
     at += OUTLIER_BYTES * in_tile
     payload = np.frombuffer(blob.payload, np.uint8)
     entries = payload[at[:, None] + np.arange(OUTLIER_BYTES)].view("<u4")[:, 0].astype(np.int64)
-    place = entries >> OUTLIER_DELTA_BITS
-    row, col = place >> OUTLIER_COL_BITS, place & ((1 << OUTLIER_COL_BITS) - 1)
+    delta_bits = outlier_delta_bits(blob.header.tile_cols)
+    place = entries >> delta_bits
+    row, col = entries >> OUTLIER_ROW_SHIFT, place & ((1 << (OUTLIER_ROW_SHIFT - delta_bits)) - 1)
     wrong = np.zeros(num_tiles, np.bool_)
     wrong[tile_of[(row >= geometry.rows[tile_of]) | (col >= geometry.cols[tile_of])]] = True
     _refuse(OutlierError, wrong, "an outlier lies outside the tile")
     same = tile_of[1:] == tile_of[:-1]
     wrong[tile_of[1:][same & (place[1:] <= place[:-1])]] = True
     _refuse(OutlierError, wrong, "outliers are not sorted strictly by row and column")
-    wrong[tile_of[entries & ((1 << OUTLIER_DELTA_BITS) - 1) == 0]] = True
+    wrong[tile_of[entries & ((1 << delta_bits) - 1) == 0]] = True
     _refuse(OutlierError, wrong, "an outlier of 0")
     np.add.at(count, (tile_of, row // GROUP_LANES), 1)
     first[:, 1:] = np.cumsum(count, axis=1)[:, :-1]

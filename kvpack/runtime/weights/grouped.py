@@ -22,6 +22,7 @@ from kvpack.runtime.device import kernels, semaphores
 from kvpack.runtime.device.devices import Limits
 from kvpack.runtime.device.kernels import Kernel
 from kvpack.runtime.weights import expansion, products
+from kvpack.runtime.weights.launch_costs import device_costs
 from kvpack.runtime.weights.launch_model import ProductFit, fit_gemm, fit_gemv
 from kvpack.runtime.weights.products import MAX_FUSED_TOKENS, Coded
 
@@ -149,12 +150,12 @@ def _fit(stack: Stack, eights: int, slots: int, limits: Limits) -> ProductFit | 
     coded = stack.first
     matrices = slots * stack.parts
     shape = (coded.header, coded.word_buffer_bytes, limits)
-    panels = products.max_panels(coded, max(1, 8 * eights), matrices)
+    panels, costs = products.max_panels(coded, max(1, 8 * eights), matrices), device_costs(limits).costs[eights]
     if eights == 0:
         warps = products.gemv_warps(coded.layout, limits.architecture)
-        return fit_gemv(*shape, warps, panels, matrices) or fit_gemv(*shape, warps, slots=matrices)
+        return fit_gemv(*shape, warps, panels, matrices, costs) or fit_gemv(*shape, warps, slots=matrices, costs=costs)
     warps = products.gemm_warps(coded.layout, eights, limits.architecture, grouped=True)
-    return fit_gemm(*shape, warps, eights, panels, matrices)
+    return fit_gemm(*shape, warps, eights, panels, matrices, costs)
 
 
 @lru_cache(maxsize=1)

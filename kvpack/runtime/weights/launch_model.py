@@ -1,8 +1,8 @@
 """How many blocks, warps and word buffers a launch of the weight kernels has: what should take the least time.
 
 The words of a tile are decoded from shared memory, so that what fits into it decides how many warps share a
-multiprocessor. A launch is chosen by an estimate of its time, a sum of :class:`Terms`; what each costs comes from
-timings on an H100, and holds for other GPUs as far as their proportions are alike.
+multiprocessor. A launch is chosen by an estimate of its time, a sum of :class:`Terms`; what each costs depends on the
+device (:mod:`kvpack.runtime.weights.launch_costs`). Where a caller names no costs, those of an H100 count.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def fit_decode(word_buffer_bytes: int, limits: Limits, tasks: int, staging_bytes
 
 
 class Terms(NamedTuple):
-    """What makes up the time of a product's launch; or what a unit of each takes, in µs on an H100.
+    """What makes up the time of a product's launch; or what a unit of each takes, in µs.
 
     Attributes:
         heaviest: chunks that the busiest multiprocessor decodes.
@@ -117,8 +117,8 @@ class Terms(NamedTuple):
     parts: float
 
 
-# By eights of vectors; 0 for one vector. Found as benchmarks/launch_costs.py does, and rounded; its newest result gives
-# others, which choose no better launches: several sums of costs come equally near to the times.
+# On an H100 SXM, by eights of vectors; 0 for one vector. Found as benchmarks/launch_costs.py does, and rounded; several
+# sums of costs come equally near to the times, and choose equally good launches.
 COSTS = {
     0: Terms(0.031, 0.42, 0.13, 0.19, 1.4, 1.4, 3.1, 0.14),
     1: Terms(0.035, 0.48, 0.06, 0.60, 4.3, 0.6, 3.5, 0.25),
@@ -237,8 +237,13 @@ def gemm_launches(
     return _product_launches(_shape(header), limits, max_warps, max_panels, memory, slots)
 
 
+def estimated_us(terms: Terms, costs: Terms) -> float:
+    """What a launch should take, without what all launches have in common."""
+    return sum(map(operator.mul, terms, costs))
+
+
 def _best(launches: Iterable[tuple[Terms, ProductFit]], costs: Terms) -> ProductFit | None:
-    found = min(launches, key=lambda launch: sum(map(operator.mul, launch[0], costs)), default=None)
+    found = min(launches, key=lambda launch: estimated_us(launch[0], costs), default=None)
     return None if found is None else found[1]
 
 
@@ -254,9 +259,10 @@ def fit_gemv(
     max_warps: int,
     max_panels: int = _MAX_BLOCKS_Y,
     slots: int = 1,
+    costs: Terms = COSTS[0],
 ) -> ProductFit | None:
     """The launch of the kernel for one vector that should take the least time; None if none fits."""
-    return _best(gemv_launches(header, word_buffer_bytes, limits, max_warps, max_panels, slots), COSTS[0])
+    return _best(gemv_launches(header, word_buffer_bytes, limits, max_warps, max_panels, slots), costs)
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -268,10 +274,11 @@ def fit_gemm(
     token_tiles: int,
     max_panels: int = _MAX_BLOCKS_Y,
     slots: int = 1,
+    costs: Terms | None = None,
 ) -> ProductFit | None:
     """The launch of the kernel for a few vectors that should take the least time; None if none fits."""
     launches = gemm_launches(header, word_buffer_bytes, limits, max_warps, token_tiles, max_panels, slots)
-    return _best(launches, COSTS[token_tiles])
+    return _best(launches, costs or COSTS[token_tiles])
 
 
 def _widths(tile_columns: int, warps: int) -> Iterator[tuple[int, int]]:

@@ -28,6 +28,7 @@ from kvpack.format.layout import (
 from kvpack.runtime.device import kernels, semaphores
 from kvpack.runtime.device.devices import ACTIVATIONS, Limits
 from kvpack.runtime.device.kernels import Kernel
+from kvpack.runtime.weights.launch_costs import device_costs
 from kvpack.runtime.weights.launch_model import (
     BLOCKS_PER_SM,
     ProductFit,
@@ -246,13 +247,14 @@ def max_panels(coded: Coded, sums: int, matrices: int = 1) -> int:
 def fit_product(coded: Coded, tokens: int, limits: Limits) -> ProductFit | None:
     """The launch for up to 32 vectors that should be the fastest; None if so many do not fit shared memory."""
     shape = (coded.header, coded.word_buffer_bytes, limits)
+    costs = device_costs(limits).costs
     if tokens == 1:
         warps = gemv_warps(coded.layout, limits.architecture)
-        return fit_gemv(*shape, warps, max_panels(coded, 1)) or fit_gemv(*shape, warps)
+        found = fit_gemv(*shape, warps, max_panels(coded, 1), costs=costs[0])
+        return found or fit_gemv(*shape, warps, costs=costs[0])
     eights = token_tiles(tokens)
-    return fit_gemm(
-        *shape, gemm_warps(coded.layout, eights, limits.architecture), eights, max_panels(coded, 8 * eights)
-    )
+    warps = gemm_warps(coded.layout, eights, limits.architecture)
+    return fit_gemm(*shape, warps, eights, max_panels(coded, 8 * eights), costs=costs[eights])
 
 
 def token_tiles(tokens: int) -> int:
