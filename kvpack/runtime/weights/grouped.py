@@ -125,6 +125,12 @@ def _busy(tokens: int, top_k: int, experts: int) -> float:
     return experts * (1 - (1 - top_k / experts) ** tokens)
 
 
+def most_slots(experts: int, pairs: int, slot_pairs: int) -> int:
+    """How many slots pairs can take: each expert's last one may have a single pair, and so may those of no expert."""
+    lists = min(experts + 1, pairs)
+    return lists + (pairs - lists) // slot_pairs
+
+
 def _plan(stack: Stack, tokens: int, top_k: int, limits: Limits) -> _Plan:
     """The launch for ``tokens`` rows of ``top_k`` different experts."""
     coded, pairs = stack.first, tokens * top_k
@@ -136,9 +142,7 @@ def _plan(stack: Stack, tokens: int, top_k: int, limits: Limits) -> _Plan:
             active = max(round(busy), ceil_div(pairs, slot_pairs))
             fit = _fit(stack, eights, active, limits)
             if fit is not None and eights <= wanted:
-                # None of the last slot of each expert need be full; pairs of no expert are one more.
-                most = min(stack.experts + 1, pairs)
-                return _Plan(fit, slot_pairs, min(pairs, most + (pairs - most) // slot_pairs))
+                return _Plan(fit, slot_pairs, most_slots(stack.experts, pairs, slot_pairs))
     fit = _fit(stack, 0, pairs, limits)
     if fit is None:
         products.check_fits(coded.header, coded.max_group_words, limits)
@@ -152,7 +156,7 @@ def _fit(stack: Stack, eights: int, slots: int, limits: Limits) -> ProductFit | 
     shape = (coded.header, coded.word_buffer_bytes, limits)
     panels, costs = products.max_panels(coded, max(1, 8 * eights), matrices), device_costs(limits).costs[eights]
     if eights == 0:
-        warps = products.gemv_warps(coded.layout, limits.architecture)
+        warps = products.gemv_warps(coded.layout, limits.architecture, grouped=True)
         return fit_gemv(*shape, warps, panels, matrices, costs) or fit_gemv(*shape, warps, slots=matrices, costs=costs)
     warps = products.gemm_warps(coded.layout, eights, limits.architecture, grouped=True)
     return fit_gemm(*shape, warps, eights, panels, matrices, costs)

@@ -48,7 +48,8 @@ _OTHER_DECODE_WARPS = (12, 8, 8, 8)
 # For 8, 16 and 32 vectors; on sm_100 and newer, and before.
 _NEWER = 100
 _GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8)}
-_GROUPED_GEMM_WARPS = {2: (8, 8), 4: (6, 6)}
+# Of grouped products, which have more to keep; for tensors of many bits and others.
+_GROUPED_GEMM_WARPS = {1: (10, 12), 2: (8, 8), 4: (6, 6)}
 TOKEN_TILES = tuple(_GEMM_WARPS)
 MAX_FUSED_TOKENS = 32
 PARTIALS_BYTES = 64 << 20
@@ -149,12 +150,12 @@ def check_fits(header: BlobHeader, max_group_words: int, limits: Limits) -> None
         )
 
 
-def gemv_warps(layout: Layout, architecture: int) -> int:
+def gemv_warps(layout: Layout, architecture: int, *, grouped: bool = False) -> int:
     """At most how many warps a block for one vector has, if two share a multiprocessor."""
     if architecture >= _NEWER:
         return 10
     if layout.codes_per_symbol == 8 and layout.raw_bits % 4 == 3:  # planes of two bits and of one
-        return 14 if layout.raw_bits == 3 else 10
+        return (12 if grouped else 14) if layout.raw_bits == 3 else 10
     if layout.raw_bits > _MANY_RAW_BITS:
         return 12
     return 16 if layout.raw_bits < _MANY_RAW_BITS - 1 else 14
@@ -162,8 +163,8 @@ def gemv_warps(layout: Layout, architecture: int) -> int:
 
 def gemm_warps(layout: Layout, token_tiles: int, architecture: int, *, grouped: bool = False) -> int:
     """The same for a few vectors."""
-    if grouped and token_tiles > 1:  # more to keep: which vectors they are
-        return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER]
+    if grouped:
+        return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER and layout.element_bits <= _MANY_RAW_BITS]
     if layout.codes_per_symbol == 8 and layout.raw_bits == 7:
         return min(10, _GEMM_WARPS[token_tiles][architecture < _NEWER])
     return _GEMM_WARPS[token_tiles][architecture < _NEWER]
@@ -195,7 +196,7 @@ def gemv_kernel(
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_GROUPED": int(grouped),
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture) * BLOCKS_PER_SM // resident,
+        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture, grouped=grouped) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
     }
     return Kernel.of("weights/gemv.cu", "gemv", layout, defines)
