@@ -465,6 +465,7 @@ def measure_main(options: argparse.Namespace) -> None:
             ),
             "model": variable.removeprefix("KVPACK_"),
             "metric": found.metric,
+            "kernels": KERNELS,
             "tensors": len(found.original),
             "weights": sum(weights.size for weights in found.original.values()),
             **found.record,
