@@ -150,6 +150,8 @@ class Matrices:
 
     # Into how many parts the columns will be split: tiles end at their borders.
     column_parts = 1
+    # Rows of all that it will be stacked with, if it is: all have the same tiles.
+    stacked_rows: int | None = None
 
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
         self._set_geometry(array.shape, array.dtype, transposed=transposed)
@@ -193,7 +195,7 @@ class Matrices:
             layout=layout,
             rows=self.rows,
             cols=self.cols,
-            tile_cols=tile_cols or even_tile_cols(self.rows, self.cols, layout, self.column_parts),
+            tile_cols=tile_cols or even_tile_cols(self.stacked_rows or self.rows, self.cols, layout, self.column_parts),
             matrices=self.matrices,
             transposed=self.transposed,
         )

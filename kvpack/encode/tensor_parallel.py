@@ -1,4 +1,4 @@
-"""Tensors that N devices share: which way a tensor is split, and tiles that end where the parts do.
+"""Tensors that N devices share, or that are multiplied as one: what names say, and tiles that end where parts do.
 
 A layer is split by its outputs (q, k, v, gate, up: rows of a blob) or by its inputs (o, down: columns), as its name
 says; one of another name may be split either way. Rows of a blob can be cut at multiples of 32, columns at tiles.
@@ -21,6 +21,30 @@ _OF_OUTPUTS = re.compile(
     r"|dense_h_to_4h)(\.weight)?$"
 )
 _OF_TWO_OUTPUTS = re.compile(r"(^|\.)(gate_up_proj|w13)(\.weight)?$")
+
+
+# Layers of the same inputs, whose outputs are computed at once.
+_STACKS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+)
+_LAST_NAME = re.compile(r"(?P<before>.*\.)?(?P<last>\w+)(?P<after>\.weight)")
+
+
+def stack_of(name: str) -> tuple[str, ...]:
+    """The names of all tensors that are stacked with the one of that name, in order; none if it is not stacked.
+
+    >>> stack_of("layers.0.mlp.up_proj.weight")
+    ('layers.0.mlp.gate_proj.weight', 'layers.0.mlp.up_proj.weight')
+    """
+    found = _LAST_NAME.fullmatch(name)
+    if found is None:
+        return ()
+    members = next((stack for stack in _STACKS if found["last"] in stack), ())
+    return tuple(f"{found['before'] or ''}{member}{found['after']}" for member in members)
 
 
 class Split(Enum):
