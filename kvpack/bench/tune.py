@@ -327,7 +327,7 @@ def tune_device(
 
     Raises:
         DeviceError: it is no CUDA device, or nothing could be timed on it.
-        OSError: the costs cannot be written.
+        InputError: the costs cannot be kept, or ``KVPACK_LAUNCH_COSTS`` has no meaning.
     """
     device = devices.resolve_device(name)
     if device.type != "cuda":
@@ -345,6 +345,7 @@ def tune_device(
     }
     if dry_run:
         return report | {"costs": _shown(now.costs)}
+    launch_costs.require_writable(limits)
     told = progress or Progress()
     told.total(_ROUNDS * len(cases))
 

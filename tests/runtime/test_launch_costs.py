@@ -344,6 +344,18 @@ def test_the_command_keeps_nothing_of_too_few_times(device: FakeDevice) -> None:
     assert not launch_costs.costs_file(L4).exists()
 
 
+def test_the_command_sees_first_whether_costs_can_be_kept(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("KVPACK_CACHE_DIR", str(file / "folder"))
+    done = CliRunner().invoke(app, ["tune", "--json"])
+    assert done.exit_code == 2
+    assert "(Not a directory): set KVPACK_CACHE_DIR" in json.loads(done.stdout)["message"]
+    assert not device.timed
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_the_command_needs_a_device() -> None:
     for name, message in (("cuda", "cuda"), ("cpu", "launches are a GPU's"), ("tpu", "is no device")):
