@@ -43,6 +43,8 @@ def _describe_tensor(reader: Reader, name: str) -> dict[str, Any]:
         "tiles": info.header.num_tiles,
         "tables": info.header.num_tables,
         "transposed": info.header.transposed,
+        "column_scales": info.has_column_scales,
+        "row_offsets": info.has_row_offsets,
     }
 
 
