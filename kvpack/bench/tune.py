@@ -225,12 +225,14 @@ def launches_of(coded: products.Coded, tokens: int, limits: Limits) -> Launches:
     return list(launch_model.gemm_launches(*shape, warps, eights, products.max_panels(coded, 8 * eights)))
 
 
-def kernel_of(coded: products.Coded, tokens: int, fit: ProductFit, limits: Limits) -> Kernel:
-    """The kernel of a launch, for activations in fp16."""
+def kernel_of(
+    coded: products.Coded, tokens: int, fit: ProductFit, limits: Limits, activation: torch.dtype = torch.float16
+) -> Kernel:
+    """The kernel of a launch."""
     if tokens == 1:
-        return products.gemv_kernel(coded.layout, torch.float16, fit.buffers, fit.resident, limits.architecture)
+        return products.gemv_kernel(coded.layout, activation, fit.buffers, fit.resident, limits.architecture)
     eights = products.token_tiles(tokens)
-    return products.gemm_kernel(coded.layout, torch.float16, fit.buffers, fit.resident, eights, limits.architecture)
+    return products.gemm_kernel(coded.layout, activation, fit.buffers, fit.resident, eights, limits.architecture)
 
 
 def compile_ahead(kernel: Kernel) -> None:

@@ -99,6 +99,15 @@ def compress(
         int | None,
         typer.Option("--tile-cols", help="Columns of a tile: a multiple of 32 up to 2048."),
     ] = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel", metavar="N", help="Devices that will share the weights: tiles end where parts do."
+        ),
+    ] = 1,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Same tiles and tables for q, k, v (gate, up): one launch for them all.")
+    ] = False,
     allocation: Annotated[
         AllocationOption,
         typer.Option("--allocation", help="The rate for each tensor, or one step for the model."),
@@ -139,6 +148,8 @@ def compress(
             preset=preset,
             layout=layout,
             tile_cols=tile_cols,
+            tensor_parallel=tensor_parallel,
+            stack=stack,
             allocation=allocation,
             include=include,
             exclude=exclude,

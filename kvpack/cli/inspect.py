@@ -55,6 +55,11 @@ def inspect(
         return
     console = data_console()
     print_tensors(report["tensors"], kept_singly=True)
+    for parts in sorted({t["tensor_parallel"] for t in report["tensors"] if t.get("tensor_parallel", 1) > 1}):
+        others = [t["name"] for t in report["tensors"] if t.get("tensor_parallel", parts) != parts]
+        but = f" but {shown_names(others)}" if others else ""
+        line = f"tensor parallel: all coded tensors{but} can be cut into {parts} parts"
+        console.print(line, markup=False, highlight=False)
     for file in report["files"] if tensor is None else []:
         if file["reason"] is not None:
             line = f"{printable(file['path'])}: {file['reason']}; its tensors are {printable(file['prefix'])}…"

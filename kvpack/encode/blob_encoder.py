@@ -7,9 +7,10 @@ histograms, and tiles are put together in order.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from kvpack.encode.planes import pack_bits
 from kvpack.encode.quantize import DELTA_OFFSET
 from kvpack.encode.rans import EncoderTable, encoder_table
 from kvpack.encode.table_clusters import cluster_tables
+from kvpack.encode.tensor_parallel import dividing_tile_cols
 from kvpack.encode.threads import map_ordered
 from kvpack.encode.tile_coder import count_symbols, encode_planes, encode_rans_tile
 from kvpack.format.blob import (
@@ -93,18 +95,20 @@ class EncodedBlob:
         return self.front + self.payload
 
 
-def even_tile_cols(rows: int, cols: int, layout: Layout) -> int:
+def even_tile_cols(rows: int, cols: int, layout: Layout, column_parts: int = 1) -> int:
     """Columns of the tiles that a matrix gets: long ones where that costs no speed, all of (nearly) equal length.
 
     A lane costs 32 bits and more, whatever its length: 0.125 bit a weight at 256 columns, 0.02 at 2048. A GPU needs
     some thousand groups of lanes to be busy, so that only large matrices can afford long ones. The one integer a symbol
-    of ``compact`` is for size, and gets the longest.
+    of ``compact`` is for size, and gets the longest. Where the columns will be split into ``column_parts``, tiles end
+    at the borders (:mod:`kvpack.encode.tensor_parallel` says whether that can be).
 
     >>> from kvpack.format.layout import ElementKind, integer_layout
     >>> balanced = integer_layout("balanced", ElementKind.SIGNED, 5)
     >>> [even_tile_cols(rows, cols, balanced) for rows, cols in ((384, 384), (512, 1408), (4096, 4096), (28672, 4096))]
     [384, 480, 512, 1024]
     """
+    cols //= column_parts
     if layout.codes_per_symbol == 1 and layout.element_kind.is_integer:
         most = MAX_TILE_COLS
     else:
@@ -112,6 +116,10 @@ def even_tile_cols(rows: int, cols: int, layout: Layout) -> int:
         row_groups = ceil_div(rows, GROUP_LANES)
         while most > least and row_groups * ceil_div(cols, most) < _BUSY_GROUPS:
             most //= 2
+    if column_parts > 1:
+        dividing = dividing_tile_cols(cols, most)
+        assert dividing is not None, "the columns cannot be split so"
+        return dividing
     parts = ceil_div(cols, most)
     return align(ceil_div(cols, parts), CHUNK_COLS)
 
@@ -306,20 +314,25 @@ def encode_strips(
             )
         return done
 
+    coded = chain.from_iterable(map_ordered(encode, strips, executor))
+    return join_tiles(header, tables, coded, element_entropy_bits(header.layout, tile_counts))
+
+
+def join_tiles(
+    header: BlobHeader, tables: list[Frequencies], coded: Iterable[TileBytes], entropy_bits_per_element: float
+) -> EncodedBlob:
+    """The blob of tiles in their order; their ``table_index`` is in ``tables``, of which unused ones are dropped."""
     tiles = np.zeros(header.num_tiles, TILE_METADATA)
     payload = bytearray()
-    tile = 0
-    for done in map_ordered(encode, strips, executor):
-        for metadata, data in done:
-            tiles[tile] = metadata
-            tiles[tile]["data_offset"] = len(payload)
-            payload += data
-            payload += bytes(align(len(payload), ALIGNMENT_BYTES) - len(payload))
-            tile += 1
+    for tile, (metadata, data) in enumerate(coded):
+        tiles[tile] = metadata
+        tiles[tile]["data_offset"] = len(payload)
+        payload += data
+        payload += bytes(align(len(payload), ALIGNMENT_BYTES) - len(payload))
     return EncodedBlob(
         front=finish_front(header, tables, tiles, len(payload)),
         payload=payload,
-        entropy_bits_per_element=element_entropy_bits(header.layout, tile_counts),
+        entropy_bits_per_element=entropy_bits_per_element,
         outlier_count=int(tiles["outlier_count"].sum()),
     )
 

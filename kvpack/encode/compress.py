@@ -14,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -42,7 +43,9 @@ from kvpack.encode.output_files import Crc32, Shard, added_indexes, check_target
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram
+from kvpack.encode.rates import MIN_BITS
 from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
+from kvpack.encode.shared_tables import share_tables
 from kvpack.encode.stored_matrices import StoredMatrices
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
@@ -56,6 +59,7 @@ from kvpack.encode.tensor_encoder import (
     planned_bytes,
 )
 from kvpack.encode.tensor_kinds import ModuleTree
+from kvpack.encode.tensor_parallel import Split, reason_not_to_split, stack_of
 from kvpack.encode.threads import default_threads
 from kvpack.errors import InputError, ScaleError
 from kvpack.format.container import (
@@ -64,6 +68,7 @@ from kvpack.format.container import (
     CONTAINER_VERSION,
     CRC_KEY,
     NUMBER_DTYPES,
+    PARALLEL_KEY,
     ROW_OFFSET_SUFFIX,
     SCALE_SUFFIX,
     TENSORS_KEY,
@@ -73,9 +78,13 @@ from kvpack.format.container import (
     Readable,
     StoredTensor,
 )
+from kvpack.format.header import BlobHeader
+from kvpack.format.layout import GROUP_LANES
 
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
+_STACK_CORRECTIONS = 4
+_STACK_MARGIN_BITS = 0.001
 
 
 @dataclass
@@ -158,6 +167,11 @@ class _Model:
         self.config, self.executor, self.coder = config, executor, coder
         self.column_scales, self.row_offsets = column_scales, row_offsets
         self.tree = ModelTree(source, without=target, file=tensors)
+        # How many stacks have common tables; others -> why they have not.
+        self.stacks = 0
+        self.stack_reasons: dict[tuple[str, ...], str] = {}
+        # Coded tensor -> why it cannot be split into config.tensor_parallel parts, None if it can be.
+        self.split_reasons: dict[str, str | None] = {}
         try:
             selection = Selection.from_config(config)
             for file in self.tree.weight_files:
@@ -205,6 +219,18 @@ class _Model:
         is_dequantized = self.dequantizes_fp8 and any(fp8.config_folder == folder for fp8 in self.fp8.values())
         return dequantized_config(config) if is_dequantized else config
 
+    def split_notes(self, reports: list[TensorReport]) -> list[str]:
+        """A sentence for each reason why coded tensors cannot be split as was asked for."""
+        names_of: dict[str, list[str]] = {}
+        for name in [report.name for report in reports if report.method != "keep"]:
+            if (reason := self.split_reasons.get(name)) is not None:
+                names_of.setdefault(reason, []).append(name)
+        return [
+            f"tensor parallel {self.config.tensor_parallel}: {listed(names, 3)} cannot be split so ({reason}), "
+            "coded as without it"
+            for reason, names in names_of.items()
+        ]
+
     def notes(self) -> list[str]:
         """What there is to say of how it was found out, and of fp8, each sentence once, with where it holds."""
         return list(
@@ -229,8 +255,16 @@ class _Model:
         return sum(t.size_bytes for file in self.tree.weight_files for t in file.container.tensors.values())
 
     def matrices(self, file: WeightFile, tensor: StoredTensor) -> Matrices:
-        is_transposed = tensor.name in self.kinds[file.set_prefix].transposed
-        weights = StoredMatrices(file.container, tensor, transposed=is_transposed)
+        transposed = tensor.name in self.kinds[file.set_prefix].transposed
+        weights = StoredMatrices(file.container, tensor, transposed=transposed)
+        split, parts = Split.of(tensor.name), self.config.tensor_parallel
+        if parts > 1:
+            reason = reason_not_to_split(split, weights.rows, weights.cols, self.config.tile_cols, parts)
+            self.split_reasons[file.names[tensor.name]] = reason
+            if reason is None and split in (Split.INPUTS, Split.EITHER):
+                weights.column_parts = parts
+        if members := self.stack_members(file, tensor):
+            weights.stacked_rows = sum(member.shape[0] for member in members)
         name = file.names[tensor.name]
         try:
             weights.set_vectors(self.column_scales.get(name), self.row_offsets.get(name))
@@ -238,6 +272,31 @@ class _Model:
             error.args = (f"tensor {name!r}: {error}",)
             raise
         return weights
+
+    def stack_members(self, file: WeightFile, tensor: StoredTensor) -> list[StoredTensor]:
+        """What a tensor is stacked with, itself included; none if that is not asked for, or cannot be."""
+        names = stack_of(tensor.name) if self.config.stack else ()
+        tensors, kinds, selection = file.container.tensors, self.kinds[file.set_prefix], self.selections[file.path]
+        members = [tensors[name] for name in names if name in tensors]
+        if len(members) < max(2, len(names)):
+            return []
+        coded = all(selection.reason_to_keep(member, kinds) is None for member in members)
+        alike = len({(member.dtype, member.shape[1:]) for member in members}) == 1
+        plain = not kinds.transposed & set(names) and len(tensor.shape) == 2
+        return members if coded and alike and plain else []
+
+    def stack_notes(self) -> list[str]:
+        """What became of stacks, if they were asked for."""
+        if not self.config.stack:
+            return []
+        stacks_of: dict[str, list[str]] = {}
+        for names, reason in self.stack_reasons.items():
+            stacks_of.setdefault(reason, []).append(" + ".join(names))
+        sets = "set of layers has" if self.stacks == 1 else "sets of layers have"
+        return [f"stack: {self.stacks} {sets} common tables"] + [
+            f"stack: {listed(stacks, 3)} cannot be one ({reason}), coded as without it"
+            for reason, stacks in stacks_of.items()
+        ]
 
     def common_step_tensors(self) -> list[tuple[WeightFile, StoredTensor]]:
         return [
@@ -250,19 +309,74 @@ class _Model:
             and not selection.has_own_rate(tensor.name)
         ]
 
-    def encode(self, file: WeightFile, tensor: StoredTensor, plan: CommonPlan | None) -> EncodedTensor:
-        """One tensor by whatever method the options say."""
+    def encode(
+        self, file: WeightFile, tensor: StoredTensor, plan: CommonPlan | None, less_bits: float = 0.0
+    ) -> EncodedTensor:
+        """One tensor by whatever method the options say; with a rate, at one that is ``less_bits`` lower."""
         config, selection = self.config, self.selections[file.path]
         weights = self.matrices(file, tensor)
         if not selection.is_lossy(tensor, self.kinds[file.set_prefix]):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
+        quality = selection.quality_of(tensor.name)
+        if isinstance(quality, float) and less_bits:
+            quality = max(MIN_BITS, quality - less_bits)
         return encode_nearest(
             weights,
             tensor.dtype,
-            selection.quality_of(tensor.name),
+            quality,
             plan,
             EncodeOptions(config.layout, config.tile_cols, self.executor, self.coder),
         )
+
+    def encode_stack(self, file: WeightFile, members: list[StoredTensor]) -> dict[str, EncodedTensor]:
+        """Tensors that will be stacked, with common tables; alone where that cannot be, for which notes say why.
+
+        What was asked for holds for each of them: one that common tables make too large is coded at a lower rate.
+        Those that only can be kept are missing.
+        """
+        names = [member.name for member in members]
+        less_bits = dict.fromkeys(names, 0.0)
+        alone: dict[str, EncodedTensor] = {}
+        encoded: dict[str, EncodedTensor] = {}
+        reason: str | None = None
+        for _ in range(_STACK_CORRECTIONS):
+            for member in members:
+                if member.name not in encoded:
+                    with suppress(NotEncodableError):  # it is asked for again by who keeps it, and says why
+                        encoded[member.name] = self.encode(file, member, None, less_bits[member.name])
+            alone = alone or encoded.copy()
+            reason = _reason_not_to_stack([encoded.get(name) for name in names])
+            if reason is not None:
+                break
+            blobs = share_tables([encoded[name].blob for name in names], self.executor)
+            shared = {name: replace(encoded[name], blob=blob) for name, blob in zip(names, blobs, strict=True)}
+            reason = "common tables take more than the rate"
+            for member in members:
+                bits, elements = self.selections[file.path].quality_of(member.name), math.prod(member.shape)
+                excess = 8 * shared[member.name].size_bytes / elements - bits if isinstance(bits, float) else 0.0
+                as_asked = isinstance(bits, float) and 8 * alone[member.name].size_bytes <= bits * elements
+                if as_asked and excess > 0:
+                    less_bits[member.name] += excess + _STACK_MARGIN_BITS
+                    del encoded[member.name]
+            if len(encoded) == len(names):
+                self.stacks += 1
+                return shared
+        self.stack_reasons[tuple(file.names[name] for name in names)] = str(reason)
+        return alone
+
+
+def _reason_not_to_stack(encoded: list[EncodedTensor | None]) -> str | None:
+    """Why tensors that were coded alone cannot be stacked."""
+    headers = [BlobHeader.parse(memoryview(one.blob.front)) for one in encoded if one is not None]
+    if len(headers) < len(encoded):
+        return "some are kept as they are"
+    if len({header.layout for header in headers}) > 1:
+        return "their layouts differ"
+    if len({header.tile_cols for header in headers}) > 1:
+        return "their tiles differ"
+    if any(header.rows % GROUP_LANES for header in headers[:-1]):
+        return f"all but the last need a multiple of {GROUP_LANES} rows"
+    return None
 
 
 def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPlan]:
@@ -351,6 +465,8 @@ def _encode_file(
             deque(data, maxlen=0)  # a dry run reads what a real one would
         shard.add(name + suffix, name, size_bytes)
 
+    stacked: dict[str, EncodedTensor] = {}
+    tried: set[str] = set()
     coded_elements = coded_bytes = 0
     for tensor in container.tensors.values():
         reason = selection.reason_to_keep(tensor, model.kinds[file.set_prefix])
@@ -359,7 +475,10 @@ def _encode_file(
             continue
         progress.tensor(file.names[tensor.name])
         try:
-            encoded = model.encode(file, tensor, plans.get(file.names[tensor.name]))
+            if tensor.name not in tried and (members := model.stack_members(file, tensor)):
+                tried |= {member.name for member in members}
+                stacked |= model.encode_stack(file, members)
+            encoded = stacked.pop(tensor.name, None) or model.encode(file, tensor, plans.get(file.names[tensor.name]))
         except NotEncodableError as error:
             kept.append((tensor, str(error)))
             continue
@@ -407,6 +526,8 @@ def _encode_file(
         entries[name]["noise_db"] = _rounded(encoded.noise_db)
         if encoded.variance_noise_db is not None:
             entries[name][VARIANCE_NOISE_KEY] = report.noise_db
+        if model.config.tensor_parallel > 1 and model.split_reasons[file.names[name]] is None:
+            entries[name][PARALLEL_KEY] = model.config.tensor_parallel
         progress.advance(tensor.size_bytes)
 
     def add_beside(alignment: int) -> None:
@@ -538,7 +659,13 @@ def compress(
         reports,
         files if source.is_dir() else [],
         [str(file) for file in model.tree.passed_over],
-        [*model.notes(), *model.vector_notes(reports), *quantization_notes(report.reason for report in reports)],
+        [
+            *model.notes(),
+            *model.vector_notes(reports),
+            *model.split_notes(reports),
+            *model.stack_notes(),
+            *quantization_notes(report.reason for report in reports),
+        ],
         time.perf_counter() - began,
     )
 

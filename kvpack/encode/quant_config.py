@@ -43,6 +43,10 @@ class QuantConfig:
             scale for each row) or ``lossless``.
         layout: how weights become symbols: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
         tile_cols: columns of a tile, a multiple of 32 up to 2048; None: equal parts, longer ones in larger matrices.
+        tensor_parallel: how many devices will share the weights: tiles end where the parts of layers do that are split
+            by their inputs, so that a part needs no coding of its own. 1: tiles are chosen without.
+        stack: give q, k and v, and gate and up, of a layer the same tiles and tables, so that one launch multiplies
+            them when they are stacked. They are coded twice, and are a little noisier.
         allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
         include: a regular expression, or several; tensors that would be kept as they are, are coded if one of them is
             found in their names. One is held as text, several as a tuple (in JSON a list).
@@ -60,6 +64,8 @@ class QuantConfig:
     preset: str | None = None
     layout: str = "auto"
     tile_cols: int | None = None
+    tensor_parallel: int = 1
+    stack: bool = False
     allocation: str = "tensor"
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
@@ -80,6 +86,10 @@ class QuantConfig:
             _check_pattern("tensor_bits", pattern)
         if self.dequantize_fp8 not in (None, True, False):
             raise InputError(f"dequantize_fp8 {self.dequantize_fp8!r}: there are true and false")
+        if not isinstance(self.stack, bool):
+            raise InputError(f"stack {self.stack!r}: there are true and false")
+        if self.stack and self.allocation == "model":
+            raise InputError("stack and allocation 'model' exclude each other: common tables change what tensors take")
         if self.dequantize_fp8 is None:
             object.__setattr__(self, "dequantize_fp8", self.bits is not None)
         rate = DEFAULT_BITS if self.bits is None and self.preset is None else self.bits
@@ -88,6 +98,7 @@ class QuantConfig:
         object.__setattr__(self, "exclude", exclude)
         object.__setattr__(self, "bits", None if rate is None else _rate(rate))
         object.__setattr__(self, "tile_cols", None if self.tile_cols is None else _columns(self.tile_cols))
+        object.__setattr__(self, "tensor_parallel", _parts(self.tensor_parallel))
         object.__setattr__(
             self,
             "tensor_bits",
@@ -176,3 +187,9 @@ def _columns(columns: object) -> int:
             f"tile_cols {columns}: multiples of {CHUNK_COLS} from {CHUNK_COLS} to {MAX_TILE_COLS} are possible"
         )
     return int(columns)
+
+
+def _parts(parts: object) -> int:
+    if isinstance(parts, bool) or not isinstance(parts, Integral) or int(parts) < 1:
+        raise InputError(f"tensor_parallel {parts}: a number of devices, 1 or more, is needed")
+    return int(parts)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import decode_integers
+from kvpack.encode.coded_tensor import CodedTensor
 from kvpack.encode.dtypes import FLOAT_NAMES, LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES, NUMPY_DTYPES
 from kvpack.encode.model_tree import ModelTree
 from kvpack.encode.threads import ThreadPool
@@ -24,6 +25,7 @@ from kvpack.format.container import (
     BLOB_SUFFIX,
     COLUMN_SCALE_SUFFIX,
     NUMBER_DTYPES,
+    PARALLEL_KEY,
     ROW_OFFSET_SUFFIX,
     VARIANCE_NOISE_KEY,
     Container,
@@ -39,7 +41,8 @@ class TensorInfo:
     """What is known of a coded tensor without decoding it.
 
     ``noise_db`` is over the variance where the file says so, else over the power, as ``power_noise_db`` always is; None
-    where nothing was lost.
+    where nothing was lost. ``tensor_parallel`` is into how many parts the writer made sure that it can be cut, 1 if it
+    says nothing.
     """
 
     name: str
@@ -53,6 +56,7 @@ class TensorInfo:
     power_noise_db: float | None
     outliers: int
     blob_bytes: int
+    tensor_parallel: int
     header: BlobHeader
     has_column_scales: bool
     has_row_offsets: bool
@@ -215,6 +219,7 @@ class Reader:
             power_noise_db=number("noise_db", 1000),
             outliers=int(number("outliers", header.num_elements) or 0),
             blob_bytes=stored,
+            tensor_parallel=int(number(PARALLEL_KEY, 1 << 16) or 1),
             header=header,
             has_column_scales=beside[COLUMN_SCALE_SUFFIX] is not None,
             has_row_offsets=beside[ROW_OFFSET_SUFFIX] is not None,
@@ -237,6 +242,22 @@ class Reader:
             error.args = (f"{container.path}, tensor {name!r}: {error}",)
             raise
         return blob
+
+    def coded(self, name: str) -> CodedTensor:
+        """Blob and scales of a coded tensor, to be cut into parts for several devices, or stacked.
+
+        Raises:
+            KeyError: it is kept as it is.
+            FormatError: blob or scales break a rule.
+            ScaleError: it has row offsets or column scales, which parts and stacks do not take.
+        """
+        blob, container = self.blob(name), self.container(name)
+        entry = container.coded[name]
+        if container.row_offsets(name) is not None or container.column_scales(name) is not None:
+            raise ScaleError(
+                f"{container.path}, tensor {name!r} has row offsets or column scales, which parts and stacks do not take"
+            )
+        return CodedTensor(blob.buffer, container.scales(name), str(entry["dtype"]), tuple(entry["shape"]))
 
     @staticmethod
     def _check_shape(name: str, entry: dict[str, Any], header: BlobHeader) -> None:

@@ -52,6 +52,7 @@ from kvpack.encode.rate import (
     plan_ladder,
     raw_layouts,
 )
+from kvpack.encode.tensor_parallel import dividing_tile_cols
 from kvpack.encode.threads import map_ordered
 from kvpack.errors import ScaleError
 from kvpack.format.container import COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX, first_illegal
@@ -151,6 +152,11 @@ class Matrices:
     3 and more dimensions: as many matrices as the leading dimensions give (stacked experts), or one matrix of the first
     dimension × the rest (convolutions), see :func:`_is_stack`.
     """
+
+    # Into how many parts the columns will be split: tiles end at their borders.
+    column_parts = 1
+    # Rows of all that it will be stacked with, if it is: all have the same tiles.
+    stacked_rows: int | None = None
 
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
         self._set_geometry(array.shape, array.dtype, transposed=transposed)
@@ -258,7 +264,7 @@ class Matrices:
             layout=layout,
             rows=self.rows,
             cols=self.cols,
-            tile_cols=tile_cols or even_tile_cols(self.rows, self.cols, layout),
+            tile_cols=tile_cols or even_tile_cols(self.stacked_rows or self.rows, self.cols, layout, self.column_parts),
             matrices=self.matrices,
             transposed=self.transposed,
         )
@@ -821,8 +827,10 @@ def encode_near_lossless(
         return _encode_near_lossless(weights, fine, layout_name, tile_cols, executor, coder)
     except NotEncodableError:
         # Outliers of shorter tiles reach further.
-        shorter = 1 << OUTLIER_LEAST_COL_BITS
-        if tile_cols is not None or weights.cols <= shorter:
+        shorter: int | None = 1 << OUTLIER_LEAST_COL_BITS
+        if weights.column_parts > 1:
+            shorter = dividing_tile_cols(weights.cols // weights.column_parts, 1 << OUTLIER_LEAST_COL_BITS)
+        if shorter is None or tile_cols is not None or weights.cols <= shorter:
             raise
         return _encode_near_lossless(weights, fine, layout_name, shorter, executor, coder)
 

@@ -42,6 +42,7 @@ VERSION_KEY = "kvpack_version"
 TENSORS_KEY = "kvpack_tensors"
 CRC_KEY = "kvpack_crc32"
 # Of an entry of TENSORS_KEY: its noise over the variance, where that is not about the power.
+PARALLEL_KEY = "tensor_parallel"
 VARIANCE_NOISE_KEY = "noise_variance_db"
 BLOB_SUFFIX = "_kvpack"
 SCALE_SUFFIX = "_kvpack_scale"

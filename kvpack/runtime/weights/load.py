@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvpack.encode.coded_tensor import CodedTensor
 from kvpack.encode.reader import Reader
 from kvpack.errors import FormatError, InputError, ScaleError, TensorTableError
 from kvpack.format.blob import TILE_METADATA, Blob
@@ -115,6 +116,21 @@ def device_blob(reader: Reader, name: str, buffer: torch.Tensor, host: memoryvie
     scales = scales_of(reader, name)
     with _named(reader, name):
         return DeviceBlob.from_buffer(buffer, scales, TORCH_DTYPES[info.dtype], info.shape, host=host)
+
+
+def coded_on_device(tensor: CodedTensor, device: torch.device | str) -> DeviceBlob:
+    """A coded tensor of the host's memory, a device's part of one or a stack of several, as kernels take it.
+
+    Example::
+
+        qkv = CodedTensor.stack([reader.coded(name).part("outputs", rank, 8) for name in (q, k, v)])
+        layer = RansLinear(coded_on_device(qkv, "cuda"), bias=None)
+
+    Raises:
+        FormatError: the blob or its scales break a rule.
+        DeviceError: the device cannot be used, or its shared memory is too small for the blob's tiles.
+    """
+    return DeviceBlob.from_bytes(tensor.blob, tensor.scales, TORCH_DTYPES[tensor.dtype], tensor.shape, device)
 
 
 def _run_all(checks: Iterable[Callable[[], object]]) -> None:

@@ -26,7 +26,6 @@ from kvpack.runtime.weights.load import (
     kept_shape,
     load_tensors,
     scales_of,
-    scales_of,
     shown_progress,
     stored_bytes,
 )
