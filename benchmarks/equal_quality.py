@@ -557,8 +557,7 @@ def times_main(options: argparse.Namespace) -> None:
                 fit = products.fit_product(coded_weights, tokens, limits)
                 if fit is not None:
                     wanted.add(kernel_of(coded_weights, tokens, fit, limits))
-        with ThreadPoolExecutor(default_threads()) as executor:
-            list(executor.map(compile_ahead, wanted))
+        compile_ahead(wanted)
         for tokens in TOKENS:
             x = torch.randn(tokens, cols, device="cuda", generator=generator).half()
             works = []
