@@ -254,9 +254,7 @@ class Reader:
         blob, container = self.blob(name), self.container(name)
         entry = container.coded[name]
         if container.row_offsets(name) is not None or container.column_scales(name) is not None:
-            raise ScaleError(
-                f"{container.path}, tensor {name!r} has row offsets or column scales, which parts and stacks do not take"
-            )
+            raise ScaleError(f"{container.path}, tensor {name!r}: no parts or stacks with row offsets or column scales")
         return CodedTensor(blob.buffer, container.scales(name), str(entry["dtype"]), tuple(entry["shape"]))
 
     @staticmethod
