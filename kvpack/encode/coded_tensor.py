@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from kvpack.encode.blob_encoder import even_tile_cols
+from kvpack.encode.retiling import retile
 from kvpack.encode.slicing import slice_columns, slice_matrices, slice_rows, stack_rows
+from kvpack.encode.tensor_parallel import Split, reason_not_to_split
 from kvpack.errors import GeometryError
+from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader
 
 
@@ -96,7 +100,7 @@ class CodedTensor:
 
         Raises:
             GeometryError: the outputs or inputs are no multiple of ``parts``, or the borders are not legal; ``kvpack
-                compress --tensor-parallel N`` makes those of inputs so.
+                compress --tensor-parallel N`` makes those of inputs so, :meth:`for_parts` at any time.
             BlobError: the blob is damaged.
         """
         if split not in ("outputs", "inputs"):
@@ -108,6 +112,24 @@ class CodedTensor:
         if split == "outputs":
             return self.outputs(first, first + size // parts)
         return self.inputs(first, first + size // parts)
+
+    def for_parts(self, parts: int) -> CodedTensor:
+        """The same numbers in tiles that end where ``parts`` parts of the inputs do; itself if they do.
+
+        For files that were made without ``--tensor-parallel``: the tensor is decoded, and coded again.
+
+        Raises:
+            GeometryError: no such tiles are possible, and why.
+            BlobError: the blob is damaged.
+        """
+        header = self.header
+        reason = reason_not_to_split(Split.INPUTS, header.rows, header.cols, None, parts)
+        if reason is not None:
+            raise GeometryError(f"{parts} parts of the inputs: {reason}")
+        if header.cols // parts % header.tile_cols == 0:
+            return self
+        tile_cols = even_tile_cols(header.rows, header.cols, header.layout, parts)
+        return replace(self, blob=retile(Blob(self.blob), tile_cols))
 
     @classmethod
     def stack(cls, tensors: Sequence[CodedTensor]) -> CodedTensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sample_blobs as samples
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from kvpack.cli import app
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.blob_encoder import even_tile_cols
 from kvpack.encode.coded_tensor import CodedTensor
+from kvpack.encode.retiling import retile
 from kvpack.encode.tensor_parallel import Split, dividing_tile_cols, reason_not_to_split
 from kvpack.errors import GeometryError, InputError
 from kvpack.format.blob import Blob
@@ -52,13 +54,13 @@ def test_tiles_divide_the_parts(cols: int, parts: int, name: str) -> None:
         return
     tile_cols = even_tile_cols(4096, cols, layout, parts)
     assert cols // parts % tile_cols == 0
-    assert 128 <= tile_cols <= 2048
+    assert 192 <= tile_cols <= 2048
 
 
 def test_parts_that_no_tiles_divide() -> None:
     assert dividing_tile_cols(32 * 67, 512) is None
     reason = reason_not_to_split(Split.INPUTS, 64, 2 * 32 * 67, None, 2)
-    assert reason == "no tiles of 128 to 2048 columns divide the 2144 of a part"
+    assert reason == "no tiles of 192 to 2048 columns divide the 2144 of a part"
     assert reason_not_to_split(Split.OUTPUTS, 96, 50, None, 2) == "96 outputs are no multiple of 64"
     assert reason_not_to_split(Split.TWO_OUTPUTS, 192, 50, None, 4) == "192 outputs are no multiple of 256"
     assert reason_not_to_split(Split.EITHER, 128, 100, None, 4) == "100 inputs are no multiple of 128"
@@ -68,7 +70,7 @@ def test_parts_that_no_tiles_divide() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Down's 704 inputs are two tiles of 352 in each of two parts, and one tile of 480 without."""
+    """Down's 1408 inputs are a tile of 704 in each of two parts, and tiles of 480 without."""
     rng = np.random.default_rng(1)
     shapes = {"q_proj": (128, 96), "k_proj": (64, 96), "v_proj": (48, 96), "down_proj": (96, 1408), "o_proj": (96, 100)}
     tensors = {f"l.{name}.weight": rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in shapes.items()}
@@ -92,7 +94,7 @@ def test_parts_need_no_coding(folder: Path) -> None:
             "l.v_proj.weight": 1,
         }
         down, q = reader.coded("l.down_proj.weight"), reader.coded("l.q_proj.weight")
-        assert down.header.tile_cols == 352
+        assert down.header.tile_cols == 704
         whole = reader.dequantize("l.down_proj.weight")
         halves = [numbers(down.part("inputs", rank, 2)) for rank in (0, 1)]
         np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
@@ -105,10 +107,35 @@ def test_parts_need_no_coding(folder: Path) -> None:
             q.part("outputs", 2, 2)
 
 
-def test_without_it_parts_are_not_made(folder: Path) -> None:
+def test_without_it_parts_are_made_by_coding_again(folder: Path) -> None:
     kvpack.compress(folder / "m.safetensors", folder / "one", bits=5)
-    with kvpack.open(folder / "one") as reader, pytest.raises(GeometryError, match=r"704 is no border.*480 and 960"):
-        reader.coded("l.down_proj.weight").part("inputs", 0, 2)
+    with kvpack.open(folder / "one") as reader:
+        down, whole = reader.coded("l.down_proj.weight"), reader.dequantize("l.down_proj.weight")
+    with pytest.raises(GeometryError, match=r"704 is no border.*480 and 960"):
+        down.part("inputs", 0, 2)
+    again = down.for_parts(2)
+    assert (again.header.tile_cols, again.for_parts(2)) == (704, again)
+    np.testing.assert_array_equal(numbers(again.part("inputs", 1, 2)), whole[:, 704:])
+    with pytest.raises(GeometryError, match="3 parts of the inputs: 1408 inputs are no multiple of 96"):
+        down.for_parts(3)
+
+
+@pytest.mark.parametrize("tile_cols", [32, 96, 224])
+def test_other_tiles_hold_the_same_numbers(tile_cols: int) -> None:
+    elements = samples.gaussian_elements((2, 300, 200), 5, 2.0, 7)
+    outliers = [(0, 3, 199, 9), (0, 3, 4, -9), (0, 256, 64, 4095), (1, 299, 2, -4096)]
+    outliers = sorted(outliers)
+    blob = Blob(samples.encode_with_outliers(elements, outliers, BALANCED, tile_cols=64))
+    other = Blob(retile(blob, tile_cols))
+    assert (other.header.tile_cols, int(other.tiles["outlier_count"].sum())) == (tile_cols, 4)
+    np.testing.assert_array_equal(decode_integers(other), decode_integers(blob))
+
+
+def test_an_outlier_may_be_too_far_for_longer_tiles() -> None:
+    elements = samples.gaussian_elements((1, 32, 2048), 5, 2.0, 7)
+    blob = Blob(samples.encode_with_outliers(elements, [(0, 0, 0, 16000)], BALANCED, tile_cols=512))
+    with pytest.raises(GeometryError, match="an outlier of 16000 steps; those of tiles of 2048 columns end at 4095"):
+        retile(blob, 2048)
 
 
 def test_tiles_that_outliers_make_shorter_divide_the_parts_too(tmp_path: Path) -> None:
