@@ -12,7 +12,7 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.dtypes import NUMPY_DTYPES
@@ -60,12 +61,15 @@ from kvpack.encode.tensor_encoder import (
 from kvpack.encode.tensor_kinds import ModuleTree
 from kvpack.encode.tensor_parallel import Split, reason_not_to_split, stack_of
 from kvpack.encode.threads import default_threads
-from kvpack.errors import InputError
+from kvpack.errors import InputError, ScaleError
 from kvpack.format.container import (
     BLOB_SUFFIX,
+    COLUMN_SCALE_SUFFIX,
     CONTAINER_VERSION,
     CRC_KEY,
+    NUMBER_DTYPES,
     PARALLEL_KEY,
+    ROW_OFFSET_SUFFIX,
     SCALE_SUFFIX,
     TENSORS_KEY,
     VARIANCE_NOISE_KEY,
@@ -77,7 +81,6 @@ from kvpack.format.container import (
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import GROUP_LANES
 
-_SCALE_BYTES = 4
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
 _STACK_CORRECTIONS = 8
@@ -158,8 +161,11 @@ class _Model:
         coder: Coder,
         tensors: Readable | None,
         module_tree: ModuleTree | None,
+        column_scales: Mapping[str, npt.NDArray[np.float16]],
+        row_offsets: Mapping[str, npt.NDArray[np.float32]],
     ) -> None:
         self.config, self.executor, self.coder = config, executor, coder
+        self.column_scales, self.row_offsets = column_scales, row_offsets
         self.tree = ModelTree(source, without=target, file=tensors)
         # How many stacks have common tables; others -> why they have not.
         self.stacks = 0
@@ -181,6 +187,10 @@ class _Model:
             for option, pattern in selection.patterns():
                 if not any(pattern.search(name) for name in names):
                     raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
+            for shown, vectors in (("column scales", column_scales), ("row offsets", row_offsets)):
+                strange = vectors.keys() - set(names)
+                if strange:
+                    raise InputError(f"there are {shown} for {min(strange)!r}, which is no tensor of {source}")
             # By path: what a tensor is, its own name and its folder's config.json say, what is asked for, its name in
             # the directory.
             self.selections = {f.path: replace(selection, prefix=f.set_prefix) for f in self.tree.weight_files}
@@ -231,6 +241,12 @@ class _Model:
             )
         )
 
+    def vector_notes(self, reports: list[TensorReport]) -> list[str]:
+        """Which tensors go without the vectors that were given for them."""
+        exact = {report.name for report in reports if report.method in ("keep", "lossless")}
+        unused = sorted(exact & (self.column_scales.keys() | self.row_offsets.keys()))
+        return [f"not quantized, so without column scales and row offsets: {listed(unused, 3)}"] * bool(unused)
+
     def close(self) -> None:
         self.tree.close()
 
@@ -249,6 +265,12 @@ class _Model:
                 weights.column_parts = parts
         if members := self.stack_members(file, tensor):
             weights.stacked_rows = sum(member.shape[0] for member in members)
+        name = file.names[tensor.name]
+        try:
+            weights.set_vectors(self.column_scales.get(name), self.row_offsets.get(name))
+        except ScaleError as error:
+            error.args = (f"tensor {name!r}: {error}",)
+            raise
         return weights
 
     def stack_members(self, file: WeightFile, tensor: StoredTensor) -> list[StoredTensor]:
@@ -434,7 +456,7 @@ def _encode_file(
     crc32: dict[str, int] = {}
     shard = Shard(file.path)
     kept: list[tuple[StoredTensor, str]] = []
-    scales: list[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]] = []
+    beside: list[tuple[str, str, npt.NDArray[Any]]] = []  # blobs
 
     def add(name: str, suffix: str, dtype: str, shape: list[int], size_bytes: int, data: Iterable[memoryview]) -> None:
         if writer is not None:
@@ -474,8 +496,13 @@ def _encode_file(
         parts = memoryview(blob.front), memoryview(blob.payload)
         add(name, BLOB_SUFFIX, "U8", [blob.size_bytes], blob.size_bytes, chain.from_iterable(map(pieces, parts)))
         shard.blob_bytes[name] = blob.size_bytes
-        if encoded.scales is not None:
-            scales.append((name, np.ascontiguousarray(encoded.scales, "<f4")))
+        for suffix, numbers, dtype in (
+            (SCALE_SUFFIX, encoded.scales, "<f4"),
+            (ROW_OFFSET_SUFFIX, encoded.row_offsets, "<f4"),
+            (COLUMN_SCALE_SUFFIX, encoded.column_scales, "<f2"),
+        ):
+            if numbers is not None:
+                beside.append((name, suffix, np.ascontiguousarray(numbers, dtype)))
         report = TensorReport(
             name=file.names[name],
             shape=list(tensor.shape),
@@ -503,17 +530,17 @@ def _encode_file(
             entries[name][PARALLEL_KEY] = model.config.tensor_parallel
         progress.advance(tensor.size_bytes)
 
-    def add_scales() -> None:
-        for name, values in scales:
+    def add_beside(alignment: int) -> None:
+        """Those of a type as wide as this, or wider."""
+        for name, suffix, values in [entry for entry in beside if entry[2].itemsize >= alignment]:
             data = values.data.cast("B")
-            crc32[name + SCALE_SUFFIX] = zlib.crc32(data)
-            add(name, SCALE_SUFFIX, "F32", [len(values)], len(data), [data])
-        scales.clear()
+            crc32[name + suffix] = zlib.crc32(data)
+            add(name, suffix, NUMBER_DTYPES[suffix], [len(values)], len(data), [data])
+        beside[:] = [entry for entry in beside if entry[2].itemsize < alignment]
 
     # Widest dtypes first, so that each tensor stays aligned to its own size behind blobs of 16-byte multiples.
     for tensor, reason in sorted(kept, key=lambda item: (-_alignment(item[0]), item[0].begin)):
-        if _alignment(tensor) <= _SCALE_BYTES:
-            add_scales()
+        add_beside(_alignment(tensor))
         progress.tensor(file.names[tensor.name])
         computed = Crc32(container.pieces(tensor.name))
         add(tensor.name, "", tensor.dtype, list(tensor.shape), tensor.size_bytes, computed)
@@ -535,7 +562,7 @@ def _encode_file(
             )
         )
         progress.advance(tensor.size_bytes)
-    add_scales()
+    add_beside(0)
     metadata = dict(container.metadata)
     metadata[VERSION_KEY] = CONTAINER_VERSION
     metadata[TENSORS_KEY] = json.dumps(entries, separators=(",", ":"))
@@ -564,6 +591,8 @@ def compress(
     coder: Coder = CPU_CODER,
     file: Readable | None = None,
     module_tree: ModuleTree | None = None,
+    column_scales: Mapping[str, npt.NDArray[np.float16]] | None = None,
+    row_offsets: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
@@ -571,8 +600,11 @@ def compress(
         coder: who counts and codes; whoever it is, the bytes are the same.
         file: what is read in place of a file at ``path``, which is a name alone then.
         module_tree: who says what a directory's tensors are where their names leave doubt; None: names alone do.
+        column_scales, row_offsets: tensor → vector, see :meth:`.tensor_encoder.Matrices.set_vectors`. A tensor that is
+            not quantized after all goes without; a note says so.
 
     Raises:
+        ScaleError: a vector that does not fit its tensor.
         InputError: the input, the output or the number of threads cannot be used.
         FormatError: the input is damaged.
         OSError: reading or writing failed; no output is left.
@@ -588,7 +620,9 @@ def compress(
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, target, config, executor, coder, file, module_tree)
+        model = _Model(
+            source, target, config, executor, coder, file, module_tree, column_scales or {}, row_offsets or {}
+        )
         try:
             files = _file_reports(model, source)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
@@ -627,6 +661,7 @@ def compress(
         [str(file) for file in model.tree.passed_over],
         [
             *model.notes(),
+            *model.vector_notes(reports),
             *model.split_notes(reports),
             *model.stack_notes(),
             *quantization_notes(report.reason for report in reports),

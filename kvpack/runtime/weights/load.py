@@ -19,7 +19,7 @@ import torch
 
 from kvpack.encode.coded_tensor import CodedTensor
 from kvpack.encode.reader import Reader
-from kvpack.errors import FormatError, InputError, TensorTableError
+from kvpack.errors import FormatError, InputError, ScaleError, TensorTableError
 from kvpack.format.blob import TILE_METADATA, Blob
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container, StoredTensor
 from kvpack.format.header import HEADER_BYTES, BlobHeader
@@ -94,7 +94,11 @@ def scales_of(reader: Reader, name: str) -> torch.Tensor:
     """Checked scales of a coded tensor: f32 [0], [1] or [matrices · rows], on the CPU."""
     info = reader.info(name)
     assert info is not None
-    scales = reader._scales(name, reader.container(name), info.header)
+    scales, *vectors = reader._numbers_beside(name, reader.container(name), info.header)
+    if any(vector is not None for vector in vectors):
+        raise ScaleError(
+            f"tensor {name!r}: no products with row offsets or column scales; kvpack decompress takes them"
+        )
     return torch.empty(0, dtype=torch.float32, device="cpu") if scales is None else torch.from_numpy(scales)
 
 
