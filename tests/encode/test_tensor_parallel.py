@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kvpack.cli import app
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.blob_encoder import even_tile_cols
 from kvpack.encode.coded_tensor import CodedTensor
+from kvpack.encode.compress import compress
 from kvpack.encode.retiling import retile
 from kvpack.encode.tensor_parallel import Split, dividing_tile_cols, reason_not_to_split
 from kvpack.errors import GeometryError, InputError
@@ -173,6 +175,10 @@ def numbers(tensor: CodedTensor) -> Any:
     integers = decode_integers(Blob(tensor.blob)).astype(np.float32)
     scales = np.ones(1, np.float32) if tensor.scales is None else tensor.scales
     values = integers * np.broadcast_to(scales, integers.shape[0] * integers.shape[1]).reshape(*integers.shape[:2], 1)
+    if tensor.row_offsets is not None:
+        values += tensor.row_offsets.reshape(*integers.shape[:2], 1)
+    if tensor.column_scales is not None:
+        values *= tensor.column_scales.astype(np.float32).reshape(integers.shape[0], 1, -1)
     return values.reshape(tensor.shape)
 
 
@@ -211,6 +217,31 @@ def test_a_stack_has_a_scale_for_each_row(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again, before)
     flat = coded(rng.normal(0, 1, (64, 4, 24)).astype(np.float32), tmp_path, preset="lossless")  # a convolution's
     assert (flat.shape, flat.header.matrices, flat.outputs(32, 64).shape) == ((64, 4, 24), 1, (32, 96))
+
+
+def test_vectors_go_with_their_rows_and_columns(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    column_scales = rng.uniform(0.5, 2, 2 * 128).astype(np.float16)
+    offsets = rng.normal(0, 1, 2 * 96).astype(np.float32)
+    values = rng.normal(0, 1, (2, 96, 128)).astype(np.float32) * column_scales.reshape(2, 1, 128)
+    save_file({"w.down_proj": values}, tmp_path / "m.safetensors")
+    vectors = {"column_scales": {"w.down_proj": column_scales}, "row_offsets": {"w.down_proj": offsets}}
+    config = kvpack.QuantConfig(preset="int8-row", tile_cols=64)
+    compress(tmp_path / "m.safetensors", tmp_path / "out", config, **vectors)
+    with kvpack.open(tmp_path / "out") as reader:
+        tensor, whole = reader.coded("w.down_proj"), reader.dequantize("w.down_proj")
+    np.testing.assert_array_equal(numbers(tensor), whole)
+    np.testing.assert_array_equal(numbers(tensor.part("inputs", 1, 2)), whole[:, :, 64:])
+    np.testing.assert_array_equal(numbers(tensor.part("outputs", 2, 3)), whole[:, 64:])
+    np.testing.assert_array_equal(numbers(tensor.matrices(1, 2)), whole[1:])
+    again = CodedTensor.stack([tensor.outputs(0, 32), tensor.outputs(32, 96)])
+    np.testing.assert_array_equal(numbers(again), whole)
+    without = dataclasses.replace(tensor, row_offsets=None)
+    added = numbers(CodedTensor.stack([without, tensor]))
+    np.testing.assert_array_equal(added[:, 96:], whole)
+    np.testing.assert_array_equal(added[:, :96], numbers(without))
+    with pytest.raises(GeometryError, match="tensor 1 cannot be stacked: its column scales are not those of tensor 0"):
+        CodedTensor.stack([tensor, dataclasses.replace(tensor, column_scales=None)])
 
 
 def test_weights_stored_as_inputs_times_outputs(tmp_path: Path) -> None:
