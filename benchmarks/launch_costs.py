@@ -45,6 +45,7 @@ def main() -> None:
     shipped = shipped_costs(limits)
     with torch.no_grad():
         timer = tune.DeviceTimer(device)
+        timer.compile(cases)
         found = tune.tune(
             cases,
             timer.launches,

@@ -98,7 +98,7 @@ def main() -> None:
                     runs = [partial(products.multiply, w, x, None, limits, fit) for w in copies]
                     works.append(Work(runs, error, 1e-3))
                     of_work.append(key)
-            list(executor.map(compile_ahead, wanted))
+            compile_ahead(wanted)
             timed = measure(works, samples=7, sample_ms=0.5, case_ms=1500)
             best: dict[tuple[str, int], float] = {}
             for key, one in zip(of_work, timed, strict=True):

@@ -22,7 +22,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,6 @@ from kvpack.bench.report import HUMMING, finite
 from kvpack.bench.timing import Timed, Work, measure, relative_error
 from kvpack.bench.tune import compile_ahead, kernel_of
 from kvpack.encode.blob_encoder import encode_elements
-from kvpack.encode.threads import default_threads
 from kvpack.format.layout import ElementKind, integer_layout
 from kvpack.runtime.device.devices import device_limits, resolve_device
 from kvpack.runtime.weights import ops, products
@@ -230,8 +228,7 @@ def compile_kernels(ways: Sequence[Weights], batches: Sequence[int], dtype: torc
                 fit = products.fit_product(matrix, tokens, limits) if tokens <= products.MAX_FUSED_TOKENS else None
                 if fit is not None:
                     wanted.add(kernel_of(matrix, tokens, fit, limits, dtype))
-    with ThreadPoolExecutor(default_threads()) as executor:
-        list(executor.map(compile_ahead, wanted))
+    compile_ahead(wanted)
 
 
 def timed(works: Sequence[Work], device: torch.device) -> list[Timed]:

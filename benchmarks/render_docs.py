@@ -531,6 +531,86 @@ def generation(name: str) -> Callable[[], str]:
     return render
 
 
+_EQUAL_QUALITY_SHAPE = "28672×4096"
+
+
+def _equal_quality_times() -> dict[tuple[Any, ...], float]:
+    """µs with one vector on the largest shape, by a kernel's name or the layout of kvpack's integers; {} if unknown."""
+    try:
+        rows = newest("equal-quality-times")["rows"]
+    except NoResult:
+        return {}
+    return {
+        (row["name"], *_integers_key(row["integers"])): row["us"]
+        for row in rows
+        if (row["shape"], row["tokens"]) == (_EQUAL_QUALITY_SHAPE, 1) and row["us"] is not None
+    }
+
+
+def _integers_key(integers: dict[str, Any] | None) -> tuple[Any, ...]:
+    return () if integers is None else tuple(value for name, value in integers.items() if name != "sigma")
+
+
+def equal_quality(model: str) -> Callable[[], str]:
+    """Peers' bits and distance, and kvpack's bits at the same distance; with times of both where there are any."""
+
+    def shown() -> str:
+        result = newest(f"equal-quality-{model}")
+        us = _equal_quality_times()
+        layouts = list(result["points"])
+        rows = []
+        for row in result["rows"]:
+            if row["distance"] is None:
+                rows.append([row["peer"], "–", row["error"], *["–"] * len(layouts)])
+                continue
+            cells = [
+                row["peer"],
+                _timed(_number(row["bits"], 3), us.get((result.get("kernels", {}).get(row["peer"]),))),
+            ]
+            cells.append(f"{row['distance']:.2g}")
+            for layout in layouts:
+                found = row["kvpack"][layout]
+                bits = found["bits"]
+                outside = "> 7.5" if row["distance"] < result["points"][layout][-1]["distance"] else "< 2.5"
+                key = ("kvpack", *_integers_key(found["integers"]))
+                cells.append(outside if bits is None else _timed(_number(bits, 3), us.get(key)))
+            rows.append(cells)
+        headings = ["peer", "bits a weight", result["metric"], *(f"bits of `{name}` at that" for name in layouts)]
+        text = table(headings, rows)
+        text += f"\n{result['tensors']} tensors, {result['windows']} pieces of {result['window_tokens']} tokens."
+        if us:
+            text += f" In brackets: µs of a product with one vector, {_EQUAL_QUALITY_SHAPE}."
+        return text + "\n" + origin(result)
+
+    return shown
+
+
+def _timed(bits: str, us: float | None) -> str:
+    return bits if us is None else f"{bits} ({_number(us, 1)})"
+
+
+def equal_quality_times() -> str:
+    result = newest("equal-quality-times")
+    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
+    lines: dict[tuple[Any, ...], dict[tuple[str, int], Row]] = {}
+    for row in result["rows"]:
+        key = (row["name"], *_integers_key(row["integers"]))
+        lines.setdefault(key, {})[row["shape"], row["tokens"]] = row
+    rows = []
+    for key, found in lines.items():
+        one = next(iter(found.values()))
+        name = key[0]
+        if one["integers"] is not None:
+            bits, code, codes, folded = key[1:]
+            name = f"kvpack, {bits} bits, {codes} {'folded ' if folded else ''}codes of {code}"
+        for tokens in sorted({tokens for _, tokens in found}):
+            cells = [found.get((shape, tokens), {}).get("us") for shape in shapes]
+            of_bits = [found[shape, tokens]["bits_per_weight"] for shape in shapes if (shape, tokens) in found]
+            rows.append([name, _range(of_bits), str(tokens), *(_number(us, 1) for us in cells)])
+    headings = ["weights", "bits a weight", "M", *(f"{shape}, µs" for shape in shapes)]
+    return table(headings, rows) + gpu_origin(result)
+
+
 def llama_shape() -> str:
     """Tokens a second by batch, and how many times as fast as dense weights."""
     result = newest("llama-shape")
@@ -744,6 +824,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "generation-prefill": generation("prefill"),
     "generation-launches": generation("launches"),
     "llama-shape": llama_shape,
+    "equal-quality-books": equal_quality("books"),
+    "equal-quality-minilm": equal_quality("minilm"),
+    "equal-quality-smollm2": equal_quality("smollm2"),
+    "equal-quality-times": equal_quality_times,
     "runtime-load": runtime_load,
     "runtime-memory": runtime_memory,
     "runtime-streaming": runtime_streaming,

@@ -256,12 +256,16 @@ def decode_blob(data: bytes) -> Array:
     return _decode(bytes(data))[1]
 
 
-def _restore(entry: dict[str, Any], blob: bytes, scale: Array | None) -> Array:
+def _restore(
+    entry: dict[str, Any], blob: bytes, scale: Array | None, column_scale: Array | None, row_offset: Array | None
+) -> Array:
     """§8 and §9.3: a coded tensor in its original shape."""
     h, value = _decode(blob)
     shape, dtype, transposed = entry["shape"], entry["dtype"], bool(h.flags & 1)
     _check(shape=isinstance(shape, list) and all(type(d) is int and d >= 1 for d in shape))
     _check(shape=len(shape) >= 2, dtype=dtype in [*FLOAT_KIND, "I8", "U8"])
+    if scale is None or h.kind not in (UNSIGNED, SIGNED):
+        _check(column_scale=column_scale is None, row_offset=row_offset is None)
     if transposed:
         value = value.transpose(0, 2, 1)
     as_one = (1, shape[0], math.prod(shape[1:]))
@@ -281,6 +285,17 @@ def _restore(entry: dict[str, Any], blob: bytes, scale: Array | None) -> Array:
         with np.errstate(over="ignore", under="ignore"):  # a blob's rows are columns if transposed
             factor = per_row.transpose(0, 2, 1) if transposed else per_row
             value = factor.astype(np.float32) * value.astype(np.float32)
+            if row_offset is not None:
+                _check(row_offset_shape=row_offset.shape == (h.matrices * h.rows,))
+                size = np.abs(row_offset)
+                _check(row_offset=(((size >= np.finfo(np.float32).tiny) & np.isfinite(size)) | (size == 0)).all())
+                offset = row_offset.reshape(h.matrices, -1, 1)
+                value = value + (offset.transpose(0, 2, 1) if transposed else offset)
+            if column_scale is not None:
+                _check(column_scale_shape=column_scale.shape == (h.matrices * h.cols,))
+                _check(column_scale=((column_scale >= 2.0**-14) & np.isfinite(column_scale)).all())
+                per_column = column_scale.astype(np.float32).reshape(h.matrices, 1, -1)
+                value = value * (per_column.transpose(0, 2, 1) if transposed else per_column)
     return np.ascontiguousarray(value).reshape(shape)
 
 
@@ -343,10 +358,13 @@ def read_container(path: Any) -> dict[str, Array]:
     for name, entry in entries.items():
         _check(entry=isinstance(entry, dict) and entry.keys() >= {"shape", "dtype"})
         blob, scale = tensors.pop(f"{name}_kvpack", None), tensors.pop(f"{name}_kvpack_scale", None)
+        columns, offset = (tensors.pop(f"{name}_kvpack_{what}", None) for what in ("column_scale", "row_offset"))
         _check(name=name not in tensors, scale=scale is None or scale.dtype == np.float32)
+        _check(column_scale=columns is None or columns.dtype == np.float16)
+        _check(row_offset=offset is None or offset.dtype == np.float32)
         if blob is None or blob.dtype != np.uint8 or blob.ndim != 1:
             raise ValueError(f"kvpack: entry {name} without its blob")
-        out[name] = _restore(entry, blob.tobytes(), scale)
+        out[name] = _restore(entry, blob.tobytes(), scale, columns, offset)
     for name in tensors:
-        _check(entry=not name.endswith(("_kvpack", "_kvpack_scale")))
+        _check(entry=not name.endswith(("_kvpack", "_kvpack_scale", "_kvpack_column_scale", "_kvpack_row_offset")))
     return out | tensors

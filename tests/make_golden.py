@@ -1,5 +1,6 @@
-"""Write the golden files of format version 1: tests/data/v1/*.blob and manifest.json. Run once for each revision
-of the format that changes what files mean: the one of docs/FORMAT.md §12, before anything was published, is the last.
+"""Write the golden files of format version 1: tests/data/v1/*.blob with manifest.json, *.safetensors with
+containers.json. Run once for each revision of the format that changes what files mean: the one of docs/FORMAT.md §12,
+before anything was published, is the last.
 
 Golden files never change: a reader of any later release must decode them to the same numbers. This script
 therefore refuses to touch a folder that has some. It is kept to show where they come from, and to be run by
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from blob_surgery import with_plain_tables  # noqa: E402
 
 from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
+from kvpack.format.container import CRC_KEY, TENSORS_KEY, VERSION_KEY, ContainerWriter  # noqa: E402
 from kvpack.format.layout import (  # noqa: E402
     ElementKind,
     Layout,
@@ -116,7 +119,7 @@ def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
     for tile_cols, most in ((512, 1 << 14), (544, 1 << 13), (1024, 1 << 13), (1056, 1 << 12)):
         last = tile_cols - 1
         outliers = [(0, 0, 0, -most), (0, 0, last, most - 1), (0, 5, last - 31, -most), (0, 5, tile_cols, 1)]
-        elements = samples.gaussian_elements((1, 6, tile_cols + 32), 2, 0.5, 2022 + tile_cols)
+        elements = samples.gaussian_elements((1, 6, tile_cols + 5), 2, 0.4, 2022 + tile_cols)
         blob = samples.encode_with_outliers(elements, outliers, compact, tile_cols=tile_cols)
         yield f"outliers-{tile_cols}-columns", blob, samples.with_deltas(elements.astype(np.int32) - 2, outliers)
     outliers = [(0, 0, 511, 1), (0, 0, 512, -4096), (0, 3, 1024, 77), (0, 3, 2047, 4095), (0, 7, 2048, -9)]
@@ -143,7 +146,7 @@ def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
 
     rng = np.random.default_rng(2005)
     for mode, bits, layout_name, base in (
-        ("rans", 5, "balanced", samples.gaussian_elements((2, 270, 70), 5, 1.2, 2006)),
+        ("rans", 5, "balanced", samples.gaussian_elements((1, 270, 70), 5, 1.2, 2006)),
         ("raw", 3, "compact", rng.integers(0, 8, (1, 11, 33)).astype(np.uint8)),
         ("constant", 8, "compact", np.full((1, 40, 70), 3, np.uint8)),
     ):
@@ -160,6 +163,61 @@ def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
         integers = base.astype(np.int32) - (1 << (bits - 1))
         integers.ravel()[places] += deltas.astype(np.int32)
         yield f"outliers-{mode}", blob, integers
+
+
+def golden_containers() -> Iterator[tuple[str, dict[str, tuple[str, np.ndarray]], dict[str, list[int]], dict]]:
+    """(name, stored tensors, shapes of coded ones, what these must decode to): integers with all that §8 has."""
+    rng = np.random.default_rng(2090)
+    layout = integer_layout("balanced", SIGNED, 4)
+    stored: dict[str, tuple[str, np.ndarray]] = {}
+    shapes: dict[str, list[int]] = {}
+    numbers: dict[str, np.ndarray] = {}
+    for name, shape, transposed, offsets, columns in (
+        ("columns", (1, 9, 70), False, False, True),
+        ("offsets", (1, 9, 38), False, True, False),
+        ("both", (1, 9, 70), True, True, True),
+        ("stack", (2, 7, 36), False, True, True),
+    ):
+        matrices, rows, cols = shape
+        elements = samples.gaussian_elements(shape, 4, 1.5, 2091 + len(name))
+        places = [(0, 0, 0, -16384), (0, 3, cols - 1, 16383), (matrices - 1, rows - 1, 5, 77)]
+        blob = samples.encode_with_outliers(elements, places, layout, tile_cols=64, transposed=transposed)
+        scales = rng.uniform(0.001, 2, matrices * rows).astype(np.float32)
+        q = samples.with_deltas(elements.astype(np.int32) - 8, places).astype(np.float32)
+        stored[f"{name}_kvpack"] = "U8", np.frombuffer(blob, np.uint8)
+        stored[f"{name}_kvpack_scale"] = "F32", scales
+        w = scales.reshape(matrices, rows, 1) * q
+        if offsets:
+            added = rng.normal(0, 3, matrices * rows).astype(np.float32)
+            added[:4] = 0, -0.0, 2.0**-126, -scales[3] * q[0, 3, 0]
+            stored[f"{name}_kvpack_row_offset"] = "F32", added
+            w = w + added.reshape(matrices, rows, 1)
+        if columns:
+            factors = rng.lognormal(0, 1, matrices * cols).astype(np.float16)
+            factors[:3] = 2.0**-14, 65504, 1 / 3
+            stored[f"{name}_kvpack_column_scale"] = "F16", factors
+            w = w * factors.astype(np.float32).reshape(matrices, 1, cols)
+        numbers[name] = (w.swapaxes(1, 2) if transposed else w).squeeze(0) if matrices == 1 else w
+        shapes[name] = list(numbers[name].shape)
+    yield "numbers-beside", stored, shapes, numbers
+
+
+def write_containers(folder: Path) -> None:
+    manifest = {}
+    for name, stored, shapes, numbers in golden_containers():
+        with ContainerWriter(folder / f"{name}.safetensors") as writer:
+            for key, (dtype, array) in sorted(stored.items(), key=lambda item: item[1][0], reverse=True):
+                writer.add(key, dtype, array.shape, [array.tobytes()])
+            crcs = {key: zlib.crc32(array.tobytes()) for key, (dtype, array) in stored.items() if dtype != "U8"}
+            entries = {tensor: {"shape": shape, "dtype": "F32"} for tensor, shape in shapes.items()}
+            keys = {VERSION_KEY: "1", TENSORS_KEY: json.dumps(entries), CRC_KEY: json.dumps(crcs)}
+            writer.finish(keys)
+        manifest[name] = {
+            "file_sha256": hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest(),
+            "decoded_sha256": {tensor: digest(values) for tensor, values in numbers.items()},
+            "shape": shapes,
+        }
+    (folder / "containers.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def main(folder: Path) -> None:
@@ -181,6 +239,7 @@ def main(folder: Path) -> None:
             "shape": list(values.shape),
         }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    write_containers(folder)
     print(f"{len(manifest)} files, {total} bytes")
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import independent_decoder
 import make_golden
+import ml_dtypes
 import numpy as np
 import pytest
 
+import kvpack
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.format.blob import Blob
 from kvpack.format.layout import (
@@ -28,6 +30,7 @@ from kvpack.format.layout import (
 
 FOLDER = Path(__file__).parent / "data" / "v1"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text())
+CONTAINERS: dict[str, dict[str, Any]] = json.loads((FOLDER / "containers.json").read_text())
 
 
 @cache
@@ -53,6 +56,29 @@ def test_golden_file(name: str) -> None:
         assert list(decoded.shape) == entry["shape"]
         assert decoded.dtype.name == entry["dtype"]
         assert make_golden.digest(decoded) == entry["decoded_sha256"]
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_golden_container(name: str) -> None:
+    """Numbers with row offsets and column scales, by kvpack and by the independent decoder."""
+    entry, path = CONTAINERS[name], FOLDER / f"{name}.safetensors"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["file_sha256"]
+    theirs = independent_decoder.read_container(path)
+    assert sorted(theirs) == sorted(entry["shape"])
+    with kvpack.open(path) as reader:
+        assert reader.keys() == sorted(entry["shape"])
+        for tensor, shape in entry["shape"].items():
+            for decoded in (reader.dequantize(tensor, "float32"), theirs[tensor]):
+                assert list(decoded.shape) == shape
+                assert decoded.dtype == np.float32
+                assert make_golden.digest(decoded) == entry["decoded_sha256"][tensor]
+            expected = theirs[tensor].astype(ml_dtypes.bfloat16).view(np.uint16)
+            np.testing.assert_array_equal(reader.dequantize(tensor, "bfloat16").view(np.uint16), expected)
+        infos = [reader.info(tensor) for tensor in ("columns", "offsets", "both", "stack")]
+    assert [(i.has_column_scales, i.has_row_offsets) for i in infos if i] == [
+        (True, False), (False, True), (True, True), (True, True),
+    ]  # fmt: skip
+    assert kvpack.verify(path).bytes_without_checksum == 0
 
 
 def test_golden_files_cover_the_format() -> None:
@@ -109,6 +135,10 @@ def test_the_script_still_makes_them(tmp_path: Path) -> None:
     """The same names and shapes, each blob holding what its manifest says; the bytes may become others."""
     make_golden.main(tmp_path / "v1")
     made = json.loads((tmp_path / "v1" / "manifest.json").read_text())
+    containers = json.loads((tmp_path / "v1" / "containers.json").read_text())
+    assert {n: e["decoded_sha256"] for n, e in containers.items()} == {
+        n: e["decoded_sha256"] for n, e in CONTAINERS.items()
+    }
     assert {n: e["shape"] for n, e in made.items()} == {n: e["shape"] for n, e in MANIFEST.items()}
     for name, entry in made.items():
         decoded = independent_decoder.decode_blob((tmp_path / "v1" / f"{name}.blob").read_bytes())

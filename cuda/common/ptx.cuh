@@ -300,6 +300,11 @@ __device__ __forceinline__ u32 bf16x2_bits(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
+// What is made of this is computed where it stands, rather than before a loop, where it would take a register.
+__device__ __forceinline__ u32 computed_anew(u32 value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 // One IEEE product: not contracted with a sum. Denormal results become 0, as everywhere under -ftz.
 __device__ __forceinline__ float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
 

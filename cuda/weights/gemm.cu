@@ -104,10 +104,12 @@ __device__ __forceinline__ void multiply_chunk(u32 rows, u32 fragments, u32 lane
 }
 
 // An outlier of row `row` in a chunk whose fragments are at `fragments`: its product joins the sums.
-__device__ __forceinline__ void add_outlier(u32 row, u32 col, float delta, u32 fragments, u32 lane, TokenSums& sums) {
+__device__ __forceinline__ void add_outlier(u32 outlier, u32 delta_bits, u32 fragments, u32 lane, TokenSums& sums) {
+  const u32 row = outlier_lane(outlier), col = outlier_col(outlier, delta_bits);
   if (row % 8 != lane / 4) return;
   constexpr u32 g = kCodesPerSymbol;
   const u32 in_chunk = col % kChunkCols, slot = g * (in_chunk / (4 * g)) + in_chunk % g, byte = in_chunk / g % 4;
+  const float delta = static_cast<float>(outlier_delta(outlier, delta_bits));
 #pragma unroll
   for (u32 tile = 0; tile < kTokenTiles; ++tile) {
 #pragma unroll
@@ -354,14 +356,13 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       // Looked up again, rather than in registers all the time.
       const Group again = unpack_group(blob, __ldg(entries() + schedule.index_of(schedule.before(unit))));
       const u32* outliers = outliers_of(again, place);
-      const u32 delta_bits = outlier_delta_bits(tile_cols);
 #pragma unroll 1
       for (u32 i = 0; i < again.num_outliers; ++i) {
         const u32 outlier = __ldg(outliers + i);
+        const u32 delta_bits = outlier_delta_bits(computed_anew(tile_cols));
         const u32 col = outlier_col(outlier, delta_bits);
         if (col >= place.tile_cols) continue;  // damage must not lead out of the activations
-        const float delta = static_cast<float>(outlier_delta(outlier, delta_bits));
-        add_outlier(outlier_lane(outlier), col, delta, unit_fragments + col / kChunkCols * kTokenTiles * kFragmentBytes, lane, sums);
+        add_outlier(outlier, delta_bits, unit_fragments + col / kChunkCols * kTokenTiles * kFragmentBytes, lane, sums);
       }
     }
 

@@ -8,8 +8,9 @@ costs are among the candidates: on what was timed, the result is never worse tha
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,7 @@ from kvpack.bench.timing import Work, measure, relative_error, synchronize_or_st
 from kvpack.encode.progress import Progress
 from kvpack.encode.threads import default_threads
 from kvpack.errors import DeviceError
-from kvpack.format.layout import ElementKind, integer_layout
+from kvpack.format.layout import ElementKind, Layout, integer_layout
 from kvpack.runtime.device import devices
 from kvpack.runtime.device.devices import Limits
 from kvpack.runtime.device.kernels import Kernel
@@ -32,7 +33,7 @@ from kvpack.runtime.weights import launch_costs, launch_model, ops, products
 from kvpack.runtime.weights.device_blob import DeviceBlob
 from kvpack.runtime.weights.encoder import encode_on_device
 from kvpack.runtime.weights.launch_costs import Costs, TimedCase, candidates, regret
-from kvpack.runtime.weights.launch_model import ProductFit, Terms
+from kvpack.runtime.weights.launch_model import BLOCKS_PER_SM, ProductFit, Terms
 
 # The layers of models of 8 billion parameters, and of a smaller one.
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (2048, 5632))
@@ -219,27 +220,44 @@ def launches_of(coded: products.Coded, tokens: int, limits: Limits) -> Launches:
     """All launches of a product that fit the device."""
     shape = (coded.header, coded.word_buffer_bytes, limits)
     if tokens == 1:
-        return list(launch_model.gemv_launches(*shape, products.gemv_warps(coded.layout, limits.architecture)))
+        warps = products.gemv_warps(coded.layout, limits.architecture)
+        return list(launch_model.gemv_launches(*shape, warps, products.max_panels(coded, 1)))
     eights = products.token_tiles(tokens)
     warps = products.gemm_warps(coded.layout, eights, limits.architecture)
     return list(launch_model.gemm_launches(*shape, warps, eights, products.max_panels(coded, 8 * eights)))
+
+
+def _kernel(
+    layout: Layout, tokens: int, activation: torch.dtype, buffers: int, resident: int, architecture: int
+) -> Kernel:
+    if tokens == 1:
+        return products.gemv_kernel(layout, activation, buffers, resident, architecture)
+    return products.gemm_kernel(layout, activation, buffers, resident, products.token_tiles(tokens), architecture)
 
 
 def kernel_of(
     coded: products.Coded, tokens: int, fit: ProductFit, limits: Limits, activation: torch.dtype = torch.float16
 ) -> Kernel:
     """The kernel of a launch."""
-    if tokens == 1:
-        return products.gemv_kernel(coded.layout, activation, fit.buffers, fit.resident, limits.architecture)
-    eights = products.token_tiles(tokens)
-    return products.gemm_kernel(coded.layout, activation, fit.buffers, fit.resident, eights, limits.architecture)
+    return _kernel(coded.layout, tokens, activation, fit.buffers, fit.resident, limits.architecture)
 
 
-def compile_ahead(kernel: Kernel) -> None:
-    """Put a kernel's code into CuPy's cache on disk; several threads can do so at once."""
+def compile_ahead(kernels: Iterable[Kernel]) -> None:
+    """Put kernels' code for the current device into CuPy's cache on disk, several at once."""
     import cupy
 
-    cupy.RawModule(code=kernel.text(), options=kernel.options()).get_function(kernel.function)
+    device = torch.cuda.current_device()  # a thread begins with device 0
+
+    def compile_one(kernel: Kernel) -> None:
+        with cupy.cuda.Device(device):
+            cupy.RawModule(code=kernel.text(), options=kernel.options()).get_function(kernel.function)
+
+    with ThreadPoolExecutor(default_threads()) as executor:
+        list(executor.map(compile_one, set(kernels)))
+
+
+def _source_layout(name: str) -> Layout:
+    return integer_layout(name, ElementKind.SIGNED, SOURCES[name][0])
 
 
 class DeviceTimer:
@@ -252,7 +270,6 @@ class DeviceTimer:
         properties: Any = torch.cuda.get_device_properties(device)
         self.rotate_bytes = _ROTATED_L2 * getattr(properties, "L2_cache_size", 64 << 20)
         self.weights: tuple[Any, list[products.Coded], torch.Tensor] | None = None
-        self.compiled: set[Kernel] = set()
         self.errors: dict[str, str] = {}
 
     def _coded(self, case: Case) -> tuple[list[products.Coded], torch.Tensor]:
@@ -265,7 +282,7 @@ class DeviceTimer:
             self.generator.manual_seed(0)  # the same words when they are made again
             normal = torch.randn(case.rows, case.cols, device=self.device, generator=self.generator) * sigma
             integers = normal.round_().clamp_(-half, half - 1)
-            layout = integer_layout(case.layout, ElementKind.SIGNED, bits)
+            layout = _source_layout(case.layout)
             encoded = encode_on_device((integers + half).to(torch.uint8), layout, tile_cols=case.tile_cols)
             scales = np.full(case.rows, _WEIGHT_DEVIATION / sigma, np.float32)
             data = encoded.blob.cpu().numpy().data
@@ -275,16 +292,20 @@ class DeviceTimer:
             self.weights = key, coded, integers.double() * float(scales[0])
         return self.weights[1], self.weights[2]
 
+    def compile(self, cases: Iterable[Case]) -> None:
+        """All kernels that launches of these cases may have."""
+        kinds = {(_source_layout(case.layout), case.tokens) for case in cases}
+        shared = itertools.product((1, 2), range(1, BLOCKS_PER_SM + 1))
+        variants = itertools.product(kinds, list(shared))
+        architecture = self.limits.architecture
+        compile_ahead(_kernel(*kind, torch.float16, *variant, architecture) for kind, variant in variants)
+
     def launches(self, case: Case) -> Launches:
         return launches_of(self._coded(case)[0][0], case.tokens, self.limits)
 
     def time(self, case: Case, fits: Sequence[ProductFit]) -> list[float | None]:
         """Microseconds of each launch; None, with the reason in ``errors``, where it failed or its result is wrong."""
         copies, exact = self._coded(case)
-        wanted = {kernel_of(copies[0], case.tokens, fit, self.limits) for fit in fits} - self.compiled
-        with ThreadPoolExecutor(default_threads()) as executor:
-            list(executor.map(compile_ahead, wanted))
-        self.compiled |= wanted
         x = torch.randn(case.tokens, case.cols, device=self.device, generator=self.generator).half()
         error = relative_error(x.double() @ exact.T)
         works = [
@@ -310,7 +331,7 @@ def tune_device(
 
     Raises:
         DeviceError: it is no CUDA device, or nothing could be timed on it.
-        OSError: the costs cannot be written.
+        InputError: the costs cannot be kept, or ``KVPACK_LAUNCH_COSTS`` has no meaning.
     """
     device = devices.resolve_device(name)
     if device.type != "cuda":
@@ -328,6 +349,7 @@ def tune_device(
     }
     if dry_run:
         return report | {"costs": _shown(now.costs)}
+    launch_costs.require_writable(limits)
     told = progress or Progress()
     told.total(_ROUNDS * len(cases))
 
@@ -336,11 +358,16 @@ def tune_device(
         told.advance(1)
 
     with torch.no_grad(), torch.cuda.device(device):
+        began = time.monotonic()
         timer = DeviceTimer(device)
+        told.tensor("compiling")
+        timer.compile(cases)
+        left_s = max(0.0, time_limit_s - (time.monotonic() - began))
         shipped = launch_costs.shipped_costs(limits).costs
-        found = tune(cases, timer.launches, timer.time, shipped, time_limit_s=time_limit_s, advance=advance)
+        found = tune(cases, timer.launches, timer.time, shipped, time_limit_s=left_s, advance=advance)
+        seconds = time.monotonic() - began
     measured = {
-        "seconds": round(found.seconds, 1),
+        "seconds": round(seconds, 1),
         "launches_timed": found.launches,
         "cases_timed": len(found.timings),
         "slower_than_best": {

@@ -105,6 +105,9 @@ def compress(
             "--tensor-parallel", metavar="N", help="Devices that will share the weights: tiles end where parts do."
         ),
     ] = 1,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Same tiles and tables for q, k, v (gate, up): one launch for them all.")
+    ] = False,
     allocation: Annotated[
         AllocationOption,
         typer.Option("--allocation", help="The rate for each tensor, or one step for the model."),
@@ -146,6 +149,7 @@ def compress(
             layout=layout,
             tile_cols=tile_cols,
             tensor_parallel=tensor_parallel,
+            stack=stack,
             allocation=allocation,
             include=include,
             exclude=exclude,

@@ -138,7 +138,9 @@ def print_tensors(tensors: list[dict[str, Any]], *, kept_singly: bool) -> None:
             printable(tensor["name"]),
             "×".join(map(str, tensor["shape"])),
             tensor["dtype"],
-            tensor["method"],
+            tensor["method"]
+            + " + column scales" * tensor.get("column_scales", False)
+            + " + row offsets" * tensor.get("row_offsets", False),
             tensor["layout"] or "–",
             shown_number(tensor["bits_per_weight"], 3),
             shown_number(tensor["entropy_bits"], 3),

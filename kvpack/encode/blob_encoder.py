@@ -7,9 +7,10 @@ histograms, and tiles are put together in order.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -313,20 +314,25 @@ def encode_strips(
             )
         return done
 
+    coded = chain.from_iterable(map_ordered(encode, strips, executor))
+    return join_tiles(header, tables, coded, element_entropy_bits(header.layout, tile_counts))
+
+
+def join_tiles(
+    header: BlobHeader, tables: list[Frequencies], coded: Iterable[TileBytes], entropy_bits_per_element: float
+) -> EncodedBlob:
+    """The blob of tiles in their order; their ``table_index`` is in ``tables``, of which unused ones are dropped."""
     tiles = np.zeros(header.num_tiles, TILE_METADATA)
     payload = bytearray()
-    tile = 0
-    for done in map_ordered(encode, strips, executor):
-        for metadata, data in done:
-            tiles[tile] = metadata
-            tiles[tile]["data_offset"] = len(payload)
-            payload += data
-            payload += bytes(align(len(payload), ALIGNMENT_BYTES) - len(payload))
-            tile += 1
+    for tile, (metadata, data) in enumerate(coded):
+        tiles[tile] = metadata
+        tiles[tile]["data_offset"] = len(payload)
+        payload += data
+        payload += bytes(align(len(payload), ALIGNMENT_BYTES) - len(payload))
     return EncodedBlob(
         front=finish_front(header, tables, tiles, len(payload)),
         payload=payload,
-        entropy_bits_per_element=element_entropy_bits(header.layout, tile_counts),
+        entropy_bits_per_element=entropy_bits_per_element,
         outlier_count=int(tiles["outlier_count"].sum()),
     )
 

@@ -12,14 +12,16 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.dtypes import NUMPY_DTYPES
@@ -41,7 +43,9 @@ from kvpack.encode.output_files import Crc32, Shard, added_indexes, check_target
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram
+from kvpack.encode.rates import MIN_BITS
 from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
+from kvpack.encode.shared_tables import share_tables
 from kvpack.encode.stored_matrices import StoredMatrices
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
@@ -55,14 +59,17 @@ from kvpack.encode.tensor_encoder import (
     planned_bytes,
 )
 from kvpack.encode.tensor_kinds import ModuleTree
-from kvpack.encode.tensor_parallel import Split, reason_not_to_split
+from kvpack.encode.tensor_parallel import Split, reason_not_to_split, stack_of
 from kvpack.encode.threads import default_threads
-from kvpack.errors import InputError
+from kvpack.errors import InputError, ScaleError
 from kvpack.format.container import (
     BLOB_SUFFIX,
+    COLUMN_SCALE_SUFFIX,
     CONTAINER_VERSION,
     CRC_KEY,
+    NUMBER_DTYPES,
     PARALLEL_KEY,
+    ROW_OFFSET_SUFFIX,
     SCALE_SUFFIX,
     TENSORS_KEY,
     VARIANCE_NOISE_KEY,
@@ -71,10 +78,13 @@ from kvpack.format.container import (
     Readable,
     StoredTensor,
 )
+from kvpack.format.header import BlobHeader
+from kvpack.format.layout import GROUP_LANES
 
-_SCALE_BYTES = 4
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
+_STACK_CORRECTIONS = 8
+_STACK_MARGIN_BITS = 0.001
 
 
 @dataclass
@@ -151,9 +161,15 @@ class _Model:
         coder: Coder,
         tensors: Readable | None,
         module_tree: ModuleTree | None,
+        column_scales: Mapping[str, npt.NDArray[np.float16]],
+        row_offsets: Mapping[str, npt.NDArray[np.float32]],
     ) -> None:
         self.config, self.executor, self.coder = config, executor, coder
+        self.column_scales, self.row_offsets = column_scales, row_offsets
         self.tree = ModelTree(source, without=target, file=tensors)
+        # How many stacks have common tables; others -> why they have not.
+        self.stacks = 0
+        self.stack_reasons: dict[tuple[str, ...], str] = {}
         # Coded tensor -> why it cannot be split into config.tensor_parallel parts, None if it can be.
         self.split_reasons: dict[str, str | None] = {}
         try:
@@ -167,10 +183,14 @@ class _Model:
             self.dequantizes_fp8 = bool(config.dequantize_fp8)
             if self.dequantizes_fp8:
                 dequantize_tree(self.tree, self.fp8)
-            names = [name for file in self.tree.weight_files for name in file.names.values()]
+            self.names = {name for file in self.tree.weight_files for name in file.names.values()}
             for option, pattern in selection.patterns():
-                if not any(pattern.search(name) for name in names):
+                if not any(pattern.search(name) for name in self.names):
                     raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
+            for shown, vectors in (("column scales", column_scales), ("row offsets", row_offsets)):
+                strange = vectors.keys() - self.names
+                if strange:
+                    raise InputError(f"there are {shown} for {min(strange)!r}, which is no tensor of {source}")
             # By path: what a tensor is, its own name and its folder's config.json say, what is asked for, its name in
             # the directory.
             self.selections = {f.path: replace(selection, prefix=f.set_prefix) for f in self.tree.weight_files}
@@ -221,6 +241,12 @@ class _Model:
             )
         )
 
+    def vector_notes(self, reports: list[TensorReport]) -> list[str]:
+        """Which tensors go without the vectors that were given for them."""
+        exact = {report.name for report in reports if report.method in ("keep", "lossless")}
+        unused = sorted(exact & (self.column_scales.keys() | self.row_offsets.keys()))
+        return [f"not quantized, so without column scales and row offsets: {listed(unused, 3)}"] * bool(unused)
+
     def close(self) -> None:
         self.tree.close()
 
@@ -231,13 +257,59 @@ class _Model:
     def matrices(self, file: WeightFile, tensor: StoredTensor) -> Matrices:
         transposed = tensor.name in self.kinds[file.set_prefix].transposed
         weights = StoredMatrices(file.container, tensor, transposed=transposed)
-        split, parts = Split.of(tensor.name), self.config.tensor_parallel
+        parts = self.config.tensor_parallel
+        # Experts in one tensor may be stored outputs × inputs or inputs × outputs: names do not tell.
+        split = Split.of(tensor.name) if len(tensor.shape) == 2 else Split.EITHER
         if parts > 1:
             reason = reason_not_to_split(split, weights.rows, weights.cols, self.config.tile_cols, parts)
             self.split_reasons[file.names[tensor.name]] = reason
             if reason is None and split in (Split.INPUTS, Split.EITHER):
                 weights.column_parts = parts
+        if members := self.stack_members(file, tensor):
+            weights.stacked_rows = sum(member.shape[0] for member in members)
+        name = file.names[tensor.name]
+        try:
+            weights.set_vectors(self.column_scales.get(name), self.row_offsets.get(name))
+        except ScaleError as error:
+            error.args = (f"tensor {name!r}: {error}",)
+            raise
         return weights
+
+    def stack_members(self, file: WeightFile, tensor: StoredTensor) -> list[StoredTensor]:
+        """What a tensor is stacked with, itself included; none if not asked for, or if it cannot be: notes say why."""
+        names = stack_of(tensor.name) if self.config.stack else ()
+        if not names or len(tensor.shape) != 2:
+            return []
+        tensors, kinds, selection = file.container.tensors, self.kinds[file.set_prefix], self.selections[file.path]
+        wanted = [file.set_prefix + name for name in names]
+        members = [tensors[name] for name in names if name in tensors]
+        reason = None
+        if not self.names.issuperset(wanted):
+            return []  # a model whose layers only have such names
+        if len(members) < len(names):
+            reason = "they are in different files"
+        elif any(selection.reason_to_keep(member, kinds) is not None for member in members):
+            reason = "some are kept as they are"
+        elif len({(member.dtype, member.shape[1:]) for member in members}) > 1:
+            reason = "their dtypes or inputs differ"
+        elif kinds.transposed & set(names):
+            reason = "they are stored as inputs × outputs"
+        if reason is not None:
+            self.stack_reasons[tuple(wanted)] = reason
+        return [] if reason is not None else members
+
+    def stack_notes(self) -> list[str]:
+        """What became of stacks, if they were asked for."""
+        if not self.config.stack:
+            return []
+        stacks_of: dict[str, list[str]] = {}
+        for names, reason in self.stack_reasons.items():
+            stacks_of.setdefault(reason, []).append(" + ".join(names))
+        sets = "set of layers has" if self.stacks == 1 else "sets of layers have"
+        return [f"stack: {self.stacks} {sets} common tables"] + [
+            f"stack: {listed(stacks, 3)} cannot be one ({reason}), coded as without it"
+            for reason, stacks in stacks_of.items()
+        ]
 
     def common_step_tensors(self) -> list[tuple[WeightFile, StoredTensor]]:
         return [
@@ -250,19 +322,74 @@ class _Model:
             and not selection.has_own_rate(tensor.name)
         ]
 
-    def encode(self, file: WeightFile, tensor: StoredTensor, plan: CommonPlan | None) -> EncodedTensor:
-        """One tensor by whatever method the options say."""
+    def encode(
+        self, file: WeightFile, tensor: StoredTensor, plan: CommonPlan | None, less_bits: float = 0.0
+    ) -> EncodedTensor:
+        """One tensor by whatever method the options say; with a rate, at one that is ``less_bits`` lower."""
         config, selection = self.config, self.selections[file.path]
         weights = self.matrices(file, tensor)
         if not selection.is_lossy(tensor, self.kinds[file.set_prefix]):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
+        quality = selection.quality_of(tensor.name)
+        if isinstance(quality, float) and less_bits:
+            quality = max(MIN_BITS, quality - less_bits)
         return encode_nearest(
             weights,
             tensor.dtype,
-            selection.quality_of(tensor.name),
+            quality,
             plan,
             EncodeOptions(config.layout, config.tile_cols, self.executor, self.coder),
         )
+
+    def encode_stack(self, file: WeightFile, members: list[StoredTensor]) -> dict[str, EncodedTensor]:
+        """Tensors that will be stacked, with common tables; alone where that cannot be, for which notes say why.
+
+        What was asked for holds for each of them: one that common tables make too large is coded at a lower rate.
+        Those that only can be kept are missing.
+        """
+        names = [member.name for member in members]
+        less_bits = dict.fromkeys(names, 0.0)
+        alone: dict[str, EncodedTensor] = {}
+        encoded: dict[str, EncodedTensor] = {}
+        reason: str | None = None
+        for _ in range(_STACK_CORRECTIONS):
+            for member in members:
+                if member.name not in encoded:
+                    with suppress(NotEncodableError):  # it is asked for again by who keeps it, and says why
+                        encoded[member.name] = self.encode(file, member, None, less_bits[member.name])
+            alone = alone or encoded.copy()
+            reason = _reason_not_to_stack([encoded.get(name) for name in names])
+            if reason is not None:
+                break
+            blobs = share_tables([encoded[name].blob for name in names], self.executor)
+            shared = {name: replace(encoded[name], blob=blob) for name, blob in zip(names, blobs, strict=True)}
+            reason = "common tables take more than the rate"
+            for member in members:
+                bits, elements = self.selections[file.path].quality_of(member.name), math.prod(member.shape)
+                excess = 8 * shared[member.name].size_bytes / elements - bits if isinstance(bits, float) else 0.0
+                as_asked = isinstance(bits, float) and 8 * alone[member.name].size_bytes <= bits * elements
+                if as_asked and excess > 0:
+                    less_bits[member.name] += excess + _STACK_MARGIN_BITS
+                    del encoded[member.name]
+            if len(encoded) == len(names):
+                self.stacks += 1
+                return shared
+        self.stack_reasons[tuple(file.set_prefix + name for name in names)] = str(reason)
+        return alone
+
+
+def _reason_not_to_stack(encoded: list[EncodedTensor | None]) -> str | None:
+    """Why tensors that were coded alone cannot be stacked."""
+    headers = [BlobHeader.parse(memoryview(one.blob.front)) for one in encoded if one is not None]
+    if len(headers) < len(encoded):
+        return "some are kept as they are"
+    if len({header.layout for header in headers}) > 1:
+        return "their layouts differ"
+    if len({header.tile_cols for header in headers}) > 1:
+        return "their tiles differ"
+    if any(header.rows % GROUP_LANES for header in headers[:-1]):
+        return f"all but the last need a multiple of {GROUP_LANES} rows"
+    return None
 
 
 def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPlan]:
@@ -342,7 +469,7 @@ def _encode_file(
     crc32: dict[str, int] = {}
     shard = Shard(file.path)
     kept: list[tuple[StoredTensor, str]] = []
-    scales: list[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]] = []
+    beside: list[tuple[str, str, npt.NDArray[Any]]] = []  # blobs
 
     def add(name: str, suffix: str, dtype: str, shape: list[int], size_bytes: int, data: Iterable[memoryview]) -> None:
         if writer is not None:
@@ -351,6 +478,8 @@ def _encode_file(
             deque(data, maxlen=0)  # a dry run reads what a real one would
         shard.add(name + suffix, name, size_bytes)
 
+    stacked: dict[str, EncodedTensor] = {}
+    tried: set[str] = set()
     coded_elements = coded_bytes = 0
     for tensor in container.tensors.values():
         reason = selection.reason_to_keep(tensor, model.kinds[file.set_prefix])
@@ -359,7 +488,10 @@ def _encode_file(
             continue
         progress.tensor(file.names[tensor.name])
         try:
-            encoded = model.encode(file, tensor, plans.get(file.names[tensor.name]))
+            if tensor.name not in tried and (members := model.stack_members(file, tensor)):
+                tried |= {member.name for member in members}
+                stacked |= model.encode_stack(file, members)
+            encoded = stacked.pop(tensor.name, None) or model.encode(file, tensor, plans.get(file.names[tensor.name]))
         except NotEncodableError as error:
             kept.append((tensor, str(error)))
             continue
@@ -377,8 +509,13 @@ def _encode_file(
         parts = memoryview(blob.front), memoryview(blob.payload)
         add(name, BLOB_SUFFIX, "U8", [blob.size_bytes], blob.size_bytes, chain.from_iterable(map(pieces, parts)))
         shard.blob_bytes[name] = blob.size_bytes
-        if encoded.scales is not None:
-            scales.append((name, np.ascontiguousarray(encoded.scales, "<f4")))
+        for suffix, numbers, dtype in (
+            (SCALE_SUFFIX, encoded.scales, "<f4"),
+            (ROW_OFFSET_SUFFIX, encoded.row_offsets, "<f4"),
+            (COLUMN_SCALE_SUFFIX, encoded.column_scales, "<f2"),
+        ):
+            if numbers is not None:
+                beside.append((name, suffix, np.ascontiguousarray(numbers, dtype)))
         report = TensorReport(
             name=file.names[name],
             shape=list(tensor.shape),
@@ -406,17 +543,17 @@ def _encode_file(
             entries[name][PARALLEL_KEY] = model.config.tensor_parallel
         progress.advance(tensor.size_bytes)
 
-    def add_scales() -> None:
-        for name, values in scales:
+    def add_beside(alignment: int) -> None:
+        """Those of a type as wide as this, or wider."""
+        for name, suffix, values in [entry for entry in beside if entry[2].itemsize >= alignment]:
             data = values.data.cast("B")
-            crc32[name + SCALE_SUFFIX] = zlib.crc32(data)
-            add(name, SCALE_SUFFIX, "F32", [len(values)], len(data), [data])
-        scales.clear()
+            crc32[name + suffix] = zlib.crc32(data)
+            add(name, suffix, NUMBER_DTYPES[suffix], [len(values)], len(data), [data])
+        beside[:] = [entry for entry in beside if entry[2].itemsize < alignment]
 
     # Widest dtypes first, so that each tensor stays aligned to its own size behind blobs of 16-byte multiples.
     for tensor, reason in sorted(kept, key=lambda item: (-_alignment(item[0]), item[0].begin)):
-        if _alignment(tensor) <= _SCALE_BYTES:
-            add_scales()
+        add_beside(_alignment(tensor))
         progress.tensor(file.names[tensor.name])
         computed = Crc32(container.pieces(tensor.name))
         add(tensor.name, "", tensor.dtype, list(tensor.shape), tensor.size_bytes, computed)
@@ -438,7 +575,7 @@ def _encode_file(
             )
         )
         progress.advance(tensor.size_bytes)
-    add_scales()
+    add_beside(0)
     metadata = dict(container.metadata)
     metadata[VERSION_KEY] = CONTAINER_VERSION
     metadata[TENSORS_KEY] = json.dumps(entries, separators=(",", ":"))
@@ -467,6 +604,8 @@ def compress(
     coder: Coder = CPU_CODER,
     file: Readable | None = None,
     module_tree: ModuleTree | None = None,
+    column_scales: Mapping[str, npt.NDArray[np.float16]] | None = None,
+    row_offsets: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
@@ -474,8 +613,11 @@ def compress(
         coder: who counts and codes; whoever it is, the bytes are the same.
         file: what is read in place of a file at ``path``, which is a name alone then.
         module_tree: who says what a directory's tensors are where their names leave doubt; None: names alone do.
+        column_scales, row_offsets: tensor → vector, see :meth:`.tensor_encoder.Matrices.set_vectors`. A tensor that is
+            not quantized after all goes without; a note says so.
 
     Raises:
+        ScaleError: a vector that does not fit its tensor.
         InputError: the input, the output or the number of threads cannot be used.
         FormatError: the input is damaged.
         OSError: reading or writing failed; no output is left.
@@ -491,7 +633,9 @@ def compress(
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
-        model = _Model(source, target, config, executor, coder, file, module_tree)
+        model = _Model(
+            source, target, config, executor, coder, file, module_tree, column_scales or {}, row_offsets or {}
+        )
         try:
             files = _file_reports(model, source)
             # What comes along counts on both sides of the ratio; other forms of the weights on neither.
@@ -528,7 +672,13 @@ def compress(
         reports,
         files if source.is_dir() else [],
         [str(file) for file in model.tree.passed_over],
-        [*model.notes(), *model.split_notes(reports), *quantization_notes(report.reason for report in reports)],
+        [
+            *model.notes(),
+            *model.vector_notes(reports),
+            *model.split_notes(reports),
+            *model.stack_notes(),
+            *quantization_notes(report.reason for report in reports),
+        ],
         time.perf_counter() - began,
     )
 

@@ -31,7 +31,7 @@ from kvpack.errors import InputError
 from kvpack.format.container import (
     BLOB_SUFFIX,
     CRC_KEY,
-    SCALE_SUFFIX,
+    NUMBER_DTYPES,
     TENSORS_KEY,
     VERSION_KEY,
     ContainerWriter,
@@ -142,7 +142,8 @@ def _decompress_file(reader: Reader, file: WeightFile, target: Path, dtype: str,
         for name in sorted(container.original_names(), key=lambda name: (-alignment(name), name)):
             progress.tensor(name)
             if name in container.coded:
-                container.check_crc32(name + SCALE_SUFFIX)
+                for suffix in NUMBER_DTYPES:
+                    container.check_crc32(name + suffix)
                 own = container.coded[name]["dtype"] == stored_dtype(name)
                 values = np.ascontiguousarray(reader.dequantize(name, "original" if own else dtype))
                 size, done = values.nbytes, container.tensors[name + BLOB_SUFFIX].size_bytes

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from kvpack.encode.model_config import check_config
 from kvpack.errors import DirectoryIndexError, InputError
-from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, VERSION_KEY, Container, Readable
+from kvpack.format.container import BLOB_SUFFIX, PART_SUFFIXES, VERSION_KEY, Container, Readable
 from kvpack.format.file_kinds import HEAD_BYTES, describe
 
 PIPELINE_NAME = "model_index.json"
@@ -197,7 +197,7 @@ class WeightFile:
 
 def _original_names(container: Container) -> dict[str, str]:
     """Stored tensor → original tensor, of one file."""
-    parts = {name + suffix: name for name in container.coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
+    parts = {name + suffix: name for name in container.coded for suffix in PART_SUFFIXES}
     return {stored: parts.get(stored, stored) for stored in container.tensors}
 
 

@@ -45,6 +45,8 @@ class QuantConfig:
         tile_cols: columns of a tile, a multiple of 32 up to 2048; None: equal parts, longer ones in larger matrices.
         tensor_parallel: how many devices will share the weights: tiles end where the parts of layers do that are split
             by their inputs, so that a part needs no coding of its own. 1: tiles are chosen without.
+        stack: give q, k and v, and gate and up, of a layer the same tiles and tables, so that one launch multiplies
+            them when they are stacked. They are coded twice, and are a little noisier.
         allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
         include: a regular expression, or several; tensors that would be kept as they are, are coded if one of them is
             found in their names. One is held as text, several as a tuple (in JSON a list).
@@ -63,6 +65,7 @@ class QuantConfig:
     layout: str = "auto"
     tile_cols: int | None = None
     tensor_parallel: int = 1
+    stack: bool = False
     allocation: str = "tensor"
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
@@ -83,6 +86,10 @@ class QuantConfig:
             _check_pattern("tensor_bits", pattern)
         if self.dequantize_fp8 not in (None, True, False):
             raise InputError(f"dequantize_fp8 {self.dequantize_fp8!r}: there are true and false")
+        if not isinstance(self.stack, bool):
+            raise InputError(f"stack {self.stack!r}: there are true and false")
+        if self.stack and self.allocation == "model":
+            raise InputError("stack and allocation 'model' exclude each other: common tables change what tensors take")
         if self.dequantize_fp8 is None:
             object.__setattr__(self, "dequantize_fp8", self.bits is not None)
         rate = DEFAULT_BITS if self.bits is None and self.preset is None else self.bits

@@ -141,8 +141,8 @@ def count_values(weights, per_width, histogram):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def strip_noise(weights, elements, half, scales, outliers, column_sums):  # type: ignore[no-untyped-def]
-    """(Σ (w − ŵ)², Σ w², Σ (Σ of a row)²) in f64 and max |ŵ|, with ŵ = fp32(scale)·fp32(q + δ) as FORMAT.md §8 says.
+def strip_noise(weights, elements, half, scales, row_offsets, column_scales, outliers, column_sums):  # type: ignore[no-untyped-def]
+    """(Σ (w − ŵ)², Σ w², Σ (Σ of a row)²) in f64 and max |ŵ|, with ŵ as FORMAT.md §8 says.
 
     Sums of columns are added to ``column_sums`` f64 [K].
     """
@@ -161,7 +161,7 @@ def strip_noise(weights, elements, half, scales, outliers, column_sums):  # type
                 q += np.int32(outliers[next_outlier, 2]) - DELTA_OFFSET
                 next_outlier += 1
             w = weights[row, col]
-            decoded = scale * F32(q)
+            decoded = (scale * F32(q) + row_offsets[row]) * column_scales[col]
             largest = max(largest, abs(decoded))
             error = np.float64(w) - np.float64(decoded)
             noise += error * error

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and fp8 names with NumPy)
 import numpy as np
@@ -21,7 +21,15 @@ from kvpack.encode.model_tree import ModelTree
 from kvpack.encode.threads import ThreadPool
 from kvpack.errors import ContainerMetadataError, ScaleError
 from kvpack.format.blob import Blob
-from kvpack.format.container import BLOB_SUFFIX, PARALLEL_KEY, SCALE_SUFFIX, VARIANCE_NOISE_KEY, Container
+from kvpack.format.container import (
+    BLOB_SUFFIX,
+    COLUMN_SCALE_SUFFIX,
+    NUMBER_DTYPES,
+    PARALLEL_KEY,
+    ROW_OFFSET_SUFFIX,
+    VARIANCE_NOISE_KEY,
+    Container,
+)
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind
 
@@ -50,6 +58,20 @@ class TensorInfo:
     blob_bytes: int
     tensor_parallel: int
     header: BlobHeader
+    has_column_scales: bool
+    has_row_offsets: bool
+
+
+class NumbersBeside(NamedTuple):
+    """What stands beside a blob of integers: w = (scale · q + row offset) · column scale (docs/FORMAT.md §8).
+
+    ``scales`` f32 [1] or [matrices · rows]; ``column_scales`` f16 [matrices · cols]; ``row_offsets`` f32
+    [matrices · rows]; each None if there are none.
+    """
+
+    scales: npt.NDArray[np.float32] | None
+    column_scales: npt.NDArray[np.float16] | None = None
+    row_offsets: npt.NDArray[np.float32] | None = None
 
 
 class Reader:
@@ -175,8 +197,8 @@ class Reader:
             error.args = (f"{container.path}, tensor {name!r}: {error}",)
             raise
         stored = container.tensors[name + BLOB_SUFFIX].size_bytes
-        scales = container.tensors.get(name + SCALE_SUFFIX)
-        total = stored + (scales.size_bytes if scales else 0)
+        beside = {suffix: container.tensors.get(name + suffix) for suffix in NUMBER_DTYPES}
+        total = stored + sum(numbers.size_bytes for numbers in beside.values() if numbers)
 
         def number(key: str, largest: float) -> float | None:
             """What the writer measured; None for what nobody can have measured."""
@@ -199,6 +221,8 @@ class Reader:
             blob_bytes=stored,
             tensor_parallel=int(number(PARALLEL_KEY, 1 << 16) or 1),
             header=header,
+            has_column_scales=beside[COLUMN_SCALE_SUFFIX] is not None,
+            has_row_offsets=beside[ROW_OFFSET_SUFFIX] is not None,
         )
 
     def blob(self, name: str) -> Blob:
@@ -207,10 +231,11 @@ class Reader:
         if name not in container.coded:
             raise KeyError(f"tensor {name!r} is not coded")
         try:
-            self._check_crc(container, name + SCALE_SUFFIX)
+            for suffix in NUMBER_DTYPES:
+                self._check_crc(container, name + suffix)
             blob = Blob(container.data(name + BLOB_SUFFIX))
             self._check_shape(name, container.coded[name], blob.header)
-            self._scales(name, container, blob.header)
+            self._numbers_beside(name, container, blob.header)
             if container.coded[name]["dtype"] in NARROW_DTYPES and blob.tiles["outlier_count"].any():
                 raise ContainerMetadataError("outliers in a tensor that is not quantized")
         except ValueError as error:
@@ -219,7 +244,7 @@ class Reader:
         return blob
 
     def coded(self, name: str) -> CodedTensor:
-        """Blob and scales of a coded tensor, to be cut into parts for several devices, or stacked.
+        """A coded tensor with all that stands beside its blob, to be cut into parts for several devices, or stacked.
 
         Raises:
             KeyError: it is kept as it is.
@@ -227,7 +252,11 @@ class Reader:
         """
         blob, container = self.blob(name), self.container(name)
         entry = container.coded[name]
-        return CodedTensor(blob.buffer, container.scales(name), str(entry["dtype"]), tuple(entry["shape"]))
+        beside = self._numbers_beside(name, container, blob.header)
+        shape = tuple(entry["shape"])
+        return CodedTensor(
+            blob.buffer, beside.scales, str(entry["dtype"]), shape, beside.column_scales, beside.row_offsets
+        )
 
     @staticmethod
     def _check_shape(name: str, entry: dict[str, Any], header: BlobHeader) -> None:
@@ -256,16 +285,29 @@ class Reader:
             raise ContainerMetadataError(f"tensor {name!r}: dtype {dtype} with {kind.name} elements")
 
     @staticmethod
-    def _scales(name: str, container: Container, header: BlobHeader) -> npt.NDArray[np.float32] | None:
-        """What ``container.scales`` gives, if the header wants so many."""
-        scales = container.scales(name)
+    def _numbers_beside(name: str, container: Container, header: BlobHeader) -> NumbersBeside:
+        """Scales, column scales and row offsets of a coded tensor, if there are as many as the header wants."""
+        found = NumbersBeside(container.scales(name), container.column_scales(name), container.row_offsets(name))
         quantized = container.coded[name]["dtype"] not in ("I8", "U8")
         needed = header.layout.element_kind.is_integer and quantized
-        if needed != (scales is not None):
+        if needed != (found.scales is not None):
             raise ScaleError(f"tensor {name!r}: scales are {'missing' if needed else 'not expected'}")
-        if scales is not None and len(scales) not in (1, header.matrices * header.rows):
-            raise ScaleError(f"tensor {name!r}: {len(scales)} scales for {header.matrices} × {header.rows} rows")
-        return scales
+        rows, cols = header.matrices * header.rows, header.matrices * header.cols
+        for shown, numbers, legal in (
+            ("scales", found.scales, (1, rows)),
+            ("column scales", found.column_scales, (cols,)),
+            ("row offsets", found.row_offsets, (rows,)),
+        ):
+            if numbers is None:
+                continue
+            if not needed:
+                raise ScaleError(f"tensor {name!r}: {shown} are not expected")
+            if len(numbers) not in legal:
+                shape = f"{header.matrices} × {header.rows} rows"
+                if shown == "column scales":
+                    shape = f"{header.matrices} × {header.cols} columns"
+                raise ScaleError(f"tensor {name!r}: {len(numbers)} {shown} for {shape}")
+        return found
 
     def _check_crc(self, container: Container, stored: str, data: memoryview | None = None) -> None:
         if self.verify and stored not in self._intact:
@@ -332,17 +374,21 @@ class Reader:
                 return self.stored(name).astype(target, copy=False)
         blob = self.blob(name)
         integers = self._integers(name, blob)
-        scales = container.scales(name)
-        if scales is None:
+        beside = self._numbers_beside(name, container, blob.header)
+        if beside.scales is None:
             values = integers
             if not blob.header.layout.element_kind.is_integer:
                 values = integers.view(NUMPY_DTYPES[own])
         else:
-            by_row = np.broadcast_to(scales, blob.header.matrices * blob.header.rows)
-            shape = (blob.header.matrices, blob.header.rows, 1)
+            header = blob.header
+            by_row = np.broadcast_to(beside.scales, header.matrices * header.rows)
             values = integers.astype(np.float32)
-            with np.errstate(over="ignore"):
-                values *= by_row.reshape(shape)
+            with np.errstate(over="ignore", invalid="ignore"):
+                values *= by_row.reshape(header.matrices, header.rows, 1)
+                if beside.row_offsets is not None:
+                    values += beside.row_offsets.reshape(header.matrices, header.rows, 1)
+                if beside.column_scales is not None:
+                    values *= beside.column_scales.astype(np.float32).reshape(header.matrices, 1, header.cols)
         with np.errstate(over="ignore", invalid="ignore"):  # fp32 → fp16 may overflow to inf, as IEEE says
             values = values.astype(target, copy=False)
         return self._to_shape(name, values, blob.header)

@@ -10,21 +10,22 @@ no table is added, since a GPU makes a launch for each. Most tensors have one ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvpack.encode.blob_decoder import decode_tile, element_dtype
-from kvpack.encode.blob_encoder import NO_TABLE, encode_tile, finish_front
+from kvpack.encode.blob_encoder import NO_TABLE, encode_tile, join_tiles
 from kvpack.encode.frequencies import coded_bits
 from kvpack.encode.rans import decoder_table, encoder_table
 from kvpack.encode.table_clusters import CONSTANT
 from kvpack.encode.tile_coder import count_symbols
 from kvpack.errors import GeometryError, TableError
-from kvpack.format.blob import TILE_METADATA, Blob
+from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader, TileGeometry
-from kvpack.format.layout import ALIGNMENT_BYTES, GROUP_LANES, MAX_TABLES, NUM_SYMBOLS, TILE_ROWS, Predictor, align
+from kvpack.format.layout import GROUP_LANES, MAX_TABLES, NUM_SYMBOLS, TILE_ROWS, Predictor
 from kvpack.format.tables import Frequencies
 from kvpack.format.tile_parts import TileBytes, TilePart, copied_tile, joined_outliers, joined_tile
 
@@ -88,31 +89,28 @@ def _code_again(
     return min(ways, key=lambda way: len(way.data))
 
 
+def _tile(header: BlobHeader, spans: Sequence[_Span], tables: list[Frequencies], number: int) -> TileBytes:
+    """Tile ``number`` of the blob to be."""
+    geometry = header.tile_geometry(number)
+    tile_col, begin = number % header.num_tiles_col, 0
+    places = []
+    for span in spans:
+        first = max(0, geometry.first_row - begin)
+        stop = min(span.rows, geometry.first_row + geometry.rows - begin)
+        places += [(span, *place) for place in span.places(geometry, tile_col, first, stop)]
+        begin += span.rows
+    span, index, first, stop = places[0]
+    if len(places) == 1 and stop - first == span.blob.header.tile_geometry(index).rows:
+        return copied_tile(span.blob, index, span.table_index(index))
+    parts = [TilePart.of(s.blob, tile, a, b, s.table_index(tile)) for s, tile, a, b in places]
+    joined = joined_tile(parts, header.layout.element_bits, header.length_bytes)
+    return joined or _code_again(header, geometry, parts, [place[0].blob for place in places], tables)
+
+
 def _assemble(header: BlobHeader, spans: Sequence[_Span], tables: list[Frequencies]) -> bytes:
     """The blob with ``header``'s geometry whose rows are those of ``spans``, one below the other."""
-    tiles = np.zeros(header.num_tiles, TILE_METADATA)
-    payload = bytearray()
-    for number in range(header.num_tiles):
-        geometry = header.tile_geometry(number)
-        tile_col, begin = number % header.num_tiles_col, 0
-        places = []
-        for span in spans:
-            first = max(0, geometry.first_row - begin)
-            stop = min(span.rows, geometry.first_row + geometry.rows - begin)
-            places += [(span, *place) for place in span.places(geometry, tile_col, first, stop)]
-            begin += span.rows
-        span, index, first, stop = places[0]
-        if len(places) == 1 and stop - first == span.blob.header.tile_geometry(index).rows:
-            made = copied_tile(span.blob, index, span.table_index(index))
-        else:
-            parts = [TilePart.of(s.blob, tile, a, b, s.table_index(tile)) for s, tile, a, b in places]
-            joined = joined_tile(parts, header.layout.element_bits, header.length_bytes)
-            made = joined or _code_again(header, geometry, parts, [place[0].blob for place in places], tables)
-        tiles[number] = made.metadata
-        tiles[number]["data_offset"] = len(payload)
-        payload += made.data
-        payload += bytes(align(len(payload), ALIGNMENT_BYTES) - len(payload))
-    return finish_front(header, tables, tiles, len(payload)) + payload
+    coded = (_tile(header, spans, tables, number) for number in range(header.num_tiles))
+    return join_tiles(header, tables, coded, math.nan).data
 
 
 def _parsed(blob: Blob | bytes | memoryview) -> Blob:

@@ -54,6 +54,8 @@ from kvpack.encode.rate import (
 )
 from kvpack.encode.tensor_parallel import dividing_tile_cols
 from kvpack.encode.threads import map_ordered
+from kvpack.errors import ScaleError
+from kvpack.format.container import COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX, first_illegal
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     FLOAT_ELEMENT_BITS,
@@ -109,7 +111,7 @@ class RateOutOfReachError(NotEncodableError):
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """A blob, its scales (f32 [1] or [matrices · rows], None if lossless), and what was measured.
+    """A blob, what stands beside it (see :class:`.reader.NumbersBeside`; nothing if lossless), and what was measured.
 
     ``noise_db`` is over Σ w²; ``variance_noise_db`` over the variance, None where no mean matters (see
     :class:`Moments`), ``centred_noise_db`` over that around the tensor's mean. ``reason`` says why it is not coded as
@@ -124,10 +126,13 @@ class EncodedTensor:
     variance_noise_db: float | None = None
     centred_noise_db: float | None = None
     reason: str | None = None
+    column_scales: npt.NDArray[np.float16] | None = None
+    row_offsets: npt.NDArray[np.float32] | None = None
 
     @property
     def size_bytes(self) -> int:
-        return self.blob.size_bytes + (0 if self.scales is None else self.scales.nbytes)
+        beside = (self.scales, self.column_scales, self.row_offsets)
+        return self.blob.size_bytes + sum(numbers.nbytes for numbers in beside if numbers is not None)
 
 
 def _is_stack(shape: tuple[int, ...]) -> bool:
@@ -150,6 +155,8 @@ class Matrices:
 
     # Into how many parts the columns will be split: tiles end at their borders.
     column_parts = 1
+    # Rows of all that it will be stacked with, if it is: all have the same tiles.
+    stacked_rows: int | None = None
 
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
         self._set_geometry(array.shape, array.dtype, transposed=transposed)
@@ -168,6 +175,42 @@ class Matrices:
         self.num_strips = self.matrices * self.tile_rows
         # Filled by the first measure(): every rate that is tried begins with it.
         self.measured: FineHistogram | None = None
+        self.column_scales: npt.NDArray[np.float16] | None = None
+        self.row_offsets: npt.NDArray[np.float32] | None = None
+
+    def set_vectors(
+        self,
+        column_scales: npt.NDArray[np.float16] | None = None,
+        row_offsets: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """Quantize w / column scale − row offset, so that decoding gives w again (FORMAT.md §8).
+
+        Rates are those of what is quantized, noise is that of w. Exact coding takes w as it is.
+
+        Args:
+            column_scales: f16 [matrices · cols], of the inputs.
+            row_offsets: f32 [matrices · rows], of the outputs.
+
+        Raises:
+            ScaleError: another number of them, or one that §8 calls illegal.
+        """
+        for suffix, numbers, count in (
+            (COLUMN_SCALE_SUFFIX, column_scales, self.matrices * self.cols),
+            (ROW_OFFSET_SUFFIX, row_offsets, self.matrices * self.rows),
+        ):
+            if numbers is None:
+                continue
+            shown = suffix.removeprefix("_kvpack_").replace("_", " ")
+            dtype = np.float16 if suffix == COLUMN_SCALE_SUFFIX else np.float32
+            if numbers.shape != (count,) or numbers.dtype != dtype:
+                raise ScaleError(
+                    f"the {shown}s are {numbers.dtype} {list(numbers.shape)}; needed are {np.dtype(dtype)} [{count}]"
+                )
+            at = first_illegal(suffix, numbers)
+            if at is not None:
+                raise ScaleError(f"{shown} {at} is {numbers[at]}")
+        self.measured = None
+        self.column_scales, self.row_offsets = column_scales, row_offsets
 
     @property
     def array(self) -> npt.NDArray[Any]:
@@ -182,6 +225,34 @@ class Matrices:
         matrix, tile_row = divmod(index, self.tile_rows)
         return self._array[matrix, tile_row * TILE_ROWS : (tile_row + 1) * TILE_ROWS]
 
+    @property
+    def vector_bytes(self) -> int:
+        """What column scales and row offsets take."""
+        return sum(numbers.nbytes for numbers in (self.column_scales, self.row_offsets) if numbers is not None)
+
+    def values(self, index: int) -> npt.NDArray[np.float32]:
+        """What is quantized of a strip, [up to 256, cols]: the strip, or what makes it with the vectors."""
+        values = as_float32(self.strip(index))
+        if self.column_scales is not None:
+            values = values / self.strip_column_scales(index)
+        if self.row_offsets is not None:
+            values = values - self.row_offsets[self.strip_rows(index), None]
+        return values
+
+    def strip_column_scales(self, index: int) -> npt.NDArray[np.float32]:
+        """Those of a strip's matrix, [cols]; ones if there are none."""
+        if self.column_scales is None:
+            return np.ones(self.cols, np.float32)
+        matrix = index // self.tile_rows
+        return self.column_scales[matrix * self.cols : (matrix + 1) * self.cols].astype(np.float32)
+
+    def strip_row_offsets(self, index: int) -> npt.NDArray[np.float32]:
+        """Those of a strip's rows; −0, which changes no sum, if there are none."""
+        rows = self.strip_rows(index)
+        if self.row_offsets is None:
+            return np.full(rows.stop - rows.start, -0.0, np.float32)
+        return self.row_offsets[rows]
+
     def strip_rows(self, index: int) -> slice:
         """The strip's rows among all matrices · rows."""
         matrix, tile_row = divmod(index, self.tile_rows)
@@ -193,7 +264,7 @@ class Matrices:
             layout=layout,
             rows=self.rows,
             cols=self.cols,
-            tile_cols=tile_cols or even_tile_cols(self.rows, self.cols, layout, self.column_parts),
+            tile_cols=tile_cols or even_tile_cols(self.stacked_rows or self.rows, self.cols, layout, self.column_parts),
             matrices=self.matrices,
             transposed=self.transposed,
         )
@@ -226,7 +297,7 @@ class QuantizedStrips:
         if index in self._kept:
             return self._kept[index]
         quantized = quantize(
-            as_float32(self.weights.strip(index)),
+            self.weights.values(index),
             np.ascontiguousarray(self.steps[self.weights.strip_rows(index)]),
             self.element_bits,
             self.rounding,
@@ -369,6 +440,8 @@ def _encode_quantized(
             strip.elements,
             half,
             np.ascontiguousarray(by_row[weights.strip_rows(index)]),
+            weights.strip_row_offsets(index),
+            weights.strip_column_scales(index),
             strip.outliers,
             column_sums[index],
         )
@@ -389,7 +462,17 @@ def _encode_quantized(
         if moments.reference < power:
             against_variance = against_power + 10 * math.log10(power / moments.reference)
             centred = against_power + 10 * math.log10(power / max(moments.centred, moments.reference))
-    return EncodedTensor(blob, scales, method, header.layout, against_power, against_variance, centred)
+    return EncodedTensor(
+        blob,
+        scales,
+        method,
+        header.layout,
+        against_power,
+        against_variance,
+        centred,
+        column_scales=weights.column_scales,
+        row_offsets=weights.row_offsets,
+    )
 
 
 def noise_db(sums: list[tuple[float, float]]) -> float | None:
@@ -420,7 +503,7 @@ def _count_quantized(
     step = float(strips.steps[0])
     # The scale that minimises Σ (w − s·q)², from integer sums: the centroid idea at no cost to a decoder.
     scale = step * (counts.dot / FIXED_POINT / counts.energy) if counts.energy else step
-    size = estimate_blob_bytes(header, counts.tiles, counts.outliers) + 4
+    size = estimate_blob_bytes(header, counts.tiles, counts.outliers) + 4 + strips.weights.vector_bytes
     return _Counted(strips, counts.tiles, counts.outliers, scale, size)
 
 
@@ -442,7 +525,7 @@ def _moments(weights: Matrices, limit: float, executor: ThreadPoolExecutor | Non
     """
 
     def work(index: int) -> tuple[float, float, int, int, float, int]:
-        return strip_moments(as_float32(weights.strip(index)), np.float32(limit))  # type: ignore[no-any-return]
+        return strip_moments(weights.values(index), np.float32(limit))  # type: ignore[no-any-return]
 
     energies, totals, within, nonzero, largest, strange = zip(
         *map_ordered(work, range(weights.num_strips), executor), strict=True
@@ -488,7 +571,7 @@ def _measure(weights: Matrices, executor: ThreadPoolExecutor | None) -> FineHist
         return FineHistogram(np.zeros(FINE_BINS, np.int64), 0.0, 0.0)
     if rms < _TINY * 2**24:
         raise NotEncodableError(f"values near the end of the fp32 range (rms {rms:.3g})")
-    few = distinct_values(as_float32(weights.strip(index)) for index in range(weights.num_strips))
+    few = distinct_values(weights.values(index) for index in range(weights.num_strips))
     if few is not None:
         values, counts = few
         return FineHistogram(counts, rms, largest, mean, values.astype(np.float64), grid_step(values), 0.0)
@@ -496,7 +579,7 @@ def _measure(weights: Matrices, executor: ThreadPoolExecutor | None) -> FineHist
 
     def count(index: int) -> npt.NDArray[np.int64]:
         histogram = np.zeros(FINE_BINS, np.int64)
-        count_values(as_float32(weights.strip(index)), per_width, histogram)
+        count_values(weights.values(index), per_width, histogram)
         return histogram
 
     counts = np.zeros(FINE_BINS, np.int64)
@@ -846,7 +929,7 @@ def encode_int8_rows(
     absmax = np.empty(weights.matrices * weights.rows, np.float32)
 
     def work(index: int) -> None:
-        row_absmax(as_float32(weights.strip(index)), absmax[weights.strip_rows(index)])
+        row_absmax(weights.values(index), absmax[weights.strip_rows(index)])
 
     for _ in map_ordered(work, range(weights.num_strips), executor):
         pass

@@ -15,7 +15,7 @@ from kvpack.encode.fp8 import dequantize_tree, find_fp8
 from kvpack.encode.model_tree import ModelTree
 from kvpack.encode.reader import Reader
 from kvpack.encode.tensor_encoder import noise_db
-from kvpack.format.container import SCALE_SUFFIX
+from kvpack.format.container import NUMBER_DTYPES
 
 # The recorded noise is rounded to 10^-4 dB.
 NOISE_TOLERANCE_DB = 0.001
@@ -71,9 +71,10 @@ def verify(
         for name in reader:
             result.tensors += 1
             container = reader.container(name)
-            plain = name + SCALE_SUFFIX if name in container.coded else name
-            if plain in container.tensors and not container.check_crc32(plain):
-                result.bytes_without_checksum += container.tensors[plain].size_bytes
+            plain = [name + suffix for suffix in NUMBER_DTYPES] if name in container.coded else [name]
+            for stored in plain:
+                if stored in container.tensors and not container.check_crc32(stored):
+                    result.bytes_without_checksum += container.tensors[stored].size_bytes
             if name not in container.coded:
                 if progress:
                     progress(container.tensors[name].size_bytes)

@@ -46,6 +46,11 @@ PARALLEL_KEY = "tensor_parallel"
 VARIANCE_NOISE_KEY = "noise_variance_db"
 BLOB_SUFFIX = "_kvpack"
 SCALE_SUFFIX = "_kvpack_scale"
+COLUMN_SCALE_SUFFIX = "_kvpack_column_scale"
+ROW_OFFSET_SUFFIX = "_kvpack_row_offset"
+# Of what stands beside a blob and turns its integers into numbers (FORMAT.md §8), with its dtype.
+NUMBER_DTYPES = {SCALE_SUFFIX: "F32", COLUMN_SCALE_SUFFIX: "F16", ROW_OFFSET_SUFFIX: "F32"}
+PART_SUFFIXES = (BLOB_SUFFIX, *NUMBER_DTYPES)
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 1 << 18  # in one file; a reader's own limit (FORMAT.md §10)
 _DATA_ALIGNMENT_BYTES = 64
@@ -61,6 +66,21 @@ DTYPE_BITS = {
     "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+
+
+_SHOWN = {suffix: suffix.removeprefix("_kvpack_").replace("_", " ") for suffix in NUMBER_DTYPES}
+
+
+def first_illegal(suffix: str, numbers: np.ndarray[Any, Any]) -> int | None:
+    """Index of the first of the numbers beside a blob that FORMAT.md §8 calls illegal; None if all are legal.
+
+    Finite and no denormals, all of them: scales at least 0, scales of columns above 0, offsets of any sign.
+    """
+    magnitudes = np.abs(numbers) if suffix == ROW_OFFSET_SUFFIX else numbers
+    legal = (magnitudes >= np.finfo(numbers.dtype).tiny) & np.isfinite(numbers)
+    if suffix != COLUMN_SCALE_SUFFIX:
+        legal |= numbers == 0
+    return None if legal.all() else int(np.argmin(legal))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +245,7 @@ class Container:
 
     def _parse_coded(self) -> dict[str, dict[str, Any]]:
         version, text = self.metadata.get(VERSION_KEY), self.metadata.get(TENSORS_KEY)
-        parts = {name for name in self.tensors if name.endswith((BLOB_SUFFIX, SCALE_SUFFIX))}
+        parts = {name for name in self.tensors if name.endswith(PART_SUFFIXES)}
         if version is None and text is None:
             if parts:
                 raise ContainerMetadataError(
@@ -252,10 +272,11 @@ class Container:
                 raise ContainerMetadataError(f"tensor {name!r} has an entry, but no blob of type U8")
             if name in self.tensors:
                 raise ContainerMetadataError(f"tensor {name!r} is stored both coded and as it is")
-            scale = self.tensors.get(name + SCALE_SUFFIX)
-            if scale is not None and (scale.dtype != "F32" or len(scale.shape) != 1):
-                raise ScaleError(f"the scales of {name!r} are {scale.dtype} {list(scale.shape)}")
-        extra = parts - {name + suffix for name in coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
+            for suffix, dtype in NUMBER_DTYPES.items():
+                numbers = self.tensors.get(name + suffix)
+                if numbers is not None and (numbers.dtype != dtype or len(numbers.shape) != 1):
+                    raise ScaleError(f"the {_SHOWN[suffix]}s of {name!r} are {numbers.dtype} {list(numbers.shape)}")
+        extra = parts - {name + suffix for name in coded for suffix in PART_SUFFIXES}
         if extra:
             raise ContainerMetadataError(f"{min(extra)!r} has no entry in {TENSORS_KEY}")
         return coded
@@ -274,7 +295,7 @@ class Container:
 
     def original_names(self) -> list[str]:
         """Names of the original tensors: coded ones without their suffix, others as they are."""
-        parts = {name + suffix for name in self.coded for suffix in (BLOB_SUFFIX, SCALE_SUFFIX)}
+        parts = {name + suffix for name in self.coded for suffix in PART_SUFFIXES}
         return sorted([*self.coded, *(name for name in self.tensors if name not in parts)])
 
     def rename(self, names: Mapping[str, str]) -> None:
@@ -285,7 +306,7 @@ class Container:
         """
         new = dict(names)
         for name in self.coded:
-            for suffix in (BLOB_SUFFIX, SCALE_SUFFIX):
+            for suffix in PART_SUFFIXES:
                 new[name + suffix] = names[name] + suffix
         self.tensors = {new[name]: replace(tensor, name=new[name]) for name, tensor in self.tensors.items()}
         self.coded = {new[name]: entry for name, entry in self.coded.items()}
@@ -354,11 +375,29 @@ class Container:
         if name + SCALE_SUFFIX not in self.tensors:
             return None
         scales = np.frombuffer(self.data(name + SCALE_SUFFIX), "<f4").astype(np.float32)
-        tiny = np.finfo(np.float32).tiny
-        bad = ~((scales == 0) | ((scales >= tiny) & np.isfinite(scales)))
-        if bad.any():
-            raise ScaleError(f"{self.path}: scale {int(np.argmax(bad))} of {name!r} is {scales[bad][0]}")
+        self._check_numbers(name, SCALE_SUFFIX, scales)
         return scales
+
+    def column_scales(self, name: str) -> np.ndarray[Any, np.dtype[np.float16]] | None:
+        """The column scales of a coded tensor, f16 [matrices · cols], or None."""
+        if name + COLUMN_SCALE_SUFFIX not in self.tensors:
+            return None
+        scales = np.frombuffer(self.data(name + COLUMN_SCALE_SUFFIX), "<f2").astype(np.float16)
+        self._check_numbers(name, COLUMN_SCALE_SUFFIX, scales)
+        return scales
+
+    def row_offsets(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        """The row offsets of a coded tensor, f32 [matrices · rows], or None."""
+        if name + ROW_OFFSET_SUFFIX not in self.tensors:
+            return None
+        offsets = np.frombuffer(self.data(name + ROW_OFFSET_SUFFIX), "<f4").astype(np.float32)
+        self._check_numbers(name, ROW_OFFSET_SUFFIX, offsets)
+        return offsets
+
+    def _check_numbers(self, name: str, suffix: str, numbers: np.ndarray[Any, Any]) -> None:
+        at = first_illegal(suffix, numbers)
+        if at is not None:
+            raise ScaleError(f"{self.path}: {_SHOWN[suffix]} {at} of {name!r} is {numbers[at]}")
 
     def close(self) -> None:
         """Let go of the file; it is closed as soon as nobody else holds it. What was read stays."""

@@ -16,9 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.format.blob import GROUPS_PER_TILE, Blob, Tile, check_tile_bytes
-from kvpack.format.layout import ALIGNMENT_BYTES, GROUP_LANES, OUTLIER_BYTES, TileMode, align
-
-_OUTLIER_ROW_SHIFT = 24
+from kvpack.format.layout import ALIGNMENT_BYTES, GROUP_LANES, OUTLIER_BYTES, OUTLIER_ROW_SHIFT, TileMode, align
 
 
 class TileBytes(NamedTuple):
@@ -53,9 +51,9 @@ class TilePart:
         at = int(meta["data_offset"]) + int(meta["outlier_offset"])
         data = blob.payload[at : at + OUTLIER_BYTES * int(meta["outlier_count"])]
         outliers = np.frombuffer(data, "<u4")
-        rows = outliers >> _OUTLIER_ROW_SHIFT
+        rows = outliers >> OUTLIER_ROW_SHIFT
         inside = outliers[(rows >= first) & (rows < stop)]
-        return cls(tile, first, stop, table_index, inside - np.uint32(first << _OUTLIER_ROW_SHIFT))
+        return cls(tile, first, stop, table_index, inside - np.uint32(first << OUTLIER_ROW_SHIFT))
 
     @property
     def rows(self) -> int:
@@ -105,7 +103,7 @@ def joined_outliers(parts: Sequence[TilePart]) -> npt.NDArray[np.uint32]:
     """The outliers of a tile made of ``parts``, one below the other."""
     first, joined = 0, []
     for part in parts:
-        joined.append(part.outliers + np.uint32(first << _OUTLIER_ROW_SHIFT))
+        joined.append(part.outliers + np.uint32(first << OUTLIER_ROW_SHIFT))
         first += part.rows
     return np.concatenate(joined)
 

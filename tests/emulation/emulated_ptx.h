@@ -538,6 +538,7 @@ inline float emulated::value_of_half(unsigned int bits) {
 inline float f16_value(unsigned int bits) { return emulated::half_values[bits & 0xFFFF]; }
 inline unsigned int f16x2_bits(float low, float high) { return f16_bits(low) | f16_bits(high) << 16; }
 inline unsigned int bf16x2_bits(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline unsigned int computed_anew(unsigned int value) { return value; }
 inline float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
 
 inline unsigned int and_or(unsigned int a, unsigned int mask, unsigned int bits) { return (a & mask) | bits; }

@@ -24,11 +24,12 @@ from kvpack.errors import DirectoryIndexError, InputError
 DEFAULTS = {
     "bits": 4.85, "preset": None, "layout": "auto", "tile_cols": None, "allocation": "tensor", "include": None,
     "exclude": None, "tensor_bits": {}, "dequantize_fp8": False, "tensor_parallel": 1,
+    "stack": False,
 }  # fmt: skip
 OTHERS = {
     "bits": 3.5, "preset": None, "layout": "fast", "tile_cols": 96, "allocation": "model", "include": "head",
     "exclude": r"^b\.", "tensor_bits": {"up": 2.5, "down": "lossless"}, "dequantize_fp8": True,
-    "tensor_parallel": 2,
+    "tensor_parallel": 2, "stack": False,
 }  # fmt: skip
 
 
@@ -85,6 +86,8 @@ def test_it_does_not_change() -> None:
         ({"layout": "wide"}, "layout 'wide': there are auto, "),
         ({"layout": None}, "layout None: there are auto, "),
         ({"allocation": 3}, "allocation 3: there are tensor, model"),
+        ({"stack": 1}, "stack 1: there are true and false"),
+        ({"stack": True, "allocation": "model"}, "stack and allocation 'model' exclude each other"),
         ({"tile_cols": 0}, "tile_cols 0: multiples of 32 from 32 to 2048 are possible"),
         ({"tile_cols": 48}, "tile_cols 48: multiples of 32"),
         ({"tile_cols": 2080}, "tile_cols 2080: multiples of 32"),

@@ -607,6 +607,89 @@ def test_unexpected_scales(path: Path, name: str) -> None:
     expect(path, file.build(), ScaleError, "scales are not expected")
 
 
+# §8: row offsets and column scales
+
+VECTORS = {"column_scale": ("F16", "<f2", 350), "row_offset": ("F32", "<f4", 40)}
+
+
+def put_vector(file: File, what: str, values: Any, tensor: str = "w") -> None:
+    dtype, stored, _ = VECTORS[what]
+    data = np.asarray(values, stored)
+    file.put(f"{tensor}_kvpack_{what}", dtype, list(data.shape), data.tobytes())
+
+
+@pytest.mark.parametrize("what", VECTORS)
+def test_numbers_with_vectors(path: Path, what: str) -> None:
+    """In fp32, an operation after the other, denormal results and all."""
+    file = base()
+    file.put_scales(2.0**-124)
+    rng = np.random.default_rng(8)
+    count = VECTORS[what][2]
+    values = rng.lognormal(0, 2, count) if what == "column_scale" else rng.normal(0, 1, count) * 2.0**-120
+    put_vector(file, what, values)
+    path.write_bytes(file.build())
+    q = integers((40, 350), 5, 1.5, 1).astype(np.float32) - 16
+    w = np.float32(2.0**-124) * q
+    if what == "column_scale":
+        expected = w * values.astype("<f2").astype(np.float32)
+    else:
+        expected = w + values.astype(np.float32)[:, None]
+    assert 0 < np.abs(expected[expected != 0]).min() < np.finfo(np.float32).tiny
+    with kvpack.open(path) as reader:
+        np.testing.assert_array_equal(reader.dequantize("w"), expected)
+        info = reader.info("w")
+        assert info is not None
+        assert (info.has_column_scales, info.has_row_offsets) == (what == "column_scale", what == "row_offset")
+        stored = len(blob_of("w")) + 4 + count * (2 if what == "column_scale" else 4)
+        assert info.bits_per_weight == 8 * stored / expected.size
+
+
+@pytest.mark.parametrize("what", VECTORS)
+@pytest.mark.parametrize("bad", ["denormal", "-denormal", "inf", "-inf", "nan", "0", "-0", "-1"])
+def test_illegal_vectors(path: Path, what: str, bad: str) -> None:
+    file = base()
+    _, stored, count = VECTORS[what]
+    values = np.full(count, 0.5, stored)
+    tiny = np.finfo(stored).smallest_subnormal
+    values[7] = {"denormal": tiny, "-denormal": -tiny}.get(bad) or float(bad)
+    put_vector(file, what, values)
+    if what == "row_offset" and bad in ("0", "-0", "-1"):
+        path.write_bytes(file.build())
+        with kvpack.open(path) as reader:
+            reader.dequantize("w")
+        return
+    expect(path, file.build(), ScaleError, f"{what.replace('_', ' ')} 7 of 'w' is")
+
+
+@pytest.mark.parametrize("what", VECTORS)
+@pytest.mark.parametrize("count", [0, 1, 39, 41, 349, 351])
+def test_a_wrong_number_of_vectors(path: Path, what: str, count: int) -> None:
+    file = base()
+    put_vector(file, what, [0.5] * count)
+    expected = f"{count} {what.replace('_', ' ')}s for 1 × {'350 columns' if what == 'column_scale' else '40 rows'}"
+    expect(path, file.build(), ScaleError, expected)
+
+
+@pytest.mark.parametrize("what", VECTORS)
+def test_vectors_of_another_type_and_place(path: Path, what: str) -> None:
+    shown = what.replace("_", " ")
+    for dtype, size in (("BF16", 2), ("F64", 8), ("F32", 4) if what == "column_scale" else ("F16", 2)):
+        file = base()
+        count = VECTORS[what][2]
+        file.put(f"w_kvpack_{what}", dtype, [count], bytes(size * count))
+        expect(path, file.build(), ScaleError, f"the {shown}s of 'w' are {dtype}")
+    file = base()
+    put_vector(file, what, [[0.5] * VECTORS[what][2]])
+    expect(path, file.build(), ScaleError, f"the {shown}s of 'w' are")
+    file = base()
+    put_vector(file, what, [0.5] * VECTORS[what][2], tensor="nothing")
+    expect(path, file.build(), ContainerMetadataError, f"'nothing_kvpack_{what}' has no entry")
+    for name in ("codes", "half"):
+        file = base()
+        put_vector(file, what, [0.5], tensor=name)
+        expect(path, file.build(), ScaleError, f"{shown}s are not expected")
+
+
 # §9.3: shapes and kinds
 
 

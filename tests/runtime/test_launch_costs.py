@@ -17,11 +17,16 @@ from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
+import emulated_device  # noqa: E402
+
 from kvpack.bench import tune as tuning  # noqa: E402
+from kvpack.bench.timing import Timed  # noqa: E402
 from kvpack.cli.application import app  # noqa: E402
+from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.errors import InputError  # noqa: E402
 from kvpack.format.header import BlobHeader  # noqa: E402
 from kvpack.format.layout import ElementKind, integer_layout  # noqa: E402
+from kvpack.runtime.device import devices, kernels  # noqa: E402
 from kvpack.runtime.device.devices import Limits  # noqa: E402
 from kvpack.runtime.weights import launch_costs, launch_model, products  # noqa: E402
 from kvpack.runtime.weights.launch_costs import TimedCase  # noqa: E402
@@ -31,6 +36,9 @@ H100 = Limits(90, 132, 228 << 10, 227 << 10, "NVIDIA H100 80GB HBM3")
 L4 = Limits(89, 58, 100 << 10, 99 << 10, "NVIDIA L4")
 KEY = {"device": "NVIDIA L4", "multiprocessors": 58, "driver": 13000, "kvpack": "1", "kernels": "ab"}
 OTHER = {eights: Terms(*(2 * cost for cost in terms)) for eights, terms in COSTS.items()}
+
+
+MADE_FOR = launch_costs.made_for
 
 
 @pytest.fixture(autouse=True)
@@ -290,7 +298,9 @@ def test_the_plan_reaches_every_kernel_early() -> None:
 def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     """`kvpack tune` finds the device of `FakeDevice`, which is said to be an L4."""
     fake = FakeDevice()
-    timer = SimpleNamespace(launches=fake_launches, time=fake.time, errors={"512×2048": "not captured"})
+    timer = SimpleNamespace(
+        launches=fake_launches, time=fake.time, compile=lambda cases: None, errors={"512×2048": "not captured"}
+    )
     monkeypatch.setattr(tuning, "DeviceTimer", lambda _: timer)
     monkeypatch.setattr(tuning, "plan", lambda: CASES)
     monkeypatch.setattr("kvpack.runtime.device.devices.resolve_device", lambda name: torch.device("cuda", 0))
@@ -337,6 +347,18 @@ def test_the_command_keeps_nothing_of_too_few_times(device: FakeDevice) -> None:
     assert not launch_costs.costs_file(L4).exists()
 
 
+def test_the_command_sees_first_whether_costs_can_be_kept(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("KVPACK_CACHE_DIR", str(file / "folder"))
+    done = CliRunner().invoke(app, ["tune", "--json"])
+    assert done.exit_code == 2
+    assert "(Not a directory): set KVPACK_CACHE_DIR" in json.loads(done.stdout)["message"]
+    assert not device.timed
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_the_command_needs_a_device() -> None:
     for name, message in (("cuda", "cuda"), ("cpu", "launches are a GPU's"), ("tpu", "is no device")):
@@ -356,3 +378,63 @@ def test_times_on_a_device() -> None:
         times = timer.time(case, [launches[number][1] for number in chosen])
         assert not timer.errors
         assert all(us is not None and 1 < us < 1000 for us in times)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_times_are_of_right_results(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """`DeviceTimer` on the emulator: launches of several kinds give the product that they are compared with."""
+    works: list[Any] = []
+
+    def check(given: Any, **options: Any) -> Any:
+        works.extend(given)
+        right = [work.error(work.calls[-1]()) <= work.tolerance for work in given]
+        return [Timed(us=1.0 if one else None, error=None if one else "wrong") for one in right]
+
+    def encoded(elements: Any, layout: Any, *, tile_cols: int | None) -> Any:
+        data = encode_elements(elements.numpy(), layout, tile_cols=tile_cols)
+        return SimpleNamespace(blob=torch.from_numpy(np.frombuffer(data, np.uint8).copy()))
+
+    blobs: list[Any] = []
+
+    def from_bytes(data: Any, scales: Any, *more: Any) -> Any:
+        blobs.append(emulated_device.coded_tensor(bytes(data), scales))
+        return SimpleNamespace(nbytes=len(data), _arguments=lambda: (blobs[-1],))
+
+    compiled: set[Any] = set()
+    monkeypatch.setattr(tuning, "measure", check)
+    monkeypatch.setattr(tuning, "encode_on_device", encoded)
+    monkeypatch.setattr(tuning.DeviceBlob, "from_bytes", from_bytes)
+    monkeypatch.setattr(tuning.ops, "_coded", lambda blob: blob)
+    monkeypatch.setattr(tuning, "compile_ahead", compiled.update)
+    monkeypatch.setattr(tuning, "synchronize_or_stop", lambda: None)
+    monkeypatch.setattr("kvpack.runtime.device.devices.device_limits", lambda _: emulated_device.LIMITS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(kernels, "launch", emulated_device.emulated_launch)
+    timer = tuning.DeviceTimer(torch.device("cpu"))
+    case = tuning.Case(200, 256, "fast", tokens, 64)
+    launches = timer.launches(case)
+    chosen = tuning.worth_timing(launches, COSTS[case.eights], 5)
+    fits = [launches[number][1] for number in chosen]
+    assert timer.time(case, fits) == [1.0] * 5
+    assert len({(fit.panels, fit.member_width, fit.resident) for fit in fits}) > 2
+    timer.compile([case])
+    assert {tuning.kernel_of(blobs[0], tokens, fit, emulated_device.LIMITS) for fit in fits} <= compiled
+    assert len(compiled) == 4  # one or two buffers, and blocks
+    assert len(works) == 5
+    assert timer.launches(case) == launches  # of the same weights
+    assert len(blobs) == 1
+    # A result that is not the product's has no time.
+    monkeypatch.setattr(products, "multiply", lambda coded, x, *more: torch.zeros(len(x), 200))
+    assert timer.time(case, fits[:1]) == [None]
+    assert timer.errors == {case.name: "wrong"}
+
+
+@pytest.mark.gpu
+def test_costs_of_this_device_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the device's true name, driver and kernels: read back by what a first product calls."""
+    monkeypatch.setattr(launch_costs, "made_for", MADE_FOR)
+    limits = devices.device_limits(torch.device("cuda", torch.cuda.current_device()))
+    key = MADE_FOR(limits)
+    assert key["driver"] >= 12000
+    launch_costs.write_tuned(limits, key, OTHER, {})
+    assert launch_costs.device_costs(limits).costs == OTHER

@@ -687,7 +687,8 @@ class _DeviceCoder:
     ) -> QuantizedStrips:
         """As :class:`kvpack.encode.tensor_encoder.QuantizedStrips`."""
         positive = steps[steps != 0]
-        if not (np.isfinite(positive) & (positive >= _SMALLEST_STEP)).all():
+        # The kernel takes weights as they are stored.
+        if weights.vector_bytes or not (np.isfinite(positive) & (positive >= _SMALLEST_STEP)).all():
             return QuantizedStrips(weights, steps, element_bits, rounding)
         return _DeviceStrips(self, weights, steps, element_bits, rounding)
 

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvpack.encode.coded_tensor import CodedTensor
 from kvpack.encode.reader import Reader
-from kvpack.errors import FormatError, InputError, TensorTableError
+from kvpack.errors import FormatError, InputError, ScaleError, TensorTableError
 from kvpack.format.blob import TILE_METADATA, Blob
 from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container, StoredTensor
 from kvpack.format.header import HEADER_BYTES, BlobHeader
@@ -93,7 +94,11 @@ def scales_of(reader: Reader, name: str) -> torch.Tensor:
     """Checked scales of a coded tensor: f32 [0], [1] or [matrices · rows], on the CPU."""
     info = reader.info(name)
     assert info is not None
-    scales = reader._scales(name, reader.container(name), info.header)
+    scales, *vectors = reader._numbers_beside(name, reader.container(name), info.header)
+    if any(vector is not None for vector in vectors):
+        raise ScaleError(
+            f"tensor {name!r}: no products with row offsets or column scales; kvpack decompress takes them"
+        )
     return torch.empty(0, dtype=torch.float32, device="cpu") if scales is None else torch.from_numpy(scales)
 
 
@@ -111,6 +116,24 @@ def device_blob(reader: Reader, name: str, buffer: torch.Tensor, host: memoryvie
     scales = scales_of(reader, name)
     with _named(reader, name):
         return DeviceBlob.from_buffer(buffer, scales, TORCH_DTYPES[info.dtype], info.shape, host=host)
+
+
+def coded_on_device(tensor: CodedTensor, device: torch.device | str) -> DeviceBlob:
+    """A coded tensor of the host's memory, a device's part of one or a stack of several, as kernels take it.
+
+    Example::
+
+        qkv = CodedTensor.stack([reader.coded(name).part("outputs", rank, 8) for name in (q, k, v)])
+        layer = RansLinear(coded_on_device(qkv, "cuda"), bias=None)
+
+    Raises:
+        FormatError: the blob or its scales break a rule.
+        ScaleError: row offsets or column scales.
+        DeviceError: the device cannot be used, or its shared memory is too small for the blob's tiles.
+    """
+    if tensor.row_offsets is not None or tensor.column_scales is not None:
+        raise ScaleError("no products with row offsets or column scales; kvpack decompress takes them")
+    return DeviceBlob.from_bytes(tensor.blob, tensor.scales, TORCH_DTYPES[tensor.dtype], tensor.shape, device)
 
 
 def _run_all(checks: Iterable[Callable[[], object]]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from kvpack.encode.reader import Reader
 from kvpack.errors import ModelMismatchError
-from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX
+from kvpack.format.container import PART_SUFFIXES, SCALE_SUFFIX
 from kvpack.format.header import BlobHeader
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.weights.checkpoint_names import CheckpointNames, Conversion, names_for
@@ -25,6 +25,7 @@ from kvpack.runtime.weights.load import (
     TORCH_DTYPES,
     kept_shape,
     load_tensors,
+    scales_of,
     shown_progress,
     stored_bytes,
 )
@@ -296,7 +297,7 @@ def _same_numbers(reader: Reader, one: str, other: str) -> bool:
     if _stored_dtype(reader, one) != _stored_dtype(reader, other):
         return False
     first, second = reader.container(one), reader.container(other)
-    for suffix in ("", BLOB_SUFFIX, SCALE_SUFFIX):
+    for suffix in ("", *PART_SUFFIXES):
         a, b = first.tensors.get(one + suffix), second.tensors.get(other + suffix)
         if a is None and b is None:
             continue
@@ -510,6 +511,7 @@ def layer_in_file(reader: Reader, name: str) -> RansLinear:
     """A layer whose weights stay in the file until a LayerStream takes it."""
     info = reader.info(name)
     assert info is not None
+    scales_of(reader, name)
     scales = reader.container(name).tensors.get(name + SCALE_SUFFIX)
     return RansLinear.empty(
         info.header.cols,
