@@ -231,3 +231,44 @@ def test_graph_replay_sees_new_input(tokens: int) -> None:
 
 def test_slack_is_enough() -> None:
     assert SLACK_BYTES >= 2 * 2049
+
+
+@pytest.mark.parametrize("tile_cols", [128, 512])
+@pytest.mark.parametrize(("name", "bits"), [("fast", 5), ("balanced", 5), ("balanced", 8), ("compact", 4), ("fast", 8)])
+def test_grouped_products(name: str, bits: int, tile_cols: int) -> None:
+    """Of all numbers of tokens, and of one graph for other ids; ids of no expert give zeros."""
+    experts, rows, cols = 16, 500, 1003
+    elements = samples.gaussian_elements((experts, rows, cols), bits, 0.9 * (1 << bits) / 8, bits)
+    scales = np.random.default_rng(0).uniform(0.5, 1.5, experts * rows).astype(np.float32) / 64
+    data = encode_elements(elements, integer_layout(name, ElementKind.SIGNED, bits), tile_cols=tile_cols)
+    coded = on_device(data, scales)
+    weights = coded.integers().double() * torch.from_numpy(scales).cuda().double().reshape(experts, rows, 1)
+    weights = torch.cat([weights, torch.zeros_like(weights[:1])])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for tokens, top_k in ((1, 1), (1, 8), (2, 2), (5, 4), (16, 8), (64, 8), (64, 2), (700, 4)):
+            x = torch.randn(tokens, cols, device="cuda").to(dtype)
+            ids = torch.randint(-1, experts + 2, (tokens, top_k), device="cuda")
+
+            def check(got: torch.Tensor, x: torch.Tensor = x, ids: torch.Tensor = ids) -> None:
+                known = ids.where((ids >= 0) & (ids < experts), experts)
+                expected = torch.stack(
+                    [weights[e] @ row for row, of in zip(x.double(), known, strict=True) for e in of]
+                )
+                got = got.reshape(expected.shape)
+                assert not got[known.flatten() == experts].any()
+                # Many rows of a matrix meet it rounded to their type.
+                error = ((got.double() - expected).norm() / expected.norm()).item()
+                assert error < (5e-3 if dtype == torch.bfloat16 else 1e-3), (dtype, tokens)
+
+            got = coded.grouped_linear(x, ids)
+            assert got.shape == (tokens, top_k, rows)
+            check(got)
+            assert torch.equal(got, coded.grouped_linear(x, ids))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = coded.grouped_linear(x, ids)
+            for _ in range(2):
+                ids.copy_(torch.randint(-1, experts + 2, ids.shape, device="cuda"))
+                graph.replay()
+                check(out)
+    coded.check()
