@@ -1,7 +1,7 @@
 """What ``kvpack.compress`` does: whole files and model directories, a tensor at a time.
 
-Memory holds one tensor's blob and a few strips, whatever the model's size; sources are read strip by strip. Outputs are
-written beside their place and renamed at the end, files and directories alike.
+Memory holds one tensor's blob (or those of a stack) and a few strips, whatever the model's size; sources are read strip
+by strip. Outputs are written beside their place and renamed at the end, files and directories alike.
 """
 
 from __future__ import annotations
@@ -292,6 +292,8 @@ class _Model:
             reason = "some are kept as they are"
         elif len({(member.dtype, member.shape[1:]) for member in members}) > 1:
             reason = "their dtypes or inputs differ"
+        elif len({selection.quality_of(member.name) for member in members}) > 1:
+            reason = "their rates differ"
         elif kinds.transposed & set(names):
             reason = "they are stored as inputs × outputs"
         if reason is not None:

@@ -82,7 +82,7 @@ def test_common_tables_change_no_number(tmp_path: Path) -> None:
     ("shapes", "options", "reason"),
     [
         ({"q": (510, 192), "k": (512, 192), "v": (512, 192)}, {}, "all but the last need a multiple of 32 rows"),
-        ({"q": (128, 96), "k": (64, 96), "v": (64, 96)}, {"tensor_bits": {"k_proj": 7}}, "their layouts differ"),
+        ({"q": (128, 96), "k": (64, 96), "v": (64, 96)}, {"tensor_bits": {"k_proj": 4.4}}, "their rates differ"),
     ],
 )
 def test_what_cannot_be_stacked_is_said_and_coded_alone(shapes: Any, options: Any, reason: str, tmp_path: Path) -> None:
@@ -94,6 +94,17 @@ def test_what_cannot_be_stacked_is_said_and_coded_alone(shapes: Any, options: An
         f"stack: {' + '.join(QKV)} cannot be one ({reason}), coded as without it",
     ]
     assert (tmp_path / "out").read_bytes() == (tmp_path / "alone").read_bytes()
+
+
+def test_layouts_that_differ_are_said(tmp_path: Path) -> None:
+    """Of few distinct values is what another layout suits."""
+    rng = np.random.default_rng(4)
+    gate, up = rng.normal(0, 0.02, (64, 96)), rng.integers(-3, 40, (64, 96)) * 0.01
+    tensors = {"gate_proj.weight": gate.astype(np.float32), "up_proj.weight": up.astype(np.float32)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    report = kvpack.compress(tmp_path / "m.safetensors", tmp_path / "out", stack=True, bits=6)
+    assert [tensor.layout for tensor in report.tensors] == ["balanced", "compact"]
+    assert "(their layouts differ)" in report.notes[1]
 
 
 def test_shards_inputs_and_kept_tensors_that_are_no_stack_are_said(tmp_path: Path) -> None:
