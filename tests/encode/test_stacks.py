@@ -96,15 +96,23 @@ def test_what_cannot_be_stacked_is_said_and_coded_alone(shapes: Any, options: An
     assert (tmp_path / "out").read_bytes() == (tmp_path / "alone").read_bytes()
 
 
-def test_layouts_that_differ_are_said(tmp_path: Path) -> None:
-    """Of few distinct values is what another layout suits."""
+def test_a_stack_has_one_layout_unless_that_is_much_noisier(tmp_path: Path) -> None:
+    """Alone k has integers of another width, and can do without; up, which is uniform, cannot. w3 is coded exactly."""
     rng = np.random.default_rng(4)
-    gate, up = rng.normal(0, 0.02, (64, 96)), rng.integers(-3, 40, (64, 96)) * 0.01
-    tensors = {"gate_proj.weight": gate.astype(np.float32), "up_proj.weight": up.astype(np.float32)}
-    save_file(tensors, tmp_path / "m.safetensors")
-    report = kvpack.compress(tmp_path / "m.safetensors", tmp_path / "out", stack=True, bits=6)
-    assert [tensor.layout for tensor in report.tensors] == ["balanced", "compact"]
-    assert "(their layouts differ)" in report.notes[1]
+    parts = {"q": rng.normal(0, 1, (256, 192)), "k": rng.standard_t(5, (256, 192)), "v": rng.normal(0, 1, (256, 192))}
+    parts |= {"gate": rng.standard_t(3, (288, 192)), "up": rng.uniform(-1, 1, (256, 192))}
+    parts |= {"w1": rng.normal(0, 1, (64, 96)), "w3": np.where(rng.random((64, 96)) < 0.01, np.nan, 1.0)}
+    names = {name: f"{name}.weight" if name[0] == "w" else f"{name}_proj.weight" for name in parts}
+    save_file({names[name]: part.astype(np.float32) for name, part in parts.items()}, tmp_path / "m.safetensors")
+    kvpack.compress(tmp_path / "m.safetensors", tmp_path / "alone", bits=4.35, layout="fast")
+    report = kvpack.compress(tmp_path / "m.safetensors", tmp_path / "out", bits=4.35, layout="fast", stack=True)
+    with kvpack.open(tmp_path / "alone") as alone, kvpack.open(tmp_path / "out") as reader:
+        bits = [[r.coded(names[name]).header.layout.element_bits for name in ("q", "k", "v")] for r in (alone, reader)]
+        assert bits == [[5, 4, 5], [5, 5, 5]]
+        np.testing.assert_array_equal(alone.dequantize(names["up"]), reader.dequantize(names["up"]))
+    assert report.notes[0] == "stack: 1 set of layers has common tables"
+    assert "gate_proj.weight + up_proj.weight cannot be one (some would be much noisier" in report.notes[1]
+    assert "w1.weight + w3.weight cannot be one (their layouts differ)" in report.notes[2]
 
 
 def test_shards_inputs_and_kept_tensors_that_are_no_stack_are_said(tmp_path: Path) -> None:
