@@ -157,6 +157,20 @@ def test_new_weights_are_seen(on_gpu: list[tuple[int, ...]]) -> None:
 
 
 @pytest.mark.gpu
+def test_warmup_runs_grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of gate and up, and of down; each of both types."""
+    run, linear = [], GroupedMatrices.linear
+
+    def note(stack: GroupedMatrices, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        run.append((x.dtype, x.shape[1], tuple(ids.shape)))
+        return linear(stack, x, ids)
+
+    monkeypatch.setattr(GroupedMatrices, "linear", note)
+    kvpack.warmup(mixtral("cuda"), tokens=(1, 8))
+    assert len(run) == len(set(run)) == 8
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("bits", [(5,), (5, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
