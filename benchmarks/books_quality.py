@@ -10,8 +10,9 @@ top tokens are means over the tokens of the first --windows windows of 1024 toke
 that of the next token after each position of the first --perplexity-windows, or of the whole text with --full.
 
 Settings: ``tensor:BITS`` and ``model:BITS`` (rate for each tensor, or one step for the model; with ``:compact`` or
-``:fast`` behind, in that layout), ``near-lossless``, and the fixed-width baselines ``int4-g128`` and ``int3-g128``
-(asymmetric, fp16 scale and minimum per 128 weights).
+``:fast`` behind, in that layout; with ``:parts=N`` or ``:stack``, as --tensor-parallel N and --stack do),
+``near-lossless``, and the fixed-width baselines ``int4-g128`` and ``int3-g128`` (asymmetric, fp16 scale and minimum per
+128 weights).
 """
 
 from __future__ import annotations
@@ -139,9 +140,17 @@ class Evaluator:
     def setting(self, name: str) -> dict[str, Any]:
         """All measures of one setting."""
         began = time.perf_counter()
-        kind, bits, layout = (*name.split(":"), "", "")[:3]
-        if kind in ("tensor", "model"):
-            result = self._compressed(bits=float(bits), allocation=kind, layout=layout or "auto")
+        kind, *rest = name.split(":")
+        if kind in ("tensor", "model") and rest:
+            options: dict[str, Any] = {"bits": float(rest[0]), "allocation": kind}
+            for option in rest[1:]:
+                if option == "stack":
+                    options["stack"] = True
+                elif option.startswith("parts="):
+                    options["tensor_parallel"] = int(option.removeprefix("parts="))
+                else:
+                    options["layout"] = option
+            result = self._compressed(**options)
         elif name == "near-lossless":
             result = self._compressed(preset=name)
         elif name in ("int4-g128", "int3-g128"):

@@ -483,6 +483,7 @@ def shown_bits(found: Mapping[str, Any] | None) -> str | None:
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 TOKENS = (1, 8)
+DEVICE = "cuda"  # tests put the CPU here
 ROTATE_BYTES = 256 << 20
 
 
@@ -516,14 +517,14 @@ def times_main(options: argparse.Namespace) -> None:
     from kvpack.runtime.weights.encoder import encode_on_device
 
     torch.set_grad_enabled(False)
-    limits = device_limits(torch.device("cuda"))
+    limits = device_limits(torch.device(DEVICE))
     layouts = wanted_integers([json.loads(path.read_text()) for path in options.results])
-    generator = torch.Generator(device="cuda").manual_seed(0)
+    generator = torch.Generator(device=DEVICE).manual_seed(0)
     rows = []
     copies = partial(rotated, rotate_bytes=ROTATE_BYTES)
     for rows_out, cols in SHAPES:
         shape = f"{rows_out}×{cols}"
-        dense = 0.02 * torch.randn(rows_out, cols, device="cuda", generator=generator).half()
+        dense = 0.02 * torch.randn(rows_out, cols, device=DEVICE, generator=generator).half()
         makers: dict[str, Callable[[], Any]] = {"fp16": lambda: bench_peers.dense(dense, copies(dense.nbytes))}  # noqa: B023
         makers["int4"] = partial(bench_peers.int4, rows_out, cols, copies, generator)
         makers |= {name: partial(bench_peers.humming, dense, bits, copies) for bits, name in HUMMING.items()}
@@ -539,12 +540,12 @@ def times_main(options: argparse.Namespace) -> None:
         wanted = set()
         for layout, sigma in layouts.items():
             half = 1 << (layout.element_bits - 1)
-            normal = torch.randn(rows_out, cols, device="cuda", generator=generator) * sigma
+            normal = torch.randn(rows_out, cols, device=DEVICE, generator=generator) * sigma
             integers = normal.round_().clamp_(-half, half - 1)
             encoded = encode_on_device((integers + half).to(torch.uint8), layout)
             scales = np.full(rows_out, 0.02 / sigma, np.float32)
             data = encoded.blob.cpu().numpy().data
-            blob = DeviceBlob.from_bytes(data, scales, torch.float16, (rows_out, cols), "cuda")
+            blob = DeviceBlob.from_bytes(data, scales, torch.float16, (rows_out, cols), DEVICE)
             several = copies_of(blob, copies(blob.nbytes))
             exact = integers.double() * float(scales[0])
             peer = bench_peers.Peer(several, DeviceBlob.linear, exact, torch.float16, len(data))
@@ -559,7 +560,7 @@ def times_main(options: argparse.Namespace) -> None:
                     wanted.add(kernel_of(coded_weights, tokens, fit, limits))
         compile_ahead(wanted)
         for tokens in TOKENS:
-            x = torch.randn(tokens, cols, device="cuda", generator=generator).half()
+            x = torch.randn(tokens, cols, device=DEVICE, generator=generator).half()
             works = []
             for _, peer in contestants:
                 mine = x.to(peer.dtype)
@@ -573,7 +574,8 @@ def times_main(options: argparse.Namespace) -> None:
                 if one.error:
                     print(f"{what}, {shape}, M = {tokens}: {one.error}", file=sys.stderr)
         del contestants, works
-        torch.cuda.empty_cache()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
     table = [
         [
             row["name"],
@@ -589,7 +591,7 @@ def times_main(options: argparse.Namespace) -> None:
     if options.json:
         result = {
             "benchmark": "equal-quality-times",
-            "device": device_record(torch.device("cuda")),
+            "device": device_record(torch.device(DEVICE)),
             **provenance({}, ["torch", "cupy-cuda13x", "cupy-cuda12x", "triton", "humming-kernels"]),
             "rows": finite(rows),
         }

@@ -242,6 +242,7 @@ def test_humming_is_shown_where_it_was_measured() -> None:
     report = synthetic_report()
     without = tables(report)
     report["linear"] += [linear(shape.label, m, "humming-int5", None, 0.8) for shape in SHAPES for m in MS]
+    assert not [row for row in evaluate_targets(report) if "Humming" in row["what"]]
     missing = linear("4096×4096", 1, "humming-int8", None, None, error="ImportError: libnvrtc.so.13: no such file")
     report["linear"].append(missing)
     found = tables(report)
@@ -250,6 +251,9 @@ def test_humming_is_shown_where_it_was_measured() -> None:
         assert all(len(row) == len(found[name].headings) for row in found[name].rows)
     assert found["batch-1"].rows[0][found["batch-1"].headings.index("Humming INT5 g128, µs")] == "0.8"
     assert found["batches"].rows[0][found["batches"].headings.index("Humming INT5 g128, × FP16")] == "2.50"
+    report["linear"].append(linear("4096×4096", 1, "humming-int4", None, 1.5))
+    assert target(report, "fast 4096×4096, M = 1, against Humming INT4")["then_met"] is True
+    assert target(report, "fast 6144×4096, M = 1, against Humming INT4")["then_met"] is None
     assert found["peers"].rows == [["humming-int8", "4096×4096", "1", "ImportError: libnvrtc.so.13: no such file"]]
 
 

@@ -149,7 +149,7 @@ def snapshot(path: Path) -> dict[str, bytes]:
 def test_help_and_version_as_a_process() -> None:
     result = process("--help")
     assert result.returncode == OK
-    for command in ("compress", "decompress", "inspect", "verify", "bench"):
+    for command in ("compress", "decompress", "inspect", "verify", "bench", "tune"):
         assert command in result.stdout
     assert result.stderr == ""
     assert process("--version").stdout == f"kvpack {__version__}\n"
@@ -195,7 +195,7 @@ def test_usage_as_a_process() -> None:
 # compress
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["decompress"], ["inspect"], ["verify"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["compress"], ["decompress"], ["inspect"], ["verify"], ["bench"], ["tune"]])
 def test_help(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == OK

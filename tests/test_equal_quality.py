@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -147,3 +147,50 @@ def test_a_model_is_measured_and_its_integers_are_named(
     assert all(1 < sigma < 100 for sigma in layouts.values())
     assert {layout.codes_per_symbol for layout in layouts} >= {1, 8}
     assert found["model"] == "MODEL"
+
+
+def test_times_of_the_integers_that_were_found(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`times` with stand-ins for the device: every product is checked, and stands beside the peers that there are."""
+    torch = pytest.importorskip("torch")
+    import emulated_device
+
+    from kvpack.bench import timing, tune
+    from kvpack.encode.blob_encoder import encode_elements
+    from kvpack.runtime.device import devices
+    from kvpack.runtime.weights import encoder
+
+    def check(works: Any, **options: Any) -> Any:
+        for work in works:
+            assert max(work.error(call()) for call in work.calls) <= work.tolerance
+        return [timing.Timed(us=10.0 + number) for number, _ in enumerate(works)]
+
+    def encoded(elements: Any, layout: Any) -> Any:
+        data = np.frombuffer(encode_elements(elements.numpy(), layout), np.uint8).copy()
+        return SimpleNamespace(blob=torch.from_numpy(data))
+
+    monkeypatch.setattr(script, "DEVICE", "cpu")
+    monkeypatch.setattr(script, "SHAPES", ((96, 128), (64, 256)))
+    monkeypatch.setattr(script, "ROTATE_BYTES", 1)
+    monkeypatch.setattr(timing, "measure", check)
+    monkeypatch.setattr(tune, "compile_ahead", lambda kernels: None)
+    monkeypatch.setattr(devices, "device_limits", lambda device: emulated_device.LIMITS)
+    monkeypatch.setattr(encoder, "encode_on_device", encoded)
+    integers = {"element_bits": 5, "code_bits": 1, "codes_per_symbol": 8, "folded": True, "sigma": 3.0}
+    other = integers | {"sigma": 5.0}
+    kvpacks = [{"fast": {"bits": 4.3, "integers": one}} for one in (integers, other)]
+    rows = [{"kvpack": one} for one in [*kvpacks, {"fast": {"bits": None, "integers": None}}]]
+    given, out = tmp_path / "given.json", tmp_path / "found.json"
+    given.write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(sys, "argv", ["equal_quality.py", "times", str(given), "--json", str(out)])
+    try:
+        script.main()
+    finally:
+        torch.set_grad_enabled(True)
+    found = json.loads(out.read_text())["rows"]
+    assert "humming-int4, 96×128: not installed" in capsys.readouterr().err
+    mine = [row for row in found if row["name"] == "kvpack"]
+    assert [(row["shape"], row["tokens"]) for row in mine] == [(s, m) for s in ("96×128", "64×256") for m in (1, 8)]
+    assert all(row["integers"] == integers | {"sigma": 4.0} for row in mine)  # the median
+    assert {(row["name"], row["bits_per_weight"]) for row in found if row["name"] == "fp16"} == {("fp16", 16.0)}

@@ -1,1 +1,4 @@
-"""What ``kvpack bench`` runs, with peers, timing, reports, plots and provenance. Only the command line imports it."""
+"""What ``kvpack bench`` and ``kvpack tune`` run, with peers, timing, reports, plots and provenance.
+
+Only the command line imports it.
+"""

@@ -248,6 +248,9 @@ def evaluate_targets(report: Report) -> list[Row]:
             if layout == "fast":
                 speed = ratio(report, shape, 1, layout, over="int4")
                 rows.append(target_row(f"{layout} {shape}, M = 1, against torch INT4", speed, "×", None, 1.0))
+                if HUMMING[4] in _humming(report):
+                    speed = ratio(report, shape, 1, layout, over=HUMMING[4])
+                    rows.append(target_row(f"{layout} {shape}, M = 1, against Humming INT4", speed, "×", None, 1.0))
     for layout in layouts:
         for m in (8, 16):
             if m in report["options"]["ms"]:

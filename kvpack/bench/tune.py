@@ -220,7 +220,8 @@ def launches_of(coded: products.Coded, tokens: int, limits: Limits) -> Launches:
     """All launches of a product that fit the device."""
     shape = (coded.header, coded.word_buffer_bytes, limits)
     if tokens == 1:
-        return list(launch_model.gemv_launches(*shape, products.gemv_warps(coded.layout, limits.architecture)))
+        warps = products.gemv_warps(coded.layout, limits.architecture)
+        return list(launch_model.gemv_launches(*shape, warps, products.max_panels(coded, 1)))
     eights = products.token_tiles(tokens)
     warps = products.gemm_warps(coded.layout, eights, limits.architecture)
     return list(launch_model.gemm_launches(*shape, warps, eights, products.max_panels(coded, 8 * eights)))
@@ -242,11 +243,14 @@ def kernel_of(
 
 
 def compile_ahead(kernels: Iterable[Kernel]) -> None:
-    """Put kernels' code into CuPy's cache on disk, several at once."""
+    """Put kernels' code for the current device into CuPy's cache on disk, several at once."""
     import cupy
 
+    device = torch.cuda.current_device()  # a thread begins with device 0
+
     def compile_one(kernel: Kernel) -> None:
-        cupy.RawModule(code=kernel.text(), options=kernel.options()).get_function(kernel.function)
+        with cupy.cuda.Device(device):
+            cupy.RawModule(code=kernel.text(), options=kernel.options()).get_function(kernel.function)
 
     with ThreadPoolExecutor(default_threads()) as executor:
         list(executor.map(compile_one, set(kernels)))
@@ -327,7 +331,7 @@ def tune_device(
 
     Raises:
         DeviceError: it is no CUDA device, or nothing could be timed on it.
-        OSError: the costs cannot be written.
+        InputError: the costs cannot be kept, or ``KVPACK_LAUNCH_COSTS`` has no meaning.
     """
     device = devices.resolve_device(name)
     if device.type != "cuda":
@@ -345,6 +349,7 @@ def tune_device(
     }
     if dry_run:
         return report | {"costs": _shown(now.costs)}
+    launch_costs.require_writable(limits)
     told = progress or Progress()
     told.total(_ROUNDS * len(cases))
 

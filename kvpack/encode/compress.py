@@ -83,7 +83,7 @@ from kvpack.format.layout import GROUP_LANES
 
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
-_STACK_CORRECTIONS = 4
+_STACK_CORRECTIONS = 8
 _STACK_MARGIN_BITS = 0.001
 
 
@@ -183,12 +183,12 @@ class _Model:
             self.dequantizes_fp8 = bool(config.dequantize_fp8)
             if self.dequantizes_fp8:
                 dequantize_tree(self.tree, self.fp8)
-            names = [name for file in self.tree.weight_files for name in file.names.values()]
+            self.names = {name for file in self.tree.weight_files for name in file.names.values()}
             for option, pattern in selection.patterns():
-                if not any(pattern.search(name) for name in names):
+                if not any(pattern.search(name) for name in self.names):
                     raise InputError(f"{option} {pattern.pattern!r} matches no tensor's name")
             for shown, vectors in (("column scales", column_scales), ("row offsets", row_offsets)):
-                strange = vectors.keys() - set(names)
+                strange = vectors.keys() - self.names
                 if strange:
                     raise InputError(f"there are {shown} for {min(strange)!r}, which is no tensor of {source}")
             # By path: what a tensor is, its own name and its folder's config.json say, what is asked for, its name in
@@ -257,7 +257,9 @@ class _Model:
     def matrices(self, file: WeightFile, tensor: StoredTensor) -> Matrices:
         transposed = tensor.name in self.kinds[file.set_prefix].transposed
         weights = StoredMatrices(file.container, tensor, transposed=transposed)
-        split, parts = Split.of(tensor.name), self.config.tensor_parallel
+        parts = self.config.tensor_parallel
+        # Experts in one tensor may be stored outputs × inputs or inputs × outputs: names do not tell.
+        split = Split.of(tensor.name) if len(tensor.shape) == 2 else Split.EITHER
         if parts > 1:
             reason = reason_not_to_split(split, weights.rows, weights.cols, self.config.tile_cols, parts)
             self.split_reasons[file.names[tensor.name]] = reason
@@ -274,16 +276,27 @@ class _Model:
         return weights
 
     def stack_members(self, file: WeightFile, tensor: StoredTensor) -> list[StoredTensor]:
-        """What a tensor is stacked with, itself included; none if that is not asked for, or cannot be."""
+        """What a tensor is stacked with, itself included; none if not asked for, or if it cannot be: notes say why."""
         names = stack_of(tensor.name) if self.config.stack else ()
-        tensors, kinds, selection = file.container.tensors, self.kinds[file.set_prefix], self.selections[file.path]
-        members = [tensors[name] for name in names if name in tensors]
-        if len(members) < max(2, len(names)):
+        if not names or len(tensor.shape) != 2:
             return []
-        coded = all(selection.reason_to_keep(member, kinds) is None for member in members)
-        alike = len({(member.dtype, member.shape[1:]) for member in members}) == 1
-        plain = not kinds.transposed & set(names) and len(tensor.shape) == 2
-        return members if coded and alike and plain else []
+        tensors, kinds, selection = file.container.tensors, self.kinds[file.set_prefix], self.selections[file.path]
+        wanted = [file.set_prefix + name for name in names]
+        members = [tensors[name] for name in names if name in tensors]
+        reason = None
+        if not self.names.issuperset(wanted):
+            return []  # a model whose layers only have such names
+        if len(members) < len(names):
+            reason = "they are in different files"
+        elif any(selection.reason_to_keep(member, kinds) is not None for member in members):
+            reason = "some are kept as they are"
+        elif len({(member.dtype, member.shape[1:]) for member in members}) > 1:
+            reason = "their dtypes or inputs differ"
+        elif kinds.transposed & set(names):
+            reason = "they are stored as inputs × outputs"
+        if reason is not None:
+            self.stack_reasons[tuple(wanted)] = reason
+        return [] if reason is not None else members
 
     def stack_notes(self) -> list[str]:
         """What became of stacks, if they were asked for."""
@@ -361,7 +374,7 @@ class _Model:
             if len(encoded) == len(names):
                 self.stacks += 1
                 return shared
-        self.stack_reasons[tuple(file.names[name] for name in names)] = str(reason)
+        self.stack_reasons[tuple(file.set_prefix + name for name in names)] = str(reason)
         return alone
 
 

@@ -244,18 +244,19 @@ class Reader:
         return blob
 
     def coded(self, name: str) -> CodedTensor:
-        """Blob and scales of a coded tensor, to be cut into parts for several devices, or stacked.
+        """A coded tensor with all that stands beside its blob, to be cut into parts for several devices, or stacked.
 
         Raises:
             KeyError: it is kept as it is.
             FormatError: blob or scales break a rule.
-            ScaleError: it has row offsets or column scales, which parts and stacks do not take.
         """
         blob, container = self.blob(name), self.container(name)
         entry = container.coded[name]
-        if container.row_offsets(name) is not None or container.column_scales(name) is not None:
-            raise ScaleError(f"{container.path}, tensor {name!r}: no parts or stacks with row offsets or column scales")
-        return CodedTensor(blob.buffer, container.scales(name), str(entry["dtype"]), tuple(entry["shape"]))
+        beside = self._numbers_beside(name, container, blob.header)
+        shape = tuple(entry["shape"])
+        return CodedTensor(
+            blob.buffer, beside.scales, str(entry["dtype"]), shape, beside.column_scales, beside.row_offsets
+        )
 
     @staticmethod
     def _check_shape(name: str, entry: dict[str, Any], header: BlobHeader) -> None:

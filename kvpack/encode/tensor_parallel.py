@@ -11,8 +11,8 @@ from enum import Enum
 
 from kvpack.format.layout import CHUNK_COLS, GROUP_LANES, MAX_TILE_COLS
 
-# Lanes of fewer columns cost 0.3 bit a weight and more.
-_SHORTEST_TILE_COLS = 128
+# Lanes of fewer columns cost 0.2 bit a weight and more.
+_SHORTEST_TILE_COLS = 192
 _OF_INPUTS = re.compile(
     r"(^|\.)(o_proj|down_proj|out_proj|c_proj|fc2|w2|wo|dense_4h_to_h|attention\.dense)(\.weight)?$"
 )
@@ -72,20 +72,17 @@ class Split(Enum):
         return cls.EITHER
 
 
-def dividing_tile_cols(cols: int, most: int) -> int | None:
+def dividing_tile_cols(cols: int, wanted: int) -> int | None:
     """Columns of the tiles of which ``cols`` columns are made without a rest; None if lanes would be too short.
 
-    The most up to ``most``, or the fewest above where that is less than half of it.
+    Of all that divide, those whose ratio to ``wanted`` is nearest to 1.
 
-    >>> [dividing_tile_cols(cols, 512) for cols in (4096, 704, 4736, 6432, 96)]
-    [512, 352, 1184, None, 96]
+    >>> [dividing_tile_cols(cols, 512) for cols in (4096, 1792, 704, 4736, 6432, 96)]
+    [512, 448, 704, 1184, None, 96]
     """
     shortest = min(_SHORTEST_TILE_COLS, cols)
     columns = [c for c in range(CHUNK_COLS, MAX_TILE_COLS + 1, CHUNK_COLS) if cols % c == 0 and c >= shortest]
-    short, long = [c for c in columns if c <= most], [c for c in columns if c > most]
-    if short and (2 * short[-1] >= most or not long or short[-1] == cols):
-        return short[-1]
-    return long[0] if long else None
+    return min(columns, key=lambda c: max(c / wanted, wanted / c), default=None)
 
 
 def reason_not_to_split(split: Split, rows: int, cols: int, tile_cols: int | None, parts: int) -> str | None:

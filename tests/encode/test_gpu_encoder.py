@@ -282,11 +282,13 @@ def test_whole_files(tmp_path: Path, options: dict[str, Any]) -> None:
         "c_fc.weight": rng.normal(0, 1, (64, 290)).astype(np.float16),
         "c_fc.bias": np.zeros(290, np.float16),
         "zeros.weight": np.zeros((64, 128), np.float32),
+        "gate_proj.weight": rng.normal(0, 1, (64, 96)).astype(np.float32),
+        "up_proj.weight": rng.standard_t(4, (96, 96)).astype(np.float32),
         "i8.weight": np.clip(rng.normal(0, 20, (128, 64)), -128, 127).astype(np.int8),
     }
     save_file(tensors, tmp_path / "in.safetensors")
     coder = encoder.device_coder("cpu", emulated_launch)
-    config = kvpack.QuantConfig(tile_cols=64, **options)
+    config = kvpack.QuantConfig(tile_cols=64, stack=True, tensor_parallel=2, **options)
     there = compress(tmp_path / "in.safetensors", tmp_path / "there.safetensors", config, coder=coder)
     here = compress(tmp_path / "in.safetensors", tmp_path / "here.safetensors", config)
     assert (tmp_path / "there.safetensors").read_bytes() == (tmp_path / "here.safetensors").read_bytes()

@@ -96,6 +96,33 @@ def test_what_cannot_be_stacked_is_said_and_coded_alone(shapes: Any, options: An
     assert (tmp_path / "out").read_bytes() == (tmp_path / "alone").read_bytes()
 
 
+def test_shards_inputs_and_kept_tensors_that_are_no_stack_are_said(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    folder = tmp_path / "model"
+    folder.mkdir()
+
+    def values(*shape: int) -> Any:
+        return rng.normal(0, 0.02, shape).astype(np.float32)
+
+    gate = [f"0.{name}_proj.weight" for name in ("gate", "up")]
+    qkv = [f"x.{name}_proj.weight" for name in "qkv"]
+    shards = (
+        {gate[0]: values(64, 96), "1.gate_proj.weight": values(64, 96), "1.up_proj.weight": values(64, 96)},
+        {gate[1]: values(64, 96), qkv[0]: values(64, 96), qkv[1]: values(64, 128)},
+        {qkv[2]: values(64, 128), "y.w1.weight": values(64, 96), "y.w3.weight": values(64, 128)},
+        {"z.w1.weight": values(64, 96), "z.w3.weight": values(64, 96)},
+    )
+    for number, tensors in enumerate(shards):
+        save_file(tensors, folder / f"model-0000{number + 1}-of-00004.safetensors")
+    report = kvpack.compress(folder, tmp_path / "out", stack=True, exclude="z.w3")
+    assert report.notes[0] == "stack: 1 set of layers has common tables"
+    assert [note.split("stack: ")[1].split(", coded")[0] for note in report.notes[1:]] == [
+        f"{' + '.join(gate)}, {' + '.join(qkv)} cannot be one (they are in different files)",
+        "y.w1.weight + y.w3.weight cannot be one (their dtypes or inputs differ)",
+        "z.w1.weight + z.w3.weight cannot be one (some are kept as they are)",
+    ]
+
+
 def test_a_tensor_without_the_others_is_no_stack(tmp_path: Path) -> None:
     source = model(tmp_path, q=(128, 96), k=(64, 96))
     assert kvpack.compress(source, tmp_path / "out", stack=True).notes == ["stack: 0 sets of layers have common tables"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sample_blobs as samples
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
@@ -16,6 +18,8 @@ from kvpack.cli import app
 from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.blob_encoder import even_tile_cols
 from kvpack.encode.coded_tensor import CodedTensor
+from kvpack.encode.compress import compress
+from kvpack.encode.retiling import retile
 from kvpack.encode.tensor_parallel import Split, dividing_tile_cols, reason_not_to_split
 from kvpack.errors import GeometryError, InputError
 from kvpack.format.blob import Blob
@@ -52,13 +56,13 @@ def test_tiles_divide_the_parts(cols: int, parts: int, name: str) -> None:
         return
     tile_cols = even_tile_cols(4096, cols, layout, parts)
     assert cols // parts % tile_cols == 0
-    assert 128 <= tile_cols <= 2048
+    assert 192 <= tile_cols <= 2048
 
 
 def test_parts_that_no_tiles_divide() -> None:
     assert dividing_tile_cols(32 * 67, 512) is None
     reason = reason_not_to_split(Split.INPUTS, 64, 2 * 32 * 67, None, 2)
-    assert reason == "no tiles of 128 to 2048 columns divide the 2144 of a part"
+    assert reason == "no tiles of 192 to 2048 columns divide the 2144 of a part"
     assert reason_not_to_split(Split.OUTPUTS, 96, 50, None, 2) == "96 outputs are no multiple of 64"
     assert reason_not_to_split(Split.TWO_OUTPUTS, 192, 50, None, 4) == "192 outputs are no multiple of 256"
     assert reason_not_to_split(Split.EITHER, 128, 100, None, 4) == "100 inputs are no multiple of 128"
@@ -68,7 +72,7 @@ def test_parts_that_no_tiles_divide() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Down's 704 inputs are two tiles of 352 in each of two parts, and one tile of 480 without."""
+    """Down's 1408 inputs are a tile of 704 in each of two parts, and tiles of 480 without."""
     rng = np.random.default_rng(1)
     shapes = {"q_proj": (128, 96), "k_proj": (64, 96), "v_proj": (48, 96), "down_proj": (96, 1408), "o_proj": (96, 100)}
     tensors = {f"l.{name}.weight": rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in shapes.items()}
@@ -92,7 +96,7 @@ def test_parts_need_no_coding(folder: Path) -> None:
             "l.v_proj.weight": 1,
         }
         down, q = reader.coded("l.down_proj.weight"), reader.coded("l.q_proj.weight")
-        assert down.header.tile_cols == 352
+        assert down.header.tile_cols == 704
         whole = reader.dequantize("l.down_proj.weight")
         halves = [numbers(down.part("inputs", rank, 2)) for rank in (0, 1)]
         np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
@@ -105,10 +109,35 @@ def test_parts_need_no_coding(folder: Path) -> None:
             q.part("outputs", 2, 2)
 
 
-def test_without_it_parts_are_not_made(folder: Path) -> None:
+def test_without_it_parts_are_made_by_coding_again(folder: Path) -> None:
     kvpack.compress(folder / "m.safetensors", folder / "one", bits=5)
-    with kvpack.open(folder / "one") as reader, pytest.raises(GeometryError, match=r"704 is no border.*480 and 960"):
-        reader.coded("l.down_proj.weight").part("inputs", 0, 2)
+    with kvpack.open(folder / "one") as reader:
+        down, whole = reader.coded("l.down_proj.weight"), reader.dequantize("l.down_proj.weight")
+    with pytest.raises(GeometryError, match=r"704 is no border.*480 and 960"):
+        down.part("inputs", 0, 2)
+    again = down.for_parts(2)
+    assert (again.header.tile_cols, again.for_parts(2)) == (704, again)
+    np.testing.assert_array_equal(numbers(again.part("inputs", 1, 2)), whole[:, 704:])
+    with pytest.raises(GeometryError, match="3 parts of the inputs: 1408 inputs are no multiple of 96"):
+        down.for_parts(3)
+
+
+@pytest.mark.parametrize("tile_cols", [32, 96, 224])
+def test_other_tiles_hold_the_same_numbers(tile_cols: int) -> None:
+    elements = samples.gaussian_elements((2, 300, 200), 5, 2.0, 7)
+    outliers = [(0, 3, 199, 9), (0, 3, 4, -9), (0, 256, 64, 4095), (1, 299, 2, -4096)]
+    outliers = sorted(outliers)
+    blob = Blob(samples.encode_with_outliers(elements, outliers, BALANCED, tile_cols=64))
+    other = Blob(retile(blob, tile_cols))
+    assert (other.header.tile_cols, int(other.tiles["outlier_count"].sum())) == (tile_cols, 4)
+    np.testing.assert_array_equal(decode_integers(other), decode_integers(blob))
+
+
+def test_an_outlier_may_be_too_far_for_longer_tiles() -> None:
+    elements = samples.gaussian_elements((1, 32, 2048), 5, 2.0, 7)
+    blob = Blob(samples.encode_with_outliers(elements, [(0, 0, 0, 16000)], BALANCED, tile_cols=512))
+    with pytest.raises(GeometryError, match="an outlier of 16000 steps; those of tiles of 2048 columns end at 4095"):
+        retile(blob, 2048)
 
 
 def test_tiles_that_outliers_make_shorter_divide_the_parts_too(tmp_path: Path) -> None:
@@ -146,6 +175,10 @@ def numbers(tensor: CodedTensor) -> Any:
     integers = decode_integers(Blob(tensor.blob)).astype(np.float32)
     scales = np.ones(1, np.float32) if tensor.scales is None else tensor.scales
     values = integers * np.broadcast_to(scales, integers.shape[0] * integers.shape[1]).reshape(*integers.shape[:2], 1)
+    if tensor.row_offsets is not None:
+        values += tensor.row_offsets.reshape(*integers.shape[:2], 1)
+    if tensor.column_scales is not None:
+        values *= tensor.column_scales.astype(np.float32).reshape(integers.shape[0], 1, -1)
     return values.reshape(tensor.shape)
 
 
@@ -184,6 +217,31 @@ def test_a_stack_has_a_scale_for_each_row(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again, before)
     flat = coded(rng.normal(0, 1, (64, 4, 24)).astype(np.float32), tmp_path, preset="lossless")  # a convolution's
     assert (flat.shape, flat.header.matrices, flat.outputs(32, 64).shape) == ((64, 4, 24), 1, (32, 96))
+
+
+def test_vectors_go_with_their_rows_and_columns(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    column_scales = rng.uniform(0.5, 2, 2 * 128).astype(np.float16)
+    offsets = rng.normal(0, 1, 2 * 96).astype(np.float32)
+    values = rng.normal(0, 1, (2, 96, 128)).astype(np.float32) * column_scales.reshape(2, 1, 128)
+    save_file({"w.down_proj": values}, tmp_path / "m.safetensors")
+    vectors = {"column_scales": {"w.down_proj": column_scales}, "row_offsets": {"w.down_proj": offsets}}
+    config = kvpack.QuantConfig(preset="int8-row", tile_cols=64)
+    compress(tmp_path / "m.safetensors", tmp_path / "out", config, **vectors)
+    with kvpack.open(tmp_path / "out") as reader:
+        tensor, whole = reader.coded("w.down_proj"), reader.dequantize("w.down_proj")
+    np.testing.assert_array_equal(numbers(tensor), whole)
+    np.testing.assert_array_equal(numbers(tensor.part("inputs", 1, 2)), whole[:, :, 64:])
+    np.testing.assert_array_equal(numbers(tensor.part("outputs", 2, 3)), whole[:, 64:])
+    np.testing.assert_array_equal(numbers(tensor.matrices(1, 2)), whole[1:])
+    again = CodedTensor.stack([tensor.outputs(0, 32), tensor.outputs(32, 96)])
+    np.testing.assert_array_equal(numbers(again), whole)
+    without = dataclasses.replace(tensor, row_offsets=None)
+    added = numbers(CodedTensor.stack([without, tensor]))
+    np.testing.assert_array_equal(added[:, 96:], whole)
+    np.testing.assert_array_equal(added[:, :96], numbers(without))
+    with pytest.raises(GeometryError, match="tensor 1 cannot be stacked: its column scales are not those of tensor 0"):
+        CodedTensor.stack([tensor, dataclasses.replace(tensor, column_scales=None)])
 
 
 def test_weights_stored_as_inputs_times_outputs(tmp_path: Path) -> None:

@@ -170,8 +170,6 @@ def test_what_inspect_verify_and_decompress_make_of_them(tmp_path: Path) -> None
     with kvpack.open(tmp_path / "d.safetensors") as plain, kvpack.open(out) as reader:
         np.testing.assert_array_equal(plain.stored("a.weight"), reader.dequantize("a.weight"))
         container = reader.container("a.weight")
-        with pytest.raises(ScaleError, match=r"'a\.weight': no parts or stacks with row offsets"):
-            reader.coded("a.weight")
         begin = container.data_begin + container.tensors["a.weight_kvpack_column_scale"].begin
         header = json.loads(out.read_bytes()[8 : container.data_begin])
     data = bytearray(out.read_bytes())

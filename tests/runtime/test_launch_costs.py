@@ -26,7 +26,7 @@ from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.errors import InputError  # noqa: E402
 from kvpack.format.header import BlobHeader  # noqa: E402
 from kvpack.format.layout import ElementKind, integer_layout  # noqa: E402
-from kvpack.runtime.device import kernels  # noqa: E402
+from kvpack.runtime.device import devices, kernels  # noqa: E402
 from kvpack.runtime.device.devices import Limits  # noqa: E402
 from kvpack.runtime.weights import launch_costs, launch_model, products  # noqa: E402
 from kvpack.runtime.weights.launch_costs import TimedCase  # noqa: E402
@@ -36,6 +36,9 @@ H100 = Limits(90, 132, 228 << 10, 227 << 10, "NVIDIA H100 80GB HBM3")
 L4 = Limits(89, 58, 100 << 10, 99 << 10, "NVIDIA L4")
 KEY = {"device": "NVIDIA L4", "multiprocessors": 58, "driver": 13000, "kvpack": "1", "kernels": "ab"}
 OTHER = {eights: Terms(*(2 * cost for cost in terms)) for eights, terms in COSTS.items()}
+
+
+MADE_FOR = launch_costs.made_for
 
 
 @pytest.fixture(autouse=True)
@@ -344,6 +347,18 @@ def test_the_command_keeps_nothing_of_too_few_times(device: FakeDevice) -> None:
     assert not launch_costs.costs_file(L4).exists()
 
 
+def test_the_command_sees_first_whether_costs_can_be_kept(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("KVPACK_CACHE_DIR", str(file / "folder"))
+    done = CliRunner().invoke(app, ["tune", "--json"])
+    assert done.exit_code == 2
+    assert "(Not a directory): set KVPACK_CACHE_DIR" in json.loads(done.stdout)["message"]
+    assert not device.timed
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_the_command_needs_a_device() -> None:
     for name, message in (("cuda", "cuda"), ("cpu", "launches are a GPU's"), ("tpu", "is no device")):
@@ -412,3 +427,14 @@ def test_times_are_of_right_results(monkeypatch: pytest.MonkeyPatch, tokens: int
     monkeypatch.setattr(products, "multiply", lambda coded, x, *more: torch.zeros(len(x), 200))
     assert timer.time(case, fits[:1]) == [None]
     assert timer.errors == {case.name: "wrong"}
+
+
+@pytest.mark.gpu
+def test_costs_of_this_device_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the device's true name, driver and kernels: read back by what a first product calls."""
+    monkeypatch.setattr(launch_costs, "made_for", MADE_FOR)
+    limits = devices.device_limits(torch.device("cuda", torch.cuda.current_device()))
+    key = MADE_FOR(limits)
+    assert key["driver"] >= 12000
+    launch_costs.write_tuned(limits, key, OTHER, {})
+    assert launch_costs.device_costs(limits).costs == OTHER

@@ -5,7 +5,8 @@ The launch model adds up what a launch is made of (:class:`.launch_model.Terms`)
 * Measured with ``kvpack tune``, on this device, and kept in a file below :func:`cache_directory`. They are read when
   the first product of a process is launched. A file that was made for another driver, other kernels or another
   version counts no longer; a warning says so.
-* Shipped: measured on an H100. For other devices they are estimated from public specifications (``estimated_costs``).
+* Shipped: ``MEASURED``. For other devices they are estimated from an H100's, by public specifications
+  (``estimated_costs``).
 
 ``KVPACK_LAUNCH_COSTS=shipped`` leaves the file alone.
 """
@@ -76,6 +77,8 @@ SPECIFICATIONS = (
     Specification("RTX 5090", 120, 2407, 1792),
     Specification("RTX PRO 6000", 120, 2617, 1792),
 )
+# By the name of a specification; those of other devices are estimates.
+MEASURED: dict[str, Costs] = {H100.name: COSTS}
 # A chunk is 32 rows of 32 columns, of about 4.4 bits.
 _CHUNK_BYTES = GROUP_LANES * CHUNK_COLS * 4.4 / 8
 # Of the bandwidth that is specified, so much is reached.
@@ -131,8 +134,8 @@ def shipped_costs(limits: Limits) -> DeviceCosts:
     found = specification(limits)
     if found is None:
         return DeviceCosts(COSTS, f"shipped, measured on an {H100.name} (nothing is known of this architecture)")
-    if found == H100:
-        return DeviceCosts(COSTS, f"shipped, measured on an {H100.name}")
+    if found.name in MEASURED:
+        return DeviceCosts(MEASURED[found.name], f"shipped, measured on an {found.name}")
     origin = f"shipped, estimated from the specification of {found.name}"
     return DeviceCosts(estimated_costs(found, limits.multiprocessors), origin)
 
@@ -203,6 +206,24 @@ def read_tuned(limits: Limits, key: Mapping[str, Any]) -> tuple[Costs | None, st
         return None, f"{path} cannot be read ({error.strerror or error}) and is not used"
     except (ValueError, RecursionError) as error:
         return None, f"{path} is damaged ({error}) and is not used: {again}"
+
+
+def require_writable(limits: Limits) -> None:
+    """Before a minute is spent on measuring what could not be kept.
+
+    Raises:
+        InputError: the file of costs cannot be written.
+    """
+    folder = costs_file(limits).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"costs cannot be kept in {folder} ({error.strerror or error}): set {DIRECTORY_VARIABLE} to a folder that "
+            "can be written to"
+        ) from None
 
 
 def write_tuned(limits: Limits, key: Mapping[str, Any], costs: Costs, made: Mapping[str, Any]) -> Path:
