@@ -22,7 +22,7 @@ constexpr u32 kTokens = 8 * kTokenTiles;
 constexpr u32 kFragmentBytes = 16 * kLanes;  // of a chunk and eight tokens
 constexpr u32 kRowsBytes = 32 * kLanes;      // 32 rows of 32 bytes
 constexpr u32 kPartsAhead = kTokenTiles == 1 ? 2 : 1;  // partial sums on their way
-constexpr u32 kFragmentsAhead = 4;
+constexpr u32 kFragmentsAhead = KVPACK_COLUMN_SCALES ? 2 : 4;  // scales take registers, too
 constexpr u32 kLoadsAhead = 8;
 #define KVPACK_TOKEN_SCALES (KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES)
 constexpr u32 kBias = 0x6400u | (kSigned ? kHalf : 0u);

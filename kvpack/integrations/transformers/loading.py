@@ -359,7 +359,8 @@ class CheckpointLoading:
         if self.device_map is None or (list(self.device_map) == [""] and self._home("") != "disk"):
             layer._buffers.update(dict.fromkeys(PARTS))
             layer._buffers[BLOB] = torch.empty(0, dtype=torch.uint8, device="meta")
-        layer._non_persistent_buffers_set |= set(PARTS)
+        # accelerate takes each of them for a tensor.
+        layer._non_persistent_buffers_set |= {part for part in PARTS if layer._buffers[part] is not None}
         layer.training = training
         layer.__class__ = _LayerInFile
         return layer

@@ -143,12 +143,17 @@ def coded_on_device(tensor: CodedTensor, device: torch.device | str) -> DeviceBl
 
     Raises:
         FormatError: the blob or its scales break a rule.
-        ScaleError: row offsets or column scales.
         DeviceError: the device cannot be used, or its shared memory is too small for the blob's tiles.
     """
-    if tensor.row_offsets is not None or tensor.column_scales is not None:
-        raise ScaleError("no products with row offsets or column scales; kvpack decompress takes them")
-    return DeviceBlob.from_bytes(tensor.blob, tensor.scales, TORCH_DTYPES[tensor.dtype], tensor.shape, device)
+    return DeviceBlob.from_bytes(
+        tensor.blob,
+        tensor.scales,
+        TORCH_DTYPES[tensor.dtype],
+        tensor.shape,
+        device,
+        column_scales=tensor.column_scales,
+        row_offsets=tensor.row_offsets,
+    )
 
 
 def _run_all(checks: Iterable[Callable[[], object]]) -> None:

@@ -45,6 +45,9 @@ _MANY_RAW_BITS = 5
 # By compute capability's major number: for narrow results, those of four codes a symbol, wide ones, the widest.
 _DECODE_WARPS = {9: (16, 16, 12, 10), 10: (8, 8, 6, 6)}
 _OTHER_DECODE_WARPS = (12, 8, 8, 8)
+# The same where there are row offsets or column scales.
+_VECTOR_DECODE_WARPS = {9: 8, 10: 4}
+_OTHER_VECTOR_DECODE_WARPS = 6
 # For 8, 16 and 32 vectors; on sm_100 and newer, and before.
 _NEWER = 100
 _GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8)}
@@ -179,7 +182,10 @@ def decode_warps(
     if output == OUTPUT_NOTHING:
         return narrow
     eight = layout.codes_per_symbol == 8  # eight slots are kept until their columns are complete
-    if many or fp32 or outliers or predicted or vectors:
+    if vectors:
+        warps = _VECTOR_DECODE_WARPS.get(architecture // 10, _OTHER_VECTOR_DECODE_WARPS)
+        return min(warps, 6) if eight else warps
+    if many or fp32 or outliers or predicted:
         return widest if eight or (fp32 and many) else wide
     spills = layout.codes_per_symbol == 2 and layout.raw_bits == _MANY_RAW_BITS - 1 and output in OUTPUTS.values()
     if eight or spills:
