@@ -3,6 +3,8 @@
 
 #include "common/common.cuh"
 
+constexpr u32 kActivationSize = KVPACK_ACTIVATION == 2 ? 4 : 2;  // bytes
+
 __device__ __forceinline__ float load_activation(const void* x, u64 index) {
 #if KVPACK_ACTIVATION == 0
   return f16_value(__ldg(static_cast<const u16*>(x) + index));

@@ -20,7 +20,7 @@ from torch import nn  # noqa: E402
 import kvpack  # noqa: E402
 from kvpack.encode.compress import compress  # noqa: E402
 from kvpack.encode.quant_config import QuantConfig  # noqa: E402
-from kvpack.errors import ModelMismatchError, ScaleError, TensorCrcError  # noqa: E402
+from kvpack.errors import InputError, ModelMismatchError, ScaleError, TensorCrcError  # noqa: E402
 from kvpack.runtime.weights.device_blob import DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
 from kvpack.runtime.weights.offload import stream_modules  # noqa: E402
@@ -177,3 +177,13 @@ def test_vectors_that_do_not_fit_a_blob(folder: Path) -> None:
             DeviceBlob.from_bytes(data, scales, torch.float32, (64, 128), "cpu", **vectors)
     with pytest.raises(ScaleError, match="no scales"):
         DeviceBlob.from_bytes(data, None, torch.float32, (64, 128), "cpu", column_scales=columns)
+
+
+def test_no_grouped_products_yet(folder: Path) -> None:
+    with kvpack.open(folder / "o.safetensors") as reader:
+        data = bytes(reader.container("both.weight").data("both.weight_kvpack"))
+    blob = DeviceBlob.from_bytes(
+        data, np.ones(1, np.float32), torch.float32, (64, 128), "cpu", column_scales=np.ones(128, np.float16)
+    )
+    with pytest.raises(InputError, match="no grouped products with row offsets or column scales"):
+        blob.grouped_linear(torch.ones(1, 128), torch.zeros((1, 1), dtype=torch.int64))

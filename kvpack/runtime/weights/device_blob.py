@@ -24,7 +24,7 @@ from kvpack.format.layout import ElementKind, Predictor
 from kvpack.runtime.device import semaphores
 from kvpack.runtime.device.devices import device_limits
 from kvpack.runtime.device.kernels import require_device
-from kvpack.runtime.weights import ops, products
+from kvpack.runtime.weights import grouped, ops, products
 from kvpack.runtime.weights.group_table import group_table, max_group_words
 from kvpack.runtime.weights.products import FLOAT_TYPES, LOSSLESS_TYPES
 
@@ -131,6 +131,7 @@ class DeviceBlob:
         self.status = torch.zeros(2, dtype=torch.int32, device=device)
         self.has_outliers = bool(parsed.tiles["outlier_count"].any())
         predicted = bool((parsed.tiles["predictor"] == Predictor.PREVIOUS).any())
+        self._matrices: torch.Tensor | None = None
         self.geometry = ops.pack_geometry(
             self.header,
             self.blob_bytes,
@@ -250,6 +251,29 @@ class DeviceBlob:
             [..., outputs] of x's type.
         """
         return torch.ops.kvpack.linear(x, *self._arguments(), bias)  # type: ignore[no-any-return]
+
+    def grouped_linear(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Products of rows with some of the blob's matrices, as of a mixture of experts: in one launch on CUDA.
+
+        Which matrices are asked for is not looked at by the host: the call can be captured in a CUDA graph. (Where ids
+        choose a matrix more than 64 times on average, and outside of a capture, it is.) No gradients.
+
+        Args:
+            x: [tokens, inputs], or [tokens, top_k, inputs] with a row for each id; fp16, bf16 or fp32.
+            ids: i64 [tokens, top_k]: the number of a matrix.
+
+        Returns:
+            [tokens, top_k, outputs] of x's type: row · Wᵀ of the matrix that each id names. On CUDA, rows whose id
+            names none are 0.
+
+        Raises:
+            InputError: shapes or types are others; on the CPU, an id that names no matrix.
+        """
+        if self._matrices is None:
+            coded = ops._coded(*self._arguments())
+            self._matrices = torch.from_numpy(grouped.blob_matrices(coded)).to(self.device)
+        arguments = (*self._arguments(), self._matrices, len(self.tables))
+        return torch.ops.kvpack.grouped_linear(x, ids, *arguments)  # type: ignore[no-any-return]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor as numbers, in its original shape.

@@ -51,6 +51,8 @@ _OTHER_VECTOR_DECODE_WARPS = 6
 # For 8, 16 and 32 vectors; on sm_100 and newer, and before.
 _NEWER = 100
 _GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8)}
+# Of grouped products, which have more to keep; for tensors of many bits and others.
+_GROUPED_GEMM_WARPS = {1: (10, 12), 2: (8, 8), 4: (6, 6)}
 TOKEN_TILES = tuple(_GEMM_WARPS)
 MAX_FUSED_TOKENS = 32
 PARTIALS_BYTES = 64 << 20
@@ -155,19 +157,21 @@ def check_fits(header: BlobHeader, max_group_words: int, limits: Limits) -> None
         )
 
 
-def gemv_warps(layout: Layout, architecture: int) -> int:
+def gemv_warps(layout: Layout, architecture: int, *, grouped: bool = False) -> int:
     """At most how many warps a block for one vector has, if two share a multiprocessor."""
     if architecture >= _NEWER:
         return 10
     if layout.codes_per_symbol == 8 and layout.raw_bits % 4 == 3:  # planes of two bits and of one
-        return 14 if layout.raw_bits == 3 else 10
+        return (12 if grouped else 14) if layout.raw_bits == 3 else 10
     if layout.raw_bits > _MANY_RAW_BITS:
         return 12
     return 16 if layout.raw_bits < _MANY_RAW_BITS - 1 else 14
 
 
-def gemm_warps(layout: Layout, token_tiles: int, architecture: int) -> int:
+def gemm_warps(layout: Layout, token_tiles: int, architecture: int, *, grouped: bool = False) -> int:
     """The same for a few vectors."""
+    if grouped:
+        return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER and layout.element_bits <= _MANY_RAW_BITS]
     if layout.codes_per_symbol == 8 and layout.raw_bits == 7:
         return min(10, _GEMM_WARPS[token_tiles][architecture < _NEWER])
     return _GEMM_WARPS[token_tiles][architecture < _NEWER]
@@ -200,13 +204,18 @@ def gemv_kernel(
     resident: int,
     architecture: int,
     *,
+    grouped: bool = False,
     column_scales: bool = False,
 ) -> Kernel:
-    """One vector times a coded matrix; ``buffers``, ``resident`` as in :class:`.launch_model.ProductFit`."""
+    """One vector times a coded matrix; ``buffers``, ``resident`` as in :class:`.launch_model.ProductFit`.
+
+    ``grouped``: vectors times matrices of a stack, see ``cuda/weights/grouped.cuh``.
+    """
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
+        "KVPACK_GROUPED": int(grouped),
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture) * BLOCKS_PER_SM // resident,
+        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture, grouped=grouped) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
         "KVPACK_COLUMN_SCALES": int(column_scales),
     }
@@ -221,13 +230,15 @@ def gemm_kernel(
     token_tiles: int,
     architecture: int,
     *,
+    grouped: bool = False,
     column_scales: bool = False,
 ) -> Kernel:
     """A few vectors times a coded matrix, on tensor cores; ``token_tiles`` times 8 of them at most."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
+        "KVPACK_GROUPED": int(grouped),
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemm_warps(layout, token_tiles, architecture) * BLOCKS_PER_SM // resident,
+        "KVPACK_MAX_WARPS": gemm_warps(layout, token_tiles, architecture, grouped=grouped) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
         "KVPACK_COLUMN_SCALES": int(column_scales),
         "KVPACK_TOKEN_TILES": token_tiles,
@@ -267,9 +278,9 @@ def decode_kernel(
     return Kernel.of("weights/decode.cu", "decode", layout, defines)
 
 
-def max_panels(coded: Coded, sums: int) -> int:
+def max_panels(coded: Coded, sums: int, matrices: int = 1) -> int:
     """Panels whose partial sums, ``sums`` for a row, stay within :data:`PARTIALS_BYTES`; one is always possible."""
-    of_panel = 4 * sums * coded.row_groups * GROUP_LANES * max(1, len(coded.tables))
+    of_panel = 4 * sums * coded.row_groups * GROUP_LANES * max(1, len(coded.tables)) * matrices
     return max(1, min(PARTIALS_BYTES // of_panel, coded.header.num_tiles_col))
 
 
@@ -337,7 +348,7 @@ def _multiply(
     out: torch.Tensor,
 ) -> None:
     """One product into ``out``, a launch for each table."""
-    header, tokens = coded.header, len(x)
+    tokens = len(x)
     num_tables = max(1, len(coded.tables))
     last: tuple[np.uint32, ...] = ()
     scaled = coded.column_scales is not None
@@ -373,29 +384,7 @@ def _multiply(
             (fit.blocks, fit.panels),
             (GROUP_LANES, fit.members, fit.teams),
             (
-                x,
-                coded.blob,
-                coded.groups,
-                table,
-                coded.scales,
-                np.uint32(coded.scale_stride),
-                coded.column_scales,
-                bias,
-                out,
-                partials,
-                arrivals,
-                coded.status,
-                np.uint32(header.rows),
-                np.uint32(header.cols),
-                np.uint32(header.tile_cols),
-                np.uint32(header.num_tiles_col),
-                np.uint32(fit.panel_width),
-                np.uint32(fit.member_width),
-                np.uint32(fit.last_members),
-                np.uint32(fit.run_quotient),
-                np.uint32(fit.run_remainder),
-                np.uint32(header.length_bytes),
-                np.uint32(coded.word_buffer_bytes),
+                *product_arguments(coded, fit, x, table, bias, out, partials, arrivals),
                 np.uint32(index),
                 np.uint32(num_tables),
                 *last,
@@ -403,6 +392,45 @@ def _multiply(
             device=x.device,
             shared_bytes=fit.shared_bytes,
         )
+
+
+def product_arguments(
+    coded: Coded,
+    fit: ProductFit,
+    x: torch.Tensor,
+    table: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    partials: torch.Tensor | None,
+    arrivals: torch.Tensor | None,
+) -> tuple[torch.Tensor | np.generic | None, ...]:
+    """What all kernels of products are given, before what is one table's and one kernel's own."""
+    header = coded.header
+    return (
+        x,
+        coded.blob,
+        coded.groups,
+        table,
+        coded.scales,
+        np.uint32(coded.scale_stride),
+        coded.column_scales,
+        bias,
+        out,
+        partials,
+        arrivals,
+        coded.status,
+        np.uint32(header.rows),
+        np.uint32(header.cols),
+        np.uint32(header.tile_cols),
+        np.uint32(header.num_tiles_col),
+        np.uint32(fit.panel_width),
+        np.uint32(fit.member_width),
+        np.uint32(fit.last_members),
+        np.uint32(fit.run_quotient),
+        np.uint32(fit.run_remainder),
+        np.uint32(header.length_bytes),
+        np.uint32(coded.word_buffer_bytes),
+    )
 
 
 def decode(
@@ -414,16 +442,16 @@ def decode(
 ) -> None:
     """Expand rows ``rows`` (from, to; of all matrices one after another; all by default) into ``out``.
 
-    ``rows`` begins at a multiple of 32 and ends at one, or at the last row; with several matrices it is all. ``out``
-    is contiguous, [rows, cols] of the type that ``output`` says; None with OUTPUT_NOTHING.
+    ``rows`` begins at a multiple of 32 of its matrix, and ends at one, or at its last row. ``out`` is contiguous,
+    [rows, cols] of the type that ``output`` says; None with OUTPUT_NOTHING.
     """
     header = coded.header
     first_row, end_row = rows or (0, header.matrices * header.rows)
     tile_columns = header.num_tiles_col
     first, end = 0, len(coded.groups)
     if rows is not None:
-        first = first_row // GROUP_LANES * tile_columns
-        end = ceil_div(end_row, GROUP_LANES) * tile_columns
+        first = _row_group(coded, first_row) * tile_columns
+        end = (_row_group(coded, end_row - 1) + 1) * tile_columns
     output_bytes = 0 if out is None else out.element_size()
     staging_bytes = GROUP_LANES * CHUNK_COLS * max(1, output_bytes)
     vectors = {"row_offsets": coded.row_offsets is not None, "column_scales": coded.column_scales is not None}
@@ -474,6 +502,12 @@ def decode(
             device=device,
             shared_bytes=fit.shared_bytes,
         )
+
+
+def _row_group(coded: Coded, row: int) -> int:
+    """The group of a row of all matrices one after another, among those of all."""
+    matrix, row = divmod(row, coded.header.rows)
+    return matrix * coded.row_groups + row // GROUP_LANES
 
 
 def can_multiply(layout: Layout) -> bool:
