@@ -51,8 +51,8 @@ _OTHER_VECTOR_DECODE_WARPS = 6
 # For 8, 16 and 32 vectors; on sm_100 and newer, and before.
 _NEWER = 100
 _GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8)}
-# Of grouped products, which have more to keep; for tensors of many bits and others.
-_GROUPED_GEMM_WARPS = {1: (10, 12), 2: (8, 8), 4: (6, 6)}
+# Of grouped products, which have more to keep; before sm_100 those of 8 vectors and few bits have 12.
+_GROUPED_GEMM_WARPS = {1: (8, 10), 2: (8, 8), 4: (6, 6)}
 TOKEN_TILES = tuple(_GEMM_WARPS)
 MAX_FUSED_TOKENS = 32
 PARTIALS_BYTES = 64 << 20
@@ -171,7 +171,9 @@ def gemv_warps(layout: Layout, architecture: int, *, grouped: bool = False) -> i
 def gemm_warps(layout: Layout, token_tiles: int, architecture: int, *, grouped: bool = False) -> int:
     """The same for a few vectors."""
     if grouped:
-        return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER and layout.element_bits <= _MANY_RAW_BITS]
+        if token_tiles == 1 and architecture < _NEWER and layout.element_bits <= _MANY_RAW_BITS:
+            return 12
+        return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER]
     if layout.codes_per_symbol == 8 and layout.raw_bits == 7:
         return min(10, _GEMM_WARPS[token_tiles][architecture < _NEWER])
     return _GEMM_WARPS[token_tiles][architecture < _NEWER]
