@@ -3,6 +3,8 @@
 
 #include "common/common.cuh"
 
+constexpr u32 kActivationSize = KVPACK_ACTIVATION == 2 ? 4 : 2;  // bytes
+
 __device__ __forceinline__ float load_activation(const void* x, u64 index) {
 #if KVPACK_ACTIVATION == 0
   return f16_value(__ldg(static_cast<const u16*>(x) + index));
@@ -10,6 +12,15 @@ __device__ __forceinline__ float load_activation(const void* x, u64 index) {
   return __uint_as_float(static_cast<u32>(__ldg(static_cast<const u16*>(x) + index)) << 16);
 #else
   return __ldg(static_cast<const float*>(x) + index);
+#endif
+}
+
+// The activation of column `col` at `index`, times the column's scale where the weight has such scales.
+__device__ __forceinline__ float load_scaled_activation(const void* x, u64 index, const float* column_scales, u32 col) {
+#if KVPACK_COLUMN_SCALES
+  return load_activation(x, index) * __ldg(column_scales + col);
+#else
+  return load_activation(x, index);
 #endif
 }
 

@@ -1,18 +1,20 @@
-// Y = scale · (W X) + bias for a few vectors X (tokens) and coded integers W: decoded once, multiplied on the tensor cores.
+// Y = scale · (W (X · column scales)) + bias for a few vectors X (tokens) and coded integers W: decoded once, multiplied on the tensor cores.
 //
 // A lane decodes a row, a tensor core wants eight lanes to share one: each warp passes its 32 rows × 32 columns through shared
 // memory as bytes, and ldmatrix hands every lane four neighbouring elements of the slot that it needs. Only then do they become
-// fp16 (0x6400 | u is 1024 + u). Activations are fp16 too, bf16 and fp32 ones after a power of two for each token and block that
-// brings the largest near 2^14. Which columns a tensor core takes for k = 0 … 15 is arbitrary as long as both sides agree:
+// fp16 (0x6400 | u is 1024 + u). Activations are fp16 too, bf16 and fp32 ones, and those times a column's scale, after a power of two
+// for each token and block that brings the largest near 2^14. Which columns a tensor core takes for k = 0 … 15 is arbitrary as long as both sides agree:
 //
 //   step h of a chunk (16 columns)     lane 4·i + q holds of slot q + 4h:   bytes 0, 1 as k = 2q, 2q + 1;  bytes 2, 3 as 2q + 8, 2q + 9
 //   activations in shared memory       16 bytes a lane: h = 0: t = 0 … 3, h = 1: t = 0 … 3, for token i of eight
 //
 // How work is dealt to warps: schedule.cuh. Sums stay the tensor core's fragments until all of a row are together.
 //
-// Shared memory: table (16 KiB) | activations of the panel, 512 bytes for each chunk and eight tokens | a float a token | for each
-// warp: two buffers of 1 KiB for rows in passing | words, one or two buffers | sums of members.
+// Shared memory: table (16 KiB) | activations of the panel, 512 bytes for each chunk and eight tokens | a float a token | in a
+// grouped product, of a token, its row and pair, and what is needed of the matrix at the end | for each warp: two buffers of 1 KiB for
+// rows in passing | words, one or two buffers | sums of members.
 #include "common/activations.cuh"
+#include "weights/grouped.cuh"
 #include "weights/schedule.cuh"
 #include "weights/tile.cuh"
 
@@ -22,8 +24,9 @@ constexpr u32 kTokens = 8 * kTokenTiles;
 constexpr u32 kFragmentBytes = 16 * kLanes;  // of a chunk and eight tokens
 constexpr u32 kRowsBytes = 32 * kLanes;      // 32 rows of 32 bytes
 constexpr u32 kPartsAhead = kTokenTiles == 1 ? 2 : 1;  // partial sums on their way
-constexpr u32 kFragmentsAhead = 4;
+constexpr u32 kFragmentsAhead = KVPACK_COLUMN_SCALES ? 2 : 4;  // scales take registers, too
 constexpr u32 kLoadsAhead = 8;
+#define KVPACK_TOKEN_SCALES (KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES)
 constexpr u32 kBias = 0x6400u | (kSigned ? kHalf : 0u);
 
 // 16 bytes of a row in passing: turned so that eight lanes in a row meet eight different groups of banks.
@@ -130,9 +133,17 @@ __device__ __forceinline__ float token_scale(u32 address) {
 }
 
 // Columns 8·(lane % 4) … + 7 of a chunk, of token lane / 4, into the fragments at `fragments`.
-__device__ __forceinline__ void store_eight(const Eight& eight, float inverse, u32 fragments, u32 lane) {
+__device__ __forceinline__ void store_eight(const Eight& eight, float inverse, const float* column_scales, u32 col, u32 cols,
+                                            u32 fragments, u32 lane) {
   const u32 j = lane % 4, of_token = fragments + 64 * (lane / 4);
-  auto pair = [&](u32 a, u32 b) { return f16x2_bits(eight.value(a) * inverse, eight.value(b) * inverse); };
+  auto value = [&](u32 i) {
+#if KVPACK_COLUMN_SCALES
+    return eight.value(i) * __ldg(column_scales + min(col + i, cols - 1)) * inverse;  // behind the last column it is 0
+#else
+    return eight.value(i) * inverse;
+#endif
+  };
+  auto pair = [&](u32 a, u32 b) { return f16x2_bits(value(a), value(b)); };
   auto of_slot = [&](u32 slot) { return of_token + 16 * (slot % 4) + 8 * (slot / 4); };
   if constexpr (kCodesPerSymbol == 1) {  // two slots, all of each
     store_shared_v2(of_slot(2 * j), make_uint2(pair(0, 1), pair(2, 3)));
@@ -142,7 +153,7 @@ __device__ __forceinline__ void store_eight(const Eight& eight, float inverse, u
     store_shared_v2(of_slot(2 * j + 1), make_uint2(pair(1, 3), pair(5, 7)));
   } else if constexpr (kCodesPerSymbol == 8) {  // one byte of all slots
 #pragma unroll
-    for (u32 k = 0; k < kSlots; ++k) store_shared_u16(of_slot(k) + 2 * j, f16_bits(eight.value(k) * inverse));
+    for (u32 k = 0; k < kSlots; ++k) store_shared_u16(of_slot(k) + 2 * j, f16_bits(value(k)));
   } else {  // the first or the last two bytes of four slots
 #pragma unroll
     for (u32 k = 0; k < 4; ++k) store_shared_u32(of_slot(j / 2 * 4 + k) + j % 2 * 4, pair(k, 4 + k));
@@ -150,10 +161,14 @@ __device__ __forceinline__ void store_eight(const Eight& eight, float inverse, u
 }
 
 extern "C" __global__ void __launch_bounds__(KVPACK_MAX_WARPS * 32, KVPACK_BLOCKS_PER_SM)
-gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride, const void* bias,
-     void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
+gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride,
+     const float* column_scales, const void* bias, void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
      u32 member_width, u32 last_members, u32 run_quotient, u32 run_remainder, u32 length_bytes, u32 buffer_bytes, u32 table_index,
-     u32 num_tables, u32 tokens) {
+     u32 num_tables, u32 tokens
+#if KVPACK_GROUPED
+     , const u32* order, const uint4* slots, const StackedMatrix* matrices, u32 stack_parts, u32 row_pairs, u32 y_stride
+#endif
+) {
   KVPACK_DYNAMIC_SHARED(shared);
   const u32 lane = threadIdx.x, warp = threadIdx.z * blockDim.y + threadIdx.y, warps = blockDim.y * blockDim.z;
   const Schedule schedule(tile_columns, panel_width, member_width);
@@ -165,9 +180,43 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   const u32 shared_table = shared_address(shared);
   const u32 activations = shared_table + 4 * kTableSlots;
   const u32 token_maxima = activations + panel_width * tile_chunks * kTokenTiles * kFragmentBytes;
-  const u32 passing_rows = token_maxima + 4 * kTokens + warp * 2 * kRowsBytes;
-  const u32 all_buffers = token_maxima + 4 * kTokens + warps * 2 * kRowsBytes;
+  const u32 token_pairs = token_maxima + 4 * kTokens, ends = token_pairs + 8 * kTokens, all_passing_rows = ends + kEndsBytes;
+  const u32 passing_rows = all_passing_rows + warp * 2 * kRowsBytes, all_buffers = all_passing_rows + warps * 2 * kRowsBytes;
   const u32 buffers = all_buffers + kBuffers * warp * buffer_bytes;
+
+#if KVPACK_GROUPED
+  const u32 part_of_expert = blockIdx.z % stack_parts;
+  const uint4 slot = __ldg(slots + blockIdx.z / stack_parts);
+  tokens = slot.z;
+  StackedMatrix matrix{};
+  if (slot.x != kNoExpert) matrix = load_matrix(matrices + slot.x * stack_parts + part_of_expert);
+  if (matrix.launches == 0 && table_index == 0 && blockIdx.y == 0) {
+    for (u32 token = 0; token < tokens; ++token) {
+      const u64 first = static_cast<u64>(__ldg(order + slot.y + token)) * y_stride + part_of_expert * rows;
+      each_row(rows, [&](u32 row) { store_result(y, first + row, 0.0f); });
+    }
+  }
+  if (table_index >= matrix.launches) return;
+  if (warp == 0 && lane < kTokens) {
+    const u32 pair = lane < tokens ? __ldg(order + slot.y + lane) : 0;
+    store_shared_v2(token_pairs + 8 * lane, make_uint2(pair / row_pairs, pair));
+  }
+  blob = bytes_behind(blob, matrix.blob), groups = bytes_behind(groups, matrix.groups);
+  table = matrix.num_tables == 0 ? nullptr : bytes_behind(table, matrix.tables + 4ull * kTableSlots * table_index);
+  if (warp == 0 && lane == 0) {
+    const u64 sums = static_cast<u64>(blockIdx.z) * ceil_div(rows, kLanes);
+    store_ends(ends, {bytes_behind(y, static_cast<u64>(part_of_expert) * rows * kActivationSize), bytes_behind(scales, matrix.scales),
+                      partials + sums * gridDim.y * num_tables * kTokens * kLanes, semaphores + sums,
+                      bytes_behind(status, matrix.status), x, groups, static_cast<u32>(matrix.first_group), static_cast<u32>(matrix.launches)});
+  }
+  auto source_row = [&](u32 token) { return static_cast<u64>(load_shared_u32(token_pairs + 8 * token)); };
+  auto result_at = [&](u32 token) { return static_cast<u64>(load_shared_u32(token_pairs + 8 * token + 4)) * y_stride; };
+#else
+  auto source_row = [&](u32 token) { return static_cast<u64>(token); };
+  auto result_at = [&](u32 token) { return static_cast<u64>(token) * rows; };
+#endif
+
+  auto entries = [&] { return KVPACK_GROUPED ? load_pointer<const uint4>(ends + kEndsGroups) : groups; };
 
   // Two units are under way: the one that is decoded, and the next one's words and first planes.
   uint4 entry = make_uint4(0, 0, 0, 0), next_entry = entry;
@@ -184,9 +233,12 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   }
   copy_async_commit();
 
+#if KVPACK_GROUPED
+  __syncthreads();  // pairs
+#endif
   const u32 first_of_panel = blockIdx.y * panel_width, first_col = first_of_panel * tile_cols;
   const u32 panel_chunks = min(panel_width, tile_columns - first_of_panel) * tile_chunks;
-#if KVPACK_ACTIVATION != 0
+#if KVPACK_TOKEN_SCALES
   if (warp == 0 && lane < kTokens) store_shared_u32(token_maxima + 4 * lane, 0);
   __syncthreads();
   for (u32 i = warp; i < kTokens * ceil_div(panel_chunks, kLoadsAhead); i += warps) {
@@ -196,7 +248,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     for (u32 j = 0; j < kLoadsAhead; ++j) {
       const u32 chunk = i / kTokens * kLoadsAhead + j, col = first_col + chunk * kChunkCols + lane;
       const bool is_there = token < tokens && chunk < panel_chunks && col < cols;
-      largest = fmaxf(largest, is_there ? fabsf(load_activation(x, static_cast<u64>(token) * cols + col)) : 0.0f);
+      largest = fmaxf(largest, is_there ? fabsf(load_scaled_activation(x, source_row(token) * cols + col, column_scales, col)) : 0.0f);
     }
     const u32 largest_bits = __reduce_max_sync(kAllLanes, __float_as_uint(largest));
     if (lane == 0) max_shared_u32(token_maxima + 4 * token, largest_bits);
@@ -212,18 +264,19 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       const u32 i = first + ahead * warps, token = i % kTokenTiles * 8 + lane / 4;
       const u32 col = first_col + i / kTokenTiles * kChunkCols + lane % 4 * 8;
       const bool is_there = i < fragments_of_panel && token < tokens && col < cols;
-      eights[ahead].load(x, static_cast<u64>(token) * cols + col, is_there ? min(cols - col, 8) : 0, aligned);
+      eights[ahead].load(x, source_row(token) * cols + col, is_there ? min(cols - col, 8) : 0, aligned);
     }
 #pragma unroll
     for (u32 ahead = 0; ahead < kFragmentsAhead; ++ahead) {
       const u32 i = first + ahead * warps;
       if (i >= fragments_of_panel) break;
-#if KVPACK_ACTIVATION != 0
+#if KVPACK_TOKEN_SCALES
       const float inverse = 1.0f / token_scale(token_maxima + 4 * (i % kTokenTiles * 8 + lane / 4));
 #else
       const float inverse = 1.0f;
 #endif
-      store_eight(eights[ahead], inverse, activations + i * kFragmentBytes, lane);
+      const u32 col = first_col + i / kTokenTiles * kChunkCols + lane % 4 * 8;
+      store_eight(eights[ahead], inverse, column_scales, col, cols, activations + i * kFragmentBytes, lane);
     }
   }
   copy_async_wait<0>();
@@ -251,7 +304,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     u32 next_planes = 0;
     u32 next_chunks = 0;
     if (units > 1) {
-      next_entry = __ldg(groups + schedule.index_of(unit));
+      next_entry = __ldg(entries() + schedule.index_of(unit));
       const Group next = unpack_group(blob, next_entry);
       const Place place = schedule.place_of(unit, rows, cols, tile_cols);
       if constexpr (kBuffers == 2) copy_words(next, buffers + (buffer ^ 1) * buffer_bytes, lane);
@@ -289,7 +342,11 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       }
       const bool valid = place.group * kLanes + lane < place.tile_rows;
       if (valid && (decoder.state != KVPACK_STATE_LOW || decoder.word_address != end_address)) {
+#if KVPACK_GROUPED
+        report_damage(load_pointer<u32>(ends + kEndsStatus), load_shared_u32(ends + kEndsFirstGroup) + schedule.index_of(schedule.before(unit)));
+#else
         report_damage(status, schedule.index_of(schedule.before(unit)));
+#endif
       }
     } else {
       stream.stale = true;
@@ -307,7 +364,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     }
     if (has_outliers) {
       // Looked up again, rather than in registers all the time.
-      const Group again = unpack_group(blob, __ldg(groups + schedule.index_of(schedule.before(unit))));
+      const Group again = unpack_group(blob, __ldg(entries() + schedule.index_of(schedule.before(unit))));
       const u32* outliers = outliers_of(again, place);
 #pragma unroll 1
       for (u32 i = 0; i < again.num_outliers; ++i) {
@@ -320,22 +377,31 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     }
 
     if (unit.column == 0) {
+#if KVPACK_GROUPED
+      num_tables = load_shared_u32(ends + kEndsNumTables);
+#endif
       const u32 row_group = schedule.before(unit).row_group;
       const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
       const MemberSums member_sums{all_buffers + kBuffers * warps * buffer_bytes, runs};
-#if KVPACK_ACTIVATION != 0
+#if KVPACK_TOKEN_SCALES
       each_sum(sums, lane, [&](float& sum, u32, u32 token) { sum *= token_scale(token_maxima + 4 * token); });
+#endif
+#if KVPACK_GROUPED
+      if (parts > 1) partials = load_pointer<float>(ends + kEndsPartials), semaphores = load_pointer<u32>(ends + kEndsSemaphores);
 #endif
       const bool finishes =
           (members == 1 || join_members(sums, member_sums, row_group, members, lane)) &&
           (parts == 1 || join_parts<kPartsAhead>(sums, partials, semaphores, row_group, table_index * gridDim.y + blockIdx.y, parts, lane));
       if (finishes) {
+#if KVPACK_GROUPED
+        y = load_pointer<void>(ends + kEndsY), scales = load_pointer<const float>(ends + kEndsScales);
+#endif
         each_sum(sums, lane, [&](float sum, u32 row_of_group, u32 token) {
           const u32 row = row_group * kLanes + row_of_group;
           if (row < rows && token < tokens) {
             float result = sum * scales[row * scale_stride];
             if (bias != nullptr) result += load_activation(bias, row);
-            store_result(y, static_cast<u64>(token) * rows + row, result);
+            store_result(y, result_at(token) + row, result);
           }
         });
       }

@@ -1,4 +1,4 @@
-// y = scale · (W x) + bias for one vector x and coded integers W: decode and product in one pass, nothing expanded.
+// y = scale · (W (x · column scales)) + bias for one vector x and coded integers W: decode and product in one pass, nothing expanded.
 //
 // A lane decodes a row of a tile and multiplies as it goes. Activations become int16 with a scale for each chunk of 32 columns
 // (a scale for more columns loses the small ones beside a massive one), so that a chunk's sum of products is exact in 32 bits.
@@ -10,9 +10,10 @@
 // How work is dealt to warps: schedule.cuh.
 //
 // Shared memory: table (16 KiB) | 80 bytes for each chunk of the panel: int16 activations, 64 bytes; first sum; scale; 8 unused |
-// words, one or two buffers for each warp: with two, the next tile's words are under way while this one's are decoded | sums of
+// what a grouped product needs of its matrix at the end | words, one or two buffers for each warp: with two, the next tile's words are under way while this one's are decoded | sums of
 // members.
 #include "common/activations.cuh"
+#include "weights/grouped.cuh"
 #include "weights/schedule.cuh"
 #include "weights/tile.cuh"
 
@@ -68,10 +69,14 @@ __device__ __forceinline__ void emit_kept(const KeepSlots& kept, Product& produc
 }
 
 extern "C" __global__ void __launch_bounds__(KVPACK_MAX_WARPS * 32, KVPACK_BLOCKS_PER_SM)
-gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride, const void* bias,
-     void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
+gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride,
+     const float* column_scales, const void* bias, void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
      u32 member_width, u32 last_members, u32 run_quotient, u32 run_remainder, u32 length_bytes, u32 buffer_bytes, u32 table_index,
-     u32 num_tables) {
+     u32 num_tables
+#if KVPACK_GROUPED
+     , const uint2* ids, const StackedMatrix* matrices, u32 num_experts, u32 stack_parts, u32 row_pairs, u32 y_stride
+#endif
+) {
   KVPACK_DYNAMIC_SHARED(shared);
   const u32 lane = threadIdx.x, warp = threadIdx.z * blockDim.y + threadIdx.y, warps = blockDim.y * blockDim.z;
   const Schedule schedule(tile_columns, panel_width, member_width);
@@ -82,8 +87,30 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 
   const u32 shared_table = shared_address(shared);
   const u32 activations = shared_table + 4 * kTableSlots;
-  const u32 all_buffers = activations + panel_width * tile_chunks * kChunkBytes;
+  const u32 ends = activations + panel_width * tile_chunks * kChunkBytes, all_buffers = ends + kEndsBytes;
   const u32 buffers = all_buffers + kBuffers * warp * buffer_bytes;
+
+#if KVPACK_GROUPED
+  const u32 pair = blockIdx.z / stack_parts, part_of_expert = blockIdx.z % stack_parts;
+  const u32 expert = expert_of(__ldg(ids + pair), num_experts), row_groups = ceil_div(rows, kLanes);
+  StackedMatrix matrix{};
+  if (expert != kNoExpert) matrix = load_matrix(matrices + expert * stack_parts + part_of_expert);
+  y = bytes_behind(y, (static_cast<u64>(pair) * y_stride + part_of_expert * rows) * kActivationSize);
+  if (matrix.launches == 0 && table_index == 0 && blockIdx.y == 0) {
+    each_row(rows, [&](u32 row) { store_result(y, row, 0.0f); });
+  }
+  if (table_index >= matrix.launches) return;
+  blob = bytes_behind(blob, matrix.blob), groups = bytes_behind(groups, matrix.groups);
+  table = matrix.num_tables == 0 ? nullptr : bytes_behind(table, matrix.tables + 4ull * kTableSlots * table_index);
+  x = bytes_behind(x, static_cast<u64>(pair / row_pairs) * cols * kActivationSize);
+  if (warp == 0 && lane == 0) {
+    const u64 sums = static_cast<u64>(blockIdx.z) * row_groups;
+    store_ends(ends, {y, bytes_behind(scales, matrix.scales), partials + sums * gridDim.y * num_tables * kLanes, semaphores + sums,
+                      bytes_behind(status, matrix.status), x, groups, static_cast<u32>(matrix.first_group), static_cast<u32>(matrix.launches)});
+  }
+#endif
+
+  auto entries = [&] { return KVPACK_GROUPED ? load_pointer<const uint4>(ends + kEndsGroups) : groups; };
 
   // Two units are under way: the one that is decoded, and the next one's words and first planes.
   uint4 entry = make_uint4(0, 0, 0, 0), next_entry = entry;
@@ -96,7 +123,7 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #pragma unroll
     for (u32 i = 0; i < kLoadsAhead; ++i) {
       const u32 chunk = first + i * warps, col = first_of_panel * tile_cols + chunk * kChunkCols + lane;
-      values[i] = chunk < panel_chunks && col < cols ? load_activation(x, col) : 0.0f;
+      values[i] = chunk < panel_chunks && col < cols ? load_scaled_activation(x, col, column_scales, col) : 0.0f;
     }
   };
   load_values(warp);
@@ -146,7 +173,7 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     u32 next_planes = 0;
     u32 next_chunks = 0;
     if (units > 1) {
-      next_entry = __ldg(groups + schedule.index_of(unit));
+      next_entry = __ldg(entries() + schedule.index_of(unit));
       const Group next = unpack_group(blob, next_entry);
       const Place place = schedule.place_of(unit, rows, cols, tile_cols);
       if constexpr (kBuffers == 2) copy_words(next, buffers + (buffer ^ 1) * buffer_bytes, lane);
@@ -182,7 +209,11 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       }
       const bool valid = place.group * kLanes + lane < place.tile_rows;
       if (valid && (decoder.state != KVPACK_STATE_LOW || decoder.word_address != end_address)) {
+#if KVPACK_GROUPED
+        report_damage(load_pointer<u32>(ends + kEndsStatus), load_shared_u32(ends + kEndsFirstGroup) + schedule.index_of(schedule.before(unit)));
+#else
         report_damage(status, schedule.index_of(schedule.before(unit)));
+#endif
       }
     } else {
       stream.stale = true;
@@ -201,27 +232,40 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     }
     if (has_outliers) {
       // Looked up again, rather than in registers all the time.
-      const Group again = unpack_group(blob, __ldg(groups + schedule.index_of(schedule.before(unit))));
+      const Group again = unpack_group(blob, __ldg(entries() + schedule.index_of(schedule.before(unit))));
       const u32* outliers = outliers_of(again, place);
+#if KVPACK_GROUPED
+      x = load_pointer<const void>(ends + kEndsX);
+#endif
       const u32 delta_bits = outlier_delta_bits(tile_cols);
 #pragma unroll 1
       for (u32 i = 0; i < again.num_outliers; ++i) {
         u32 outlier = __ldg(outliers + i);
         const u32 col = outlier_col(outlier, delta_bits);
         if (outlier_lane(outlier) == lane && col < place.tile_cols) {  // damage must not lead out of x
-          sum += static_cast<float>(outlier_delta(outlier, delta_bits)) * load_activation(x, place.first_col + col);
+          const u32 of_row = place.first_col + col;
+          sum += static_cast<float>(outlier_delta(outlier, delta_bits)) * load_scaled_activation(x, of_row, column_scales, of_row);
         }
       }
     }
 
     if (unit.column == 0) {
+#if KVPACK_GROUPED
+      num_tables = load_shared_u32(ends + kEndsNumTables);
+#endif
       const u32 row_group = schedule.before(unit).row_group, row = row_group * kLanes + lane;
       const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
       const MemberSums member_sums{all_buffers + kBuffers * warps * buffer_bytes, runs};
+#if KVPACK_GROUPED
+      if (parts > 1) partials = load_pointer<float>(ends + kEndsPartials), semaphores = load_pointer<u32>(ends + kEndsSemaphores);
+#endif
       const bool finishes =
           (members == 1 || join_members(sums, member_sums, row_group, members, lane)) &&
           (parts == 1 || join_parts<kPartsAhead>(sums, partials, semaphores, row_group, table_index * gridDim.y + blockIdx.y, parts, lane));
       if (finishes && row < rows) {
+#if KVPACK_GROUPED
+        y = load_pointer<void>(ends + kEndsY), scales = load_pointer<const float>(ends + kEndsScales);
+#endif
         float result = sum * scales[row * scale_stride];
         if (bias != nullptr) result += load_activation(bias, row);
         store_result(y, row, result);

@@ -1,7 +1,7 @@
 """What ``kvpack.compress`` does: whole files and model directories, a tensor at a time.
 
-Memory holds one tensor's blob and a few strips, whatever the model's size; sources are read strip by strip. Outputs are
-written beside their place and renamed at the end, files and directories alike.
+Memory holds one tensor's blob (or those of a stack) and a few strips, whatever the model's size; sources are read strip
+by strip. Outputs are written beside their place and renamed at the end, files and directories alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -79,12 +79,14 @@ from kvpack.format.container import (
     StoredTensor,
 )
 from kvpack.format.header import BlobHeader
-from kvpack.format.layout import GROUP_LANES
+from kvpack.format.layout import GROUP_LANES, Layout
 
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
 _STACK_CORRECTIONS = 8
 _STACK_MARGIN_BITS = 0.001
+# How much noisier a layer may become for a stack: about 0.1 bit.
+_STACK_NOISE_DB = 0.6
 
 
 @dataclass
@@ -292,6 +294,8 @@ class _Model:
             reason = "some are kept as they are"
         elif len({(member.dtype, member.shape[1:]) for member in members}) > 1:
             reason = "their dtypes or inputs differ"
+        elif len({selection.quality_of(member.name) for member in members}) > 1:
+            reason = "their rates differ"
         elif kinds.transposed & set(names):
             reason = "they are stored as inputs × outputs"
         if reason is not None:
@@ -323,11 +327,20 @@ class _Model:
         ]
 
     def encode(
-        self, file: WeightFile, tensor: StoredTensor, plan: CommonPlan | None, less_bits: float = 0.0
+        self,
+        file: WeightFile,
+        tensor: StoredTensor,
+        plan: CommonPlan | None,
+        less_bits: float = 0.0,
+        layout: Layout | None = None,
     ) -> EncodedTensor:
-        """One tensor by whatever method the options say; with a rate, at one that is ``less_bits`` lower."""
+        """One tensor by whatever method the options say; with a rate, at one that is ``less_bits`` lower.
+
+        A ``layout`` is prescribed for numbers of its kind.
+        """
         config, selection = self.config, self.selections[file.path]
         weights = self.matrices(file, tensor)
+        weights.layout = layout
         if not selection.is_lossy(tensor, self.kinds[file.set_prefix]):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
         quality = selection.quality_of(tensor.name)
@@ -349,6 +362,7 @@ class _Model:
         """
         names = [member.name for member in members]
         less_bits = dict.fromkeys(names, 0.0)
+        layout: Layout | None = None
         alone: dict[str, EncodedTensor] = {}
         encoded: dict[str, EncodedTensor] = {}
         reason: str | None = None
@@ -356,9 +370,16 @@ class _Model:
             for member in members:
                 if member.name not in encoded:
                     with suppress(NotEncodableError):  # it is asked for again by who keeps it, and says why
-                        encoded[member.name] = self.encode(file, member, None, less_bits[member.name])
-            alone = alone or encoded.copy()
-            reason = _reason_not_to_stack([encoded.get(name) for name in names])
+                        encoded[member.name] = self.encode(file, member, None, less_bits[member.name], layout)
+            if not alone:
+                alone = encoded.copy()
+                layout = _common_layout(members, encoded)
+                others = [name for name, one in encoded.items() if one.layout != layout]
+                if others:
+                    for name in others:
+                        del encoded[name]
+                    continue
+            reason = _reason_not_to_stack([(alone.get(name), encoded.get(name)) for name in names])
             if reason is not None:
                 break
             blobs = share_tables([encoded[name].blob for name in names], self.executor)
@@ -378,17 +399,31 @@ class _Model:
         return alone
 
 
-def _reason_not_to_stack(encoded: list[EncodedTensor | None]) -> str | None:
-    """Why tensors that were coded alone cannot be stacked."""
-    headers = [BlobHeader.parse(memoryview(one.blob.front)) for one in encoded if one is not None]
-    if len(headers) < len(encoded):
+def _common_layout(members: list[StoredTensor], encoded: dict[str, EncodedTensor]) -> Layout | None:
+    """The layout that most weights have."""
+    weights: Counter[Layout] = Counter()
+    for member in members:
+        if member.name in encoded:
+            weights[encoded[member.name].layout] += math.prod(member.shape)
+    return max(weights, key=weights.__getitem__, default=None)
+
+
+def _reason_not_to_stack(tensors: list[tuple[EncodedTensor | None, EncodedTensor | None]]) -> str | None:
+    """Why tensors, coded alone and as parts of a stack, are better not stacked."""
+    both = [(alone, encoded) for alone, encoded in tensors if alone is not None and encoded is not None]
+    if len(both) < len(tensors):
         return "some are kept as they are"
+    headers = [BlobHeader.parse(memoryview(encoded.blob.front)) for _, encoded in both]
     if len({header.layout for header in headers}) > 1:
         return "their layouts differ"
     if len({header.tile_cols for header in headers}) > 1:
         return "their tiles differ"
     if any(header.rows % GROUP_LANES for header in headers[:-1]):
         return f"all but the last need a multiple of {GROUP_LANES} rows"
+    for alone, encoded in both:
+        noise = -math.inf if encoded.noise_db is None else encoded.noise_db
+        if noise > (-math.inf if alone.noise_db is None else alone.noise_db + _STACK_NOISE_DB):
+            return "some would be much noisier in the others' layout"
     return None
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvpack.encode.blob_decoder import decode_tile, element_dtype
+from kvpack.encode.blob_decoder import ParsedBlob, decode_tile, element_dtype
 from kvpack.encode.blob_encoder import NO_TABLE, encode_tile, join_tiles
 from kvpack.encode.frequencies import coded_bits
-from kvpack.encode.rans import decoder_table, encoder_table
+from kvpack.encode.rans import encoder_table
 from kvpack.encode.table_clusters import CONSTANT
 from kvpack.encode.tile_coder import count_symbols
 from kvpack.errors import GeometryError, TableError
@@ -34,7 +34,7 @@ from kvpack.format.tile_parts import TileBytes, TilePart, copied_tile, joined_ou
 class _Span:
     """Where rows of the new blob come from: ``rows`` of them from ``first_row`` on, in each matrix."""
 
-    blob: Blob
+    blob: ParsedBlob
     table_of: Sequence[int]  # new index of each table
     rows: int
     first_row: int = 0
@@ -62,7 +62,7 @@ def _code_again(
     header: BlobHeader,
     geometry: TileGeometry,
     parts: Sequence[TilePart],
-    blobs: Sequence[Blob],
+    blobs: Sequence[ParsedBlob],
     tables: list[Frequencies],
 ) -> TileBytes:
     """The tile made of parts that have no tile in common, in the smallest of the ways that there are."""
@@ -71,7 +71,7 @@ def _code_again(
     row = 0
     for part, blob in zip(parts, blobs, strict=True):
         whole = np.empty((part.tile.geometry.rows, geometry.cols), elements.dtype)
-        decode_tile(blob, part.tile, [decoder_table(table) for table in blob.tables], whole)
+        decode_tile(blob, part.tile, blob.decoder_tables, whole)
         elements[row : row + part.rows] = whole[part.first : part.stop]
         row += part.rows
     outliers = joined_outliers(parts)
@@ -113,8 +113,9 @@ def _assemble(header: BlobHeader, spans: Sequence[_Span], tables: list[Frequenci
     return join_tiles(header, tables, coded, math.nan).data
 
 
-def _parsed(blob: Blob | bytes | memoryview) -> Blob:
-    return blob if isinstance(blob, Blob) else Blob(blob)
+def _parsed(blob: Blob | bytes | memoryview) -> ParsedBlob:
+    """Whose tiles, which two new ones may need, are checked once."""
+    return ParsedBlob(blob.buffer if isinstance(blob, Blob) else blob)
 
 
 def _check_range(what: str, first: int, stop: int, size: int, unit: int, why: str) -> None:

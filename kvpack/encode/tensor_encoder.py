@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ from kvpack.encode.rate import (
 from kvpack.encode.tensor_parallel import dividing_tile_cols
 from kvpack.encode.threads import map_ordered
 from kvpack.errors import ScaleError
-from kvpack.format.container import COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX, first_illegal
+from kvpack.format.container import COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX, first_illegal, shown_numbers
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     FLOAT_ELEMENT_BITS,
@@ -155,6 +155,8 @@ class Matrices:
 
     # Into how many parts the columns will be split: tiles end at their borders.
     column_parts = 1
+    # The layout that all have with which it will be stacked.
+    layout: Layout | None = None
     # Rows of all that it will be stacked with, if it is: all have the same tiles.
     stacked_rows: int | None = None
 
@@ -200,7 +202,7 @@ class Matrices:
         ):
             if numbers is None:
                 continue
-            shown = suffix.removeprefix("_kvpack_").replace("_", " ")
+            shown = shown_numbers(suffix)
             dtype = np.float16 if suffix == COLUMN_SCALE_SUFFIX else np.float32
             if numbers.shape != (count,) or numbers.dtype != dtype:
                 raise ScaleError(
@@ -258,6 +260,11 @@ class Matrices:
         matrix, tile_row = divmod(index, self.tile_rows)
         first = matrix * self.rows + tile_row * TILE_ROWS
         return slice(first, first + min(TILE_ROWS, self.rows - tile_row * TILE_ROWS))
+
+    def choice(self, layouts: Sequence[Layout]) -> list[Layout]:
+        """Those of ``layouts``, which are of one kind, that it may have: all, or the one that is prescribed."""
+        own = self.layout
+        return list(layouts) if own is None or own.element_kind != layouts[0].element_kind else [own]
 
     def header(self, layout: Layout, tile_cols: int | None) -> BlobHeader:
         return BlobHeader(
@@ -363,7 +370,7 @@ def encode_lossless(
         counts = coder.count_tiles(header, source, executor=executor)
         return estimate_blob_bytes(header, counts, 0), counts
 
-    candidates = [(*estimate(layout), layout) for layout in layouts]
+    candidates = [(*estimate(layout), layout) for layout in weights.choice(layouts)]
     size_bytes, counts, layout = min(candidates, key=lambda candidate: candidate[0])
     if kind.is_integer:
         most = size_bytes * (1 + QUICKER_COSTS_AT_MOST)
@@ -717,7 +724,7 @@ def encode_at_bits(
     fine = measure(weights, executor)
     if fine.rms == 0:
         return _encode_zeros(weights, tile_cols, executor, coder)
-    layouts = candidate_layouts(layout_name, bits, fine)
+    layouts = weights.choice(candidate_layouts(layout_name, bits, fine))
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     if not fine.is_smooth:
         return _encode_from_ladder(weights, fine, bits, worth_bits, headers, tile_cols, executor, coder)
@@ -727,7 +734,8 @@ def encode_at_bits(
         *layouts_that_lose_less(fine, bits, layouts, headers),
     ]:
         headers.setdefault(layout, weights.header(layout, tile_cols))
-    layouts = list(headers)
+    layouts = weights.choice(list(headers))
+    headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     target_bits = bits - _RATE_TOLERANCE_BITS / 2
     aim = target_bits
     best: tuple[RatePlan, _Counted] | None = None
@@ -843,7 +851,8 @@ def _encode_near_lossless(
     executor: ThreadPoolExecutor | None,
     coder: Coder,
 ) -> EncodedTensor:
-    layouts = _eight_bit_layouts(layout_name) if fine.is_smooth else candidate_layouts(layout_name, 8.0, fine)
+    possible = _eight_bit_layouts(layout_name) if fine.is_smooth else candidate_layouts(layout_name, 8.0, fine)
+    layouts = weights.choice(possible)
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     aim_db = NEAR_LOSSLESS_DB
     for _ in range(_MAX_CORRECTIONS):
@@ -939,7 +948,7 @@ def encode_int8_rows(
     if tiny:
         raise NotEncodableError(f"{tiny} rows have values near the end of the fp32 range")
     strips = coder.quantize(weights, scales, 8, NEAREST)
-    headers = [weights.header(layout, tile_cols) for layout in _eight_bit_layouts(layout_name)]
+    headers = [weights.header(layout, tile_cols) for layout in weights.choice(_eight_bit_layouts(layout_name))]
     trials = [(header, _count_quantized(header, strips, executor)) for header in headers]
     most = min(trial.size_bytes for _, trial in trials) * (1 + QUICKER_COSTS_AT_MOST)
     header, counted = next(pair for pair in trials if pair[1].size_bytes <= most)

@@ -164,6 +164,15 @@ def test_groups_of_two_kinds_meet_in_a_tile(above: Numbers, below: Numbers, mode
     assert Blob(slice_rows(whole, 0, 256)).header.num_tables == int(Blob(whole).tiles["mode"][0] == TileMode.RANS)
 
 
+def test_a_table_without_a_symbol_codes_no_tile_that_has_it() -> None:
+    """A wrong tile would be the smaller one."""
+    whole = two_kinds(NARROW, FLAT, UNSIGNED_SIX)
+    assert Blob(whole).tables[0][44] == 0
+    part = slice_rows(whole, 32, 288)
+    assert Blob(part).tiles["mode"].tolist() == [TileMode.RAW]
+    np.testing.assert_array_equal(numbers_of(part)[0], np.concatenate((NARROW[32:], FLAT[:32])))
+
+
 def test_borders_are_refused_with_those_that_are_legal() -> None:
     whole = encode_elements(samples.gaussian_elements((300, 200), 5, 2.0, 1), FIVE_BITS, tile_cols=96)
     with pytest.raises(GeometryError, match=r"rows 16 to 300 of 300: 16 is no border.*of 32 .*0 and 32"):

@@ -82,7 +82,7 @@ def test_common_tables_change_no_number(tmp_path: Path) -> None:
     ("shapes", "options", "reason"),
     [
         ({"q": (510, 192), "k": (512, 192), "v": (512, 192)}, {}, "all but the last need a multiple of 32 rows"),
-        ({"q": (128, 96), "k": (64, 96), "v": (64, 96)}, {"tensor_bits": {"k_proj": 7}}, "their layouts differ"),
+        ({"q": (128, 96), "k": (64, 96), "v": (64, 96)}, {"tensor_bits": {"k_proj": 4.4}}, "their rates differ"),
     ],
 )
 def test_what_cannot_be_stacked_is_said_and_coded_alone(shapes: Any, options: Any, reason: str, tmp_path: Path) -> None:
@@ -94,6 +94,25 @@ def test_what_cannot_be_stacked_is_said_and_coded_alone(shapes: Any, options: An
         f"stack: {' + '.join(QKV)} cannot be one ({reason}), coded as without it",
     ]
     assert (tmp_path / "out").read_bytes() == (tmp_path / "alone").read_bytes()
+
+
+def test_a_stack_has_one_layout_unless_that_is_much_noisier(tmp_path: Path) -> None:
+    """Alone k has integers of another width, and can do without; up, which is uniform, cannot. w3 is coded exactly."""
+    rng = np.random.default_rng(4)
+    parts = {"q": rng.normal(0, 1, (256, 192)), "k": rng.standard_t(5, (256, 192)), "v": rng.normal(0, 1, (256, 192))}
+    parts |= {"gate": rng.standard_t(3, (288, 192)), "up": rng.uniform(-1, 1, (256, 192))}
+    parts |= {"w1": rng.normal(0, 1, (64, 96)), "w3": np.where(rng.random((64, 96)) < 0.01, np.nan, 1.0)}
+    names = {name: f"{name}.weight" if name[0] == "w" else f"{name}_proj.weight" for name in parts}
+    save_file({names[name]: part.astype(np.float32) for name, part in parts.items()}, tmp_path / "m.safetensors")
+    kvpack.compress(tmp_path / "m.safetensors", tmp_path / "alone", bits=4.35, layout="fast")
+    report = kvpack.compress(tmp_path / "m.safetensors", tmp_path / "out", bits=4.35, layout="fast", stack=True)
+    with kvpack.open(tmp_path / "alone") as alone, kvpack.open(tmp_path / "out") as reader:
+        bits = [[r.coded(names[name]).header.layout.element_bits for name in ("q", "k", "v")] for r in (alone, reader)]
+        assert bits == [[5, 4, 5], [5, 5, 5]]
+        np.testing.assert_array_equal(alone.dequantize(names["up"]), reader.dequantize(names["up"]))
+    assert report.notes[0] == "stack: 1 set of layers has common tables"
+    assert "gate_proj.weight + up_proj.weight cannot be one (some would be much noisier" in report.notes[1]
+    assert "w1.weight + w3.weight cannot be one (their layouts differ)" in report.notes[2]
 
 
 def test_shards_inputs_and_kept_tensors_that_are_no_stack_are_said(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from kvpack.format.pages import PageFormat, Side  # noqa: E402
 from kvpack.runtime.device.kernels import Kernel, layout_defines  # noqa: E402
 from kvpack.runtime.kv import attention_kernels as attention  # noqa: E402
 from kvpack.runtime.kv import page_kernels  # noqa: E402
-from kvpack.runtime.weights import encoder  # noqa: E402
+from kvpack.runtime.weights import encoder, grouped  # noqa: E402
 from kvpack.runtime.weights import products as weights  # noqa: E402
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
@@ -93,16 +94,16 @@ def selected(
             yield layout, option
 
 
-def gemv_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
+def gemv_kernels(everything: bool, architecture: int, *, grouped: bool = False) -> Iterator[Kernel]:
     options = list(itertools.product(weights.ACTIVATIONS, BUFFERS, RESIDENT))
     for layout, (activation, buffers, resident) in selected(SIGNED, options, everything, architecture):
-        yield weights.gemv_kernel(layout, activation, buffers, resident, architecture)
+        yield weights.gemv_kernel(layout, activation, buffers, resident, architecture, grouped=grouped)
 
 
-def gemm_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
+def gemm_kernels(everything: bool, architecture: int, *, grouped: bool = False) -> Iterator[Kernel]:
     options = list(itertools.product(weights.ACTIVATIONS, weights.TOKEN_TILES, BUFFERS, RESIDENT))
     for layout, (activation, token_tiles, buffers, resident) in selected(SIGNED, options, everything, architecture):
-        yield weights.gemm_kernel(layout, activation, buffers, resident, token_tiles, architecture)
+        yield weights.gemm_kernel(layout, activation, buffers, resident, token_tiles, architecture, grouped=grouped)
 
 
 def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
@@ -122,6 +123,24 @@ def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
         for layout, option in selected(layouts, options, everything, architecture):
             (output, outliers), predicted, buffers = option
             yield weights.decode_kernel(layout, output, buffers, architecture, outliers=outliers, predicted=predicted)
+
+
+def vector_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
+    """Products with column scales, and decoding with row offsets and column scales."""
+    products_of = list(itertools.product(weights.ACTIVATIONS, (0, *weights.TOKEN_TILES), BUFFERS, RESIDENT))
+    for layout, (activation, tiles, buffers, resident) in selected(SIGNED, products_of, everything, architecture):
+        if tiles:
+            yield weights.gemm_kernel(layout, activation, buffers, resident, tiles, architecture, column_scales=True)
+        else:
+            yield weights.gemv_kernel(layout, activation, buffers, resident, architecture, column_scales=True)
+    vectors = ((True, False), (False, True), (True, True))
+    options = list(itertools.product(weights.OUTPUTS.values(), (False, True), (False, True), BUFFERS, vectors))
+    for layout, option in selected(SIGNED, options, everything, architecture):
+        output, outliers, predicted, buffers, (offsets, columns) = option
+        yield weights.decode_kernel(
+            layout, output, buffers, architecture,
+            outliers=outliers, predicted=predicted, row_offsets=offsets, column_scales=columns,
+        )  # fmt: skip
 
 
 def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
@@ -190,7 +209,11 @@ def read_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
 KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemv": gemv_kernels,
     "gemm": gemm_kernels,
+    "gemv, grouped": partial(gemv_kernels, grouped=True),
+    "gemm, grouped": partial(gemm_kernels, grouped=True),
+    "route": lambda _everything, _architecture: [grouped.route_kernel()],
     "decode": decode_kernels,
+    "products and decode with vectors": vector_kernels,
     **{operation: encoder_kernels(operation) for operation in KINDLESS},
     "encode_place": lambda _everything, _architecture: [encoder._PLACE],
     "encode_quantize": lambda _everything, _architecture: [

@@ -12,12 +12,19 @@ import torch
 from kvpack.encode.rans import decoder_table
 from kvpack.errors import LaneStateError, ScaleError
 from kvpack.format.blob import Blob
+from kvpack.format.container import (
+    COLUMN_SCALE_SUFFIX,
+    ROW_OFFSET_SUFFIX,
+    SCALE_SUFFIX,
+    first_illegal,
+    shown_numbers,
+)
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind, Predictor
 from kvpack.runtime.device import semaphores
 from kvpack.runtime.device.devices import device_limits
 from kvpack.runtime.device.kernels import require_device
-from kvpack.runtime.weights import ops, products
+from kvpack.runtime.weights import grouped, ops, products
 from kvpack.runtime.weights.group_table import group_table, max_group_words
 from kvpack.runtime.weights.products import FLOAT_TYPES, LOSSLESS_TYPES
 
@@ -31,10 +38,32 @@ def check_scales(scales: npt.NDArray[np.float32], header: BlobHeader) -> None:
     quantized = header.layout.element_kind == ElementKind.SIGNED
     if len(scales) not in ((0, 1, header.matrices * header.rows) if quantized else (0,)):
         raise ScaleError(f"{len(scales)} scales for {header.matrices} × {header.rows} rows")
-    tiny = np.finfo(np.float32).tiny
-    bad = ~((scales == 0) | ((scales >= tiny) & np.isfinite(scales)))
-    if bad.any():
-        raise ScaleError(f"scale {int(np.argmax(bad))} is {scales[bad][0]}")
+    _check_legal(SCALE_SUFFIX, scales)
+
+
+def check_vectors(
+    column_scales: npt.NDArray[np.float16] | None, row_offsets: npt.NDArray[np.float32] | None, header: BlobHeader
+) -> None:
+    """Raises ScaleError unless they are of the types and as many as FORMAT.md §8 says, all of them legal."""
+    quantized = header.layout.element_kind == ElementKind.SIGNED
+    for suffix, numbers, dtype, count in (
+        (COLUMN_SCALE_SUFFIX, column_scales, np.float16, header.matrices * header.cols),
+        (ROW_OFFSET_SUFFIX, row_offsets, np.float32, header.matrices * header.rows),
+    ):
+        if numbers is None:
+            continue
+        if not quantized or numbers.dtype != dtype or numbers.shape != (count,):
+            raise ScaleError(
+                f"{shown_numbers(suffix)}s are {numbers.dtype} {list(numbers.shape)} for {header.matrices} × "
+                f"{header.rows} × {header.cols} {header.layout.element_kind.name} elements"
+            )
+        _check_legal(suffix, numbers)
+
+
+def _check_legal(suffix: str, numbers: npt.NDArray[Any]) -> None:
+    at = first_illegal(suffix, numbers)
+    if at is not None:
+        raise ScaleError(f"{shown_numbers(suffix)} {at} is {numbers[at]}")
 
 
 class DeviceBlob:
@@ -45,6 +74,8 @@ class DeviceBlob:
         dtype: of the original tensor; shape: its shape.
         blob: u8 [blob_bytes + slack]: the blob as FORMAT.md §2 has it, then zeros.
         scales: f32 [0], [1] or [matrices · rows].
+        column_scales: f16 [matrices · cols], or None.
+        row_offsets: f32 [matrices · rows], or None.
         groups, tables, status: what kernels look up (:class:`kvpack.runtime.weights.products.Coded`); empty on the CPU.
         geometry: all numbers that an operator needs, see :mod:`kvpack.runtime.weights.ops`.
     """
@@ -56,6 +87,8 @@ class DeviceBlob:
         dtype: torch.dtype,
         shape: tuple[int, ...],
         host: memoryview,
+        column_scales: torch.Tensor | None = None,
+        row_offsets: torch.Tensor | None = None,
     ) -> None:
         device = blob.device
         parsed = Blob(host)
@@ -72,6 +105,16 @@ class DeviceBlob:
         check_scales(scales.numpy(force=True), self.header)
         # Each call of torch gives the GIL up, for which a loader's threads wait: there are no more of them than needed.
         self.scales = scales if scales.device == device else scales.to(device)
+        self.column_scales = None if column_scales is None else column_scales.to(device)
+        self.row_offsets = None if row_offsets is None else row_offsets.to(device)
+        columns, offsets = (None if v is None else v.numpy(force=True) for v in (column_scales, row_offsets))
+        check_vectors(columns, offsets, self.header)
+        if not len(scales) and not (column_scales is row_offsets is None):
+            raise ScaleError("column scales or row offsets, and no scales")
+        self._numbers = self.scales
+        if column_scales is not None or row_offsets is not None:
+            vectors = (self.scales, self.row_offsets, self.column_scales)
+            self._numbers = torch.cat([vector.to(torch.float32) for vector in vectors if vector is not None])
         words = 0
         self.groups = torch.empty((0, 4), dtype=torch.int32, device=device)
         self.tables = torch.empty((0, 4096), dtype=torch.int32, device=device)
@@ -88,7 +131,16 @@ class DeviceBlob:
         self.status = torch.zeros(2, dtype=torch.int32, device=device)
         self.has_outliers = bool(parsed.tiles["outlier_count"].any())
         predicted = bool((parsed.tiles["predictor"] == Predictor.PREVIOUS).any())
-        self.geometry = ops.pack_geometry(self.header, self.blob_bytes, words, predicted, self.has_outliers)
+        self._matrices: torch.Tensor | None = None
+        self.geometry = ops.pack_geometry(
+            self.header,
+            self.blob_bytes,
+            words,
+            predicted,
+            self.has_outliers,
+            self.row_offsets is not None,
+            self.column_scales is not None,
+        )
 
     @classmethod
     def from_bytes(
@@ -98,6 +150,9 @@ class DeviceBlob:
         dtype: torch.dtype,
         shape: tuple[int, ...],
         device: torch.device | str,
+        *,
+        column_scales: npt.NDArray[np.float16] | None = None,
+        row_offsets: npt.NDArray[np.float32] | None = None,
     ) -> Self:
         """Copy a blob to a device.
 
@@ -118,6 +173,7 @@ class DeviceBlob:
             dtype,
             shape,
             host.data[: len(view)],
+            *(None if vector is None else torch.from_numpy(vector.copy()) for vector in (column_scales, row_offsets)),
         )
 
     @classmethod
@@ -129,6 +185,8 @@ class DeviceBlob:
         shape: tuple[int, ...],
         *,
         host: memoryview | None = None,
+        column_scales: torch.Tensor | None = None,
+        row_offsets: torch.Tensor | None = None,
     ) -> Self:
         """Take over a buffer that holds a blob and :data:`SLACK_BYTES` of zeros.
 
@@ -137,7 +195,7 @@ class DeviceBlob:
         """
         if host is None:
             host = blob[:-SLACK_BYTES].cpu().numpy().data
-        return cls(blob, scales, dtype, shape, host)
+        return cls(blob, scales, dtype, shape, host, column_scales, row_offsets)
 
     @property
     def device(self) -> torch.device:
@@ -146,11 +204,21 @@ class DeviceBlob:
     @property
     def nbytes(self) -> int:
         """All bytes on the device: blob, slack, scales and what kernels look up."""
-        parts = (self.blob, self.scales, self.groups, self.tables, self.status)
-        return sum(part.numel() * part.element_size() for part in parts)
+        parts = {id(part): part for part in (self.blob, self._numbers, self.groups, self.tables, self.status)}
+        parts |= {id(part): part for part in (self.scales, self.column_scales, self.row_offsets) if part is not None}
+        return sum(part.numel() * part.element_size() for part in parts.values())
+
+    @property
+    def number_bytes(self) -> int:
+        """What stands beside the blob in a file: scales, column scales, row offsets."""
+        return sum(
+            part.numel() * part.element_size()
+            for part in (self.scales, self.column_scales, self.row_offsets)
+            if part is not None
+        )
 
     def __repr__(self) -> str:
-        bits = 8 * (self.blob_bytes + 4 * len(self.scales)) / self.header.num_elements
+        bits = 8 * (self.blob_bytes + self.number_bytes) / self.header.num_elements
         layout = self.header.layout
         return (
             f"DeviceBlob({list(self.shape)}, {str(self.dtype).removeprefix('torch.')}, {layout.name} "
@@ -165,10 +233,12 @@ class DeviceBlob:
         if target == self.device:
             return self
         host = self.blob[: self.blob_bytes].cpu().numpy().data
-        return DeviceBlob(self.blob.to(target), self.scales, self.dtype, self.shape, host)
+        return DeviceBlob(
+            self.blob.to(target), self.scales, self.dtype, self.shape, host, self.column_scales, self.row_offsets
+        )
 
     def _arguments(self) -> tuple[Any, ...]:
-        return self.blob, self.groups, self.tables, self.scales, self.status, self.geometry
+        return self.blob, self.groups, self.tables, self._numbers, self.status, self.geometry
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x · Wᵀ (+ bias), W = the dequantized matrix, outputs × inputs.
@@ -181,6 +251,29 @@ class DeviceBlob:
             [..., outputs] of x's type.
         """
         return torch.ops.kvpack.linear(x, *self._arguments(), bias)  # type: ignore[no-any-return]
+
+    def grouped_linear(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Products of rows with some of the blob's matrices, as of a mixture of experts: in one launch on CUDA.
+
+        Which matrices are asked for is not looked at by the host: the call can be captured in a CUDA graph. (Where ids
+        choose a matrix more than 64 times on average, and outside of a capture, it is.) No gradients.
+
+        Args:
+            x: [tokens, inputs], or [tokens, top_k, inputs] with a row for each id; fp16, bf16 or fp32.
+            ids: i64 [tokens, top_k]: the number of a matrix.
+
+        Returns:
+            [tokens, top_k, outputs] of x's type: row · Wᵀ of the matrix that each id names. On CUDA, rows whose id
+            names none are 0.
+
+        Raises:
+            InputError: shapes or types are others; on the CPU, an id that names no matrix.
+        """
+        if self._matrices is None:
+            coded = ops._coded(*self._arguments())
+            self._matrices = torch.from_numpy(grouped.blob_matrices(coded)).to(self.device)
+        arguments = (*self._arguments(), self._matrices, len(self.tables))
+        return torch.ops.kvpack.grouped_linear(x, ids, *arguments)  # type: ignore[no-any-return]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor as numbers, in its original shape.

@@ -39,8 +39,13 @@ def _expand(coded: Coded, rows: tuple[int, int], out: torch.Tensor, limits: Limi
     products.decode(coded, output, out, limits, rows)
 
 
-def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits) -> torch.Tensor:
-    """x · Wᵀ (+ bias) for x [tokens, cols] of any number of tokens; returns [tokens, rows] of x's type."""
+def multiply(
+    coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits, *, matrix: int = 0
+) -> torch.Tensor:
+    """x · Wᵀ (+ bias) for x [tokens, cols] of any number of tokens; returns [tokens, rows] of x's type.
+
+    ``matrix``: which of a blob's W is.
+    """
     header = coded.header
     rows, cols = header.rows, header.cols
     dtype = x.dtype if len(coded.scales) else LOSSLESS_TYPES[header.layout.element_kind]
@@ -51,7 +56,8 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: L
 
     def expand(index: int) -> None:
         first, end = parts[index]
-        _expand(coded, (first, end), buffers[index % 2][: end - first], limits)
+        before = matrix * rows
+        _expand(coded, (before + first, before + end), buffers[index % 2][: end - first], limits)
 
     def multiply_part(index: int) -> None:
         first, end = parts[index]

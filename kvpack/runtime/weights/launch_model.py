@@ -25,6 +25,8 @@ BLOCKS_PER_SM = 2
 _GEMV_CHUNK_BYTES = 2 * CHUNK_COLS + 16
 _FRAGMENT_BYTES = 16 * GROUP_LANES
 _PASSING_BYTES = 2 * 32 * GROUP_LANES
+# What a grouped product keeps of its matrix; others could do without.
+_ENDS_BYTES = 64
 # Hardware has this many barriers for teams, besides that of the whole block.
 _MAX_TEAMS = 15
 # A launch has no more blocks in its second dimension.
@@ -147,12 +149,12 @@ def _heaviest_multiprocessor(multiprocessors: int, panels: int, blocks: int, tea
 
 
 def _product_launches(
-    shape: tuple[int, int, int], limits: Limits, max_warps: int, max_panels: int, memory: _Memory
+    shape: tuple[int, int, int], limits: Limits, max_warps: int, max_panels: int, memory: _Memory, slots: int
 ) -> Iterator[tuple[Terms, ProductFit]]:
     """All launches that fit, and what their time is made of.
 
     ``shape``: tile columns, groups of rows, chunks of a tile column. ``max_warps``: of a block, if two share a
-    multiprocessor; of one alone twice as many.
+    multiprocessor; of one alone twice as many. ``slots``: matrices that are multiplied side by side.
     """
     tile_columns, row_groups, tile_chunks = shape
     unit_chunks = tile_chunks + _UNIT_COST
@@ -165,7 +167,10 @@ def _product_launches(
                 continue
             max_teams = min(block_warps // members, row_groups, _MAX_TEAMS if members > 1 else block_warps)
             for teams in range(1, max_teams + 1):
-                blocks = max(1, min(resident * limits.multiprocessors // panels, ceil_div(row_groups, teams)))
+                at_once = resident * limits.multiprocessors
+                blocks = max(1, min(at_once // (panels * slots), ceil_div(row_groups, teams)))
+                # Blocks that do not fit beside the others begin when these end.
+                waves = ceil_div(panels * slots * blocks, at_once)
                 quotient, remainder = divmod(row_groups, blocks * teams)
                 run, warps, panel_chunks = quotient + (remainder > 0), teams * members, panel_width * tile_chunks
                 shared_bytes = memory.block + panel_chunks * memory.chunk + ALIGNMENT_BYTES
@@ -173,13 +178,13 @@ def _product_launches(
                 shared_bytes += (members > 1) * warps * min(run, 2) * memory.sum
                 if shared_bytes > available:
                     continue  # more teams have shorter runs, which need less for sums
-                heaviest = _heaviest_multiprocessor(limits.multiprocessors, panels, blocks, teams, row_groups)
+                heaviest = _heaviest_multiprocessor(limits.multiprocessors, panels * slots, blocks, teams, row_groups)
                 terms = Terms(
                     heaviest=heaviest * panel_width * unit_chunks,
-                    longest=run * member_width * unit_chunks,
-                    unbuffered=run * member_width * unit_chunks * (buffers == 1),
-                    activations=ceil_div(panel_chunks, warps),
-                    rounds=run - 1,
+                    longest=waves * run * member_width * unit_chunks,
+                    unbuffered=waves * run * member_width * unit_chunks * (buffers == 1),
+                    activations=waves * ceil_div(panel_chunks, warps),
+                    rounds=waves * run - 1,
                     members=members > 1,
                     panels=panels > 1,
                     parts=panels * (panels > 1),
@@ -190,13 +195,25 @@ def _product_launches(
 
 
 def gemv_launches(
-    header: BlobHeader, word_buffer_bytes: int, limits: Limits, max_warps: int, max_panels: int = _MAX_BLOCKS_Y
+    header: BlobHeader,
+    word_buffer_bytes: int,
+    limits: Limits,
+    max_warps: int,
+    max_panels: int = _MAX_BLOCKS_Y,
+    slots: int = 1,
 ) -> Iterator[tuple[Terms, ProductFit]]:
-    """All launches of the kernel for one vector, and what their time is made of."""
+    """All launches of the kernel for one vector, and what their time is made of.
+
+    ``slots``: of a grouped product (``cuda/weights/grouped.cuh``), those that have work.
+    """
     memory = _Memory(
-        block=_TABLE_BYTES, warp=0, word_buffer=word_buffer_bytes, chunk=_GEMV_CHUNK_BYTES, sum=4 * GROUP_LANES
+        block=_TABLE_BYTES + _ENDS_BYTES,
+        warp=0,
+        word_buffer=word_buffer_bytes,
+        chunk=_GEMV_CHUNK_BYTES,
+        sum=4 * GROUP_LANES,
     )
-    return _product_launches(_shape(header), limits, max_warps, max_panels, memory)
+    return _product_launches(_shape(header), limits, max_warps, max_panels, memory, slots)
 
 
 def gemm_launches(
@@ -206,17 +223,18 @@ def gemm_launches(
     max_warps: int,
     token_tiles: int,
     max_panels: int = _MAX_BLOCKS_Y,
+    slots: int = 1,
 ) -> Iterator[tuple[Terms, ProductFit]]:
-    """All launches of the kernel for a few vectors, and what their time is made of."""
+    """The same of the kernel for a few vectors."""
     tokens = 8 * token_tiles
     memory = _Memory(
-        block=_TABLE_BYTES + 4 * tokens,
+        block=_TABLE_BYTES + 12 * tokens + _ENDS_BYTES,
         warp=_PASSING_BYTES,
         word_buffer=word_buffer_bytes,
         chunk=token_tiles * _FRAGMENT_BYTES,
         sum=4 * tokens * GROUP_LANES,
     )
-    return _product_launches(_shape(header), limits, max_warps, max_panels, memory)
+    return _product_launches(_shape(header), limits, max_warps, max_panels, memory, slots)
 
 
 def estimated_us(terms: Terms, costs: Terms) -> float:
@@ -240,10 +258,11 @@ def fit_gemv(
     limits: Limits,
     max_warps: int,
     max_panels: int = _MAX_BLOCKS_Y,
+    slots: int = 1,
     costs: Terms = COSTS[0],
 ) -> ProductFit | None:
     """The launch of the kernel for one vector that should take the least time; None if none fits."""
-    return _best(gemv_launches(header, word_buffer_bytes, limits, max_warps, max_panels), costs)
+    return _best(gemv_launches(header, word_buffer_bytes, limits, max_warps, max_panels, slots), costs)
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -254,10 +273,11 @@ def fit_gemm(
     max_warps: int,
     token_tiles: int,
     max_panels: int = _MAX_BLOCKS_Y,
+    slots: int = 1,
     costs: Terms | None = None,
 ) -> ProductFit | None:
     """The launch of the kernel for a few vectors that should take the least time; None if none fits."""
-    launches = gemm_launches(header, word_buffer_bytes, limits, max_warps, token_tiles, max_panels)
+    launches = gemm_launches(header, word_buffer_bytes, limits, max_warps, token_tiles, max_panels, slots)
     return _best(launches, costs or COSTS[token_tiles])
 
 

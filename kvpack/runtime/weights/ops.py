@@ -4,6 +4,9 @@ An operator is given a coded tensor as five tensors and ``geometry``, a list of 
 
     blob u8 · groups i32 [groups, 4] · tables i32 [num_tables, 4096] · scales f32 · status i32 [2] · geometry int[]
 
+``scales`` are followed by row offsets and column scales, all f32, where ``geometry`` says that there are some.
+``grouped_linear`` takes besides them where all matrices of a stack lie (:class:`kvpack.runtime.weights.grouped.Stack`).
+
 The CPU implementations decode with :mod:`kvpack.encode`; groups and tables are empty there.
 """
 
@@ -19,23 +22,31 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpack.encode.blob_decoder import ParsedBlob, decode_integers
 from kvpack.encode.threads import ThreadPool
+from kvpack.errors import InputError
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import TILE_ROWS, ElementKind, Layout
 from kvpack.runtime.device.devices import device_limits
-from kvpack.runtime.weights import expansion, products
+from kvpack.runtime.weights import expansion, grouped, products
 from kvpack.runtime.weights.products import FLOAT_TYPES, LOSSLESS_TYPES, NUMBER_TYPES, Coded
 
 _CODED = "Tensor blob, Tensor groups, Tensor tables, Tensor scales, Tensor status, int[] geometry"
 
 _LIBRARY = torch.library.Library("kvpack", "FRAGMENT")
 _LIBRARY.define(f"linear(Tensor x, {_CODED}, Tensor? bias) -> Tensor")
+_LIBRARY.define(f"grouped_linear(Tensor x, Tensor ids, {_CODED}, Tensor matrices, int max_tables) -> Tensor")
 _LIBRARY.define(f"dequantize({_CODED}, ScalarType dtype) -> Tensor")
 _LIBRARY.define(f"numbers({_CODED}) -> Tensor")
 _LIBRARY.define("check_lanes(" + _CODED.replace("Tensor status", "Tensor(a!) status") + ") -> ()")
 
 
 def pack_geometry(
-    header: BlobHeader, blob_bytes: int, max_group_words: int, predicted: bool, has_outliers: bool
+    header: BlobHeader,
+    blob_bytes: int,
+    max_group_words: int,
+    predicted: bool,
+    has_outliers: bool,
+    has_row_offsets: bool = False,
+    has_column_scales: bool = False,
 ) -> list[int]:
     """The integers that go with a coded tensor's five tensors."""
     layout = header.layout
@@ -53,7 +64,19 @@ def pack_geometry(
         int(predicted),
         int(has_outliers),
         int(layout.folded),
+        int(has_row_offsets),
+        int(has_column_scales),
     ]
+
+
+def _vectors(
+    scales: torch.Tensor, geometry: list[int]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Scales, row offsets and column scales from the tensor that has them one after another."""
+    rows, cols, matrices = geometry[4], geometry[5], geometry[7]
+    num_offsets, num_columns = matrices * rows * geometry[13], matrices * cols * geometry[14]
+    own, offsets, columns = scales.split((len(scales) - num_offsets - num_columns, num_offsets, num_columns))
+    return own, offsets if num_offsets else None, columns if num_columns else None
 
 
 @lru_cache(maxsize=4096)
@@ -71,6 +94,7 @@ def _coded(
     status: torch.Tensor,
     geometry: list[int],
 ) -> Coded:
+    scales, row_offsets, column_scales = _vectors(scales.contiguous(), geometry)
     return Coded(
         header=_header(tuple(geometry)),
         max_group_words=geometry[9],
@@ -79,19 +103,39 @@ def _coded(
         blob=blob,
         groups=groups,
         tables=tables,
-        scales=scales.contiguous(),
+        scales=scales,
         status=status,
+        row_offsets=row_offsets,
+        column_scales=column_scales,
     )
 
 
 def _check_product(x: torch.Tensor, scales: torch.Tensor, geometry: list[int]) -> None:
-    kind, cols, matrices = ElementKind(geometry[0]), geometry[5], geometry[7]
+    _check_activations(x, scales, geometry)
+    if geometry[7] != 1:
+        raise ValueError(f"the blob holds {geometry[7]} matrices; a product takes one")
+
+
+def _check_grouped(x: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor, geometry: list[int]) -> None:
+    _check_activations(x, scales, geometry)
+    if geometry[13] or geometry[14]:
+        raise InputError("no grouped products with row offsets or column scales; multiply with one matrix at a time")
+    if ids.dtype != torch.int64 or ids.ndim != 2:
+        raise InputError(f"ids are {ids.dtype} {list(ids.shape)}; i64 [tokens, top_k] are wanted")
+    if ids.device != x.device:
+        raise InputError(f"ids are on {ids.device}, activations on {x.device}")
+    if x.shape[:-1] not in (ids.shape, ids.shape[:1]):
+        raise InputError(
+            f"activations are {list(x.shape)} for ids {list(ids.shape)}: a row for each token, or each id, is wanted"
+        )
+
+
+def _check_activations(x: torch.Tensor, scales: torch.Tensor, geometry: list[int]) -> None:
+    kind, cols = ElementKind(geometry[0]), geometry[5]
     if x.dtype not in FLOAT_TYPES:
         raise TypeError(f"activations are {x.dtype}; {', '.join(map(str, FLOAT_TYPES))} are possible")
     if x.device != scales.device:
         raise ValueError(f"activations are on {x.device}, the weight on {scales.device}")
-    if matrices != 1:
-        raise ValueError(f"the blob holds {matrices} matrices; a product takes one")
     if x.shape[-1] != cols:
         raise ValueError(f"activations have {x.shape[-1]} columns, the weight {cols}")
     if kind.is_integer and not len(scales):
@@ -133,6 +177,39 @@ def _linear_cuda(
     return _shaped(out, x)
 
 
+def _grouped_linear_cuda(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    matrices: torch.Tensor,
+    max_tables: int,
+) -> torch.Tensor:
+    _check_grouped(x, ids, scales, geometry)
+    coded = _coded(blob, groups, tables, scales, status, geometry)
+    stack = grouped.Stack(coded, matrices, max_tables)
+    rows, chosen, limits = x.reshape(-1, geometry[5]).contiguous(), ids.contiguous(), device_limits(x.device)
+    is_own = stack.parts == 1 and stack.experts == coded.header.matrices
+    fused = products.can_multiply(coded.layout)
+    if not ids.numel() or (
+        fused and not (is_own and grouped.has_many_rows(stack.experts, *ids.shape) and not _is_captured(x))
+    ):
+        out = grouped.multiply(stack, rows, chosen, limits)
+    elif is_own:
+        out = grouped.multiply_each(coded, rows, chosen, limits)
+    else:
+        raise InputError("matrices of floats in blobs of their own are multiplied one by one")
+    return out.resize_(*ids.shape, out.shape[1])
+
+
+def _is_captured(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _shaped(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A new tensor [tokens, rows] as [..., rows], and no view: autograd forbids to change views of operators."""
     return out.resize_(*x.shape[:-1], out.shape[1])
@@ -161,6 +238,41 @@ def _by_row(scales: torch.Tensor, count: int) -> torch.Tensor:
     return scales.expand(count) if len(scales) == 1 else scales
 
 
+def _grouped_linear_cpu(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    matrices: torch.Tensor,
+    max_tables: int,
+) -> torch.Tensor:
+    _check_grouped(x, ids, scales, geometry)
+    numbers = _numbers_cpu(blob, groups, tables, scales, status, geometry)
+    experts, rows, cols = numbers.shape
+    kind, flat = ElementKind(geometry[0]), ids.flatten()
+    wrong = torch.nonzero((flat < 0) | (flat >= experts))[:, 0]
+    if len(wrong):
+        raise InputError(
+            f"id {int(wrong[0])} of {len(flat)} is {int(flat[wrong[0]])}: the blob holds {experts} matrices, 0 to "
+            f"{experts - 1}"
+        )
+    by_row = _by_row(scales, experts * rows).reshape(experts, rows, 1) if len(scales) else None
+    values = numbers.view(LOSSLESS_TYPES[kind]) if kind in LOSSLESS_TYPES else numbers
+    tokens = x.reshape(-1, cols).to(torch.float32)
+    out = torch.empty((len(flat), rows), dtype=torch.float32, device="cpu")
+    for expert in torch.unique(flat).tolist():
+        pairs = torch.nonzero(flat == expert)[:, 0]
+        weights = values[expert].to(torch.float32)
+        if by_row is not None:
+            weights *= by_row[expert]
+        out[pairs] = tokens[pairs // (len(flat) // len(tokens))] @ weights.T
+    return out.to(x.dtype).reshape(*ids.shape, rows)
+
+
 def _linear_cpu(
     x: torch.Tensor,
     blob: torch.Tensor,
@@ -177,6 +289,7 @@ def _linear_cpu(
     kind = ElementKind(geometry[0])
     tokens = x.reshape(-1, cols).to(torch.float32)
     out = torch.empty(len(tokens), rows, dtype=torch.float32, device="cpu")
+    scales, row_offsets, column_scales = _vectors(scales, geometry)
     by_row = _by_row(scales, rows) if len(scales) else None
     for first in range(0, rows, TILE_ROWS):  # so that fp32 weights never exist all at once
         part = integers[first : first + TILE_ROWS]
@@ -184,6 +297,10 @@ def _linear_cpu(
         weights = weights.to(torch.float32)
         if by_row is not None:
             weights *= by_row[first : first + TILE_ROWS, None]
+        if row_offsets is not None:
+            weights += row_offsets[first : first + TILE_ROWS, None]
+        if column_scales is not None:
+            weights *= column_scales
         out[:, first : first + TILE_ROWS] = tokens @ weights.T
     own_bias = _bias(bias, x, rows)
     if own_bias is not None:
@@ -224,9 +341,14 @@ def _dequantize_cpu(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     integers = _numbers_cpu(blob, groups, tables, scales, status, geometry)
-    matrices, rows, _ = integers.shape
-    by_row = _by_row(scales, matrices * rows).reshape(matrices, rows, 1)
-    return (integers.to(torch.float32) * by_row).to(_float_type(dtype))
+    matrices, rows, cols = integers.shape
+    scales, row_offsets, column_scales = _vectors(scales, geometry)
+    weights = integers.to(torch.float32) * _by_row(scales, matrices * rows).reshape(matrices, rows, 1)
+    if row_offsets is not None:
+        weights += row_offsets.reshape(matrices, rows, 1)
+    if column_scales is not None:
+        weights *= column_scales.reshape(matrices, 1, cols)
+    return weights.to(_float_type(dtype))
 
 
 def _number_type(geometry: list[int]) -> torch.dtype:
@@ -289,6 +411,8 @@ def _check_lanes_cpu(
 
 _LIBRARY.impl("linear", _linear_cuda, "CUDA")
 _LIBRARY.impl("linear", _linear_cpu, "CPU")
+_LIBRARY.impl("grouped_linear", _grouped_linear_cuda, "CUDA")
+_LIBRARY.impl("grouped_linear", _grouped_linear_cpu, "CPU")
 _LIBRARY.impl("dequantize", _dequantize_cuda, "CUDA")
 _LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
 _LIBRARY.impl("numbers", _numbers_cuda, "CUDA")
@@ -310,6 +434,23 @@ def _linear_shape(
 ) -> torch.Tensor:
     _check_product(x, scales, geometry)
     return x.new_empty((*x.shape[:-1], geometry[4]))
+
+
+@torch.library.register_fake("kvpack::grouped_linear", lib=_LIBRARY)
+def _grouped_linear_shape(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    matrices: torch.Tensor,
+    max_tables: int,
+) -> torch.Tensor:
+    _check_grouped(x, ids, scales, geometry)
+    return x.new_empty((*ids.shape, matrices.shape[1] * geometry[4]))
 
 
 @torch.library.register_fake("kvpack::dequantize", lib=_LIBRARY)

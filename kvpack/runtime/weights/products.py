@@ -8,7 +8,7 @@ many warps share a multiprocessor.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -45,9 +45,14 @@ _MANY_RAW_BITS = 5
 # By compute capability's major number: for narrow results, those of four codes a symbol, wide ones, the widest.
 _DECODE_WARPS = {9: (16, 16, 12, 10), 10: (8, 8, 6, 6)}
 _OTHER_DECODE_WARPS = (12, 8, 8, 8)
+# The same where there are row offsets or column scales.
+_VECTOR_DECODE_WARPS = {9: 8, 10: 4}
+_OTHER_VECTOR_DECODE_WARPS = 6
 # For 8, 16 and 32 vectors; on sm_100 and newer, and before.
 _NEWER = 100
 _GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8)}
+# Of grouped products, which have more to keep; before sm_100 those of 8 vectors and few bits have 12.
+_GROUPED_GEMM_WARPS = {1: (8, 10), 2: (8, 8), 4: (6, 6)}
 TOKEN_TILES = tuple(_GEMM_WARPS)
 MAX_FUSED_TOKENS = 32
 PARTIALS_BYTES = 64 << 20
@@ -83,6 +88,8 @@ class Coded:
         groups: i32 [groups, 4], see :mod:`kvpack.runtime.weights.group_table`.
         tables: i32 [num_tables, 4096], see :func:`kvpack.encode.rans.decoder_table`.
         scales: f32 [0], [1] or [matrices · rows].
+        row_offsets: f32 [matrices · rows], or None.
+        column_scales: f32 [matrices · cols], or None.
         status: i32 [2]: lanes that ended wrongly, and where (see ``report_damage`` in ``cuda/weights/tile.cuh``).
     """
 
@@ -95,6 +102,8 @@ class Coded:
     tables: torch.Tensor
     scales: torch.Tensor
     status: torch.Tensor
+    row_offsets: torch.Tensor | None = None
+    column_scales: torch.Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -148,31 +157,40 @@ def check_fits(header: BlobHeader, max_group_words: int, limits: Limits) -> None
         )
 
 
-def gemv_warps(layout: Layout, architecture: int) -> int:
+def gemv_warps(layout: Layout, architecture: int, *, grouped: bool = False) -> int:
     """At most how many warps a block for one vector has, if two share a multiprocessor."""
     if architecture >= _NEWER:
         return 10
     if layout.codes_per_symbol == 8 and layout.raw_bits % 4 == 3:  # planes of two bits and of one
-        return 14 if layout.raw_bits == 3 else 10
+        return (12 if grouped else 14) if layout.raw_bits == 3 else 10
     if layout.raw_bits > _MANY_RAW_BITS:
         return 12
     return 16 if layout.raw_bits < _MANY_RAW_BITS - 1 else 14
 
 
-def gemm_warps(layout: Layout, token_tiles: int, architecture: int) -> int:
+def gemm_warps(layout: Layout, token_tiles: int, architecture: int, *, grouped: bool = False) -> int:
     """The same for a few vectors."""
+    if grouped:
+        if token_tiles == 1 and architecture < _NEWER and layout.element_bits <= _MANY_RAW_BITS:
+            return 12
+        return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER]
     if layout.codes_per_symbol == 8 and layout.raw_bits == 7:
         return min(10, _GEMM_WARPS[token_tiles][architecture < _NEWER])
     return _GEMM_WARPS[token_tiles][architecture < _NEWER]
 
 
-def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bool, predicted: bool) -> int:
+def decode_warps(
+    layout: Layout, output: int, architecture: int, *, outliers: bool, predicted: bool, vectors: bool = False
+) -> int:
     """At most how many warps a block that decodes has."""
     many, fp32 = layout.raw_bits >= _MANY_RAW_BITS, output == OUTPUTS[torch.float32]
     narrow, of_four, wide, widest = _DECODE_WARPS.get(architecture // 10, _OTHER_DECODE_WARPS)
     if output == OUTPUT_NOTHING:
         return narrow
     eight = layout.codes_per_symbol == 8  # eight slots are kept until their columns are complete
+    if vectors:
+        warps = _VECTOR_DECODE_WARPS.get(architecture // 10, _OTHER_VECTOR_DECODE_WARPS)
+        return min(warps, 6) if eight else warps
     if many or fp32 or outliers or predicted:
         return widest if eight or (fp32 and many) else wide
     spills = layout.codes_per_symbol == 2 and layout.raw_bits == _MANY_RAW_BITS - 1 and output in OUTPUTS.values()
@@ -181,49 +199,90 @@ def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bo
     return of_four if layout.codes_per_symbol > 2 else narrow
 
 
-def gemv_kernel(layout: Layout, activation: torch.dtype, buffers: int, resident: int, architecture: int) -> Kernel:
-    """One vector times a coded matrix; ``buffers``, ``resident`` as in :class:`.launch_model.ProductFit`."""
+def gemv_kernel(
+    layout: Layout,
+    activation: torch.dtype,
+    buffers: int,
+    resident: int,
+    architecture: int,
+    *,
+    grouped: bool = False,
+    column_scales: bool = False,
+) -> Kernel:
+    """One vector times a coded matrix; ``buffers``, ``resident`` as in :class:`.launch_model.ProductFit`.
+
+    ``grouped``: vectors times matrices of a stack, see ``cuda/weights/grouped.cuh``.
+    """
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
+        "KVPACK_GROUPED": int(grouped),
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture) * BLOCKS_PER_SM // resident,
+        "KVPACK_MAX_WARPS": gemv_warps(layout, architecture, grouped=grouped) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
+        "KVPACK_COLUMN_SCALES": int(column_scales),
     }
     return Kernel.of("weights/gemv.cu", "gemv", layout, defines)
 
 
 def gemm_kernel(
-    layout: Layout, activation: torch.dtype, buffers: int, resident: int, token_tiles: int, architecture: int
+    layout: Layout,
+    activation: torch.dtype,
+    buffers: int,
+    resident: int,
+    token_tiles: int,
+    architecture: int,
+    *,
+    grouped: bool = False,
+    column_scales: bool = False,
 ) -> Kernel:
     """A few vectors times a coded matrix, on tensor cores; ``token_tiles`` times 8 of them at most."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
+        "KVPACK_GROUPED": int(grouped),
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemm_warps(layout, token_tiles, architecture) * BLOCKS_PER_SM // resident,
+        "KVPACK_MAX_WARPS": gemm_warps(layout, token_tiles, architecture, grouped=grouped) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
+        "KVPACK_COLUMN_SCALES": int(column_scales),
         "KVPACK_TOKEN_TILES": token_tiles,
     }
     return Kernel.of("weights/gemm.cu", "gemm", layout, defines)
 
 
 def decode_kernel(
-    layout: Layout, output: int, buffers: int, architecture: int, *, outliers: bool, predicted: bool
+    layout: Layout,
+    output: int,
+    buffers: int,
+    architecture: int,
+    *,
+    outliers: bool,
+    predicted: bool,
+    row_offsets: bool = False,
+    column_scales: bool = False,
 ) -> Kernel:
     """A coded tensor expanded; ``output`` as in ``cuda/weights/decode.cu``."""
     defines = {
         "KVPACK_OUTPUT": output,
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": decode_warps(layout, output, architecture, outliers=outliers, predicted=predicted),
+        "KVPACK_MAX_WARPS": decode_warps(
+            layout,
+            output,
+            architecture,
+            outliers=outliers,
+            predicted=predicted,
+            vectors=row_offsets or column_scales,
+        ),
         "KVPACK_BLOCKS_PER_SM": BLOCKS_PER_SM,
         "KVPACK_OUTLIERS": int(outliers),
+        "KVPACK_ROW_OFFSETS": int(row_offsets),
+        "KVPACK_COLUMN_SCALES": int(column_scales),
         "KVPACK_PREDICTED": int(predicted),
     }
     return Kernel.of("weights/decode.cu", "decode", layout, defines)
 
 
-def max_panels(coded: Coded, sums: int) -> int:
+def max_panels(coded: Coded, sums: int, matrices: int = 1) -> int:
     """Panels whose partial sums, ``sums`` for a row, stay within :data:`PARTIALS_BYTES`; one is always possible."""
-    of_panel = 4 * sums * coded.row_groups * GROUP_LANES * max(1, len(coded.tables))
+    of_panel = 4 * sums * coded.row_groups * GROUP_LANES * max(1, len(coded.tables)) * matrices
     return max(1, min(PARTIALS_BYTES // of_panel, coded.header.num_tiles_col))
 
 
@@ -258,6 +317,14 @@ def multiply(
     Returns:
         [tokens, rows] of x's type. The same bits at each run of the same launch.
     """
+    if coded.row_offsets is not None:
+        # A sum over all activations for each row. Kernels have these in panels and members, whose sums meet only where
+        # rows end; so it is a rank-one term after the product. In fp32, since it may cancel most of the product.
+        wide = x.to(torch.float32)
+        scaled = wide if coded.column_scales is None else wide * coded.column_scales
+        sums = multiply(replace(coded, row_offsets=None), wide, None, limits, fit)
+        sums.addr_(scaled.sum(1), coded.row_offsets)
+        return (sums if bias is None else sums.add_(bias)).to(x.dtype)
     out = torch.empty((len(x), coded.header.rows), dtype=x.dtype, device=x.device)
     fit = fit or fit_product(coded, len(x), limits)
     if fit is not None:
@@ -283,15 +350,26 @@ def _multiply(
     out: torch.Tensor,
 ) -> None:
     """One product into ``out``, a launch for each table."""
-    header, tokens = coded.header, len(x)
+    tokens = len(x)
     num_tables = max(1, len(coded.tables))
     last: tuple[np.uint32, ...] = ()
+    scaled = coded.column_scales is not None
     if tokens == 1:
-        kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, limits.architecture)
+        kernel = gemv_kernel(
+            coded.layout, x.dtype, fit.buffers, fit.resident, limits.architecture, column_scales=scaled
+        )
         sums = 1
     else:
         eights = token_tiles(tokens)
-        kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, eights, limits.architecture)
+        kernel = gemm_kernel(
+            coded.layout,
+            x.dtype,
+            fit.buffers,
+            fit.resident,
+            eights,
+            limits.architecture,
+            column_scales=scaled,
+        )
         sums, last = 8 * eights, (np.uint32(tokens),)
     parts = fit.panels * num_tables
     partials = arrivals = None
@@ -308,28 +386,7 @@ def _multiply(
             (fit.blocks, fit.panels),
             (GROUP_LANES, fit.members, fit.teams),
             (
-                x,
-                coded.blob,
-                coded.groups,
-                table,
-                coded.scales,
-                np.uint32(coded.scale_stride),
-                bias,
-                out,
-                partials,
-                arrivals,
-                coded.status,
-                np.uint32(header.rows),
-                np.uint32(header.cols),
-                np.uint32(header.tile_cols),
-                np.uint32(header.num_tiles_col),
-                np.uint32(fit.panel_width),
-                np.uint32(fit.member_width),
-                np.uint32(fit.last_members),
-                np.uint32(fit.run_quotient),
-                np.uint32(fit.run_remainder),
-                np.uint32(header.length_bytes),
-                np.uint32(coded.word_buffer_bytes),
+                *product_arguments(coded, fit, x, table, bias, out, partials, arrivals),
                 np.uint32(index),
                 np.uint32(num_tables),
                 *last,
@@ -337,6 +394,45 @@ def _multiply(
             device=x.device,
             shared_bytes=fit.shared_bytes,
         )
+
+
+def product_arguments(
+    coded: Coded,
+    fit: ProductFit,
+    x: torch.Tensor,
+    table: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    partials: torch.Tensor | None,
+    arrivals: torch.Tensor | None,
+) -> tuple[torch.Tensor | np.generic | None, ...]:
+    """What all kernels of products are given, before what is one table's and one kernel's own."""
+    header = coded.header
+    return (
+        x,
+        coded.blob,
+        coded.groups,
+        table,
+        coded.scales,
+        np.uint32(coded.scale_stride),
+        coded.column_scales,
+        bias,
+        out,
+        partials,
+        arrivals,
+        coded.status,
+        np.uint32(header.rows),
+        np.uint32(header.cols),
+        np.uint32(header.tile_cols),
+        np.uint32(header.num_tiles_col),
+        np.uint32(fit.panel_width),
+        np.uint32(fit.member_width),
+        np.uint32(fit.last_members),
+        np.uint32(fit.run_quotient),
+        np.uint32(fit.run_remainder),
+        np.uint32(header.length_bytes),
+        np.uint32(coded.word_buffer_bytes),
+    )
 
 
 def decode(
@@ -348,21 +444,23 @@ def decode(
 ) -> None:
     """Expand rows ``rows`` (from, to; of all matrices one after another; all by default) into ``out``.
 
-    ``rows`` begins at a multiple of 32 and ends at one, or at the last row; with several matrices it is all. ``out``
-    is contiguous, [rows, cols] of the type that ``output`` says; None with OUTPUT_NOTHING.
+    ``rows`` begins at a multiple of 32 of its matrix, and ends at one, or at its last row. ``out`` is contiguous,
+    [rows, cols] of the type that ``output`` says; None with OUTPUT_NOTHING.
     """
     header = coded.header
     first_row, end_row = rows or (0, header.matrices * header.rows)
     tile_columns = header.num_tiles_col
     first, end = 0, len(coded.groups)
     if rows is not None:
-        first = first_row // GROUP_LANES * tile_columns
-        end = ceil_div(end_row, GROUP_LANES) * tile_columns
+        first = _row_group(coded, first_row) * tile_columns
+        end = (_row_group(coded, end_row - 1) + 1) * tile_columns
     output_bytes = 0 if out is None else out.element_size()
     staging_bytes = GROUP_LANES * CHUNK_COLS * max(1, output_bytes)
-    max_warps = decode_warps(
-        coded.layout, output, limits.architecture, outliers=coded.has_outliers, predicted=coded.predicted
-    )
+    vectors = {"row_offsets": coded.row_offsets is not None, "column_scales": coded.column_scales is not None}
+    if output not in OUTPUTS.values():
+        vectors = dict.fromkeys(vectors, False)
+    kinds = {"outliers": coded.has_outliers, "predicted": coded.predicted}
+    max_warps = decode_warps(coded.layout, output, limits.architecture, **kinds, vectors=any(vectors.values()))
     fit = fit_decode(coded.word_buffer_bytes, limits, end - first, staging_bytes, max_warps)
     if fit is None:
         check_fits(header, coded.max_group_words, limits)
@@ -372,8 +470,8 @@ def decode(
         output,
         fit.buffers,
         limits.architecture,
-        outliers=coded.has_outliers,
-        predicted=coded.predicted,
+        **kinds,
+        **vectors,
     )
     device = coded.blob.device
     for index, table in coded.table_launches():
@@ -387,6 +485,8 @@ def decode(
                 table,
                 coded.scales,
                 np.uint32(coded.scale_stride),
+                coded.row_offsets,
+                coded.column_scales,
                 out,
                 coded.status,
                 np.uint64(first_row),
@@ -404,6 +504,12 @@ def decode(
             device=device,
             shared_bytes=fit.shared_bytes,
         )
+
+
+def _row_group(coded: Coded, row: int) -> int:
+    """The group of a row of all matrices one after another, among those of all."""
+    matrix, row = divmod(row, coded.header.rows)
+    return matrix * coded.row_groups + row // GROUP_LANES
 
 
 def can_multiply(layout: Layout) -> bool:
