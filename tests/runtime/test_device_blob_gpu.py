@@ -231,3 +231,46 @@ def test_graph_replay_sees_new_input(tokens: int) -> None:
 
 def test_slack_is_enough() -> None:
     assert SLACK_BYTES >= 2 * 2049
+
+
+def grouped_error(weights: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, got: torch.Tensor) -> float:
+    """``weights`` [experts, …]; rows whose id is no expert's must be 0."""
+    known = ids.where((ids >= 0) & (ids < len(weights)), -1).flatten()
+    expected = torch.zeros(ids.numel(), weights.shape[1], dtype=torch.float64, device="cuda")
+    for expert in range(len(weights)):
+        pairs = torch.nonzero(known == expert)[:, 0]
+        expected[pairs] = x[pairs // ids.shape[1]].double() @ weights[expert].T
+    flat = got.reshape(expected.shape)
+    assert not flat[known < 0].any()
+    return float((flat.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("tile_cols", [128, 512])
+@pytest.mark.parametrize(("name", "bits"), [("fast", 5), ("balanced", 5), ("balanced", 8), ("compact", 4), ("fast", 8)])
+def test_grouped_products(name: str, bits: int, tile_cols: int) -> None:
+    """Of all numbers of tokens, and of one graph for other ids."""
+    experts, rows, cols = 16, 500, 1003
+    elements = samples.gaussian_elements((experts, rows, cols), bits, 0.9 * (1 << bits) / 8, bits)
+    scales = np.random.default_rng(0).uniform(0.5, 1.5, experts * rows).astype(np.float32) / 64
+    data = encode_elements(elements, integer_layout(name, ElementKind.SIGNED, bits), tile_cols=tile_cols)
+    coded = on_device(data, scales)
+    weights = coded.integers().double() * torch.from_numpy(scales).cuda().double().reshape(experts, rows, 1)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-3  # many rows meet a matrix rounded to their type
+        for tokens, top_k in ((1, 1), (1, 8), (2, 2), (5, 4), (16, 8), (64, 8), (64, 2), (700, 4)):
+            x = torch.randn(tokens, cols, device="cuda").to(dtype)
+            ids = torch.randint(-1, experts + 2, (tokens, top_k), device="cuda")
+            ids[0, 0] = 3
+            got = coded.grouped_linear(x, ids)
+            assert got.shape == (tokens, top_k, rows)
+            assert grouped_error(weights, x, ids, got) < tolerance, (dtype, tokens)
+            assert torch.equal(got, coded.grouped_linear(x, ids))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = coded.grouped_linear(x, ids)
+            for _ in range(2):
+                ids.copy_(torch.randint(-1, experts + 2, ids.shape, device="cuda"))
+                ids[-1, -1] = 5
+                graph.replay()
+                assert grouped_error(weights, x, ids, out) < tolerance, (dtype, tokens, "graph")
+    coded.check()

@@ -4,16 +4,24 @@ A library's module of experts keeps its weights as [experts, rows, columns] and 
 other in its forward pass. :func:`keep_coded` lets go of such a tensor and has the module hold a
 :class:`~kvpack.runtime.weights.linear.RansLinear` for each matrix of the file. The module's own code runs on: what it
 takes by an expert's index is an :class:`ExpertMatrix`, whose products are those of the coded layers.
+
+That code asks the device which experts have work. On CUDA a few tokens go another way, which does not
+(:func:`_grouped_forward`): all experts' products in one launch, what transformers calls an experts implementation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from kvpack.runtime.weights import grouped, ops, products
+from kvpack.runtime.weights.device_blob import DeviceBlob
 from kvpack.runtime.weights.linear import RansLinear
 
 # Where a module keeps which of its tensors are coded: name → of each expert, the names of the layers below it.
@@ -110,6 +118,122 @@ class ExpertStack:
         )
 
 
+@dataclass(frozen=True)
+class GroupedMatrices:
+    """All matrices of an :class:`ExpertStack`, for products in one launch (several, if their layouts differ).
+
+    Attributes:
+        blobs: of each expert, its layers'.
+        kinds: what the operator is given for those of one layout, behind rows and ids.
+    """
+
+    blobs: list[list[DeviceBlob]]
+    kinds: list[tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, blobs: list[list[DeviceBlob]]) -> GroupedMatrices | None:
+        """None if the kernels cannot take them: floats, or an expert's matrices of different shapes."""
+        every = list(chain(*blobs))
+        first = every[0].header
+        for blob in every:
+            header = blob.header
+            is_alike = (header.rows, header.cols) == (first.rows, first.cols)
+            if not is_alike or not len(blob.scales) or not products.can_multiply(header.layout):
+                return None
+        kinds: dict[tuple[object, ...], list[DeviceBlob]] = {}
+        for blob in every:
+            kinds.setdefault(_kind(blob), []).append(blob)
+        found = []
+        for kind, alike in kinds.items():
+            coded = [[ops._coded(*b._arguments()) if _kind(b) == kind else None for b in parts] for parts in blobs]
+            base = alike[0]
+            table = grouped.stack_matrices(coded, ops._coded(*base._arguments()))
+            geometry = [*base.geometry]
+            geometry[9] = max(blob.geometry[9] for blob in alike)
+            matrices = torch.from_numpy(table).to(base.device)
+            arguments = (base.blob, base.groups, base.tables, base.scales, base.status, geometry, matrices)
+            found.append((*arguments, max(len(blob.tables) for blob in alike)))
+        return cls(blobs, found)
+
+    def linear(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """x [tokens, columns] or [tokens, top_k, columns], ids i64 [tokens, top_k] → [tokens, top_k, rows]."""
+        first, *others = (torch.ops.kvpack.grouped_linear(x, ids, *kind) for kind in self.kinds)
+        for product in others:  # each has zeros where the other ones' matrices are asked for
+            first += product
+        return first  # type: ignore[no-any-return]
+
+
+def _kind(blob: DeviceBlob) -> tuple[object, ...]:
+    """Matrices for which this is the same can share a launch."""
+    return blob.header.layout, blob.header.tile_cols, len(blob.scales) > 1
+
+
+# Of modules: tensor's name → its matrices, None if these have to be multiplied one by one.
+_grouped: WeakKeyDictionary[nn.Module, dict[str, tuple[list[list[DeviceBlob]], GroupedMatrices | None]]]
+_grouped = WeakKeyDictionary()
+
+
+def _grouped_matrices(module: nn.Module, name: str) -> GroupedMatrices | None:
+    layers = [[module.get_submodule(layer) for layer in names] for names in module.__dict__[_CODED][name][1]]
+    if any(not isinstance(layer, RansLinear) or layer.streamed for layer in chain(*layers)):
+        return None
+    blobs = [[layer.prepare() for layer in parts if isinstance(layer, RansLinear)] for parts in layers]
+    known = _grouped.setdefault(module, {})
+    found = known.get(name)
+    if found is None or any(a is not b for a, b in zip(chain(*found[0]), chain(*blobs), strict=True)):
+        found = known[name] = blobs, GroupedMatrices.of(blobs)
+    return found[1]
+
+
+def _takes_grouped(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda" and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def _both_grouped(module: Any, x: torch.Tensor, ids: torch.Tensor) -> tuple[GroupedMatrices, GroupedMatrices] | None:
+    """Matrices before and behind the activation function, if their products are to be grouped ones."""
+    if not _takes_grouped(x) or torch.compiler.is_compiling():
+        return None
+    names = ("gate_up_proj" if getattr(module, "has_gate", False) else "up_proj", "down_proj")
+    if getattr(module, "is_transposed", True) or ids.ndim != 2 or any(n not in module.__dict__[_CODED] for n in names):
+        return None
+    experts = len(module.__dict__[_CODED][names[0]][1])
+    if grouped.has_many_rows(experts, *ids.shape) and not torch.cuda.is_current_stream_capturing():
+        return None
+    before, behind = (_grouped_matrices(module, name) for name in names)
+    return None if before is None or behind is None else (before, behind)
+
+
+def _grouped_forward(
+    module: Any,
+    matrices: tuple[GroupedMatrices, GroupedMatrices],
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """What a module of experts computes, without asking the device which of them have work.
+
+    Args:
+        x: [tokens, columns]; ids: i64 [tokens, top_k], weights: [tokens, top_k], of the router. An id that is no
+            expert's has no part in the result.
+    """
+    before, behind = matrices
+    is_there = (ids >= 0) & (ids < len(before.blobs))
+    chosen = ids.clamp(0, len(before.blobs) - 1)
+
+    def linear(stack: GroupedMatrices, rows: torch.Tensor, bias: str) -> torch.Tensor:
+        product = stack.linear(rows, ids)
+        return product + getattr(module, bias)[chosen] if getattr(module, "has_bias", False) else product
+
+    if module.has_gate:
+        hidden = module._apply_gate(linear(before, x, "gate_up_proj_bias"))
+    else:
+        hidden = module.act_fn(linear(before, x, "up_proj_bias"))
+    out = linear(behind, hidden, "down_proj_bias")
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    return (out * weights.where(is_there, 0).unsqueeze(-1)).sum(1).to(x.dtype)
+
+
 def _make(base: type[nn.Module]) -> nn.Module:
     """An empty module, for copies and pickles, which find a class by its name."""
     module = coded_class(base)
@@ -127,7 +251,13 @@ def coded_class(base: type[nn.Module]) -> type[nn.Module]:
     own_forward: Callable[..., Any] = getattr(base.forward, "__wrapped__", base.forward)
 
     class CodedExperts(base):  # type: ignore[misc, valid-type]
-        forward = own_forward
+        def forward(self, hidden_states: torch.Tensor, *others: Any, **options: Any) -> Any:
+            if len(others) == 2 and not options:
+                ids, weights = others
+                matrices = _both_grouped(self, hidden_states, ids)
+                if matrices is not None:
+                    return _grouped_forward(self, matrices, hidden_states, ids, weights)
+            return own_forward(self, hidden_states, *others, **options)
 
         def __getattr__(self, name: str) -> Any:
             if name in self.__dict__.get(_CODED, ()):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpack.errors import DeviceError
+from kvpack.errors import DeviceError, InputError
 from kvpack.format.layout import GROUP_LANES, ceil_div
 from kvpack.runtime.device import kernels, semaphores
 from kvpack.runtime.device.devices import Limits
@@ -30,6 +30,7 @@ from kvpack.runtime.weights.products import MAX_FUSED_TOKENS, Coded
 # then the number of its first group in a report of damage, its tables, and its launches.
 MATRIX_NUMBERS = 8
 _ROUTE_WARPS = 32
+_MAX_BLOCKS_Z = 65535
 # Three numbers for each expert are in 48 KiB.
 MAX_EXPERTS = 4000
 # Where pairs meet so few others of their expert, to decode a matrix once more costs less than to find them.
@@ -81,6 +82,8 @@ def stack_matrices(stack: Sequence[Sequence[Coded | None]], first: Coded) -> npt
     for expert, parts in enumerate(stack):
         for part, coded in enumerate(parts):
             if coded is not None:
+                if coded.row_offsets is not None or coded.column_scales is not None:
+                    raise InputError("no grouped products with row offsets or column scales")
                 tables = len(coded.tables)
                 found[expert, part, :5] = _addresses(coded) - base
                 found[expert, part, 6:] = tables, max(1, tables)
@@ -92,9 +95,9 @@ def _addresses(coded: Coded) -> npt.NDArray[np.int64]:
     return np.array([tensor.data_ptr() for tensor in tensors], np.int64)
 
 
-def is_for_each(stack: Stack, tokens: int, top_k: int) -> bool:
+def has_many_rows(experts: int, tokens: int, top_k: int) -> bool:
     """Whether experts have so many rows that to expand each one's matrix, after a look at the ids, is faster."""
-    return tokens * top_k > _MOST_ROWS * _busy(tokens, top_k, stack.experts)
+    return tokens * top_k > _MOST_ROWS * _busy(tokens, top_k, experts)
 
 
 def multiply_each(coded: Coded, x: torch.Tensor, ids: torch.Tensor, limits: Limits) -> torch.Tensor:
@@ -216,6 +219,10 @@ def multiply(stack: Stack, x: torch.Tensor, ids: torch.Tensor, limits: Limits) -
         return out
     plan = _plan(stack, tokens, top_k, limits)
     fit, matrices = plan.fit, plan.slots * stack.parts
+    if matrices > _MAX_BLOCKS_Z:
+        raise InputError(
+            f"{pairs} ids may need {matrices} matrices at once; a launch takes {_MAX_BLOCKS_Z}: give fewer"
+        )
     launches = max(1, stack.max_tables)
     if plan.slot_pairs == 1:
         kernel = products.gemv_kernel(
