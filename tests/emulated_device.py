@@ -61,7 +61,12 @@ def emulated_launch(
     )
 
 
-def coded_tensor(data: bytes, scales: np.ndarray | None = None) -> Coded:
+def coded_tensor(
+    data: bytes,
+    scales: np.ndarray | None = None,
+    row_offsets: np.ndarray | None = None,
+    column_scales: np.ndarray | None = None,
+) -> Coded:
     """A blob as kernels see it, on the CPU."""
     blob = Blob(data)
     buffer = np.zeros(len(data) + SLACK_BYTES, np.uint8)
@@ -80,4 +85,6 @@ def coded_tensor(data: bytes, scales: np.ndarray | None = None) -> Coded:
         tables=torch.from_numpy(tables.view(np.int32)),
         scales=torch.from_numpy(np.zeros(0, np.float32) if scales is None else scales.astype(np.float32)),
         status=torch.zeros(2, dtype=torch.int32),
+        row_offsets=None if row_offsets is None else torch.from_numpy(row_offsets.astype(np.float32)),
+        column_scales=None if column_scales is None else torch.from_numpy(column_scales.astype(np.float32)),
     )

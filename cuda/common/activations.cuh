@@ -15,6 +15,15 @@ __device__ __forceinline__ float load_activation(const void* x, u64 index) {
 #endif
 }
 
+// The activation of column `col` at `index`, times the column's scale where the weight has such scales.
+__device__ __forceinline__ float load_scaled_activation(const void* x, u64 index, const float* column_scales, u32 col) {
+#if KVPACK_COLUMN_SCALES
+  return load_activation(x, index) * __ldg(column_scales + col);
+#else
+  return load_activation(x, index);
+#endif
+}
+
 // Eight neighbouring activations.
 struct Eight {
   static constexpr u32 kPerWord = KVPACK_ACTIVATION == 2 ? 1 : 2;

@@ -2,7 +2,7 @@
 //
 // KVPACK_OUTPUT says what is written, row-major, [matrices, rows, cols]:
 //   0 nothing            1 i8 integers         2 i16 integers, outliers added
-//   3 fp16   4 bf16   5 fp32: scale × (integer + outlier), one rounding to fp32 and one to the type (§8)
+//   3 fp16   4 bf16   5 fp32: (scale × (integer + outlier) + row offset) × column scale, each rounded to fp32, and to the type (§8)
 //   6 the numbers of a kind without scales: u8, or the bit patterns of floats (u8, u16, u32)
 //
 // A warp decodes 32 rows × 32 columns into shared memory and writes them from there, so that neighbouring lanes write neighbouring
@@ -16,8 +16,10 @@ constexpr u32 kOutputBytes = kOutput <= 1 ? 1 : kOutput <= 4 ? 2 : kOutput == 5 
 constexpr u32 kRowUnits = 2 * kOutputBytes;  // of 16 bytes in a row of 32 columns
 constexpr u32 kUnitCols = 16 / kOutputBytes;
 constexpr bool kScaled = kOutput >= 3 && kOutput <= 5;
-// Asked for only where a tensor has them, because both cost registers.
+// Asked for only where a tensor has them, because all of them cost registers.
 constexpr bool kHasOutliers = KVPACK_OUTLIERS != 0 && (kScaled || kOutput == 2);
+constexpr bool kHasRowOffsets = KVPACK_ROW_OFFSETS != 0 && kScaled;
+constexpr bool kHasColumnScales = KVPACK_COLUMN_SCALES != 0 && kScaled;
 constexpr bool kPredicted = KVPACK_PREDICTED != 0 && kElementBits <= 8;
 
 // 16-byte unit of a row in shared memory: turned so that eight lanes in a row meet eight different groups of banks.
@@ -152,6 +154,9 @@ struct RowWriter {
   u32 num_outliers;
   u32 first_col;  // of the chunk, in the tile
   u32 delta_bits;
+  float offset;
+  const float* column_scales;  // of the tile's first column
+  u32 last_col;                // of the tile
 
   __device__ __forceinline__ void find_outliers(const Group& group, const Place& place) {
     outlier = outliers_of(group, place);
@@ -178,7 +183,14 @@ struct RowWriter {
     }
   }
 
-  __device__ __forceinline__ float value(float integer) const { return multiply_rn(scale, integer); }
+  // The number of column `col` of the chunk. With vectors in between it may be denormal, which the product alone never is.
+  __device__ __forceinline__ float value(float integer, u32 col) const {
+    if constexpr (!kHasRowOffsets && !kHasColumnScales) return multiply_rn(scale, integer);
+    float number = multiply_ieee(scale, integer);
+    if constexpr (kHasRowOffsets) number = add_ieee(number, offset);
+    if constexpr (kHasColumnScales) number = multiply_ieee(number, __ldg(column_scales + min(first_col + col, last_col)));
+    return number;
+  }
 
   // Columns 16·half … 16·half + 15 of the chunk.
   template <u32 half>
@@ -201,19 +213,18 @@ struct RowWriter {
     } else if constexpr (kOutputBytes == 2) {
 #pragma unroll
       for (u32 i = 0; i < 2; ++i) {
-        u32 a = columns[2 * i], b = columns[2 * i + 1];
-        put_unit(2 * half + i, make_uint4(output_pair(value(integer_value<0>(a)), value(integer_value<1>(a))),
-                                          output_pair(value(integer_value<2>(a)), value(integer_value<3>(a))),
-                                          output_pair(value(integer_value<0>(b)), value(integer_value<1>(b))),
-                                          output_pair(value(integer_value<2>(b)), value(integer_value<3>(b)))));
+        const u32 a = columns[2 * i], b = columns[2 * i + 1], at = 16 * half + 8 * i;
+        put_unit(2 * half + i, make_uint4(output_pair(value(integer_value<0>(a), at), value(integer_value<1>(a), at + 1)),
+                                          output_pair(value(integer_value<2>(a), at + 2), value(integer_value<3>(a), at + 3)),
+                                          output_pair(value(integer_value<0>(b), at + 4), value(integer_value<1>(b), at + 5)),
+                                          output_pair(value(integer_value<2>(b), at + 6), value(integer_value<3>(b), at + 7))));
       }
     } else {
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
-        u32 a = columns[i];
-        put_unit(4 * half + i,
-                 make_uint4(__float_as_uint(value(integer_value<0>(a))), __float_as_uint(value(integer_value<1>(a))),
-                            __float_as_uint(value(integer_value<2>(a))), __float_as_uint(value(integer_value<3>(a)))));
+        const u32 a = columns[i], at = 16 * half + 4 * i;
+        put_unit(4 * half + i, make_uint4(__float_as_uint(value(integer_value<0>(a), at)), __float_as_uint(value(integer_value<1>(a), at + 1)),
+                                          __float_as_uint(value(integer_value<2>(a), at + 2)), __float_as_uint(value(integer_value<3>(a), at + 3))));
       }
     }
     if constexpr (kHasOutliers) {
@@ -224,7 +235,7 @@ struct RowWriter {
         const u32 four = (col & 4) != 0 ? odd : even;
         int integer = static_cast<int>((four >> (col % 4 * 8)) & 0xFF) - static_cast<int>(kHalf) + outlier_delta(__ldg(outlier), delta_bits);
         // Damage to their order must not lead out of the row.
-        if (col < kChunkCols) put_number(rows, lane, col, kScaled ? output_bits(value(static_cast<float>(integer))) : static_cast<u32>(integer));
+        if (col < kChunkCols) put_number(rows, lane, col, kScaled ? output_bits(value(static_cast<float>(integer), col)) : static_cast<u32>(integer));
         ++outlier;
         --num_outliers;
         look_ahead();
@@ -251,7 +262,8 @@ struct Position {
 // `first_index` … `end_index` of the group table are decoded, in runs of equal length; `output` is where row `first_row` of the
 // tensor goes (rows counted over all matrices).
 extern "C" __global__ void __launch_bounds__(KVPACK_MAX_WARPS * 32, KVPACK_BLOCKS_PER_SM)
-decode(const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride, u8* output, u32* status,
+decode(const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride,
+       const float* row_offsets, const float* column_scales, u8* output, u32* status,
        u64 first_row, u32 rows, u32 cols, u32 tile_cols, u32 row_groups, u32 tile_columns, u32 first_index, u32 end_index,
        u32 length_bytes, u32 buffer_bytes, u32 table_index) {
   KVPACK_DYNAMIC_SHARED(shared);
@@ -310,7 +322,12 @@ decode(const u8* blob, const uint4* groups, const u32* table, const float* scale
     u8* to = output + ((matrix_row - first_row) * cols + place.first_col) * kOutputBytes;
     float scale = 0;
     if constexpr (kScaled) scale = lane < num_rows ? scales[(matrix_row + lane) * scale_stride] : 0.0f;
-    RowWriter writer{staged, lane, scale, {}, nullptr, KVPACK_MAX_TILE_COLS, 0, 0, outlier_delta_bits(tile_cols)};
+    RowWriter writer{staged, lane, scale, {}, nullptr, KVPACK_MAX_TILE_COLS, 0, 0, outlier_delta_bits(tile_cols), 0, nullptr, 0};
+    if constexpr (kHasRowOffsets) writer.offset = lane < num_rows ? row_offsets[matrix_row + lane] : 0.0f;
+    if constexpr (kHasColumnScales) {
+      writer.column_scales = column_scales + static_cast<u64>(position.matrix) * cols + place.first_col;
+      writer.last_col = place.tile_cols - 1;
+    }
     if constexpr (kHasOutliers) {
       if (mine && group.num_outliers > 0) writer.find_outliers(group, place);
     }

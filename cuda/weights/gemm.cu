@@ -1,9 +1,9 @@
-// Y = scale · (W X) + bias for a few vectors X (tokens) and coded integers W: decoded once, multiplied on the tensor cores.
+// Y = scale · (W (X · column scales)) + bias for a few vectors X (tokens) and coded integers W: decoded once, multiplied on the tensor cores.
 //
 // A lane decodes a row, a tensor core wants eight lanes to share one: each warp passes its 32 rows × 32 columns through shared
 // memory as bytes, and ldmatrix hands every lane four neighbouring elements of the slot that it needs. Only then do they become
-// fp16 (0x6400 | u is 1024 + u). Activations are fp16 too, bf16 and fp32 ones after a power of two for each token and block that
-// brings the largest near 2^14. Which columns a tensor core takes for k = 0 … 15 is arbitrary as long as both sides agree:
+// fp16 (0x6400 | u is 1024 + u). Activations are fp16 too, bf16 and fp32 ones, and those times a column's scale, after a power of two
+// for each token and block that brings the largest near 2^14. Which columns a tensor core takes for k = 0 … 15 is arbitrary as long as both sides agree:
 //
 //   step h of a chunk (16 columns)     lane 4·i + q holds of slot q + 4h:   bytes 0, 1 as k = 2q, 2q + 1;  bytes 2, 3 as 2q + 8, 2q + 9
 //   activations in shared memory       16 bytes a lane: h = 0: t = 0 … 3, h = 1: t = 0 … 3, for token i of eight
@@ -24,8 +24,9 @@ constexpr u32 kTokens = 8 * kTokenTiles;
 constexpr u32 kFragmentBytes = 16 * kLanes;  // of a chunk and eight tokens
 constexpr u32 kRowsBytes = 32 * kLanes;      // 32 rows of 32 bytes
 constexpr u32 kPartsAhead = kTokenTiles == 1 ? 2 : 1;  // partial sums on their way
-constexpr u32 kFragmentsAhead = 4;
+constexpr u32 kFragmentsAhead = KVPACK_COLUMN_SCALES ? 2 : 4;  // scales take registers, too
 constexpr u32 kLoadsAhead = 8;
+#define KVPACK_TOKEN_SCALES (KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES)
 constexpr u32 kBias = 0x6400u | (kSigned ? kHalf : 0u);
 
 // 16 bytes of a row in passing: turned so that eight lanes in a row meet eight different groups of banks.
@@ -132,9 +133,17 @@ __device__ __forceinline__ float token_scale(u32 address) {
 }
 
 // Columns 8·(lane % 4) … + 7 of a chunk, of token lane / 4, into the fragments at `fragments`.
-__device__ __forceinline__ void store_eight(const Eight& eight, float inverse, u32 fragments, u32 lane) {
+__device__ __forceinline__ void store_eight(const Eight& eight, float inverse, const float* column_scales, u32 col, u32 cols,
+                                            u32 fragments, u32 lane) {
   const u32 j = lane % 4, of_token = fragments + 64 * (lane / 4);
-  auto pair = [&](u32 a, u32 b) { return f16x2_bits(eight.value(a) * inverse, eight.value(b) * inverse); };
+  auto value = [&](u32 i) {
+#if KVPACK_COLUMN_SCALES
+    return eight.value(i) * __ldg(column_scales + min(col + i, cols - 1)) * inverse;  // behind the last column it is 0
+#else
+    return eight.value(i) * inverse;
+#endif
+  };
+  auto pair = [&](u32 a, u32 b) { return f16x2_bits(value(a), value(b)); };
   auto of_slot = [&](u32 slot) { return of_token + 16 * (slot % 4) + 8 * (slot / 4); };
   if constexpr (kCodesPerSymbol == 1) {  // two slots, all of each
     store_shared_v2(of_slot(2 * j), make_uint2(pair(0, 1), pair(2, 3)));
@@ -144,7 +153,7 @@ __device__ __forceinline__ void store_eight(const Eight& eight, float inverse, u
     store_shared_v2(of_slot(2 * j + 1), make_uint2(pair(1, 3), pair(5, 7)));
   } else if constexpr (kCodesPerSymbol == 8) {  // one byte of all slots
 #pragma unroll
-    for (u32 k = 0; k < kSlots; ++k) store_shared_u16(of_slot(k) + 2 * j, f16_bits(eight.value(k) * inverse));
+    for (u32 k = 0; k < kSlots; ++k) store_shared_u16(of_slot(k) + 2 * j, f16_bits(value(k)));
   } else {  // the first or the last two bytes of four slots
 #pragma unroll
     for (u32 k = 0; k < 4; ++k) store_shared_u32(of_slot(j / 2 * 4 + k) + j % 2 * 4, pair(k, 4 + k));
@@ -152,8 +161,8 @@ __device__ __forceinline__ void store_eight(const Eight& eight, float inverse, u
 }
 
 extern "C" __global__ void __launch_bounds__(KVPACK_MAX_WARPS * 32, KVPACK_BLOCKS_PER_SM)
-gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride, const void* bias,
-     void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
+gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride,
+     const float* column_scales, const void* bias, void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
      u32 member_width, u32 last_members, u32 run_quotient, u32 run_remainder, u32 length_bytes, u32 buffer_bytes, u32 table_index,
      u32 num_tables, u32 tokens
 #if KVPACK_GROUPED
@@ -229,7 +238,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #endif
   const u32 first_of_panel = blockIdx.y * panel_width, first_col = first_of_panel * tile_cols;
   const u32 panel_chunks = min(panel_width, tile_columns - first_of_panel) * tile_chunks;
-#if KVPACK_ACTIVATION != 0
+#if KVPACK_TOKEN_SCALES
   if (warp == 0 && lane < kTokens) store_shared_u32(token_maxima + 4 * lane, 0);
   __syncthreads();
   for (u32 i = warp; i < kTokens * ceil_div(panel_chunks, kLoadsAhead); i += warps) {
@@ -239,7 +248,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     for (u32 j = 0; j < kLoadsAhead; ++j) {
       const u32 chunk = i / kTokens * kLoadsAhead + j, col = first_col + chunk * kChunkCols + lane;
       const bool is_there = token < tokens && chunk < panel_chunks && col < cols;
-      largest = fmaxf(largest, is_there ? fabsf(load_activation(x, source_row(token) * cols + col)) : 0.0f);
+      largest = fmaxf(largest, is_there ? fabsf(load_scaled_activation(x, source_row(token) * cols + col, column_scales, col)) : 0.0f);
     }
     const u32 largest_bits = __reduce_max_sync(kAllLanes, __float_as_uint(largest));
     if (lane == 0) max_shared_u32(token_maxima + 4 * token, largest_bits);
@@ -261,12 +270,13 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     for (u32 ahead = 0; ahead < kFragmentsAhead; ++ahead) {
       const u32 i = first + ahead * warps;
       if (i >= fragments_of_panel) break;
-#if KVPACK_ACTIVATION != 0
+#if KVPACK_TOKEN_SCALES
       const float inverse = 1.0f / token_scale(token_maxima + 4 * (i % kTokenTiles * 8 + lane / 4));
 #else
       const float inverse = 1.0f;
 #endif
-      store_eight(eights[ahead], inverse, activations + i * kFragmentBytes, lane);
+      const u32 col = first_col + i / kTokenTiles * kChunkCols + lane % 4 * 8;
+      store_eight(eights[ahead], inverse, column_scales, col, cols, activations + i * kFragmentBytes, lane);
     }
   }
   copy_async_wait<0>();
@@ -373,7 +383,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       const u32 row_group = schedule.before(unit).row_group;
       const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
       const MemberSums member_sums{all_buffers + kBuffers * warps * buffer_bytes, runs};
-#if KVPACK_ACTIVATION != 0
+#if KVPACK_TOKEN_SCALES
       each_sum(sums, lane, [&](float& sum, u32, u32 token) { sum *= token_scale(token_maxima + 4 * token); });
 #endif
 #if KVPACK_GROUPED

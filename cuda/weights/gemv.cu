@@ -1,4 +1,4 @@
-// y = scale · (W x) + bias for one vector x and coded integers W: decode and product in one pass, nothing expanded.
+// y = scale · (W (x · column scales)) + bias for one vector x and coded integers W: decode and product in one pass, nothing expanded.
 //
 // A lane decodes a row of a tile and multiplies as it goes. Activations become int16 with a scale for each chunk of 32 columns
 // (a scale for more columns loses the small ones beside a massive one), so that a chunk's sum of products is exact in 32 bits.
@@ -69,8 +69,8 @@ __device__ __forceinline__ void emit_kept(const KeepSlots& kept, Product& produc
 }
 
 extern "C" __global__ void __launch_bounds__(KVPACK_MAX_WARPS * 32, KVPACK_BLOCKS_PER_SM)
-gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride, const void* bias,
-     void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
+gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const float* scales, u32 scale_stride,
+     const float* column_scales, const void* bias, void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols, u32 tile_cols, u32 tile_columns, u32 panel_width,
      u32 member_width, u32 last_members, u32 run_quotient, u32 run_remainder, u32 length_bytes, u32 buffer_bytes, u32 table_index,
      u32 num_tables
 #if KVPACK_GROUPED
@@ -123,7 +123,7 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #pragma unroll
     for (u32 i = 0; i < kLoadsAhead; ++i) {
       const u32 chunk = first + i * warps, col = first_of_panel * tile_cols + chunk * kChunkCols + lane;
-      values[i] = chunk < panel_chunks && col < cols ? load_activation(x, col) : 0.0f;
+      values[i] = chunk < panel_chunks && col < cols ? load_scaled_activation(x, col, column_scales, col) : 0.0f;
     }
   };
   load_values(warp);
@@ -243,7 +243,8 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
         u32 outlier = __ldg(outliers + i);
         const u32 col = outlier_col(outlier, delta_bits);
         if (outlier_lane(outlier) == lane && col < place.tile_cols) {  // damage must not lead out of x
-          sum += static_cast<float>(outlier_delta(outlier, delta_bits)) * load_activation(x, place.first_col + col);
+          const u32 of_row = place.first_col + col;
+          sum += static_cast<float>(outlier_delta(outlier, delta_bits)) * load_scaled_activation(x, of_row, column_scales, of_row);
         }
       }
     }

@@ -55,7 +55,7 @@ from kvpack.encode.rate import (
 from kvpack.encode.tensor_parallel import dividing_tile_cols
 from kvpack.encode.threads import map_ordered
 from kvpack.errors import ScaleError
-from kvpack.format.container import COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX, first_illegal
+from kvpack.format.container import COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX, first_illegal, shown_numbers
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     FLOAT_ELEMENT_BITS,
@@ -202,7 +202,7 @@ class Matrices:
         ):
             if numbers is None:
                 continue
-            shown = suffix.removeprefix("_kvpack_").replace("_", " ")
+            shown = shown_numbers(suffix)
             dtype = np.float16 if suffix == COLUMN_SCALE_SUFFIX else np.float32
             if numbers.shape != (count,) or numbers.dtype != dtype:
                 raise ScaleError(

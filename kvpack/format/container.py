@@ -68,7 +68,9 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 
-_SHOWN = {suffix: suffix.removeprefix("_kvpack_").replace("_", " ") for suffix in NUMBER_DTYPES}
+def shown_numbers(suffix: str) -> str:
+    """What a message calls one of the numbers beside a blob: ``column scale``."""
+    return suffix.removeprefix("_kvpack_").replace("_", " ")
 
 
 def first_illegal(suffix: str, numbers: np.ndarray[Any, Any]) -> int | None:
@@ -275,7 +277,8 @@ class Container:
             for suffix, dtype in NUMBER_DTYPES.items():
                 numbers = self.tensors.get(name + suffix)
                 if numbers is not None and (numbers.dtype != dtype or len(numbers.shape) != 1):
-                    raise ScaleError(f"the {_SHOWN[suffix]}s of {name!r} are {numbers.dtype} {list(numbers.shape)}")
+                    shown = f"{numbers.dtype} {list(numbers.shape)}"
+                    raise ScaleError(f"the {shown_numbers(suffix)}s of {name!r} are {shown}")
         extra = parts - {name + suffix for name in coded for suffix in PART_SUFFIXES}
         if extra:
             raise ContainerMetadataError(f"{min(extra)!r} has no entry in {TENSORS_KEY}")
@@ -397,7 +400,7 @@ class Container:
     def _check_numbers(self, name: str, suffix: str, numbers: np.ndarray[Any, Any]) -> None:
         at = first_illegal(suffix, numbers)
         if at is not None:
-            raise ScaleError(f"{self.path}: {_SHOWN[suffix]} {at} of {name!r} is {numbers[at]}")
+            raise ScaleError(f"{self.path}: {shown_numbers(suffix)} {at} of {name!r} is {numbers[at]}")
 
     def close(self) -> None:
         """Let go of the file; it is closed as soon as nobody else holds it. What was read stays."""

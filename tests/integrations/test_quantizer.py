@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -21,6 +22,7 @@ from models import ARCHITECTURES  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 import kvpack  # noqa: E402
+from kvpack.encode.compress import compress  # noqa: E402
 from kvpack.encode.model_config import GUARD  # noqa: E402
 from kvpack.errors import FormatError, InputError, ModelMismatchError  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
@@ -603,3 +605,33 @@ def test_repository_in_the_hub_cache(directories: Callable[[str], Directories], 
     config, sentence, layer = done.stdout.splitlines()
     assert (config, layer) == ("LlamaConfig", "RansLinear")
     assert sentence.endswith(GUARD)
+
+
+def test_column_scales_and_row_offsets(tmp_path: Path) -> None:
+    """Loaded, merged into plain weights, offloaded, and saved again with all that stands beside the blobs."""
+    model_of = Directories(tmp_path, "llama")
+    rng = np.random.default_rng(1)
+    with kvpack.open(model_of.plain) as reader:
+        shapes = {name: reader.stored(name).shape for name in reader if name.endswith("proj.weight")}
+    columns = {name: rng.lognormal(0, 0.5, shape[1]).astype(np.float16) for name, shape in shapes.items()}
+    offsets = {name: rng.normal(0, 0.01, shape[0]).astype(np.float32) for name, shape in shapes.items()}
+    shutil.rmtree(model_of.coded)
+    shutil.rmtree(model_of.dense)
+    config = kvpack.QuantConfig(bits=6)
+    compress(model_of.plain, model_of.coded, config, column_scales=columns, row_offsets=offsets)
+    kvpack.decompress(model_of.coded, model_of.dense)
+    expected = model_of.logits(model_of.load(model_of.dense))
+    model = model_of.load()
+    assert len(coded_layers(model)) == CODED["llama"]
+    torch.testing.assert_close(model_of.logits(model), expected, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    assert kvpack.verify(tmp_path / "saved", model_of.plain).mismatches == {}
+    with kvpack.open(tmp_path / "saved") as reader:
+        info = reader.info(min(shapes))
+        assert info is not None
+        assert (info.has_column_scales, info.has_row_offsets) == (True, True)
+    again = model_of.load(tmp_path / "saved")
+    assert bytes_of(again.state_dict()) == bytes_of(model.state_dict())
+    assert torch.equal(model_of.logits(again.dequantize()), expected)
+    on_disk = model_of.load(device_map={"": "disk"}, offload_folder=tmp_path / "offloaded", offload_buffers=True)
+    torch.testing.assert_close(model_of.logits(on_disk), expected, rtol=1e-4, atol=1e-5)

@@ -125,6 +125,24 @@ def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
             yield weights.decode_kernel(layout, output, buffers, architecture, outliers=outliers, predicted=predicted)
 
 
+def vector_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
+    """Products with column scales, and decoding with row offsets and column scales."""
+    products_of = list(itertools.product(weights.ACTIVATIONS, (0, *weights.TOKEN_TILES), BUFFERS, RESIDENT))
+    for layout, (activation, tiles, buffers, resident) in selected(SIGNED, products_of, everything, architecture):
+        if tiles:
+            yield weights.gemm_kernel(layout, activation, buffers, resident, tiles, architecture, column_scales=True)
+        else:
+            yield weights.gemv_kernel(layout, activation, buffers, resident, architecture, column_scales=True)
+    vectors = ((True, False), (False, True), (True, True))
+    options = list(itertools.product(weights.OUTPUTS.values(), (False, True), (False, True), BUFFERS, vectors))
+    for layout, option in selected(SIGNED, options, everything, architecture):
+        output, outliers, predicted, buffers, (offsets, columns) = option
+        yield weights.decode_kernel(
+            layout, output, buffers, architecture,
+            outliers=outliers, predicted=predicted, row_offsets=offsets, column_scales=columns,
+        )  # fmt: skip
+
+
 def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
     options = list(itertools.product(PAGE_FORMATS, page_kernels.PAGE_FORMATS.items(), (True, False)))
     for head_dim, (formats, (dtype, float_format), causal) in selected(HEAD_DIMS, options, everything):
@@ -195,6 +213,7 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemm, grouped": partial(gemm_kernels, grouped=True),
     "route": lambda _everything, _architecture: [grouped.route_kernel()],
     "decode": decode_kernels,
+    "products and decode with vectors": vector_kernels,
     **{operation: encoder_kernels(operation) for operation in KINDLESS},
     "encode_place": lambda _everything, _architecture: [encoder._PLACE],
     "encode_quantize": lambda _everything, _architecture: [

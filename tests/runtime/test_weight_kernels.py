@@ -140,10 +140,18 @@ def test_decode_some_rows() -> None:
 
 
 def check_product(
-    data: bytes, scales: np.ndarray, tokens: int, dtype: torch.dtype, *, bias: bool = False, tolerance: float = 1e-3
+    data: bytes,
+    scales: np.ndarray,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool = False,
+    tolerance: float = 1e-3,
+    vectors: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
 ) -> None:
-    coded = coded_tensor(data, scales)
-    weights = dense(data, scales)[0].astype(np.float64)
+    """``vectors``: row offsets and column scales."""
+    coded = coded_tensor(data, scales, *vectors)
+    weights = dense_with(data, scales, *vectors)[0].astype(np.float64)
     rng = np.random.default_rng(tokens)
     x = torch.from_numpy(rng.normal(0, 1, (tokens, weights.shape[1]))).to(dtype)
     b = torch.from_numpy(rng.normal(0, 1, len(weights))).to(dtype) if bias else None
@@ -328,6 +336,99 @@ def test_partial_sums_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert panels.pop() <= bound
     header = BlobHeader(layout=coded.layout, matrices=1, rows=32, cols=1 << 22, tile_cols=32)
     assert fit_gemv(header, 1024, Limits(90, 132, 228 << 10, 227 << 10), 8).panels <= 65535
+
+
+# Row offsets and column scales
+
+
+def vectors_of(data: bytes, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Column scales from 2^-8 to 2^8 that fp16 holds, and offsets as large as the numbers; f32 both."""
+    header, rng = Blob(data).header, np.random.default_rng(seed)
+    columns = np.exp2(rng.uniform(-8, 8, header.matrices * header.cols)).astype(np.float16).astype(np.float32)
+    return columns, rng.normal(0, 4, header.matrices * header.rows).astype(np.float32)
+
+
+def dense_with(data: bytes, scales: np.ndarray, offsets: np.ndarray | None, columns: np.ndarray | None) -> np.ndarray:
+    weights = dense(data, scales)
+    matrices, rows, cols = weights.shape
+    if offsets is not None:
+        weights = weights + offsets.reshape(matrices, rows, 1)
+    return weights if columns is None else weights * columns.reshape(matrices, 1, cols)
+
+
+WHICH = [(True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize(("has_columns", "has_offsets"), WHICH)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mode", ["rans", "raw", "constant"])
+def test_dequantize_with_vectors(mode: str, dtype: torch.dtype, has_columns: bool, has_offsets: bool) -> None:
+    """Each operation rounded once, outliers too: the same bits as the reader's."""
+    data, scales = outlier_blob(mode)
+    columns, offsets = vectors_of(data, 5)
+    given = offsets if has_offsets else None, columns if has_columns else None
+    coded = coded_tensor(data, scales, *given)
+    out = poisoned((1, coded.header.rows, coded.header.cols), dtype)
+    products.decode(coded, products.OUTPUTS[dtype], out, LIMITS)
+    assert torch.equal(out, torch.from_numpy(dense_with(data, scales, *given)).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["balanced", "fast", "compact"])
+def test_dequantize_stacks_and_padding_with_vectors(name: str) -> None:
+    """Two matrices of 131 columns, the last of which are padding of a chunk; results that are denormal."""
+    elements = samples.gaussian_elements((2, 40, 131), 5, 4.0, 6)
+    data = encode_elements(elements, integer_layout(name, ElementKind.SIGNED, 5), tile_cols=96)
+    scales = np.full(80, 2.0**-122, np.float32)
+    columns, offsets = vectors_of(data, 7)
+    offsets *= np.float32(2.0**-122)
+    coded = coded_tensor(data, scales, offsets, columns)
+    expected = dense_with(data, scales, offsets, columns)
+    assert ((expected != 0) & (np.abs(expected) < np.finfo(np.float32).tiny)).any()
+    out = poisoned((2, 40, 131), torch.float32)
+    products.decode(coded, products.OUTPUTS[torch.float32], out, LIMITS)
+    assert np.array_equal(out.numpy().view(np.int32), expected.view(np.int32))
+
+
+@pytest.mark.parametrize(("has_columns", "has_offsets"), WHICH)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_product_with_vectors(tokens: int, dtype: torch.dtype, has_columns: bool, has_offsets: bool) -> None:
+    data, scales = outlier_blob("rans")
+    columns, offsets = vectors_of(data, 8)
+    given = offsets if has_offsets else None, columns if has_columns else None
+    check_product(data, scales, tokens, dtype, bias=True, vectors=given)
+
+
+@pytest.mark.parametrize(("name", "bits", "tokens"), [("fast", 5, 9), ("compact", 4, 8), ("balanced", 8, 20)])
+def test_product_of_layouts_with_column_scales(name: str, bits: int, tokens: int) -> None:
+    """Of 333 columns, 13 are in the last chunk."""
+    data, scales = quantized(70, 333, name, bits)
+    check_product(data, scales, tokens, torch.float16, vectors=(None, vectors_of(data, 9)[0]))
+
+
+def test_activations_times_column_scales_beyond_fp16() -> None:
+    """Products of fp16 numbers lie beyond its range at both ends; a token's power of two brings them back."""
+    data, scales = quantized(64, 128, "balanced", 5)
+    for factor in (2.0**15, 2.0**-14):
+        columns = np.full(128, factor, np.float32)
+        for tokens, size in ((1, 16384.0), (3, 16384.0), (1, 2.0**-12), (3, 2.0**-12)):
+            coded = coded_tensor(data, scales * np.float32(1 / factor / size), None, columns)
+            x = torch.from_numpy(np.random.default_rng(1).normal(0, 1, (tokens, 128)) * size).to(torch.float16)
+            expected = x.double().numpy() / size @ dense(data, scales)[0].T.astype(np.float64)
+            got = products.multiply(coded, x, None, LIMITS).double().numpy()
+            assert np.linalg.norm(got - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+def test_row_offsets_that_cancel_the_product() -> None:
+    """Results a thousandth of both terms: they are added in fp32."""
+    data, scales = quantized(64, 128, "balanced", 5)
+    weights = dense(data, scales)[0].astype(np.float64)
+    x = torch.ones(2, 128, dtype=torch.float16)
+    offsets = (-weights.mean(1) * 0.999).astype(np.float32)
+    got = products.multiply(coded_tensor(data, scales, offsets), x, None, LIMITS).double().numpy()
+    expected = np.broadcast_to((weights + offsets[:, None]).sum(1), (2, 64))
+    large = np.abs(weights.sum(1)) > np.abs(weights.sum(1)).mean()
+    assert np.abs(got / expected - 1)[:, large].max() < 0.02
 
 
 @pytest.mark.parametrize("mode", ["rans", "raw", "constant"])

@@ -32,13 +32,13 @@ from kvpack.encode.listing import listed
 from kvpack.encode.model_tree import is_index_name
 from kvpack.encode.reader import Reader
 from kvpack.errors import InputError, ModelMismatchError
-from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX
+from kvpack.format.container import PART_SUFFIXES
 from kvpack.format.header import BlobHeader
 from kvpack.integrations.transformers_names import transformers_names
 from kvpack.runtime.weights.checkpoint_names import Conversion
 from kvpack.runtime.weights.device_blob import DeviceBlob
 from kvpack.runtime.weights.experts import keep_coded
-from kvpack.runtime.weights.linear import BLOB, SCALE, CodedWeight, RansLinear
+from kvpack.runtime.weights.linear import BLOB, PARTS, CodedWeight, RansLinear
 from kvpack.runtime.weights.load import CrcChecks, load_tensors, stored_name
 from kvpack.runtime.weights.replace import (
     Place,
@@ -98,15 +98,15 @@ class _LayerInFile(RansLinear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """transformers gives buffers that no file has room on their device. All that is needed is the device."""
-        if name in (BLOB, SCALE) and not value.is_meta:
+        if name in PARTS and not value.is_meta:
             value = value.new_empty(0)
         super().__setattr__(name, value)
 
 
 def settle(layer: RansLinear) -> None:
     """Make a layer in a file an ordinary one, without weights."""
-    layer._buffers[BLOB] = layer._buffers[SCALE] = None
-    layer._non_persistent_buffers_set -= {BLOB, SCALE}
+    layer._buffers.update(dict.fromkeys(PARTS))
+    layer._non_persistent_buffers_set -= set(PARTS)
     layer.__class__ = RansLinear
 
 
@@ -199,7 +199,7 @@ class _OwnNames(WeightRenaming):  # type: ignore[misc]
         if source_key in self.loading.taken:
             return _TAKEN, None
         # Coded, and the model has no place for it: transformers reports it under its original name.
-        for suffix in (SCALE_SUFFIX, BLOB_SUFFIX):
+        for suffix in PART_SUFFIXES:
             if source_key.endswith(suffix) and source_key.removesuffix(suffix) in self.loading.reader:
                 return source_key.removesuffix(suffix), None
         return source_key, None
@@ -295,7 +295,8 @@ class CheckpointLoading:
     def _stored(self, name: str) -> list[str]:
         """All stored tensors of an original one."""
         container = self.reader.container(name)
-        return [stored for stored in (name, name + BLOB_SUFFIX, name + SCALE_SUFFIX) if stored in container.tensors]
+        possible = (name + suffix for suffix in ("", *PART_SUFFIXES))
+        return [stored for stored in possible if stored in container.tensors]
 
     def _plan_place(self, place: Place, direct: dict[str, str]) -> None:
         sources = place.sources
@@ -356,8 +357,10 @@ class CheckpointLoading:
         """
         layer = layer_in_file(self.reader, name)
         if self.device_map is None or (list(self.device_map) == [""] and self._home("") != "disk"):
-            layer._buffers |= {BLOB: torch.empty(0, dtype=torch.uint8, device="meta"), SCALE: None}
-        layer._non_persistent_buffers_set |= {BLOB, SCALE}
+            layer._buffers.update(dict.fromkeys(PARTS))
+            layer._buffers[BLOB] = torch.empty(0, dtype=torch.uint8, device="meta")
+        # accelerate takes each of them for a tensor.
+        layer._non_persistent_buffers_set |= {part for part in PARTS if layer._buffers[part] is not None}
         layer.training = training
         layer.__class__ = _LayerInFile
         return layer
@@ -445,7 +448,7 @@ class CheckpointLoading:
             checks.wait()
         for layer, hook in on_disk:
             for key, tensor in layer_in_file(self.reader, str(layer.tensor_name))._buffers.items():
-                if key in (BLOB, SCALE):
+                if key in PARTS:
                     layer._buffers[key] = tensor
             _lend_weights(layer, hook, self.reader)
         del self.model._keys_to_ignore_on_load_unexpected

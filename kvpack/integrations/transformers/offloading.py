@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 
 from kvpack.encode.reader import Reader
 from kvpack.runtime.weights.device_blob import DeviceBlob
-from kvpack.runtime.weights.linear import BLOB, SCALE, RansLinear, padded
+from kvpack.runtime.weights.linear import PARTS, RansLinear, padded
 from kvpack.runtime.weights.load import load_tensors
 
 
@@ -51,7 +51,15 @@ class LentWeights(ModelHook):  # type: ignore[misc]
             return home
         host = home.blob[: home.blob_bytes].numpy().data
         coded = padded(home.blob[: home.blob_bytes].to(self.device))
-        return DeviceBlob.from_buffer(coded, home.scales, home.dtype, home.shape, host=host)
+        return DeviceBlob.from_buffer(
+            coded,
+            home.scales,
+            home.dtype,
+            home.shape,
+            host=host,
+            column_scales=home.column_scales,
+            row_offsets=home.row_offsets,
+        )
 
     def pre_forward(self, module: RansLinear, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.home = None if self.reader is not None else module.prepare()
@@ -71,7 +79,10 @@ class _Stored:
 
     def __getitem__(self, key: str) -> torch.Tensor:
         blob = self.hook.blob(self.layer)
-        return {BLOB: blob.blob[: blob.blob_bytes], SCALE: blob.scales}[key].cpu()
+        stored = (blob.blob[: blob.blob_bytes], blob.scales, blob.column_scales, blob.row_offsets)
+        part = dict(zip(PARTS, stored, strict=True))[key]
+        assert part is not None  # the layer has a buffer for it
+        return part.cpu()
 
 
 def lend_weights(layer: RansLinear, hook: AlignDevicesHook, reader: Reader | None) -> None:

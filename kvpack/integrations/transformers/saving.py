@@ -23,11 +23,12 @@ from kvpack.format.container import (
     BLOB_SUFFIX,
     CONTAINER_VERSION,
     CRC_KEY,
-    SCALE_SUFFIX,
+    NUMBER_DTYPES,
+    PART_SUFFIXES,
     TENSORS_KEY,
     VERSION_KEY,
 )
-from kvpack.runtime.weights.linear import BLOB, SCALE, RansLinear
+from kvpack.runtime.weights.linear import PARTS, RansLinear
 from kvpack.runtime.weights.load import TORCH_DTYPES
 
 _PIECE_BYTES = 16 << 20
@@ -116,7 +117,7 @@ class _ReversedNames(WeightRenaming):  # type: ignore[misc]
         self.own = [renaming.reverse_transform() for renaming in reversed(names.own)]
         self.coded: dict[str, str] = {}
         for name, layer in coded_layers(names.model).items():
-            for key, suffix in ((BLOB, BLOB_SUFFIX), (SCALE, SCALE_SUFFIX)):
+            for key, suffix in zip(PARTS, PART_SUFFIXES, strict=True):
                 self.coded[f"{name}.{key}"] = saved_name(name, layer) + suffix
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
@@ -142,7 +143,7 @@ def metadata_of(model: torch.nn.Module, entries: Mapping[str, Mapping[str, Any]]
         saved = saved_name(name, layer)
         known = {"shape": list(layer.weight_shape), "dtype": _DTYPE_NAMES[layer.weight_dtype]}
         coded[saved] = {**entries.get(saved, {}), **known}
-        crcs[saved + SCALE_SUFFIX] = _WIDEST_CRC
+        crcs |= {saved + suffix: _WIDEST_CRC for suffix in NUMBER_DTYPES}
     crcs |= dict.fromkeys(model.state_dict(), _WIDEST_CRC)
     metadata = {VERSION_KEY: CONTAINER_VERSION, TENSORS_KEY: json.dumps(coded), CRC_KEY: json.dumps(crcs)}
     return metadata | {_UNFINISHED: ""}

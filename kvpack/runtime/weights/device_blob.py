@@ -12,6 +12,13 @@ import torch
 from kvpack.encode.rans import decoder_table
 from kvpack.errors import LaneStateError, ScaleError
 from kvpack.format.blob import Blob
+from kvpack.format.container import (
+    COLUMN_SCALE_SUFFIX,
+    ROW_OFFSET_SUFFIX,
+    SCALE_SUFFIX,
+    first_illegal,
+    shown_numbers,
+)
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind, Predictor
 from kvpack.runtime.device import semaphores
@@ -31,10 +38,32 @@ def check_scales(scales: npt.NDArray[np.float32], header: BlobHeader) -> None:
     quantized = header.layout.element_kind == ElementKind.SIGNED
     if len(scales) not in ((0, 1, header.matrices * header.rows) if quantized else (0,)):
         raise ScaleError(f"{len(scales)} scales for {header.matrices} × {header.rows} rows")
-    tiny = np.finfo(np.float32).tiny
-    bad = ~((scales == 0) | ((scales >= tiny) & np.isfinite(scales)))
-    if bad.any():
-        raise ScaleError(f"scale {int(np.argmax(bad))} is {scales[bad][0]}")
+    _check_legal(SCALE_SUFFIX, scales)
+
+
+def check_vectors(
+    column_scales: npt.NDArray[np.float16] | None, row_offsets: npt.NDArray[np.float32] | None, header: BlobHeader
+) -> None:
+    """Raises ScaleError unless they are of the types and as many as FORMAT.md §8 says, all of them legal."""
+    quantized = header.layout.element_kind == ElementKind.SIGNED
+    for suffix, numbers, dtype, count in (
+        (COLUMN_SCALE_SUFFIX, column_scales, np.float16, header.matrices * header.cols),
+        (ROW_OFFSET_SUFFIX, row_offsets, np.float32, header.matrices * header.rows),
+    ):
+        if numbers is None:
+            continue
+        if not quantized or numbers.dtype != dtype or numbers.shape != (count,):
+            raise ScaleError(
+                f"{shown_numbers(suffix)}s are {numbers.dtype} {list(numbers.shape)} for {header.matrices} × "
+                f"{header.rows} × {header.cols} {header.layout.element_kind.name} elements"
+            )
+        _check_legal(suffix, numbers)
+
+
+def _check_legal(suffix: str, numbers: npt.NDArray[Any]) -> None:
+    at = first_illegal(suffix, numbers)
+    if at is not None:
+        raise ScaleError(f"{shown_numbers(suffix)} {at} is {numbers[at]}")
 
 
 class DeviceBlob:
@@ -45,6 +74,8 @@ class DeviceBlob:
         dtype: of the original tensor; shape: its shape.
         blob: u8 [blob_bytes + slack]: the blob as FORMAT.md §2 has it, then zeros.
         scales: f32 [0], [1] or [matrices · rows].
+        column_scales: f16 [matrices · cols], or None.
+        row_offsets: f32 [matrices · rows], or None.
         groups, tables, status: what kernels look up (:class:`kvpack.runtime.weights.products.Coded`); empty on the CPU.
         geometry: all numbers that an operator needs, see :mod:`kvpack.runtime.weights.ops`.
     """
@@ -56,6 +87,8 @@ class DeviceBlob:
         dtype: torch.dtype,
         shape: tuple[int, ...],
         host: memoryview,
+        column_scales: torch.Tensor | None = None,
+        row_offsets: torch.Tensor | None = None,
     ) -> None:
         device = blob.device
         parsed = Blob(host)
@@ -72,6 +105,16 @@ class DeviceBlob:
         check_scales(scales.numpy(force=True), self.header)
         # Each call of torch gives the GIL up, for which a loader's threads wait: there are no more of them than needed.
         self.scales = scales if scales.device == device else scales.to(device)
+        self.column_scales = None if column_scales is None else column_scales.to(device)
+        self.row_offsets = None if row_offsets is None else row_offsets.to(device)
+        columns, offsets = (None if v is None else v.numpy(force=True) for v in (column_scales, row_offsets))
+        check_vectors(columns, offsets, self.header)
+        if not len(scales) and not (column_scales is row_offsets is None):
+            raise ScaleError("column scales or row offsets, and no scales")
+        self._numbers = self.scales
+        if column_scales is not None or row_offsets is not None:
+            vectors = (self.scales, self.row_offsets, self.column_scales)
+            self._numbers = torch.cat([vector.to(torch.float32) for vector in vectors if vector is not None])
         words = 0
         self.groups = torch.empty((0, 4), dtype=torch.int32, device=device)
         self.tables = torch.empty((0, 4096), dtype=torch.int32, device=device)
@@ -89,7 +132,15 @@ class DeviceBlob:
         self.has_outliers = bool(parsed.tiles["outlier_count"].any())
         predicted = bool((parsed.tiles["predictor"] == Predictor.PREVIOUS).any())
         self._matrices: torch.Tensor | None = None
-        self.geometry = ops.pack_geometry(self.header, self.blob_bytes, words, predicted, self.has_outliers)
+        self.geometry = ops.pack_geometry(
+            self.header,
+            self.blob_bytes,
+            words,
+            predicted,
+            self.has_outliers,
+            self.row_offsets is not None,
+            self.column_scales is not None,
+        )
 
     @classmethod
     def from_bytes(
@@ -99,6 +150,9 @@ class DeviceBlob:
         dtype: torch.dtype,
         shape: tuple[int, ...],
         device: torch.device | str,
+        *,
+        column_scales: npt.NDArray[np.float16] | None = None,
+        row_offsets: npt.NDArray[np.float32] | None = None,
     ) -> Self:
         """Copy a blob to a device.
 
@@ -119,6 +173,7 @@ class DeviceBlob:
             dtype,
             shape,
             host.data[: len(view)],
+            *(None if vector is None else torch.from_numpy(vector.copy()) for vector in (column_scales, row_offsets)),
         )
 
     @classmethod
@@ -130,6 +185,8 @@ class DeviceBlob:
         shape: tuple[int, ...],
         *,
         host: memoryview | None = None,
+        column_scales: torch.Tensor | None = None,
+        row_offsets: torch.Tensor | None = None,
     ) -> Self:
         """Take over a buffer that holds a blob and :data:`SLACK_BYTES` of zeros.
 
@@ -138,7 +195,7 @@ class DeviceBlob:
         """
         if host is None:
             host = blob[:-SLACK_BYTES].cpu().numpy().data
-        return cls(blob, scales, dtype, shape, host)
+        return cls(blob, scales, dtype, shape, host, column_scales, row_offsets)
 
     @property
     def device(self) -> torch.device:
@@ -147,11 +204,21 @@ class DeviceBlob:
     @property
     def nbytes(self) -> int:
         """All bytes on the device: blob, slack, scales and what kernels look up."""
-        parts = (self.blob, self.scales, self.groups, self.tables, self.status)
-        return sum(part.numel() * part.element_size() for part in parts)
+        parts = {id(part): part for part in (self.blob, self._numbers, self.groups, self.tables, self.status)}
+        parts |= {id(part): part for part in (self.scales, self.column_scales, self.row_offsets) if part is not None}
+        return sum(part.numel() * part.element_size() for part in parts.values())
+
+    @property
+    def number_bytes(self) -> int:
+        """What stands beside the blob in a file: scales, column scales, row offsets."""
+        return sum(
+            part.numel() * part.element_size()
+            for part in (self.scales, self.column_scales, self.row_offsets)
+            if part is not None
+        )
 
     def __repr__(self) -> str:
-        bits = 8 * (self.blob_bytes + 4 * len(self.scales)) / self.header.num_elements
+        bits = 8 * (self.blob_bytes + self.number_bytes) / self.header.num_elements
         layout = self.header.layout
         return (
             f"DeviceBlob({list(self.shape)}, {str(self.dtype).removeprefix('torch.')}, {layout.name} "
@@ -166,10 +233,12 @@ class DeviceBlob:
         if target == self.device:
             return self
         host = self.blob[: self.blob_bytes].cpu().numpy().data
-        return DeviceBlob(self.blob.to(target), self.scales, self.dtype, self.shape, host)
+        return DeviceBlob(
+            self.blob.to(target), self.scales, self.dtype, self.shape, host, self.column_scales, self.row_offsets
+        )
 
     def _arguments(self) -> tuple[Any, ...]:
-        return self.blob, self.groups, self.tables, self.scales, self.status, self.geometry
+        return self.blob, self.groups, self.tables, self._numbers, self.status, self.geometry
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x · Wᵀ (+ bias), W = the dequantized matrix, outputs × inputs.

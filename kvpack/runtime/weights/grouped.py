@@ -83,6 +83,8 @@ def stack_matrices(stack: Sequence[Sequence[Coded | None]], first: Coded) -> npt
     for expert, parts in enumerate(stack):
         for part, coded in enumerate(parts):
             if coded is not None:
+                if coded.row_offsets is not None or coded.column_scales is not None:
+                    raise InputError("no grouped products with row offsets or column scales")
                 tables = len(coded.tables)
                 found[expert, part, :5] = _addresses(coded) - base
                 found[expert, part, 6:] = tables, max(1, tables)

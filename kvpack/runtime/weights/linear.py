@@ -21,6 +21,11 @@ from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
 
 BLOB = "weight_kvpack"
 SCALE = "weight_kvpack_scale"
+COLUMN_SCALE = "weight_kvpack_column_scale"
+ROW_OFFSET = "weight_kvpack_row_offset"
+# What stands beside the blob, and the types of it.
+NUMBERS = {SCALE: torch.float32, COLUMN_SCALE: torch.float16, ROW_OFFSET: torch.float32}
+PARTS = (BLOB, *NUMBERS)
 
 
 def padded_buffer(blob_bytes: int, device: torch.device) -> torch.Tensor:
@@ -133,6 +138,8 @@ class RansLinear(nn.Module):
         in_features, out_features: as of ``nn.Linear``, also for weights that are stored transposed.
         weight_kvpack: u8 [blob bytes], a buffer.
         weight_kvpack_scale: f32 [1] or [out_features], a buffer; None for lossless weights.
+        weight_kvpack_column_scale, weight_kvpack_row_offset: f16 [in_features] and f32 [out_features], buffers; None
+            if the weight has none.
         bias: [out_features], a buffer, or None.
         weight_dtype: dtype of the original weight; weight_shape: its shape.
 
@@ -142,6 +149,8 @@ class RansLinear(nn.Module):
 
     weight_kvpack: torch.Tensor
     weight_kvpack_scale: torch.Tensor | None
+    weight_kvpack_column_scale: torch.Tensor | None
+    weight_kvpack_row_offset: torch.Tensor | None
     bias: torch.Tensor | None
 
     def __init__(self, blob: DeviceBlob, bias: torch.Tensor | None = None, *, tensor_name: str | None = None) -> None:
@@ -152,8 +161,8 @@ class RansLinear(nn.Module):
         if bias is not None and tuple(bias.shape) != (header.rows,):
             raise ModelMismatchError(f"the bias is {tuple(bias.shape)}, the weight has {header.rows} outputs")
         self._set_up(header.cols, header.rows, blob.dtype, blob.shape, tensor_name)
-        self.register_buffer(BLOB, None)
-        self.register_buffer(SCALE, None)
+        for part in PARTS:
+            self.register_buffer(part, None)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self._take(blob)
 
@@ -169,7 +178,7 @@ class RansLinear(nn.Module):
         self.streamed = False
         self._blob: DeviceBlob | None = None
         self._blob_of: torch.Tensor | None = None
-        self._scale_of: torch.Tensor | None = None
+        self._numbers_of: tuple[torch.Tensor | None, ...] = ()
 
     @classmethod
     def empty(
@@ -184,6 +193,8 @@ class RansLinear(nn.Module):
         *,
         tensor_name: str | None = None,
         transposed: bool = False,
+        column_scales: bool = False,
+        row_offsets: bool = False,
     ) -> Self:
         """A layer of known sizes without weights, to be filled by ``load_state_dict``.
 
@@ -193,6 +204,7 @@ class RansLinear(nn.Module):
             num_scales: 0 for lossless weights, else 1 or ``out_features``.
             dtype: of the original weight, and of the bias.
             transposed: the original weight is inputs × outputs.
+            column_scales, row_offsets: whether the weight has such.
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -201,16 +213,25 @@ class RansLinear(nn.Module):
         device = torch.device(device)
         whole = padded_buffer(blob_bytes, device)
         layer.register_buffer(BLOB, whole[:blob_bytes] if whole.is_meta else whole.zero_()[:blob_bytes])
-        scales = torch.zeros(num_scales, dtype=torch.float32, device=device) if num_scales else None
-        layer.register_buffer(SCALE, scales)
+        counts = (num_scales, in_features if column_scales else 0, out_features if row_offsets else 0)
+        for (part, numbers), count in zip(NUMBERS.items(), counts, strict=True):
+            layer.register_buffer(part, torch.zeros(count, dtype=numbers, device=device) if count else None)
         layer.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
         return layer
 
     def _take(self, blob: DeviceBlob) -> None:
         """Make ``blob`` the one that is used, and the buffers views of its tensors."""
         self._buffers[BLOB] = blob.blob[: blob.blob_bytes]
-        self._buffers[SCALE] = blob.scales if blob.scales.numel() else None
+        self._take_numbers(blob)
         self._lend(blob)
+
+    def _take_numbers(self, blob: DeviceBlob) -> None:
+        self._buffers[SCALE] = blob.scales if blob.scales.numel() else None
+        self._buffers[COLUMN_SCALE], self._buffers[ROW_OFFSET] = blob.column_scales, blob.row_offsets
+
+    def _numbers(self) -> tuple[torch.Tensor | None, ...]:
+        """Scales, column scales and row offsets."""
+        return self.weight_kvpack_scale, self.weight_kvpack_column_scale, self.weight_kvpack_row_offset
 
     def _lend(self, blob: DeviceBlob | None) -> None:
         """Use ``blob`` as what the buffers stand for, or forget what was derived from them."""
@@ -218,11 +239,16 @@ class RansLinear(nn.Module):
         if blob is not None:
             self.weight_shape = blob.shape
         self._blob_of = self.weight_kvpack if blob is not None else None
-        self._scale_of = self.weight_kvpack_scale if blob is not None else None
+        self._numbers_of = self._numbers() if blob is not None else ()
 
     def _current(self) -> DeviceBlob | None:
         """The derived blob, None if the buffers are not those from which it was derived."""
-        if self.weight_kvpack is not self._blob_of or self.weight_kvpack_scale is not self._scale_of:
+        if self.weight_kvpack is not self._blob_of or not self._numbers_of:
+            return None
+        scales, columns, offsets = self._numbers_of
+        if self.weight_kvpack_scale is not scales:
+            return None
+        if self.weight_kvpack_column_scale is not columns or self.weight_kvpack_row_offset is not offsets:
             return None
         return self._blob
 
@@ -252,7 +278,7 @@ class RansLinear(nn.Module):
 
         Its lanes are checked first on CUDA, where products do not raise, and with ``check`` on the CPU too.
         """
-        coded, scales = self.weight_kvpack, self.weight_kvpack_scale
+        coded = self.weight_kvpack
         if self.streamed:
             raise StreamingError(
                 f"the weights of {self.tensor_name or 'this layer'} are streamed, and on the device only while the "
@@ -264,14 +290,19 @@ class RansLinear(nn.Module):
                 "or by a stream from disk that has ended. Run it inside kvpack.runtime.weights.offload.stream_modules, "
                 "or load them (load_state_dict, assign=True)"
             )
-        if coded.is_meta or (scales is not None and scales.is_meta):
+        if any(part is not None and part.is_meta for part in (coded, *self._numbers())):
             raise RuntimeError("this RansLinear is on the meta device: load its weights (load_state_dict, assign=True)")
         if coded.dtype != torch.uint8 or coded.ndim != 1:
             raise ModelMismatchError(f"{BLOB} is {coded.dtype} {list(coded.shape)}, and must be one row of bytes")
+        for (part, dtype), numbers in zip(NUMBERS.items(), self._numbers(), strict=True):
+            if numbers is not None and (numbers.dtype != dtype or numbers.ndim != 1):
+                wanted = str(dtype).removeprefix("torch.")
+                raise ModelMismatchError(
+                    f"{part} is {numbers.dtype} {list(numbers.shape)}, and must be one row of {wanted}"
+                )
+        scales, columns, offsets = (None if part is None else part.detach() for part in self._numbers())
         if scales is None:
             scales = torch.empty(0, dtype=torch.float32, device=coded.device)
-        elif scales.dtype != torch.float32 or scales.ndim != 1:
-            raise ModelMismatchError(f"{SCALE} is {scales.dtype} {list(scales.shape)}, and must be one row of float32")
         if host is None:
             header = BlobHeader.parse(coded.detach()[:HEADER_BYTES].cpu().numpy().data)
             host = coded.detach().numpy().data if coded.device.type == "cpu" else None
@@ -283,7 +314,15 @@ class RansLinear(nn.Module):
                 f"{self.out_features} outputs and {self.in_features} inputs"
             )
         shape = (header.cols, header.rows) if header.transposed else (header.rows, header.cols)
-        blob = DeviceBlob.from_buffer(padded(coded.detach()), scales.detach(), self.weight_dtype, shape, host=host)
+        blob = DeviceBlob.from_buffer(
+            padded(coded.detach()),
+            scales,
+            self.weight_dtype,
+            shape,
+            host=host,
+            column_scales=columns,
+            row_offsets=offsets,
+        )
         if check or blob.device.type == "cuda":
             blob.check_lanes()
         self._take(blob)
@@ -320,15 +359,15 @@ class RansLinear(nn.Module):
     def memory_bytes(self) -> int:
         """Bytes of the device's memory that the layer takes, tables and scales and the bias included."""
         blob = self._current()
-        tensors = [self.bias] if blob is not None else [self.bias, self.weight_kvpack, self.weight_kvpack_scale]
+        tensors = [self.bias] if blob is not None else [self.bias, self.weight_kvpack, *self._numbers()]
         stored = sum(t.numel() * t.element_size() for t in tensors if t is not None and not t.is_meta)
         return stored + (blob.nbytes if blob is not None else 0)
 
     @property
     def bits_per_weight(self) -> float:
         """8 × stored bytes / weights, scales counted."""
-        scales = 0 if self.weight_kvpack_scale is None else self.weight_kvpack_scale.numel()
-        return 8 * (self.weight_kvpack.numel() + 4 * scales) / (self.in_features * self.out_features)
+        beside = sum(numbers.nbytes for numbers in self._numbers() if numbers is not None)
+        return 8 * (self.weight_kvpack.numel() + beside) / (self.in_features * self.out_features)
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
@@ -338,6 +377,8 @@ class RansLinear(nn.Module):
             layout = blob.header.layout
             rows = "a scale per row" if blob.scales.numel() > 1 else "one scale"
             method = f"quantized to {layout.element_bits} bits, {rows}" if blob.scales.numel() else "lossless"
+            method += ", column scales" * (blob.column_scales is not None)
+            method += ", row offsets" * (blob.row_offsets is not None)
             parts.append(f"{layout.name}, {method}" if blob.scales.numel() else method)
         parts.append("streamed" if self.streamed else f"device={self.weight_kvpack.device}")
         return ", ".join(parts)
@@ -346,23 +387,23 @@ class RansLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``to``, ``cuda``, ``half``, …: the bias as usual; the blob moves with its slack and is made ready anew."""
-        held = {name: self._buffers[name] for name in (BLOB, SCALE)}
+        held = {name: self._buffers[name] for name in PARTS}
         self._buffers.update(dict.fromkeys(held))  # which leaves them in their places, but passed over
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(held)
-        coded, scales = self.weight_kvpack, self.weight_kvpack_scale
+        coded, numbers = self.weight_kvpack, self._numbers()
         if self.streamed:
             return self
         blob = self._current()
         whole = coded if blob is None else blob.blob
         moved = _convert(fn, whole)
-        moved_scales = scales if scales is None else _convert(fn, scales)
-        if moved is whole and moved_scales is scales:
+        moved_numbers = [part if part is None else _convert(fn, part) for part in numbers]
+        if moved is whole and all(now is then for now, then in zip(moved_numbers, numbers, strict=True)):
             return self
         self._buffers[BLOB] = moved[: len(coded)]
-        self._buffers[SCALE] = moved_scales
+        self._buffers.update(zip(NUMBERS, moved_numbers, strict=True))
         self._lend(None)
         self._derive_if_loaded(coded.detach().numpy().data if coded.device.type == "cpu" else None)
         return self
@@ -376,14 +417,16 @@ class RansLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Blob and scales are never copied into: other layers may share their memory, and lengths may differ."""
         error_msgs: list[str] = arguments[-1]
-        own, given, scales = self.weight_kvpack, state_dict.get(prefix + BLOB), state_dict.get(prefix + SCALE)
+        own, given = self.weight_kvpack, state_dict.get(prefix + BLOB)
         if self.streamed and given is not None:
             error_msgs.append(f"{prefix}{BLOB}: the weights are streamed; close the stream before loading others")
             return
         if isinstance(given, torch.Tensor) and given.ndim == 1:
             self._buffers[BLOB] = padded_buffer(len(given), own.device)[: len(given)]
-            if isinstance(scales, torch.Tensor) and self.weight_kvpack_scale is not None:
-                self._buffers[SCALE] = torch.empty_like(scales, dtype=torch.float32, device=own.device)
+            for part, dtype in NUMBERS.items():
+                numbers = state_dict.get(prefix + part)
+                if isinstance(numbers, torch.Tensor) and self._buffers[part] is not None:
+                    self._buffers[part] = torch.empty_like(numbers, dtype=dtype, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if given is not None and self._current() is None and not self.weight_kvpack.is_meta:
             try:
@@ -392,7 +435,7 @@ class RansLinear(nn.Module):
                 error_msgs.append(f"{prefix}{BLOB}: {error}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_blob": None, "_blob_of": None, "_scale_of": None, "streamed": False}
+        return {**self.__dict__, "_blob": None, "_blob_of": None, "_numbers_of": (), "streamed": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,9 @@ import torch
 
 from kvpack.encode.coded_tensor import CodedTensor
 from kvpack.encode.reader import Reader
-from kvpack.errors import FormatError, InputError, ScaleError, TensorTableError
+from kvpack.errors import FormatError, InputError, TensorTableError
 from kvpack.format.blob import TILE_METADATA, Blob
-from kvpack.format.container import BLOB_SUFFIX, SCALE_SUFFIX, Container, StoredTensor
+from kvpack.format.container import BLOB_SUFFIX, NUMBER_DTYPES, Container, StoredTensor
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
 from kvpack.format.tile_crc import check_tiles
@@ -90,16 +90,23 @@ def _named(reader: Reader, name: str) -> Iterator[None]:
         raise
 
 
-def scales_of(reader: Reader, name: str) -> torch.Tensor:
-    """Checked scales of a coded tensor: f32 [0], [1] or [matrices · rows], on the CPU."""
+class NumberTensors(NamedTuple):
+    """What stands beside a blob, checked, on the CPU: ``scales`` f32 [0], [1] or [matrices · rows], and the vectors."""
+
+    scales: torch.Tensor
+    column_scales: torch.Tensor | None
+    row_offsets: torch.Tensor | None
+
+
+def numbers_beside(reader: Reader, name: str) -> NumberTensors:
+    """Scales, column scales and row offsets of a coded tensor. Raises ScaleError."""
     info = reader.info(name)
     assert info is not None
-    scales, *vectors = reader._numbers_beside(name, reader.container(name), info.header)
-    if any(vector is not None for vector in vectors):
-        raise ScaleError(
-            f"tensor {name!r}: no products with row offsets or column scales; kvpack decompress takes them"
-        )
-    return torch.empty(0, dtype=torch.float32, device="cpu") if scales is None else torch.from_numpy(scales)
+    found = reader._numbers_beside(name, reader.container(name), info.header)
+    scales, columns, offsets = (None if numbers is None else torch.from_numpy(numbers) for numbers in found)
+    return NumberTensors(
+        torch.empty(0, dtype=torch.float32, device="cpu") if scales is None else scales, columns, offsets
+    )
 
 
 def device_blob(reader: Reader, name: str, buffer: torch.Tensor, host: memoryview) -> DeviceBlob:
@@ -113,9 +120,17 @@ def device_blob(reader: Reader, name: str, buffer: torch.Tensor, host: memoryvie
     """
     info = reader.info(name)
     assert info is not None
-    scales = scales_of(reader, name)
+    numbers = numbers_beside(reader, name)
     with _named(reader, name):
-        return DeviceBlob.from_buffer(buffer, scales, TORCH_DTYPES[info.dtype], info.shape, host=host)
+        return DeviceBlob.from_buffer(
+            buffer,
+            numbers.scales,
+            TORCH_DTYPES[info.dtype],
+            info.shape,
+            host=host,
+            column_scales=numbers.column_scales,
+            row_offsets=numbers.row_offsets,
+        )
 
 
 def coded_on_device(tensor: CodedTensor, device: torch.device | str) -> DeviceBlob:
@@ -128,12 +143,17 @@ def coded_on_device(tensor: CodedTensor, device: torch.device | str) -> DeviceBl
 
     Raises:
         FormatError: the blob or its scales break a rule.
-        ScaleError: row offsets or column scales.
         DeviceError: the device cannot be used, or its shared memory is too small for the blob's tiles.
     """
-    if tensor.row_offsets is not None or tensor.column_scales is not None:
-        raise ScaleError("no products with row offsets or column scales; kvpack decompress takes them")
-    return DeviceBlob.from_bytes(tensor.blob, tensor.scales, TORCH_DTYPES[tensor.dtype], tensor.shape, device)
+    return DeviceBlob.from_bytes(
+        tensor.blob,
+        tensor.scales,
+        TORCH_DTYPES[tensor.dtype],
+        tensor.shape,
+        device,
+        column_scales=tensor.column_scales,
+        row_offsets=tensor.row_offsets,
+    )
 
 
 def _run_all(checks: Iterable[Callable[[], object]]) -> None:
@@ -220,7 +240,8 @@ class CrcChecks:
     def _check_coded(self, name: str, payload: memoryview, tiles: npt.NDArray[np.void], first: int) -> None:
         """Some tiles; in front of all, the scales."""
         if first == 0:
-            self._check_plain(name, name + SCALE_SUFFIX, None)
+            for suffix in NUMBER_DTYPES:
+                self._check_plain(name, name + suffix, None)
         with _named(self._reader, name):
             check_tiles(payload, tiles[first : first + _TILES_A_CHECK], first)
 

@@ -37,8 +37,8 @@ from kvpack.format.layout import align
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Upload, Uploader, side_stream
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
-from kvpack.runtime.weights.linear import BLOB, SCALE, RansLinear
-from kvpack.runtime.weights.load import CrcChecks, scales_of
+from kvpack.runtime.weights.linear import BLOB, NUMBERS, PARTS, RansLinear
+from kvpack.runtime.weights.load import CrcChecks, NumberTensors, numbers_beside
 
 if TYPE_CHECKING:
     import os
@@ -307,11 +307,11 @@ class LayerStream:
         if member.piece is not None:
             assert reader is not None
             assert name is not None
-            scales = scales_of(reader, name)
-        elif linear.weight_kvpack_scale is not None:
-            scales = linear.weight_kvpack_scale
+            numbers = numbers_beside(reader, name)
         else:
-            scales = torch.empty(0, dtype=torch.float32, device="cpu")
+            own = linear.weight_kvpack_scale
+            scales = torch.empty(0, dtype=torch.float32, device="cpu") if own is None else own
+            numbers = NumberTensors(scales, linear.weight_kvpack_column_scale, linear.weight_kvpack_row_offset)
         if layer.host is not None:
             host = layer.host[member.offset : member.offset + member.blob_bytes].numpy().data
         else:
@@ -323,11 +323,16 @@ class LayerStream:
             raise StreamingError(f"{name!r}: the file's blob is not one of {linear}")
         shape = (header.cols, header.rows) if header.transposed else (header.rows, header.cols)
         buffer = self._slots[0].buffer[member.offset : member.end]
-        if member.piece is None or checks is None:
-            return DeviceBlob.from_buffer(buffer, scales, linear.weight_dtype, shape, host=host)
-        assert name is not None
-        with checks.around(name, host):
-            return DeviceBlob.from_buffer(buffer, scales, linear.weight_dtype, shape, host=host)
+        with nullcontext() if member.piece is None or checks is None else checks.around(str(name), host):
+            return DeviceBlob.from_buffer(
+                buffer,
+                numbers.scales,
+                linear.weight_dtype,
+                shape,
+                host=host,
+                column_scales=numbers.column_scales,
+                row_offsets=numbers.row_offsets,
+            )
 
     def _take(self, layer: _Layer, member: _Member) -> None:
         """From now on the layer's buffers are the host's, or nothing; what it computes with is lent to it."""
@@ -340,7 +345,7 @@ class LayerStream:
             if layer.host is None
             else layer.host[member.offset : member.offset + member.blob_bytes]
         )
-        linear._buffers[SCALE] = blob.scales if blob.scales.numel() else None
+        linear._take_numbers(blob)
         if linear.bias is not None:
             linear.bias = linear.bias.to(self.device)
 
@@ -524,11 +529,12 @@ class LayerStream:
         self._stop()
         for layer in self._layers:
             for member in layer.members:
-                linear, scales = member.linear, member.linear.weight_kvpack_scale
+                linear = member.linear
                 linear._lend(None)
                 linear.streamed = False
-                if scales is not None:
-                    linear._buffers[SCALE] = scales.to(linear.weight_kvpack.device)
+                for part in NUMBERS:
+                    numbers = linear._buffers[part]
+                    linear._buffers[part] = None if numbers is None else numbers.to(linear.weight_kvpack.device)
                 member.blob = member.piece = None
         self._slots.clear()
         self._slot_of.clear()
@@ -592,7 +598,7 @@ def stream_modules(
     others: list[tuple[nn.Module, str]] = []
     for name, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            coded = isinstance(module, RansLinear) and key in (BLOB, SCALE) and id(module) in streamed
+            coded = isinstance(module, RansLinear) and key in PARTS and id(module) in streamed
             if tensor is not None and tensor.is_meta and not coded:
                 raise StreamingError(f"{name}.{key} is on the meta device: load it with kvpack.replace_linears before")
             if id(module) not in streamed:

@@ -4,6 +4,7 @@ An operator is given a coded tensor as five tensors and ``geometry``, a list of 
 
     blob u8 · groups i32 [groups, 4] · tables i32 [num_tables, 4096] · scales f32 · status i32 [2] · geometry int[]
 
+``scales`` are followed by row offsets and column scales, all f32, where ``geometry`` says that there are some.
 ``grouped_linear`` takes besides them where all matrices of a stack lie (:class:`kvpack.runtime.weights.grouped.Stack`).
 
 The CPU implementations decode with :mod:`kvpack.encode`; groups and tables are empty there.
@@ -39,7 +40,13 @@ _LIBRARY.define("check_lanes(" + _CODED.replace("Tensor status", "Tensor(a!) sta
 
 
 def pack_geometry(
-    header: BlobHeader, blob_bytes: int, max_group_words: int, predicted: bool, has_outliers: bool
+    header: BlobHeader,
+    blob_bytes: int,
+    max_group_words: int,
+    predicted: bool,
+    has_outliers: bool,
+    has_row_offsets: bool = False,
+    has_column_scales: bool = False,
 ) -> list[int]:
     """The integers that go with a coded tensor's five tensors."""
     layout = header.layout
@@ -57,7 +64,19 @@ def pack_geometry(
         int(predicted),
         int(has_outliers),
         int(layout.folded),
+        int(has_row_offsets),
+        int(has_column_scales),
     ]
+
+
+def _vectors(
+    scales: torch.Tensor, geometry: list[int]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Scales, row offsets and column scales from the tensor that has them one after another."""
+    rows, cols, matrices = geometry[4], geometry[5], geometry[7]
+    num_offsets, num_columns = matrices * rows * geometry[13], matrices * cols * geometry[14]
+    own, offsets, columns = scales.split((len(scales) - num_offsets - num_columns, num_offsets, num_columns))
+    return own, offsets if num_offsets else None, columns if num_columns else None
 
 
 @lru_cache(maxsize=4096)
@@ -75,6 +94,7 @@ def _coded(
     status: torch.Tensor,
     geometry: list[int],
 ) -> Coded:
+    scales, row_offsets, column_scales = _vectors(scales.contiguous(), geometry)
     return Coded(
         header=_header(tuple(geometry)),
         max_group_words=geometry[9],
@@ -83,8 +103,10 @@ def _coded(
         blob=blob,
         groups=groups,
         tables=tables,
-        scales=scales.contiguous(),
+        scales=scales,
         status=status,
+        row_offsets=row_offsets,
+        column_scales=column_scales,
     )
 
 
@@ -96,6 +118,8 @@ def _check_product(x: torch.Tensor, scales: torch.Tensor, geometry: list[int]) -
 
 def _check_grouped(x: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor, geometry: list[int]) -> None:
     _check_activations(x, scales, geometry)
+    if geometry[13] or geometry[14]:
+        raise InputError("no grouped products with row offsets or column scales; multiply with one matrix at a time")
     if ids.dtype != torch.int64 or ids.ndim != 2:
         raise InputError(f"ids are {ids.dtype} {list(ids.shape)}; i64 [tokens, top_k] are wanted")
     if ids.device != x.device:
@@ -265,6 +289,7 @@ def _linear_cpu(
     kind = ElementKind(geometry[0])
     tokens = x.reshape(-1, cols).to(torch.float32)
     out = torch.empty(len(tokens), rows, dtype=torch.float32, device="cpu")
+    scales, row_offsets, column_scales = _vectors(scales, geometry)
     by_row = _by_row(scales, rows) if len(scales) else None
     for first in range(0, rows, TILE_ROWS):  # so that fp32 weights never exist all at once
         part = integers[first : first + TILE_ROWS]
@@ -272,6 +297,10 @@ def _linear_cpu(
         weights = weights.to(torch.float32)
         if by_row is not None:
             weights *= by_row[first : first + TILE_ROWS, None]
+        if row_offsets is not None:
+            weights += row_offsets[first : first + TILE_ROWS, None]
+        if column_scales is not None:
+            weights *= column_scales
         out[:, first : first + TILE_ROWS] = tokens @ weights.T
     own_bias = _bias(bias, x, rows)
     if own_bias is not None:
@@ -312,9 +341,14 @@ def _dequantize_cpu(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     integers = _numbers_cpu(blob, groups, tables, scales, status, geometry)
-    matrices, rows, _ = integers.shape
-    by_row = _by_row(scales, matrices * rows).reshape(matrices, rows, 1)
-    return (integers.to(torch.float32) * by_row).to(_float_type(dtype))
+    matrices, rows, cols = integers.shape
+    scales, row_offsets, column_scales = _vectors(scales, geometry)
+    weights = integers.to(torch.float32) * _by_row(scales, matrices * rows).reshape(matrices, rows, 1)
+    if row_offsets is not None:
+        weights += row_offsets.reshape(matrices, rows, 1)
+    if column_scales is not None:
+        weights *= column_scales.reshape(matrices, 1, cols)
+    return weights.to(_float_type(dtype))
 
 
 def _number_type(geometry: list[int]) -> torch.dtype:

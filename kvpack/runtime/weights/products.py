@@ -8,7 +8,7 @@ many warps share a multiprocessor.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -45,6 +45,9 @@ _MANY_RAW_BITS = 5
 # By compute capability's major number: for narrow results, those of four codes a symbol, wide ones, the widest.
 _DECODE_WARPS = {9: (16, 16, 12, 10), 10: (8, 8, 6, 6)}
 _OTHER_DECODE_WARPS = (12, 8, 8, 8)
+# The same where there are row offsets or column scales.
+_VECTOR_DECODE_WARPS = {9: 8, 10: 4}
+_OTHER_VECTOR_DECODE_WARPS = 6
 # For 8, 16 and 32 vectors; on sm_100 and newer, and before.
 _NEWER = 100
 _GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8)}
@@ -85,6 +88,8 @@ class Coded:
         groups: i32 [groups, 4], see :mod:`kvpack.runtime.weights.group_table`.
         tables: i32 [num_tables, 4096], see :func:`kvpack.encode.rans.decoder_table`.
         scales: f32 [0], [1] or [matrices · rows].
+        row_offsets: f32 [matrices · rows], or None.
+        column_scales: f32 [matrices · cols], or None.
         status: i32 [2]: lanes that ended wrongly, and where (see ``report_damage`` in ``cuda/weights/tile.cuh``).
     """
 
@@ -97,6 +102,8 @@ class Coded:
     tables: torch.Tensor
     scales: torch.Tensor
     status: torch.Tensor
+    row_offsets: torch.Tensor | None = None
+    column_scales: torch.Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -172,13 +179,18 @@ def gemm_warps(layout: Layout, token_tiles: int, architecture: int, *, grouped: 
     return _GEMM_WARPS[token_tiles][architecture < _NEWER]
 
 
-def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bool, predicted: bool) -> int:
+def decode_warps(
+    layout: Layout, output: int, architecture: int, *, outliers: bool, predicted: bool, vectors: bool = False
+) -> int:
     """At most how many warps a block that decodes has."""
     many, fp32 = layout.raw_bits >= _MANY_RAW_BITS, output == OUTPUTS[torch.float32]
     narrow, of_four, wide, widest = _DECODE_WARPS.get(architecture // 10, _OTHER_DECODE_WARPS)
     if output == OUTPUT_NOTHING:
         return narrow
     eight = layout.codes_per_symbol == 8  # eight slots are kept until their columns are complete
+    if vectors:
+        warps = _VECTOR_DECODE_WARPS.get(architecture // 10, _OTHER_VECTOR_DECODE_WARPS)
+        return min(warps, 6) if eight else warps
     if many or fp32 or outliers or predicted:
         return widest if eight or (fp32 and many) else wide
     spills = layout.codes_per_symbol == 2 and layout.raw_bits == _MANY_RAW_BITS - 1 and output in OUTPUTS.values()
@@ -188,7 +200,14 @@ def decode_warps(layout: Layout, output: int, architecture: int, *, outliers: bo
 
 
 def gemv_kernel(
-    layout: Layout, activation: torch.dtype, buffers: int, resident: int, architecture: int, *, grouped: bool = False
+    layout: Layout,
+    activation: torch.dtype,
+    buffers: int,
+    resident: int,
+    architecture: int,
+    *,
+    grouped: bool = False,
+    column_scales: bool = False,
 ) -> Kernel:
     """One vector times a coded matrix; ``buffers``, ``resident`` as in :class:`.launch_model.ProductFit`.
 
@@ -200,6 +219,7 @@ def gemv_kernel(
         "KVPACK_BUFFERS": buffers,
         "KVPACK_MAX_WARPS": gemv_warps(layout, architecture, grouped=grouped) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
+        "KVPACK_COLUMN_SCALES": int(column_scales),
     }
     return Kernel.of("weights/gemv.cu", "gemv", layout, defines)
 
@@ -213,6 +233,7 @@ def gemm_kernel(
     architecture: int,
     *,
     grouped: bool = False,
+    column_scales: bool = False,
 ) -> Kernel:
     """A few vectors times a coded matrix, on tensor cores; ``token_tiles`` times 8 of them at most."""
     defines = {
@@ -221,21 +242,39 @@ def gemm_kernel(
         "KVPACK_BUFFERS": buffers,
         "KVPACK_MAX_WARPS": gemm_warps(layout, token_tiles, architecture, grouped=grouped) * BLOCKS_PER_SM // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
+        "KVPACK_COLUMN_SCALES": int(column_scales),
         "KVPACK_TOKEN_TILES": token_tiles,
     }
     return Kernel.of("weights/gemm.cu", "gemm", layout, defines)
 
 
 def decode_kernel(
-    layout: Layout, output: int, buffers: int, architecture: int, *, outliers: bool, predicted: bool
+    layout: Layout,
+    output: int,
+    buffers: int,
+    architecture: int,
+    *,
+    outliers: bool,
+    predicted: bool,
+    row_offsets: bool = False,
+    column_scales: bool = False,
 ) -> Kernel:
     """A coded tensor expanded; ``output`` as in ``cuda/weights/decode.cu``."""
     defines = {
         "KVPACK_OUTPUT": output,
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": decode_warps(layout, output, architecture, outliers=outliers, predicted=predicted),
+        "KVPACK_MAX_WARPS": decode_warps(
+            layout,
+            output,
+            architecture,
+            outliers=outliers,
+            predicted=predicted,
+            vectors=row_offsets or column_scales,
+        ),
         "KVPACK_BLOCKS_PER_SM": BLOCKS_PER_SM,
         "KVPACK_OUTLIERS": int(outliers),
+        "KVPACK_ROW_OFFSETS": int(row_offsets),
+        "KVPACK_COLUMN_SCALES": int(column_scales),
         "KVPACK_PREDICTED": int(predicted),
     }
     return Kernel.of("weights/decode.cu", "decode", layout, defines)
@@ -278,6 +317,14 @@ def multiply(
     Returns:
         [tokens, rows] of x's type. The same bits at each run of the same launch.
     """
+    if coded.row_offsets is not None:
+        # A sum over all activations for each row. Kernels have these in panels and members, whose sums meet only where
+        # rows end; so it is a rank-one term after the product. In fp32, since it may cancel most of the product.
+        wide = x.to(torch.float32)
+        scaled = wide if coded.column_scales is None else wide * coded.column_scales
+        sums = multiply(replace(coded, row_offsets=None), wide, None, limits, fit)
+        sums.addr_(scaled.sum(1), coded.row_offsets)
+        return (sums if bias is None else sums.add_(bias)).to(x.dtype)
     out = torch.empty((len(x), coded.header.rows), dtype=x.dtype, device=x.device)
     fit = fit or fit_product(coded, len(x), limits)
     if fit is not None:
@@ -306,12 +353,23 @@ def _multiply(
     tokens = len(x)
     num_tables = max(1, len(coded.tables))
     last: tuple[np.uint32, ...] = ()
+    scaled = coded.column_scales is not None
     if tokens == 1:
-        kernel = gemv_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, limits.architecture)
+        kernel = gemv_kernel(
+            coded.layout, x.dtype, fit.buffers, fit.resident, limits.architecture, column_scales=scaled
+        )
         sums = 1
     else:
         eights = token_tiles(tokens)
-        kernel = gemm_kernel(coded.layout, x.dtype, fit.buffers, fit.resident, eights, limits.architecture)
+        kernel = gemm_kernel(
+            coded.layout,
+            x.dtype,
+            fit.buffers,
+            fit.resident,
+            eights,
+            limits.architecture,
+            column_scales=scaled,
+        )
         sums, last = 8 * eights, (np.uint32(tokens),)
     parts = fit.panels * num_tables
     partials = arrivals = None
@@ -357,6 +415,7 @@ def product_arguments(
         table,
         coded.scales,
         np.uint32(coded.scale_stride),
+        coded.column_scales,
         bias,
         out,
         partials,
@@ -397,9 +456,11 @@ def decode(
         end = (_row_group(coded, end_row - 1) + 1) * tile_columns
     output_bytes = 0 if out is None else out.element_size()
     staging_bytes = GROUP_LANES * CHUNK_COLS * max(1, output_bytes)
-    max_warps = decode_warps(
-        coded.layout, output, limits.architecture, outliers=coded.has_outliers, predicted=coded.predicted
-    )
+    vectors = {"row_offsets": coded.row_offsets is not None, "column_scales": coded.column_scales is not None}
+    if output not in OUTPUTS.values():
+        vectors = dict.fromkeys(vectors, False)
+    kinds = {"outliers": coded.has_outliers, "predicted": coded.predicted}
+    max_warps = decode_warps(coded.layout, output, limits.architecture, **kinds, vectors=any(vectors.values()))
     fit = fit_decode(coded.word_buffer_bytes, limits, end - first, staging_bytes, max_warps)
     if fit is None:
         check_fits(header, coded.max_group_words, limits)
@@ -409,8 +470,8 @@ def decode(
         output,
         fit.buffers,
         limits.architecture,
-        outliers=coded.has_outliers,
-        predicted=coded.predicted,
+        **kinds,
+        **vectors,
     )
     device = coded.blob.device
     for index, table in coded.table_launches():
@@ -424,6 +485,8 @@ def decode(
                 table,
                 coded.scales,
                 np.uint32(coded.scale_stride),
+                coded.row_offsets,
+                coded.column_scales,
                 out,
                 coded.status,
                 np.uint64(first_row),

@@ -25,7 +25,6 @@ from kvpack.runtime.weights.load import (
     TORCH_DTYPES,
     kept_shape,
     load_tensors,
-    scales_of,
     shown_progress,
     stored_bytes,
 )
@@ -511,7 +510,6 @@ def layer_in_file(reader: Reader, name: str) -> RansLinear:
     """A layer whose weights stay in the file until a LayerStream takes it."""
     info = reader.info(name)
     assert info is not None
-    scales_of(reader, name)
     scales = reader.container(name).tensors.get(name + SCALE_SUFFIX)
     return RansLinear.empty(
         info.header.cols,
@@ -523,6 +521,8 @@ def layer_in_file(reader: Reader, name: str) -> RansLinear:
         "meta",
         tensor_name=name,
         transposed=info.header.transposed,
+        column_scales=info.has_column_scales,
+        row_offsets=info.has_row_offsets,
     )
 
 
