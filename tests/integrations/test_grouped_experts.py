@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,14 @@ def test_what_goes_expert_by_expert(on_gpu: list[tuple[int, ...]], monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     module(*many)
     assert on_gpu == [(200, 2)] * 2
-    module.get_submodule("3.w1").streamed = True
+    gate: Any = module.get_submodule("3.w1")
+    blob = gate.prepare()
+    for vector in ("column_scales", "row_offsets"):
+        of_one = copy.copy(blob)
+        setattr(of_one, vector, torch.ones(8))
+        assert GroupedMatrices.of([[blob, blob], [blob, of_one]]) is None
+    assert GroupedMatrices.of([[blob, blob]]) is not None
+    gate.streamed = True
     assert coded_experts._grouped_matrices(module, "gate_up_proj") is None
 
 

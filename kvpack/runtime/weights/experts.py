@@ -132,13 +132,14 @@ class GroupedMatrices:
 
     @classmethod
     def of(cls, blobs: list[list[DeviceBlob]]) -> GroupedMatrices | None:
-        """None if the kernels cannot take them: floats, or an expert's matrices of different shapes."""
+        """None if the kernels cannot take them: floats, column scales, row offsets, or matrices of different shapes."""
         every = list(chain(*blobs))
         first = every[0].header
         for blob in every:
             header = blob.header
             is_alike = (header.rows, header.cols) == (first.rows, first.cols)
-            if not is_alike or not len(blob.scales) or not products.can_multiply(header.layout):
+            has_vectors = blob.column_scales is not None or blob.row_offsets is not None
+            if not is_alike or has_vectors or not len(blob.scales) or not products.can_multiply(header.layout):
                 return None
         kinds: dict[tuple[object, ...], list[DeviceBlob]] = {}
         for blob in every:

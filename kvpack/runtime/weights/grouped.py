@@ -144,11 +144,11 @@ def _plan(stack: Stack, tokens: int, top_k: int, limits: Limits) -> _Plan:
         spread = math.sqrt(busy * (1 - busy / stack.experts))
         probable = min(stack.experts, pairs, math.ceil(busy + spread))
         wanted = products.token_tiles(min(MAX_FUSED_TOKENS, ceil_div(2 * pairs, round(busy))))
-        for eights in sorted(products.TOKEN_TILES, key=lambda eights: (eights > wanted, -eights)):
+        for eights in reversed([eights for eights in products.TOKEN_TILES if eights <= wanted]):
             slot_pairs = 8 * eights
             active = max(probable, ceil_div(pairs, slot_pairs))
             fit = _fit(stack, eights, active, limits)
-            if fit is not None and eights <= wanted:
+            if fit is not None:
                 return _Plan(fit, slot_pairs, most_slots(stack.experts, pairs, slot_pairs))
     fit = _fit(stack, 0, pairs, limits)
     if fit is None:
