@@ -624,3 +624,5 @@ inline void forget(unsigned int&) {}
 inline unsigned int sub_f16x2(unsigned int a, unsigned int b) {
   return f16x2_bits(f16_value(a & 0xFFFF) - f16_value(b & 0xFFFF), f16_value(a >> 16) - f16_value(b >> 16));
 }
+
+#include "emulated_hopper.h"

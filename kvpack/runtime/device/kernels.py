@@ -88,15 +88,22 @@ class Kernel:
     source: str
     function: str
     defines: tuple[tuple[str, int], ...] = field(default=())
+    architecture: str = ""
+    """What it is compiled for, if that is not simply the GPU's: ``sm_90a`` has instructions that no other GPU has."""
 
     @classmethod
     def of(
-        cls, source: str, function: str, layout: Layout | None = None, defines: Mapping[str, int] | None = None
+        cls,
+        source: str,
+        function: str,
+        layout: Layout | None = None,
+        defines: Mapping[str, int] | None = None,
+        architecture: str = "",
     ) -> Kernel:
         all_defines = dict(defines or {})
         if layout is not None:
             all_defines |= layout_defines(layout)
-        return cls(source, function, tuple(sorted(all_defines.items())))
+        return cls(source, function, tuple(sorted(all_defines.items())), architecture)
 
     def options(self) -> tuple[str, ...]:
         """What NVRTC is given, besides what CuPy adds."""
@@ -106,6 +113,7 @@ class Kernel:
             f"-I{cuda_source_dir()}",
             f"-DKVPACK_SOURCE_HASH=0x{source_hash()[:8]}",
             *(f"-D{name}={value}" for name, value in sorted(defines.items())),
+            *((f"-arch={self.architecture}",) if self.architecture else ()),
         )
 
     def text(self) -> str:

@@ -1,0 +1,53 @@
+// Activations → fp16 in the order in which gemm_wgmma.cu multiplies them: for each chunk of 32 columns four cores along k of every eight
+// tokens (common/hopper.cuh). bf16 and fp32 ones are divided by a power of two for each token that brings the largest near 2^14.
+//
+//   16 bytes of chunk c, core k (0 … 3), token t, at 16 · (tokens · (4·c + k) + t):   bytes 0 … 3 of slot 2·k, then of slot 2·k + 1
+#include "common/activations.cuh"
+#include "weights/tile.cuh"
+
+constexpr u32 kTokens = KVPACK_TOKENS;
+constexpr u32 kThreads = KVPACK_ARRANGE_THREADS;
+
+// 2^-14 of the largest, rounded down to a power of two.
+__device__ __forceinline__ float token_scale(u32 largest_bits) {
+  const u32 exponent = largest_bits >> 23;
+  const bool usable = exponent > 14 && exponent < 255;
+  return __uint_as_float(usable ? (exponent - 14) << 23 : __float_as_uint(1.0f));
+}
+
+// Blocks: a token, and a part of its chunks. Columns from `cols` on, to the end of chunk `chunks` − 1, are 0, and so are tokens from `tokens` on.
+extern "C" __global__ void __launch_bounds__(kThreads)
+arrange_activations(const void* x, uint4* arranged, float* token_scales, u32 tokens, u32 cols, u32 chunks) {
+  const u32 token = blockIdx.x, thread = threadIdx.x;
+  const u64 first = static_cast<u64>(token) * cols;
+  float inverse = 1.0f;
+#if KVPACK_ACTIVATION != 0
+  __shared__ u32 maxima[kThreads / kLanes];
+  u32 largest = 0;
+  if (token < tokens) {
+    for (u32 col = thread; col < cols; col += kThreads) largest = max(largest, __float_as_uint(load_activation(x, first + col)) & 0x7FFFFFFFu);
+  }
+  largest = __reduce_max_sync(kAllLanes, largest);
+  if (thread % kLanes == 0) maxima[thread / kLanes] = largest;
+  __syncthreads();
+#pragma unroll
+  for (u32 warp = 0; warp < kThreads / kLanes; ++warp) largest = max(largest, maxima[warp]);
+  const float scale = token_scale(largest);
+  inverse = 1.0f / scale;
+  if (blockIdx.y == 0 && thread == 0) token_scales[token] = scale;
+#endif
+  for (u32 core = blockIdx.y * kThreads + thread; core < 4 * chunks; core += gridDim.y * kThreads) {
+    u32 pairs[4];
+#pragma unroll
+    for (u32 pair = 0; pair < 4; ++pair) {
+      float values[2];
+#pragma unroll
+      for (u32 i = 0; i < 2; ++i) {
+        const u32 slot = core % 4 * 2 + pair / 2, byte = pair % 2 * 2 + i, col = core / 4 * kChunkCols + slot_column(slot, byte);
+        values[i] = token < tokens && col < cols ? load_activation(x, first + col) * inverse : 0.0f;
+      }
+      pairs[pair] = f16x2_bits(values[0], values[1]);
+    }
+    arranged[static_cast<u64>(core) * kTokens + token] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+}
