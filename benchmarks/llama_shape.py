@@ -122,7 +122,7 @@ class Decoder:
         self.norms = torch.ones(2 * layers + 1, shape.hidden, dtype=dtype, device=device)
         functions = (norm, rotate, swiglu)
         if compiled:
-            functions = tuple(torch.compile(function, dynamic=False) for function in functions)
+            functions = tuple(map(torch.compile, functions))
         self.norm, self.rotate, self.swiglu = functions
         self.random = random
 

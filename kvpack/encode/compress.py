@@ -11,10 +11,9 @@ import math
 import os
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -45,7 +44,7 @@ from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.rate import FineHistogram
 from kvpack.encode.rates import MIN_BITS
 from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
-from kvpack.encode.shared_tables import share_tables
+from kvpack.encode.stack_encoder import encode_stack
 from kvpack.encode.stored_matrices import StoredMatrices
 from kvpack.encode.tensor_encoder import (
     CPU_CODER,
@@ -78,15 +77,10 @@ from kvpack.format.container import (
     Readable,
     StoredTensor,
 )
-from kvpack.format.header import BlobHeader
-from kvpack.format.layout import GROUP_LANES, Layout
+from kvpack.format.layout import Layout
 
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
-_STACK_CORRECTIONS = 8
-_STACK_MARGIN_BITS = 0.001
-# How much noisier a layer may become for a stack: about 0.1 bit.
-_STACK_NOISE_DB = 0.6
 
 
 @dataclass
@@ -355,76 +349,20 @@ class _Model:
         )
 
     def encode_stack(self, file: WeightFile, members: list[StoredTensor]) -> dict[str, EncodedTensor]:
-        """Tensors that will be stacked, with common tables; alone where that cannot be, for which notes say why.
-
-        What was asked for holds for each of them: one that common tables make too large is coded at a lower rate.
-        Those that only can be kept are missing.
-        """
-        names = [member.name for member in members]
-        less_bits = dict.fromkeys(names, 0.0)
-        layout: Layout | None = None
-        alone: dict[str, EncodedTensor] = {}
-        encoded: dict[str, EncodedTensor] = {}
-        reason: str | None = None
-        for _ in range(_STACK_CORRECTIONS):
-            for member in members:
-                if member.name not in encoded:
-                    with suppress(NotEncodableError):  # it is asked for again by who keeps it, and says why
-                        encoded[member.name] = self.encode(file, member, None, less_bits[member.name], layout)
-            if not alone:
-                alone = encoded.copy()
-                layout = _common_layout(members, encoded)
-                others = [name for name, one in encoded.items() if one.layout != layout]
-                if others:
-                    for name in others:
-                        del encoded[name]
-                    continue
-            reason = _reason_not_to_stack([(alone.get(name), encoded.get(name)) for name in names])
-            if reason is not None:
-                break
-            blobs = share_tables([encoded[name].blob for name in names], self.executor)
-            shared = {name: replace(encoded[name], blob=blob) for name, blob in zip(names, blobs, strict=True)}
-            reason = "common tables take more than the rate"
-            for member in members:
-                bits, elements = self.selections[file.path].quality_of(member.name), math.prod(member.shape)
-                excess = 8 * shared[member.name].size_bytes / elements - bits if isinstance(bits, float) else 0.0
-                as_asked = isinstance(bits, float) and 8 * alone[member.name].size_bytes <= bits * elements
-                if as_asked and excess > 0:
-                    less_bits[member.name] += excess + _STACK_MARGIN_BITS
-                    del encoded[member.name]
-            if len(encoded) == len(names):
-                self.stacks += 1
-                return shared
-        self.stack_reasons[tuple(file.set_prefix + name for name in names)] = str(reason)
-        return alone
-
-
-def _common_layout(members: list[StoredTensor], encoded: dict[str, EncodedTensor]) -> Layout | None:
-    """The layout that most weights have."""
-    weights: Counter[Layout] = Counter()
-    for member in members:
-        if member.name in encoded:
-            weights[encoded[member.name].layout] += math.prod(member.shape)
-    return max(weights, key=weights.__getitem__, default=None)
-
-
-def _reason_not_to_stack(tensors: list[tuple[EncodedTensor | None, EncodedTensor | None]]) -> str | None:
-    """Why tensors, coded alone and as parts of a stack, are better not stacked."""
-    both = [(alone, encoded) for alone, encoded in tensors if alone is not None and encoded is not None]
-    if len(both) < len(tensors):
-        return "some are kept as they are"
-    headers = [BlobHeader.parse(memoryview(encoded.blob.front)) for _, encoded in both]
-    if len({header.layout for header in headers}) > 1:
-        return "their layouts differ"
-    if len({header.tile_cols for header in headers}) > 1:
-        return "their tiles differ"
-    if any(header.rows % GROUP_LANES for header in headers[:-1]):
-        return f"all but the last need a multiple of {GROUP_LANES} rows"
-    for alone, encoded in both:
-        noise = -math.inf if encoded.noise_db is None else encoded.noise_db
-        if noise > (-math.inf if alone.noise_db is None else alone.noise_db + _STACK_NOISE_DB):
-            return "some would be much noisier in the others' layout"
-    return None
+        """Tensors that will be stacked, as :func:`kvpack.encode.stack_encoder.encode_stack` gives them."""
+        tensors = {member.name: member for member in members}
+        quality = self.selections[file.path].quality_of(members[0].name)
+        encoded, reason = encode_stack(
+            {name: math.prod(member.shape) for name, member in tensors.items()},
+            lambda name, less_bits, layout: self.encode(file, tensors[name], None, less_bits, layout),
+            quality if isinstance(quality, float) else None,
+            self.executor,
+        )
+        if reason is None:
+            self.stacks += 1
+        else:
+            self.stack_reasons[tuple(file.set_prefix + name for name in tensors)] = reason
+        return encoded
 
 
 def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPlan]:

@@ -111,7 +111,10 @@ def test_a_stack_has_one_layout_unless_that_is_much_noisier(tmp_path: Path) -> N
         assert bits == [[5, 4, 5], [5, 5, 5]]
         np.testing.assert_array_equal(alone.dequantize(names["up"]), reader.dequantize(names["up"]))
     assert report.notes[0] == "stack: 1 set of layers has common tables"
-    assert "gate_proj.weight + up_proj.weight cannot be one (some would be much noisier" in report.notes[1]
+    assert (
+        "gate_proj.weight + up_proj.weight cannot be one (some would be much noisier in a common layout)"
+        in report.notes[1]
+    )
     assert "w1.weight + w3.weight cannot be one (their layouts differ)" in report.notes[2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,14 @@ def test_what_goes_expert_by_expert(on_gpu: list[tuple[int, ...]], monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     module(*many)
     assert on_gpu == [(200, 2)] * 2
-    module.get_submodule("3.w1").streamed = True
+    gate: Any = module.get_submodule("3.w1")
+    blob = gate.prepare()
+    for vector in ("column_scales", "row_offsets"):
+        of_one = copy.copy(blob)
+        setattr(of_one, vector, torch.ones(8))
+        assert GroupedMatrices.of([[blob, blob], [blob, of_one]]) is None
+    assert GroupedMatrices.of([[blob, blob]]) is not None
+    gate.streamed = True
     assert coded_experts._grouped_matrices(module, "gate_up_proj") is None
 
 
@@ -154,6 +162,20 @@ def test_new_weights_are_seen(on_gpu: list[tuple[int, ...]]) -> None:
         module.get_submodule(str(expert))["w2"] = layer(COLS, INNER, 500 + expert, "cpu")
     assert coded_experts._grouped_matrices(module, "down_proj") is not stack
     assert not torch.allclose(before, module(x, ids, weights))
+
+
+@pytest.mark.gpu
+def test_warmup_runs_grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of gate and up, and of down; each of both types."""
+    run, linear = [], GroupedMatrices.linear
+
+    def note(stack: GroupedMatrices, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        run.append((x.dtype, x.shape[1], tuple(ids.shape)))
+        return linear(stack, x, ids)
+
+    monkeypatch.setattr(GroupedMatrices, "linear", note)
+    kvpack.warmup(mixtral("cuda"), tokens=(1, 8))
+    assert len(run) == len(set(run)) == 8
 
 
 @pytest.mark.gpu

@@ -132,13 +132,14 @@ class GroupedMatrices:
 
     @classmethod
     def of(cls, blobs: list[list[DeviceBlob]]) -> GroupedMatrices | None:
-        """None if the kernels cannot take them: floats, or an expert's matrices of different shapes."""
+        """None if the kernels cannot take them: floats, column scales, row offsets, or matrices of different shapes."""
         every = list(chain(*blobs))
         first = every[0].header
         for blob in every:
             header = blob.header
             is_alike = (header.rows, header.cols) == (first.rows, first.cols)
-            if not is_alike or not len(blob.scales) or not products.can_multiply(header.layout):
+            has_vectors = blob.column_scales is not None or blob.row_offsets is not None
+            if not is_alike or has_vectors or not len(blob.scales) or not products.can_multiply(header.layout):
                 return None
         kinds: dict[tuple[object, ...], list[DeviceBlob]] = {}
         for blob in every:
@@ -175,7 +176,9 @@ _grouped = WeakKeyDictionary()
 
 def _grouped_matrices(module: nn.Module, name: str) -> GroupedMatrices | None:
     layers = [[module.get_submodule(layer) for layer in names] for names in module.__dict__[_CODED][name][1]]
-    if any(not isinstance(layer, RansLinear) or layer.streamed for layer in chain(*layers)):
+    if any(
+        not isinstance(layer, RansLinear) or layer.streamed or layer.weight_kvpack.is_meta for layer in chain(*layers)
+    ):
         return None
     blobs = [[layer.prepare() for layer in parts if isinstance(layer, RansLinear)] for parts in layers]
     known = _grouped.setdefault(module, {})
@@ -183,6 +186,12 @@ def _grouped_matrices(module: nn.Module, name: str) -> GroupedMatrices | None:
     if found is None or any(a is not b for a, b in zip(chain(*found[0]), chain(*blobs), strict=True)):
         found = known[name] = blobs, GroupedMatrices.of(blobs)
     return found[1]
+
+
+def grouped_products(module: nn.Module) -> list[GroupedMatrices]:
+    """The matrices of a module that :func:`keep_coded` has changed, as grouped products take them; none of another."""
+    found = [_grouped_matrices(module, name) for name in module.__dict__.get(_CODED, ())]
+    return [matrices for matrices in found if matrices is not None]
 
 
 def _takes_grouped(x: torch.Tensor) -> bool:

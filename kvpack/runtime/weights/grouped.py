@@ -8,6 +8,7 @@ all can be captured in a CUDA graph. See ``cuda/weights/grouped.cuh``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -139,12 +140,15 @@ def _plan(stack: Stack, tokens: int, top_k: int, limits: Limits) -> _Plan:
     coded, pairs = stack.first, tokens * top_k
     busy = max(1.0, _busy(tokens, top_k, stack.experts))
     if busy < _APART * pairs:
+        # Blocks of more experts than expected would wait for all others to end: room for a standard deviation more.
+        spread = math.sqrt(busy * (1 - busy / stack.experts))
+        probable = min(stack.experts, pairs, math.ceil(busy + spread))
         wanted = products.token_tiles(min(MAX_FUSED_TOKENS, ceil_div(2 * pairs, round(busy))))
-        for eights in sorted(products.TOKEN_TILES, key=lambda eights: (eights > wanted, -eights)):
+        for eights in reversed([eights for eights in products.TOKEN_TILES if eights <= wanted]):
             slot_pairs = 8 * eights
-            active = max(round(busy), ceil_div(pairs, slot_pairs))
+            active = max(probable, ceil_div(pairs, slot_pairs))
             fit = _fit(stack, eights, active, limits)
-            if fit is not None and eights <= wanted:
+            if fit is not None:
                 return _Plan(fit, slot_pairs, most_slots(stack.experts, pairs, slot_pairs))
     fit = _fit(stack, 0, pairs, limits)
     if fit is None:

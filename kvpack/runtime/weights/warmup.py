@@ -9,6 +9,7 @@ from torch import nn
 
 from kvpack.runtime.device import semaphores
 from kvpack.runtime.weights.device_blob import DeviceBlob
+from kvpack.runtime.weights.experts import GroupedMatrices, grouped_products
 from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.load import State
 
@@ -24,6 +25,13 @@ def _blobs(target: nn.Module | State) -> Iterator[DeviceBlob]:
     for module in target.modules():
         if isinstance(module, RansLinear) and not module.streamed and not module.weight_kvpack.is_meta:
             yield module.prepare()
+
+
+def _grouped(target: nn.Module | State) -> Iterator[tuple[GroupedMatrices, int]]:
+    """Of each module of coded experts: its matrices, and how many experts a token has."""
+    for module in () if isinstance(target, State) else target.modules():
+        for matrices in grouped_products(module):
+            yield matrices, getattr(getattr(module, "config", None), "num_experts_per_tok", None) or 1
 
 
 def warmup(target: nn.Module | State, *, dtypes: Iterable[torch.dtype] = DTYPES, tokens: Iterable[int] = TOKENS) -> int:
@@ -55,6 +63,17 @@ def warmup(target: nn.Module | State, *, dtypes: Iterable[torch.dtype] = DTYPES,
         for dtype in kinds:
             for number in numbers:
                 blob.linear(torch.zeros(number, header.cols, dtype=dtype, device=blob.device))
+                count += 1
+    for matrices, top_k in _grouped(target):
+        blob = matrices.blobs[0][0]
+        kind = (*(tuple(arguments[5]) for arguments in matrices.kinds), len(matrices.blobs), top_k, blob.device)
+        if blob.device.type != "cuda" or kind in done:
+            continue
+        done.add(kind)
+        for dtype in kinds:
+            for number in numbers:
+                x = torch.zeros(number, blob.header.cols, dtype=dtype, device=blob.device)
+                matrices.linear(x, torch.arange(top_k, device=blob.device).expand(number, top_k))
                 count += 1
     for device in devices:
         if device.type == "cuda":
