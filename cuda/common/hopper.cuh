@@ -26,25 +26,6 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
 // This thread's writes to shared memory become visible to wgmma, once a barrier orders them.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// One thread tells others a number, with all that it did before: these wait until it is not below `least`. A plain load may be made once for
-// all turns of a loop.
-__device__ __forceinline__ void release_shared_u32(u32 address, u32 value) {
-  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-__device__ __forceinline__ void wait_shared_at_least(u32 address, u32 least) {
-  asm volatile(
-      "{\n"
-      ".reg .pred below;\n"
-      ".reg .u32 value;\n"
-      "again:\n"
-      "ld.acquire.cta.shared::cta.u32 value, [%0];\n"
-      "setp.lo.u32 below, value, %1;\n"
-      "@below bra again;\n"
-      "}" ::"r"(address),
-      "r"(least)
-      : "memory");
-}
-
 template <u32 count>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));

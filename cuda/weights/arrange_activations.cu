@@ -1,5 +1,6 @@
 // Activations → fp16 in the order in which gemm_wgmma.cu multiplies them: for each chunk of 32 columns four cores along k of every eight
-// tokens (common/hopper.cuh). bf16 and fp32 ones are divided by a power of two for each token that brings the largest near 2^14.
+// tokens (common/hopper.cuh). bf16 and fp32 ones, and those times a column's scale, are divided by a power of two for each token that
+// brings the largest near 2^14.
 //
 //   16 bytes of chunk c, core k (0 … 3), token t, at 16 · (tokens · (4·c + k) + t):   bytes 0 … 3 of slot 2·k, then of slot 2·k + 1
 #include "common/activations.cuh"
@@ -7,6 +8,7 @@
 
 constexpr u32 kTokens = KVPACK_TOKENS;
 constexpr u32 kThreads = KVPACK_ARRANGE_THREADS;
+constexpr bool kDivided = KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES != 0;
 
 // 2^-14 of the largest, rounded down to a power of two.
 __device__ __forceinline__ float token_scale(u32 largest_bits) {
@@ -17,25 +19,26 @@ __device__ __forceinline__ float token_scale(u32 largest_bits) {
 
 // Blocks: a token, and a part of its chunks. Columns from `cols` on, to the end of chunk `chunks` − 1, are 0, and so are tokens from `tokens` on.
 extern "C" __global__ void __launch_bounds__(kThreads)
-arrange_activations(const void* x, uint4* arranged, float* token_scales, u32 tokens, u32 cols, u32 chunks) {
+arrange_activations(const void* x, const float* column_scales, uint4* arranged, float* token_scales, u32 tokens, u32 cols, u32 chunks) {
   const u32 token = blockIdx.x, thread = threadIdx.x;
   const u64 first = static_cast<u64>(token) * cols;
+  auto load = [&](u32 col) { return load_scaled_activation(x, first + col, column_scales, col); };
   float inverse = 1.0f;
-#if KVPACK_ACTIVATION != 0
-  __shared__ u32 maxima[kThreads / kLanes];
-  u32 largest = 0;
-  if (token < tokens) {
-    for (u32 col = thread; col < cols; col += kThreads) largest = max(largest, __float_as_uint(load_activation(x, first + col)) & 0x7FFFFFFFu);
-  }
-  largest = __reduce_max_sync(kAllLanes, largest);
-  if (thread % kLanes == 0) maxima[thread / kLanes] = largest;
-  __syncthreads();
+  if constexpr (kDivided) {
+    __shared__ u32 maxima[kThreads / kLanes];
+    u32 largest = 0;
+    if (token < tokens) {
+      for (u32 col = thread; col < cols; col += kThreads) largest = max(largest, __float_as_uint(load(col)) & 0x7FFFFFFFu);
+    }
+    largest = __reduce_max_sync(kAllLanes, largest);
+    if (thread % kLanes == 0) maxima[thread / kLanes] = largest;
+    __syncthreads();
 #pragma unroll
-  for (u32 warp = 0; warp < kThreads / kLanes; ++warp) largest = max(largest, maxima[warp]);
-  const float scale = token_scale(largest);
-  inverse = 1.0f / scale;
-  if (blockIdx.y == 0 && thread == 0) token_scales[token] = scale;
-#endif
+    for (u32 warp = 0; warp < kThreads / kLanes; ++warp) largest = max(largest, maxima[warp]);
+    const float scale = token_scale(largest);
+    inverse = 1.0f / scale;
+    if (blockIdx.y == 0 && thread == 0) token_scales[token] = scale;
+  }
   for (u32 core = blockIdx.y * kThreads + thread; core < 4 * chunks; core += gridDim.y * kThreads) {
     u32 pairs[4];
 #pragma unroll
@@ -44,7 +47,7 @@ arrange_activations(const void* x, uint4* arranged, float* token_scales, u32 tok
 #pragma unroll
       for (u32 i = 0; i < 2; ++i) {
         const u32 slot = core % 4 * 2 + pair / 2, byte = pair % 2 * 2 + i, col = core / 4 * kChunkCols + slot_column(slot, byte);
-        values[i] = token < tokens && col < cols ? load_activation(x, first + col) * inverse : 0.0f;
+        values[i] = token < tokens && col < cols ? load(col) * inverse : 0.0f;
       }
       pairs[pair] = f16x2_bits(values[0], values[1]);
     }

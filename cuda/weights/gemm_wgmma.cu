@@ -2,9 +2,7 @@
 //
 // A block takes 128 rows (four groups) at a time. Its producers are warpgroups: each decodes a unit, the four groups of a tile column, a
 // warp a group and a lane a row, and writes each chunk of 32 columns as fp16 (0x6400 | u is 1024 + u) into shared memory, where wgmma reads
-// it. Activations come beside it, arranged before (arrange_activations.cu), a chunk or two ahead. Two consumers multiply: with few vectors
-// one the even blocks of rows and one the odd ones, so that producers go on while the sums of a block are put together; with many, whose
-// sums are too many registers for that, each 64 of the rows.
+// it. Activations come beside it, arranged before (arrange_activations.cu), two chunks ahead. Two consumers multiply, each 64 of the rows.
 //
 //   weights of a chunk       16 bytes of core k (0 … 3), row r, at 16 · (128·k + r): as fp16 bytes 0 … 3 of slot 2·k, then of slot 2·k + 1
 //   activations of a chunk   16 bytes of core k, token t, at 16 · (tokens·k + t): of the same columns
@@ -12,7 +10,7 @@
 // Units are numbered by block of rows, then tile column, and dealt to blocks in runs. A run's producers take its units in turn. Rows whose
 // units are in several runs are put together in global memory by the last block to arrive, in a fixed order.
 //
-// Shared memory: weights, two stages a producer | activations, three or four | table (16 KiB) | words, one or two buffers for each warp that decodes |
+// Shared memory: weights, two stages a producer | activations, four | table (16 KiB) | words, one or two buffers for each warp that decodes |
 // barriers.
 #include "common/activations.cuh"
 #include "common/hopper.cuh"
@@ -23,16 +21,13 @@ constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kTokens = KVPACK_TOKENS;
 constexpr u32 kProducers = KVPACK_PRODUCERS;
 constexpr u32 kConsumers = 2;
-constexpr bool kHalves = KVPACK_SHARED_ROWS != 0;  // each consumer multiplies 64 of the rows, or every second block of rows
-constexpr u32 kParts = kHalves ? 1 : 2;       // of 64 rows, a consumer's
-constexpr u32 kArrivals = kHalves ? kConsumers : 1;
 constexpr u32 kGroups = 4;  // of a block of rows; a warpgroup has as many warps
 constexpr u32 kWarpgroup = kGroups * kLanes;
 constexpr u32 kThreads = (kConsumers + kProducers) * kWarpgroup;
 constexpr u32 kBlockRows = kGroups * kLanes;
 constexpr u32 kStages = 2;
-// A stage is free when its chunk is multiplied; activations are then asked for so many chunks ahead.
-constexpr u32 kAhead = KVPACK_CHUNKS_AHEAD;
+// A stage is free when its chunk is multiplied; activations are then asked for two chunks ahead.
+constexpr u32 kAhead = 2;
 constexpr u32 kActivationStages = kStages + kAhead;
 constexpr u32 kWeightsBytes = 2 * kBlockRows * kChunkCols;
 constexpr u32 kActivationsBytes = 2 * kTokens * kChunkCols;
@@ -98,8 +93,6 @@ struct Shared {
   __device__ __forceinline__ u32 parts_before(u32 consumer) const {
     return barriers() + 8 * kProducers * (2 * kStages + kActivationStages) + 4 * consumer;
   }
-  // Where consumers take turns, what one tells the other: the first round of which it has units that it has not yet seen all of.
-  __device__ __forceinline__ u32 next_round(u32 consumer) const { return parts_before(kConsumers + consumer); }
 };
 
 // The runs of units, and whose a unit is.
@@ -131,19 +124,10 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
     barrier_init(shared.arrived(producer, stage), 1);
     if (stage < kStages) {
       barrier_init(shared.written(producer, stage), kGroups);
-      barrier_init(shared.used(producer, stage), kArrivals * kGroups);
+      barrier_init(shared.used(producer, stage), kConsumers * kGroups);
     }
   }
   barrier_init_done();
-  // Producers take a unit each in a round: the first round of a block of rows, or a number that no round has.
-  auto first_round = [&](u32 row_block) {
-    const u32 first = max(begin, row_block * tile_columns);
-    return first < end ? (first - begin) / kProducers : 0xFFFFFFFFu;
-  };
-  if (!kHalves && threadIdx.x < kConsumers) {
-    const u32 row_block = begin / tile_columns;
-    store_shared_u32(shared.next_round(threadIdx.x), first_round(row_block + (row_block % kConsumers != threadIdx.x)));
-  }
   copy_async_wait<0>();
   __syncthreads();
 
@@ -301,15 +285,14 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
     }
   } else {
     if constexpr (kProducerRegisters < kLaunchRegisters) take_registers<kConsumerRegisters>();
-    const u32 thread = threadIdx.x % kWarpgroup, first_part = kHalves ? warpgroup : 0;
+    const u32 thread = threadIdx.x % kWarpgroup, half = warpgroup;
     for (u32 row_block = begin / tile_columns; row_block * tile_columns < end; ++row_block) {
-      if (!kHalves && row_block % kConsumers != warpgroup) continue;
       const u32 first_unit = row_block * tile_columns;
       const u32 first = max(begin, first_unit), last = min(end, first_unit + tile_columns);
-      float sums[kParts * kProducts][kProductTokens / 2];
+      float sums[kProducts][kProductTokens / 2];
       auto clear_sums = [&] {
 #pragma unroll
-        for (u32 product = 0; product < kParts * kProducts; ++product) {
+        for (u32 product = 0; product < kProducts; ++product) {
 #pragma unroll
           for (u32 i = 0; i < kProductTokens / 2; ++i) sums[product][i] = 0.0f;
         }
@@ -320,37 +303,30 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
         const u32 round = (unit - begin) / kProducers, round_end = min(last, begin + (round + 1) * kProducers);
         const u32 first_producer = unit - begin - round * kProducers, end_producer = first_producer + round_end - unit;
         unit = round_end;
-        // A barrier tells a phase from the one before it, not from the one before that: the other consumer has to have seen all rounds before.
-        if (!kHalves) wait_shared_at_least(shared.next_round(warpgroup ^ 1), round);
-        __syncwarp();
 #pragma unroll 1
         for (u32 number = round * tile_chunks; number < (round + 1) * tile_chunks; ++number) {
 #pragma unroll 1
           for (u32 producer = first_producer; producer < end_producer; ++producer) {
             barrier_wait(shared.written(producer, number), number / kStages & 1);
             barrier_wait(shared.arrived(producer, number), number / kActivationStages & 1);
-          }
-          __syncwarp();
-          wgmma_fence();
-#pragma unroll 1
-          for (u32 producer = first_producer; producer < end_producer; ++producer) {
-            const u64 weights = matrix_at(shared.weights(producer, number) + first_part * 64 * 16, kWeightsCoreBytes, kRowsCoreBytes);
+            __syncwarp();
+            const u64 weights = matrix_at(shared.weights(producer, number) + half * 64 * 16, kWeightsCoreBytes, kRowsCoreBytes);
             const u64 activations = matrix_at(shared.activations(producer, number), kActivationsCoreBytes, kRowsCoreBytes);
+            wgmma_fence();
 #pragma unroll
             for (u32 step = 0; step < 2; ++step) {
 #pragma unroll
-              for (u32 product = 0; product < kParts * kProducts; ++product) {
-                wgmma_f16<kProductTokens>(sums[product], weights + step * (2 * kWeightsCoreBytes / 16) + product / kProducts * 64,
-                                          activations + step * (2 * kActivationsCoreBytes / 16) + product % kProducts * kProductTokens);
+              for (u32 product = 0; product < kProducts; ++product) {
+                wgmma_f16<kProductTokens>(sums[product], weights + step * (2 * kWeightsCoreBytes / 16),
+                                          activations + step * (2 * kActivationsCoreBytes / 16) + product * kProductTokens);
               }
             }
+            wgmma_commit();
+            wgmma_wait<0>();
+            // Each warp says so for itself: those of a warpgroup need not be equally far.
+            if (lane < 1) barrier_arrive(shared.used(producer, number));
           }
-          wgmma_commit();
-          wgmma_wait<0>();
-          // Each warp says so for itself: those of a warpgroup need not be equally far.
-          if (first_producer + lane < end_producer) barrier_arrive(shared.used(first_producer + lane, number));
         }
-        if (!kHalves && thread == 0) release_shared_u32(shared.next_round(warpgroup), unit < last ? round + 1 : first_round(row_block + kConsumers));
       }
 
       const u32 first_worker = runs.worker_of(first_unit), parts = runs.worker_of(first_unit + tile_columns - 1) - first_worker + 1;
@@ -358,29 +334,29 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
         // A run has at most two blocks of rows in part: number 0 is the one that it begins with.
         auto part_of = [&](u32 worker) {
           const u32 which = runs.begin(worker) / tile_columns == row_block ? 0 : 1;
-          return reinterpret_cast<float4*>(partials) + static_cast<u64>(kArrivals * (2 * worker + which) + first_part) * (kBlockRows * kTokens / 4 / kArrivals) + thread;
+          return reinterpret_cast<float4*>(partials) + static_cast<u64>(kConsumers * (2 * worker + which) + half) * (kBlockRows / kConsumers * kTokens / 4) + thread;
         };
         float4* mine = part_of(blockIdx.x);
 #pragma unroll
-        for (u32 i = 0; i < kParts * kTokens / 8; ++i) {
+        for (u32 i = 0; i < kTokens / 8; ++i) {
           const float* four = sums[i / (kProductTokens / 8)] + 4 * (i % (kProductTokens / 8));
           mine[i * kWarpgroup] = make_float4(four[0], four[1], four[2], four[3]);
         }
         sync_warps(1 + warpgroup, kWarpgroup);
         if (thread == 0) {
           fence_device();
-          store_shared_u32(shared.parts_before(warpgroup), atomicAdd(semaphores + kArrivals * row_block + first_part, 1u));
+          store_shared_u32(shared.parts_before(warpgroup), atomicAdd(semaphores + kConsumers * row_block + half, 1u));
         }
         sync_warps(1 + warpgroup, kWarpgroup);
         if (load_shared_u32(shared.parts_before(warpgroup)) + 1 < parts) continue;
         fence_device();
-        if (thread == 0) atomicExch(semaphores + kArrivals * row_block + first_part, 0u);
+        if (thread == 0) atomicExch(semaphores + kConsumers * row_block + half, 0u);
         clear_sums();
 #pragma unroll 1
         for (u32 part = 0; part < parts; ++part) {
           const float4* of_part = part_of(first_worker + part);
 #pragma unroll
-          for (u32 i = 0; i < kParts * kTokens / 8; ++i) {
+          for (u32 i = 0; i < kTokens / 8; ++i) {
             const float4 v = load_l2_v4(of_part + i * kWarpgroup);
             float* four = sums[i / (kProductTokens / 8)] + 4 * (i % (kProductTokens / 8));
             four[0] += v.x, four[1] += v.y, four[2] += v.z, four[3] += v.w;
@@ -388,8 +364,8 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
         }
       }
 #pragma unroll
-      for (u32 part = 0; part < 2 * kParts; ++part) {
-        const u32 r = part % 2, row = row_block * kBlockRows + 64 * (first_part + part / 2) + 16 * warp + 8 * r + lane / 4;
+      for (u32 r = 0; r < 2; ++r) {
+        const u32 row = row_block * kBlockRows + 64 * half + 16 * warp + 8 * r + lane / 4;
         if (row >= rows) continue;
         const float scale = scales[row * scale_stride];
         const float offset = bias != nullptr ? load_activation(bias, row) : 0.0f;
@@ -397,10 +373,8 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
         for (u32 i = 0; i < kTokens / 4; ++i) {
           const u32 token_eight = i / 2, token = token_eight * 8 + lane % 4 * 2 + i % 2;
           if (token >= tokens) continue;
-          float result = sums[part / 2 * kProducts + token_eight / (kProductTokens / 8)][token_eight % (kProductTokens / 8) * 4 + 2 * r + i % 2];
-#if KVPACK_ACTIVATION != 0
-          result *= __ldg(token_scales + token);
-#endif
+          float result = sums[token_eight / (kProductTokens / 8)][token_eight % (kProductTokens / 8) * 4 + 2 * r + i % 2];
+          if (token_scales != nullptr) result *= __ldg(token_scales + token);
           result *= scale;
           if (bias != nullptr) result += offset;
           store_result(y, static_cast<u64>(token) * rows + row, result);

@@ -76,14 +76,7 @@ inline void copy_bulk(unsigned int shared, const void* global, unsigned int byte
   }
   emulated::barrier_at(barrier).arrive();
 }
-inline void wait_shared_at_least(unsigned int address, unsigned int least) {
-  while (emulated::load_shared<unsigned int>(address, "wait_shared_at_least") < least) emulated::yield_thread();
-}
 inline void fence_async() {}
-inline void release_shared_u32(unsigned int address, unsigned int value) {
-  emulated::maybe_yield();
-  emulated::store_shared(address, value, "release_shared_u32");
-}
 template <unsigned int count>
 inline void take_registers() {}
 template <unsigned int count>

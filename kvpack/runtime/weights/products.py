@@ -7,7 +7,7 @@ many warps share a multiprocessor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -304,6 +304,21 @@ def token_tiles(tokens: int) -> int:
     return next(n for n in TOKEN_TILES if tokens <= 8 * n)
 
 
+def with_row_offsets(
+    coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, product: Callable[[Coded, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """A product with row offsets: ``product`` without them, in fp32, and what they add.
+
+    They add a sum over all activations to each row. Kernels have these in parts, whose sums meet only where rows end;
+    so it is a rank-one term after the product. In fp32, since it may cancel most of the product.
+    """
+    wide = x.to(torch.float32)
+    scaled = wide if coded.column_scales is None else wide * coded.column_scales
+    sums = product(replace(coded, row_offsets=None), wide)
+    sums.addr_(scaled.sum(1), coded.row_offsets)
+    return (sums if bias is None else sums.add_(bias)).to(x.dtype)
+
+
 def multiply(
     coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits, fit: ProductFit | None = None
 ) -> torch.Tensor:
@@ -318,13 +333,7 @@ def multiply(
         [tokens, rows] of x's type. The same bits at each run of the same launch.
     """
     if coded.row_offsets is not None:
-        # A sum over all activations for each row. Kernels have these in panels and members, whose sums meet only where
-        # rows end; so it is a rank-one term after the product. In fp32, since it may cancel most of the product.
-        wide = x.to(torch.float32)
-        scaled = wide if coded.column_scales is None else wide * coded.column_scales
-        sums = multiply(replace(coded, row_offsets=None), wide, None, limits, fit)
-        sums.addr_(scaled.sum(1), coded.row_offsets)
-        return (sums if bias is None else sums.add_(bias)).to(x.dtype)
+        return with_row_offsets(coded, x, bias, lambda plain, wide: multiply(plain, wide, None, limits, fit))
     out = torch.empty((len(x), coded.header.rows), dtype=x.dtype, device=x.device)
     fit = fit or fit_product(coded, len(x), limits)
     if fit is not None:

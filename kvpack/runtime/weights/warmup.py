@@ -13,8 +13,9 @@ from kvpack.runtime.weights.experts import GroupedMatrices, grouped_products
 from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.load import State
 
-# One number of tokens for each kind of product: one vector, a few on tensor cores (three sizes), many.
-TOKENS = (1, 8, 16, 32, 64)
+# One number of tokens for each kind of product: one vector, a few on tensor cores (three sizes), some beside warps that
+# decode (three sizes), many.
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 257)
 DTYPES = (torch.float16, torch.bfloat16)
 
 

@@ -1,44 +1,46 @@
-"""Products of 2 to 256 vectors on sm_90: warps that decode beside warps that multiply (``cuda/weights/gemm_wgmma.cu``)."""
+"""Products of 33 to 256 vectors on sm_90: warps that decode beside warps that multiply.
+
+The kernel is ``cuda/weights/gemm_wgmma.cu``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from kvpack.format.layout import CHUNK_COLS, FREQUENCY_SUM, GROUP_LANES, Layout, ceil_div
 from kvpack.runtime.device import kernels, semaphores
-from kvpack.runtime.device.devices import Limits
+from kvpack.runtime.device.devices import ACTIVATIONS, Limits
 from kvpack.runtime.device.kernels import Kernel
-
-if TYPE_CHECKING:
-    from kvpack.runtime.weights.products import Coded
+from kvpack.runtime.weights.products import Coded, can_multiply, with_row_offsets
 
 ARCHITECTURE = 90
-TOKENS = (64, 128, 256)
 _BLOCK_GROUPS = 4  # of 32 rows
 _BLOCK_ROWS = _BLOCK_GROUPS * GROUP_LANES
-_STAGES = 2
+_WARPGROUP_THREADS = 128
 _CONSUMERS = 2
+_STAGES, _ACTIVATION_STAGES = 2, 4
 _ARRANGE_THREADS = 256
+# With more vectors than that, a matrix that leaves a multiprocessor fewer weights is expanded faster than it is
+# multiplied (DESIGN-NOTES, 2026-11-30).
+_FEW_VECTORS, _MANY_WEIGHTS = 128, 1 << 18
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """Of a block for some number of vectors: producers at most, registers of their threads, chunks that activations are
-    asked for ahead, vectors of a product, and whether each consumer has half of the rows."""
+class _Block:
+    """A block: warpgroups that decode, at most; registers of their threads; vectors of one wgmma."""
 
     producers: int
     registers: int
-    ahead: int
     product_tokens: int
-    halves: bool
 
 
-_SHAPES = {64: _Shape(5, 56, 2, 64, False), 128: _Shape(4, 64, 1, 64, True), 256: _Shape(2, 72, 2, 128, True)}
+# By the number of vectors, padded.
+_BLOCKS = {64: _Block(5, 64, 64), 128: _Block(3, 72, 128), 256: _Block(2, 72, 128)}
+MAX_TOKENS = max(_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -55,80 +57,98 @@ class WgmmaFit:
 @lru_cache(maxsize=4096)
 def fit_wgmma(tokens: int, units: int, word_buffer_bytes: int, limits: Limits) -> WgmmaFit | None:
     """The launch for ``tokens`` vectors; None if no block holds it."""
-    padded = next(n for n in TOKENS if tokens <= n)
-    shape = _SHAPES[padded]
-    for producers in range(shape.producers, 0, -1):
+    padded = next(n for n in _BLOCKS if tokens <= n)
+    for producers in range(_BLOCKS[padded].producers, 0, -1):
         for buffers in (2, 1):
-            shared = producers * _STAGES * 2 * _BLOCK_ROWS * CHUNK_COLS
-            shared += producers * (_STAGES + shape.ahead) * 2 * padded * CHUNK_COLS
+            shared = producers * (_STAGES * _BLOCK_ROWS + _ACTIVATION_STAGES * padded) * 2 * CHUNK_COLS
             shared += 4 * FREQUENCY_SUM + producers * _BLOCK_GROUPS * buffers * word_buffer_bytes
-            shared += 8 * producers * (3 * _STAGES + shape.ahead) + 8 * _CONSUMERS
+            shared += 8 * producers * (2 * _STAGES + _ACTIVATION_STAGES) + 4 * _CONSUMERS
             if shared <= limits.block_bytes(1):
                 return WgmmaFit(padded, producers, buffers, min(units, limits.multiprocessors), shared)
     return None
 
 
-def wgmma_kernel(layout: Layout, activation: int, fit: WgmmaFit, *, outliers: bool) -> Kernel:
+def fit_for(coded: Coded, tokens: int, limits: Limits) -> WgmmaFit | None:
+    """The launch of a product by this kernel; None where another path has to be taken.
+
+    That is on other GPUs, for floats, for blobs with predictors or several tables, and where expansion is faster.
+    """
+    if limits.architecture != ARCHITECTURE or not 1 <= tokens <= MAX_TOKENS or not can_multiply(coded.layout):
+        return None
+    if len(coded.tables) > 1 or coded.predicted:
+        return None
+    if tokens > _FEW_VECTORS and coded.header.num_elements < _MANY_WEIGHTS * limits.multiprocessors:
+        return None
+    units = ceil_div(coded.header.rows, _BLOCK_ROWS) * coded.header.num_tiles_col
+    return fit_wgmma(tokens, units, coded.word_buffer_bytes, limits)
+
+
+def wgmma_kernel(layout: Layout, activation: torch.dtype, fit: WgmmaFit, *, outliers: bool) -> Kernel:
     """The kernel that decodes and multiplies."""
+    block = _BLOCKS[fit.tokens]
     defines = {
-        "KVPACK_ACTIVATION": activation,
+        "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": fit.buffers,
         "KVPACK_TOKENS": fit.tokens,
+        "KVPACK_PRODUCT_TOKENS": block.product_tokens,
         "KVPACK_PRODUCERS": fit.producers,
-        "KVPACK_PRODUCER_REGISTERS": _SHAPES[fit.tokens].registers,
-        "KVPACK_CHUNKS_AHEAD": _SHAPES[fit.tokens].ahead,
-        "KVPACK_PRODUCT_TOKENS": _SHAPES[fit.tokens].product_tokens,
-        "KVPACK_SHARED_ROWS": int(_SHAPES[fit.tokens].halves),
+        "KVPACK_PRODUCER_REGISTERS": block.registers,
         "KVPACK_OUTLIERS": int(outliers),
     }
     return Kernel.of("weights/gemm_wgmma.cu", "gemm_wgmma", layout, defines, "sm_90a")
 
 
-def arrange_kernel(layout: Layout, activation: int, tokens: int) -> Kernel:
+def arrange_kernel(layout: Layout, activation: torch.dtype, tokens: int, *, column_scales: bool) -> Kernel:
     """The kernel that puts activations into the order in which they are multiplied."""
     defines = {
-        "KVPACK_ACTIVATION": activation,
+        "KVPACK_ACTIVATION": ACTIVATIONS[activation],
+        "KVPACK_COLUMN_SCALES": int(column_scales),
         "KVPACK_TOKENS": tokens,
         "KVPACK_ARRANGE_THREADS": _ARRANGE_THREADS,
     }
     return Kernel.of("weights/arrange_activations.cu", "arrange_activations", layout, defines)
 
 
-def fit_for(coded: Coded, tokens: int, limits: Limits) -> WgmmaFit | None:
-    """The launch of a product by this kernel; None where it cannot be."""
-    if limits.architecture != ARCHITECTURE or not 2 <= tokens <= TOKENS[-1]:
-        return None
-    if len(coded.tables) > 1 or coded.predicted:
-        return None
-    units = ceil_div(coded.header.rows, _BLOCK_ROWS) * coded.header.num_tiles_col
-    return fit_wgmma(tokens, units, coded.word_buffer_bytes, limits)
+def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, fit: WgmmaFit) -> torch.Tensor:
+    """x · Wᵀ (+ bias).
 
-
-def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, activation: int, fit: WgmmaFit) -> torch.Tensor:
-    """x · Wᵀ (+ bias); x contiguous [tokens, cols].
+    Args:
+        x: contiguous [tokens, cols], tokens at most those of the launch, fp16, bf16 or fp32.
+        bias: [rows] of x's type.
 
     Returns:
         [tokens, rows] of x's type. The same bits at each run of the same launch.
     """
+    if coded.row_offsets is not None:
+        return with_row_offsets(coded, x, bias, lambda plain, wide: multiply(plain, wide, None, fit))
     header, tokens, device = coded.header, x.shape[0], x.device
     out = torch.empty((tokens, header.rows), dtype=x.dtype, device=device)
     chunks = header.num_tiles_col * header.tile_cols // CHUNK_COLS
     arranged = torch.empty((chunks, 4, fit.tokens, 8), dtype=torch.float16, device=device)
-    token_scales = torch.empty(fit.tokens, dtype=torch.float32, device=device)
+    has_token_scales = x.dtype != torch.float16 or coded.column_scales is not None
+    token_scales = torch.empty(fit.tokens, dtype=torch.float32, device=device) if has_token_scales else None
     kernels.launch(
-        arrange_kernel(coded.layout, activation, fit.tokens),
-        (fit.tokens, max(1, ceil_div(4 * chunks, 4 * _ARRANGE_THREADS))),
+        arrange_kernel(coded.layout, x.dtype, fit.tokens, column_scales=coded.column_scales is not None),
+        (fit.tokens, ceil_div(chunks, _ARRANGE_THREADS)),
         _ARRANGE_THREADS,
-        (x, arranged, token_scales, np.uint32(tokens), np.uint32(header.cols), np.uint32(chunks)),
+        (
+            x,
+            coded.column_scales,
+            arranged,
+            token_scales,
+            np.uint32(tokens),
+            np.uint32(header.cols),
+            np.uint32(chunks),
+        ),
         device=device,
     )
     row_blocks = ceil_div(header.rows, _BLOCK_ROWS)
     quotient, remainder = divmod(row_blocks * header.num_tiles_col, fit.blocks)
     partials = torch.empty(2 * fit.blocks * _BLOCK_ROWS * fit.tokens, dtype=torch.float32, device=device)
     kernels.launch(
-        wgmma_kernel(coded.layout, activation, fit, outliers=coded.has_outliers),
+        wgmma_kernel(coded.layout, x.dtype, fit, outliers=coded.has_outliers),
         fit.blocks,
-        (_CONSUMERS + fit.producers) * _BLOCK_ROWS,
+        (_CONSUMERS + fit.producers) * _WARPGROUP_THREADS,
         (
             arranged,
             token_scales,
