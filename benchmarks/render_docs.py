@@ -567,7 +567,7 @@ def equal_quality(model: str) -> Callable[[], str]:
                 row["peer"],
                 _timed(_number(row["bits"], 3), us.get((result.get("kernels", {}).get(row["peer"]),))),
             ]
-            cells.append(f"{row['distance']:.2g}")
+            cells.append(f"{row['distance']:#.3g}")
             for layout in layouts:
                 found = row["kvpack"][layout]
                 bits = found["bits"]
@@ -577,6 +577,13 @@ def equal_quality(model: str) -> Callable[[], str]:
             rows.append(cells)
         headings = ["peer", "bits a weight", result["metric"], *(f"bits of `{name}` at that" for name in layouts)]
         text = table(headings, rows)
+        ranges = []
+        for layout in layouts:
+            found = [(row["bits"], row["kvpack"][layout]["bits"]) for row in result["rows"] if row["kvpack"]]
+            more = [100 * (bits / peer - 1) for peer, bits in found if bits is not None]
+            low, high = (f"{share:+.0f}".replace("-", "−") for share in (min(more), max(more)))
+            ranges.append(f"`{layout}` {low} to {high} %")
+        text += f"\nBits at the same distance, against the peers within reach: {', '.join(ranges)}.\n"
         text += f"\n{result['tensors']} tensors, {result['windows']} pieces of {result['window_tokens']} tokens."
         if us:
             text += f" In brackets: µs of a product with one vector, {_EQUAL_QUALITY_SHAPE}."

@@ -378,8 +378,8 @@ __device__ __forceinline__ const u32* outliers_of(const Group& group, const Plac
 }
 // Bits of delta in a blob whose tiles have up to `tile_cols` columns: what a column leaves.
 __device__ __forceinline__ u32 outlier_delta_bits(u32 tile_cols) {
-  const u32 least = KVPACK_OUTLIER_ROW_SHIFT - KVPACK_OUTLIER_LEAST_COL_BITS;
-  return min(least, KVPACK_OUTLIER_ROW_SHIFT - 32 + static_cast<u32>(__clz(static_cast<int>(tile_cols - 1))));
+  const u32 needed = 32 - static_cast<u32>(__clz(static_cast<int>(tile_cols - 1)));
+  return KVPACK_OUTLIER_ROW_SHIFT - max(needed, static_cast<u32>(KVPACK_OUTLIER_LEAST_COL_BITS));
 }
 __device__ __forceinline__ u32 outlier_lane(u32 outlier) { return (outlier >> KVPACK_OUTLIER_ROW_SHIFT) % kLanes; }
 __device__ __forceinline__ u32 outlier_col(u32 outlier, u32 delta_bits) {

@@ -187,3 +187,18 @@ def test_no_grouped_products_yet(folder: Path) -> None:
     )
     with pytest.raises(InputError, match="no grouped products with row offsets or column scales"):
         blob.grouped_linear(torch.ones(1, 128), torch.zeros((1, 1), dtype=torch.int64))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(folder: Path) -> None:
+    """Decoded: the CPU's bits. Products: fused ones, and expanded ones."""
+    cpu, gpu = model_of(folder), model_of(folder).cuda()
+    for name in SHAPES:
+        here, there = getattr(cpu, name), getattr(gpu, name)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert torch.equal(there.dequantize(dtype).cpu(), here.dequantize(dtype))
+            for tokens in (1, 7, 32, 200):
+                x = torch.randn(tokens, SHAPES[name][1], generator=torch.Generator().manual_seed(tokens)).to(dtype)
+                got, expected = there(x.cuda()).double().cpu(), x.double() @ here.dequantize(torch.float32).double().T
+                expected += here.bias.double()
+                assert (got - expected).norm() < (1e-2 if dtype == torch.bfloat16 else 1e-3) * expected.norm()
