@@ -74,7 +74,7 @@ def compile_for(kernel: Kernel, compute_capability: int) -> Resources:
     options = (
         *assemble_cupy_compiler_options(kernel.options()),
         *_CUPY_OPTIONS,
-        f"-arch=sm_{compute_capability}",
+        *(() if kernel.architecture else (f"-arch=sm_{compute_capability}",)),
         "--ptxas-options=-v",
     )
     text = kernel.text()

@@ -32,6 +32,7 @@ from kvpack.runtime.kv import attention_kernels as attention  # noqa: E402
 from kvpack.runtime.kv import page_kernels  # noqa: E402
 from kvpack.runtime.weights import encoder, grouped  # noqa: E402
 from kvpack.runtime.weights import products as weights  # noqa: E402
+from kvpack.runtime.weights import wgmma_product as wgmma  # noqa: E402
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
@@ -55,6 +56,7 @@ _ENCODER_BLOCKS = {
     "encode_place": (1024, 1),
     "encode_quantize": (256, 6),
     "crc32": (256, 5),
+    "arrange_activations": (256, 2),
 }
 
 T = TypeVar("T")
@@ -143,6 +145,16 @@ def vector_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
         )  # fmt: skip
 
 
+def wgmma_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
+    """Products of 33 to 256 vectors, which are sm_90's alone, and their activations."""
+    options = list(itertools.product(weights.ACTIVATIONS, wgmma._BLOCKS, BUFFERS, (False, True)))
+    for layout, (activation, tokens, buffers, vectors) in selected(SIGNED, options, everything, architecture):
+        yield wgmma.arrange_kernel(layout, activation, tokens, column_scales=vectors)
+        if architecture == wgmma.ARCHITECTURE:
+            fit = wgmma.WgmmaFit(tokens, wgmma.block_of(layout, tokens).producers, buffers, 1, 0)
+            yield wgmma.wgmma_kernel(layout, activation, fit, outliers=vectors)
+
+
 def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
     options = list(itertools.product(PAGE_FORMATS, page_kernels.PAGE_FORMATS.items(), (True, False)))
     for head_dim, (formats, (dtype, float_format), causal) in selected(HEAD_DIMS, options, everything):
@@ -212,6 +224,7 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemv, grouped": partial(gemv_kernels, grouped=True),
     "gemm, grouped": partial(gemm_kernels, grouped=True),
     "route": lambda _everything, _architecture: [grouped.route_kernel()],
+    "gemm_wgmma": wgmma_kernels,
     "decode": decode_kernels,
     "products and decode with vectors": vector_kernels,
     **{operation: encoder_kernels(operation) for operation in KINDLESS},
@@ -236,6 +249,8 @@ def most_registers(kernel: Kernel) -> int:
     """What a thread may take if as many blocks as the kernel means shall share a multiprocessor."""
     if kernel.function in _ENCODER_BLOCKS:
         threads, blocks = _ENCODER_BLOCKS[kernel.function]
+    elif kernel.function == "gemm_wgmma":
+        threads, blocks = 128 * (wgmma._CONSUMERS + dict(kernel.defines)["KVPACK_PRODUCERS"]), 1
     else:
         defines = dict(kernel.defines)
         warps = defines["KVPACK_WARPS" if "KVPACK_WARPS" in defines else "KVPACK_MAX_WARPS"]

@@ -312,6 +312,7 @@ def with_row_offsets(
     They add a sum over all activations to each row. Kernels have these in parts, whose sums meet only where rows end;
     so it is a rank-one term after the product. In fp32, since it may cancel most of the product.
     """
+    assert coded.row_offsets is not None
     wide = x.to(torch.float32)
     scaled = wide if coded.column_scales is None else wide * coded.column_scales
     sums = product(replace(coded, row_offsets=None), wide)

@@ -38,9 +38,17 @@ class _Block:
     product_tokens: int
 
 
-# By the number of vectors, padded.
+# By the number of vectors, padded; many raw bits take more registers. With these no kernel spills.
 _BLOCKS = {64: _Block(5, 64, 64), 128: _Block(3, 72, 128), 256: _Block(2, 72, 128)}
+_BLOCKS_OF_MANY_RAW_BITS = {64: _Block(4, 80, 64), 128: _Block(2, 128, 128), 256: _Block(2, 96, 128)}
+_MANY_RAW_BITS = 5
 MAX_TOKENS = max(_BLOCKS)
+
+
+def block_of(layout: Layout, tokens: int) -> _Block:
+    """The block for ``tokens`` vectors, padded."""
+    many = layout.raw_bits >= (_MANY_RAW_BITS - 1 if layout.codes_per_symbol == 4 else _MANY_RAW_BITS)
+    return (_BLOCKS_OF_MANY_RAW_BITS if many else _BLOCKS)[tokens]
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,10 @@ class WgmmaFit:
 
 
 @lru_cache(maxsize=4096)
-def fit_wgmma(tokens: int, units: int, word_buffer_bytes: int, limits: Limits) -> WgmmaFit | None:
+def fit_wgmma(layout: Layout, tokens: int, units: int, word_buffer_bytes: int, limits: Limits) -> WgmmaFit | None:
     """The launch for ``tokens`` vectors; None if no block holds it."""
     padded = next(n for n in _BLOCKS if tokens <= n)
-    for producers in range(_BLOCKS[padded].producers, 0, -1):
+    for producers in range(block_of(layout, padded).producers, 0, -1):
         for buffers in (2, 1):
             shared = producers * (_STAGES * _BLOCK_ROWS + _ACTIVATION_STAGES * padded) * 2 * CHUNK_COLS
             shared += 4 * FREQUENCY_SUM + producers * _BLOCK_GROUPS * buffers * word_buffer_bytes
@@ -80,12 +88,12 @@ def fit_for(coded: Coded, tokens: int, limits: Limits) -> WgmmaFit | None:
     if tokens > _FEW_VECTORS and coded.header.num_elements < _MANY_WEIGHTS * limits.multiprocessors:
         return None
     units = ceil_div(coded.header.rows, _BLOCK_ROWS) * coded.header.num_tiles_col
-    return fit_wgmma(tokens, units, coded.word_buffer_bytes, limits)
+    return fit_wgmma(coded.layout, tokens, units, coded.word_buffer_bytes, limits)
 
 
 def wgmma_kernel(layout: Layout, activation: torch.dtype, fit: WgmmaFit, *, outliers: bool) -> Kernel:
     """The kernel that decodes and multiplies."""
-    block = _BLOCKS[fit.tokens]
+    block = block_of(layout, fit.tokens)
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": fit.buffers,

@@ -1,0 +1,199 @@
+"""Products of 33 to 256 vectors by warps that decode beside warps that multiply: on the emulator, and on a GPU."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import emulator
+import numpy as np
+import pytest
+import sample_blobs as samples
+
+torch = pytest.importorskip("torch")
+
+from emulated_device import LIMITS, coded_tensor, emulated_launch  # noqa: E402
+
+from kvpack.encode.blob_decoder import decode_integers  # noqa: E402
+from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
+from kvpack.format.blob import Blob  # noqa: E402
+from kvpack.format.layout import ElementKind, Layout, TileMode, ceil_div, integer_layout  # noqa: E402
+from kvpack.runtime.device import kernels  # noqa: E402
+from kvpack.runtime.device.devices import Limits, device_limits  # noqa: E402
+from kvpack.runtime.weights import ops, wgmma_product  # noqa: E402
+from kvpack.runtime.weights.device_blob import DeviceBlob  # noqa: E402
+from kvpack.runtime.weights.products import Coded  # noqa: E402
+
+TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-3}
+FAST = integer_layout("fast", ElementKind.SIGNED, 5)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches on the emulator, in memory that is full of what no sum contains."""
+    if emulator.compiler() is None:
+        pytest.skip("no C++ compiler for the emulator")
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+    empty = torch.empty
+
+    def poisoned(*args: Any, **options: Any) -> Any:
+        out = empty(*args, **options)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def limits_of(multiprocessors: int) -> Limits:
+    return replace(LIMITS, multiprocessors=multiprocessors)
+
+
+def fit_on(coded: Coded, tokens: int, multiprocessors: int) -> wgmma_product.WgmmaFit:
+    """The launch, also where another path would be faster."""
+    header = coded.header
+    units = ceil_div(header.rows, 128) * header.num_tiles_col
+    fit = wgmma_product.fit_wgmma(header.layout, tokens, units, coded.word_buffer_bytes, limits_of(multiprocessors))
+    assert fit is not None
+    return fit
+
+
+def sample(rows: int, cols: int, layout: Layout, tile_cols: int, seed: int = 0) -> tuple[bytes, np.ndarray]:
+    bits = layout.element_bits
+    elements = samples.gaussian_elements((1, rows, cols), bits, 0.6 * (1 << bits) / 8, seed)
+    scales = np.random.default_rng(seed).uniform(0.5, 1.5, rows).astype(np.float32) / 64
+    return encode_elements(elements, layout, tile_cols=tile_cols), scales
+
+
+def activations(tokens: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """Of ordinary size, but for a massive one here and there."""
+    x = np.random.default_rng(tokens).normal(0, 1, (tokens, cols))
+    x[::3, cols // 2] *= 1000
+    return torch.from_numpy(x).to(dtype)
+
+
+def check(
+    coded: Coded, weights: np.ndarray, x: torch.Tensor, multiprocessors: int, bias: torch.Tensor | None = None
+) -> Any:
+    """The product, after a look at it; `weights` are dequantized, float64."""
+    y = wgmma_product.multiply(coded, x, bias, fit_on(coded, len(x), multiprocessors))
+    expected = x.double().numpy() @ weights.T
+    if bias is not None:
+        expected = expected + bias.double().numpy()
+    errors = np.linalg.norm(y.double().numpy() - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert errors.max() < TOLERANCES[x.dtype]
+    assert coded.status.tolist() == [0, 0]
+    return y
+
+
+def dequantized(data: bytes, scales: np.ndarray) -> np.ndarray:
+    integers = decode_integers(Blob(data))[0].astype(np.float64)
+    return integers * np.broadcast_to(scales, len(integers))[:, None]
+
+
+# Rows short of a block, tiles short of a chunk, blocks with units of one, two and three blocks of rows, a block alone.
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("tokens", "dtype"), [(33, torch.float16), (100, torch.bfloat16), (256, torch.float32)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "tile_cols", "blocks"), [(300, 420, 96, 2), (129, 70, 32, 5), (40, 33, 64, 1)]
+)
+def test_shapes(
+    monkeypatch: pytest.MonkeyPatch, rows: int, cols: int, tile_cols: int, blocks: int, tokens: int, dtype: torch.dtype
+) -> None:
+    data, scales = sample(rows, cols, FAST, tile_cols)
+    coded, x = coded_tensor(data, scales), activations(tokens, cols, dtype)
+    bias = torch.linspace(-3, 3, rows).to(dtype)
+    first = check(coded, dequantized(data, scales), x, blocks, bias)
+    for seed in (1, 2):  # threads in random order: the same bits
+        monkeypatch.setattr(kernels, "launch", functools.partial(emulated_launch, shuffle_seed=seed))
+        assert torch.equal(check(coded, dequantized(data, scales), x, blocks, bias), first)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("name", ["fast", "balanced", "compact"])
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_layouts(name: str, bits: int) -> None:
+    data, scales = sample(140, 100, integer_layout(name, ElementKind.SIGNED, bits), 64)
+    check(coded_tensor(data, scales), dequantized(data, scales), activations(48, 100, torch.float16), 2)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("tokens", [64, 128, 256])
+@pytest.mark.parametrize("mode", ["rans", "raw", "constant"])
+def test_outliers(mode: str, tokens: int) -> None:
+    elements = samples.gaussian_elements((1, 70, 150), 5, 3, 1)
+    if mode == "constant":
+        elements[:] = 16
+    elif mode == "raw":
+        elements = np.random.default_rng(2).integers(0, 32, elements.shape).astype(np.uint8)
+    places = [(0, 0), (0, 1), (0, 149), (31, 63), (31, 64), (32, 0), (33, 5), (33, 7), (33, 40), (69, 149)]
+    outliers = [(0, row, col, 37 * i - 300) for i, (row, col) in enumerate(places)]
+    data = samples.encode_with_outliers(
+        elements, outliers, integer_layout("balanced", ElementKind.SIGNED, 5), tile_cols=64
+    )
+    scales = np.full(1, 0.37, np.float32)
+    check(coded_tensor(data, scales), dequantized(data, scales), activations(tokens, 150, torch.float16), 3)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_column_scales_and_row_offsets(dtype: torch.dtype) -> None:
+    data, scales = sample(150, 100, FAST, 64)
+    rng = np.random.default_rng(5)
+    columns = rng.uniform(0.01, 100, 100).astype(np.float16).astype(np.float32)
+    offsets = rng.normal(0, 0.05, 150).astype(np.float32)
+    weights = dequantized(data, scales)
+    x = activations(40, 100, dtype)
+    check(coded_tensor(data, scales, None, columns), weights * columns, x, 2)
+    check(coded_tensor(data, scales, offsets, columns), (weights + offsets[:, None]) * columns, x, 2)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_damage_is_reported() -> None:
+    data, scales = sample(512, 512, FAST, 256)
+    coded = coded_tensor(data, scales)
+    header = coded.header
+    blob = Blob(data)
+    tile = blob.tiles[header.num_tiles_col]  # row 256 on
+    assert tile["mode"] == TileMode.RANS
+    state = header.payload_offset + int(tile["data_offset"]) + 32
+    coded.blob[state] ^= 1
+    fit = wgmma_product.fit_for(coded, 40, limits_of(1))
+    assert fit is not None
+    wgmma_product.multiply(coded, activations(40, 512, torch.float16), None, fit)
+    count, where = coded.status.tolist()
+    assert count >= 1
+    assert ~where & 0xFFFFFFFF == 256 // 32 * header.num_tiles_col
+
+
+def test_where_another_path_is_taken() -> None:
+    data, scales = sample(300, 128, FAST, 64)
+    coded = coded_tensor(data, scales)
+    one = limits_of(1)
+    assert wgmma_product.fit_for(coded, 64, one) is not None
+    assert wgmma_product.fit_for(coded, 64, replace(one, architecture=80)) is None
+    assert wgmma_product.fit_for(coded, 64, replace(one, architecture=100)) is None
+    assert wgmma_product.fit_for(coded, 257, one) is None
+    assert wgmma_product.fit_for(coded, 129, one) is None  # few weights for a multiprocessor
+    assert wgmma_product.fit_for(replace(coded, predicted=True), 64, one) is None
+    assert wgmma_product.fit_for(replace(coded, tables=coded.tables.repeat(2, 1)), 64, one) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "cols"), [(5000, 2048), (513, 4100), (28672, 1024)])
+def test_on_a_gpu(rows: int, cols: int, dtype: torch.dtype) -> None:
+    """Through the operator, at every number of vectors that has a block of its own; the same bits twice."""
+    limits = device_limits(torch.device("cuda"))
+    if limits.architecture != wgmma_product.ARCHITECTURE:
+        pytest.skip("the kernel is sm_90's alone")
+    data, scales = sample(rows, cols, FAST, 256)
+    blob = DeviceBlob.from_bytes(data, scales, torch.float16, (rows, cols), "cuda")
+    weights = torch.from_numpy(dequantized(data, scales)).cuda()
+    coded = ops._coded(*blob._arguments())
+    for tokens in (33, 64, 65, 128, 200, 256):
+        x = activations(tokens, cols, dtype).cuda()
+        y = wgmma_product.multiply(coded, x, None, fit_on(coded, tokens, limits.multiprocessors))
+        expected = x.double() @ weights.T
+        assert ((y.double() - expected).norm(dim=1) / expected.norm(dim=1)).max() < TOLERANCES[dtype]
+        assert torch.equal(blob.linear(x), blob.linear(x))
+    blob.check()
