@@ -102,8 +102,11 @@ def test_same_as_expert_by_expert(
 
 
 def test_ids_of_no_expert_have_no_part(on_gpu: list[tuple[int, ...]]) -> None:
-    """As where a device of several has some of the experts alone."""
-    module = mixtral()
+    """As where a device of several has some of the experts alone; not even by a bias."""
+    module: Any = mixtral()
+    module.has_bias = True
+    module.gate_up_proj_bias = nn.Parameter(torch.randn(EXPERTS, 2 * INNER), requires_grad=False)
+    module.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, COLS), requires_grad=False)
     x, ids, weights = routing(3, 2)
     ids[1, 0] = EXPERTS
     got = module(x, ids, weights)
@@ -111,7 +114,7 @@ def test_ids_of_no_expert_have_no_part(on_gpu: list[tuple[int, ...]]) -> None:
     torch.testing.assert_close(got, module(x, ids, weights))
 
 
-def test_biases_and_experts_without_gates(on_gpu: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_biases(on_gpu: list[tuple[int, ...]]) -> None:
     module: Any = mixtral()
     module.has_bias = True
     module.gate_up_proj_bias = nn.Parameter(torch.randn(EXPERTS, 2 * INNER), requires_grad=False)
