@@ -53,11 +53,12 @@ from kvpack.format.tile_parts import TileBytes
 
 Elements = npt.NDArray[Any]  # unsigned [rows, cols]
 
-# (least, most) columns of a tile, and the groups of lanes that a matrix must have for more than the least: so many keep
-# an H200 busy, whose products are as fast with longer tiles then.
-_TILE_COLS = (512, 1024)
-_FAST_TILE_COLS = (256, 1024)
+# Columns of a tile where a matrix has as many groups of lanes as keep an H200 busy, and where it has fewer.
+_TILE_COLS, _SHORT_TILE_COLS = 512, 256
+_FLOAT_TILE_COLS = 1024, 512
 _BUSY_GROUPS = 3072
+# In a smaller matrix the bits that short tiles cost weigh more than the time that they save, except in `fast`.
+_LARGE_ELEMENTS = 1 << 22
 
 NO_TABLE = EncoderTable(*(np.zeros(NUM_SYMBOLS, np.uint64) for _ in range(3)))
 
@@ -106,16 +107,18 @@ def even_tile_cols(rows: int, cols: int, layout: Layout, column_parts: int = 1) 
     >>> from kvpack.format.layout import ElementKind, integer_layout
     >>> balanced = integer_layout("balanced", ElementKind.SIGNED, 5)
     >>> [even_tile_cols(rows, cols, balanced) for rows, cols in ((384, 384), (512, 1408), (4096, 4096), (28672, 4096))]
-    [384, 480, 512, 1024]
+    [384, 480, 256, 512]
     """
     cols //= column_parts
     if layout.codes_per_symbol == 1 and layout.element_kind.is_integer:
         most = MAX_TILE_COLS
     else:
-        least, most = _FAST_TILE_COLS if layout.codes_per_symbol == 8 else _TILE_COLS
-        row_groups = ceil_div(rows, GROUP_LANES)
-        while most > least and row_groups * ceil_div(cols, most) < _BUSY_GROUPS:
-            most //= 2
+        most, least = _FLOAT_TILE_COLS
+        if layout.element_kind.is_integer:
+            is_large = layout.codes_per_symbol == 8 or rows * cols * column_parts >= _LARGE_ELEMENTS
+            most, least = _TILE_COLS, _SHORT_TILE_COLS if is_large else _TILE_COLS
+        if ceil_div(rows, GROUP_LANES) * ceil_div(cols, most) < _BUSY_GROUPS:
+            most = least
     if column_parts > 1:
         dividing = dividing_tile_cols(cols, most)
         assert dividing is not None, "the columns cannot be split so"

@@ -80,7 +80,7 @@ def test_products_with_two_buffers(
     monkeypatch: pytest.MonkeyPatch, slow: str, dtype: torch.dtype, lossless: bool
 ) -> None:
     """Whichever stream is the slower one; with graphs too, and beside each other on several streams."""
-    rows, cols, tokens = 3000, 256, 100
+    rows, cols, tokens = 3000, 256, 300
     if lossless:
         values = (torch.randn(rows, cols) * 0.05).to(torch.bfloat16)
         elements = rotate_left(values.view(torch.int16).numpy().view(np.uint16), 16)

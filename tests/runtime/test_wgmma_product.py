@@ -26,6 +26,7 @@ from kvpack.runtime.weights.device_blob import DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.products import Coded  # noqa: E402
 
 TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-3}
+HALF = torch.float16
 FAST = integer_layout("fast", ElementKind.SIGNED, 5)
 
 
@@ -157,7 +158,7 @@ def test_damage_is_reported() -> None:
     assert tile["mode"] == TileMode.RANS
     state = header.payload_offset + int(tile["data_offset"]) + 32
     coded.blob[state] ^= 1
-    fit = wgmma_product.fit_for(coded, 40, limits_of(1))
+    fit = wgmma_product.fit_for(coded, 40, HALF, limits_of(1))
     assert fit is not None
     wgmma_product.multiply(coded, activations(40, 512, torch.float16), None, fit)
     count, where = coded.status.tolist()
@@ -169,13 +170,14 @@ def test_where_another_path_is_taken() -> None:
     data, scales = sample(300, 128, FAST, 64)
     coded = coded_tensor(data, scales)
     one = limits_of(1)
-    assert wgmma_product.fit_for(coded, 64, one) is not None
-    assert wgmma_product.fit_for(coded, 64, replace(one, architecture=80)) is None
-    assert wgmma_product.fit_for(coded, 64, replace(one, architecture=100)) is None
-    assert wgmma_product.fit_for(coded, 257, one) is None
-    assert wgmma_product.fit_for(coded, 129, one) is None  # few weights for a multiprocessor
-    assert wgmma_product.fit_for(replace(coded, predicted=True), 64, one) is None
-    assert wgmma_product.fit_for(replace(coded, tables=coded.tables.repeat(2, 1)), 64, one) is None
+    assert wgmma_product.fit_for(coded, 64, HALF, one) is not None
+    assert wgmma_product.fit_for(coded, 64, HALF, replace(one, architecture=80)) is None
+    assert wgmma_product.fit_for(coded, 64, HALF, replace(one, architecture=100)) is None
+    assert wgmma_product.fit_for(coded, 64, torch.float32, one) is None
+    assert wgmma_product.fit_for(coded, 257, HALF, one) is None
+    assert wgmma_product.fit_for(coded, 129, HALF, one) is None  # few weights for a multiprocessor
+    assert wgmma_product.fit_for(replace(coded, predicted=True), 64, HALF, one) is None
+    assert wgmma_product.fit_for(replace(coded, tables=coded.tables.repeat(2, 1)), 64, HALF, one) is None
 
 
 @pytest.mark.gpu

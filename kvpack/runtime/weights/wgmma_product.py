@@ -76,12 +76,15 @@ def fit_wgmma(layout: Layout, tokens: int, units: int, word_buffer_bytes: int, l
     return None
 
 
-def fit_for(coded: Coded, tokens: int, limits: Limits) -> WgmmaFit | None:
+def fit_for(coded: Coded, tokens: int, dtype: torch.dtype, limits: Limits) -> WgmmaFit | None:
     """The launch of a product by this kernel; None where another path has to be taken.
 
-    That is on other GPUs, for floats, for blobs with predictors or several tables, and where expansion is faster.
+    That is on other GPUs, for floats, for blobs with predictors or several tables, for fp32 activations, which would
+    become fp16, and where expansion is faster.
     """
     if limits.architecture != ARCHITECTURE or not 1 <= tokens <= MAX_TOKENS or not can_multiply(coded.layout):
+        return None
+    if dtype == torch.float32:
         return None
     if len(coded.tables) > 1 or coded.predicted:
         return None
