@@ -271,8 +271,12 @@ def test_a_model_that_waits_for_the_device_is_refused() -> None:
     decoder = DecodeGraph(model, KVPackCache(model.config), max_tokens=COLUMNS + 9)
     decoder.prompt(ids, mask)
     decoder.step()
+    torch.cuda.manual_seed(5)
+    expected = torch.rand(7, device="cuda")
+    torch.cuda.manual_seed(5)
     handle = model.lm_head.register_forward_hook(lambda module, inputs, out: out * out.max().item())
     with pytest.raises(DeviceError, match="LlamaForCausalLM cannot be captured"):
         decoder.step()
     handle.remove()
     assert decoder.cache.get_seq_length() == COLUMNS + 1
+    assert torch.equal(torch.rand(7, device="cuda"), expected)  # random numbers still come, and the same ones

@@ -311,6 +311,9 @@ class DecodeGraph:
             self.cache.kv.reserve_tokens(min(self.max_tokens, self.cache.kv.max_tokens))
             around = self.cache.captured_step()
         graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        random_state = generator.get_state()
         try:
             # Both would be those of the current device.
             stream = torch.cuda.Stream(self.device)
@@ -319,6 +322,10 @@ class DecodeGraph:
         except KvpackError:
             raise
         except RuntimeError as error:
+            # torch leaves its generator as if the capture went on: all random numbers would fail from here.
+            fresh = torch.Generator(self.device)
+            fresh.set_state(random_state)
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DeviceError(
                 f"a step of {type(self.model).__name__} cannot be captured in a CUDA graph ({reason}): something in it "

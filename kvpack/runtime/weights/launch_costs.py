@@ -77,8 +77,17 @@ SPECIFICATIONS = (
     Specification("RTX 5090", 120, 2407, 1792),
     Specification("RTX PRO 6000", 120, 2617, 1792),
 )
-# By the name of a specification; those of other devices are estimates.
-MEASURED: dict[str, Costs] = {H100.name: COSTS}
+# By the name of a specification; those of other devices are estimates. In order: heaviest, longest, unbuffered,
+# activations, rounds, members, panels, parts.
+MEASURED: dict[str, Costs] = {
+    H100.name: COSTS,
+    "H200": {
+        0: Terms(0.0252, 0.160, 0.0103, 0.130, 0.174, 0.0, 0.862, 0.055),
+        1: COSTS[1],
+        2: Terms(0.0351, 0.421, 0.040, 0.641, 5.87, 0.75, 0.467, 0.383),
+        4: Terms(0.0335, 0.469, 0.0423, 1.04, 8.48, 1.35, 1.17, 0.699),
+    },
+}
 # A chunk is 32 rows of 32 columns, of about 4.4 bits.
 _CHUNK_BYTES = GROUP_LANES * CHUNK_COLS * 4.4 / 8
 # Of the bandwidth that is specified, so much is reached.
