@@ -158,9 +158,9 @@ def test_wrong_options_are_named(wrong: dict[str, str]) -> None:
 def test_targets_are_computed_from_the_rows() -> None:
     report = synthetic_report()
     row = target(report, "balanced 4096×4096, M = 1, against FP16")
-    assert (row["measured"], row["target"], row["met"], row["then"], row["then_met"]) == (1.25, 1.0, True, 1.3, False)
+    assert (row["measured"], row["target"], row["met"], row["then"]) == (1.25, 1.25, True, None)
     row = target(report, "fast 28672×4096, M = 1, against FP16")
-    assert (row["measured"], row["met"], row["then_met"]) == (1.6, True, False)
+    assert (row["measured"], row["target"], row["met"]) == (1.6, 1.95, False)
     row = target(report, "fast 28672×4096, M = 1, against torch INT4")
     assert (row["measured"], row["met"], row["then_met"]) == (0.8, None, False)
     assert target(report, "balanced 4096×14336, size")["met"] is True
@@ -175,8 +175,8 @@ def test_a_missed_bound_on_size_and_a_missing_measurement() -> None:
         if (row["shape"], row["m"], row["layout"]) == ("6144×4096", 8, "fast"):
             row.update(us=None, error="WrongResult")
     assert target(report, "balanced 4096×4096, size")["met"] is False
-    missing = target(report, "fast 6144×4096, M = 8")
-    assert (missing["measured"], missing["met"], missing["then_met"]) == (None, None, None)
+    missing = target(report, "fast, slowest shape, M = 8")
+    assert (missing["measured"], missing["target"], missing["met"]) == (None, 1.0, None)
     report["decode"][0].update(us=None, elements_per_s=None, fraction_of_bound=None)
     slowest = [t for t in evaluate_targets(report) if t["what"] == "balanced, decode to int8, slowest shape"]
     assert [t["met"] for t in slowest if t["target"]] == [None]
