@@ -239,7 +239,12 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   const u32 first_of_panel = blockIdx.y * panel_width, first_col = first_of_panel * tile_cols;
   const u32 panel_chunks = min(panel_width, tile_columns - first_of_panel) * tile_chunks;
 #if KVPACK_TOKEN_SCALES
-  if (warp == 0 && lane < kTokens) store_shared_u32(token_maxima + 4 * lane, 0);
+  if (warp == 0) {
+#pragma unroll
+    for (u32 token = 0; token < kTokens; token += kLanes) {
+      if (token + lane < kTokens) store_shared_u32(token_maxima + 4 * (token + lane), 0);
+    }
+  }
   __syncthreads();
   for (u32 i = warp; i < kTokens * ceil_div(panel_chunks, kLoadsAhead); i += warps) {
     const u32 token = i % kTokens;

@@ -38,7 +38,7 @@ from kvpack.runtime.weights.launch_model import BLOCKS_PER_SM, ProductFit, Terms
 # The layers of models of 8 billion parameters, and of a smaller one.
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (2048, 5632))
 LAYOUTS = ("fast", "balanced")
-TOKENS = (1, 8, 16, 32)
+TOKENS = (1, 8, 16, 32, 64)
 TIME_LIMIT_S = 60.0
 # Timed of a case at first; of those with the same panels and members as a better one, so many at most.
 _LAUNCHES, _ALIKE = 10, 3

@@ -103,7 +103,8 @@ def gemv_kernels(everything: bool, architecture: int, *, grouped: bool = False) 
 
 
 def gemm_kernels(everything: bool, architecture: int, *, grouped: bool = False) -> Iterator[Kernel]:
-    options = list(itertools.product(weights.ACTIVATIONS, weights.TOKEN_TILES, BUFFERS, RESIDENT))
+    tiles = weights.GROUPED_TOKEN_TILES if grouped else weights.TOKEN_TILES
+    options = list(itertools.product(weights.ACTIVATIONS, tiles, BUFFERS, RESIDENT))
     for layout, (activation, token_tiles, buffers, resident) in selected(SIGNED, options, everything, architecture):
         yield weights.gemm_kernel(layout, activation, buffers, resident, token_tiles, architecture, grouped=grouped)
 

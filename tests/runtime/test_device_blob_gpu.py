@@ -59,7 +59,7 @@ def test_products(name: str, bits: int, tile_cols: int) -> None:
     exact = torch.from_numpy((elements[0].astype(np.float32) - (1 << bits - 1)) * scales[:, None]).cuda()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert torch.equal(coded.dequantize(dtype), exact.to(dtype))
-        for tokens in (1, 2, 8, 13, 16, 27, 32, 33, 200):
+        for tokens in (1, 2, 8, 13, 16, 27, 32, 33, 64, 200):
             x = torch.randn(tokens, cols, device="cuda").to(dtype)
             bias = torch.randn(rows, device="cuda").to(dtype)
             fused = tokens <= MAX_FUSED_TOKENS

@@ -25,7 +25,7 @@ from kvpack.runtime.device.kernels import Kernel
 from kvpack.runtime.weights import expansion, products
 from kvpack.runtime.weights.launch_costs import device_costs
 from kvpack.runtime.weights.launch_model import ProductFit, fit_gemm, fit_gemv
-from kvpack.runtime.weights.products import MAX_FUSED_TOKENS, Coded
+from kvpack.runtime.weights.products import GROUPED_TOKEN_TILES, Coded
 
 # As StackedMatrix in cuda/weights/grouped.cuh: bytes behind the first matrix's blob, groups, tables, scales and status;
 # then the number of its first group in a report of damage, its tables, and its launches.
@@ -143,8 +143,8 @@ def _plan(stack: Stack, tokens: int, top_k: int, limits: Limits) -> _Plan:
         # Blocks of more experts than expected would wait for all others to end: room for a standard deviation more.
         spread = math.sqrt(busy * (1 - busy / stack.experts))
         probable = min(stack.experts, pairs, math.ceil(busy + spread))
-        wanted = products.token_tiles(min(MAX_FUSED_TOKENS, ceil_div(2 * pairs, round(busy))))
-        for eights in reversed([eights for eights in products.TOKEN_TILES if eights <= wanted]):
+        wanted = products.token_tiles(min(8 * GROUPED_TOKEN_TILES[-1], ceil_div(2 * pairs, round(busy))))
+        for eights in reversed([eights for eights in GROUPED_TOKEN_TILES if eights <= wanted]):
             slot_pairs = 8 * eights
             active = max(probable, ceil_div(pairs, slot_pairs))
             fit = _fit(stack, eights, active, limits)

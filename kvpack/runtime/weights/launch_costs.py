@@ -86,6 +86,7 @@ MEASURED: dict[str, Costs] = {
         1: COSTS[1],
         2: Terms(0.0351, 0.421, 0.040, 0.641, 5.87, 0.75, 0.467, 0.383),
         4: Terms(0.0335, 0.469, 0.0423, 1.04, 8.48, 1.35, 1.17, 0.699),
+        8: COSTS[8],
     },
 }
 # A chunk is 32 rows of 32 columns, of about 4.4 bits.

@@ -170,10 +170,10 @@ def _linear_cuda(
     limits = device_limits(x.device)
     if len(tokens) == 0:
         out = x.new_empty(0, rows)
-    elif len(tokens) <= products.MAX_FUSED_TOKENS and products.can_multiply(coded.layout):
-        out = products.multiply(coded, tokens, bias, limits)
     elif fit := wgmma_product.fit_for(coded, len(tokens), x.dtype, limits):
         out = wgmma_product.multiply(coded, tokens, bias, fit)
+    elif len(tokens) <= products.MAX_FUSED_TOKENS and products.can_multiply(coded.layout):
+        out = products.multiply(coded, tokens, bias, limits)
     else:
         out = expansion.multiply(coded, tokens, bias, limits)
     return _shaped(out, x)

@@ -48,13 +48,13 @@ _OTHER_DECODE_WARPS = (12, 8, 8, 8)
 # The same where there are row offsets or column scales.
 _VECTOR_DECODE_WARPS = {9: 8, 10: 4}
 _OTHER_VECTOR_DECODE_WARPS = 6
-# For 8, 16 and 32 vectors; on sm_100 and newer, and before.
+# For 8, 16, 32 and 64 vectors; on sm_100 and newer, and before.
 _NEWER = 100
-_GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8)}
+_GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8), 8: (4, 6)}
 # Of grouped products, which have more to keep; before sm_100 those of 8 vectors and few bits have 12.
 _GROUPED_GEMM_WARPS = {1: (8, 10), 2: (8, 8), 4: (6, 6)}
-TOKEN_TILES = tuple(_GEMM_WARPS)
-MAX_FUSED_TOKENS = 32
+TOKEN_TILES, GROUPED_TOKEN_TILES = tuple(_GEMM_WARPS), tuple(_GROUPED_GEMM_WARPS)
+MAX_FUSED_TOKENS = 8 * TOKEN_TILES[-1]
 PARTIALS_BYTES = 64 << 20
 
 OUTPUTS = {torch.float16: 3, torch.bfloat16: 4, torch.float32: 5}
@@ -174,6 +174,8 @@ def gemm_warps(layout: Layout, token_tiles: int, architecture: int, *, grouped: 
         if token_tiles == 1 and architecture < _NEWER and layout.element_bits <= _MANY_RAW_BITS:
             return 12
         return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER]
+    if token_tiles == 8 and layout.raw_bits >= _MANY_RAW_BITS:
+        return 4
     if layout.codes_per_symbol == 8 and layout.raw_bits == 7:
         return min(10, _GEMM_WARPS[token_tiles][architecture < _NEWER])
     return _GEMM_WARPS[token_tiles][architecture < _NEWER]
@@ -287,7 +289,7 @@ def max_panels(coded: Coded, sums: int, matrices: int = 1) -> int:
 
 
 def fit_product(coded: Coded, tokens: int, limits: Limits) -> ProductFit | None:
-    """The launch for up to 32 vectors that should be the fastest; None if so many do not fit shared memory."""
+    """The launch for up to 64 vectors that should be the fastest; None if so many do not fit shared memory."""
     shape = (coded.header, coded.word_buffer_bytes, limits)
     costs = device_costs(limits).costs
     if tokens == 1:
@@ -300,7 +302,7 @@ def fit_product(coded: Coded, tokens: int, limits: Limits) -> ProductFit | None:
 
 
 def token_tiles(tokens: int) -> int:
-    """How many eights of vectors the kernel for ``tokens`` of them, at most 32, works on."""
+    """How many eights of vectors the kernel for ``tokens`` of them, at most 64, works on."""
     return next(n for n in TOKEN_TILES if tokens <= 8 * n)
 
 
@@ -326,7 +328,7 @@ def multiply(
     """x · Wᵀ (+ bias) by a fused kernel; in several launches where shared memory is too small for all vectors at once.
 
     Args:
-        x: contiguous [tokens, cols], tokens at most 32, fp16, bf16 or fp32.
+        x: contiguous [tokens, cols], tokens at most 64, fp16, bf16 or fp32.
         bias: [rows] of x's type.
         fit: the launch, instead of the one that should be the fastest.
 
@@ -341,7 +343,7 @@ def multiply(
         _multiply(coded, x, bias, fit, limits, out)
         return out
     check_fits(coded.header, coded.max_group_words, limits)
-    fewer = (16, 8, 1)
+    fewer = (32, 16, 8, 1)
     at_once = next(tokens for tokens in fewer if tokens < len(x) and fit_product(coded, tokens, limits))
     for first in range(0, len(x), at_once):
         part = slice(first, first + at_once)

@@ -42,7 +42,7 @@ class _Block:
 _BLOCKS = {64: _Block(5, 64, 64), 128: _Block(3, 72, 128), 256: _Block(2, 72, 128)}
 _BLOCKS_OF_MANY_RAW_BITS = {64: _Block(4, 80, 64), 128: _Block(2, 128, 128), 256: _Block(2, 96, 128)}
 _MANY_RAW_BITS = 5
-MAX_TOKENS = max(_BLOCKS)
+MIN_TOKENS, MAX_TOKENS = 33, max(_BLOCKS)  # fewer are faster without it
 
 
 def block_of(layout: Layout, tokens: int) -> _Block:
@@ -82,7 +82,7 @@ def fit_for(coded: Coded, tokens: int, dtype: torch.dtype, limits: Limits) -> Wg
     That is on other GPUs, for floats, for blobs with predictors or several tables, for fp32 activations, which would
     become fp16, and where expansion is faster.
     """
-    if limits.architecture != ARCHITECTURE or not 1 <= tokens <= MAX_TOKENS or not can_multiply(coded.layout):
+    if limits.architecture != ARCHITECTURE or not MIN_TOKENS <= tokens <= MAX_TOKENS or not can_multiply(coded.layout):
         return None
     if dtype == torch.float32:
         return None
