@@ -301,7 +301,7 @@ def test_tiles_that_no_block_can_hold_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 50])
 def test_product_types_and_bias(tokens: int, dtype: torch.dtype) -> None:
     data, scales = quantized(1000, 96, "balanced", 5, tile_cols=32)
     check_product(data, scales[:1], tokens, dtype, bias=True)
@@ -394,7 +394,7 @@ def test_dequantize_stacks_and_padding_with_vectors(name: str) -> None:
 
 @pytest.mark.parametrize(("has_columns", "has_offsets"), WHICH)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tokens", [1, 11])
+@pytest.mark.parametrize("tokens", [1, 11, 40])
 def test_product_with_vectors(tokens: int, dtype: torch.dtype, has_columns: bool, has_offsets: bool) -> None:
     data, scales = outlier_blob("rans")
     columns, offsets = vectors_of(data, 8)
@@ -435,7 +435,7 @@ def test_row_offsets_that_cancel_the_product() -> None:
 
 
 @pytest.mark.parametrize("mode", ["rans", "raw", "constant"])
-@pytest.mark.parametrize("tokens", [1, 11])
+@pytest.mark.parametrize("tokens", [1, 11, 64])
 def test_product_with_outliers(mode: str, tokens: int) -> None:
     data, scales = outlier_blob(mode)
     check_product(data, scales, tokens, torch.float16)
