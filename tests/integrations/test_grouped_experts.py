@@ -155,6 +155,19 @@ def test_what_goes_expert_by_expert(on_gpu: list[tuple[int, ...]], monkeypatch: 
     assert coded_experts._grouped_matrices(module, "gate_up_proj") is None
 
 
+def test_weights_that_are_elsewhere_go_expert_by_expert(on_gpu: list[tuple[int, ...]]) -> None:
+    """As of layers that a device map has on "cpu" beside a GPU, some or all of them."""
+    module = mixtral()
+    x, ids, _ = routing(4, 2)
+    assert coded_experts._both_grouped(module, x, ids) is not None
+    assert coded_experts._both_grouped(module, x.to("meta"), ids) is None
+    blob: Any = module.get_submodule("3.w1")
+    blob = blob.prepare()
+    elsewhere = copy.copy(blob)
+    elsewhere.blob = blob.blob.to("meta")
+    assert GroupedMatrices.of([[blob, elsewhere]]) is None
+
+
 def test_new_weights_are_seen(on_gpu: list[tuple[int, ...]]) -> None:
     module = mixtral()
     x, ids, weights = routing(2, 2)

@@ -132,12 +132,12 @@ class GroupedMatrices:
 
     @classmethod
     def of(cls, blobs: list[list[DeviceBlob]]) -> GroupedMatrices | None:
-        """None if the kernels cannot take them: floats, column scales, row offsets, or matrices of different shapes."""
+        """None if the kernels cannot take them: floats, column scales, row offsets, different shapes or devices."""
         every = list(chain(*blobs))
         first = every[0].header
         for blob in every:
             header = blob.header
-            is_alike = (header.rows, header.cols) == (first.rows, first.cols)
+            is_alike = (header.rows, header.cols, blob.device) == (first.rows, first.cols, every[0].device)
             has_vectors = blob.column_scales is not None or blob.row_offsets is not None
             if not is_alike or has_vectors or not len(blob.scales) or not products.can_multiply(header.layout):
                 return None
@@ -209,7 +209,11 @@ def _both_grouped(module: Any, x: torch.Tensor, ids: torch.Tensor) -> tuple[Grou
     if grouped.has_many_rows(experts, *ids.shape) and not torch.cuda.is_current_stream_capturing():
         return None
     before, behind = (_grouped_matrices(module, name) for name in names)
-    return None if before is None or behind is None else (before, behind)
+    if before is None or behind is None:
+        return None
+    # Offloaded layers are on the device in their own forward pass alone.
+    is_there = all(stack.blobs[0][0].device == x.device for stack in (before, behind))
+    return (before, behind) if is_there else None
 
 
 def _grouped_forward(
