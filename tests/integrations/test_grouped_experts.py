@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,31 @@ def test_weights_that_are_elsewhere_go_expert_by_expert(on_gpu: list[tuple[int, 
     elsewhere = copy.copy(blob)
     elsewhere.blob = blob.blob.to("meta")
     assert GroupedMatrices.of([[blob, elsewhere]]) is None
+
+
+@pytest.mark.parametrize("how", ["moved", "streamed", "decoded"])
+def test_weights_that_layers_let_go_of_are_freed(on_gpu: list[tuple[int, ...]], how: str) -> None:
+    module: Any = mixtral()
+    x, ids, weights = routing(2, 2)
+    module(x, ids, weights)
+    layers = [child for child in module.modules() if isinstance(child, RansLinear)]
+    blobs = [weakref.ref(child.prepare()) for child in layers]
+    stack = coded_experts._grouped_matrices(module, "down_proj")
+    module.to("cpu")  # where it is: a graph may read the table
+    assert coded_experts._grouped[module]["down_proj"][1] is stack
+    del stack
+    if how == "moved":
+        module._apply(torch.clone)
+    elif how == "decoded":
+        coded_experts.decode_experts(module)
+        layers.clear()
+    else:
+        for child in layers:
+            child._lend(None)
+            child.streamed = True
+        assert coded_experts._both_grouped(module, x, ids) is None
+    gc.collect()
+    assert not [blob for blob in blobs if blob() is not None]
 
 
 def test_new_weights_are_seen(on_gpu: list[tuple[int, ...]]) -> None:
