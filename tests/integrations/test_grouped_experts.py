@@ -134,7 +134,7 @@ def test_biases(on_gpu: list[tuple[int, ...]]) -> None:
 
 
 def test_what_goes_expert_by_expert(on_gpu: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients, many rows of each expert, and layers that are streamed."""
+    """Gradients, many rows of each expert, and layers that have hooks or are streamed."""
     module = mixtral()
     x, ids, weights = routing(4, 2)
     module(x.requires_grad_(), ids, weights).sum().backward()
@@ -153,6 +153,11 @@ def test_what_goes_expert_by_expert(on_gpu: list[tuple[int, ...]], monkeypatch: 
         setattr(of_one, vector, torch.ones(8))
         assert GroupedMatrices.of([[blob, blob], [blob, of_one]]) is None
     assert GroupedMatrices.of([[blob, blob]]) is not None
+    seen: list[Any] = []
+    handle = gate.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    module(*routing(20, 2))
+    assert seen  # as of who calibrates
+    handle.remove()
     gate.streamed = True
     assert coded_experts._grouped_matrices(module, "gate_up_proj") is None
 

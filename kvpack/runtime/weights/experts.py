@@ -182,6 +182,8 @@ def _grouped_matrices(module: nn.Module, name: str) -> GroupedMatrices | None:
     ):
         _grouped.pop(module, None)
         return None
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in chain(*layers)):
+        return None  # somebody wants to see what each layer gets
     blobs = [[layer.prepare() for layer in parts if isinstance(layer, RansLinear)] for parts in layers]
     known = _grouped.setdefault(module, {})
     found = known.get(name)
