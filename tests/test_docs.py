@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.bench.report import ratio
+from kvpack.encode.blob_encoder import even_tile_cols
+from kvpack.encode.rate import fixed_bits_per_weight
+from kvpack.format.header import BlobHeader
+from kvpack.format.layout import ElementKind, integer_layout
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,3 +165,22 @@ def test_links_lead_somewhere() -> None:
             if not found.exists() or (anchor and found.suffix == ".md" and anchor not in anchors(found)):
                 broken.append(f"{document.relative_to(ROOT)}: {link}")
     assert not broken
+
+
+def test_the_table_of_parts_has_the_tiles_that_layers_get() -> None:
+    """Of docs/TENSOR-PARALLEL.md: columns of tiles, and what lanes take in bits a weight, for 5-bit integers."""
+    page = (ROOT / "docs" / "TENSOR-PARALLEL.md").read_text()
+    table = page.split("| layer | layout | N = 1 |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 8
+    layer = ""
+    for line in table:
+        own, name, *found = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        layer = own or layer
+        rows, cols = map(int, layer.split(" × "))
+        layout = integer_layout(name, ElementKind.SIGNED, 5)
+        expected = []
+        for parts in (1, 2, 4, 8):
+            tile_cols = even_tile_cols(rows, cols, layout, parts)
+            lanes = fixed_bits_per_weight(BlobHeader(layout, rows, cols, tile_cols)).rans
+            expected.append(f"{tile_cols}, {lanes:.3f}")
+        assert found == expected, f"{layer}, {name}"

@@ -25,7 +25,7 @@ from kvpack.encode.tile_coder import count_symbols
 from kvpack.errors import GeometryError, TableError
 from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader, TileGeometry
-from kvpack.format.layout import GROUP_LANES, MAX_TABLES, NUM_SYMBOLS, TILE_ROWS, Predictor
+from kvpack.format.layout import GROUP_LANES, MAX_TABLES, NUM_SYMBOLS, TILE_ROWS, Predictor, TileMode
 from kvpack.format.tables import Frequencies
 from kvpack.format.tile_parts import TileBytes, TilePart, copied_tile, joined_outliers, joined_tile
 
@@ -42,8 +42,9 @@ class _Span:
     first_tile_col: int = 0
 
     def table_index(self, tile: int) -> int:
-        old = int(self.blob.tiles[tile]["table_index"])
-        return self.table_of[old] if self.table_of else 0
+        """0 outside mode rans, as the format has it, whatever became of table 0."""
+        meta = self.blob.tiles[tile]
+        return self.table_of[int(meta["table_index"])] if meta["mode"] == TileMode.RANS else 0
 
     def places(self, geometry: TileGeometry, tile_col: int, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(tile, first row, stop row in it) of the span's rows ``first`` … ``stop`` − 1."""

@@ -235,10 +235,11 @@ class Matrices:
     def values(self, index: int) -> npt.NDArray[np.float32]:
         """What is quantized of a strip, [up to 256, cols]: the strip, or what makes it with the vectors."""
         values = as_float32(self.strip(index))
-        if self.column_scales is not None:
-            values = values / self.strip_column_scales(index)
-        if self.row_offsets is not None:
-            values = values - self.row_offsets[self.strip_rows(index), None]
+        with np.errstate(over="ignore"):  # what becomes infinite is not quantized: _moments finds it
+            if self.column_scales is not None:
+                values = values / self.strip_column_scales(index)
+            if self.row_offsets is not None:
+                values = values - self.row_offsets[self.strip_rows(index), None]
         return values
 
     def strip_column_scales(self, index: int) -> npt.NDArray[np.float32]:

@@ -213,6 +213,16 @@ def test_stacks_of_unlike_blobs_are_refused() -> None:
         stack_rows([])
 
 
+@pytest.mark.parametrize(("flat", "mode"), [(FLAT, TileMode.CONSTANT), (EVEN, TileMode.RAW)])
+def test_tiles_without_words_name_no_table_of_a_stack(flat: Numbers, mode: TileMode) -> None:
+    """Where a blob's first table is another one's second: FORMAT.md §6 wants 0, and readers refuse what is not."""
+    below = two_kinds(WIDE, flat, UNSIGNED_SIX)
+    whole = Blob(stack_rows([encode_elements(NARROW, UNSIGNED_SIX, tile_cols=64), below]))
+    assert whole.tiles["mode"].tolist() == [TileMode.RANS, TileMode.RANS, mode]
+    assert whole.tiles["table_index"].tolist() == [0, 1, 0]
+    np.testing.assert_array_equal(numbers_of(bytes(whole.buffer))[0], np.concatenate((NARROW, WIDE, flat)))
+
+
 def test_a_stack_has_up_to_sixteen_tables() -> None:
     def blob(sigma: float) -> bytes:
         return encode_elements(samples.gaussian_elements((32, 64), 6, sigma, 1), UNSIGNED_SIX, tile_cols=64)

@@ -124,6 +124,21 @@ def test_what_is_not_quantized_goes_without(tmp_path: Path) -> None:
         np.testing.assert_array_equal(reader.dequantize("a.weight"), weights)
 
 
+@pytest.mark.parametrize("vector", ["column_scales", "row_offsets"])
+def test_what_would_become_infinite_is_not_quantized(tmp_path: Path, vector: str) -> None:
+    weights = np.full((ROWS, COLS), -2e38, np.float32)
+    save_file({"a.weight": weights}, tmp_path / "m.safetensors")
+    vectors: dict[str, Any] = {
+        "column_scales": np.full(COLS, 2.0**-14, np.float16),
+        "row_offsets": np.full(ROWS, 2e38, np.float32),
+    }
+    given = {vector: {"a.weight": vectors[vector]}}
+    report = compress(tmp_path / "m.safetensors", tmp_path / "o.safetensors", QuantConfig(bits=4), **given)
+    assert "not quantized, so without column scales and row offsets: a.weight" in report.notes
+    with kvpack.open(tmp_path / "o.safetensors") as reader:
+        np.testing.assert_array_equal(reader.dequantize("a.weight"), weights)
+
+
 @pytest.mark.parametrize(
     ("vectors", "match"),
     [

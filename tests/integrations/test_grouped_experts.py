@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,7 @@ def test_biases(on_gpu: list[tuple[int, ...]]) -> None:
 
 
 def test_what_goes_expert_by_expert(on_gpu: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients, many rows of each expert, and layers that are streamed."""
+    """Gradients, many rows of each expert, and layers that have hooks or are streamed."""
     module = mixtral()
     x, ids, weights = routing(4, 2)
     module(x.requires_grad_(), ids, weights).sum().backward()
@@ -151,8 +153,51 @@ def test_what_goes_expert_by_expert(on_gpu: list[tuple[int, ...]], monkeypatch: 
         setattr(of_one, vector, torch.ones(8))
         assert GroupedMatrices.of([[blob, blob], [blob, of_one]]) is None
     assert GroupedMatrices.of([[blob, blob]]) is not None
+    seen: list[Any] = []
+    handle = gate.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    module(*routing(20, 2))
+    assert seen  # as of who calibrates
+    handle.remove()
     gate.streamed = True
     assert coded_experts._grouped_matrices(module, "gate_up_proj") is None
+
+
+def test_weights_that_are_elsewhere_go_expert_by_expert(on_gpu: list[tuple[int, ...]]) -> None:
+    """As of layers that a device map has on "cpu" beside a GPU, some or all of them."""
+    module = mixtral()
+    x, ids, _ = routing(4, 2)
+    assert coded_experts._both_grouped(module, x, ids) is not None
+    assert coded_experts._both_grouped(module, x.to("meta"), ids) is None
+    blob: Any = module.get_submodule("3.w1")
+    blob = blob.prepare()
+    elsewhere = copy.copy(blob)
+    elsewhere.blob = blob.blob.to("meta")
+    assert GroupedMatrices.of([[blob, elsewhere]]) is None
+
+
+@pytest.mark.parametrize("how", ["moved", "streamed", "decoded"])
+def test_weights_that_layers_let_go_of_are_freed(on_gpu: list[tuple[int, ...]], how: str) -> None:
+    module: Any = mixtral()
+    x, ids, weights = routing(2, 2)
+    module(x, ids, weights)
+    layers = [child for child in module.modules() if isinstance(child, RansLinear)]
+    blobs = [weakref.ref(child.prepare()) for child in layers]
+    stack = coded_experts._grouped_matrices(module, "down_proj")
+    module.to("cpu")  # where it is: a graph may read the table
+    assert coded_experts._grouped[module]["down_proj"][1] is stack
+    del stack
+    if how == "moved":
+        module._apply(torch.clone)
+    elif how == "decoded":
+        coded_experts.decode_experts(module)
+        layers.clear()
+    else:
+        for child in layers:
+            child._lend(None)
+            child.streamed = True
+        assert coded_experts._both_grouped(module, x, ids) is None
+    gc.collect()
+    assert not [blob for blob in blobs if blob() is not None]
 
 
 def test_new_weights_are_seen(on_gpu: list[tuple[int, ...]]) -> None:

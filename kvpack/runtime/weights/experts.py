@@ -132,12 +132,12 @@ class GroupedMatrices:
 
     @classmethod
     def of(cls, blobs: list[list[DeviceBlob]]) -> GroupedMatrices | None:
-        """None if the kernels cannot take them: floats, column scales, row offsets, or matrices of different shapes."""
+        """None if the kernels cannot take them: floats, column scales, row offsets, different shapes or devices."""
         every = list(chain(*blobs))
         first = every[0].header
         for blob in every:
             header = blob.header
-            is_alike = (header.rows, header.cols) == (first.rows, first.cols)
+            is_alike = (header.rows, header.cols, blob.device) == (first.rows, first.cols, every[0].device)
             has_vectors = blob.column_scales is not None or blob.row_offsets is not None
             if not is_alike or has_vectors or not len(blob.scales) or not products.can_multiply(header.layout):
                 return None
@@ -169,7 +169,8 @@ def _kind(blob: DeviceBlob) -> tuple[object, ...]:
     return blob.header.layout, blob.header.tile_cols, len(blob.scales) > 1
 
 
-# Of modules: tensor's name → its matrices, None if these have to be multiplied one by one.
+# Of modules: tensor's name → its matrices, None if these have to be multiplied one by one. They keep the layers' blobs
+# on the device: where layers let go of these, the entry has to go, too; not before, as graphs read tables of addresses.
 _grouped: WeakKeyDictionary[nn.Module, dict[str, tuple[list[list[DeviceBlob]], GroupedMatrices | None]]]
 _grouped = WeakKeyDictionary()
 
@@ -179,13 +180,27 @@ def _grouped_matrices(module: nn.Module, name: str) -> GroupedMatrices | None:
     if any(
         not isinstance(layer, RansLinear) or layer.streamed or layer.weight_kvpack.is_meta for layer in chain(*layers)
     ):
+        _grouped.pop(module, None)
         return None
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in chain(*layers)):
+        return None  # somebody wants to see what each layer gets
     blobs = [[layer.prepare() for layer in parts if isinstance(layer, RansLinear)] for parts in layers]
     known = _grouped.setdefault(module, {})
     found = known.get(name)
     if found is None or any(a is not b for a, b in zip(chain(*found[0]), chain(*blobs), strict=True)):
         found = known[name] = blobs, GroupedMatrices.of(blobs)
     return found[1]
+
+
+def _let_go_of_moved(module: nn.Module) -> None:
+    """Forget matrices whose layers have others by now."""
+    for name, (blobs, _) in list(_grouped.get(module, {}).items()):
+        layers = map(module.get_submodule, chain(*module.__dict__[_CODED][name][1]))
+        if any(
+            not isinstance(layer, RansLinear) or layer._current() is not blob
+            for layer, blob in zip(layers, chain(*blobs), strict=True)
+        ):
+            del _grouped[module][name]
 
 
 def grouped_products(module: nn.Module) -> list[GroupedMatrices]:
@@ -209,7 +224,11 @@ def _both_grouped(module: Any, x: torch.Tensor, ids: torch.Tensor) -> tuple[Grou
     if grouped.has_many_rows(experts, *ids.shape) and not torch.cuda.is_current_stream_capturing():
         return None
     before, behind = (_grouped_matrices(module, name) for name in names)
-    return None if before is None or behind is None else (before, behind)
+    if before is None or behind is None:
+        return None
+    # Offloaded layers are on the device in their own forward pass alone.
+    is_there = all(stack.blobs[0][0].device == x.device for stack in (before, behind))
+    return (before, behind) if is_there else None
 
 
 def _grouped_forward(
@@ -268,6 +287,11 @@ def coded_class(base: type[nn.Module]) -> type[nn.Module]:
                     return _grouped_forward(self, matrices, hidden_states, ids, weights)
             return own_forward(self, hidden_states, *others, **options)
 
+        def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+            moved = super()._apply(fn, recurse)
+            _let_go_of_moved(self)
+            return moved
+
         def __getattr__(self, name: str) -> Any:
             if name in self.__dict__.get(_CODED, ()):
                 return ExpertStack(self, name)
@@ -317,6 +341,7 @@ def decode_experts(module: nn.Module, dtype: torch.dtype | None = None) -> None:
     Args:
         dtype: of the parameters, by default what they had.
     """
+    _grouped.pop(module, None)
     tensors = {}
     for key, (own, experts) in module.__dict__[_CODED].items():
         stack = ExpertStack(module, key)
