@@ -581,7 +581,7 @@ def equal_quality(model: str) -> Callable[[], str]:
         for layout in layouts:
             found = [(row["bits"], row["kvpack"][layout]["bits"]) for row in result["rows"] if row["kvpack"]]
             more = [100 * (bits / peer - 1) for peer, bits in found if bits is not None]
-            low, high = (f"{share:+.0f}".replace("-", "−") for share in (min(more), max(more)))
+            low, high = (f"{share:+.0f}".replace("-", "−") if round(share) else "0" for share in (min(more), max(more)))
             ranges.append(f"`{layout}` {low} to {high} %")
         text += f"\nBits at the same distance, against the peers within reach: {', '.join(ranges)}.\n"
         text += f"\n{result['tensors']} tensors, {result['windows']} pieces of {result['window_tokens']} tokens."

@@ -41,7 +41,11 @@ def device_report() -> Row:
 def require_cuda(command: str) -> None:
     """Raises DeviceError, which says what is missing, where nothing can be measured."""
     if not torch.cuda.is_available():
-        raise DeviceError(f"no CUDA device: `{command}` measures on a GPU (`kvpack bench codec` is the CPU's)")
+        beside = " (`kvpack bench codec` is the CPU's)" if command.startswith("kvpack bench") else ""
+        why = "finds none: see whether `nvidia-smi` lists one"
+        if torch.version.cuda is None:
+            why = "is built without CUDA: pip uninstall torch, then pip install 'kvpack[cuda13]' (or [cuda12])"
+        raise DeviceError(f"no CUDA device: `{command}` measures on a GPU{beside}, and torch {torch.__version__} {why}")
     try:
         import_module("cupy")
     except ImportError as error:

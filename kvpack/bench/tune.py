@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvpack.bench import run as bench_run
 from kvpack.bench.linear import SOURCES, copies_of, rotated
 from kvpack.bench.timing import Work, measure, relative_error, synchronize_or_stop
 from kvpack.encode.progress import Progress
@@ -333,7 +334,12 @@ def tune_device(
         DeviceError: it is no CUDA device, or nothing could be timed on it.
         InputError: the costs cannot be kept, or ``KVPACK_LAUNCH_COSTS`` has no meaning.
     """
-    device = devices.resolve_device(name)
+    try:
+        device = devices.resolve_device(name)
+    except DeviceError:
+        if name.partition(":")[0] == "cuda":
+            bench_run.require_cuda("kvpack tune")  # whose advice is not another device
+        raise
     if device.type != "cuda":
         raise DeviceError(f"launches are a GPU's: {name!r} has none to tune; use --device cuda")
     limits = devices.device_limits(device)

@@ -121,12 +121,20 @@ class CodedTensor:
         if split not in ("outputs", "inputs"):
             raise ValueError(f"split {split!r}: there are outputs and inputs")
         size = self.header.rows if split == "outputs" else self.header.cols
-        if not 0 <= number < parts or size % parts:
-            raise GeometryError(f"part {number} of {parts}: {size} {split} are no multiple, or there is no such part")
+        if not 0 <= number < parts:
+            raise GeometryError(f"part {number} of {parts}: there is no such part, they are numbered from 0")
+        if size % parts:
+            raise GeometryError(f"part {number} of {parts}: {size} {split} are no multiple of {parts}")
         first = size // parts * number
         if split == "outputs":
             return self.outputs(first, first + size // parts)
-        return self.inputs(first, first + size // parts)
+        try:
+            return self.inputs(first, first + size // parts)
+        except GeometryError as error:
+            if reason_not_to_split(Split.INPUTS, self.header.rows, size, None, parts) is not None:
+                raise
+            fitting = f"for_parts({parts}) and `kvpack compress --tensor-parallel {parts}` make tiles that fit"
+            raise GeometryError(f"{error}; {fitting}") from None
 
     def for_parts(self, parts: int) -> CodedTensor:
         """The same numbers in tiles that end where ``parts`` parts of the inputs do; itself if they do.

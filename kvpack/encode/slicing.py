@@ -25,7 +25,7 @@ from kvpack.encode.tile_coder import count_symbols
 from kvpack.errors import GeometryError, TableError
 from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader, TileGeometry
-from kvpack.format.layout import GROUP_LANES, MAX_TABLES, NUM_SYMBOLS, TILE_ROWS, Predictor, TileMode
+from kvpack.format.layout import GROUP_LANES, MAX_TABLES, NUM_SYMBOLS, TILE_ROWS, Layout, Predictor, TileMode
 from kvpack.format.tables import Frequencies
 from kvpack.format.tile_parts import TileBytes, TilePart, copied_tile, joined_outliers, joined_tile
 
@@ -119,6 +119,12 @@ def _parsed(blob: Blob | bytes | memoryview) -> ParsedBlob:
     return ParsedBlob(blob.buffer if isinstance(blob, Blob) else blob)
 
 
+def _shown(layout: Layout) -> str:
+    codes = f"{layout.codes_per_symbol} × {layout.code_bits} bits a symbol"
+    folded = ", folded" if layout.folded else ""
+    return f"{layout.element_kind.name.lower()} elements of {layout.element_bits} bits ({codes}{folded})"
+
+
 def _check_range(what: str, first: int, stop: int, size: int, unit: int, why: str) -> None:
     if not 0 <= first < stop <= size:
         raise GeometryError(f"{what} {first} to {stop} of {size}: an empty slice, or one beyond the end")
@@ -210,6 +216,8 @@ def stack_rows(blobs: Sequence[Blob | bytes | memoryview]) -> bytes:
         for what in ("layout", "cols", "tile_cols", "matrices", "transposed"):
             ours, theirs = getattr(one, what), getattr(header, what)
             if ours != theirs:
+                if isinstance(ours, Layout):
+                    ours, theirs = (_shown(layout) for layout in (ours, theirs))
                 raise GeometryError(f"blob {number} cannot be stacked: its {what} is {theirs}, that of blob 0 {ours}")
         if header.rows % GROUP_LANES and number < len(sources) - 1:
             raise GeometryError(

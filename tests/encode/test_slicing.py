@@ -201,7 +201,10 @@ def test_stacks_of_unlike_blobs_are_refused() -> None:
     for other, what in (
         (encode_elements(elements, FIVE_BITS, tile_cols=64), "tile_cols is 64, that of blob 0 96"),
         (encode_elements(elements[:, :64], FIVE_BITS, tile_cols=96), "cols is 64, that of blob 0 96"),
-        (encode_elements(elements, integer_layout("fast", ElementKind.SIGNED, 5), tile_cols=96), "layout is"),
+        (
+            encode_elements(elements, integer_layout("fast", ElementKind.SIGNED, 5), tile_cols=96),
+            r"layout is signed elements of 5 bits \(8 × 1 bits a symbol, folded\), that of",
+        ),
         (encode_elements(np.stack((elements, elements)), FIVE_BITS, tile_cols=96), "matrices is 2"),
         (encode_elements(elements, FIVE_BITS, tile_cols=96, transposed=True), "transposed is True"),
     ):

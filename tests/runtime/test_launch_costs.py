@@ -361,7 +361,8 @@ def test_the_command_sees_first_whether_costs_can_be_kept(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_the_command_needs_a_device() -> None:
-    for name, message in (("cuda", "cuda"), ("cpu", "launches are a GPU's"), ("tpu", "is no device")):
+    messages = {"cuda": "no CUDA device: `kvpack tune`", "cpu": "launches are a GPU's", "tpu": "is no device"}
+    for name, message in messages.items():
         done = CliRunner().invoke(app, ["tune", "--device", name, "--json"])
         assert done.exit_code == 5
         assert message in json.loads(done.stdout)["message"]

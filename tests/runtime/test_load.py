@@ -557,7 +557,7 @@ def test_devices(path: Path) -> None:
 @pytest.mark.parametrize(
     ("cuda", "message"),
     [
-        (None, r"is built without CUDA: pip install 'kvpack\[cuda13\]'.*device='cpu'"),
+        (None, r"is built without CUDA: pip uninstall torch, then pip install 'kvpack\[cuda13\]'.*device='cpu'"),
         ("13.0", r"is built for CUDA 13\.0, but finds no CUDA device: see whether `nvidia-smi`.*device='cpu'"),
     ],
 )

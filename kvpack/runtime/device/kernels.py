@@ -136,7 +136,8 @@ def _check_device(kind: str, index: int | None) -> None:
         raise DeviceError(f"kernels run on CUDA devices, not on {kind!r}")
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
-            raise DeviceError(f"torch {torch.__version__} is built without CUDA: {advice}")
+            # pip keeps a torch that is there, whatever it is built for.
+            raise DeviceError(f"torch {torch.__version__} is built without CUDA: pip uninstall torch, then {advice}")
         raise DeviceError(
             f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, but finds no CUDA device: see whether "
             "`nvidia-smi` lists a GPU (if not, the driver is missing) and whether CUDA_VISIBLE_DEVICES hides it, or "

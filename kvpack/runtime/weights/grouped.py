@@ -161,7 +161,8 @@ def _fit(stack: Stack, eights: int, slots: int, limits: Limits) -> ProductFit | 
     coded = stack.first
     matrices = slots * stack.parts
     shape = (coded.header, coded.word_buffer_bytes, limits)
-    panels, costs = products.max_panels(coded, max(1, 8 * eights), matrices), device_costs(limits).costs[eights]
+    panels = products.max_panels(coded, max(1, 8 * eights), matrices, stack.max_tables)
+    costs = device_costs(limits).costs[eights]
     if eights == 0:
         warps = products.gemv_warps(coded.layout, limits.architecture, grouped=True)
         return fit_gemv(*shape, warps, panels, matrices, costs) or fit_gemv(*shape, warps, slots=matrices, costs=costs)

@@ -77,7 +77,8 @@ SPECIFICATIONS = (
     Specification("RTX 5090", 120, 2407, 1792),
     Specification("RTX PRO 6000", 120, 2617, 1792),
 )
-# By the name of a specification; those of other devices are estimates. In order: heaviest, longest, unbuffered,
+# By the name of a specification; those of other devices are estimates, and so are those for 64 vectors. Those for 8 of
+# an H200 are an H100's: no others chose better launches. In order: heaviest, longest, unbuffered,
 # activations, rounds, members, panels, parts.
 MEASURED: dict[str, Costs] = {
     H100.name: COSTS,
@@ -145,7 +146,7 @@ def shipped_costs(limits: Limits) -> DeviceCosts:
     if found is None:
         return DeviceCosts(COSTS, f"shipped, measured on an {H100.name} (nothing is known of this architecture)")
     if found.name in MEASURED:
-        return DeviceCosts(MEASURED[found.name], f"shipped, measured on an {found.name}")
+        return DeviceCosts(MEASURED[found.name], f"shipped, measured on an {found.name} (for 64 vectors: estimated)")
     origin = f"shipped, estimated from the specification of {found.name}"
     return DeviceCosts(estimated_costs(found, limits.multiprocessors), origin)
 

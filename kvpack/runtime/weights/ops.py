@@ -172,7 +172,7 @@ def _linear_cuda(
         out = x.new_empty(0, rows)
     elif fit := wgmma_product.fit_for(coded, len(tokens), x.dtype, limits):
         out = wgmma_product.multiply(coded, tokens, bias, fit)
-    elif len(tokens) <= products.MAX_FUSED_TOKENS and products.can_multiply(coded.layout):
+    elif len(tokens) <= products.max_fused_tokens(x.dtype) and products.can_multiply(coded.layout):
         out = products.multiply(coded, tokens, bias, limits)
     else:
         out = expansion.multiply(coded, tokens, bias, limits)

@@ -157,6 +157,11 @@ def check_fits(header: BlobHeader, max_group_words: int, limits: Limits) -> None
         )
 
 
+def max_fused_tokens(activation: torch.dtype) -> int:
+    """How many vectors a fused kernel is the way for; fp32 ones become fp16 there, so that many stay with cuBLAS."""
+    return MAX_FUSED_TOKENS if activation != torch.float32 else 32
+
+
 def gemv_warps(layout: Layout, architecture: int, *, grouped: bool = False) -> int:
     """At most how many warps a block for one vector has, if two share a multiprocessor."""
     if architecture >= _NEWER:
@@ -174,7 +179,7 @@ def gemm_warps(layout: Layout, token_tiles: int, architecture: int, *, grouped: 
         if token_tiles == 1 and architecture < _NEWER and layout.element_bits <= _MANY_RAW_BITS:
             return 12
         return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER]
-    if token_tiles == 8 and layout.raw_bits >= _MANY_RAW_BITS:
+    if token_tiles == 8 and (layout.raw_bits >= _MANY_RAW_BITS or (layout.codes_per_symbol, layout.raw_bits) == (8, 3)):
         return 4
     if layout.codes_per_symbol == 8 and layout.raw_bits == 7:
         return min(10, _GEMM_WARPS[token_tiles][architecture < _NEWER])
@@ -282,9 +287,13 @@ def decode_kernel(
     return Kernel.of("weights/decode.cu", "decode", layout, defines)
 
 
-def max_panels(coded: Coded, sums: int, matrices: int = 1) -> int:
-    """Panels whose partial sums, ``sums`` for a row, stay within :data:`PARTIALS_BYTES`; one is always possible."""
-    of_panel = 4 * sums * coded.row_groups * GROUP_LANES * max(1, len(coded.tables)) * matrices
+def max_panels(coded: Coded, sums: int, matrices: int = 1, tables: int | None = None) -> int:
+    """Panels whose partial sums, ``sums`` for a row, stay within :data:`PARTIALS_BYTES`; one is always possible.
+
+    ``tables``: of the matrix that has the most, if that is not this one.
+    """
+    launches = max(1, len(coded.tables) if tables is None else tables)
+    of_panel = 4 * sums * coded.row_groups * GROUP_LANES * launches * matrices
     return max(1, min(PARTIALS_BYTES // of_panel, coded.header.num_tiles_col))
 
 
