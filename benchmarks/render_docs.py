@@ -641,6 +641,62 @@ def llama_shape() -> str:
     return text + gpu_origin(result)
 
 
+def grouped() -> str:
+    """Products of a mixture of experts in one launch, beside a loop of products and dense bf16."""
+    result = newest("grouped")
+    rows = []
+    for row in result["rows"]:
+        us = {name: timed["us"] for name, timed in row["times"].items()}
+        one = us["grouped fp16"]
+        rows.append(
+            [
+                f"{row['rows']}×{row['cols']}",
+                row["layout"],
+                _number(row["bits"], 2),
+                str(row["tokens"]),
+                str(row["active_experts"]),
+                _number(one, 1),
+                _number(us["loop fp16"] / one, 2),
+                _number(us["dense grouped bf16"] / us["grouped bf16"], 2),
+                _number(us["dense loop bf16"] / us["grouped bf16"], 2),
+            ]
+        )
+    headings = [
+        "an expert",
+        "layout",
+        "bits",
+        "tokens",
+        "experts hit",
+        "µs",
+        "× loop",
+        "× grouped bf16",
+        "× loop of bf16",
+    ]
+    text = table(headings, rows) + f"\n{result['top_k']} of {result['experts']} experts a token.\n"
+    return text + gpu_origin(result)
+
+
+def linear_humming() -> str:
+    """One shape beside Humming's kernels, µs by number of vectors."""
+    result = newest("linear-humming")
+    known = [row for row in result["linear"] if row["us"] is not None and row["best"] is not False]
+    bits: dict[str, float] = {}
+    lines: dict[int, dict[str, float]] = {}
+    for row in known:
+        name = row["layout"] or row["name"]
+        bits[name] = row["bits_per_weight"]
+        lines.setdefault(row["m"], {})[name] = row["us"]
+    names = [name for name in bits if name not in ("int4", "int8")]
+    headings = ["M", *(f"{name}, {_number(bits[name], 2)} b" for name in names)]
+    rows = [[str(m), *(_number(us.get(name), 1) for name in names)] for m, us in lines.items()]
+    shape = known[0]["shape"]
+    return (
+        table(headings, rows)
+        + f"\nµs, {shape}; the run was ended by its time limit after this shape.\n"
+        + gpu_origin(result)
+    )
+
+
 def runtime_load() -> str:
     result = newest("runtime-streams")
     rows = [
@@ -831,6 +887,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "generation-prefill": generation("prefill"),
     "generation-launches": generation("launches"),
     "llama-shape": llama_shape,
+    "grouped": grouped,
+    "linear-humming": linear_humming,
     "equal-quality-books": equal_quality("books"),
     "equal-quality-minilm": equal_quality("minilm"),
     "equal-quality-smollm2": equal_quality("smollm2"),

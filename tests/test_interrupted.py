@@ -119,7 +119,7 @@ def test_signals_leave_nothing(big: Path, tmp_path: Path, signal_number: signal.
         wait_until_midway(process, tmp_path)
         code, out, err = stop(process, signal_number)
     assert (code, out) == (130, "")
-    assert said(err) == "kvpack: interrupted; no output was left behind\n"
+    assert said(err) == "kvpack: interrupted; nothing half-written was left behind\n"
     assert contents(tmp_path) == []
 
 
@@ -133,7 +133,7 @@ def test_sigint_with_json_and_an_old_output(big: Path, tmp_path: Path) -> None:
     assert json.loads(out) == {
         "ok": False,
         "error": "KeyboardInterrupt",
-        "message": "interrupted; no output was left behind",
+        "message": "interrupted; nothing half-written was left behind",
         "exit_code": 130,
     }
     assert contents(tmp_path) == ["out.safetensors"]

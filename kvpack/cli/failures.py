@@ -94,7 +94,7 @@ def exit_codes(as_json: bool) -> Iterator[None]:
         advice = "; fewer --threads may do, or a higher limit of processes (ulimit -u) or memory"
         fail(ExitCode.FAILED, "RuntimeError", f"no thread can be started{advice}", as_json)
     except KeyboardInterrupt:
-        fail(ExitCode.INTERRUPTED, "KeyboardInterrupt", "interrupted; no output was left behind", as_json)
+        fail(ExitCode.INTERRUPTED, "KeyboardInterrupt", "interrupted; nothing half-written was left behind", as_json)
 
 
 @contextmanager
