@@ -73,19 +73,19 @@ def test_sentences_say_what_the_results_do() -> None:
     quality = {row["setting"]: row["kl"] for row in newest("books-layouts")["rows"]}
     prompt = newest("long-prompt")
     shape = {(row["weights"], row["batch"]): row for row in newest("llama-shape")["rows"]}
+    dense_bytes = shape["bf16", 1]["linear_bytes"]
     beside: dict[int, dict[str, float]] = {}
     for row in newest("linear-humming")["linear"]:
         if row["best"] is not False:
             beside.setdefault(row["m"], {})[row["layout"] or row["name"]] = row["us"]
     readme = [
         f"{between(speeds(('balanced',), large, 1, 1))} times as fast",
-        f"| {shape['fast', 1]['tokens_per_s']:.0f} tokens a second, {shape['fast', 1]['linear_bytes'] / 1e9:.2f} GB | "
-        f"{shape['bf16', 1]['tokens_per_s']:.0f} tokens a second, {shape['bf16', 1]['linear_bytes'] / 1e9:.2f} GB in bf16 |",
-        "{:.2f}, {:.2f} and {:.2f}× of bf16".format(
-            *(shape["fast", batch]["ratio_to_dense"] for batch in (8, 32, 128))
+        f"| {shape['fast', 1]['tokens_per_s']:.0f} tokens a second, {shape['fast', 1]['linear_bytes'] / 1e9:.2f} GB |",
+        f"| {shape['bf16', 1]['tokens_per_s']:.0f} tokens a second, {dense_bytes / 1e9:.2f} GB in bf16",
+        "{:.2f}, {:.2f} and {:.2f}× of bf16".format(*(shape["fast", n]["ratio_to_dense"] for n in (8, 32, 128))),
+        "{:.1f} times as fast as `fast` with 8 vectors and {:.1f} times with 64".format(
+            *(beside[m]["fast"] / beside[m]["humming-int4"] for m in (8, 64))
         ),
-        f"{beside[8]['fast'] / beside[8]['humming-int4']:.1f} times as fast as `fast` with 8 vectors and "
-        f"{beside[64]['fast'] / beside[64]['humming-int4']:.1f} times with 64",
         f"five of six shapes: {between(speeds(('balanced',), five, 2, 32))}×",
         f"run at {between(speeds(('balanced', 'fast'), shapes, 64, 4096))}×",
         f"attention at {between(slow)}×",
