@@ -868,3 +868,82 @@ def test_pages_that_are_filled_by_others(device: str) -> None:
     check_pages(cache)
     cache.free(3)
     assert cache.pools.bytes_in_use == 0
+
+
+class Store:
+    """Holds pages, follows those that it may, and gives up what it is asked for."""
+
+    def __init__(self, cache: KVCache, entries: np.ndarray, kept: np.ndarray) -> None:
+        self.cache, self.entries, self.kept = cache, entries.copy(), set(kept.reshape(-1).tolist())
+        self.asked: list[tuple[Any, int]] = []
+        cache.retain(entries)
+        cache.add_holder(self)
+
+    def follows(self, entry: int) -> bool:
+        return entry in self.entries and entry not in self.kept
+
+    def replaced(self, changes: Any) -> None:
+        for source, target in changes.items():
+            self.entries[self.entries == source] = target
+
+    def reclaim(self, missing: Any, missing_bytes: int) -> bool:
+        self.asked.append((dict(missing), missing_bytes))
+        self.cache.release(self.entries)
+        self.entries = self.entries[..., :0]
+        return True
+
+
+def test_holders_follow_pages_to_fewer_bits() -> None:
+    """And keep those that must stay as they are."""
+    cache = filled(300, copies=2, formats=INT4, recent_tokens=128)
+    before = everything(cache, 0)
+    entries = cache.page_entries(0, 0, 4)
+    store = Store(cache, entries, entries[:, :, 3])
+    append_all(cache, [0], 100, 1)
+    assert (store.entries == entries).all()  # one of the two sequences has them as they were
+    append_all(cache, [1], 100, 1)
+    assert (store.entries[:, :, [0, 3]] == entries[:, :, [0, 3]]).all()
+    assert (store.entries[:, :, 2] == cache.entries[:, :, 1, 2]).all()
+    assert (store.entries[:, :, 2] & 15 == INT4).all()
+    check_pages(cache, Counter(store.entries.reshape(-1).tolist()))
+    cache.adopt(2, store.entries, 256)
+    assert same([x[:, 192:256] for x in everything(cache, 2)], [x[:, 192:256] for x in before])
+    cache.select_sequences([])
+    assert cache.held_bytes == cache.pools.bytes_in_use
+    cache.release(store.entries)
+    assert cache.pools.bytes_in_use == 0
+
+
+def test_a_budget_reaches_holders() -> None:
+    """What loses bits in the sequence loses them in the store: there is one page of each."""
+    cache = filled(1000, budget=0.7)
+    store = Store(cache, cache.page_entries(0, 0, 10), cache.entries[:0])
+    wide = store.entries.copy()
+    append_all(cache, [0], 500, 1)
+    mass = torch.full((1, 2, cache.mass.shape[2]), 0.001)
+    mass[:, :, 12:20] = 1.0
+    for layer in range(LAYERS):
+        cache.observe(layer, mass)
+    cache.reallocate()
+    assert (store.entries != wide).any()
+    assert (store.entries == cache.page_entries(0, 0, 10)).all()
+    assert cache.held_bytes == 0
+    check_pages(cache, Counter(store.entries.reshape(-1).tolist()))
+
+
+def test_holders_are_asked_when_memory_ends() -> None:
+    cache = filled(300, max_bytes=40 * FULL)
+    store = Store(cache, cache.page_entries(0, 0, 4), cache.entries[:0])
+    cache.free(0)
+    append_all(cache, [1], 64 * 9, 1)
+    assert store.asked == [({(Side.K, PageFormat.FP16): 4, (Side.V, PageFormat.FP16): 4}, 8 * FULL)]
+    assert cache.held_bytes == 0
+    check_pages(cache)
+    before = cache_state(cache)
+    with pytest.raises(CacheFullError):
+        append_all(cache, [2], 64 * 9, 1)
+    assert len(store.asked) == 2
+    assert cache_state(cache) == before
+    del store  # it is no longer asked
+    with pytest.raises(CacheFullError):
+        append_all(cache, [2], 64 * 9, 1)

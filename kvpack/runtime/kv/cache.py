@@ -1412,9 +1412,19 @@ class KVCache:
         """Of pages that no sequence has and others hold. A budget does not count them; ``max_bytes`` does."""
         return self.pools.bytes_in_use - sum(self._used_bytes)
 
-    def _leave(self, layer: int, source: int, target: int) -> None:
-        """The table has another page now instead of one, and so do those of its holders who follow."""
-        self._let_go(layer, source)
+    def _follow(self, changes: list[tuple[int, int]]) -> None:
+        """Pages that no sequence has any more, and those that they have instead: who follows holds these."""
+        for known in self._holders:
+            if (holder := known()) is None:
+                continue
+            moved = {}
+            for source, target in changes:
+                if self.pools.is_held(source) and holder.follows(source):
+                    self.pools.hold(target)
+                    self.pools.release(source)
+                    moved[source] = target
+            if moved:
+                holder.replaced(moved)
 
     def _own_pages(self, layers: Sequence[int], ids: list[int], counts: Counts) -> None:
         """Sequences that get tokens share no page that these are written to: it is copied for them.
@@ -1548,12 +1558,15 @@ class KVCache:
             return
         for layer, _, _, _ in begun.new:
             self._used_bytes[layer] += self._full_bytes
-        for (layer, _, _, index), (side, _, target), source, target_entry in zip(
+        left = []
+        for (layer, _, _, index), (side, _, target), source, put in zip(
             begun.owners, begun.kinds, begun.sources, begun.targets, strict=True
         ):
             self._used_bytes[layer] += self.pools.page_bytes(_SIDES[side], _FORMATS[target])
             if self._is_plain or not (self.entries[layer, side, :, index] == source).any():
-                self._leave(layer, source, target_entry)
+                self._let_go(layer, source)
+                left.append((source, put))
+        self._follow(left)
 
     def _take_back(self, begun: _Begun) -> None:
         """What :meth:`_begin` has done."""
