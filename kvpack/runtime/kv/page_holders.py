@@ -39,7 +39,7 @@ class PageHolder(Protocol):
         before must not be released, those now are to be."""
 
     def reclaim(self, missing: Mapping[Kind, int], missing_bytes: int) -> bool:
-        """Memory has ended, and so many pages of each kind are missing.
+        """Memory has ended, and so many pages of each kind have to become free.
 
         Returns:
             True if it has released that many of each kind, or others in such numbers that whole slabs of at least

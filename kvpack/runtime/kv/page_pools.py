@@ -111,8 +111,8 @@ class PagePools:
 
     Attributes:
         pages: what entries count from: u8, on the CPU alone; None on CUDA.
-        reclaim: asked once when memory has ended, with the missing pages of each kind and the bytes of all of them;
-            what it says is whether it has freed what was asked for. None: nobody is asked.
+        reclaim: asked once when memory has ended, with how many pages of each kind have to become free, and their
+            bytes; what it says is whether they have. None: nobody is asked.
 
     Raises:
         PageError: a head_dim or an order that pages cannot have.
@@ -177,10 +177,22 @@ class PagePools:
         try:
             self._grow(counts)
         except CacheFullError:
-            missing_bytes = sum(count * self._pools[kind].page_bytes for kind, count in missing.items())
-            if self.reclaim is None or not self.reclaim(missing, missing_bytes):
+            if self.reclaim is None or not self.reclaim(*self._lacking(missing)):
                 raise
             self._grow(counts)
+
+    def _lacking(self, missing: dict[tuple[Side, PageFormat], int]) -> tuple[dict[tuple[Side, PageFormat], int], int]:
+        """Of missing pages, those that ``max_bytes`` leaves no room for, and their bytes."""
+        left = 0 if self.max_bytes is None else self.max_bytes - self._bytes_allocated
+        lacking, lacking_bytes = {}, 0
+        for kind, count in missing.items():
+            page_bytes = self._pools[kind].page_bytes
+            has_room = min(count, left // page_bytes)
+            left -= has_room * page_bytes
+            if count > has_room:
+                lacking[kind] = count - has_room
+                lacking_bytes += lacking[kind] * page_bytes
+        return lacking, lacking_bytes
 
     def _missing(self, counts: Mapping[tuple[Side, PageFormat], int]) -> dict[tuple[Side, PageFormat], int]:
         """How many pages more than are free these are, of kinds that have too few."""
