@@ -18,7 +18,7 @@ from paged_values import by_kv_head, probabilities
 from pool_dump import cache_state
 
 from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks
-from kvpack.errors import CacheFullError, CacheInputError
+from kvpack.errors import CacheFullError, CacheInputError, PageEntryError
 from kvpack.format.pages import PageFormat, PageLayout, Side
 
 torch = pytest.importorskip("torch")
@@ -73,8 +73,10 @@ class Page:
 Column = list[Page]  # of a layer, side and sequence
 
 
-def check_pages(cache: KVCache) -> None:
-    """Tables agree, pages in use are those of the tables, and who shares one does so at the same place."""
+def check_pages(cache: KVCache, held: Counter[int] | None = None) -> None:
+    """Tables agree, pages in use are those of the tables and of ``held``, how often others hold each, and who shares
+    one does so at the same place."""
+    held = Counter() if held is None else +held
     assert (cache.page_table.cpu().numpy() == cache.entries).all()
     assert (cache.lengths.cpu().numpy() == cache.table.lengths).all()
     where: dict[int, set[tuple[int, int, int]]] = {}
@@ -87,14 +89,22 @@ def check_pages(cache: KVCache) -> None:
     for entry, places in where.items():
         ((layer, side, index),) = places
         kind = Side(side), PageFormat(entry & 15)
-        assert cache.pools.info(entry) == PageInfo(*kind, PageOwner(layer, index), 1)
+        info = PageInfo(*kind, PageOwner(layer, index), 1 + held[entry], held[entry])
+        assert cache.pools.info(entry) == info
         in_use[kind] += 1
         used[layer] += cache.pools.page_bytes(*kind)
+    held_bytes = 0
+    for entry in held.keys() - where.keys():
+        info = cache.pools.info(entry)
+        assert (info.references, info.held) == (held[entry], held[entry])
+        in_use[info.side, info.format] += 1
+        held_bytes += cache.pools.page_bytes(info.side, info.format)
     for side in Side:
         for page_format in PageFormat:
             assert cache.pools.pages_in_use(side, page_format) == in_use[side, page_format]
     assert cache._used_bytes == used
-    assert cache.pools.bytes_in_use == sum(used)
+    assert cache.held_bytes == held_bytes
+    assert cache.pools.bytes_in_use == sum(used) + held_bytes
     if cache._is_plain:
         assert len(where) == int((cache.entries != -1).sum())
     cache.check()
@@ -701,3 +711,240 @@ def test_graphs_between_selections() -> None:
         check_pages(cache)
     for sequence in range(4):
         assert same(everything(graphed, sequence), everything(eager, sequence))
+
+
+# Sequences as values, and pages that others hold --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_fork_leaves_all_others_as_they_were(device: str) -> None:
+    cache = filled(300, device, formats=INT4)
+    append_all(cache, [2], 70, 1)
+    others, in_use = everything(cache, 2), cache.pools.bytes_in_use
+    assert cache.fork(0) == 1
+    assert cache.fork(1, 3) == 3
+    assert cache.pools.bytes_in_use == in_use
+    for sequence in (1, 3):
+        assert same(everything(cache, sequence), everything(cache, 0))
+    check_pages(cache)
+    append_all(cache, [1, 3], 3, 5)
+    cache.free(0)
+    assert same(everything(cache, 2), others)
+    assert same([x[:, :300] for x in everything(cache, 3)], everything(filled(300, device, formats=INT4), 0))
+    assert not same(everything(cache, 1), everything(cache, 3))
+    check_pages(cache)
+
+
+def test_what_was_observed_goes_with_a_fork() -> None:
+    cache = filled(300, budget=0.5)
+    for layer in range(LAYERS):
+        cache.observe(layer, 3 * torch.ones(1, 2, 5), [0])
+    cache.reallocate()
+    cache.observe(0, torch.ones(1, 2, 5), [0])
+    cache.fork(0, 2)
+    assert cache.observed_steps.tolist() == [[1, 0, 1, 0], [0] * 4]
+    assert torch.equal(cache.mass[:, 2], cache.mass[:, 0])
+    assert cache.importance.values(1)[2, :5].tolist() == [3] * 5
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda cache: cache.fork(4), CacheInputError, r"sequences are \[4\]; the cache has max_sequences=4"),
+        (lambda cache: cache.fork(0, 0), CacheInputError, r"fork\(\) to sequence 0, which is the source itself"),
+        (lambda cache: cache.fork(0, 1), CacheInputError, r"fork\(\) to sequence 1, which has tokens"),
+        (lambda cache: cache.fork(1), CacheInputError, r"fork\(\) in the midst of a step: sequence 1 has"),
+        (lambda cache: [cache.fork(0) for _ in range(3)], CacheFullError, "all 4 sequences are in use"),
+        (lambda cache: cache.copy([4]), CacheInputError, r"sequences are \[4\]"),
+        (lambda cache: cache.copy([0] * 5), CacheInputError, "5 sequences are copied; the cache has 4"),
+        (lambda cache: cache.page_entries(0, 0, 5), CacheInputError, "sequence 0 has 4 full pages; 0 to 5 are asked"),
+        (lambda cache: cache.page_entries(1, 0, 1), CacheInputError, "sequence 1 has 0 full pages"),
+        (lambda cache: cache.retain(cache.entries[0, 0, 0, 4]), PageEntryError, "page 4 of sequence 0 is not full"),
+        (lambda cache: cache.retain([cache.entries[0, 0, 0, 0], 5]), PageEntryError, "0x5 is the entry of no page"),
+        (lambda cache: cache.release(cache.entries[0, 0, 0, 0]), PageEntryError, "released 1 times; it is retained 0"),
+        (lambda cache: cache.new_pages(np.zeros((2, 1, 3), np.uint8)), CacheInputError, r"\[2, 2, pages\] is wanted"),
+        (
+            lambda cache: cache.new_pages(np.full((2, 2, 3), PageFormat.BF16, np.uint8)),
+            CacheInputError,
+            "layer 0, K: pages of format 1 cannot be in this cache, which has FP16, INT8, INT4, INT3, INT2 there",
+        ),
+        (lambda cache: cache.new_pages(np.zeros((2, 2, 25), np.uint8)), CacheInputError, "max_tokens is 1536"),
+        (lambda cache: cache.adopt(0, cache.page_entries(0, 0, 1), 64), CacheInputError, "sequence 0 has tokens"),
+        (
+            lambda cache: cache.adopt(2, cache.page_entries(0, 0, 1), 65),
+            CacheInputError,
+            r"65 tokens have i64 \[2, 2, 2\]",
+        ),
+        (lambda cache: cache.adopt(2, cache.page_entries(0, 1, 2), 64), PageEntryError, "is page 1 of layer 0, K"),
+        (lambda cache: cache.adopt(2, cache.entries[:, :, 0, :5], 300), PageEntryError, "must be in 16 bits and the"),
+    ],
+)
+def test_calls_on_values_and_pages_that_are_refused(call: Any, error: Any, message: str) -> None:
+    cache = filled(300, budget=0.5)
+    cache.append(0, *random_heads(cache, 1, 2, 0)[1:], [1])  # a step that the other layer has not taken
+    before = cache_state(cache)
+    with pytest.raises(error, match=message):
+        call(cache)
+    for sequence in (2, 3):
+        cache.free(sequence)
+    assert cache_state(cache) == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits_of", [*[f for f in PageFormat if f.is_quantized], 0.3], ids=str)
+def test_copies_of_copies_are_equal(bits_of: Any, device: str) -> None:
+    """Read and append drift."""
+    options = {"budget": bits_of} if isinstance(bits_of, float) else {"formats": bits_of}
+    cache = filled(700, device, copies=2, recent_tokens=0, sinks=0, **options)
+    append_all(cache, [1, 2], 30, 1)
+    for layer in range(LAYERS):
+        cache.observe(layer, torch.ones(2, 2, 11).to(cache.device), [0, 1])
+    copied = cache
+    for _ in range(8):
+        copied = copied.copy()
+    check_pages(copied)
+    found, expected = cache_state(copied), cache_state(cache)
+    for key in ("lengths", "mass", "shares", "used_bytes", "errors", "queries", "pages"):
+        assert found[key] == expected[key], key
+    assert copied.pools.bytes_in_use == cache.pools.bytes_in_use
+    for layer in range(LAYERS):
+        assert (copied.importance.values(layer) == cache.importance.values(layer)).all()
+    before = everything(cache, 1)
+    append_all(copied, [0, 1, 2], 200, 2)
+    assert same(everything(cache, 1), before)
+    append_all(cache, [0, 1, 2], 200, 2)
+    for sequence in range(3):
+        assert same(everything(copied, sequence), everything(cache, sequence))
+    some = cache.copy([2, 0, 0])
+    for sequence, source in enumerate([2, 0, 0]):
+        assert same(everything(some, sequence), everything(cache, source))
+    assert some.length(0, 3) == 0
+    check_pages(some)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pages_outlive_their_sequence(device: str) -> None:
+    cache = filled(300, device, formats=INT4)
+    before, entries = everything(cache, 0), cache.page_entries(0, 0, 4)
+    cache.retain(entries)
+    held = Counter(entries.reshape(-1).tolist())
+    check_pages(cache, held)
+    cache.free(0)
+    check_pages(cache, held)
+    append_all(cache, [1], 400, 9)  # takes what is free
+    cache.adopt(0, entries, 256)
+    cache.adopt(2, entries[:, :, :2], 128)
+    check_pages(cache, held)
+    assert same(everything(cache, 0), [x[:, :256] for x in before])
+    assert same(everything(cache, 2), [x[:, :128] for x in before])
+    append_all(cache, [0], 3, 4)
+    cache.truncate(0, 200)
+    assert cache.release(entries) == 2 * LAYERS * FULL  # the page that was cut, of which there is a copy
+    check_pages(cache)
+    assert same(everything(cache, 0), [x[:, :200] for x in before])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pages_that_are_filled_by_others(device: str) -> None:
+    """As a file is loaded: the last page is incomplete, and nobody's before it is written to."""
+    source = filled(300, device, formats=INT4)
+    cache = make_cache(device, formats=INT4)
+    of_source = source.entries[:, :, 0, :5]
+    made = cache.new_pages((of_source & 15).astype(np.uint8))
+    assert cache.held_bytes == cache.pools.bytes_in_use == source.pools.bytes_in_use
+    check_pages(cache, Counter(made.reshape(-1).tolist()))
+    for target, block in zip(cache.read_pages(made), source.read_pages(of_source), strict=True):
+        target.copy_(block)
+    cache.adopt(3, made, 300, source.importance_of(0))
+    assert same(everything(cache, 3), everything(source, 0))
+    append_all(cache, [3], 1, 5)  # while the caller holds the last page, too
+    held = Counter(made.reshape(-1).tolist())
+    check_pages(cache, held)
+    assert cache.release(made) == LAYERS * 2 * FULL
+    append_all(cache, [3], 99, 6)
+    append_all(source, [0], 1, 5)
+    append_all(source, [0], 99, 6)
+    assert same(everything(cache, 3), everything(source, 0))
+    check_pages(cache)
+    cache.free(3)
+    assert cache.pools.bytes_in_use == 0
+
+
+class Store:
+    """Holds pages, follows those that it may, and gives up what it is asked for."""
+
+    def __init__(self, cache: KVCache, entries: np.ndarray, kept: np.ndarray) -> None:
+        self.cache, self.entries, self.kept = cache, entries.copy(), set(kept.reshape(-1).tolist())
+        self.asked: list[tuple[Any, int]] = []
+        cache.retain(entries)
+        cache.add_holder(self)
+
+    def follows(self, entry: int) -> bool:
+        return entry in self.entries and entry not in self.kept
+
+    def replaced(self, changes: Any) -> None:
+        for source, target in changes.items():
+            self.entries[self.entries == source] = target
+
+    def reclaim(self, missing: Any, missing_bytes: int) -> bool:
+        self.asked.append((dict(missing), missing_bytes))
+        self.cache.release(self.entries)
+        self.entries = self.entries[..., :0]
+        return True
+
+
+def test_holders_follow_pages_to_fewer_bits() -> None:
+    """And keep those that must stay as they are."""
+    cache = filled(300, copies=2, formats=INT4, recent_tokens=128)
+    before = everything(cache, 0)
+    entries = cache.page_entries(0, 0, 4)
+    store = Store(cache, entries, entries[:, :, 3])
+    append_all(cache, [0], 100, 1)
+    assert (store.entries == entries).all()  # one of the two sequences has them as they were
+    append_all(cache, [1], 100, 1)
+    assert (store.entries[:, :, [0, 3]] == entries[:, :, [0, 3]]).all()
+    assert (store.entries[:, :, 2] == cache.entries[:, :, 1, 2]).all()
+    assert (store.entries[:, :, 2] & 15 == INT4).all()
+    check_pages(cache, Counter(store.entries.reshape(-1).tolist()))
+    cache.adopt(2, store.entries, 256)
+    assert same([x[:, 192:256] for x in everything(cache, 2)], [x[:, 192:256] for x in before])
+    cache.select_sequences([])
+    assert cache.held_bytes == cache.pools.bytes_in_use
+    cache.release(store.entries)
+    assert cache.pools.bytes_in_use == 0
+
+
+def test_a_budget_reaches_holders() -> None:
+    """What loses bits in the sequence loses them in the store: there is one page of each."""
+    cache = filled(1000, budget=0.7)
+    store = Store(cache, cache.page_entries(0, 0, 10), cache.entries[:0])
+    wide = store.entries.copy()
+    append_all(cache, [0], 500, 1)
+    mass = torch.full((1, 2, cache.mass.shape[2]), 0.001)
+    mass[:, :, 12:20] = 1.0
+    for layer in range(LAYERS):
+        cache.observe(layer, mass)
+    cache.reallocate()
+    assert (store.entries != wide).any()
+    assert (store.entries == cache.page_entries(0, 0, 10)).all()
+    assert cache.held_bytes == 0
+    check_pages(cache, Counter(store.entries.reshape(-1).tolist()))
+
+
+def test_holders_are_asked_when_memory_ends() -> None:
+    cache = filled(300, max_bytes=40 * FULL)
+    store = Store(cache, cache.page_entries(0, 0, 4), cache.entries[:0])
+    cache.free(0)
+    append_all(cache, [1], 64 * 9, 1)
+    # 40 pages are less than the 2 · 8 that are held and the 2 · 2 · 9 that come.
+    assert store.asked == [({(Side.K, PageFormat.FP16): 3, (Side.V, PageFormat.FP16): 9}, 12 * FULL)]
+    assert cache.held_bytes == 0
+    check_pages(cache)
+    before = cache_state(cache)
+    with pytest.raises(CacheFullError):
+        append_all(cache, [2], 64 * 9, 1)
+    assert len(store.asked) == 2
+    assert cache_state(cache) == before
+    del store  # it is no longer asked
+    with pytest.raises(CacheFullError):
+        append_all(cache, [2], 64 * 9, 1)
