@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import independent_decoder
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from snapshot_samples import FINGERPRINT, SamplePages, make_header, mixed_formats, usual_formats
 
+from kvpack.encode.page_coder import dequantize_blocks
 from kvpack.encode.snapshot_coder import (
     decode_run,
     decode_runs,
@@ -37,7 +39,7 @@ from kvpack.errors import (
     TensorCrcError,
 )
 from kvpack.format.container import ContainerWriter
-from kvpack.format.pages import PageFormat, Side
+from kvpack.format.pages import PageFormat, Side, split_block
 from kvpack.format.snapshot import (
     SNAPSHOT_CRC_KEY,
     SNAPSHOT_KEY,
@@ -444,6 +446,37 @@ def test_differences_of_fingerprints() -> None:
         "rope.type: default in the file, absent in the model",
         f"weights: {'2' * 64} in the file, {'3' * 64} in the model",
     ]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "key_order", "dtype"), [(16, (), "F16"), (96, (), "BF16"), (128, (7, 0, 6, 1, 5, 2, 4, 3), "F16")]
+)
+def test_a_decoder_written_from_the_page_alone_agrees(
+    tmp_path: Path, head_dim: int, key_order: tuple[int, ...], dtype: str
+) -> None:
+    header = make_header(64 * 11 + 3, 3, 2, head_dim, dtype=dtype, key_order=key_order, run_pages=8)
+    pages = SamplePages(header, mixed_formats(header), random_bytes=True)
+    path = tmp_path / "x.safetensors"
+    pages.write(path)
+    fields, arrays, found = independent_decoder.read_snapshot(path)
+    assert SnapshotHeader.parse(json.dumps(fields)) == header
+    np.testing.assert_array_equal(arrays["tokens"], np.arange(header.tokens))
+    seen = set()
+    for run in range(header.runs):
+        for group in run_pages(header, pages.page_formats, run):
+            with np.errstate(invalid="ignore", over="ignore"):
+                numbers = dequantize_blocks(pages.blocks(group), group.layout)
+            parts = split_block(pages.blocks(group), group.layout)
+            for i, place in enumerate(zip(group.layers.tolist(), group.indices.tolist(), strict=True)):
+                theirs = found[(group.side.name, *place)]
+                np.testing.assert_array_equal(theirs.codes, parts.codes[i])
+                np.testing.assert_array_equal(theirs.numbers, numbers[i])
+                for mine, other in ((parts.scales, theirs.scales), (parts.centers, theirs.centers)):
+                    assert (other is None) == (mine.shape[-1] == 0)
+                    if other is not None:
+                        np.testing.assert_array_equal(other.reshape(2, -1), mine[i].view(np.uint16))
+                seen.add((group.side.name, *place))
+    assert seen == found.keys()
 
 
 json_values = st.recursive(
