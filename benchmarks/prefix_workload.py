@@ -146,8 +146,11 @@ class NumberedPages:
     def release(self, entries: np.ndarray) -> int:
         return entries.size
 
-    def adopt(self, sequence: int, entries: np.ndarray, tokens: int) -> None:
+    def adopt(self, sequence: int, entries: np.ndarray, tokens: int, importance: object) -> None:
         self._entries = entries
+
+    def importance_of(self, sequence: int) -> None:
+        pass
 
     def page_bytes(self, entries: np.ndarray) -> np.ndarray:
         return np.ones_like(entries)

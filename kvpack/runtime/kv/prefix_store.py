@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 from kvpack.errors import CacheFullError, CacheInputError
 from kvpack.format.pages import PAGE_TOKENS
+from kvpack.runtime.kv.allocator import PageImportance
 from kvpack.runtime.kv.eviction import EvictionPolicy, policy_of
 from kvpack.runtime.kv.manager_metrics import PrefixCounters
 from kvpack.runtime.kv.page_holders import Kind
@@ -55,8 +56,11 @@ class Pages(Protocol):
     def release(self, entries: Ints) -> int:
         """One fewer holds each; the bytes that came free."""
 
-    def adopt(self, sequence: int, entries: Ints, tokens: int) -> None:
+    def adopt(self, sequence: int, entries: Ints, tokens: int, importance: PageImportance | None) -> None:
         """An empty sequence has these pages, [layers, 2, pages], too."""
+
+    def importance_of(self, sequence: int) -> PageImportance | None:
+        """What is known of the attention that a sequence's pages receive; None where nobody asks for it."""
 
     def page_bytes(self, entries: Ints) -> Ints:
         """Of each, in the shape of the entries."""
@@ -88,6 +92,8 @@ class Block:
         exact_ends: held prefixes in whose recent window it lies.
         priority, session, is_shared, turn: the highest that was given; the last session that used it; whether several
             sessions did; how many requests its conversation had when it came.
+        importance: fp32 [layers] twice, or None: what is known of the attention to it, as of
+            :class:`~kvpack.runtime.kv.allocator.PageImportance`.
         use_count, last_use, born_s, last_use_s: requests that went through it; their number, and seconds.
         score, kind: the eviction policy's own.
     """
@@ -99,6 +105,7 @@ class Block:
         "entries",
         "exact_ends",
         "hash",
+        "importance",
         "is_shared",
         "kind",
         "last_use",
@@ -120,6 +127,7 @@ class Block:
         self.hash, self.parent, self.tokens = block_hash, parent, tokens
         self.entries, self.size_bytes = entries, size_bytes
         self.quantized: Ints | None = None
+        self.importance: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.children = self.pins = self.users = self.exact_ends = self.use_count = self.last_use = 0
         self.priority, self.turn = 0, 0
@@ -149,11 +157,13 @@ class Match:
         blocks: the prompt's first ones, as far as there are any.
         is_exact: whether who attaches here has the pages that a fresh prefill of as many tokens would leave.
         missing: hashes of the prompt's full pages behind them.
+        root: what the first page's hash stands on.
     """
 
     blocks: tuple[Block, ...]
     is_exact: bool
     missing: tuple[bytes, ...]
+    root: bytes
 
     @property
     def pages(self) -> int:
@@ -221,7 +231,9 @@ class PrefixStore:
         self.used_bytes = 0
         self._pages, self._clock = pages, clock
         self._window_pages = -(-recent_tokens // PAGE_TOKENS)
-        self._root = Block(root, None, b"", np.empty(0, np.int64), 0)
+        self.root = root
+        # In front of the first blocks of all roots; their hashes differ.
+        self._root = Block(b"", None, b"", np.empty(0, np.int64), 0)
         self._blocks: dict[bytes, Block] = {}
         self._block_of: dict[int, Block] = {}  # by entry
         self._standing: dict[int, Block] = {}  # by sequence
@@ -233,13 +245,14 @@ class PrefixStore:
 
     # Looking up ------------------------------------------------------------------------------------------------------
 
-    def match(self, tokens: Tokens, most_tokens: int | None = None) -> Match:
+    def match(self, tokens: Tokens, *, most_tokens: int | None = None, root: bytes | None = None) -> Match:
         """The longest prefix of these tokens that is cached, in full pages. Counts as a query; nothing is attached.
 
         A page of an equal hash but other tokens is none.
 
         Args:
             most_tokens: no longer than this.
+            root: another than the store's: prefixes of another adapter, or another tenant.
 
         Raises:
             CacheInputError: ids that are no integers of 32 bits.
@@ -247,21 +260,22 @@ class PrefixStore:
         pages = token_pages(tokens)
         if most_tokens is not None:
             pages = pages[: max(0, most_tokens) // PAGE_TOKENS]
+        root = self.root if root is None else root
         with self.lock:
-            found, missed = self._path(pages)
-            self.counters.queried(len(pages), len(found), missed, self._clock())
-            return Match(tuple(found), self._is_exact(found), tuple(missed))
+            found, missed = self._path(pages, root)
+            self.counters.queried(len(tokens), len(pages), len(found), missed, self._clock())
+            return Match(tuple(found), self._is_exact(found), tuple(missed), root)
 
-    def _path(self, pages: Sequence[bytes]) -> tuple[list[Block], list[bytes]]:
+    def _path(self, pages: Sequence[bytes], root: bytes) -> tuple[list[Block], list[bytes]]:
         """The blocks of a prompt's pages as far as they are cached, and the hashes of the pages behind them."""
-        parent, found = self._root, list[Block]()
+        last_hash, parent, found = root, self._root, list[Block]()
         for page in pages:
-            block = self._blocks.get(next_hash(parent.hash, page))
+            block = self._blocks.get(next_hash(last_hash, page))
             if block is None or block.tokens != page or block.parent is not parent:
                 break
             found.append(block)
-            parent = block
-        return found, chained(parent.hash, pages[len(found) :])
+            parent, last_hash = block, block.hash
+        return found, chained(last_hash, pages[len(found) :])
 
     def _is_exact(self, blocks: Sequence[Block]) -> bool:
         newest = blocks[max(0, len(blocks) - self._window_pages) :]
@@ -290,7 +304,7 @@ class PrefixStore:
             if not blocks:
                 self._stand(sequence, None)
                 return 0
-            self._guarded(blocks[-1], lambda: self._adopt(sequence, blocks))
+            self._adopt(sequence, blocks)
             self._stand(sequence, blocks[-1])
             self._touch(blocks, session)
             return len(blocks) * PAGE_TOKENS
@@ -301,15 +315,11 @@ class PrefixStore:
             block.quantized if block.quantized is not None and place < out_of_window else block.entries
             for place, block in enumerate(blocks)
         ]
-        self._pages.adopt(sequence, np.stack(entries, axis=-1), len(blocks) * PAGE_TOKENS)
-
-    def _guarded(self, block: Block, action: Callable[[], None]) -> None:
-        """What the action does with the cache cannot evict this block."""
-        self._change(block, "users", 1)
-        try:
-            action()
-        finally:
-            self._change(block, "users", -1)
+        known = [block.importance for block in blocks if block.importance is not None]
+        importance = None
+        if len(known) == len(blocks):
+            importance = PageImportance(*(np.stack(one, axis=-1) for one in zip(*known, strict=True)))
+        self._pages.adopt(sequence, np.stack(entries, axis=-1), len(blocks) * PAGE_TOKENS, importance)
 
     def leave(self, sequence: int) -> None:
         """A sequence has ended, or stands on nothing any more."""
@@ -330,6 +340,14 @@ class PrefixStore:
             before = dict(self._standing)
             for sequence, source in sequences.items():
                 self._stand(sequence, before.get(source))
+
+    def crop(self, sequence: int, tokens: int) -> None:
+        """A sequence has the first of its tokens alone, and stands on what it has of its prefix yet."""
+        with self.lock:
+            block = self._standing.get(sequence)
+            while block is not None and block.depth * PAGE_TOKENS > tokens:
+                block = None if block.parent is self._root else block.parent
+            self._stand(sequence, block)
 
     def _touch(self, blocks: Sequence[Block], session: str | None) -> None:
         """A request went through these."""
@@ -357,6 +375,7 @@ class PrefixStore:
         pin: bool = False,
         priority: int = 0,
         session: str | None = None,
+        root: bytes | None = None,
     ) -> Prefix:
         """Keep the full pages of a sequence's first tokens, which the sequence goes on using, and hold them.
 
@@ -368,13 +387,14 @@ class PrefixStore:
             pin: not to be evicted before it is released, and kept whole or not at all.
             priority: of all its blocks, if they do not have a higher one; counts with the policy ``priority``.
             session: whose conversation it is.
+            root: as of :meth:`match`.
 
         Raises:
             CacheInputError: the sequence has fewer tokens; its pages are cached as those of other tokens.
             CacheFullError: a pinned prefix does not fit. Nothing has changed.
         """
         with self.lock:
-            blocks = self._cache(sequence, tokens, priority, session, whole=pin)
+            blocks = self._cache(sequence, tokens, root, priority, session, whole=pin)
             self._stand(sequence, blocks[-1] if blocks else None)
             self._trim()
             while self.capacity_bytes is not None and self.used_bytes > self.capacity_bytes and blocks:
@@ -392,7 +412,15 @@ class PrefixStore:
                 self._change(last, "pins", 1)
             return Prefix(last, pin)
 
-    def keep(self, sequence: int, tokens: Tokens, *, priority: int = 0, session: str | None = None) -> int:
+    def keep(
+        self,
+        sequence: int,
+        tokens: Tokens,
+        *,
+        priority: int = 0,
+        session: str | None = None,
+        root: bytes | None = None,
+    ) -> int:
         """Keep the full pages of a sequence that is about to end, as long as the policy wants, and hold nothing.
 
         Returns:
@@ -402,7 +430,7 @@ class PrefixStore:
             CacheInputError: as :meth:`cache_prefix`.
         """
         with self.lock:
-            blocks = self._cache(sequence, tokens, priority, session, whole=False)
+            blocks = self._cache(sequence, tokens, root, priority, session, whole=False)
             self._stand(sequence, None)
             self._trim()
             kept = sum(self._blocks.get(block.hash) is block for block in blocks)
@@ -431,14 +459,23 @@ class PrefixStore:
                     self._take_quantized(block)
                 block = block.parent
 
-    def _cache(self, sequence: int, tokens: Tokens, priority: int, session: str | None, *, whole: bool) -> list[Block]:
+    def _cache(
+        self,
+        sequence: int,
+        tokens: Tokens,
+        root: bytes | None,
+        priority: int,
+        session: str | None,
+        *,
+        whole: bool,
+    ) -> list[Block]:
         """The blocks of a sequence's first tokens: those that were cached and new ones, which nothing guards yet.
 
         Raises:
             CacheInputError, CacheFullError: as :meth:`cache_prefix`.
         """
         pages = token_pages(tokens)
-        known, hashes = self._path(pages)
+        known, hashes = self._path(pages, self.root if root is None else root)
         entries = self._pages.page_entries(sequence, 0, len(pages))
         # A page whose hash is that of other tokens is not cached, nor is what is behind it.
         free = next((place for place, one in enumerate(hashes) if one in self._blocks), len(hashes))
@@ -448,13 +485,19 @@ class PrefixStore:
                 raise CacheInputError(
                     f"sequence {sequence}: its pages are cached as those of other tokens; are these the tokens it has?"
                 )
+        if whole and len(known) + len(hashes) < len(pages):
+            raise CacheFullError("a page has the hash of other tokens: the prefix cannot be kept whole")
+        importance = self._pages.importance_of(sequence)
         sizes: list[int] = self._pages.page_bytes(new).sum(axis=(0, 1)).tolist()
         last = known[-1] if known else self._root
+        if new.size:
+            self._pages.retain(new)
         if whole:
-            if len(known) + len(hashes) < len(pages):
-                raise CacheFullError("a page has the hash of other tokens: the prefix cannot be kept whole")
-            self._require_room(sum(sizes), last)
-        self._pages.retain(new)
+            try:
+                self._require_room(sum(sizes), last)
+            except CacheFullError:
+                self._pages.release(new)
+                raise
         standing = self._standing.get(sequence)
         attached = known.index(standing) + 1 if standing in known else 0  # these were counted then
         self._touch(known[attached:], session)
@@ -473,6 +516,10 @@ class PrefixStore:
             self._put(block, now_s)
             blocks.append(block)
             last = block
+        if importance is not None:
+            for block in blocks:
+                page = block.depth - 1
+                block.importance = importance.average[:, page].copy(), importance.weight[:, page].copy()
         self.counters.came(len(hashes))
         self.counters.seen(hashes, now_s)
         return blocks
@@ -643,10 +690,12 @@ class PrefixStore:
         with self.lock:
             left = Counter(dict(missing))
             slabs: Counter[int] = Counter()
-            emptied_bytes = 0
+            # A slab that is cut anew has whole pages, and a rest that is lost.
+            left_pages = sum(missing.values())
+            page_bytes = -(-missing_bytes // max(1, left_pages))
 
             def is_enough(block: Block) -> bool:
-                nonlocal emptied_bytes
+                nonlocal left_pages
                 for entry in block.pages().tolist():
                     if not self._pages.is_only_held(entry):
                         continue
@@ -654,8 +703,8 @@ class PrefixStore:
                     slab, in_use, slab_bytes = self._pages.slab(entry)
                     slabs[slab] += 1
                     if slabs[slab] == in_use:
-                        emptied_bytes += slab_bytes
-                return emptied_bytes >= missing_bytes or all(count <= 0 for count in left.values())
+                        left_pages -= slab_bytes // page_bytes
+                return left_pages <= 0 or all(count <= 0 for count in left.values())
 
             plan = self._planned(is_enough)
             if plan is None:
