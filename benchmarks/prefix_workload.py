@@ -173,7 +173,6 @@ def run_policy(requests: list[Request], policy: str | EvictionPolicy, capacity_p
     now_s = 0.0
     pages = NumberedPages()
     store = PrefixStore(pages, ROOT, capacity_bytes=capacity_pages, policy=policy, clock=lambda: now_s)
-    thrashing = 0.0
     start = time.perf_counter()
     for request in requests:
         now_s = request.at_s
@@ -181,7 +180,6 @@ def run_policy(requests: list[Request], policy: str | EvictionPolicy, capacity_p
         match = store.match(request.tokens[: request.prompt_tokens])
         store.attach_prefix(0, match, session=request.session)
         store.keep(0, request.tokens, session=request.session)
-        thrashing = max(thrashing, store.counters.thrashing(now_s))
     counters = store.counters
     return {
         "hit_rate": counters.hit_pages / counters.queried_pages,

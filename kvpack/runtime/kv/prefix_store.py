@@ -502,9 +502,9 @@ class PrefixStore:
         attached = known.index(standing) + 1 if standing in known else 0  # these were counted then
         self._touch(known[attached:], session)
         now_s = self._clock()
-        for block, of_sequence in zip(known, np.moveaxis(entries, -1, 0), strict=False):
+        for block in known:
             block.priority = max(block.priority, priority)
-            self._learn_quantized(block, of_sequence)
+        self._learn_quantized(known, entries)
         turn = 1 if last is self._root or last.is_shared else last.turn
         blocks = list(known)
         for place, (block_hash, size_bytes) in enumerate(zip(hashes, sizes, strict=True)):
@@ -524,18 +524,21 @@ class PrefixStore:
         self.counters.seen(hashes, now_s)
         return blocks
 
-    def _learn_quantized(self, block: Block, entries: Ints) -> None:
+    def _learn_quantized(self, blocks: Sequence[Block], entries: Ints) -> None:
         """A sequence beyond a block has quantized pages where the block has 16 bits: all that go beyond share those."""
-        if block.quantized is not None:
+        if not blocks:
             return
-        other = self._pages.is_full(block.entries) & ~self._pages.is_full(entries)
-        if not other.any():
-            return
-        self._pages.retain(entries[other])
-        block.quantized = np.where(other, entries, block.entries)
-        self._count_pages(block)
-        if not block.exact_ends:
-            self._take_quantized(block)
+        of_blocks = np.stack([block.entries for block in blocks], axis=-1)
+        other = self._pages.is_full(of_blocks) & ~self._pages.is_full(entries[..., : len(blocks)])
+        for place in np.flatnonzero(other.any(axis=(0, 1))).tolist():
+            block = blocks[place]
+            if block.quantized is None:
+                differs, of_sequence = other[..., place], entries[..., place]
+                self._pages.retain(of_sequence[differs])
+                block.quantized = np.where(differs, of_sequence, block.entries)
+                self._count_pages(block)
+                if not block.exact_ends:
+                    self._take_quantized(block)
 
     def _take_quantized(self, block: Block) -> None:
         """A block's pages in 16 bits go where there are quantized ones."""
