@@ -62,6 +62,7 @@ class PrefixCounters:
         self._evicted: OrderedDict[bytes, float] = OrderedDict()
         # (time, pages asked for, pages asked for that were evicted within the window) of the window's queries.
         self._queries: deque[tuple[float, int, int]] = deque()
+        self._asked = self._thrashed = 0  # their sums
 
     def queried(self, tokens: int, pages: int, hit_pages: int, missed: Sequence[bytes], now_s: float) -> None:
         """A prompt of so many tokens and full pages was looked up. ``missed``: hashes of pages that were not found."""
@@ -74,6 +75,8 @@ class PrefixCounters:
         thrashed = sum(one in self._evicted for one in missed)
         self.thrashed_pages += thrashed
         self._queries.append((now_s, pages, thrashed))
+        self._asked += pages
+        self._thrashed += thrashed
 
     def seen(self, hashes: Sequence[bytes], now_s: float) -> None:
         """Blocks were used or came."""
@@ -101,7 +104,9 @@ class PrefixCounters:
             while known and (len(known) > _MOST_REMEMBERED or next(iter(known.values())) < now_s - self.window_s):
                 known.popitem(last=False)
         while self._queries and self._queries[0][0] < now_s - self.window_s:
-            self._queries.popleft()
+            _, pages, thrashed = self._queries.popleft()
+            self._asked -= pages
+            self._thrashed -= thrashed
 
     def working_set_pages(self, now_s: float) -> int:
         """Distinct blocks used within the window."""
@@ -111,8 +116,7 @@ class PrefixCounters:
     def thrashing(self, now_s: float) -> float:
         """Of the pages asked for within the window, the share that had been evicted less than a window before."""
         self._forget(now_s)
-        asked = sum(pages for _, pages, _ in self._queries)
-        return sum(thrashed for *_, thrashed in self._queries) / asked if asked else 0.0
+        return self._thrashed / self._asked if self._asked else 0.0
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,14 @@ class Pages(Protocol):
         """The memory a page lies in: its name, how many pages of it are in use, and its bytes."""
 
 
+class LowerTier(Protocol):
+    """Where blocks go that are evicted: slower memory, from which :meth:`PrefixStore.bring_back` has them again."""
+
+    def take(self, blocks: Sequence[Block]) -> None:
+        """These blocks are evicted, leaves first, and their pages released when this returns: what shall be kept of
+        them is to be copied, or retained, by then. Called with the store's lock held. Must not raise."""
+
+
 class Block:
     """64 tokens of a prefix, in all layers.
 
@@ -110,6 +118,7 @@ class Block:
         "kind",
         "last_use",
         "last_use_s",
+        "newest_child",
         "parent",
         "pins",
         "priority",
@@ -131,6 +140,7 @@ class Block:
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.children = self.pins = self.users = self.exact_ends = self.use_count = self.last_use = 0
         self.priority, self.turn = 0, 0
+        self.newest_child: Block | None = None
         self.session: str | None = None
         self.is_shared = False
         self.born_s = self.last_use_s = self.score = 0.0
@@ -207,6 +217,12 @@ class PrefixStore:
             is thrashing.
         clock: seconds.
 
+    Attributes:
+        lock: guards the tree.
+        lower: told of what is evicted, or None.
+        counters: of all that happens.
+        used_bytes: of all blocks.
+
     Raises:
         CacheInputError: no such policy; a capacity below 0.
     """
@@ -227,6 +243,7 @@ class PrefixStore:
         self.lock = threading.RLock()
         self.capacity_bytes = capacity_bytes
         self.policy = policy_of(policy)
+        self.lower: LowerTier | None = None
         self.counters = PrefixCounters(window_s)
         self.used_bytes = 0
         self._pages, self._clock = pages, clock
@@ -359,6 +376,8 @@ class PrefixStore:
             if session is not None and block.session not in (None, session):
                 block.is_shared = True
             block.session = session if session is not None else block.session
+            if block.parent is not None:
+                block.parent.newest_child = block
             self.policy.used(block, now_s)
             self.counters.reused(now_s - block.last_use_s)
             block.use_count += 1
@@ -488,54 +507,114 @@ class PrefixStore:
         if whole and len(known) + len(hashes) < len(pages):
             raise CacheFullError("a page has the hash of other tokens: the prefix cannot be kept whole")
         importance = self._pages.importance_of(sequence)
-        sizes: list[int] = self._pages.page_bytes(new).sum(axis=(0, 1)).tolist()
         last = known[-1] if known else self._root
         if new.size:
             self._pages.retain(new)
         if whole:
             try:
-                self._require_room(sum(sizes), last)
+                self._require_room(int(self._pages.page_bytes(new).sum()), last)
             except CacheFullError:
                 self._pages.release(new)
                 raise
         standing = self._standing.get(sequence)
         attached = known.index(standing) + 1 if standing in known else 0  # these were counted then
         self._touch(known[attached:], session)
-        now_s = self._clock()
-        for block, of_sequence in zip(known, np.moveaxis(entries, -1, 0), strict=False):
+        for block in known:
             block.priority = max(block.priority, priority)
-            self._learn_quantized(block, of_sequence)
+        self._learn_quantized(known, entries)
+        blocks = known + self._insert(last, pages[len(known) :], hashes, new, priority, session)
+        if importance is not None:
+            for block in blocks:
+                page = block.depth - 1
+                block.importance = importance.average[:, page].copy(), importance.weight[:, page].copy()
+        return blocks
+
+    def _insert(
+        self,
+        last: Block,
+        pages: Sequence[bytes],
+        hashes: Sequence[bytes],
+        entries: Ints,
+        priority: int,
+        session: str | None,
+    ) -> list[Block]:
+        """New blocks behind another, of pages that are retained already."""
+        now_s = self._clock()
         turn = 1 if last is self._root or last.is_shared else last.turn
-        blocks = list(known)
-        for place, (block_hash, size_bytes) in enumerate(zip(hashes, sizes, strict=True)):
-            block = Block(
-                block_hash, last, pages[len(known) + place], np.ascontiguousarray(new[..., place]), size_bytes
-            )
+        sizes: list[int] = self._pages.page_bytes(entries).sum(axis=(0, 1)).tolist()
+        blocks = []
+        for place, (block_hash, page, size_bytes) in enumerate(zip(hashes, pages, sizes, strict=False)):
+            block = Block(block_hash, last, page, np.ascontiguousarray(entries[..., place]), size_bytes)
             block.priority, block.session, block.turn = priority, session, turn
             block.use_count, block.last_use, block.born_s, block.last_use_s = 1, self._uses, now_s, now_s
             self._put(block, now_s)
             blocks.append(block)
             last = block
-        if importance is not None:
-            for block in blocks:
-                page = block.depth - 1
-                block.importance = importance.average[:, page].copy(), importance.weight[:, page].copy()
         self.counters.came(len(hashes))
         self.counters.seen(hashes, now_s)
         return blocks
 
-    def _learn_quantized(self, block: Block, entries: Ints) -> None:
+    def bring_back(self, match: Match, tokens: Tokens, entries: Ints, *, session: str | None = None) -> Match:
+        """Pages behind a match that come from elsewhere are cached, as far as the capacity allows.
+
+        Args:
+            tokens: of these pages, 64 each: what the prompt has behind the match.
+            entries: i64 [layers, 2, pages], full pages that the caller has retained, or made with
+                :meth:`KVCache.new_pages`; his references are the store's from now on.
+
+        Returns:
+            The match and the blocks behind it that are cached now.
+
+        Raises:
+            CacheInputError: other tokens than the prompt had. The references stay the caller's.
+        """
+        pages = token_pages(tokens)
+        with self.lock:
+            last = match.blocks[-1] if match.blocks else self._root
+            hashes = chained(last.hash if match.blocks else match.root, pages)
+            if tuple(hashes) != match.missing[: len(hashes)] or len(hashes) != entries.shape[-1]:
+                raise CacheInputError(f"{len(hashes)} pages of tokens and {entries.shape[-1]} pages: not those missing")
+            self._uses += 1
+            blocks = list(match.blocks)
+            if last is not self._root and self._blocks.get(last.hash) is not last:
+                # What they stand on has been evicted meanwhile.
+                self._pages.release(entries)
+                return match
+            for place, block_hash in enumerate(hashes):
+                new = entries[..., place : place + 1]
+                if (block := self._blocks.get(block_hash)) is None:
+                    (block,) = self._insert(last, pages[place : place + 1], [block_hash], new, 0, session)
+                else:  # somebody else was faster
+                    self._pages.release(new)
+                if block.tokens != pages[place]:
+                    self._pages.release(entries[..., place + 1 :])
+                    break
+                blocks.append(block)
+                last = block
+            if last is not self._root:
+                self._change(last, "users", 1)
+                self._trim()
+                self._change(last, "users", -1)
+                self._trim()
+            stay = [block for block in blocks if self._blocks.get(block.hash) is block]
+            missing = [block.hash for block in blocks[len(stay) :]] + list(match.missing[len(blocks) - match.pages :])
+            return Match(tuple(stay), self._is_exact(stay), tuple(missing), match.root)
+
+    def _learn_quantized(self, blocks: Sequence[Block], entries: Ints) -> None:
         """A sequence beyond a block has quantized pages where the block has 16 bits: all that go beyond share those."""
-        if block.quantized is not None:
+        if not blocks:
             return
-        other = self._pages.is_full(block.entries) & ~self._pages.is_full(entries)
-        if not other.any():
-            return
-        self._pages.retain(entries[other])
-        block.quantized = np.where(other, entries, block.entries)
-        self._count_pages(block)
-        if not block.exact_ends:
-            self._take_quantized(block)
+        of_blocks = np.stack([block.entries for block in blocks], axis=-1)
+        other = self._pages.is_full(of_blocks) & ~self._pages.is_full(entries[..., : len(blocks)])
+        for place in np.flatnonzero(other.any(axis=(0, 1))).tolist():
+            block = blocks[place]
+            if block.quantized is None:
+                differs, of_sequence = other[..., place], entries[..., place]
+                self._pages.retain(of_sequence[differs])
+                block.quantized = np.where(differs, of_sequence, block.entries)
+                self._count_pages(block)
+                if not block.exact_ends:
+                    self._take_quantized(block)
 
     def _take_quantized(self, block: Block) -> None:
         """A block's pages in 16 bits go where there are quantized ones."""
@@ -567,6 +646,8 @@ class PrefixStore:
             while above is not None and not above.is_shared:
                 above.is_shared = True
                 above = above.parent
+        self._leave_behind(parent.newest_child, block)
+        parent.newest_child = block
         self._change(parent, "children", 1)
         self._blocks[block.hash] = block
         self.used_bytes += block.size_bytes
@@ -574,6 +655,14 @@ class PrefixStore:
             self._block_of[entry] = block
         self.policy.came(block, now_s)
         self.policy.offer(block)
+
+    def _leave_behind(self, branch: Block | None, block: Block) -> None:
+        """A session goes on with a block beside a branch of its own, which it left then."""
+        if branch is None or block.session is None or branch.session != block.session or branch.is_shared:
+            return
+        while branch is not None and not branch.is_shared:
+            self.policy.left(branch)
+            branch = branch.newest_child
 
     def _change(self, block: Block, what: Literal["children", "pins", "users"], by: int) -> None:
         """A reason to stay comes or goes."""
@@ -610,9 +699,13 @@ class PrefixStore:
 
     def _give_up(self, plan: Sequence[Block], reason: EvictionReason) -> None:
         now_s = self._clock()
+        if self.lower is not None:
+            self.lower.take(plan)
         for block in plan:
             pages = block.pages()
             del self._blocks[block.hash]
+            if block.parent is not None and block.parent.newest_child is block:
+                block.parent.newest_child = None
             for entry in pages.tolist():
                 del self._block_of[entry]
             self.used_bytes -= block.size_bytes
