@@ -1,9 +1,10 @@
 """The memory of a paged KV cache: a pool for each side and format, so that kernels find pages of one kind side by side.
 
 A pool hands out pages of one size from slabs. It grows by a slab when it has no free page left; slabs are never moved
-nor given back while the pools live, since captured CUDA graphs hold their addresses. A freed page is the next to be
-handed out: on CUDA that is right only behind what still reads it, so all that uses the pages must be enqueued on one
-stream.
+nor given back while the pools live. Where memory has ended, and someone can be asked for it
+(:attr:`PagePools.reclaim`), a slab without a page in use is cut anew, into pages of another kind. A freed page is the
+next to be handed out: on CUDA that is right only behind what still reads it, so all that uses the pages must be
+enqueued on one stream.
 
 A page is known by its *entry*, what page tables hold: where it begins, with its format in the low bits. On CUDA that is
 an address. On the CPU it counts bytes from :attr:`PagePools.pages`, a tensor over as much address space as the pools
@@ -73,6 +74,7 @@ class _Slab:
         # One number is set at a time, for which NumPy's arrays are slow.
         self.layers, self.pages = (array("i", [-1]) * self.page_count for _ in range(2))
         self.references, self.held = (array("i", [0]) * self.page_count for _ in range(2))
+        self.in_use = 0
 
     def entries(self) -> range:
         return range(self.first, self.first + self.page_count * self.page_bytes, self.page_bytes)
@@ -177,8 +179,12 @@ class PagePools:
         try:
             self._grow(counts)
         except CacheFullError:
-            if self.reclaim is None or not self.reclaim(*self._lacking(missing)):
+            if self.reclaim is None:
                 raise
+            if not self._cut_anew(counts):
+                if not self.reclaim(*self._lacking(missing)):
+                    raise
+                self._cut_anew(counts)
             self._grow(counts)
 
     def _lacking(self, missing: dict[tuple[Side, PageFormat], int]) -> tuple[dict[tuple[Side, PageFormat], int], int]:
@@ -199,6 +205,35 @@ class PagePools:
         return {
             kind: count - len(free) for kind, count in counts.items() if count > len(free := self._pools[kind].free)
         }
+
+    def _cut_anew(self, counts: Mapping[tuple[Side, PageFormat], int]) -> bool:
+        """Cut slabs without a page in use into missing pages. False, and nothing has changed, where that is too few."""
+        missing, spare = self._missing(counts), []
+        for kind, pool in self._pools.items():
+            can_go = len(pool.free) - counts.get(kind, 0)
+            for slab in pool.slabs:
+                if not slab.in_use and slab.page_count <= can_go:
+                    can_go -= slab.page_count
+                    spare.append(slab)
+        spare.sort(key=lambda slab: slab.memory.numel())
+        cut: list[tuple[_Slab, _Pool]] = []
+        for kind in sorted(missing, key=lambda kind: -self._pools[kind].page_bytes):
+            pool = self._pools[kind]
+            while missing[kind] > 0 and spare and spare[-1].memory.numel() >= pool.page_bytes:
+                slab = spare.pop()
+                cut.append((slab, pool))
+                missing[kind] -= slab.memory.numel() // pool.page_bytes
+        if self._lacking({kind: count for kind, count in missing.items() if count > 0})[0]:
+            return False
+        for slab, pool in cut:
+            before = self._pools[slab.layout.side, slab.layout.format]
+            before.slabs.remove(slab)
+            gone = slab.entries()
+            before.free = [entry for entry in before.free if entry not in gone]
+            made = self._slab_at[slab.base] = _Slab(slab.memory, slab.base, pool.layout, self.num_kv_heads)
+            pool.slabs.append(made)
+            pool.free[:0] = reversed(made.entries())
+        return True
 
     def _grow(self, counts: Mapping[tuple[Side, PageFormat], int]) -> None:
         """
@@ -259,6 +294,7 @@ class PagePools:
         slab, number = self._find(entry)
         slab.references[number], slab.held[number] = 1, int(is_held)
         slab.layers[number], slab.pages[number] = owner
+        slab.in_use += 1
         pool.in_use += 1
         self._bytes_in_use += pool.page_bytes
         return entry
@@ -319,6 +355,7 @@ class PagePools:
             pool = self._pools[slab.layout.side, slab.layout.format]
             slab.layers[number] = slab.pages[number] = -1
             pool.free.append(entry)
+            slab.in_use -= 1
             pool.in_use -= 1
             self._bytes_in_use -= pool.page_bytes
             return pool.page_bytes
