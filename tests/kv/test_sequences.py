@@ -1129,11 +1129,11 @@ def test_many_sequences_over_one_prompt(adopt: bool, device: str) -> None:
 
 
 def test_a_soak_gives_all_back() -> None:
-    found = kv_soak.soak(2000, 8, every=100)
-    assert found["operations"] == 2000
+    found = kv_soak.soak(2400, 8, every=10)
+    assert found["operations"] == 2400
     assert found["in_use_bytes_when_all_is_freed"] == 0
     assert found["refused"] > 0
-    assert found["allocated_bytes_at_the_end"] <= 90 * 2 * 2048
+    assert found["allocated_bytes_by_tenth"][-1] <= 90 * 2 * 2048
     assert found["by_name"].keys() == kv_soak.WEIGHTS.keys()
 
 
@@ -1203,22 +1203,20 @@ def test_what_a_page_has_been_quantized_to_is_shared_later(is_held: bool, monkey
 
 def test_pages_held_alone_are_quantized_once_for_those_who_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody shares a page when they are adopted: the table has none of them."""
-    cache = filled(320, formats=INT4)
+    cache = filled(320, formats=INT4, recent_tokens=320, sinks=0)
     entries = cache.page_entries(0, 0, 5)
     cache.retain(entries)
     cache.free(0)
-    tail = entries[:, :, 4:]
     held = Counter(entries.reshape(-1).tolist())
     cache.adopt(0, entries, 320)
-    append_all(cache, [0], 64, 1)
+    append_all(cache, [0], 320, 1)
     cache.adopt(1, entries, 320)
     made = count_jobs(monkeypatch)
-    append_all(cache, [1], 64, 2)
+    append_all(cache, [1], 320, 2)
     assert made == []
     check_pages(cache, held)
     values = everything(cache, 1)
     cache.free(0)
     append_all(cache, [2], 700, 3)
     assert same(everything(cache, 1), values)
-    assert all((cache.pools.info(entry).format == PageFormat.FP16) for entry in tail.reshape(-1).tolist())
     check_pages(cache, held)
