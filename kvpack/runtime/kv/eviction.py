@@ -161,7 +161,7 @@ class Hybrid(EvictionPolicy):
 
     name = "hybrid"
 
-    def __init__(self, half_life_s: float = 600.0) -> None:
+    def __init__(self, half_life_s: float = 30.0) -> None:
         super().__init__()
         if not half_life_s > 0:
             raise CacheInputError(f"half_life_s is {half_life_s!r}; seconds, more than 0, are wanted")
