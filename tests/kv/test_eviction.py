@@ -149,6 +149,31 @@ def test_conversation_learns_who_returns() -> None:
     assert max(left[5001]) < min(left[5000])
 
 
+def test_conversation_gives_up_what_its_session_left() -> None:
+    """A question that is asked anew leaves the branch of the first one: it goes before older conversations."""
+    store, clock = make(Conversation())
+
+    def say(at_s: float, session: str, *pages: int) -> None:
+        clock.now_s = at_s
+        tokens = np.concatenate([np.arange(64) + 100_000 * page for page in pages])
+        store._pages.begin()  # type: ignore[attr-defined]
+        store.attach_prefix(0, store.match(tokens), session=session)
+        store.keep(0, tokens, session=session)
+
+    for number in range(20):  # what is known of conversations: they go on after three seconds, whatever their turn
+        for turn in range(4):
+            say(20 * number + 3 * turn, f"s{number}", *range(100 * number + 100, 100 * number + 101 + turn))
+    store.evict()
+    say(500, "old", 1, 2, 3)
+    say(501, "new", 4, 5, 6, 7)
+    say(502, "new", 4, 5, 8)
+    clock.now_s = 503
+    assert order(store)[:2] == [7, 6]
+    say(504, "a", 11, 12)
+    say(505, "b", 11, 13)  # another session's branch is nobody's to give up
+    assert {block.kind for block in store._blocks.values()} == {0, 1}
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_count_what_is_cached(name: str) -> None:
     """Every block is in one queue while it can go and in none while it cannot, whatever happens."""

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -286,6 +287,21 @@ def test_pinned_prefix_beyond_the_capacity_changes_nothing() -> None:
         manager.cache_prefix(one.sequence, pin=True)
     assert dump(manager) == before
     assert manager.cache_prefix(one.sequence).tokens == 256
+
+
+def test_quantized_pages_of_prefixes_make_room_for_new_ones() -> None:
+    """Pages of four bits are evicted until whole slabs are empty, which pages of 16 bits then get."""
+    manager = make(formats=INT4, max_bytes=30 * FULL_BYTES, max_sequences=2, slab_bytes=1)
+    for seed in range(30):
+        tokens = prompt(seed, 64 * 6)
+        assert run(manager, tokens) == 0
+        assert manager.cache.pools.bytes_allocated <= 30 * FULL_BYTES
+    assert manager.metrics().evictions["memory"] > 60
+    assert manager.match(tokens).pages == 6
+    with pytest.raises(CacheFullError):
+        run(manager, prompt(31, 64 * 16))
+    manager.finish(0, keep=False)
+    assert manager.cache.pools.bytes_in_use == manager.cache.held_bytes == manager.store.used_bytes
 
 
 @pytest.mark.parametrize(
@@ -701,3 +717,9 @@ class ManagerMachine(RuleBasedStateMachine):
 
 TestManager = ManagerMachine.TestCase
 TestManager.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+def test_example_of_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "KV-MANAGER.md").read_text()
+    exec(document.split("```python\n")[1].split("```")[0], {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["0", "256", "256", str(8 / 12)]
