@@ -147,6 +147,15 @@ def test_multi_turn_prompts_have_the_bits_of_one_cache() -> None:
     assert found == [(0, True), (192, True), (320, True), (448, True)]
 
 
+def test_a_token_is_left_to_compute() -> None:
+    manager = make()
+    run(manager, prompt(2, 192))
+    assert manager.match(prompt(2, 192)).tokens == 192
+    assert manager.start(prompt(2, 192)).tokens == 128
+    assert manager.attach_prefix(manager.match(prompt(2, 192))).tokens == 192
+    assert manager.start([]).tokens == 0
+
+
 def test_prefix_that_is_not_exact_says_so() -> None:
     manager = make(formats=INT4)
     tokens = prompt(3, 320)
@@ -556,6 +565,7 @@ def test_8_threads_end_as_one() -> None:
 # Against a model -----------------------------------------------------------------------------------------------------
 
 PAGE = 2 * LAYERS * FULL_BYTES
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=5)
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -591,7 +601,17 @@ class ManagerMachine(RuleBasedStateMachine):
             assert dump(self.manager) == before
             return None
 
-    @rule(pages=st.lists(st.integers(0, 2), min_size=1, max_size=4), more=st.integers(0, 63))
+    @rule(pages=PROMPTS, keep=st.booleans())
+    def request(self, pages: list[int], keep: bool) -> None:
+        """All of one, for which a sequence is made free."""
+        if len(self.tokens) == 4:
+            self.end(next(iter(self.tokens)), keep)
+        before = set(self.tokens)
+        self.start(pages, 0)
+        for sequence in set(self.tokens) - before:
+            self.end(sequence, True)
+
+    @rule(pages=PROMPTS, more=st.sampled_from([0, 1, 30]))
     def start(self, pages: list[int], more: int) -> None:
         tokens = [token for page in pages for token in [page, *range(1, 64)]][: 64 * len(pages) - more]
         one = self.attempt(lambda: self.manager.start(tokens))
@@ -651,7 +671,9 @@ class ManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), keep=st.booleans())
     def finish(self, data: Any, keep: bool) -> None:
-        sequence = self.one(data)
+        self.end(self.one(data), keep)
+
+    def end(self, sequence: int, keep: bool) -> None:
         tokens = self.tokens.pop(sequence)
         cached = self.manager.finish(sequence, keep=keep)
         assert cached <= len(tokens)
