@@ -23,6 +23,8 @@ from kvpack.format.pages import PageFormat, PageLayout, Side
 
 torch = pytest.importorskip("torch")
 
+import kv_soak  # noqa: E402
+import shared_prompt  # noqa: E402
 from emulated_device import emulated_launch  # noqa: E402
 
 from kvpack.runtime.device import kernels  # noqa: E402
@@ -1111,3 +1113,44 @@ def test_holders_are_asked_when_memory_ends() -> None:
     del store  # it is no longer asked
     with pytest.raises(CacheFullError):
         append_all(cache, [2], 64 * 9, 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("adopt", [False, True])
+def test_many_sequences_over_one_prompt(adopt: bool, device: str) -> None:
+    """There is one copy of the prompt, also when sequences leave its last pages behind one after the other; each gets
+    what a cache of its own gives, bit for bit."""
+    found = shared_prompt.share(12, 320, [1, 64, 63], adopt=adopt, device=device)
+    assert found["differ"] == 0
+    assert found["bytes_of_all_sequences_at_first"] == found["bytes_of_one_copy"]
+    prompt_bytes = found["prompt_bytes_at_the_end"]
+    assert found["prompt_pages_at_the_end"] == shared_prompt.LAYERS * 2 * 5
+    assert found["bytes_at_the_end"] == found["bytes_of_separate_caches_at_the_end"] - 11 * prompt_bytes
+
+
+def test_a_soak_gives_all_back() -> None:
+    found = kv_soak.soak(2000, 8, every=100)
+    assert found["operations"] == 2000
+    assert found["in_use_bytes_when_all_is_freed"] == 0
+    assert found["refused"] > 0
+    assert found["allocated_bytes_at_the_end"] <= 90 * 2 * 2048
+    assert found["by_name"].keys() == kv_soak.WEIGHTS.keys()
+
+
+def test_slabs_are_cut_anew_when_memory_ends() -> None:
+    """What narrow pages have given up serves wide ones, and the other way round; where it is too little, nothing is."""
+    cache = make_cache(formats=INT4, max_bytes=64 * FULL, recent_tokens=64)
+    for times in range(3):
+        append_all(cache, [0], 64 * 12, times)
+        append_all(cache, [1], 64, times)
+        check_pages(cache)
+        cache.free(0)
+        made = cache.new_pages(np.full((LAYERS, 2, 20), INT4, np.uint8))
+        assert cache.pools.bytes_allocated <= 64 * FULL
+        before = cache_state(cache)
+        with pytest.raises(CacheFullError):
+            append_all(cache, [2, 3], 64 * 12, times)
+        assert cache_state(cache) == before
+        cache.release(made)
+        cache.free(1)
+    assert cache.pools.bytes_in_use == 0
