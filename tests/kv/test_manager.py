@@ -32,6 +32,7 @@ from kvpack.runtime.kv.prefix_store import Block  # noqa: E402
 LAYERS, HEADS, HEAD_DIM, VOCABULARY, MAX_TOKENS = 2, 2, 16, 64, 64 * 16
 FULL_BYTES = HEADS * HEAD_DIM * 64 * 2
 INT4 = PageFormat.INT4
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 _rng = np.random.default_rng(0)
 _OF_TOKEN = _rng.normal(0, 1, (LAYERS, 3, VOCABULARY, HEADS, HEAD_DIM))
@@ -49,7 +50,7 @@ def append(cache: KVCache, rows: dict[int, Any]) -> list[Any]:
     outputs = []
     for layer in range(LAYERS):
         found = [qkv(layer, tokens, cache.length(layer, sequence)) for sequence, tokens in rows.items()]
-        q, k, v = torch.stack(found, 1)
+        q, k, v = torch.stack(found, 1).to(cache.device)
         outputs.append(cache.attend(layer, q, k, v, list(rows)))
     return outputs
 
@@ -97,10 +98,11 @@ def dump(manager: KVManager) -> Any:
 NOTICED = [name for name in Block.__slots__ if name not in ("parent", "entries", "quantized", "importance")]
 
 
-def test_64_sequences_over_one_prompt_are_64_separate_caches() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_64_sequences_over_one_prompt_are_64_separate_caches(device: str) -> None:
     """One copy of the prompt's pages, and outputs that are equal bit for bit, also beyond the recent window."""
     sequences, system, own = 64, prompt(1, 256), 96
-    manager = make(max_sequences=sequences, formats=INT4)
+    manager = make(max_sequences=sequences, formats=INT4, device=device)
     cache = manager.cache
     first = manager.start([*system, 0])
     append(cache, {first.sequence: system})
@@ -112,7 +114,7 @@ def test_64_sequences_over_one_prompt_are_64_separate_caches() -> None:
     started = [manager.start([*system, number % VOCABULARY]) for number in range(sequences)]
     assert {(one.tokens, one.is_exact) for one in started} == {(256, True)}
     assert cache.pools.bytes_in_use == one_copy
-    separate = make_cache(max_sequences=sequences, formats=INT4)
+    separate = make_cache(max_sequences=sequences, formats=INT4, device=device)
     for sequence in range(sequences):
         append(separate, {sequence: system})
     for begin in range(0, own, 8):
@@ -490,7 +492,7 @@ def test_a_step_of_a_batch_of_64_costs_the_host_little() -> None:
 
 def test_8_threads_end_as_one() -> None:
     """Requests of eight tenants and one that all share: what is cached, counted and left is what one thread leaves."""
-    threads, requests = 8, 40
+    threads, requests = 8, 25
 
     def work(manager: KVManager, tenant: int) -> int:
         rng = random.Random(tenant)
@@ -574,6 +576,8 @@ class ManagerMachine(RuleBasedStateMachine):
     Values follow from tokens and places, so each page that a sequence reads says whether it is the right one.
     """
 
+    device = "cpu"
+
     @initialize(
         formats=st.sampled_from([None, INT4]),
         policy=st.sampled_from(["lru", "adaptive", "priority"]),
@@ -586,6 +590,7 @@ class ManagerMachine(RuleBasedStateMachine):
             policy=policy,
             formats=formats,
             max_bytes=memory_pages * PAGE,
+            device=self.device,
         )
         self.exact = formats is None
         self.tokens: dict[int, list[int]] = {}
@@ -711,7 +716,8 @@ class ManagerMachine(RuleBasedStateMachine):
         assert sorted(manager._requests) == sorted(self.tokens)
         for sequence, tokens in self.tokens.items():
             for layer in range(LAYERS):
-                for side, found in enumerate(cache.read(layer, sequence)):
+                for side, values in enumerate(cache.read(layer, sequence)):
+                    found = values.cpu()
                     expected = qkv(layer, tokens, 0)[1 + side]
                     if self.exact:
                         assert torch.equal(found, expected)
@@ -737,8 +743,13 @@ class ManagerMachine(RuleBasedStateMachine):
             assert cache.status.tolist()[0] == 0
 
 
+class CudaManagerMachine(ManagerMachine):
+    device = "cuda"
+
+
 TestManager = ManagerMachine.TestCase
-TestManager.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestManagerOnCuda = pytest.mark.gpu(CudaManagerMachine.TestCase)
+TestManager.settings = TestManagerOnCuda.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 
 
 def test_example_of_the_document(capsys: pytest.CaptureFixture[str]) -> None:
