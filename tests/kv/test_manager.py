@@ -429,7 +429,7 @@ def parsed(text: str) -> dict[str, Any]:
 def test_metrics() -> None:
     page = 2 * LAYERS * FULL_BYTES
     now = [100.0]
-    manager = KVManager(make_cache(), "tiny", prefix_bytes=4 * page, window_s=50, clock=lambda: now[0])
+    manager = KVManager(make_cache(), "tiny", policy="lru", prefix_bytes=4 * page, window_s=50, clock=lambda: now[0])
     run(manager, prompt(1, 200))
     now[0] += 10
     run(manager, prompt(1, 200))

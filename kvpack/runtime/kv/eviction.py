@@ -348,6 +348,9 @@ POLICIES: Mapping[str, type[EvictionPolicy]] = MappingProxyType(
     {policy.name: policy for policy in (Lru, Lfu, Priority, Hybrid, Adaptive, Conversation)}
 )
 
+# It finds most at nearly all capacities (docs/results/prefix-cache.md).
+DEFAULT_POLICY = Conversation.name
+
 
 def policy_of(policy: str | EvictionPolicy) -> EvictionPolicy:
     """One of :data:`POLICIES` by name, or the one that is given.
