@@ -494,7 +494,9 @@ class KVPackCache(Cache):  # type: ignore[misc]
         if ids is not None:
             given = token_rows(ids)
             if given.shape[1] < columns:
-                raise CacheInputError(f"ids have {given.shape[1]} columns, and the cache holds {columns}: some are missing")
+                raise CacheInputError(
+                    f"ids have {given.shape[1]} columns, and the cache holds {columns}: some are missing"
+                )
             self._take_ids(given)
         of_row = self._known_ids()[row]
         if self._tokens is not None:
@@ -604,7 +606,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         >>> for prompt in (ids[:, :30], ids):
         ...     print(cache.reuse(prompt), end=" ")
         ...     _ = model.generate(prompt, past_key_values=cache, max_new_tokens=4, do_sample=False)
-        0 30 
+        0 30
         """
         given = token_rows(ids)
         if held is not None:

@@ -22,11 +22,11 @@ from kvpack.runtime.kv.fingerprint import check_fingerprint, json_digest, make_f
 from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, cache_for, load_snapshot, save_snapshot
 
 # What a configuration says that keys and values do not depend on, or that the fingerprint says elsewhere.
-_OTHER_KEYS = frozenset(
-    "architectures bos_token_id dtype eos_token_id id2label label2id name_or_path output_attentions "
-    "output_hidden_states pad_token_id problem_type quantization_config return_dict torch_dtype transformers_version "
-    "use_cache".split()
-)
+_OTHER_KEYS = {
+    "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "name_or_path",
+    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "quantization_config",
+    "return_dict", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
 
 Ids = npt.NDArray[np.int32]
 PathLike = str | os.PathLike[str]
@@ -54,9 +54,7 @@ def model_fingerprint(model: Any) -> Fingerprint:
         model = model.get_base_model()
     config = model.config.get_text_config(decoder=True)
     told = {
-        key: value
-        for key, value in config.to_diff_dict().items()
-        if key not in _OTHER_KEYS and not key.startswith("_")
+        key: value for key, value in config.to_diff_dict().items() if key not in _OTHER_KEYS and not key.startswith("_")
     }
     told["model_type"] = config.model_type
     rope = getattr(config, "rope_parameters", None) or {}
@@ -134,8 +132,8 @@ def _require_one_device(model: Any) -> torch.device:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise NotSupportedError(
-            f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}); contexts are saved and loaded "
-            "of models on one"
+            f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}); contexts are saved and "
+            "loaded of models on one"
         )
     found: torch.device = devices.pop()
     return found

@@ -51,7 +51,7 @@ def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         step = max(1, flat.numel() // SAMPLED_ELEMENTS)
         taken = flat[::step][:SAMPLED_ELEMENTS].contiguous().view(torch.uint8)
         samples.setdefault(tensor.device, []).append((number, taken))
-    found = {}
+    found: dict[int, torch.Tensor] = {}
     for of_device in samples.values():
         on_host = torch.cat([taken for _, taken in of_device]).cpu()
         parts = on_host.split([taken.numel() for _, taken in of_device])

@@ -118,12 +118,16 @@ def save_snapshot(
     first, end = (0, ceil_div(length, PAGE_TOKENS)) if pages is None else pages
     if not 0 <= first < end <= ceil_div(length, PAGE_TOKENS):
         held = f"sequence {sequence} has {length} tokens, pages 0 to {ceil_div(length, PAGE_TOKENS)}"
-        raise CacheInputError(f"{held}; {first} to {end} cannot be saved" if length else f"sequence {sequence} is empty")
+        raise CacheInputError(
+            f"{held}; {first} to {end} cannot be saved" if length else f"sequence {sequence} is empty"
+        )
     ids = np.full(length, UNKNOWN_TOKEN, np.int32)
     if tokens is not None:
         given = np.frombuffer(token_bytes(tokens), "<i4")
         if len(given) != length:
-            raise CacheInputError(f"{len(given)} token ids are given for sequence {sequence}, which has {length} tokens")
+            raise CacheInputError(
+                f"{len(given)} token ids are given for sequence {sequence}, which has {length} tokens"
+            )
         ids[:] = given
     ids = ids[first * PAGE_TOKENS : end * PAGE_TOKENS]
     entries = cache.entries[:, :, sequence, first:end].copy()
@@ -214,9 +218,7 @@ def load_cache(
     """
     with SnapshotFile(path) as file:
         cache = cache_for(file.header, **options)
-        load_snapshot(
-            cache, file, tokens=tokens, fingerprint=fingerprint, on_corrupt=on_corrupt, threads=threads
-        )
+        load_snapshot(cache, file, tokens=tokens, fingerprint=fingerprint, on_corrupt=on_corrupt, threads=threads)
     return cache
 
 
@@ -351,7 +353,9 @@ def check_cache(cache: KVCache, header: SnapshotHeader) -> None:
         ("key_order", _order_of(header.key_order, header), _order_of(cache.key_order, header)),
     ):
         if of_file != of_cache:
-            raise CacheInputError(f"{name}: {of_file} in the file, {of_cache} in the cache, which cannot have its pages")
+            raise CacheInputError(
+                f"{name}: {of_file} in the file, {of_cache} in the cache, which cannot have its pages"
+            )
 
 
 def _order_of(key_order: tuple[int, ...], header: SnapshotHeader) -> tuple[int, ...]:
@@ -410,9 +414,7 @@ def load_pages(
     return entries[:, :, : reached - first_page], damage
 
 
-def _put_blocks(
-    cache: KVCache, pages: RunPages, blocks: Blocks, entries: Ints, first_page: int, end_page: int
-) -> None:
+def _put_blocks(cache: KVCache, pages: RunPages, blocks: Blocks, entries: Ints, first_page: int, end_page: int) -> None:
     header = pages.header
     kept = header.tokens % PAGE_TOKENS
     if kept and (is_last := pages.indices == header.pages - 1).any():
