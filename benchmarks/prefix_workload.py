@@ -12,6 +12,10 @@ hold pages that are nothing but numbers.
 Hit rate: pages of prompts that were found, of all full pages of prompts. Capacities are in percent of the distinct
 pages of the whole workload. The oracle (Belady) drops, among the leaves, new ones included, the page whose next use is
 farthest: no policy can find more.
+
+Host times are those of :class:`kvpack.runtime.kv.manager.KVManager` over a cache of 28 layers whose tokens are not
+written: page tables, free lists and the tree alone, in one thread. 64 sequences share a system prompt and are out of
+step with each other, so that pages leave the recent window all the time.
 """
 
 from __future__ import annotations
@@ -146,8 +150,11 @@ class NumberedPages:
     def release(self, entries: np.ndarray) -> int:
         return entries.size
 
-    def adopt(self, sequence: int, entries: np.ndarray, tokens: int) -> None:
+    def adopt(self, sequence: int, entries: np.ndarray, tokens: int, importance: object) -> None:
         self._entries = entries
+
+    def importance_of(self, sequence: int) -> None:
+        pass
 
     def page_bytes(self, entries: np.ndarray) -> np.ndarray:
         return np.ones_like(entries)
@@ -170,7 +177,6 @@ def run_policy(requests: list[Request], policy: str | EvictionPolicy, capacity_p
     now_s = 0.0
     pages = NumberedPages()
     store = PrefixStore(pages, ROOT, capacity_bytes=capacity_pages, policy=policy, clock=lambda: now_s)
-    thrashing = 0.0
     start = time.perf_counter()
     for request in requests:
         now_s = request.at_s
@@ -178,7 +184,6 @@ def run_policy(requests: list[Request], policy: str | EvictionPolicy, capacity_p
         match = store.match(request.tokens[: request.prompt_tokens])
         store.attach_prefix(0, match, session=request.session)
         store.keep(0, request.tokens, session=request.session)
-        thrashing = max(thrashing, store.counters.thrashing(now_s))
     counters = store.counters
     return {
         "hit_rate": counters.hit_pages / counters.queried_pages,
@@ -276,6 +281,84 @@ def measure(workload: Workload, seeds: int, policies: list[str]) -> dict[str, An
     return {"workloads": about, "rows": mean}
 
 
+def host_times(sequences: int = 64, prompt_tokens: int = 4096, layers: int = 28, steps: int = 64) -> dict[str, Any]:
+    """Microseconds of the host, medians: of a step of decoding a sequence, and of a request's start and finish."""
+    import torch
+
+    from kvpack import KVCache, PageFormat
+    from kvpack.runtime.kv import cache as cache_module
+    from kvpack.runtime.kv.manager import KVManager
+
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    kept = cache_module.write_tokens, cache_module.quantize_pages
+    cache_module.write_tokens = cache_module.quantize_pages = nothing  # type: ignore[assignment]
+    try:
+        options: dict[str, Any] = {"max_sequences": sequences + 1, "device": "cpu", "formats": PageFormat.INT4}
+        room = prompt_tokens + 64 + steps + 64
+        prompt = list(range(prompt_tokens))
+        some = torch.zeros(1, 1, prompt_tokens, 16, dtype=torch.float16)
+        one = torch.zeros(sequences, 1, 1, 16, dtype=torch.float16)
+
+        def step_us(cache: KVCache, rows: list[int], manager: KVManager | None) -> tuple[float, float]:
+            """A sequence's part of the time of all layers' appends, and of the manager's bookkeeping."""
+            for number, row in enumerate(rows):  # out of step
+                ahead = some[:, :, : 1 + number % 64]
+                for layer in range(layers):
+                    cache.append(layer, ahead, ahead, [row])
+                if manager is not None:
+                    manager.append_tokens([row] * ahead.shape[2], [0] * ahead.shape[2])
+            appending, bookkeeping = [], []
+            for step in range(steps):
+                start = time.perf_counter()
+                for layer in range(layers):
+                    cache.append(layer, one, one, rows)
+                appended = time.perf_counter()
+                if manager is not None:
+                    manager.append_tokens(rows, [step] * len(rows))
+                appending.append((appended - start) / len(rows) * 1e6)
+                bookkeeping.append((time.perf_counter() - appended) / len(rows) * 1e6)
+            return float(np.median(appending)), float(np.median(bookkeeping))
+
+        alone = KVCache(layers, 1, 16, room, **options)
+        for row in range(sequences):
+            for layer in range(layers):
+                alone.append(layer, some, some, [row])
+        alone_us, _ = step_us(alone, list(range(sequences)), None)
+        manager = KVManager(KVCache(layers, 1, 16, room, **options), "numbers")
+        first = manager.start(prompt)
+        for layer in range(layers):
+            manager.cache.append(layer, some, some, [first.sequence])
+        manager.cache_prefix(first.sequence, pin=True)
+        manager.finish(first.sequence)
+        starts, finishes, rows = [], [], []
+        for number in range(sequences):
+            start = time.perf_counter()
+            rows.append(manager.start([*prompt, number]).sequence)
+            starts.append((time.perf_counter() - start) * 1e6)
+        shared_us, bookkeeping_us = step_us(manager.cache, rows, manager)
+        for row in rows:
+            start = time.perf_counter()
+            manager.finish(row)
+            finishes.append((time.perf_counter() - start) * 1e6)
+    finally:
+        cache_module.write_tokens, cache_module.quantize_pages = kept
+        torch.set_num_threads(threads)
+    return {
+        "sequences": sequences,
+        "prompt_tokens": prompt_tokens,
+        "layers": layers,
+        "append_alone_us": alone_us,
+        "append_shared_us": shared_us,
+        "append_tokens_us": bookkeeping_us,
+        "start_us": float(np.median(starts)),
+        "finish_us": float(np.median(finishes)),
+    }
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Hit rates over capacities."""
     import matplotlib as mpl
@@ -308,6 +391,8 @@ def main() -> None:
     workload = Workload(sessions=arguments.sessions)
     result = provenance({}) | {"benchmark": "prefix-workload", "workload": asdict(workload), "seeds": arguments.seeds}
     result |= measure(workload, arguments.seeds, arguments.policies)
+    result["host"] = host_times()
+    print(result["host"])
     for row in result["rows"]:
         print(f"{row['policy']:>13} {row['capacity_percent']:>3} %: {100 * row['hit_rate']:.2f} % found")
     if arguments.json:

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from kvpack.encode.blob_decoder import decode_elements, decode_tile, element_dty
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.encode.page_runs import part_elements, put_part
 from kvpack.encode.rans import decoder_table
-from kvpack.errors import DamagedRunError, FormatError, GeometryError, LimitError, SnapshotHeaderError, TensorCrcError
+from kvpack.errors import DamagedRunError, FormatError, GeometryError, LimitError, SnapshotHeaderError
 from kvpack.format.blob import Blob
 from kvpack.format.container import CONTAINER_VERSION, CRC_KEY, MAX_TENSORS, TENSORS_KEY, VERSION_KEY, ContainerWriter
 from kvpack.format.header import BlobHeader
@@ -70,7 +71,7 @@ def blob_header(part: RunPart) -> BlobHeader:
     low, high = _CODE_LANES if part.is_codes else _NUMBER_LANES
     elements = part.elements
     if elements <= _MATRIX_ROWS * low:  # a lane for each row would be shorter
-        cols = min(low, align(elements, CHUNK_COLS))
+        cols = align(ceil_div(elements, ceil_div(elements, low)), CHUNK_COLS)
         return BlobHeader(layout, ceil_div(elements, cols), cols, cols)
 
     def cost_bits(cols: int) -> int:
@@ -119,18 +120,21 @@ def _parsed(data: memoryview, part: RunPart) -> Blob:
     return blob
 
 
+def _put_blob(blob: Blob, part: RunPart, blocks: Blocks, executor: ThreadPoolExecutor | None) -> None:
+    # How many there are is settled: SnapshotFile has compared the pages with the file's bytes, and _parsed the blob.
+    elements = decode_elements(blob, executor=executor, max_elements=blob.header.num_elements).reshape(-1)
+    if (elements[part.elements :] != elements[part.elements - 1]).any():
+        raise GeometryError("the elements behind the last page's do not repeat its last one")
+    put_part(elements[: part.elements], part, blocks, executor)
+
+
 def decode_part(data: memoryview, part: RunPart, blocks: Blocks, executor: ThreadPoolExecutor | None = None) -> None:
     """Fill one part into ``blocks`` u8 [pages, heads, block_bytes], where its bytes are zero, from its blob.
 
     Raises:
         BlobError: the blob is damaged, or not of this part.
     """
-    blob = _parsed(data, part)
-    # Sizes are the part's, which SnapshotFile has compared with the file's.
-    elements = decode_elements(blob, executor=executor, max_elements=blob.header.num_elements).reshape(-1)
-    if (elements[part.elements :] != elements[part.elements - 1]).any():
-        raise GeometryError("the elements behind the last page's do not repeat its last one")
-    put_part(elements[: part.elements], part, blocks, executor)
+    _put_blob(_parsed(data, part), part, blocks, executor)
 
 
 def _damaged_layer(data: memoryview, part: RunPart) -> int | None:
@@ -153,14 +157,22 @@ def _damaged_layer(data: memoryview, part: RunPart) -> int | None:
     return None
 
 
-def _damage(file: SnapshotFile, run: int, error: FormatError, part: RunPart | None = None) -> DamagedRunError:
-    tokens = file.header.token_range(run)
-    cause = f"{file.container.path}: {error}"
-    if part is None:
-        return DamagedRunError(run, tokens.start, tokens.stop, cause)
-    side, page_format = part.pages.side.name, part.pages.format.name
-    layer = _damaged_layer(file.blob(part), part)
-    return DamagedRunError(run, tokens.start, tokens.stop, f"{part.part}: {cause}", layer, side, page_format)
+@contextmanager
+def _naming_damage(file: SnapshotFile, run: int, part: RunPart) -> Iterator[None]:
+    """What breaks a rule of a blob, or has another CRC, is a damaged run."""
+    try:
+        yield
+    except FormatError as error:
+        tokens, pages = file.header.token_range(run), part.pages
+        raise DamagedRunError(
+            run,
+            tokens.start,
+            tokens.stop,
+            f"{part.part}: {file.container.path}: {error}",
+            _damaged_layer(file.blob(part), part),
+            pages.side.name,
+            pages.format.name,
+        ) from error
 
 
 def decode_run(
@@ -174,13 +186,16 @@ def decode_run(
     """
     done = []
     for pages in file.pages_of_run(run):
-        blocks = np.zeros(pages.block_shape, np.uint8)
+        parsed = []
         for part in pages.parts:
             data = file.blob(part)
-            try:
-                decode_part(data, part, blocks, executor)
-            except FormatError as error:
-                raise _damage(file, run, error, part) from error
+            with _naming_damage(file, run, part):
+                parsed.append(_parsed(data, part))
+        # Now the bytes have said that there are so many pages.
+        blocks = np.zeros(pages.block_shape, np.uint8)
+        for part, blob in zip(pages.parts, parsed, strict=True):
+            with _naming_damage(file, run, part):
+                _put_blob(blob, part, blocks, executor)
         done.append((pages, blocks))
     return done
 
@@ -320,10 +335,9 @@ def verify_snapshot(
 def _check_crc32(file: SnapshotFile, run: int) -> None:
     """The CRCs that the container has of blobs: for who knows containers alone."""
     for part in (part for pages in file.pages_of_run(run) for part in pages.parts):
-        try:
-            file.container.check_crc32(part.name)
-        except TensorCrcError as error:
-            raise _damage(file, run, error, part) from error
+        data = file.blob(part)
+        with _naming_damage(file, run, part):
+            file.container.check_crc32(part.name, data)
 
 
 def _sizes(file: SnapshotFile) -> tuple[int, int, int]:

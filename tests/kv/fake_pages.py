@@ -66,11 +66,14 @@ class FakePages:
                 freed += BYTES[PageFormat(entry & 15)]
         return freed
 
-    def adopt(self, sequence: int, entries: np.ndarray, tokens: int) -> None:
+    def adopt(self, sequence: int, entries: np.ndarray, tokens: int, importance: object) -> None:
         assert sequence not in self.sequences
         assert entries.shape == (LAYERS, 2, tokens // 64)
         assert all(self.held[entry] for entry in entries.reshape(-1).tolist())
         self.sequences[sequence] = entries.copy()
+
+    def importance_of(self, sequence: int) -> None:
+        pass
 
     def page_bytes(self, entries: np.ndarray) -> np.ndarray:
         return np.where(entries & 15 == FULL, BYTES[FULL], BYTES[SMALL])

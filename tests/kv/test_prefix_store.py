@@ -358,6 +358,69 @@ def test_sequences_that_change_places() -> None:
     assert [block.users for block in store._blocks.values()] == [0, 1]
 
 
+# A lower tier --------------------------------------------------------------------------------------------------------
+
+
+class Shelf:
+    """Keeps of evicted blocks what names them, and of pages no more than their number."""
+
+    def __init__(self, pages: FakePages) -> None:
+        self.pages = pages
+        self.blocks: dict[bytes, int] = {}
+
+    def take(self, blocks: Any) -> None:
+        for block in blocks:
+            assert all(self.pages.held[entry] == 1 for entry in block.pages().tolist())
+            self.blocks[block.hash] = block.entries.size
+
+
+def test_evicted_blocks_go_down_and_come_back() -> None:
+    pages, store = make(capacity_bytes=4 * BLOCK_BYTES)
+    store.lower = shelf = Shelf(pages)
+    run(pages, store, [1, 2, 3, 4])
+    run(pages, store, [5, 6, 7])
+    match = store.match(tokens_of(1, 2, 3, 4, 9))
+    assert match.pages == 1
+    found = [one in shelf.blocks for one in match.missing]
+    assert found == [True, True, True, False]
+    entries = pages.new(3)
+    pages.retain(entries)
+    longer = store.bring_back(match, tokens_of(2, 3, 4), entries)
+    assert (longer.pages, longer.missing) == (4, match.missing[3:])
+    assert store.used_bytes == 4 * BLOCK_BYTES
+    assert store.attach_prefix(1, longer) == 256
+    assert (pages.sequences[1][..., 1:] == entries).all()
+    assert +pages.held == Counter(entry for block in store._blocks.values() for entry in block.pages().tolist())
+
+
+def test_bringing_back_what_others_brought_or_what_has_no_room() -> None:
+    pages, store = make(capacity_bytes=4 * BLOCK_BYTES)
+    match = store.match(tokens_of(1, 2, 3))
+    run(pages, store, [1, 2])  # meanwhile
+    entries = pages.new(3)
+    pages.retain(entries)
+    with pytest.raises(CacheInputError, match="not those missing"):
+        store.bring_back(match, tokens_of(1, 3, 2), entries)
+    longer = store.bring_back(match, tokens_of(1, 2, 3), entries)
+    assert longer.pages == 3
+    assert [pages.held[entry] for entry in entries[0, 0].tolist()] == [0, 0, 1]
+    pages.write(0, 3)
+    store.cache_prefix(0, tokens_of(20, 21, 22), pin=True)
+    match = store.match(tokens_of(1, 2, 3))
+    assert match.pages == 1
+    entries = pages.new(2)
+    pages.retain(entries)
+    assert store.bring_back(match, tokens_of(2, 3), entries).missing == match.missing
+    assert not any(pages.held[entry] for entry in entries.reshape(-1).tolist())
+    # What the match stands on is gone.
+    store.evict()
+    entries = pages.new(2)
+    pages.retain(entries)
+    assert store.bring_back(match, tokens_of(2, 3), entries) is match
+    assert store.attach_prefix(9, match) == 0
+    assert not any(pages.held[entry] for entry in entries.reshape(-1).tolist())
+
+
 # Against a model -----------------------------------------------------------------------------------------------------
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=5)

@@ -23,6 +23,8 @@ from kvpack.format.pages import PageFormat, PageLayout, Side
 
 torch = pytest.importorskip("torch")
 
+import kv_soak  # noqa: E402
+import shared_prompt  # noqa: E402
 from emulated_device import emulated_launch  # noqa: E402
 
 from kvpack.runtime.device import kernels  # noqa: E402
@@ -131,6 +133,39 @@ def layer_bytes(cache: KVCache, layer: int) -> tuple[int, float, int]:
     return used, max(share * all_bytes, pinned_bytes + 0.9 * share * (all_bytes - pinned_bytes)), least
 
 
+class Kept:
+    """Pages that somebody holds: they stay as they are, or lose bits as the sequences' do."""
+
+    def __init__(self, cache: KVCache, entries: np.ndarray, columns: list[Column], *, follows: bool) -> None:
+        self.cache, self.entries, self.columns, self._follows = cache, entries, columns, follows
+
+    def follows(self, entry: int) -> bool:
+        return self._follows and entry in self.entries
+
+    def replaced(self, changes: Any) -> None:
+        assert self._follows
+        columns = iter(self.columns)
+        for of_layer in self.entries:
+            for side in Side:
+                column = next(columns)
+                for index, entry in enumerate(of_layer[side].tolist()):
+                    if entry in changes:
+                        of_layer[side, index] = changes[entry]
+                        column[index].quantize(side, PageFormat(changes[entry] & 15))
+
+    def reclaim(self, missing: Any, missing_bytes: int) -> bool:
+        """All that it has, if that is what is asked for."""
+        found: Counter[Any] = Counter()
+        for entry in self.entries.reshape(-1).tolist():
+            info = self.cache.pools.info(entry)
+            found[info.side, info.format] += info.references == 1
+        if not self._follows or any(found[kind] < count for kind, count in missing.items()):
+            return False
+        self.cache.release(self.entries)
+        self.entries, self.columns = self.entries[..., :0], [[] for _ in self.columns]
+        return True
+
+
 class SequencesMachine(RuleBasedStateMachine):
     device = "cpu"
 
@@ -150,6 +185,7 @@ class SequencesMachine(RuleBasedStateMachine):
     def begin(self, bits_of: Any, policy: Any, recent_tokens: int, sinks: int, limited: bool, count: int) -> None:
         page_table._FIRST_PAGES = 2  # so that tables grow
         self.limited, self.is_unplanned = limited, False
+        self.kept: list[Kept] = []
         self.cache = make_cache(
             self.device,
             budget=bits_of if isinstance(bits_of, float) else None,
@@ -306,6 +342,118 @@ class SequencesMachine(RuleBasedStateMachine):
                     column[-1] = Page(self.cache.full_format, values)
         self.follow()
 
+    def of_sequence(self, sequence: int, pages: int | None = None) -> list[Column]:
+        """Of a sequence's first pages, layer by layer, K before V."""
+        return [copy.deepcopy(self.columns[layer, side, sequence][:pages]) for layer in range(LAYERS) for side in Side]
+
+    def put_sequence(self, sequence: int, columns: list[Column], tokens: int) -> None:
+        places = [(layer, side, sequence) for layer in range(LAYERS) for side in Side]
+        self.columns.update(zip(places, copy.deepcopy(columns), strict=True))
+        self.lengths[sequence] = tokens
+        self.is_unplanned = True
+        self.follow()
+
+    @rule(source=st.integers(0, SEQUENCES - 1), into=st.one_of(st.none(), st.integers(0, SEQUENCES - 1)))
+    def fork(self, source: int, into: int | None) -> None:
+        target = into
+        if target not in (None, source):
+            self.free(target)
+        if target is None and all(n for i, n in enumerate(self.lengths) if i != source):
+            with pytest.raises(CacheFullError, match="all 4 sequences are in use"):
+                self.cache.fork(source)
+            return
+        if target == source:
+            with pytest.raises(CacheInputError, match="which is the source itself"):
+                self.cache.fork(source, target)
+            return
+        found = self.cache.fork(source, target)
+        assert target in (None, found)
+        self.put_sequence(found, self.of_sequence(source), self.lengths[source])
+
+    @rule(rows=st.one_of(st.none(), st.lists(st.integers(0, SEQUENCES - 1), max_size=SEQUENCES)), stays=st.booleans())
+    def copy_cache(self, rows: list[int] | None, stays: bool) -> None:
+        """And go on with it. A copy has no holders."""
+        try:
+            made = self.cache.copy(rows)
+        except CacheFullError:
+            assert self.limited  # there, pages have come to lie in other slabs than these would take
+            return
+        if stays:
+            check_pages(made)
+            return
+        self.kept.clear()
+        self.cache, rows = made, list(range(SEQUENCES)) if rows is None else rows
+        self.lengths = [self.lengths[row] for row in rows] + [0] * (SEQUENCES - len(rows))
+        self.columns = {
+            (layer, side, sequence): copy.deepcopy(self.columns[layer, side, rows[sequence]])
+            if sequence < len(rows)
+            else []
+            for layer, side, sequence in self.columns
+        }
+        self.is_unplanned = True
+        self.follow()
+
+    @rule(
+        sequence=st.integers(0, SEQUENCES - 1),
+        first=st.sampled_from([0, 0, 0, 1, 3]),
+        less=st.integers(0, 2),
+        follows=st.booleans(),
+    )
+    def retain(self, sequence: int, first: int, less: int, follows: bool) -> None:
+        end = max(first, self.lengths[sequence] // 64 - less)
+        if len(self.kept) > 3 or end > self.lengths[sequence] // 64:
+            return
+        entries = self.cache.page_entries(sequence, first, end)
+        self.cache.retain(entries)
+        columns = [column[first:] for column in self.of_sequence(sequence, end)]
+        self.kept.append(Kept(self.cache, entries, columns, follows=follows))
+        self.cache.add_holder(self.kept[-1])
+
+    @precondition(lambda self: self.kept)
+    @rule(which=st.integers(0, 3))
+    def release(self, which: int) -> None:
+        kept = self.kept.pop(which % len(self.kept))
+        before = self.cache.pools.bytes_in_use
+        assert self.cache.release(kept.entries) == before - self.cache.pools.bytes_in_use
+
+    @precondition(lambda self: self.kept)
+    @rule(which=st.integers(0, 3), sequence=st.integers(0, SEQUENCES - 1), less=st.integers(0, 2))
+    def adopt(self, which: int, sequence: int, less: int) -> None:
+        kept = self.kept[which % len(self.kept)]
+        pages = max(0, kept.entries.shape[2] - less)
+        self.free(sequence)
+        entries = kept.entries[..., :pages]
+        if pages and self.cache.pools.info(int(entries[0, 0, 0])).owner.page:
+            with pytest.raises(PageEntryError, match="it cannot be page 0 of layer 0, K"):
+                self.cache.adopt(sequence, entries, 64 * pages)
+            return
+        self.cache.adopt(sequence, entries, 64 * pages)
+        self.put_sequence(sequence, [column[:pages] for column in kept.columns], 64 * pages)
+
+    @rule(source=st.integers(0, SEQUENCES - 1), into=st.integers(0, SEQUENCES - 1), is_held=st.booleans())
+    def load(self, source: int, into: int, is_held: bool) -> None:
+        """Pages that are filled from elsewhere: here, with what another sequence's are. Who has filled them may still
+        hold them when they are written to."""
+        if into == source:
+            return
+        self.free(into)
+        tokens = self.lengths[source]
+        of_source = self.cache.entries[:, :, source, : -(-tokens // 64)].copy()
+        try:
+            made = self.cache.new_pages((of_source & 15).astype(np.uint8))
+        except CacheFullError:
+            assert self.limited
+            return
+        for to, block in zip(self.cache.read_pages(made), self.cache.read_pages(of_source), strict=True):
+            to.copy_(block)
+        self.cache.adopt(into, made, tokens, self.cache.importance_of(source))
+        columns = self.of_sequence(source)
+        if is_held and len(self.kept) < 4:
+            self.kept.append(Kept(self.cache, made, columns, follows=False))
+        else:
+            self.cache.release(made)
+        self.put_sequence(into, columns, tokens)
+
     @precondition(lambda self: self.cache.budget is not None)
     @rule(seed=st.integers(0, 99))
     def reallocate(self, seed: int) -> None:
@@ -332,7 +480,20 @@ class SequencesMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_are_those_of_the_tables(self) -> None:
-        check_pages(self.cache)
+        held = Counter(entry for kept in self.kept for entry in kept.entries.reshape(-1).tolist())
+        check_pages(self.cache, held)
+
+    @invariant()
+    def kept_pages_are_those_of_the_model(self) -> None:
+        for kept in self.kept:
+            columns = iter(kept.columns)
+            for of_layer in kept.entries:
+                for side in Side:
+                    for entry, page in zip(of_layer[side].tolist(), next(columns), strict=True):
+                        assert entry & 15 == page.format
+                        layout = PageLayout(side, page.format, HEAD_DIM)
+                        held = dequantize_blocks(self.cache.pools.blocks(entry).cpu().numpy(), layout)
+                        assert np.array_equal(held[:, : page.values.shape[1]], page.values.astype(held.dtype))
 
     @invariant()
     def values_are_those_of_the_model(self) -> None:
@@ -367,7 +528,11 @@ class SequencesMachine(RuleBasedStateMachine):
         if hasattr(self, "cache"):
             for sequence in range(SEQUENCES):
                 self.cache.free(sequence)
+            while self.kept:
+                self.release(0)
             assert self.cache.pools.bytes_in_use == 0
+            assert not self.cache._twins
+            assert not self.cache._twin_of
             assert self.cache._is_plain
 
 
@@ -948,3 +1113,110 @@ def test_holders_are_asked_when_memory_ends() -> None:
     del store  # it is no longer asked
     with pytest.raises(CacheFullError):
         append_all(cache, [2], 64 * 9, 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("adopt", [False, True])
+def test_many_sequences_over_one_prompt(adopt: bool, device: str) -> None:
+    """There is one copy of the prompt, also when sequences leave its last pages behind one after the other; each gets
+    what a cache of its own gives, bit for bit."""
+    found = shared_prompt.share(12, 320, [1, 64, 63], adopt=adopt, device=device)
+    assert found["differ"] == 0
+    assert found["bytes_of_all_sequences_at_first"] == found["bytes_of_one_copy"]
+    prompt_bytes = found["prompt_bytes_at_the_end"]
+    assert found["prompt_pages_at_the_end"] == shared_prompt.LAYERS * 2 * 5
+    assert found["bytes_at_the_end"] == found["bytes_of_separate_caches_at_the_end"] - 11 * prompt_bytes
+
+
+def test_a_soak_gives_all_back() -> None:
+    found = kv_soak.soak(2400, 8, every=10)
+    assert found["operations"] == 2400
+    assert found["in_use_bytes_when_all_is_freed"] == 0
+    assert found["refused"] > 0
+    assert found["allocated_bytes_by_tenth"][-1] <= 90 * 2 * 2048
+    assert found["by_name"].keys() == kv_soak.WEIGHTS.keys()
+
+
+def test_slabs_are_cut_anew_when_memory_ends() -> None:
+    """What narrow pages have given up serves wide ones, and the other way round; where it is too little, nothing is."""
+    cache = make_cache(formats=INT4, max_bytes=64 * FULL, recent_tokens=64)
+    for times in range(3):
+        append_all(cache, [0], 64 * 12, times)
+        append_all(cache, [1], 64, times)
+        check_pages(cache)
+        cache.free(0)
+        made = cache.new_pages(np.full((LAYERS, 2, 20), INT4, np.uint8))
+        assert cache.pools.bytes_allocated <= 64 * FULL
+        before = cache_state(cache)
+        with pytest.raises(CacheFullError):
+            append_all(cache, [2, 3], 64 * 12, times)
+        assert cache_state(cache) == before
+        cache.release(made)
+        cache.free(1)
+    assert cache.pools.bytes_in_use == 0
+
+
+def test_a_page_that_is_cut_and_filled_anew_is_quantized_anew() -> None:
+    """It stays where it is, and what it was quantized to for another sequence is not what it holds now."""
+    cache = filled(320, copies=2, formats=INT4)
+    append_all(cache, [0], 64, 1)  # leaves the fifth page behind, which sequence 1 has in 16 bits
+    cache.truncate(1, 290)
+    append_all(cache, [1], 100, 2)
+    assert (cache.entries[:, :, 0, 4] != cache.entries[:, :, 1, 4]).all()
+    alone = filled(320, formats=INT4)
+    alone.truncate(0, 290)
+    append_all(alone, [0], 100, 2)
+    assert same(everything(cache, 1), everything(alone, 0))
+    check_pages(cache)
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_what_a_page_has_been_quantized_to_is_shared_later(is_held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By sequences that leave it one after another, from each other or from who holds it in 16 bits."""
+    cache = filled(320, copies=1 if is_held else 3, formats=INT4)
+    entries = cache.page_entries(0, 0, 5)
+    if is_held:
+        cache.retain(entries)
+        for sequence in (1, 2):
+            cache.adopt(sequence, entries, 320)
+    held = Counter(entries.reshape(-1).tolist()) if is_held else None
+    made = count_jobs(monkeypatch)
+    for sequence in range(3):
+        append_all(cache, [sequence], 64, sequence)
+        check_pages(cache, held)
+    assert made == [1] * LAYERS * 2
+    assert (cache.entries[:, :, :3, 4] == cache.entries[:, :, :1, 4]).all()
+    values = everything(cache, 2)
+    cache.free(0)
+    cache.free(1)
+    append_all(cache, [3], 700, 3)  # takes what is free
+    assert same(everything(cache, 2), values)
+    check_pages(cache, held)
+    cache.free(2)
+    cache.free(3)
+    assert cache.held_bytes == cache.pools.bytes_in_use
+    if is_held:
+        cache.release(entries)
+    assert not cache._twins
+    assert not cache._twin_of
+
+
+def test_pages_held_alone_are_quantized_once_for_those_who_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody shares a page when they are adopted: the table has none of them."""
+    cache = filled(320, formats=INT4, recent_tokens=320, sinks=0)
+    entries = cache.page_entries(0, 0, 5)
+    cache.retain(entries)
+    cache.free(0)
+    held = Counter(entries.reshape(-1).tolist())
+    cache.adopt(0, entries, 320)
+    append_all(cache, [0], 320, 1)
+    cache.adopt(1, entries, 320)
+    made = count_jobs(monkeypatch)
+    append_all(cache, [1], 320, 2)
+    assert made == []
+    check_pages(cache, held)
+    values = everything(cache, 1)
+    cache.free(0)
+    append_all(cache, [2], 700, 3)
+    assert same(everything(cache, 1), values)
+    check_pages(cache, held)

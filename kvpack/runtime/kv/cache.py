@@ -191,7 +191,8 @@ class _Begun(NamedTuple):
         places, at, there, put, put_there: of pages that change, in each sequence, with their entries to be.
         owners, sources, targets: of the same pages, each once, with their entries before and after.
         kinds: side, format and format to be of these; those of a kind lie side by side.
-        jobs: i64 [n, 2]: sources and targets.
+        twins: those of the targets that have been there before, held for as long as this lasts.
+        jobs: i64 [n, 2]: sources and targets, without those that have been there before.
     """
 
     new: list[Place]
@@ -207,6 +208,7 @@ class _Begun(NamedTuple):
     sources: list[int]
     targets: list[int]
     kinds: list[tuple[int, int, int]]
+    twins: set[int]
     jobs: torch.Tensor
 
 
@@ -364,6 +366,9 @@ class KVCache:
         self._is_unplanned = [False] * num_layers
         # By layer: the last batch, and how many tokens it takes before a page comes or leaves the window.
         self._quiet: list[tuple[list[int], int] | None] = [None] * num_layers
+        # What pages that are still in use have been quantized to, by format; and the other way round.
+        self._twins: dict[int, dict[int, int]] = {}
+        self._twin_of: dict[int, tuple[int, int]] = {}
         # Incomplete pages that have been adopted, which others may hold still.
         self._adopted_open: set[int] = set()
         self.number = next(_numbers)
@@ -888,10 +893,19 @@ class KVCache:
         self.mass[:, sequence, first:] = 0
         self.importance.forget(sequence, first)
 
-    def _let_go(self, layer: int, entry: int) -> None:
-        """The table has a page no longer, which others may hold."""
+    def _let_go(self, layer: int, entry: int) -> bool:
+        """The table has a page no longer. Whether it is free: others may hold it."""
         self._used_bytes[layer] -= self.pools.bytes_of(entry)
-        self.pools.free(entry)
+        if not self.pools.free(entry):
+            return False
+        self._forget_twins(entry)
+        return True
+
+    def _release(self, entry: int) -> int:
+        """Someone other than the table holds a page no longer; returns the bytes that have come free."""
+        if freed := self.pools.release(entry):
+            self._forget_twins(entry)
+        return freed
 
     def _hold_budget(self) -> None:
         """When pages have gone. That must not fail for want of memory; who appends next will be told."""
@@ -967,6 +981,8 @@ class KVCache:
         is_new = is_shared | is_held | is_quantized(entries, self.full_format)
         new: list[Place] = [(layer, side, sequence, index) for layer, side in np.argwhere(is_new).tolist()]
         old = entries[is_new].tolist()
+        for entry in entries[~is_new].tolist():
+            self._forget_twins(entry)
         values = self._last_values(sequence, index, kept)
         self.pools.reserve(Counter((_SIDES[place[1]], self.full_format) for place in new))
         allocated: list[int] = []
@@ -1186,20 +1202,26 @@ class KVCache:
         """
         count, table = len(rows), other.table
         self._grow_tables(table.pages)
-        held, member = np.unique(table.entries[:, :, rows], return_inverse=True)
-        there = [entry for entry in held.tolist() if entry != NO_PAGE]
-        infos = [other.pools.info(entry) for entry in there]
-        self.pools.reserve(Counter((info.side, info.format) for info in infos))
-        made = [self.pools.allocate(info.side, info.format, info.owner) for info in infos]
-        self._copy_blocks([other.pools.blocks(entry) for entry in there], [self.pools.blocks(entry) for entry in made])
-        none = [NO_PAGE] * (len(held) - len(there))  # the least of them
-        entries = np.array(none + made, np.int64)[member].reshape(self.num_layers, len(Side), count, -1)
+        taken = table.entries[:, :, rows]
+        present = taken != NO_PAGE
+        held, member = np.unique(taken[present], return_inverse=True)
+        infos = other.pools.infos(held)
+        kinds = [
+            (_SIDES[side], _FORMATS[f]) for side, f in zip(infos.side.tolist(), infos.format.tolist(), strict=True)
+        ]
+        owners = map(PageOwner, infos.layer.tolist(), infos.page.tolist())
+        self.pools.reserve(Counter(kinds))
+        made = np.array(
+            [self.pools.allocate(*kind, owner) for kind, owner in zip(kinds, owners, strict=True)], np.int64
+        )
+        self._copy_blocks(other.read_pages(held), self.read_pages(made))
+        entries = np.full(taken.shape, NO_PAGE)
+        entries[present] = made[member]
         self.table.put_copies(rows, table, entries)
-        for info, entry in zip(infos, made, strict=True):
-            self._used_bytes[info.owner.layer] += self.pools.bytes_of(entry)
-        for mine, theirs in ((self.mass, other.mass), (self.observed_steps, other.observed_steps)):
-            mine[:, :count].copy_(theirs[:, rows])
-        self.importance = other.importance.selected(rows)
+        self._used_bytes = np.bincount(infos.layer, infos.bytes, self.num_layers).astype(int).tolist()
+        self.mass[:, :count, : table.pages] = other.mass[:, rows].to(self.device)
+        self.observed_steps[:, :count] = other.observed_steps[:, rows].to(self.device)
+        self.importance = other.importance.selected(rows).grown(self.table.pages)
         self.errors, self.shares = other.errors.copy(), other.shares.copy()
         self._queries = [None if q is None else Queries(q.squares.to(self.device), q.count) for q in other._queries]
         self._is_plain = not self._is_mixed()
@@ -1235,6 +1257,7 @@ class KVCache:
 
         Who does no more than :meth:`retain` pages need not be added. See :mod:`kvpack.runtime.kv.page_holders`.
         """
+        self._holders[:] = [known for known in self._holders if known() is not None]
         self._holders.append(ref(holder))
 
     def page_entries(self, sequence: int, first: int, end: int) -> Ints:
@@ -1261,19 +1284,16 @@ class KVCache:
         Raises:
             PageEntryError: one is of no page in use, or of one that is not full. Nothing has changed.
         """
-        found = _flat(entries)
-        infos = [self.pools.info(entry) for entry in found]
-        layers, sides, indices = np.array([(i.owner.layer, i.side, i.owner.page) for i in infos]).reshape(-1, 3).T
-        is_in_table = np.array([info.is_in_table for info in infos], np.bool_)
-        layers, sides, indices = (x[is_in_table] for x in (layers, sides, indices))
-        held = self.entries[layers, sides, :, indices] == np.array(found, np.int64)[is_in_table, None]
-        if (is_open := held & (self.table.lengths[layers] < (indices[:, None] + 1) * PAGE_TOKENS)).any():
-            at, sequence = np.argwhere(is_open)[0].tolist()
+        found, lengths = _flat(entries), self.table.lengths
+        layers, sequences = np.nonzero(lengths % PAGE_TOKENS)
+        indices = lengths[layers, sequences] // PAGE_TOKENS
+        is_retained = np.isin(self.entries[layers, :, sequences, indices], found)
+        if is_retained.any():
+            at = int(np.argwhere(is_retained)[0, 0])
             raise PageEntryError(
-                f"page {indices[at]} of sequence {sequence} is not full: it is written to, and cannot be retained"
+                f"page {indices[at]} of sequence {sequences[at]} is not full: it is written to, and cannot be retained"
             )
-        for entry in found:
-            self.pools.hold(entry)
+        self.pools.hold(found)
 
     def release(self, entries: Ints) -> int:
         """Hold pages no longer, one reference of each less.
@@ -1285,10 +1305,13 @@ class KVCache:
             PageEntryError: one is of no page in use, or not retained so often. Nothing has changed.
         """
         found = _flat(entries)
-        for entry, count in Counter(found).items():
-            if (held := self.pools.info(entry).held) < count:
-                raise PageEntryError(f"{entry:#x} is released {count} times; it is retained {held} times")
-        return sum(self.pools.release(entry) for entry in found)
+        pages, counts = np.unique(found, return_counts=True)
+        held = self.pools.infos(pages).held
+        if len(few := np.flatnonzero(held < counts)):
+            raise PageEntryError(
+                f"{pages[few[0]]:#x} is released {counts[few[0]]} times; it is retained {held[few[0]]} times"
+            )
+        return sum(self._release(entry) for entry in found.tolist())
 
     def new_pages(self, formats: npt.NDArray[np.uint8], *, first_page: int = 0) -> Ints:
         """Pages to be filled by the caller (:meth:`read_pages`), who holds them as by :meth:`retain`.
@@ -1331,7 +1354,7 @@ class KVCache:
         Raises:
             PageEntryError: one is of no page in use.
         """
-        return [self.pools.blocks(entry) for entry in _flat(entries)]
+        return [self.pools.blocks(entry) for entry in _flat(entries).tolist()]
 
     def adopt(self, sequence: int, entries: Ints, tokens: int, importance: PageImportance | None = None) -> None:
         """An empty sequence gets pages that the caller holds, who keeps his references.
@@ -1370,28 +1393,30 @@ class KVCache:
                 "is wanted"
             )
         self._require_replayed()
-        is_shared = False
-        for (layer, side, page), entry in np.ndenumerate(entries):
-            info = self.pools.info(int(entry))
-            if (info.owner, info.side) != ((layer, page), side):
-                raise PageEntryError(
-                    f"{entry:#x} is page {info.owner.page} of layer {info.owner.layer}, {info.side.name}; it cannot be "
-                    f"page {page} of layer {layer}, {_SIDES[side].name}"
-                )
-            is_shared |= info.is_in_table
-            is_open = (page + 1) * PAGE_TOKENS > tokens
-            if is_open and (info.is_in_table or info.held > 1 or info.format != self.full_format):
-                raise PageEntryError(
-                    f"{entry:#x}, a {info.format.name} page, is the last one of {tokens} tokens: it will be written "
-                    "to, so it must be in 16 bits and the caller's alone"
-                )
+        found = _flat(entries)
+        infos = self.pools.infos(found)
+        layers, sides, indices = (of.reshape(-1) for of in np.indices(shape))
+        wrong = (infos.layer != layers) | (infos.side != sides) | (infos.page != indices)
+        if len(at := np.flatnonzero(wrong)):
+            info = self.pools.info(int(found[at[0]]))
+            raise PageEntryError(
+                f"{found[at[0]]:#x} is page {info.owner.page} of layer {info.owner.layer}, {info.side.name}; it cannot "
+                f"be page {indices[at[0]]} of layer {layers[at[0]]}, {_SIDES[sides[at[0]]].name}"
+            )
+        is_open = (indices + 1) * PAGE_TOKENS > tokens
+        is_others = infos.is_in_table | (infos.held > 1) | (infos.format != self.full_format)
+        if len(at := np.flatnonzero(is_open & is_others)):
+            raise PageEntryError(
+                f"{found[at[0]]:#x}, a {_FORMATS[infos.format[at[0]]].name} page, is the last one of {tokens} tokens: "
+                "it will be written to, so it must be in 16 bits and the caller's alone"
+            )
         if not tokens:
             return
         self._grow_tables(pages)
         uploaded = self._upload(entries.astype(np.int64))
-        for (layer, _, _), entry in np.ndenumerate(entries):
-            if self.pools.enter(int(entry)):
-                self._used_bytes[layer] += self.pools.bytes_of(int(entry))
+        is_new = self.pools.enter(found)
+        used = np.bincount(infos.layer[is_new], infos.bytes[is_new], self.num_layers).astype(int).tolist()
+        self._used_bytes = [before + more for before, more in zip(self._used_bytes, used, strict=True)]
         self.table.put_sequence(sequence, entries, uploaded, tokens)
         self.mass[:, sequence] = 0
         self.observed_steps[:, sequence] = 0
@@ -1401,7 +1426,7 @@ class KVCache:
         if tokens % PAGE_TOKENS:
             self._adopted_open.update(entries[:, :, -1].reshape(-1).tolist())
         self._quiet, self._is_unplanned = [None] * self.num_layers, [True] * self.num_layers
-        self._is_plain = self._is_plain and not is_shared and not self._is_mixed()
+        self._is_plain = self._is_plain and bool(is_new.all()) and not self._is_mixed()
 
     def importance_of(self, sequence: int) -> PageImportance:
         """What is known of the attention that a sequence's pages receive: fp32 [layers, pages], for :meth:`adopt`.
@@ -1434,8 +1459,8 @@ class KVCache:
             moved = {}
             for source, target in changes:
                 if self.pools.is_held(source) and holder.follows(source):
-                    self.pools.hold(target)
-                    self.pools.release(source)
+                    self.pools.hold(np.array([target]))
+                    self._release(source)
                     moved[source] = target
             if moved:
                 holder.replaced(moved)
@@ -1521,17 +1546,24 @@ class KVCache:
             pages = [number_of[key] for key in keys]
         owners = [one[4] for one in changing]
         kinds = [one[:3] for one in changing]
-        wanted += [(_SIDES[side], _FORMATS[target]) for side, _, target in kinds]
-        self.pools.reserve(Counter(wanted))
+        # Another sequence may have been quantized before, or a holder may keep the page as it was.
+        known = [self._twins.get(one[6], {}).get(one[2]) for one in changing] if self._twins else [None] * len(changing)
+        twins = {twin for twin in known if twin is not None}
+        made = [number for number, twin in enumerate(known) if twin is None]
+        wanted += [(_SIDES[kinds[number][0]], _FORMATS[kinds[number][2]]) for number in made]
+        if twins:
+            self.pools.hold(np.array(list(twins), np.int64))
         allocated: list[int] = []
         try:
-            for kind, place in zip(wanted, new + owners, strict=True):
+            self.pools.reserve(Counter(wanted))
+            for kind, place in zip(wanted, new + [owners[number] for number in made], strict=True):
                 allocated.append(self.pools.allocate(*kind, PageOwner(place[0], place[3])))
-            new_entries, targets = allocated[: len(new)], allocated[len(new) :]
+            new_entries, coming = allocated[: len(new)], iter(allocated[len(new) :])
+            targets = [next(coming) if twin is None else twin for twin in known]
             came = dict(zip(new_at, new_entries, strict=True))  # some leave the window as soon as they come
             sources = [came[one[5]] if one[6] == NO_PAGE else one[6] for one in changing]
             put = [targets[page] for page in pages]
-            jobs = [entry for job in zip(sources, targets, strict=True) for entry in job]
+            jobs = [entry for number in made for entry in (sources[number], targets[number])]
             # One copy, before anything has changed.
             uploaded = self._upload(np.array(new_at + changed_at + new_entries + put + jobs, np.int64))
             counts = [len(new), len(places), len(new), len(places), len(jobs)]
@@ -1539,6 +1571,7 @@ class KVCache:
             table.set(new_at, new_entries, new_there, new_to_put)
         except BaseException:
             self._free_again(allocated)
+            self._release_twins(twins)
             raise
         return _Begun(
             new,
@@ -1554,6 +1587,7 @@ class KVCache:
             sources,
             targets,
             kinds,
+            twins,
             all_jobs,
         )
 
@@ -1563,8 +1597,10 @@ class KVCache:
         Without ``keep_new`` new pages go; nothing else may change then.
         """
         if begun.places:
-            self._quantize(begun.kinds, begun.jobs.view(-1, 2))
+            kinds = zip(begun.kinds, begun.targets, strict=True)
+            self._quantize([kind for kind, target in kinds if target not in begun.twins], begun.jobs.view(-1, 2))
             self.table.set(begun.at, begun.put, begun.there, begun.put_there)
+            self._is_plain = self._is_plain and not begun.twins
         if not keep_new:
             self.table.clear(begun.new_at, begun.new_there)
             for entry in begun.new_entries:
@@ -1572,22 +1608,48 @@ class KVCache:
             return
         for layer, _, _, _ in begun.new:
             self._used_bytes[layer] += self._full_bytes
-        left = []
+        changes = []
         for (layer, _, _, index), (side, _, target), source, put in zip(
             begun.owners, begun.kinds, begun.sources, begun.targets, strict=True
         ):
-            self._used_bytes[layer] += self.pools.page_bytes(_SIDES[side], _FORMATS[target])
+            if put not in begun.twins or self.pools.enter(np.array([put]))[0]:
+                self._used_bytes[layer] += self.pools.page_bytes(_SIDES[side], _FORMATS[target])
             if self._is_plain or not (self.entries[layer, side, :, index] == source).any():
-                self._let_go(layer, source)
-                left.append((source, put))
-        self._follow(left)
+                if not self._let_go(layer, source):
+                    changes.append((source, put))
+                    self._set_twin(source, target, put)
+            else:
+                self._set_twin(source, target, put)
+        if changes:
+            self._follow(changes)
+        self._release_twins(begun.twins)
 
     def _take_back(self, begun: _Begun) -> None:
         """What :meth:`_begin` has done."""
         try:
             self.table.clear(begun.new_at, begun.new_there)
         finally:
-            self._free_again(begun.new_entries + begun.targets)
+            self._free_again(begun.new_entries + [entry for entry in begun.targets if entry not in begun.twins])
+            self._release_twins(begun.twins)
+
+    def _set_twin(self, source: int, page_format: int, target: int) -> None:
+        """A page that is in use yet has been quantized: who has it too need not do so again."""
+        self._twins.setdefault(source, {})[page_format] = target
+        self._twin_of[target] = source, page_format
+
+    def _forget_twins(self, entry: int) -> None:
+        """Of a page that is no more, or no longer what it was."""
+        for target in self._twins.pop(entry, {}).values():
+            del self._twin_of[target]
+        if (of := self._twin_of.pop(entry, None)) is not None:
+            source, page_format = of
+            del self._twins[source][page_format]
+            if not self._twins[source]:
+                del self._twins[source]
+
+    def _release_twins(self, twins: set[int]) -> None:
+        for twin in twins:
+            self._release(twin)
 
     def _free_again(self, allocated: list[int]) -> None:
         for entry in reversed(allocated):
@@ -2140,10 +2202,8 @@ class _Reclaimer:
         return any(holder.reclaim(missing, missing_bytes) for holder in living)
 
 
-def _flat(entries: Ints | Sequence[int]) -> list[int]:
-    """As plain numbers."""
-    found: list[int] = np.asarray(entries, np.int64).reshape(-1).tolist()
-    return found
+def _flat(entries: Ints | Sequence[int]) -> Ints:
+    return np.asarray(entries, np.int64).reshape(-1)
 
 
 def _integer(name: str, value: int, least: int | None = None) -> int:

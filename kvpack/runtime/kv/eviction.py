@@ -98,6 +98,9 @@ class EvictionPolicy:
     def gone(self, block: Block, now_s: float) -> None:
         """A block is evicted."""
 
+    def left(self, block: Block) -> None:
+        """A block's session has gone on at another branch, before the block."""
+
     def offer(self, block: Block) -> None:
         """A block can be evicted now."""
         self.queues[self.queue_of(block)].push(block, self.rank(block))
@@ -276,6 +279,13 @@ class Conversation(EvictionPolicy):
         self._ghosts[block.hash] = (block.kind, block.last_use_s)
         while len(self._ghosts) > self._cached + 1:
             self._ghosts.popitem(last=False)
+
+    def left(self, block: Block) -> None:
+        if block.kind != self._LEFT:
+            queue = self.queues[block.kind]
+            block.kind = self._LEFT
+            if queue.discard(block):
+                self.offer(block)
 
     def _count(self) -> None:
         self._ended += 1

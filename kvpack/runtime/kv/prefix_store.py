@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 from kvpack.errors import CacheFullError, CacheInputError
 from kvpack.format.pages import PAGE_TOKENS
+from kvpack.runtime.kv.allocator import PageImportance
 from kvpack.runtime.kv.eviction import EvictionPolicy, policy_of
 from kvpack.runtime.kv.manager_metrics import PrefixCounters
 from kvpack.runtime.kv.page_holders import Kind
@@ -55,8 +56,11 @@ class Pages(Protocol):
     def release(self, entries: Ints) -> int:
         """One fewer holds each; the bytes that came free."""
 
-    def adopt(self, sequence: int, entries: Ints, tokens: int) -> None:
+    def adopt(self, sequence: int, entries: Ints, tokens: int, importance: PageImportance | None) -> None:
         """An empty sequence has these pages, [layers, 2, pages], too."""
+
+    def importance_of(self, sequence: int) -> PageImportance | None:
+        """What is known of the attention that a sequence's pages receive; None where nobody asks for it."""
 
     def page_bytes(self, entries: Ints) -> Ints:
         """Of each, in the shape of the entries."""
@@ -74,6 +78,14 @@ class Pages(Protocol):
         """The memory a page lies in: its name, how many pages of it are in use, and its bytes."""
 
 
+class LowerTier(Protocol):
+    """Where blocks go that are evicted: slower memory, from which :meth:`PrefixStore.bring_back` has them again."""
+
+    def take(self, blocks: Sequence[Block]) -> None:
+        """These blocks are evicted, leaves first, and their pages released when this returns: what shall be kept of
+        them is to be copied, or retained, by then. Called with the store's lock held. Must not raise."""
+
+
 class Block:
     """64 tokens of a prefix, in all layers.
 
@@ -88,6 +100,8 @@ class Block:
         exact_ends: held prefixes in whose recent window it lies.
         priority, session, is_shared, turn: the highest that was given; the last session that used it; whether several
             sessions did; how many requests its conversation had when it came.
+        importance: fp32 [layers] twice, or None: what is known of the attention to it, as of
+            :class:`~kvpack.runtime.kv.allocator.PageImportance`.
         use_count, last_use, born_s, last_use_s: requests that went through it; their number, and seconds.
         score, kind: the eviction policy's own.
     """
@@ -99,10 +113,12 @@ class Block:
         "entries",
         "exact_ends",
         "hash",
+        "importance",
         "is_shared",
         "kind",
         "last_use",
         "last_use_s",
+        "newest_child",
         "parent",
         "pins",
         "priority",
@@ -120,9 +136,11 @@ class Block:
         self.hash, self.parent, self.tokens = block_hash, parent, tokens
         self.entries, self.size_bytes = entries, size_bytes
         self.quantized: Ints | None = None
+        self.importance: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.children = self.pins = self.users = self.exact_ends = self.use_count = self.last_use = 0
         self.priority, self.turn = 0, 0
+        self.newest_child: Block | None = None
         self.session: str | None = None
         self.is_shared = False
         self.born_s = self.last_use_s = self.score = 0.0
@@ -149,11 +167,13 @@ class Match:
         blocks: the prompt's first ones, as far as there are any.
         is_exact: whether who attaches here has the pages that a fresh prefill of as many tokens would leave.
         missing: hashes of the prompt's full pages behind them.
+        root: what the first page's hash stands on.
     """
 
     blocks: tuple[Block, ...]
     is_exact: bool
     missing: tuple[bytes, ...]
+    root: bytes
 
     @property
     def pages(self) -> int:
@@ -197,6 +217,12 @@ class PrefixStore:
             is thrashing.
         clock: seconds.
 
+    Attributes:
+        lock: guards the tree.
+        lower: told of what is evicted, or None.
+        counters: of all that happens.
+        used_bytes: of all blocks.
+
     Raises:
         CacheInputError: no such policy; a capacity below 0.
     """
@@ -217,11 +243,14 @@ class PrefixStore:
         self.lock = threading.RLock()
         self.capacity_bytes = capacity_bytes
         self.policy = policy_of(policy)
+        self.lower: LowerTier | None = None
         self.counters = PrefixCounters(window_s)
         self.used_bytes = 0
         self._pages, self._clock = pages, clock
         self._window_pages = -(-recent_tokens // PAGE_TOKENS)
-        self._root = Block(root, None, b"", np.empty(0, np.int64), 0)
+        self.root = root
+        # In front of the first blocks of all roots; their hashes differ.
+        self._root = Block(b"", None, b"", np.empty(0, np.int64), 0)
         self._blocks: dict[bytes, Block] = {}
         self._block_of: dict[int, Block] = {}  # by entry
         self._standing: dict[int, Block] = {}  # by sequence
@@ -233,13 +262,14 @@ class PrefixStore:
 
     # Looking up ------------------------------------------------------------------------------------------------------
 
-    def match(self, tokens: Tokens, most_tokens: int | None = None) -> Match:
+    def match(self, tokens: Tokens, *, most_tokens: int | None = None, root: bytes | None = None) -> Match:
         """The longest prefix of these tokens that is cached, in full pages. Counts as a query; nothing is attached.
 
         A page of an equal hash but other tokens is none.
 
         Args:
             most_tokens: no longer than this.
+            root: another than the store's: prefixes of another adapter, or another tenant.
 
         Raises:
             CacheInputError: ids that are no integers of 32 bits.
@@ -247,21 +277,22 @@ class PrefixStore:
         pages = token_pages(tokens)
         if most_tokens is not None:
             pages = pages[: max(0, most_tokens) // PAGE_TOKENS]
+        root = self.root if root is None else root
         with self.lock:
-            found, missed = self._path(pages)
-            self.counters.queried(len(pages), len(found), missed, self._clock())
-            return Match(tuple(found), self._is_exact(found), tuple(missed))
+            found, missed = self._path(pages, root)
+            self.counters.queried(len(tokens), len(pages), len(found), missed, self._clock())
+            return Match(tuple(found), self._is_exact(found), tuple(missed), root)
 
-    def _path(self, pages: Sequence[bytes]) -> tuple[list[Block], list[bytes]]:
+    def _path(self, pages: Sequence[bytes], root: bytes) -> tuple[list[Block], list[bytes]]:
         """The blocks of a prompt's pages as far as they are cached, and the hashes of the pages behind them."""
-        parent, found = self._root, list[Block]()
+        last_hash, parent, found = root, self._root, list[Block]()
         for page in pages:
-            block = self._blocks.get(next_hash(parent.hash, page))
+            block = self._blocks.get(next_hash(last_hash, page))
             if block is None or block.tokens != page or block.parent is not parent:
                 break
             found.append(block)
-            parent = block
-        return found, chained(parent.hash, pages[len(found) :])
+            parent, last_hash = block, block.hash
+        return found, chained(last_hash, pages[len(found) :])
 
     def _is_exact(self, blocks: Sequence[Block]) -> bool:
         newest = blocks[max(0, len(blocks) - self._window_pages) :]
@@ -290,7 +321,7 @@ class PrefixStore:
             if not blocks:
                 self._stand(sequence, None)
                 return 0
-            self._guarded(blocks[-1], lambda: self._adopt(sequence, blocks))
+            self._adopt(sequence, blocks)
             self._stand(sequence, blocks[-1])
             self._touch(blocks, session)
             return len(blocks) * PAGE_TOKENS
@@ -301,15 +332,11 @@ class PrefixStore:
             block.quantized if block.quantized is not None and place < out_of_window else block.entries
             for place, block in enumerate(blocks)
         ]
-        self._pages.adopt(sequence, np.stack(entries, axis=-1), len(blocks) * PAGE_TOKENS)
-
-    def _guarded(self, block: Block, action: Callable[[], None]) -> None:
-        """What the action does with the cache cannot evict this block."""
-        self._change(block, "users", 1)
-        try:
-            action()
-        finally:
-            self._change(block, "users", -1)
+        known = [block.importance for block in blocks if block.importance is not None]
+        importance = None
+        if len(known) == len(blocks):
+            importance = PageImportance(*(np.stack(one, axis=-1) for one in zip(*known, strict=True)))
+        self._pages.adopt(sequence, np.stack(entries, axis=-1), len(blocks) * PAGE_TOKENS, importance)
 
     def leave(self, sequence: int) -> None:
         """A sequence has ended, or stands on nothing any more."""
@@ -331,6 +358,14 @@ class PrefixStore:
             for sequence, source in sequences.items():
                 self._stand(sequence, before.get(source))
 
+    def crop(self, sequence: int, tokens: int) -> None:
+        """A sequence has the first of its tokens alone, and stands on what it has of its prefix yet."""
+        with self.lock:
+            block = self._standing.get(sequence)
+            while block is not None and block.depth * PAGE_TOKENS > tokens:
+                block = None if block.parent is self._root else block.parent
+            self._stand(sequence, block)
+
     def _touch(self, blocks: Sequence[Block], session: str | None) -> None:
         """A request went through these."""
         self._uses += 1
@@ -341,6 +376,8 @@ class PrefixStore:
             if session is not None and block.session not in (None, session):
                 block.is_shared = True
             block.session = session if session is not None else block.session
+            if block.parent is not None:
+                block.parent.newest_child = block
             self.policy.used(block, now_s)
             self.counters.reused(now_s - block.last_use_s)
             block.use_count += 1
@@ -357,6 +394,7 @@ class PrefixStore:
         pin: bool = False,
         priority: int = 0,
         session: str | None = None,
+        root: bytes | None = None,
     ) -> Prefix:
         """Keep the full pages of a sequence's first tokens, which the sequence goes on using, and hold them.
 
@@ -368,13 +406,14 @@ class PrefixStore:
             pin: not to be evicted before it is released, and kept whole or not at all.
             priority: of all its blocks, if they do not have a higher one; counts with the policy ``priority``.
             session: whose conversation it is.
+            root: as of :meth:`match`.
 
         Raises:
             CacheInputError: the sequence has fewer tokens; its pages are cached as those of other tokens.
             CacheFullError: a pinned prefix does not fit. Nothing has changed.
         """
         with self.lock:
-            blocks = self._cache(sequence, tokens, priority, session, whole=pin)
+            blocks = self._cache(sequence, tokens, root, priority, session, whole=pin)
             self._stand(sequence, blocks[-1] if blocks else None)
             self._trim()
             while self.capacity_bytes is not None and self.used_bytes > self.capacity_bytes and blocks:
@@ -392,7 +431,15 @@ class PrefixStore:
                 self._change(last, "pins", 1)
             return Prefix(last, pin)
 
-    def keep(self, sequence: int, tokens: Tokens, *, priority: int = 0, session: str | None = None) -> int:
+    def keep(
+        self,
+        sequence: int,
+        tokens: Tokens,
+        *,
+        priority: int = 0,
+        session: str | None = None,
+        root: bytes | None = None,
+    ) -> int:
         """Keep the full pages of a sequence that is about to end, as long as the policy wants, and hold nothing.
 
         Returns:
@@ -402,7 +449,7 @@ class PrefixStore:
             CacheInputError: as :meth:`cache_prefix`.
         """
         with self.lock:
-            blocks = self._cache(sequence, tokens, priority, session, whole=False)
+            blocks = self._cache(sequence, tokens, root, priority, session, whole=False)
             self._stand(sequence, None)
             self._trim()
             kept = sum(self._blocks.get(block.hash) is block for block in blocks)
@@ -431,14 +478,23 @@ class PrefixStore:
                     self._take_quantized(block)
                 block = block.parent
 
-    def _cache(self, sequence: int, tokens: Tokens, priority: int, session: str | None, *, whole: bool) -> list[Block]:
+    def _cache(
+        self,
+        sequence: int,
+        tokens: Tokens,
+        root: bytes | None,
+        priority: int,
+        session: str | None,
+        *,
+        whole: bool,
+    ) -> list[Block]:
         """The blocks of a sequence's first tokens: those that were cached and new ones, which nothing guards yet.
 
         Raises:
             CacheInputError, CacheFullError: as :meth:`cache_prefix`.
         """
         pages = token_pages(tokens)
-        known, hashes = self._path(pages)
+        known, hashes = self._path(pages, self.root if root is None else root)
         entries = self._pages.page_entries(sequence, 0, len(pages))
         # A page whose hash is that of other tokens is not cached, nor is what is behind it.
         free = next((place for place, one in enumerate(hashes) if one in self._blocks), len(hashes))
@@ -448,26 +504,47 @@ class PrefixStore:
                 raise CacheInputError(
                     f"sequence {sequence}: its pages are cached as those of other tokens; are these the tokens it has?"
                 )
-        sizes: list[int] = self._pages.page_bytes(new).sum(axis=(0, 1)).tolist()
+        if whole and len(known) + len(hashes) < len(pages):
+            raise CacheFullError("a page has the hash of other tokens: the prefix cannot be kept whole")
+        importance = self._pages.importance_of(sequence)
         last = known[-1] if known else self._root
+        if new.size:
+            self._pages.retain(new)
         if whole:
-            if len(known) + len(hashes) < len(pages):
-                raise CacheFullError("a page has the hash of other tokens: the prefix cannot be kept whole")
-            self._require_room(sum(sizes), last)
-        self._pages.retain(new)
+            try:
+                self._require_room(int(self._pages.page_bytes(new).sum()), last)
+            except CacheFullError:
+                self._pages.release(new)
+                raise
         standing = self._standing.get(sequence)
         attached = known.index(standing) + 1 if standing in known else 0  # these were counted then
         self._touch(known[attached:], session)
-        now_s = self._clock()
-        for block, of_sequence in zip(known, np.moveaxis(entries, -1, 0), strict=False):
+        for block in known:
             block.priority = max(block.priority, priority)
-            self._learn_quantized(block, of_sequence)
+        self._learn_quantized(known, entries)
+        blocks = known + self._insert(last, pages[len(known) :], hashes, new, priority, session)
+        if importance is not None:
+            for block in blocks:
+                page = block.depth - 1
+                block.importance = importance.average[:, page].copy(), importance.weight[:, page].copy()
+        return blocks
+
+    def _insert(
+        self,
+        last: Block,
+        pages: Sequence[bytes],
+        hashes: Sequence[bytes],
+        entries: Ints,
+        priority: int,
+        session: str | None,
+    ) -> list[Block]:
+        """New blocks behind another, of pages that are retained already."""
+        now_s = self._clock()
         turn = 1 if last is self._root or last.is_shared else last.turn
-        blocks = list(known)
-        for place, (block_hash, size_bytes) in enumerate(zip(hashes, sizes, strict=True)):
-            block = Block(
-                block_hash, last, pages[len(known) + place], np.ascontiguousarray(new[..., place]), size_bytes
-            )
+        sizes: list[int] = self._pages.page_bytes(entries).sum(axis=(0, 1)).tolist()
+        blocks = []
+        for place, (block_hash, page, size_bytes) in enumerate(zip(hashes, pages, sizes, strict=False)):
+            block = Block(block_hash, last, page, np.ascontiguousarray(entries[..., place]), size_bytes)
             block.priority, block.session, block.turn = priority, session, turn
             block.use_count, block.last_use, block.born_s, block.last_use_s = 1, self._uses, now_s, now_s
             self._put(block, now_s)
@@ -477,18 +554,67 @@ class PrefixStore:
         self.counters.seen(hashes, now_s)
         return blocks
 
-    def _learn_quantized(self, block: Block, entries: Ints) -> None:
+    def bring_back(self, match: Match, tokens: Tokens, entries: Ints, *, session: str | None = None) -> Match:
+        """Pages behind a match that come from elsewhere are cached, as far as the capacity allows.
+
+        Args:
+            tokens: of these pages, 64 each: what the prompt has behind the match.
+            entries: i64 [layers, 2, pages], full pages that the caller has retained, or made with
+                :meth:`KVCache.new_pages`; his references are the store's from now on.
+
+        Returns:
+            The match and the blocks behind it that are cached now.
+
+        Raises:
+            CacheInputError: other tokens than the prompt had. The references stay the caller's.
+        """
+        pages = token_pages(tokens)
+        with self.lock:
+            last = match.blocks[-1] if match.blocks else self._root
+            hashes = chained(last.hash if match.blocks else match.root, pages)
+            if tuple(hashes) != match.missing[: len(hashes)] or len(hashes) != entries.shape[-1]:
+                raise CacheInputError(f"{len(hashes)} pages of tokens and {entries.shape[-1]} pages: not those missing")
+            self._uses += 1
+            blocks = list(match.blocks)
+            if last is not self._root and self._blocks.get(last.hash) is not last:
+                # What they stand on has been evicted meanwhile.
+                self._pages.release(entries)
+                return match
+            for place, block_hash in enumerate(hashes):
+                new = entries[..., place : place + 1]
+                if (block := self._blocks.get(block_hash)) is None:
+                    (block,) = self._insert(last, pages[place : place + 1], [block_hash], new, 0, session)
+                else:  # somebody else was faster
+                    self._pages.release(new)
+                if block.tokens != pages[place]:
+                    self._pages.release(entries[..., place + 1 :])
+                    break
+                blocks.append(block)
+                last = block
+            if last is not self._root:
+                self._change(last, "users", 1)
+                self._trim()
+                self._change(last, "users", -1)
+                self._trim()
+            stay = [block for block in blocks if self._blocks.get(block.hash) is block]
+            missing = [block.hash for block in blocks[len(stay) :]] + list(match.missing[len(blocks) - match.pages :])
+            return Match(tuple(stay), self._is_exact(stay), tuple(missing), match.root)
+
+    def _learn_quantized(self, blocks: Sequence[Block], entries: Ints) -> None:
         """A sequence beyond a block has quantized pages where the block has 16 bits: all that go beyond share those."""
-        if block.quantized is not None:
+        if not blocks:
             return
-        other = self._pages.is_full(block.entries) & ~self._pages.is_full(entries)
-        if not other.any():
-            return
-        self._pages.retain(entries[other])
-        block.quantized = np.where(other, entries, block.entries)
-        self._count_pages(block)
-        if not block.exact_ends:
-            self._take_quantized(block)
+        of_blocks = np.stack([block.entries for block in blocks], axis=-1)
+        other = self._pages.is_full(of_blocks) & ~self._pages.is_full(entries[..., : len(blocks)])
+        for place in np.flatnonzero(other.any(axis=(0, 1))).tolist():
+            block = blocks[place]
+            if block.quantized is None:
+                differs, of_sequence = other[..., place], entries[..., place]
+                self._pages.retain(of_sequence[differs])
+                block.quantized = np.where(differs, of_sequence, block.entries)
+                self._count_pages(block)
+                if not block.exact_ends:
+                    self._take_quantized(block)
 
     def _take_quantized(self, block: Block) -> None:
         """A block's pages in 16 bits go where there are quantized ones."""
@@ -520,6 +646,8 @@ class PrefixStore:
             while above is not None and not above.is_shared:
                 above.is_shared = True
                 above = above.parent
+        self._leave_behind(parent.newest_child, block)
+        parent.newest_child = block
         self._change(parent, "children", 1)
         self._blocks[block.hash] = block
         self.used_bytes += block.size_bytes
@@ -527,6 +655,14 @@ class PrefixStore:
             self._block_of[entry] = block
         self.policy.came(block, now_s)
         self.policy.offer(block)
+
+    def _leave_behind(self, branch: Block | None, block: Block) -> None:
+        """A session goes on with a block beside a branch of its own, which it left then."""
+        if branch is None or block.session is None or branch.session != block.session or branch.is_shared:
+            return
+        while branch is not None and not branch.is_shared:
+            self.policy.left(branch)
+            branch = branch.newest_child
 
     def _change(self, block: Block, what: Literal["children", "pins", "users"], by: int) -> None:
         """A reason to stay comes or goes."""
@@ -563,9 +699,13 @@ class PrefixStore:
 
     def _give_up(self, plan: Sequence[Block], reason: EvictionReason) -> None:
         now_s = self._clock()
+        if self.lower is not None:
+            self.lower.take(plan)
         for block in plan:
             pages = block.pages()
             del self._blocks[block.hash]
+            if block.parent is not None and block.parent.newest_child is block:
+                block.parent.newest_child = None
             for entry in pages.tolist():
                 del self._block_of[entry]
             self.used_bytes -= block.size_bytes
@@ -643,10 +783,12 @@ class PrefixStore:
         with self.lock:
             left = Counter(dict(missing))
             slabs: Counter[int] = Counter()
-            emptied_bytes = 0
+            # A slab that is cut anew has whole pages, and a rest that is lost.
+            left_pages = sum(missing.values())
+            page_bytes = -(-missing_bytes // max(1, left_pages))
 
             def is_enough(block: Block) -> bool:
-                nonlocal emptied_bytes
+                nonlocal left_pages
                 for entry in block.pages().tolist():
                     if not self._pages.is_only_held(entry):
                         continue
@@ -654,8 +796,8 @@ class PrefixStore:
                     slab, in_use, slab_bytes = self._pages.slab(entry)
                     slabs[slab] += 1
                     if slabs[slab] == in_use:
-                        emptied_bytes += slab_bytes
-                return emptied_bytes >= missing_bytes or all(count <= 0 for count in left.values())
+                        left_pages -= slab_bytes // page_bytes
+                return left_pages <= 0 or all(count <= 0 for count in left.values())
 
             plan = self._planned(is_enough)
             if plan is None:
