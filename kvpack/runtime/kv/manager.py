@@ -35,13 +35,11 @@ from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, Side
 from kvpack.format.snapshot import Fingerprint
 from kvpack.runtime.kv.allocator import PageImportance
 from kvpack.runtime.kv.cache import KVCache
-from kvpack.runtime.kv.eviction import EvictionPolicy
+from kvpack.runtime.kv.eviction import DEFAULT_POLICY, EvictionPolicy
 from kvpack.runtime.kv.manager_metrics import ManagerMetrics
 from kvpack.runtime.kv.page_holders import Kind
 from kvpack.runtime.kv.prefix_hash import Tokens, root_hash, token_bytes
 from kvpack.runtime.kv.prefix_store import Ints, Match, Prefix, PrefixStore
-
-DEFAULT_POLICY = "lru"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ import numpy.typing as npt
 from kvpack.errors import CacheFullError, CacheInputError
 from kvpack.format.pages import PAGE_TOKENS
 from kvpack.runtime.kv.allocator import PageImportance
-from kvpack.runtime.kv.eviction import EvictionPolicy, policy_of
+from kvpack.runtime.kv.eviction import DEFAULT_POLICY, EvictionPolicy, policy_of
 from kvpack.runtime.kv.manager_metrics import PrefixCounters
 from kvpack.runtime.kv.page_holders import Kind
 from kvpack.runtime.kv.prefix_hash import Tokens, chained, next_hash, token_pages
@@ -233,7 +233,7 @@ class PrefixStore:
         root: bytes,
         *,
         capacity_bytes: int | None = None,
-        policy: str | EvictionPolicy = "lru",
+        policy: str | EvictionPolicy = DEFAULT_POLICY,
         recent_tokens: int = 0,
         window_s: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
