@@ -168,6 +168,9 @@ class NumberedPages:
     def kind(self, entry: int) -> Any:
         raise NotImplementedError
 
+    def kind_bytes(self, kind: Any) -> int:
+        raise NotImplementedError
+
     def slab(self, entry: int) -> tuple[int, int, int]:
         raise NotImplementedError
 

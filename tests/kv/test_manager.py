@@ -186,6 +186,18 @@ def test_under_a_budget_nothing_but_an_empty_match_is_exact() -> None:
     assert not importance.weight[1].any()
 
 
+def test_what_two_have_computed_is_as_recent_as_the_second() -> None:
+    manager = make()
+    tokens = prompt(1, 64)
+    one, two = manager.start(tokens), manager.start(tokens)
+    append(manager.cache, {one.sequence: tokens, two.sequence: tokens})
+    manager.finish(one.sequence)
+    run(manager, prompt(2, 64))
+    manager.finish(two.sequence)
+    manager.store.evict(1)
+    assert (manager.match(tokens).pages, manager.match(prompt(2, 64)).pages) == (1, 0)
+
+
 # What finds nothing --------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +325,46 @@ def test_quantized_pages_of_prefixes_make_room_for_new_ones() -> None:
         run(manager, prompt(31, 64 * 16))
     manager.finish(0, keep=False)
     assert manager.cache.pools.bytes_in_use == manager.cache.held_bytes == manager.store.used_bytes
+
+
+def test_memory_that_ends_evicts_enough_or_nothing() -> None:
+    """Whether enough can be evicted is known before: of pages of all kinds, in slabs of which some pages are free."""
+    failed = 0
+    for seed in (15, 23, 39):
+        rng = random.Random(seed)
+        formats = rng.choice([INT4, PageFormat.INT2, None])
+        max_bytes, slab_bytes = rng.randint(16, 60) * FULL_BYTES, rng.choice([1, 4 * FULL_BYTES, 20 * FULL_BYTES])
+        policy = rng.choice(["lru", "conversation"])
+        options: dict[str, Any] = {"max_sequences": 4, "device": "cpu", "formats": formats}
+        cache = KVCache(1, HEADS, HEAD_DIM, MAX_TOKENS, max_bytes=max_bytes, slab_bytes=slab_bytes, **options)
+        manager = KVManager(cache, "tiny", policy=policy)
+        for _ in range(60):
+            running = list(manager._requests)
+            if len(running) < 4 and rng.random() < 0.5:
+                tokens = [token for _ in range(rng.randint(1, 5)) for token in [rng.randrange(3)] * 64]
+                started = manager.start(tokens)
+                sequence, new = started.sequence, tokens[started.tokens :]
+            elif running:
+                sequence = rng.choice(running)
+                if rng.random() < 0.4:
+                    manager.finish(sequence)
+                    continue
+                new = [rng.randrange(9)] * rng.choice([1, 64, 128])
+                manager.append_tokens([sequence] * len(new), new)
+            else:
+                continue
+            if cache.length(0, sequence) + len(new) > MAX_TOKENS - 64:
+                manager.finish(sequence)
+                continue
+            before = dump(manager)
+            try:
+                cache.append(0, *qkv(0, new, cache.length(0, sequence))[1:, None], [sequence])
+            except CacheFullError:
+                failed += 1
+                # Slabs may have been cut anew, of which nothing is to be noticed.
+                assert dump(manager)[1:] == before[1:]
+                manager.finish(sequence, keep=False)
+    assert failed > 5
 
 
 @pytest.mark.parametrize(

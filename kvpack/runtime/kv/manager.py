@@ -109,9 +109,12 @@ class _CachePages:
         info = self._cache.pools.info(entry)
         return info.side, info.format
 
+    def kind_bytes(self, kind: Kind) -> int:
+        return self._cache.pools.page_bytes(*kind)
+
     def slab(self, entry: int) -> tuple[int, int, int]:
         slab, _ = self._cache.pools._find(entry)
-        return slab.base, slab.page_count - slab.references.count(0), slab.memory.numel()
+        return slab.base, slab.page_count, slab.memory.numel()
 
 
 class KVManager:
