@@ -13,9 +13,9 @@ of the longest prefix that is cached, computes the rest as always, and leaves it
 the cache directly (appends, attends) while others may use it must hold it, since the cache is not made for several
 threads, and evicts prefixes when its memory ends.
 
-**Memory.** Prefixes take at most ``prefix_bytes``. When the cache's own memory ends (``max_bytes``), it asks for
-pages that prefixes alone have: so prefixes never stand in the way of running requests. What cannot be had is an
-error, and everything is as it was before.
+**Memory.** Prefixes take at most ``prefix_bytes``. When the cache's own memory ends (``max_bytes``), it asks for pages
+that prefixes alone have: as many of the kinds that are missing, or whole slabs. What cannot be had is an error, and
+everything is as it was before.
 """
 
 from __future__ import annotations
