@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -1235,6 +1236,19 @@ class KVCache:
                 flat = torch.cat([block.reshape(-1) for block in these]).to(self.device)
                 these = [x.view_as(y) for x, y in zip(flat.split_with_sizes(sizes), those, strict=True)]
             torch._foreach_copy_(those, these)
+
+    def save(self, path: str | os.PathLike[str], **options: Any) -> int:
+        """Write a sequence to a file: :func:`kvpack.runtime.kv.snapshot.save_snapshot`, which has the options."""
+        from kvpack.runtime.kv.snapshot import save_snapshot
+
+        return save_snapshot(self, path, **options)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **options: Any) -> KVCache:
+        """A cache of what a file holds: :func:`kvpack.runtime.kv.snapshot.load_cache`, which has the options."""
+        from kvpack.runtime.kv.snapshot import load_cache
+
+        return load_cache(path, **options)
 
     # Pages that others hold ------------------------------------------------------------------------------------------
 
