@@ -1000,6 +1000,7 @@ def test_pages_outlive_their_sequence(device: str) -> None:
     cache.adopt(0, entries, 256)
     cache.adopt(2, entries[:, :, :2], 128)
     check_pages(cache, held)
+    assert not cache._is_plain
     assert same(everything(cache, 0), [x[:, :256] for x in before])
     assert same(everything(cache, 2), [x[:, :128] for x in before])
     append_all(cache, [0], 3, 4)
@@ -1220,3 +1221,18 @@ def test_pages_held_alone_are_quantized_once_for_those_who_get_them(monkeypatch:
     append_all(cache, [2], 700, 3)
     assert same(everything(cache, 1), values)
     check_pages(cache, held)
+
+
+def test_adopted_pages_do_not_leave_the_window_twice() -> None:
+    """A prefix that is shorter than what it was cut from has quantized pages among its newest."""
+    cache = filled(700, formats=INT4, recent_tokens=100)
+    entries = cache.page_entries(0, 0, 8)
+    cache.retain(entries)
+    cache.free(0)
+    cache.adopt(1, entries, 512)
+    cache.release(entries)
+    values = everything(cache, 1)
+    append_all(cache, [1], 200, 1)
+    assert (cache.page_entries(1, 0, 8) == entries).all()
+    assert same([x[:, :512] for x in everything(cache, 1)], values)
+    check_pages(cache)

@@ -1426,7 +1426,10 @@ class KVCache:
         if tokens % PAGE_TOKENS:
             self._adopted_open.update(entries[:, :, -1].reshape(-1).tolist())
         self._quiet, self._is_unplanned = [None] * self.num_layers, [True] * self.num_layers
-        self._is_plain = self._is_plain and bool(is_new.all()) and not self._is_mixed()
+        is_pinned = indices >= int(self.window.open_ends(self.table.lengths[0])[sequence])
+        is_pinned |= indices < self.window.sink_pages
+        is_mixed = is_quantized(found[is_pinned], self.full_format).any()
+        self._is_plain = self._is_plain and bool(is_new.all()) and not is_mixed
 
     def importance_of(self, sequence: int) -> PageImportance:
         """What is known of the attention that a sequence's pages receive: fp32 [layers, pages], for :meth:`adopt`.
