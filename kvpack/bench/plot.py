@@ -246,4 +246,4 @@ def plot_snapshot(report: dict[str, Any], path: Path) -> None:
     axes.set_xlim(0, 1.1)
     axes.set_xlabel("of the bytes in fp16")
     axes.set_title(f"a context of {report['tokens']} tokens")
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=120, format="png")

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from kvpack.format.snapshot import RunPages, SnapshotFile
 
 _ROUNDS = 5
 _LEAST_SECONDS = 1.0
-# What compresses the pages' bytes, by the module that has it: (name, compress, decompress), or what to install.
+Row = dict[str, Any]
+# (name, compress, decompress)
 Compressor = tuple[str, Callable[[bytes], bytes], Callable[[bytes], bytes]]
 
 
@@ -87,7 +89,7 @@ def bench_snapshot(path: str | Path, threads: int | None = None) -> dict[str, An
         if encode() != coded_bytes:
             raise AssertionError("pages that are encoded again take other bytes than in the file")
 
-        def row(name: str, size_bytes: int, encode_s: float | None = None, decode_s: float | None = None) -> dict[str, Any]:
+        def row(name: str, size_bytes: int, encode_s: float | None = None, decode_s: float | None = None) -> Row:
             return {
                 "name": name,
                 "bytes": size_bytes,
@@ -97,7 +99,7 @@ def bench_snapshot(path: str | Path, threads: int | None = None) -> dict[str, An
                 "decode_gb_per_s": None if decode_s is None else page_bytes / decode_s / 1e9,
             }
 
-        rows: list[dict[str, Any]] = [row("fp16", fp16_bytes), row("pages", page_bytes)]
+        rows: list[Row] = [row("fp16", fp16_bytes), row("pages", page_bytes)]
         rows.append(row("kvpack", file.container.file.size_bytes, _seconds(encode), _seconds(decode)))
     data = b"".join(np.ascontiguousarray(blocks).tobytes() for run in decoded for _, blocks in run)
     for found in _compressors():
@@ -106,9 +108,7 @@ def bench_snapshot(path: str | Path, threads: int | None = None) -> dict[str, An
             continue
         name, compress, decompress = found
         small = compress(data)
-        rows.append(
-            row(name, len(small), _seconds(lambda c=compress: c(data)), _seconds(lambda d=decompress, s=small: d(s)))
-        )
+        rows.append(row(name, len(small), _seconds(partial(compress, data)), _seconds(partial(decompress, small))))
     return {
         "tokens": header.tokens,
         "formats": header.formats,

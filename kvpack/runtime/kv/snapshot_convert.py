@@ -9,18 +9,18 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks
+from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks
 from kvpack.encode.snapshot_coder import Blocks, decode_run, encode_run, write_snapshot
 from kvpack.encode.threads import map_ordered
 from kvpack.errors import InputError
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side
 from kvpack.format.snapshot import (
-    PAGE_FORMAT_OF_DTYPE,
     PageFormats,
     RunPages,
     SnapshotFile,
@@ -57,9 +57,7 @@ def convert_snapshot(
         raise InputError(f"{page_format.name} is no format of fewer bits: pages of a snapshot do not gain bits")
     with SnapshotFile(source) as file:
         formats = _new_formats(file, page_format)
-        header = replace(
-            file.header, formats=((page_format.name, page_format.name),) * file.header.layers, budget=None
-        )
+        header = replace(file.header, formats=((page_format.name, page_format.name),) * file.header.layers, budget=None)
         arrays: dict[str, npt.NDArray[Any]] = {
             name: found
             for name in array_rules(header)
@@ -111,8 +109,8 @@ def _converted(
             layout = header.page_layout(pages.side, PageFormat(number))
             given = blocks[chosen]
             if number != pages.format:
-                source = pages.layout
-                given = np.stack(list(map_ordered(lambda x: _requantized(x, source, layout), given, executor)))
+                work = partial(_requantized, source=pages.layout, target=layout)
+                given = np.stack(list(map_ordered(work, given, executor)))
             for place, block in zip(chosen.tolist(), given, strict=True):
                 made[int(pages.layers[place]), pages.side, int(pages.indices[place])] = block
 
