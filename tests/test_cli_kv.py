@@ -106,9 +106,8 @@ def test_convert(tmp_path: Path, model: Path) -> None:
     assert run_json("generate", model, "--load-context", narrow, "--max-new-tokens", 4)["new_tokens"] == 4
     assert "--force replaces it" in run("kv", "convert", wide, "-o", narrow, "--kv-bits", 4, code=USAGE).stderr
     run("kv", "convert", wide, "-o", narrow, "--kv-bits", 2, "--force")
-    assert (
-        "fewer bits than INT4" in run("kv", "convert", narrow, "-o", tmp_path / "x", "--kv-bits", 4, code=USAGE).stderr
-    )
+    to_x = ("-o", tmp_path / "x")
+    assert "fewer bits than INT4" in run("kv", "convert", narrow, *to_x, "--kv-bits", 4, code=USAGE).stderr
     assert "either --kv-bits or --archive" in run("kv", "convert", wide, *to_x, code=USAGE).stderr
 
     report = run_json("kv", "convert", wide, "-o", archive, "--archive", "--noise", 0.5)
