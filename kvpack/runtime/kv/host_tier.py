@@ -149,6 +149,11 @@ class PageCopies:
             pages = [page.view(-1) for page in self._cache.read_pages(entries[..., place])]
             torch._foreach_copy_(pages, list(source.split([page.numel() for page in pages])))
 
+    def wait_for_reads(self) -> None:
+        """Wait until all host memory that copies read from, or write to, can be written to."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
     def settle(self) -> None:
         """Release the pages that have been copied."""
         while self._pending and self._pending[0][0].query():
@@ -247,6 +252,17 @@ class HostTier:
         data = self._memory[begin : begin + size]
         copied = self.copies.to_host(entries, data, may_hold=may_hold)
         self._keep(block, data, begin, copied)
+        return True
+
+    def put_bytes(self, block: BlockBytes) -> bool:
+        """Copy a block's bytes. False: no gap is wide enough."""
+        size = block.data.numel()
+        if (begin := self._arena.allocate(size)) is None:
+            return False
+        self.copies.wait_for_reads()
+        data = self._memory[begin : begin + size]
+        data.copy_(block.data)
+        self._keep(block, data, begin, None)
         return True
 
     def _keep(self, block: BlockBytes, data: torch.Tensor, begin: int, copied: Event | None) -> None:

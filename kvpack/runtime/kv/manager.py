@@ -25,6 +25,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -249,6 +250,21 @@ class KVManager:
             if self.tiers is not None and match.missing:
                 match = self.tiers.fetch(self.store, match, ids, session=session)
             return self._attached(self._exact(match), ids, session)
+
+    def prefetch(self, tokens: Tokens, *, adapter: str | None = None, salt: str = "") -> Future[int]:
+        """Begin to read what files have of a prompt into host memory, while other requests go on: :meth:`start` then
+        finds it there.
+
+        Returns:
+            Will have how many of its tokens are in the cache or in host memory.
+
+        Raises:
+            CacheInputError: the manager has no tiers; ids that are no integers of 32 bits.
+        """
+        if self.tiers is None:
+            raise CacheInputError("the manager has no tiers to read from: make it with host_bytes= and disk=")
+        match = self.store.find(tokens, root=self._root(adapter, salt))
+        return self.tiers.prefetch(self.store, match, tokens)
 
     def _attached(self, match: Match, ids: array[int], session: str | None) -> Started:
         self._require_free()

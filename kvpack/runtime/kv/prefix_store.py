@@ -288,6 +288,17 @@ class PrefixStore:
             self.counters.queried(len(tokens), len(pages), len(found), missed, self._clock())
             return Match(tuple(found), self._is_exact(found), tuple(missed), root)
 
+    def find(self, tokens: Tokens, *, root: bytes | None = None) -> Match:
+        """:meth:`match`, not counted as a query.
+
+        Raises:
+            CacheInputError: ids that are no integers of 32 bits.
+        """
+        root = self.root if root is None else root
+        with self.lock:
+            found, missed = self._path(token_pages(tokens), root)
+            return Match(tuple(found), self._is_exact(found), tuple(missed), root)
+
     def _path(self, pages: Sequence[bytes], root: bytes) -> tuple[list[Block], list[bytes]]:
         """The blocks of a prompt's pages as far as they are cached, and the hashes of the pages behind them."""
         last_hash, parent, found = root, self._root, list[Block]()

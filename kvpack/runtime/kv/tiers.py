@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from kvpack.encode.threads import ThreadPool
 from kvpack.errors import CacheFullError, CacheInputError
-from kvpack.format.pages import ENTRY_FORMAT_MASK
+from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS
 from kvpack.format.snapshot import RUN_PAGES, Fingerprint
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.disk_tier import DiskTier
@@ -64,6 +66,7 @@ class Tiers:
         self._cache = cache
         self._host_hits = self._disk_hits = self._fetched_bytes = self._taken = self._dropped = self._refused = 0
         self._written = 0
+        self._reader = ThreadPool(1, "kvpack-tiers")
 
     # Down ------------------------------------------------------------------------------------------------------------
 
@@ -87,7 +90,7 @@ class Tiers:
         taken = BlockBytes(block.hash, parent, block.depth, block.tokens, formats, _NO_DATA, block.importance)
         if self._make_room(size) and self.host.put(taken, entries, may_hold=may_hold):
             self._taken += 1
-        else:
+        elif not self._is_on_disk(block.hash):
             self._dropped += 1
 
     def _make_room(self, size_bytes: int) -> bool:
@@ -168,6 +171,42 @@ class Tiers:
                     raise
             self._count(found, longer)
             return longer
+
+    def prefetch(self, store: PrefixStore, match: Match, tokens: Tokens) -> Future[int]:
+        """Begin to read what files have behind a match into host memory; files are read without the store's lock.
+
+        Returns:
+            Will have how many of the prompt's tokens are in the cache or in host memory.
+        """
+        pages = token_pages(tokens)[match.pages : match.pages + len(match.missing)]
+        return self._reader.executor.submit(self._prefetched, store, match, pages)
+
+    def _prefetched(self, store: PrefixStore, match: Match, pages: Sequence[bytes]) -> int:
+        held: list[bytes] = []  # or the last ones of a long chain would push out the first ones
+        try:
+            while (place := len(held)) < len(pages):
+                with store.lock:
+                    if (known := self.host.get(match.missing[place])) is not None and known.tokens == pages[place]:
+                        self.host.hold(known.hash, 1)
+                        held.append(known.hash)
+                        continue
+                if self.disk is None or not (read := self.disk.read(match.missing[place:], pages[place:])):
+                    break
+                with store.lock:
+                    for block in read:
+                        if block.hash not in self.host and not self._put_bytes(block):
+                            return (match.pages + len(held)) * PAGE_TOKENS
+                        self.host.hold(block.hash, 1)
+                        held.append(block.hash)
+            return (match.pages + len(held)) * PAGE_TOKENS
+        finally:
+            with store.lock:
+                for one in reversed(held):
+                    self.host.hold(one, -1)
+                    self.host.touch(one)
+
+    def _put_bytes(self, block: BlockBytes) -> bool:
+        return self._make_room(block.data.numel()) and self.host.put_bytes(block)
 
     def _found(self, hashes: Sequence[bytes], pages: Sequence[bytes], room: int | None) -> list[BlockBytes]:
         """Blocks of a chain, from the first one on, of at most so many bytes."""
