@@ -279,20 +279,38 @@ __device__ __forceinline__ u32 unfold(u32 folded) {
   return folded ^ half ^ (folded & top) * up;
 }
 
+// Shifts down and logic share a pipe that is the busiest of all, shifts up do not. So codes that would be shifted down by different numbers are
+// shifted down once, by the most, and then up.
+constexpr u32 kElementShift = kElementBits <= 8 ? kRawBits : 0;
+constexpr u32 kHighestCode = kCodeBits * (kCodesPerSymbol - 1);
+constexpr u32 kDown = kHighestCode > kElementShift ? kHighestCode - kElementShift : 0;
+
+// Four symbols, and the same shifted down.
+struct FourSymbols {
+  u32 as_they_are, down;
+  __device__ __forceinline__ explicit FourSymbols(u32 symbols) : as_they_are(symbols), down(symbols >> kDown) {
+    if constexpr (kDown > 0) forget(down);
+  }
+};
+
 // Codes number `code` of four symbols, above the raw bits of slot `slot`: four elements of up to 8 bits.
 template <u32 slot, u32 code>
-__device__ __forceinline__ u32 join_slot(u32 symbols, const RawChunk& raw) {
-  constexpr u32 shift = kElementBits <= 8 ? kRawBits : 0;
-  constexpr u32 mask = kBytes * (((1u << kCodeBits) - 1) << shift);
-  u32 codes = shifted<static_cast<int>(shift) - static_cast<int>(kCodeBits * code)>(symbols) & mask;
+__device__ __forceinline__ u32 join_slot(const FourSymbols& symbols, const RawChunk& raw) {
+  constexpr u32 mask = kBytes * (((1u << kCodeBits) - 1) << kElementShift), at = kCodeBits * code;
+  u32 codes = shifted<static_cast<int>(kElementShift) - static_cast<int>(at)>(symbols.as_they_are);
+  if constexpr (at > kElementShift && at >= kDown) codes = symbols.down << (kElementShift + kDown - at);
+  codes &= mask;
   if constexpr (kElementBits <= 8 && kRawBits > 0) codes |= narrow_bits<slot>(raw);
-  if constexpr (kFolded) codes = unfold(codes);
+  if constexpr (kFolded) {
+    forget(codes);  // else the sign is taken from the planes, by a shift down
+    codes = unfold(codes);
+  }
   return codes;
 }
 
 // Calls emit.template operator()<slot>(elements) for the g slots of four symbols.
 template <u32 quad, u32 code, class Emit>
-__device__ __forceinline__ void emit_quad(u32 symbols, const RawChunk& raw, Emit& emit) {
+__device__ __forceinline__ void emit_quad(const FourSymbols& symbols, const RawChunk& raw, Emit& emit) {
   if constexpr (code < kCodesPerSymbol) {
     emit.template slot<quad * kCodesPerSymbol + code>(join_slot<quad * kCodesPerSymbol + code, code>(symbols, raw));
     emit_quad<quad, code + 1>(symbols, raw, emit);
@@ -304,7 +322,7 @@ __device__ __forceinline__ void emit_quad(u32 symbols, const RawChunk& raw, Emit
 template <u32 quad = 0, class Emit>
 __device__ __forceinline__ void decode_chunk(Lane& decoder, u32 table, const RawChunk& raw, Emit& emit) {
   if constexpr (quad < kSlots / kCodesPerSymbol) {
-    u32 symbols = decode_four(decoder, table);
+    const FourSymbols symbols(decode_four(decoder, table));
     emit_quad<quad, 0>(symbols, raw, emit);
     decode_chunk<quad + 1>(decoder, table, raw, emit);
   }
@@ -314,7 +332,7 @@ __device__ __forceinline__ void decode_chunk(Lane& decoder, u32 table, const Raw
 template <u32 quad = 0, class Emit>
 __device__ __forceinline__ void constant_chunk(u32 symbol, const RawChunk& raw, Emit& emit) {
   if constexpr (quad < kSlots / kCodesPerSymbol) {
-    emit_quad<quad, 0>(symbol * kBytes, raw, emit);
+    emit_quad<quad, 0>(FourSymbols(symbol * kBytes), raw, emit);
     constant_chunk<quad + 1>(symbol, raw, emit);
   }
 }
