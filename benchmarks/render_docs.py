@@ -676,7 +676,7 @@ def grouped() -> str:
     return text + gpu_origin(result)
 
 
-def linear_humming() -> str:
+def beside_humming() -> str:
     """One shape beside Humming's kernels, µs by number of vectors."""
     result = newest("linear-humming")
     known = [row for row in result["linear"] if row["us"] is not None and row["best"] is not False]
@@ -888,7 +888,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "generation-launches": generation("launches"),
     "llama-shape": llama_shape,
     "grouped": grouped,
-    "linear-humming": linear_humming,
+    "beside-humming": beside_humming,
     "equal-quality-books": equal_quality("books"),
     "equal-quality-minilm": equal_quality("minilm"),
     "equal-quality-smollm2": equal_quality("smollm2"),

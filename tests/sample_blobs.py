@@ -168,6 +168,30 @@ def outlier_blob() -> bytes:
     )
 
 
+def quantized_blob(
+    rows: int, cols: int, layout: Layout, tile_cols: int, seed: int = 0
+) -> tuple[bytes, npt.NDArray[np.float32]]:
+    """A blob of signed elements, and scales by row."""
+    bits = layout.element_bits
+    elements = gaussian_elements((1, rows, cols), bits, 0.6 * (1 << bits) / 8, seed)
+    scales = np.random.default_rng(seed).uniform(0.5, 1.5, rows).astype(np.float32) / 64
+    return encode_elements(elements, layout, tile_cols=tile_cols), scales
+
+
+def blob_with_outliers(mode: str) -> tuple[bytes, npt.NDArray[np.float32]]:
+    """[1, 70, 150] of 5 bits in tiles of a mode, and a scale: outliers at edges, several in a row, alone in a chunk."""
+    elements = gaussian_elements((1, 70, 150), 5, 3, 1)
+    if mode == "constant":
+        elements[:] = 16
+    elif mode == "raw":
+        elements = np.random.default_rng(2).integers(0, 32, elements.shape).astype(np.uint8)
+    places = [(0, 0), (0, 1), (0, 149), (31, 63), (31, 64), (32, 0), (33, 5), (33, 7), (33, 40), (69, 149)]
+    outliers = [(0, row, col, 37 * i - 300) for i, (row, col) in enumerate(places)]
+    layout = integer_layout("balanced", ElementKind.SIGNED, 5)
+    data = encode_with_outliers(elements, outliers, layout, tile_cols=64)
+    return data, np.full(1, 0.37, np.float32)
+
+
 def mixed_elements() -> Elements:
     """[2, 300, 150] of 6 bits: each tile of 64 columns of another kind."""
     rng = np.random.default_rng(5)

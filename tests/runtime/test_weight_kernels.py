@@ -73,23 +73,7 @@ def quantized(
     rows: int, cols: int, name: str, bits: int, *, tile_cols: int = 64, seed: int = 0
 ) -> tuple[bytes, np.ndarray]:
     """A blob of signed elements, and scales by row."""
-    elements = samples.gaussian_elements((1, rows, cols), bits, 0.6 * (1 << bits) / 8, seed)
-    scales = np.random.default_rng(seed).uniform(0.5, 1.5, rows).astype(np.float32) / 64
-    return encode_elements(elements, integer_layout(name, ElementKind.SIGNED, bits), tile_cols=tile_cols), scales
-
-
-def outlier_blob(mode: str) -> tuple[bytes, np.ndarray]:
-    """[1, 70, 150] of 5 bits with outliers at edges, several in a row, some in a chunk of their own."""
-    elements = samples.gaussian_elements((1, 70, 150), 5, 3, 1)
-    if mode == "constant":
-        elements[:] = 16
-    elif mode == "raw":
-        elements = np.random.default_rng(2).integers(0, 32, elements.shape).astype(np.uint8)
-    places = [(0, 0), (0, 1), (0, 149), (31, 63), (31, 64), (32, 0), (33, 5), (33, 7), (33, 40), (69, 149)]
-    outliers = [(0, row, col, 37 * i - 300) for i, (row, col) in enumerate(places)]
-    layout = integer_layout("balanced", ElementKind.SIGNED, 5)
-    data = samples.encode_with_outliers(elements, outliers, layout, tile_cols=64)
-    return data, np.full(1, 0.37, np.float32)
+    return samples.quantized_blob(rows, cols, integer_layout(name, ElementKind.SIGNED, bits), tile_cols, seed)
 
 
 def blob_of_several_tables() -> bytes:
@@ -109,7 +93,7 @@ def dense(data: bytes, scales: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mode", ["rans", "raw", "constant"])
 def test_dequantize_with_outliers(mode: str, dtype: torch.dtype) -> None:
-    data, scales = outlier_blob(mode)
+    data, scales = samples.blob_with_outliers(mode)
     coded = coded_tensor(data, scales)
     out = poisoned((1, coded.header.rows, coded.header.cols), dtype)
     products.decode(coded, products.OUTPUTS[dtype], out, LIMITS)
@@ -367,7 +351,7 @@ WHICH = [(True, False), (False, True), (True, True)]
 @pytest.mark.parametrize("mode", ["rans", "raw", "constant"])
 def test_dequantize_with_vectors(mode: str, dtype: torch.dtype, has_columns: bool, has_offsets: bool) -> None:
     """Each operation rounded once, outliers too: the same bits as the reader's."""
-    data, scales = outlier_blob(mode)
+    data, scales = samples.blob_with_outliers(mode)
     columns, offsets = vectors_of(data, 5)
     given = offsets if has_offsets else None, columns if has_columns else None
     coded = coded_tensor(data, scales, *given)
@@ -396,7 +380,7 @@ def test_dequantize_stacks_and_padding_with_vectors(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 11, 40])
 def test_product_with_vectors(tokens: int, dtype: torch.dtype, has_columns: bool, has_offsets: bool) -> None:
-    data, scales = outlier_blob("rans")
+    data, scales = samples.blob_with_outliers("rans")
     columns, offsets = vectors_of(data, 8)
     given = offsets if has_offsets else None, columns if has_columns else None
     check_product(data, scales, tokens, dtype, bias=True, vectors=given)
@@ -437,7 +421,7 @@ def test_row_offsets_that_cancel_the_product() -> None:
 @pytest.mark.parametrize("mode", ["rans", "raw", "constant"])
 @pytest.mark.parametrize("tokens", [1, 11, 64])
 def test_product_with_outliers(mode: str, tokens: int) -> None:
-    data, scales = outlier_blob(mode)
+    data, scales = samples.blob_with_outliers(mode)
     check_product(data, scales, tokens, torch.float16)
 
 
@@ -458,7 +442,7 @@ def test_groups_of_more_outliers_than_the_low_bits_count() -> None:
 @pytest.mark.parametrize("what", ["columns", "order"])
 def test_outliers_that_change_after_the_check(what: str, tokens: int) -> None:
     """As in a file that changes under a stream: results are wrong, and nothing out of bounds is touched."""
-    data, scales = outlier_blob("rans")
+    data, scales = samples.blob_with_outliers("rans")
     coded, blob = coded_tensor(data, scales), Blob(data)
     for tile in blob.tiles:
         at = blob.header.payload_offset + int(tile["data_offset"]) + int(tile["outlier_offset"])

@@ -16,9 +16,8 @@ torch = pytest.importorskip("torch")
 from emulated_device import LIMITS, coded_tensor, emulated_launch  # noqa: E402
 
 from kvpack.encode.blob_decoder import decode_integers  # noqa: E402
-from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
-from kvpack.format.layout import ElementKind, Layout, TileMode, ceil_div, integer_layout  # noqa: E402
+from kvpack.format.layout import ElementKind, TileMode, ceil_div, integer_layout  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
 from kvpack.runtime.device.devices import Limits, device_limits  # noqa: E402
 from kvpack.runtime.weights import ops, wgmma_product  # noqa: E402
@@ -58,13 +57,6 @@ def fit_on(coded: Coded, tokens: int, multiprocessors: int) -> wgmma_product.Wgm
     return fit
 
 
-def sample(rows: int, cols: int, layout: Layout, tile_cols: int, seed: int = 0) -> tuple[bytes, np.ndarray]:
-    bits = layout.element_bits
-    elements = samples.gaussian_elements((1, rows, cols), bits, 0.6 * (1 << bits) / 8, seed)
-    scales = np.random.default_rng(seed).uniform(0.5, 1.5, rows).astype(np.float32) / 64
-    return encode_elements(elements, layout, tile_cols=tile_cols), scales
-
-
 def activations(tokens: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
     """Of ordinary size, but for a massive one here and there."""
     x = np.random.default_rng(tokens).normal(0, 1, (tokens, cols))
@@ -100,7 +92,7 @@ def dequantized(data: bytes, scales: np.ndarray) -> np.ndarray:
 def test_shapes(
     monkeypatch: pytest.MonkeyPatch, rows: int, cols: int, tile_cols: int, blocks: int, tokens: int, dtype: torch.dtype
 ) -> None:
-    data, scales = sample(rows, cols, FAST, tile_cols)
+    data, scales = samples.quantized_blob(rows, cols, FAST, tile_cols)
     coded, x = coded_tensor(data, scales), activations(tokens, cols, dtype)
     bias = torch.linspace(-3, 3, rows).to(dtype)
     first = check(coded, dequantized(data, scales), x, blocks, bias)
@@ -113,7 +105,7 @@ def test_shapes(
 @pytest.mark.parametrize("name", ["fast", "balanced", "compact"])
 @pytest.mark.parametrize("bits", [3, 5, 8])
 def test_layouts(name: str, bits: int) -> None:
-    data, scales = sample(140, 100, integer_layout(name, ElementKind.SIGNED, bits), 64)
+    data, scales = samples.quantized_blob(140, 100, integer_layout(name, ElementKind.SIGNED, bits), 64)
     check(coded_tensor(data, scales), dequantized(data, scales), activations(48, 100, torch.float16), 2)
 
 
@@ -121,24 +113,14 @@ def test_layouts(name: str, bits: int) -> None:
 @pytest.mark.parametrize("tokens", [64, 128, 256])
 @pytest.mark.parametrize("mode", ["rans", "raw", "constant"])
 def test_outliers(mode: str, tokens: int) -> None:
-    elements = samples.gaussian_elements((1, 70, 150), 5, 3, 1)
-    if mode == "constant":
-        elements[:] = 16
-    elif mode == "raw":
-        elements = np.random.default_rng(2).integers(0, 32, elements.shape).astype(np.uint8)
-    places = [(0, 0), (0, 1), (0, 149), (31, 63), (31, 64), (32, 0), (33, 5), (33, 7), (33, 40), (69, 149)]
-    outliers = [(0, row, col, 37 * i - 300) for i, (row, col) in enumerate(places)]
-    data = samples.encode_with_outliers(
-        elements, outliers, integer_layout("balanced", ElementKind.SIGNED, 5), tile_cols=64
-    )
-    scales = np.full(1, 0.37, np.float32)
+    data, scales = samples.blob_with_outliers(mode)
     check(coded_tensor(data, scales), dequantized(data, scales), activations(tokens, 150, torch.float16), 3)
 
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_column_scales_and_row_offsets(dtype: torch.dtype) -> None:
-    data, scales = sample(150, 100, FAST, 64)
+    data, scales = samples.quantized_blob(150, 100, FAST, 64)
     rng = np.random.default_rng(5)
     columns = rng.uniform(0.01, 100, 100).astype(np.float16).astype(np.float32)
     offsets = rng.normal(0, 0.05, 150).astype(np.float32)
@@ -150,7 +132,7 @@ def test_column_scales_and_row_offsets(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("emulated")
 def test_damage_is_reported() -> None:
-    data, scales = sample(512, 512, FAST, 256)
+    data, scales = samples.quantized_blob(512, 512, FAST, 256)
     coded = coded_tensor(data, scales)
     header = coded.header
     blob = Blob(data)
@@ -167,7 +149,7 @@ def test_damage_is_reported() -> None:
 
 
 def test_where_another_path_is_taken() -> None:
-    data, scales = sample(300, 128, FAST, 64)
+    data, scales = samples.quantized_blob(300, 128, FAST, 64)
     coded = coded_tensor(data, scales)
     one = limits_of(1)
     assert wgmma_product.fit_for(coded, 64, HALF, one) is not None
@@ -188,7 +170,7 @@ def test_on_a_gpu(rows: int, cols: int, dtype: torch.dtype) -> None:
     limits = device_limits(torch.device("cuda"))
     if limits.architecture != wgmma_product.ARCHITECTURE:
         pytest.skip("the kernel is sm_90's alone")
-    data, scales = sample(rows, cols, FAST, 256)
+    data, scales = samples.quantized_blob(rows, cols, FAST, 256)
     blob = DeviceBlob.from_bytes(data, scales, torch.float16, (rows, cols), "cuda")
     weights = torch.from_numpy(dequantized(data, scales)).cuda()
     coded = ops._coded(*blob._arguments())

@@ -46,8 +46,7 @@ _MANY_RAW_BITS = 5
 _DECODE_WARPS = {9: (16, 16, 12, 10), 10: (8, 8, 6, 6)}
 _OTHER_DECODE_WARPS = (12, 8, 8, 8)
 # The same where there are row offsets or column scales.
-_VECTOR_DECODE_WARPS = {9: 8, 10: 4}
-_OTHER_VECTOR_DECODE_WARPS = 6
+_VECTOR_DECODE_WARPS = 4
 # For 8, 16, 32 and 64 vectors; on sm_100 and newer, and before.
 _NEWER = 100
 _GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8), 8: (4, 6)}
@@ -182,7 +181,7 @@ def gemm_warps(layout: Layout, token_tiles: int, architecture: int, *, grouped: 
     if token_tiles == 8 and (layout.raw_bits >= _MANY_RAW_BITS or (layout.codes_per_symbol, layout.raw_bits) == (8, 3)):
         return 4
     if layout.codes_per_symbol == 8 and layout.raw_bits == 7:
-        return min(10, _GEMM_WARPS[token_tiles][architecture < _NEWER])
+        return min(8 if architecture >= _NEWER else 10, _GEMM_WARPS[token_tiles][architecture < _NEWER])
     return _GEMM_WARPS[token_tiles][architecture < _NEWER]
 
 
@@ -196,8 +195,7 @@ def decode_warps(
         return narrow
     eight = layout.codes_per_symbol == 8  # eight slots are kept until their columns are complete
     if vectors:
-        warps = _VECTOR_DECODE_WARPS.get(architecture // 10, _OTHER_VECTOR_DECODE_WARPS)
-        return min(warps, 6) if eight else warps
+        return _VECTOR_DECODE_WARPS
     if many or fp32 or outliers or predicted:
         return widest if eight or (fp32 and many) else wide
     spills = layout.codes_per_symbol == 2 and layout.raw_bits == _MANY_RAW_BITS - 1 and output in OUTPUTS.values()
