@@ -14,6 +14,7 @@
 // grouped product, of a token, its row and pair, and what is needed of the matrix at the end | for each warp: two buffers of 1 KiB for
 // rows in passing | words, one or two buffers | sums of members.
 #include "common/activations.cuh"
+#include "weights/f16_elements.cuh"
 #include "weights/grouped.cuh"
 #include "weights/schedule.cuh"
 #include "weights/tile.cuh"
@@ -27,23 +28,27 @@ constexpr u32 kPartsAhead = kTokenTiles == 1 ? 2 : 1;  // partial sums on their 
 constexpr u32 kFragmentsAhead = KVPACK_COLUMN_SCALES ? 2 : 4;  // scales take registers, too
 constexpr u32 kLoadsAhead = 8;
 #define KVPACK_TOKEN_SCALES (KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES)
-constexpr u32 kBias = 0x6400u | (kSigned ? kHalf : 0u);
 
-// 16 bytes of a row in passing: turned so that eight lanes in a row meet eight different groups of banks.
-__device__ __forceinline__ u32 passing_address(u32 rows, u32 row, u32 unit) {
-  return rows + 32 * row + 16 * (unit ^ (row / 4 & 1));
-}
-
+// 32 rows of 32 bytes in passing, in one of a warp's two buffers. The 16-byte units of a row are swapped for every other four rows, so
+// that eight lanes in a row meet eight different groups of banks. What a lane writes and what it reads begin at addresses that are kept,
+// since to compute them for each chunk takes as long as a tenth of its decoding.
 struct Passing {
-  u32 rows;
-  u32 lane;
+  u32 to;      // its row's first unit in the first buffer; the second one at `to` ^ 16
+  u32 from;    // what it names to ldmatrix
+  u32 buffer;  // 0, or kRowsBytes
   u32 kept[4];
+
+  __device__ __forceinline__ Passing(u32 rows, u32 lane)
+      : to(rows + 32 * lane + 16 * (lane / 4 & 1)), from(rows + 32 * (lane % 16) + 16 * (lane / 16 ^ (lane / 4 & 1))), buffer(0) {
+    forget(to);
+    forget(from);
+  }
+  // Chunks of a group take turns: what is still read of the one before is not overwritten.
+  __device__ __forceinline__ void begin_chunk(u32 chunk) { buffer = chunk % 2 * kRowsBytes; }
   template <u32 k>
   __device__ __forceinline__ void slot(u32 elements) {
     kept[k % 4] = elements;
-    if constexpr (k % 4 == 3) {
-      store_shared_v4(passing_address(rows, lane, k / 4), make_uint4(kept[0], kept[1], kept[2], kept[3]));
-    }
+    if constexpr (k % 4 == 3) store_shared_v4((to ^ 16 * (k / 4)) + buffer, make_uint4(kept[0], kept[1], kept[2], kept[3]));
   }
 };
 
@@ -53,13 +58,6 @@ __device__ __forceinline__ void emit_kept(const KeepSlots& kept, Passing& passin
     passing.slot<k>(kept.slots[k]);
     emit_kept<k + 1>(kept, passing);
   }
-}
-
-__device__ __forceinline__ u32 first_two(u32 elements) {
-  return sub_f16x2(__byte_perm(elements, 0x64646464u, 0x4140), kBias * 0x00010001u);
-}
-__device__ __forceinline__ u32 last_two(u32 elements) {
-  return sub_f16x2(__byte_perm(elements, 0x64646464u, 0x4342), kBias * 0x00010001u);
 }
 
 // 16 rows, eight tokens: the fragment of mma.m16n8k16. Of it a lane holds, as number i, row 8·(i / 2) + lane / 4 and token
@@ -80,25 +78,25 @@ __device__ __forceinline__ void each_sum(TokenSums& sums, u32 lane, Body&& body)
       }
 }
 
-// Rows of a chunk in `rows` times its activations.
-__device__ __forceinline__ void multiply_chunk(u32 rows, u32 fragments, u32 lane, TokenSums& sums) {
+// The rows that are in passing times their chunk's activations.
+__device__ __forceinline__ void multiply_chunk(const Passing& passing, u32 fragments, u32 lane, TokenSums& sums) {
   __syncwarp();
   u32 elements[2][4];
-  const u32 row = lane % 16, unit = lane / 16;
-  load_matrix_x4(elements[0], passing_address(rows, row, unit));
-  load_matrix_x4(elements[1], passing_address(rows, row + 16, unit));
+#pragma unroll
+  for (u32 half = 0; half < 2; ++half) load_matrix_x4(elements[half], passing.from + passing.buffer + half * (kRowsBytes / 2));
   uint4 activations[kTokenTiles];
 #pragma unroll
   for (u32 tile = 0; tile < kTokenTiles; ++tile) {
     activations[tile] = load_shared_v4(fragments + tile * kFragmentBytes + 16 * lane);
   }
+  const F16Elements as_f16;
 #pragma unroll
   for (u32 half = 0; half < 2; ++half) {
     const u32(&e)[4] = elements[half];
-    const u32 first[4] = {first_two(e[0]), first_two(e[1]), last_two(e[0]), last_two(e[1])};
+    const u32 first[4] = {as_f16.first_two(e[0]), as_f16.first_two(e[1]), as_f16.last_two(e[0]), as_f16.last_two(e[1])};
 #pragma unroll
     for (u32 tile = 0; tile < kTokenTiles; ++tile) mma_f16(sums.of + fragment(half, tile), first, activations[tile].x, activations[tile].y);
-    const u32 second[4] = {first_two(e[2]), first_two(e[3]), last_two(e[2]), last_two(e[3])};
+    const u32 second[4] = {as_f16.first_two(e[2]), as_f16.first_two(e[3]), as_f16.last_two(e[2]), as_f16.last_two(e[3])};
 #pragma unroll
     for (u32 tile = 0; tile < kTokenTiles; ++tile) mma_f16(sums.of + fragment(half, tile), second, activations[tile].z, activations[tile].w);
   }
@@ -287,6 +285,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   copy_async_wait<0>();
   __syncthreads();
 
+  Passing passing(passing_rows, lane);
   TokenSums sums;
   sums.clear();
   for (u32 buffer = 0; units > 0; --units, buffer ^= kBuffers - 1) {
@@ -297,11 +296,9 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     const u32 planes = raw_planes_unit(group, place);
     const u32 unit_fragments = activations + (threadIdx.y * member_width + unit.column) * tile_chunks * kTokenTiles * kFragmentBytes;
     u32 fragments = unit_fragments;
-    Passing passing{passing_rows, lane, {}};
     auto finish_chunk = [&] {
-      multiply_chunk(passing.rows, fragments, lane, sums);
+      multiply_chunk(passing, fragments, lane, sums);
       fragments += kTokenTiles * kFragmentBytes;
-      passing.rows = passing_rows + (passing_rows + kRowsBytes - passing.rows);
     };
 
     unit = schedule.after(unit);  // what is decoded now is the one before it
@@ -327,7 +324,8 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       u32 end_address;
       Lane decoder = start_lane(group, start, buffers + buffer * buffer_bytes, lane, end_address);
       if (group.predictor == 0) {
-        stream.each_chunk(blob, planes, place.chunks(), next_planes, next_chunks, lane, [&](u32, const RawChunk& raw) {
+        stream.each_chunk(blob, planes, place.chunks(), next_planes, next_chunks, lane, [&](u32 chunk, const RawChunk& raw) {
+          passing.begin_chunk(chunk);
           decode_chunk(decoder, shared_table, raw, passing);
           finish_chunk();
         });
@@ -341,6 +339,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
           KeepSlots kept;
           decode_chunk(decoder, shared_table, raw, kept);
           undo_predictor(kept, chunk == 0, previous);
+          passing.begin_chunk(chunk);
           emit_kept(kept, passing);
           finish_chunk();
         }
@@ -357,6 +356,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       stream.stale = true;
 #pragma unroll 1
       for (u32 chunk = 0; chunk < place.chunks(); ++chunk) {
+        passing.begin_chunk(chunk);
         if (group.mode == KVPACK_MODE_CONSTANT) {
           RawChunk raw;
           load_raw(chunk_planes(blob, planes, chunk), lane, raw);

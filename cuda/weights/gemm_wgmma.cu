@@ -14,6 +14,7 @@
 // barriers.
 #include "common/activations.cuh"
 #include "common/hopper.cuh"
+#include "weights/f16_elements.cuh"
 #include "weights/schedule.cuh"
 #include "weights/tile.cuh"
 
@@ -34,7 +35,6 @@ constexpr u32 kActivationsBytes = 2 * kTokens * kChunkCols;
 constexpr u32 kWeightsCoreBytes = 16 * kBlockRows;
 constexpr u32 kActivationsCoreBytes = 16 * kTokens;
 constexpr u32 kRowsCoreBytes = 8 * 16;
-constexpr u32 kBias = 0x6400u | (kSigned ? kHalf : 0u);
 constexpr bool kHasOutliers = KVPACK_OUTLIERS != 0;
 // What warps are started with is dealt anew where consumers need more.
 constexpr u32 kLaunchRegisters = 65536 / kThreads / 8 * 8;
@@ -44,23 +44,19 @@ constexpr u32 kConsumerRegisters = (kThreads * kLaunchRegisters - kProducers * k
 constexpr u32 kProductTokens = kTokens < KVPACK_PRODUCT_TOKENS ? kTokens : KVPACK_PRODUCT_TOKENS;
 constexpr u32 kProducts = kTokens / kProductTokens;
 
-__device__ __forceinline__ u32 first_two(u32 elements) {
-  return sub_f16x2(__byte_perm(elements, 0x64646464u, 0x4140), kBias * 0x00010001u);
-}
-__device__ __forceinline__ u32 last_two(u32 elements) {
-  return sub_f16x2(__byte_perm(elements, 0x64646464u, 0x4342), kBias * 0x00010001u);
-}
-
 // Writes a lane's row of a chunk.
 struct RowOfCores {
   u32 row;  // address of its first core
-  u32 even;
+  F16Elements as_f16{};
+  u32 even = 0;
+
+  __device__ __forceinline__ explicit RowOfCores(u32 address) : row(address) {}
   template <u32 k>
   __device__ __forceinline__ void slot(u32 elements) {
     if constexpr (k % 2 == 0) {
       even = elements;
     } else {
-      store_shared_v4(row + k / 2 * kWeightsCoreBytes, make_uint4(first_two(even), last_two(even), first_two(elements), last_two(elements)));
+      store_shared_v4(row + k / 2 * kWeightsCoreBytes, make_uint4(as_f16.first_two(even), as_f16.last_two(even), as_f16.first_two(elements), as_f16.last_two(elements)));
     }
   }
 };
@@ -238,7 +234,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
           Lane decoder = start_lane(group, start, buffers + buffer * buffer_bytes, lane, end_address);
           stream.each_chunk(blob, planes, place.chunks(), next_planes, next_chunks, lane, [&](u32 chunk, const RawChunk& raw) {
             begin_chunk();
-            RowOfCores row{row_address(), 0};
+            RowOfCores row(row_address());
             decode_chunk(decoder, shared.table(), raw, row);
             put_outliers(chunk, row.row);
             end_chunk();
@@ -252,7 +248,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
 #pragma unroll 1
           for (u32 chunk = 0; chunk < place.chunks(); ++chunk) {
             begin_chunk();
-            RowOfCores row{row_address(), 0};
+            RowOfCores row(row_address());
             if (group.mode == KVPACK_MODE_CONSTANT) {
               RawChunk raw;
               load_raw(chunk_planes(blob, planes, chunk), lane, raw);
