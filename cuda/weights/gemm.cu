@@ -6,7 +6,7 @@
 // for each token and block that brings the largest near 2^14. Which columns a tensor core takes for k = 0 … 15 is arbitrary as long as both sides agree:
 //
 //   step h of a chunk (16 columns)     lane 4·i + q holds of slot q + 4h:   bytes 0, 1 as k = 2q, 2q + 1;  bytes 2, 3 as 2q + 8, 2q + 9
-//   activations in shared memory       16 bytes a lane: h = 0: t = 0 … 3, h = 1: t = 0 … 3, for token i of eight
+//   activations in shared memory       for each h 8 bytes a lane: t = 0 … 3, for token i of eight
 //
 // How work is dealt to warps: schedule.cuh. Sums stay the tensor core's fragments until all of a row are together.
 //
@@ -30,25 +30,21 @@ constexpr u32 kLoadsAhead = 8;
 #define KVPACK_TOKEN_SCALES (KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES)
 
 // 32 rows of 32 bytes in passing, in one of a warp's two buffers. The 16-byte units of a row are swapped for every other four rows, so
-// that eight lanes in a row meet eight different groups of banks. What a lane writes and what it reads begin at addresses that are kept,
-// since to compute them for each chunk takes as long as a tenth of its decoding.
+// that eight lanes in a row meet eight different groups of banks. A lane writes where it then names a row to ldmatrix; the address is kept,
+// since to compute it for each chunk takes as long as a tenth of its decoding.
 struct Passing {
-  u32 to;      // its row's first unit in the first buffer; the second one at `to` ^ 16
-  u32 from;    // what it names to ldmatrix
+  u32 row;     // the lane's, in the first buffer
   u32 buffer;  // 0, or kRowsBytes
   u32 kept[4];
 
-  __device__ __forceinline__ Passing(u32 rows, u32 lane)
-      : to(rows + 32 * lane + 16 * (lane / 4 & 1)), from(rows + 32 * (lane % 16) + 16 * (lane / 16 ^ (lane / 4 & 1))), buffer(0) {
-    forget(to);
-    forget(from);
-  }
+  __device__ __forceinline__ Passing(u32 rows, u32 lane) : row(rows + 32 * lane + 16 * (lane / 4 & 1)), buffer(0) { forget(row); }
   // Chunks of a group take turns: what is still read of the one before is not overwritten.
   __device__ __forceinline__ void begin_chunk(u32 chunk) { buffer = chunk % 2 * kRowsBytes; }
+  __device__ __forceinline__ u32 unit(u32 k) const { return (row ^ 16 * k) + buffer; }
   template <u32 k>
   __device__ __forceinline__ void slot(u32 elements) {
     kept[k % 4] = elements;
-    if constexpr (k % 4 == 3) store_shared_v4((to ^ 16 * (k / 4)) + buffer, make_uint4(kept[0], kept[1], kept[2], kept[3]));
+    if constexpr (k % 4 == 3) store_shared_v4(unit(k / 4), make_uint4(kept[0], kept[1], kept[2], kept[3]));
   }
 };
 
@@ -80,25 +76,25 @@ __device__ __forceinline__ void each_sum(TokenSums& sums, u32 lane, Body&& body)
 
 // The rows that are in passing times their chunk's activations.
 __device__ __forceinline__ void multiply_chunk(const Passing& passing, u32 fragments, u32 lane, TokenSums& sums) {
-  __syncwarp();
-  u32 elements[2][4];
-#pragma unroll
-  for (u32 half = 0; half < 2; ++half) load_matrix_x4(elements[half], passing.from + passing.buffer + half * (kRowsBytes / 2));
-  uint4 activations[kTokenTiles];
-#pragma unroll
-  for (u32 tile = 0; tile < kTokenTiles; ++tile) {
-    activations[tile] = load_shared_v4(fragments + tile * kFragmentBytes + 16 * lane);
-  }
   const F16Elements as_f16;
+  __syncwarp();
 #pragma unroll
-  for (u32 half = 0; half < 2; ++half) {
-    const u32(&e)[4] = elements[half];
-    const u32 first[4] = {as_f16.first_two(e[0]), as_f16.first_two(e[1]), as_f16.last_two(e[0]), as_f16.last_two(e[1])};
+  for (u32 step = 0; step < 2; ++step) {
+    u32 elements[4];  // of rows 0 … 7, 8 … 15, …
+    load_matrix_x4(elements, passing.unit(step));
+    u32 weights[2][4];
 #pragma unroll
-    for (u32 tile = 0; tile < kTokenTiles; ++tile) mma_f16(sums.of + fragment(half, tile), first, activations[tile].x, activations[tile].y);
-    const u32 second[4] = {as_f16.first_two(e[2]), as_f16.first_two(e[3]), as_f16.last_two(e[2]), as_f16.last_two(e[3])};
+    for (u32 half = 0; half < 2; ++half) {
+      const u32 upper = elements[2 * half], lower = elements[2 * half + 1];
+      weights[half][0] = as_f16.first_two(upper), weights[half][1] = as_f16.first_two(lower);
+      weights[half][2] = as_f16.last_two(upper), weights[half][3] = as_f16.last_two(lower);
+    }
 #pragma unroll
-    for (u32 tile = 0; tile < kTokenTiles; ++tile) mma_f16(sums.of + fragment(half, tile), second, activations[tile].z, activations[tile].w);
+    for (u32 tile = 0; tile < kTokenTiles; ++tile) {
+      const uint2 activations = load_shared_v2(fragments + tile * kFragmentBytes + step * (kFragmentBytes / 2) + 8 * lane);
+#pragma unroll
+      for (u32 half = 0; half < 2; ++half) mma_f16(sums.of + fragment(half, tile), weights[half], activations.x, activations.y);
+    }
   }
 }
 
@@ -114,7 +110,7 @@ __device__ __forceinline__ void add_outlier(u32 outlier, u32 delta_bits, u32 fra
 #pragma unroll
     for (u32 j = 0; j < 2; ++j) {
       const u32 holder = 4 * (lane % 4 * 2 + j) + slot % 4;
-      const u32 address = fragments + tile * kFragmentBytes + 16 * holder + slot / 4 * 8 + byte * 2;
+      const u32 address = fragments + tile * kFragmentBytes + slot / 4 * (kFragmentBytes / 2) + 8 * holder + byte * 2;
       const float product = delta * f16_value(load_shared_u16(address));
       // Not as `if (…) sum += product`: of that the compiler makes an index, and puts the sums into memory.
 #pragma unroll
@@ -133,7 +129,7 @@ __device__ __forceinline__ float token_scale(u32 address) {
 // Columns 8·(lane % 4) … + 7 of a chunk, of token lane / 4, into the fragments at `fragments`.
 __device__ __forceinline__ void store_eight(const Eight& eight, float inverse, const float* column_scales, u32 col, u32 cols,
                                             u32 fragments, u32 lane) {
-  const u32 j = lane % 4, of_token = fragments + 64 * (lane / 4);
+  const u32 j = lane % 4, of_token = fragments + 32 * (lane / 4);
   auto value = [&](u32 i) {
 #if KVPACK_COLUMN_SCALES
     return eight.value(i) * __ldg(column_scales + min(col + i, cols - 1)) * inverse;  // behind the last column it is 0
@@ -142,7 +138,7 @@ __device__ __forceinline__ void store_eight(const Eight& eight, float inverse, c
 #endif
   };
   auto pair = [&](u32 a, u32 b) { return f16x2_bits(value(a), value(b)); };
-  auto of_slot = [&](u32 slot) { return of_token + 16 * (slot % 4) + 8 * (slot / 4); };
+  auto of_slot = [&](u32 slot) { return of_token + slot / 4 * (kFragmentBytes / 2) + 8 * (slot % 4); };
   if constexpr (kCodesPerSymbol == 1) {  // two slots, all of each
     store_shared_v2(of_slot(2 * j), make_uint2(pair(0, 1), pair(2, 3)));
     store_shared_v2(of_slot(2 * j + 1), make_uint2(pair(4, 5), pair(6, 7)));
