@@ -175,7 +175,9 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   const u32 activations = shared_table + 4 * kTableSlots;
   const u32 token_maxima = activations + panel_width * tile_chunks * kTokenTiles * kFragmentBytes;
   const u32 token_pairs = token_maxima + 4 * kTokens, ends = token_pairs + 8 * kTokens, all_passing_rows = ends + kEndsBytes;
-  const u32 passing_rows = all_passing_rows + warp * 2 * kRowsBytes, all_buffers = all_passing_rows + warps * 2 * kRowsBytes;
+  const u32 passing_rows = all_passing_rows + warp * 2 * kRowsBytes, all_next_units = all_passing_rows + warps * 2 * kRowsBytes;
+  const NextUnit next_unit{all_next_units + warp * NextUnit::kBytes};
+  const u32 all_buffers = all_next_units + warps * NextUnit::kBytes;
   const u32 buffers = all_buffers + kBuffers * warp * buffer_bytes;
 
 #if KVPACK_GROUPED
@@ -213,16 +215,15 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   auto entries = [&] { return KVPACK_GROUPED ? load_pointer<const uint4>(ends + kEndsGroups) : groups; };
 
   // Two units are under way: the one that is decoded, and the next one's words and first planes.
-  uint4 entry = make_uint4(0, 0, 0, 0), next_entry = entry;
+  uint4 entry = make_uint4(0, 0, 0, 0);
   if (units > 0) entry = __ldg(groups + schedule.index_of(unit));
   if (table != nullptr) copy_table(table, shared_table, warp * kLanes + lane, warps * kLanes);  // null if no tile has words
-  LaneStart start{KVPACK_STATE_LOW, 0};
   RawStream stream;
   if (units > 0) {
     const Group group = unpack_group(blob, entry);
     const Place place = schedule.place_of(unit, rows, cols, tile_cols);
     copy_words(group, buffers, lane);
-    start = load_lane_start(group, place, length_bytes, lane);
+    next_unit.put(entry, group, place, length_bytes, lane);
     stream.begin(blob, raw_planes_unit(group, place), raw_chunks(group, place), lane);
   }
   copy_async_commit();
@@ -285,7 +286,9 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   TokenSums sums;
   sums.clear();
   for (u32 buffer = 0; units > 0; --units, buffer ^= kBuffers - 1) {
-    const Group group = unpack_group(blob, entry);
+    copy_async_wait<0>();
+    __syncwarp();
+    const Group group = unpack_group(blob, next_unit.entry());
     const Place place = schedule.place_of(unit, rows, cols, tile_cols);
     const bool mine = group.mode == KVPACK_MODE_RANS ? group.table == table_index : table_index == 0;
     const bool has_outliers = mine && group.num_outliers > 0;
@@ -296,29 +299,29 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       multiply_chunk(passing, fragments, lane, sums);
       fragments += kTokenTiles * kFragmentBytes;
     };
+    u32 end_address = 0;
+    Lane decoder{};
+    if (group.mode == KVPACK_MODE_RANS) {
+      decoder = start_lane(group, next_unit.start(length_bytes, lane), buffers + buffer * buffer_bytes, lane, end_address);
+    }
+    __syncwarp();  // what it began with has been read
 
     unit = schedule.after(unit);  // what is decoded now is the one before it
-    LaneStart next_start{KVPACK_STATE_LOW, 0};
-    u32 next_planes = 0;
-    u32 next_chunks = 0;
+    u32 next_planes = 0, next_chunks = 0;
     if (units > 1) {
-      next_entry = __ldg(entries() + schedule.index_of(unit));
+      const uint4 next_entry = __ldg(entries() + schedule.index_of(unit));
       const Group next = unpack_group(blob, next_entry);
       const Place place = schedule.place_of(unit, rows, cols, tile_cols);
       if constexpr (kBuffers == 2) copy_words(next, buffers + (buffer ^ 1) * buffer_bytes, lane);
-      next_start = load_lane_start(next, place, length_bytes, lane);
+      next_unit.put(next_entry, next, place, length_bytes, lane);
       next_planes = raw_planes_unit(next, place);
       next_chunks = raw_chunks(next, place);
     }
-    if constexpr (kBuffers == 2) copy_async_commit();
-    copy_async_wait<kBuffers - 1>();
-    __syncwarp();
+    copy_async_commit();
 
     if (!mine) {
       stream.stale = true;
     } else if (group.mode == KVPACK_MODE_RANS) {
-      u32 end_address;
-      Lane decoder = start_lane(group, start, buffers + buffer * buffer_bytes, lane, end_address);
       if (group.predictor == 0) {
         stream.each_chunk(blob, planes, place.chunks(), next_planes, next_chunks, lane, [&](u32 chunk, const RawChunk& raw) {
           passing.begin_chunk(chunk);
@@ -408,12 +411,10 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       }
       sums.clear();
     }
-    __syncwarp();
     if constexpr (kBuffers == 1) {
-      if (units > 1) copy_words(unpack_group(blob, next_entry), buffers, lane);
+      __syncwarp();
+      if (units > 1) copy_words(unpack_group(blob, next_unit.entry()), buffers, lane);
       copy_async_commit();
     }
-    entry = next_entry;
-    start = next_start;
   }
 }

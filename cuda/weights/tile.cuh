@@ -106,6 +106,34 @@ __device__ __forceinline__ LaneStart load_lane_start(const Group& group, const P
   return start;
 }
 
+// What a warp begins its next unit with, in shared memory until then: in registers it would take room from the loop over chunks.
+//
+//   entry of the group, 16 bytes | states of its lanes, 4 bytes each | their lengths, 1 or 2 bytes each
+struct NextUnit {
+  u32 address;
+  static constexpr u32 kStates = 16, kLengths = kStates + 4 * kLanes, kBytes = kLengths + 2 * kLanes;
+
+  // Called by all lanes, once all have read what was here before; states and lengths are there after copy_async_wait.
+  __device__ __forceinline__ void put(uint4 entry, const Group& group, const Place& place, u32 length_bytes, u32 lane) const {
+    if (lane == 0) store_shared_v4(address, entry);
+    if (group.mode != KVPACK_MODE_RANS) return;
+    constexpr u32 units = 4 * kLanes / 16;
+    const u32 in_tile = place.group * kLanes, unit = lane % units;
+    const u8* states = group.tile + kGroupOffsetsBytes;
+    const u8* lengths = states + 4 * place.lanes();
+    if (lane < units) copy_async_16(address + kStates + 16 * unit, states + 4 * in_tile + 16 * unit);
+    if (lane >= units && lane < units + 2 * length_bytes) {
+      copy_async_16(address + kLengths + 16 * unit, lengths + length_bytes * in_tile + 16 * unit);
+    }
+  }
+  __device__ __forceinline__ uint4 entry() const { return load_shared_v4(address); }
+  __device__ __forceinline__ LaneStart start(u32 length_bytes, u32 lane) const {
+    const u32 lengths = address + kLengths;
+    return {load_shared_u32(address + kStates + 4 * lane),
+            length_bytes == 1 ? load_shared_u8(lengths + lane) : load_shared_u16(lengths + 2 * lane)};
+  }
+};
+
 // The group's words begin anywhere; they are copied from the multiple of 16 bytes before them.
 __device__ __forceinline__ u32 words_lead_bytes(const Group& group) { return (2 * group.first_word) & 15; }
 
