@@ -293,8 +293,10 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     const bool mine = group.mode == KVPACK_MODE_RANS ? group.table == table_index : table_index == 0;
     const bool has_outliers = mine && group.num_outliers > 0;
     const u32 planes = raw_planes_unit(group, place);
-    const u32 unit_fragments = activations + (threadIdx.y * member_width + unit.column) * tile_chunks * kTokenTiles * kFragmentBytes;
-    u32 fragments = unit_fragments;
+    auto fragments_of = [&](Unit of) {
+      return activations + (threadIdx.y * member_width + of.column) * (computed_anew(tile_cols) / kChunkCols) * kTokenTiles * kFragmentBytes;
+    };
+    u32 fragments = fragments_of(unit);
     auto finish_chunk = [&] {
       multiply_chunk(passing, fragments, lane, sums);
       fragments += kTokenTiles * kFragmentBytes;
@@ -370,6 +372,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       // Looked up again, rather than in registers all the time.
       const Group again = unpack_group(blob, __ldg(entries() + schedule.index_of(schedule.before(unit))));
       const u32* outliers = outliers_of(again, place);
+      const u32 unit_fragments = fragments_of(schedule.before(unit));
 #pragma unroll 1
       for (u32 i = 0; i < again.num_outliers; ++i) {
         const u32 outlier = __ldg(outliers + i);
