@@ -25,6 +25,8 @@ BLOCKS_PER_SM = 2
 _GEMV_CHUNK_BYTES = 2 * CHUNK_COLS + 16
 _FRAGMENT_BYTES = 16 * GROUP_LANES
 _PASSING_BYTES = 2 * 32 * GROUP_LANES
+# What a warp begins its next unit with: an entry of the group table, states and lengths of lanes.
+_NEXT_UNIT_BYTES = 16 + 4 * GROUP_LANES + 2 * GROUP_LANES
 # What a grouped product keeps of its matrix; others could do without.
 _ENDS_BYTES = 64
 # Hardware has this many barriers for teams, besides that of the whole block.
@@ -209,7 +211,7 @@ def gemv_launches(
     """
     memory = _Memory(
         block=_TABLE_BYTES + _ENDS_BYTES,
-        warp=0,
+        warp=_NEXT_UNIT_BYTES,
         word_buffer=word_buffer_bytes,
         chunk=_GEMV_CHUNK_BYTES,
         sum=4 * GROUP_LANES,
@@ -230,7 +232,7 @@ def gemm_launches(
     tokens = 8 * token_tiles
     memory = _Memory(
         block=_TABLE_BYTES + 12 * tokens + _ENDS_BYTES,
-        warp=_PASSING_BYTES,
+        warp=_PASSING_BYTES + _NEXT_UNIT_BYTES,
         word_buffer=word_buffer_bytes,
         chunk=token_tiles * _FRAGMENT_BYTES,
         sum=4 * tokens * GROUP_LANES,
