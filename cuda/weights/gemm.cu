@@ -25,7 +25,8 @@ constexpr u32 kTokens = 8 * kTokenTiles;
 constexpr u32 kFragmentBytes = 16 * kLanes;  // of a chunk and eight tokens
 constexpr u32 kRowsBytes = 32 * kLanes;      // 32 rows of 32 bytes
 constexpr u32 kPartsAhead = kTokenTiles == 1 ? 2 : 1;  // partial sums on their way
-constexpr u32 kFragmentsAhead = KVPACK_COLUMN_SCALES ? 2 : 4;  // scales take registers, too
+// Of activations on their way; scales and fp32 take registers, too.
+constexpr u32 kFragmentsAhead = KVPACK_COLUMN_SCALES ? 2 : kTokenTiles == 4 && KVPACK_ACTIVATION != 2 ? 8 : 4;
 constexpr u32 kLoadsAhead = 8;
 #define KVPACK_TOKEN_SCALES (KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES)
 
@@ -61,7 +62,7 @@ __device__ __forceinline__ void emit_kept(const KeepSlots& kept, Passing& passin
 typedef Sums<8 * kTokenTiles> TokenSums;
 __device__ __forceinline__ constexpr u32 fragment(u32 half, u32 tile) { return 4 * (half * kTokenTiles + tile); }
 
-// Calls body(sum, row, token) for all that a lane holds of 32 rows.
+// Calls body(sum, token) for all that a lane holds of 32 rows.
 template <class Body>
 __device__ __forceinline__ void each_sum(TokenSums& sums, u32 lane, Body&& body) {
 #pragma unroll
@@ -70,7 +71,7 @@ __device__ __forceinline__ void each_sum(TokenSums& sums, u32 lane, Body&& body)
     for (u32 tile = 0; tile < kTokenTiles; ++tile)
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
-        body(sums.of[fragment(half, tile) + i], 16 * half + i / 2 * 8 + lane / 4, 8 * tile + lane % 4 * 2 + i % 2);
+        body(sums.of[fragment(half, tile) + i], 8 * tile + lane % 4 * 2 + i % 2);
       }
 }
 
@@ -391,7 +392,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
       const MemberSums member_sums{all_buffers + kBuffers * warps * buffer_bytes, runs};
 #if KVPACK_TOKEN_SCALES
-      each_sum(sums, lane, [&](float& sum, u32, u32 token) { sum *= token_scale(token_maxima + 4 * token); });
+      each_sum(sums, lane, [&](float& sum, u32 token) { sum *= token_scale(token_maxima + 4 * token); });
 #endif
 #if KVPACK_GROUPED
       if (parts > 1) partials = load_pointer<float>(ends + kEndsPartials), semaphores = load_pointer<u32>(ends + kEndsSemaphores);
@@ -403,14 +404,30 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #if KVPACK_GROUPED
         y = load_pointer<void>(ends + kEndsY), scales = load_pointer<const float>(ends + kEndsScales);
 #endif
-        each_sum(sums, lane, [&](float sum, u32 row_of_group, u32 token) {
-          const u32 row = row_group * kLanes + row_of_group;
-          if (row < rows && token < tokens) {
-            float result = sum * scales[row * scale_stride];
-            if (bias != nullptr) result += load_activation(bias, row);
-            store_result(y, result_at(token) + row, result);
+        const u32 first_row = row_group * kLanes + lane / 4;  // and 8, 16, 24 on
+        float row_scales[4], row_offsets[4];
+#pragma unroll
+        for (u32 eight = 0; eight < 4; ++eight) {
+          const u32 row = min(first_row + 8 * eight, rows - 1);
+          row_scales[eight] = scales[row * scale_stride];
+          row_offsets[eight] = bias != nullptr ? load_activation(bias, row) : 0.0f;
+        }
+#pragma unroll
+        for (u32 tile = 0; tile < kTokenTiles; ++tile) {
+#pragma unroll
+          for (u32 j = 0; j < 2; ++j) {
+            const u32 token = 8 * tile + lane % 4 * 2 + j;
+            if (token >= tokens) continue;
+            const u64 at = result_at(token) + first_row;
+#pragma unroll
+            for (u32 eight = 0; eight < 4; ++eight) {
+              if (first_row + 8 * eight >= rows) continue;
+              float result = sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] * row_scales[eight];
+              if (bias != nullptr) result += row_offsets[eight];
+              store_result(y, at + 8 * eight, result);
+            }
           }
-        });
+        }
       }
       sums.clear();
     }

@@ -87,9 +87,7 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 
   const u32 shared_table = shared_address(shared);
   const u32 activations = shared_table + 4 * kTableSlots;
-  const u32 ends = activations + panel_width * tile_chunks * kChunkBytes, all_next_units = ends + kEndsBytes;
-  const NextUnit next_unit{all_next_units + warp * NextUnit::kBytes};
-  const u32 all_buffers = all_next_units + warps * NextUnit::kBytes;
+  const u32 ends = activations + panel_width * tile_chunks * kChunkBytes, all_buffers = ends + kEndsBytes;
   const u32 buffers = all_buffers + kBuffers * warp * buffer_bytes;
 
 #if KVPACK_GROUPED
@@ -115,7 +113,7 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   auto entries = [&] { return KVPACK_GROUPED ? load_pointer<const uint4>(ends + kEndsGroups) : groups; };
 
   // Two units are under way: the one that is decoded, and the next one's words and first planes.
-  uint4 entry = make_uint4(0, 0, 0, 0);
+  uint4 entry = make_uint4(0, 0, 0, 0), next_entry = entry;
   if (units > 0) entry = __ldg(groups + schedule.index_of(unit));
   // The first activations are asked for before all that has to wait for the entry.
   const u32 first_of_panel = blockIdx.y * panel_width;
@@ -130,12 +128,13 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   };
   load_values(warp);
   if (table != nullptr) copy_table(table, shared_table, warp * kLanes + lane, warps * kLanes);  // null if no tile has words
+  LaneStart start{KVPACK_STATE_LOW, 0};
   RawStream stream;
   if (units > 0) {
     const Group group = unpack_group(blob, entry);
     const Place place = schedule.place_of(unit, rows, cols, tile_cols);
     copy_words(group, buffers, lane);
-    next_unit.put(entry, group, place, length_bytes, lane);
+    start = load_lane_start(group, place, length_bytes, lane);
     stream.begin(blob, raw_planes_unit(group, place), raw_chunks(group, place), lane);
   }
   copy_async_commit();
@@ -155,9 +154,7 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   Sums<1> sums{};
   float& sum = sums.of[0];
   for (u32 buffer = 0; units > 0; --units, buffer ^= kBuffers - 1) {
-    copy_async_wait<0>();
-    __syncwarp();
-    const Group group = unpack_group(blob, next_unit.entry());
+    const Group group = unpack_group(blob, entry);
     const Place place = schedule.place_of(unit, rows, cols, tile_cols);
     const bool mine = group.mode == KVPACK_MODE_RANS ? group.table == table_index : table_index == 0;
     const bool has_outliers = mine && group.num_outliers > 0;
@@ -170,29 +167,29 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       sum += static_cast<float>(product.sum) * __uint_as_float(chunk_head.y);
       product.activations += kChunkBytes;
     };
-    u32 end_address = 0;
-    Lane decoder{};
-    if (group.mode == KVPACK_MODE_RANS) {
-      decoder = start_lane(group, next_unit.start(length_bytes, lane), buffers + buffer * buffer_bytes, lane, end_address);
-    }
-    __syncwarp();  // what it began with has been read
 
     unit = schedule.after(unit);  // what is decoded now is the one before it
-    u32 next_planes = 0, next_chunks = 0;
+    LaneStart next_start{KVPACK_STATE_LOW, 0};
+    u32 next_planes = 0;
+    u32 next_chunks = 0;
     if (units > 1) {
-      const uint4 next_entry = __ldg(entries() + schedule.index_of(unit));
+      next_entry = __ldg(entries() + schedule.index_of(unit));
       const Group next = unpack_group(blob, next_entry);
       const Place place = schedule.place_of(unit, rows, cols, tile_cols);
       if constexpr (kBuffers == 2) copy_words(next, buffers + (buffer ^ 1) * buffer_bytes, lane);
-      next_unit.put(next_entry, next, place, length_bytes, lane);
+      next_start = load_lane_start(next, place, length_bytes, lane);
       next_planes = raw_planes_unit(next, place);
       next_chunks = raw_chunks(next, place);
     }
-    copy_async_commit();
+    if constexpr (kBuffers == 2) copy_async_commit();
+    copy_async_wait<kBuffers - 1>();
+    __syncwarp();
 
     if (!mine) {
       stream.stale = true;
     } else if (group.mode == KVPACK_MODE_RANS) {
+      u32 end_address;
+      Lane decoder = start_lane(group, start, buffers + buffer * buffer_bytes, lane, end_address);
       if (group.predictor == 0) {
         stream.each_chunk(blob, planes, place.chunks(), next_planes, next_chunks, lane, [&](u32, const RawChunk& raw) {
           multiply([&] { decode_chunk(decoder, shared_table, raw, product); });
@@ -275,10 +272,12 @@ gemv(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       }
       sum = 0;
     }
+    __syncwarp();
     if constexpr (kBuffers == 1) {
-      __syncwarp();
-      if (units > 1) copy_words(unpack_group(blob, next_unit.entry()), buffers, lane);
+      if (units > 1) copy_words(unpack_group(blob, next_entry), buffers, lane);
       copy_async_commit();
     }
+    entry = next_entry;
+    start = next_start;
   }
 }

@@ -158,6 +158,12 @@ __device__ __forceinline__ bool join_parts(Sums<count>& sums, float* partials, u
   }
   __syncwarp();
   if (__shfl_sync(kAllLanes, before, 0) + 1 < parts) return false;
+  if (parts == 2) {  // a sum of two is the same either way round
+    Sums<count> other;
+    other.load_global(first + (1 - part) * (count * kLanes), lane);
+    sums.add(other);
+    return true;
+  }
   sums.clear();
 #pragma unroll 1
   for (u32 batch = 0; batch < parts; batch += ahead) {

@@ -211,7 +211,7 @@ def gemv_launches(
     """
     memory = _Memory(
         block=_TABLE_BYTES + _ENDS_BYTES,
-        warp=_NEXT_UNIT_BYTES,
+        warp=0,
         word_buffer=word_buffer_bytes,
         chunk=_GEMV_CHUNK_BYTES,
         sum=4 * GROUP_LANES,
