@@ -1,19 +1,14 @@
-// Elements of up to 8 bits as fp16: 0x6400 | u is 1024 + u.
+// Elements of up to 8 bits as fp16 for tensor cores: an element q as q · 2^-24, which is denormal and exact. For its bits are q's, so that
+// bytes need no more than to be moved apart; as 1024 + u they would have to be put together with a constant, and prmt takes only one,
+// which is the choice of bytes.
 #pragma once
 
 #include "weights/tile.cuh"
 
-struct F16Elements {
-  // In a register: prmt takes one constant, and which bytes it takes is another, which would be moved into a register for each.
-  u32 high_bytes = 0x64646464u;
-  static constexpr u32 kBias = 0x6400u | (kSigned ? kHalf : 0u);
+constexpr float kF16Unit = 1.0f / (1 << 24);      // what 1 becomes
+constexpr float kF16UnitInverse = 1 << 24;
 
-  __device__ __forceinline__ F16Elements() { forget(high_bytes); }
-  // Of four elements in the bytes of a register.
-  __device__ __forceinline__ u32 first_two(u32 elements) const {
-    return sub_f16x2(__byte_perm(elements, high_bytes, 0x4140), kBias * 0x00010001u);
-  }
-  __device__ __forceinline__ u32 last_two(u32 elements) const {
-    return sub_f16x2(__byte_perm(elements, high_bytes, 0x4342), kBias * 0x00010001u);
-  }
-};
+// −half of each where elements are signed. Of four in the bytes of a register.
+__device__ __forceinline__ u32 signed_f16x2(u32 bits) { return kSigned ? sub_f16x2(bits, kHalf * 0x00010001u) : bits; }
+__device__ __forceinline__ u32 first_two_f16(u32 elements) { return signed_f16x2(__byte_perm(elements, 0, 0x4140)); }
+__device__ __forceinline__ u32 last_two_f16(u32 elements) { return signed_f16x2(__byte_perm(elements, 0, 0x4342)); }

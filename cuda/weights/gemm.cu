@@ -2,7 +2,7 @@
 //
 // A lane decodes a row, a tensor core wants eight lanes to share one: each warp passes its 32 rows × 32 columns through shared
 // memory as bytes, and ldmatrix hands every lane four neighbouring elements of the slot that it needs. Only then do they become
-// fp16 (0x6400 | u is 1024 + u). Activations are fp16 too, bf16 and fp32 ones, and those times a column's scale, after a power of two
+// fp16. Activations are fp16 too, bf16 and fp32 ones, and those times a column's scale, after a power of two
 // for each token and block that brings the largest near 2^14. Which columns a tensor core takes for k = 0 … 15 is arbitrary as long as both sides agree:
 //
 //   step h of a chunk (16 columns)     lane 4·i + q holds of slot q + 4h:   bytes 0, 1 as k = 2q, 2q + 1;  bytes 2, 3 as 2q + 8, 2q + 9
@@ -77,7 +77,6 @@ __device__ __forceinline__ void each_sum(TokenSums& sums, u32 lane, Body&& body)
 
 // The rows that are in passing times their chunk's activations.
 __device__ __forceinline__ void multiply_chunk(const Passing& passing, u32 fragments, u32 lane, TokenSums& sums) {
-  const F16Elements as_f16;
   __syncwarp();
 #pragma unroll
   for (u32 step = 0; step < 2; ++step) {
@@ -87,8 +86,8 @@ __device__ __forceinline__ void multiply_chunk(const Passing& passing, u32 fragm
 #pragma unroll
     for (u32 half = 0; half < 2; ++half) {
       const u32 upper = elements[2 * half], lower = elements[2 * half + 1];
-      weights[half][0] = as_f16.first_two(upper), weights[half][1] = as_f16.first_two(lower);
-      weights[half][2] = as_f16.last_two(upper), weights[half][3] = as_f16.last_two(lower);
+      weights[half][0] = first_two_f16(upper), weights[half][1] = first_two_f16(lower);
+      weights[half][2] = last_two_f16(upper), weights[half][3] = last_two_f16(lower);
     }
 #pragma unroll
     for (u32 tile = 0; tile < kTokenTiles; ++tile) {
@@ -112,7 +111,7 @@ __device__ __forceinline__ void add_outlier(u32 outlier, u32 delta_bits, u32 fra
     for (u32 j = 0; j < 2; ++j) {
       const u32 holder = 4 * (lane % 4 * 2 + j) + slot % 4;
       const u32 address = fragments + tile * kFragmentBytes + slot / 4 * (kFragmentBytes / 2) + 8 * holder + byte * 2;
-      const float product = delta * f16_value(load_shared_u16(address));
+      const float product = delta * kF16Unit * f16_value(load_shared_u16(address));
       // Not as `if (…) sum += product`: of that the compiler makes an index, and puts the sums into memory.
 #pragma unroll
       for (u32 eight = 0; eight < 4; ++eight) sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] += row / 8 == eight ? product : 0.0f;
@@ -180,6 +179,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   const NextUnit next_unit{all_next_units + warp * NextUnit::kBytes};
   const u32 all_buffers = all_next_units + warps * NextUnit::kBytes;
   const u32 buffers = all_buffers + kBuffers * warp * buffer_bytes;
+  auto word_buffer = [&](u32 units_left) { return buffers + (kBuffers == 2 ? units_left % 2 * buffer_bytes : 0); };
 
 #if KVPACK_GROUPED
   const u32 part_of_expert = blockIdx.z % stack_parts;
@@ -223,7 +223,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   if (units > 0) {
     const Group group = unpack_group(blob, entry);
     const Place place = schedule.place_of(unit, rows, cols, tile_cols);
-    copy_words(group, buffers, lane);
+    copy_words(group, word_buffer(units), lane);
     next_unit.put(entry, group, place, length_bytes, lane);
     stream.begin(blob, raw_planes_unit(group, place), raw_chunks(group, place), lane);
   }
@@ -286,7 +286,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   Passing passing(passing_rows, lane);
   TokenSums sums;
   sums.clear();
-  for (u32 buffer = 0; units > 0; --units, buffer ^= kBuffers - 1) {
+  for (; units > 0; --units) {
     copy_async_wait<0>();
     __syncwarp();
     const Group group = unpack_group(blob, next_unit.entry());
@@ -305,7 +305,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     u32 end_address = 0;
     Lane decoder{};
     if (group.mode == KVPACK_MODE_RANS) {
-      decoder = start_lane(group, next_unit.start(length_bytes, lane), buffers + buffer * buffer_bytes, lane, end_address);
+      decoder = start_lane(group, next_unit.start(length_bytes, lane), word_buffer(units), lane, end_address);
     }
     __syncwarp();  // what it began with has been read
 
@@ -315,7 +315,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       const uint4 next_entry = __ldg(entries() + schedule.index_of(unit));
       const Group next = unpack_group(blob, next_entry);
       const Place place = schedule.place_of(unit, rows, cols, tile_cols);
-      if constexpr (kBuffers == 2) copy_words(next, buffers + (buffer ^ 1) * buffer_bytes, lane);
+      if constexpr (kBuffers == 2) copy_words(next, word_buffer(units - 1), lane);
       next_unit.put(next_entry, next, place, length_bytes, lane);
       next_planes = raw_planes_unit(next, place);
       next_chunks = raw_chunks(next, place);
@@ -405,12 +405,10 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
         y = load_pointer<void>(ends + kEndsY), scales = load_pointer<const float>(ends + kEndsScales);
 #endif
         const u32 first_row = row_group * kLanes + lane / 4;  // and 8, 16, 24 on
-        float row_scales[4], row_offsets[4];
+        float row_scales[4];
 #pragma unroll
         for (u32 eight = 0; eight < 4; ++eight) {
-          const u32 row = min(first_row + 8 * eight, rows - 1);
-          row_scales[eight] = scales[row * scale_stride];
-          row_offsets[eight] = bias != nullptr ? load_activation(bias, row) : 0.0f;
+          row_scales[eight] = scales[min(first_row + 8 * eight, rows - 1) * scale_stride];
         }
 #pragma unroll
         for (u32 tile = 0; tile < kTokenTiles; ++tile) {
@@ -422,8 +420,8 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #pragma unroll
             for (u32 eight = 0; eight < 4; ++eight) {
               if (first_row + 8 * eight >= rows) continue;
-              float result = sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] * row_scales[eight];
-              if (bias != nullptr) result += row_offsets[eight];
+              float result = sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] * kF16UnitInverse * row_scales[eight];
+              if (bias != nullptr) result += load_activation(bias, first_row + 8 * eight);
               store_result(y, at + 8 * eight, result);
             }
           }
@@ -433,7 +431,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
     }
     if constexpr (kBuffers == 1) {
       __syncwarp();
-      if (units > 1) copy_words(unpack_group(blob, next_unit.entry()), buffers, lane);
+      if (units > 1) copy_words(unpack_group(blob, next_unit.entry()), word_buffer(units - 1), lane);
       copy_async_commit();
     }
   }

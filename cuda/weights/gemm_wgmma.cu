@@ -1,7 +1,7 @@
 // Y = scale · (W X) + bias for up to 256 vectors X (tokens) and coded integers W on sm_90a: warps that decode beside warps that multiply.
 //
 // A block takes 128 rows (four groups) at a time. Its producers are warpgroups: each decodes a unit, the four groups of a tile column, a
-// warp a group and a lane a row, and writes each chunk of 32 columns as fp16 (0x6400 | u is 1024 + u) into shared memory, where wgmma reads
+// warp a group and a lane a row, and writes each chunk of 32 columns as fp16 into shared memory, where wgmma reads
 // it. Activations come beside it, arranged before (arrange_activations.cu), two chunks ahead. Two consumers multiply, each 64 of the rows.
 //
 //   weights of a chunk       16 bytes of core k (0 … 3), row r, at 16 · (128·k + r): as fp16 bytes 0 … 3 of slot 2·k, then of slot 2·k + 1
@@ -47,7 +47,6 @@ constexpr u32 kProducts = kTokens / kProductTokens;
 // Writes a lane's row of a chunk.
 struct RowOfCores {
   u32 row;  // address of its first core
-  F16Elements as_f16{};
   u32 even = 0;
 
   __device__ __forceinline__ explicit RowOfCores(u32 address) : row(address) {}
@@ -56,7 +55,7 @@ struct RowOfCores {
     if constexpr (k % 2 == 0) {
       even = elements;
     } else {
-      store_shared_v4(row + k / 2 * kWeightsCoreBytes, make_uint4(as_f16.first_two(even), as_f16.last_two(even), as_f16.first_two(elements), as_f16.last_two(elements)));
+      store_shared_v4(row + k / 2 * kWeightsCoreBytes, make_uint4(first_two_f16(even), last_two_f16(even), first_two_f16(elements), last_two_f16(elements)));
     }
   }
 };
@@ -218,7 +217,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
               constexpr u32 g = kCodesPerSymbol;
               const u32 slot = g * (col / (4 * g)) + col % g, byte = col / g % 4;
               const u32 address = row + slot / 2 * kWeightsCoreBytes + slot % 2 * 8 + byte * 2;
-              store_shared_u16(address, f16_bits(f16_value(load_shared_u16(address)) + static_cast<float>(outlier_delta(entry, delta_bits))));
+              store_shared_u16(address, f16_bits(f16_value(load_shared_u16(address)) + kF16Unit * static_cast<float>(outlier_delta(entry, delta_bits))));
             }
             ++outlier;
             --outliers_left;
@@ -371,7 +370,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
           if (token >= tokens) continue;
           float result = sums[token_eight / (kProductTokens / 8)][token_eight % (kProductTokens / 8) * 4 + 2 * r + i % 2];
           if (token_scales != nullptr) result *= __ldg(token_scales + token);
-          result *= scale;
+          result *= kF16UnitInverse * scale;
           if (bias != nullptr) result += offset;
           store_result(y, static_cast<u64>(token) * rows + row, result);
         }
