@@ -49,7 +49,7 @@ _OTHER_DECODE_WARPS = (12, 8, 8, 8)
 _VECTOR_DECODE_WARPS = 4
 # For 8, 16, 32 and 64 vectors; on sm_100 and newer, and before.
 _NEWER = 100
-_GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8), 8: (4, 6)}
+_GEMM_WARPS = {1: (10, 14), 2: (10, 14), 4: (6, 8), 8: (4, 6)}
 # Of grouped products, which have more to keep; before sm_100 those of 8 vectors and few bits have 12.
 _GROUPED_GEMM_WARPS = {1: (8, 10), 2: (8, 8), 4: (6, 6)}
 TOKEN_TILES, GROUPED_TOKEN_TILES = tuple(_GEMM_WARPS), tuple(_GROUPED_GEMM_WARPS)
