@@ -405,10 +405,12 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
         y = load_pointer<void>(ends + kEndsY), scales = load_pointer<const float>(ends + kEndsScales);
 #endif
         const u32 first_row = row_group * kLanes + lane / 4;  // and 8, 16, 24 on
-        float row_scales[4];
+        float row_scales[4], row_offsets[4];
 #pragma unroll
         for (u32 eight = 0; eight < 4; ++eight) {
-          row_scales[eight] = scales[min(first_row + 8 * eight, rows - 1) * scale_stride];
+          const u32 row = min(first_row + 8 * eight, rows - 1);
+          row_scales[eight] = scales[row * scale_stride];
+          row_offsets[eight] = bias != nullptr ? load_activation(bias, row) : 0.0f;
         }
 #pragma unroll
         for (u32 tile = 0; tile < kTokenTiles; ++tile) {
@@ -421,7 +423,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
             for (u32 eight = 0; eight < 4; ++eight) {
               if (first_row + 8 * eight >= rows) continue;
               float result = sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] * kF16UnitInverse * row_scales[eight];
-              if (bias != nullptr) result += load_activation(bias, first_row + 8 * eight);
+              if (bias != nullptr) result += row_offsets[eight];
               store_result(y, at + 8 * eight, result);
             }
           }
