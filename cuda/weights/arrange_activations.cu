@@ -10,13 +10,6 @@ constexpr u32 kTokens = KVPACK_TOKENS;
 constexpr u32 kThreads = KVPACK_ARRANGE_THREADS;
 constexpr bool kDivided = KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES != 0;
 
-// 2^-14 of the largest, rounded down to a power of two.
-__device__ __forceinline__ float token_scale(u32 largest_bits) {
-  const u32 exponent = largest_bits >> 23;
-  const bool usable = exponent > 14 && exponent < 255;
-  return __uint_as_float(usable ? (exponent - 14) << 23 : __float_as_uint(1.0f));
-}
-
 // Blocks: a token, and a part of its chunks. Columns from `cols` on, to the end of chunk `chunks` − 1, are 0, and so are tokens from `tokens` on.
 extern "C" __global__ void __launch_bounds__(kThreads)
 arrange_activations(const void* x, const float* column_scales, uint4* arranged, float* token_scales, u32 tokens, u32 cols, u32 chunks) {

@@ -102,8 +102,7 @@ __device__ __forceinline__ void multiply_chunk(const Passing& passing, u32 fragm
 __device__ __forceinline__ void add_outlier(u32 outlier, u32 delta_bits, u32 fragments, u32 lane, TokenSums& sums) {
   const u32 row = outlier_lane(outlier), col = outlier_col(outlier, delta_bits);
   if (row % 8 != lane / 4) return;
-  constexpr u32 g = kCodesPerSymbol;
-  const u32 in_chunk = col % kChunkCols, slot = g * (in_chunk / (4 * g)) + in_chunk % g, byte = in_chunk / g % 4;
+  const u32 slot = column_slot(col % kChunkCols), byte = column_byte(col % kChunkCols);
   const float delta = static_cast<float>(outlier_delta(outlier, delta_bits));
 #pragma unroll
   for (u32 tile = 0; tile < kTokenTiles; ++tile) {
@@ -117,13 +116,6 @@ __device__ __forceinline__ void add_outlier(u32 outlier, u32 delta_bits, u32 fra
       for (u32 eight = 0; eight < 4; ++eight) sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] += row / 8 == eight ? product : 0.0f;
     }
   }
-}
-
-// What activations of a token are divided by, from the address of their largest: 2^-14 of it, rounded down to a power of two.
-__device__ __forceinline__ float token_scale(u32 address) {
-  const u32 exponent = load_shared_u32(address) >> 23;
-  const bool usable = exponent > 14 && exponent < 255;
-  return __uint_as_float(usable ? (exponent - 14) << 23 : __float_as_uint(1.0f));
 }
 
 // Columns 8·(lane % 4) … + 7 of a chunk, of token lane / 4, into the fragments at `fragments`.
@@ -272,7 +264,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       const u32 i = first + ahead * warps;
       if (i >= fragments_of_panel) break;
 #if KVPACK_TOKEN_SCALES
-      const float inverse = 1.0f / token_scale(token_maxima + 4 * (i % kTokenTiles * 8 + lane / 4));
+      const float inverse = 1.0f / token_scale(load_shared_u32(token_maxima + 4 * (i % kTokenTiles * 8 + lane / 4)));
 #else
       const float inverse = 1.0f;
 #endif
@@ -392,7 +384,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
       const MemberSums member_sums{all_buffers + kBuffers * warps * buffer_bytes, runs};
 #if KVPACK_TOKEN_SCALES
-      each_sum(sums, lane, [&](float& sum, u32 token) { sum *= token_scale(token_maxima + 4 * token); });
+      each_sum(sums, lane, [&](float& sum, u32 token) { sum *= token_scale(load_shared_u32(token_maxima + 4 * token)); });
 #endif
 #if KVPACK_GROUPED
       if (parts > 1) partials = load_pointer<float>(ends + kEndsPartials), semaphores = load_pointer<u32>(ends + kEndsSemaphores);

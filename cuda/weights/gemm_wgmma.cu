@@ -21,15 +21,14 @@
 constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kTokens = KVPACK_TOKENS;
 constexpr u32 kProducers = KVPACK_PRODUCERS;
-constexpr u32 kConsumers = 2;
-constexpr u32 kGroups = 4;  // of a block of rows; a warpgroup has as many warps
+constexpr u32 kConsumers = KVPACK_CONSUMERS;
+constexpr u32 kGroups = KVPACK_BLOCK_GROUPS;  // of a block of rows; a warpgroup has as many warps
 constexpr u32 kWarpgroup = kGroups * kLanes;
 constexpr u32 kThreads = (kConsumers + kProducers) * kWarpgroup;
 constexpr u32 kBlockRows = kGroups * kLanes;
-constexpr u32 kStages = 2;
-// A stage is free when its chunk is multiplied; activations are then asked for two chunks ahead.
-constexpr u32 kAhead = 2;
-constexpr u32 kActivationStages = kStages + kAhead;
+constexpr u32 kStages = KVPACK_STAGES;
+constexpr u32 kActivationStages = KVPACK_ACTIVATION_STAGES;
+constexpr u32 kAhead = kActivationStages - kStages;
 constexpr u32 kWeightsBytes = 2 * kBlockRows * kChunkCols;
 constexpr u32 kActivationsBytes = 2 * kTokens * kChunkCols;
 constexpr u32 kWeightsCoreBytes = 16 * kBlockRows;
@@ -214,9 +213,8 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
             const u32 entry = __ldg(outlier), col = outlier_col(entry, delta_bits) - chunk * kChunkCols;
             if (static_cast<s32>(col) >= static_cast<s32>(kChunkCols)) break;
             if (col < kChunkCols) {  // damage to their order must not lead out of the row
-              constexpr u32 g = kCodesPerSymbol;
-              const u32 slot = g * (col / (4 * g)) + col % g, byte = col / g % 4;
-              const u32 address = row + slot / 2 * kWeightsCoreBytes + slot % 2 * 8 + byte * 2;
+              const u32 slot = column_slot(col);
+              const u32 address = row + slot / 2 * kWeightsCoreBytes + slot % 2 * 8 + column_byte(col) * 2;
               store_shared_u16(address, f16_bits(f16_value(load_shared_u16(address)) + kF16Unit * static_cast<float>(outlier_delta(entry, delta_bits))));
             }
             ++outlier;
@@ -317,7 +315,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
               }
             }
             wgmma_commit();
-            wgmma_wait<0>();
+            wgmma_wait();
             // Each warp says so for itself: those of a warpgroup need not be equally far.
             if (lane < 1) barrier_arrive(shared.used(producer, number));
           }

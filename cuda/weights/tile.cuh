@@ -365,7 +365,12 @@ __device__ __forceinline__ void constant_chunk(u32 symbol, const RawChunk& raw, 
   }
 }
 
-// Column of a chunk that byte t of slot k holds (§7.4).
+// Where a column of a chunk lies: in which slot, and in which of its bytes (§7.4).
+__device__ __forceinline__ constexpr u32 column_slot(u32 col) {
+  return kCodesPerSymbol * (col / (4 * kCodesPerSymbol)) + col % kCodesPerSymbol;
+}
+__device__ __forceinline__ constexpr u32 column_byte(u32 col) { return col / kCodesPerSymbol % 4; }
+// Column of a chunk that byte t of slot k holds.
 __device__ __forceinline__ constexpr u32 slot_column(u32 slot, u32 byte) {
   return 4 * kCodesPerSymbol * (slot / kCodesPerSymbol) + kCodesPerSymbol * byte + slot % kCodesPerSymbol;
 }
@@ -407,8 +412,7 @@ struct KeepSlots {
 __device__ __forceinline__ void undo_predictor(KeepSlots& chunk, bool first_chunk, u32& previous) {
 #pragma unroll
   for (u32 col = 0; col < kChunkCols; ++col) {
-    constexpr u32 g = kCodesPerSymbol;
-    u32 slot = g * (col / (4 * g)) + col % g, byte = col / g % 4;
+    const u32 slot = column_slot(col), byte = column_byte(col);
     u32 element = (chunk.slots[slot] >> (8 * byte)) & 0xFF;
     if (!(first_chunk && col == 0)) element = (element + previous - kHalf) & kElementMask;
     previous = element;

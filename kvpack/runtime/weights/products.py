@@ -49,7 +49,7 @@ _OTHER_DECODE_WARPS = (12, 8, 8, 8)
 _VECTOR_DECODE_WARPS = 4
 # For 8, 16, 32 and 64 vectors; on sm_100 and newer, and before.
 _NEWER = 100
-_GEMM_WARPS = {1: (10, 14), 2: (10, 14), 4: (6, 8), 8: (4, 6)}
+_GEMM_WARPS = {1: (10, 14), 2: (10, 12), 4: (6, 8), 8: (4, 5)}
 # Of grouped products, which have more to keep; before sm_100 those of 8 vectors and few bits have 12.
 _GROUPED_GEMM_WARPS = {1: (8, 10), 2: (8, 8), 4: (6, 6)}
 TOKEN_TILES, GROUPED_TOKEN_TILES = tuple(_GEMM_WARPS), tuple(_GROUPED_GEMM_WARPS)
@@ -178,6 +178,10 @@ def gemm_warps(layout: Layout, token_tiles: int, architecture: int, *, grouped: 
         if token_tiles == 1 and architecture < _NEWER and layout.element_bits <= _MANY_RAW_BITS:
             return 12
         return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER]
+    if token_tiles == 1 and architecture < _NEWER and layout.raw_bits > _MANY_RAW_BITS:
+        return 12
+    if token_tiles == 2 and architecture == 90 and layout.element_bits <= _MANY_RAW_BITS:
+        return 14
     if token_tiles == 8 and (layout.raw_bits >= _MANY_RAW_BITS or (layout.codes_per_symbol, layout.raw_bits) == (8, 3)):
         return 4
     if layout.codes_per_symbol == 8 and layout.raw_bits == 7:

@@ -22,6 +22,8 @@ _BLOCK_GROUPS = 4  # of 32 rows
 _BLOCK_ROWS = _BLOCK_GROUPS * GROUP_LANES
 _WARPGROUP_THREADS = 128
 _CONSUMERS = 2
+# Of a chunk's weights and of its activations. A stage of weights is free when its chunk is multiplied; activations are
+# asked for as many chunks ahead as they have stages more.
 _STAGES, _ACTIVATION_STAGES = 2, 4
 _ARRANGE_THREADS = 256
 # With more vectors than that, a matrix that leaves a multiprocessor fewer weights is expanded faster than it is
@@ -100,6 +102,10 @@ def wgmma_kernel(layout: Layout, activation: torch.dtype, fit: WgmmaFit, *, outl
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": fit.buffers,
+        "KVPACK_BLOCK_GROUPS": _BLOCK_GROUPS,
+        "KVPACK_CONSUMERS": _CONSUMERS,
+        "KVPACK_STAGES": _STAGES,
+        "KVPACK_ACTIVATION_STAGES": _ACTIVATION_STAGES,
         "KVPACK_TOKENS": fit.tokens,
         "KVPACK_PRODUCT_TOKENS": block.product_tokens,
         "KVPACK_PRODUCERS": fit.producers,
