@@ -77,14 +77,15 @@ struct Shared {
   __device__ __forceinline__ u32 table() const { return base + kTable; }
   __device__ __forceinline__ u32 words(u32 warp) const { return base + kWords + warp * word_bytes; }
   __device__ __forceinline__ u32 barriers() const { return base + kWords + kProducers * kGroups * word_bytes; }
-  // Of a chunk's stage: its weights are used up; or of as many chunks as have activations: weights and activations are there.
-  __device__ __forceinline__ u32 used(u32 producer, u32 chunk) const { return barriers() + 8 * (producer * kStages + chunk % kStages); }
-  __device__ __forceinline__ u32 full(u32 producer, u32 chunk) const {
-    return barriers() + 8 * kProducers * kStages + 8 * (producer * kActivationStages + chunk % kActivationStages);
+  // Of a chunk's stage: its weights are there; they are used up; its activations are there.
+  __device__ __forceinline__ u32 written(u32 producer, u32 chunk) const { return barriers() + 8 * (producer * kStages + chunk % kStages); }
+  __device__ __forceinline__ u32 used(u32 producer, u32 chunk) const { return written(producer, chunk) + 8 * kProducers * kStages; }
+  __device__ __forceinline__ u32 arrived(u32 producer, u32 chunk) const {
+    return barriers() + 16 * kProducers * kStages + 8 * (producer * kActivationStages + chunk % kActivationStages);
   }
   // What a consumer's first thread tells the others: how many parts of a sum were there before theirs.
   __device__ __forceinline__ u32 parts_before(u32 consumer) const {
-    return barriers() + 8 * kProducers * (kStages + kActivationStages) + 4 * consumer;
+    return barriers() + 8 * kProducers * (2 * kStages + kActivationStages) + 4 * consumer;
   }
 };
 
@@ -114,8 +115,11 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
   copy_async_commit();
   if (threadIdx.x < kProducers * kActivationStages) {
     const u32 producer = threadIdx.x / kActivationStages, stage = threadIdx.x % kActivationStages;
-    barrier_init(shared.full(producer, stage), kGroups + 1);  // warps that decode, and the copy
-    if (stage < kStages) barrier_init(shared.used(producer, stage), kConsumers * kGroups);
+    barrier_init(shared.arrived(producer, stage), 1);
+    if (stage < kStages) {
+      barrier_init(shared.written(producer, stage), kGroups);
+      barrier_init(shared.used(producer, stage), kConsumers * kGroups);
+    }
   }
   barrier_init_done();
   copy_async_wait<0>();
@@ -136,7 +140,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
       if (warp != 0 || lane != 0 || asked_unit >= end) return;
       const u32 chunk = asked_unit % tile_columns * tile_chunks + asked_chunk;
       copy_bulk(shared.activations(producer, asked), x + static_cast<u64>(chunk) * kActivationsBytes, kActivationsBytes,
-                shared.full(producer, asked));
+                shared.arrived(producer, asked));
       ++asked;
       if (++asked_chunk == tile_chunks) {
         asked_chunk = 0;
@@ -154,7 +158,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
     auto end_chunk = [&] {
       fence_async();
       __syncwarp();
-      if (lane == 0) barrier_arrive(shared.full(producer, number));
+      if (lane == 0) barrier_arrive(shared.written(producer, number));
       ++number;
     };
 
@@ -287,12 +291,6 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
         }
       };
       clear_sums();
-      // A product is waited for when the next one has been issued. Each warp frees its stage for itself: those of a warpgroup need not
-      // be equally far.
-      u32 multiplied = 0;
-      auto free_stage = [&] {
-        if (multiplied != 0 && lane == 0) barrier_arrive(multiplied);
-      };
       for (u32 unit = first; unit < last;) {
         // What producers decode at the same time, a round, is multiplied in turns.
         const u32 round = (unit - begin) / kProducers, round_end = min(last, begin + (round + 1) * kProducers);
@@ -302,7 +300,8 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
         for (u32 number = round * tile_chunks; number < (round + 1) * tile_chunks; ++number) {
 #pragma unroll 1
           for (u32 producer = first_producer; producer < end_producer; ++producer) {
-            barrier_wait(shared.full(producer, number), number / kActivationStages & 1);
+            barrier_wait(shared.written(producer, number), number / kStages & 1);
+            barrier_wait(shared.arrived(producer, number), number / kActivationStages & 1);
             __syncwarp();
             const u64 weights = matrix_at(shared.weights(producer, number) + half * 64 * 16, kWeightsCoreBytes, kRowsCoreBytes);
             const u64 activations = matrix_at(shared.activations(producer, number), kActivationsCoreBytes, kRowsCoreBytes);
@@ -316,15 +315,13 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
               }
             }
             wgmma_commit();
-            wgmma_wait<1>();
-            free_stage();
-            multiplied = shared.used(producer, number);
+            wgmma_wait();
+            // Each warp says so for itself: those of a warpgroup need not be equally far.
+            if (lane < 1) barrier_arrive(shared.used(producer, number));
           }
         }
       }
 
-      wgmma_wait<0>();
-      free_stage();
       const u32 first_worker = runs.worker_of(first_unit), parts = runs.worker_of(first_unit + tile_columns - 1) - first_worker + 1;
       if (parts > 1) {
         // A run has at most two blocks of rows in part: number 0 is the one that it begins with.

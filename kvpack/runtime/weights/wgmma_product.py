@@ -72,7 +72,7 @@ def fit_wgmma(layout: Layout, tokens: int, units: int, word_buffer_bytes: int, l
         for buffers in (2, 1):
             shared = producers * (_STAGES * _BLOCK_ROWS + _ACTIVATION_STAGES * padded) * 2 * CHUNK_COLS
             shared += 4 * FREQUENCY_SUM + producers * _BLOCK_GROUPS * buffers * word_buffer_bytes
-            shared += 8 * producers * (_STAGES + _ACTIVATION_STAGES) + 4 * _CONSUMERS
+            shared += 8 * producers * (2 * _STAGES + _ACTIVATION_STAGES) + 4 * _CONSUMERS
             if shared <= limits.block_bytes(1):
                 return WgmmaFit(padded, producers, buffers, min(units, limits.multiprocessors), shared)
     return None
