@@ -25,10 +25,10 @@ constexpr u32 kTokens = 8 * kTokenTiles;
 constexpr u32 kFragmentBytes = 16 * kLanes;  // of a chunk and eight tokens
 constexpr u32 kRowsBytes = 32 * kLanes;      // 32 rows of 32 bytes
 constexpr u32 kPartsAhead = kTokenTiles == 1 ? 2 : 1;  // partial sums on their way
-// Of activations on their way; scales and fp32 take registers, too.
-constexpr u32 kFragmentsAhead = KVPACK_COLUMN_SCALES ? 2 : kTokenTiles == 4 && KVPACK_ACTIVATION != 2 ? 8 : 4;
-constexpr u32 kLoadsAhead = 8;
 #define KVPACK_TOKEN_SCALES (KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES)
+// Of activations on their way; scales and fp32 take registers, too.
+constexpr u32 kFragmentsAhead = kTokenTiles == 2 && KVPACK_TOKEN_SCALES ? 1 : KVPACK_COLUMN_SCALES ? 2 : kTokenTiles == 4 && KVPACK_ACTIVATION != 2 ? 8 : 4;
+constexpr u32 kLoadsAhead = 8;
 
 // 32 rows of 32 bytes in passing, in one of a warp's two buffers. The 16-byte units of a row are swapped for every other four rows, so
 // that eight lanes in a row meet eight different groups of banks. A lane writes where it then names a row to ldmatrix; the address is kept,
@@ -165,7 +165,8 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 
   const u32 shared_table = shared_address(shared);
   const u32 activations = shared_table + 4 * kTableSlots;
-  const u32 token_maxima = activations + panel_width * tile_chunks * kTokenTiles * kFragmentBytes;
+  auto behind_activations = [&](u32 width) { return activations + width * tile_chunks * kTokenTiles * kFragmentBytes; };
+  const u32 token_maxima = behind_activations(panel_width);
   const u32 token_pairs = token_maxima + 4 * kTokens, ends = token_pairs + 8 * kTokens, all_passing_rows = ends + kEndsBytes;
   const u32 passing_rows = all_passing_rows + warp * 2 * kRowsBytes, all_next_units = all_passing_rows + warps * 2 * kRowsBytes;
   const NextUnit next_unit{all_next_units + warp * NextUnit::kBytes};
@@ -382,9 +383,10 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #endif
       const u32 row_group = schedule.before(unit).row_group;
       const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
+      const u32 maxima = behind_activations(computed_anew(panel_width));
       const MemberSums member_sums{all_buffers + kBuffers * warps * buffer_bytes, runs};
 #if KVPACK_TOKEN_SCALES
-      each_sum(sums, lane, [&](float& sum, u32 token) { sum *= token_scale(load_shared_u32(token_maxima + 4 * token)); });
+      each_sum(sums, lane, [&](float& sum, u32 token) { sum *= token_scale(load_shared_u32(maxima + 4 * token)); });
 #endif
 #if KVPACK_GROUPED
       if (parts > 1) partials = load_pointer<float>(ends + kEndsPartials), semaphores = load_pointer<u32>(ends + kEndsSemaphores);
