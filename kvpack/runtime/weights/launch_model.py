@@ -161,8 +161,9 @@ def _product_launches(
 ) -> Iterator[tuple[Terms, ProductFit]]:
     """All launches that fit, and what their time is made of.
 
-    ``shape``: tile columns, groups of rows, chunks of a tile column. ``max_warps``: of a block whose warps have one word
-    buffer, and two, if two blocks share a multiprocessor; of one alone twice as many. ``slots``: matrices that are multiplied side by side.
+    ``shape``: tile columns, groups of rows, chunks of a tile column. ``max_warps``: of a block whose warps have one
+    word buffer, or two, if two blocks share a multiprocessor; of one alone twice as many. ``slots``: matrices that are
+    multiplied side by side.
     """
     tile_columns, row_groups, tile_chunks = shape
     unit_chunks = tile_chunks + _UNIT_COST
@@ -234,7 +235,7 @@ def gemm_launches(
     slots: int = 1,
     buffered_max_warps: int | None = None,
 ) -> Iterator[tuple[Terms, ProductFit]]:
-    """The same of the kernel for a few vectors; ``buffered_max_warps``: with two word buffers, if these are fewer."""
+    """The same of the kernel for a few vectors. ``buffered_max_warps``: with two word buffers, if these are fewer."""
     tokens = 8 * token_tiles
     memory = _Memory(
         block=_TABLE_BYTES + 12 * tokens + _ENDS_BYTES,
