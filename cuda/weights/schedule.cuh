@@ -23,6 +23,10 @@ struct Runs {
   u32 quotient, remainder;
   __device__ __forceinline__ u32 begin(u32 worker) const { return worker * quotient + min(worker, remainder); }
   __device__ __forceinline__ u32 longest() const { return quotient + (remainder > 0); }
+  __device__ __forceinline__ u32 worker_of(u32 unit) const {
+    const u32 longer = remainder * (quotient + 1);
+    return unit < longer ? unit / (quotient + 1) : remainder + (unit - longer) / quotient;
+  }
 };
 
 // A unit's place: its rows, and its tile column among those of the warp.
@@ -111,6 +115,13 @@ struct Sums {
     for (u32 i = 0; i < kVectors; ++i) {
       const float4 v = load_l2_v4(reinterpret_cast<const float4*>(from) + i * kLanes + lane);
       of[4 * i] = v.x, of[4 * i + 1] = v.y, of[4 * i + 2] = v.z, of[4 * i + 3] = v.w;
+    }
+  }
+  __device__ __forceinline__ void add_global(const float* from, u32 lane) {
+#pragma unroll
+    for (u32 i = 0; i < kVectors; ++i) {
+      const float4 v = load_l2_v4(reinterpret_cast<const float4*>(from) + i * kLanes + lane);
+      of[4 * i] += v.x, of[4 * i + 1] += v.y, of[4 * i + 2] += v.z, of[4 * i + 3] += v.w;
     }
   }
 };
