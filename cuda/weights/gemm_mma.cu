@@ -42,6 +42,7 @@ constexpr u32 kActivationsBytes = 2 * kTokens * kChunkCols;
 constexpr u32 kWeightsCoreBytes = 16 * kBlockRows;
 constexpr u32 kActivationsCoreBytes = 16 * kTokens;
 constexpr u32 kCores = 4;
+constexpr u32 kPartsAhead = 2;  // partial sums on their way
 constexpr u32 kStateBytes = 4 * kLanes, kStartBytes = kStateBytes + 2 * kLanes;
 // What a warp multiplies: the fewer rows, the fewer bytes are converted by several warps.
 constexpr u32 kWarpRows = kTokens == 64 ? 32 : 64;
@@ -298,51 +299,67 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
   const u32 first_row = warp % kRowParts * kWarpRows, warp_token = warp / kRowParts * kWarpTokens;
   TokenSums sums;
   sums.clear();
-  // Puts the parts of a block of rows' sums together; true where they are complete.
-  auto join = [&](u32 row_block) {
+  // Sums of a block of rows go to global memory, from where the last one to arrive takes all parts: also where there is one part, so that
+  // registers are free of sums when results are written.
+  auto finish = [&](u32 row_block) {
+    // Nothing of this is computed before the loops, where it would take registers.
+    const u32 thread = computed_anew(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
+    const u32 first_row = warp % kRowParts * kWarpRows, warp_token = warp / kRowParts * kWarpTokens;
     const u32 first_unit = row_block * pairs, first_worker = runs.worker_of(first_unit);
     const u32 parts = runs.worker_of(first_unit + pairs - 1) - first_worker + 1;
-    if (parts == 1) return true;
     // A run has at most two blocks of rows in part: number 0 is the one that it begins with.
     auto part_of = [&](u32 worker) {
       const u32 which = runs.begin(worker) / pairs == row_block ? 0 : 1;
       return partials + (static_cast<u64>(blockIdx.y * 2 * gridDim.x + 2 * worker + which) * kWarps + warp) * (TokenSums::kBytes / 4);
     };
     sums.store_global(part_of(blockIdx.x), lane);
-    __syncwarp();
-    u32* semaphore = semaphores + (blockIdx.y * ceil_div(rows, kBlockRows) + row_block) * kWarps + warp;
-    u32 before = 0;
-    if (lane == 0) {
-      fence_device();
-      before = atomicAdd(semaphore, 1u);
-      if (before + 1 == parts) {
+    if (parts > 1) {
+      __syncwarp();
+      u32* semaphore = semaphores + (blockIdx.y * ceil_div(rows, kBlockRows) + row_block) * kWarps + warp;
+      u32 before = 0;
+      if (lane == 0) {
         fence_device();
-        atomicExch(semaphore, 0u);
+        before = atomicAdd(semaphore, 1u);
+        if (before + 1 == parts) {
+          fence_device();
+          atomicExch(semaphore, 0u);
+        }
       }
+      __syncwarp();
+      if (__shfl_sync(kAllLanes, before, 0) + 1 < parts) return;
     }
-    __syncwarp();
-    if (__shfl_sync(kAllLanes, before, 0) + 1 < parts) return false;
-    sums.clear();
 #pragma unroll 1
-    for (u32 part = 0; part < parts; ++part) sums.add_global(part_of(first_worker + part), lane);
-    return true;
-  };
-  auto store = [&](u32 row_block) {
+    for (u32 sixteen = 0; sixteen < kSixteens; ++sixteen) {
+      typedef Sums<4 * kEights> SixteenRows;
+      SixteenRows total;
+      total.clear();
+#pragma unroll 1
+      for (u32 batch = 0; batch < parts; batch += kPartsAhead) {
+        SixteenRows of_parts[kPartsAhead];
 #pragma unroll
-    for (u32 i = 0; i < 2 * kSixteens; ++i) {
-      const u32 row = row_block * kBlockRows + first_row + 8 * i + lane / 4;
-      if (row >= rows) continue;
-      const float scale = scales[row * scale_stride];
-      const float offset = bias != nullptr ? load_activation(bias, row) : 0.0f;
+        for (u32 i = 0; i < kPartsAhead; ++i) {
+          of_parts[i].clear();
+          if (batch + i < parts) of_parts[i].load_global(part_of(first_worker + batch + i) + sixteen * (SixteenRows::kBytes / 4), lane);
+        }
 #pragma unroll
-      for (u32 j = 0; j < 2 * kEights; ++j) {
-        const u32 token = first_token + warp_token + j / 2 * 8 + lane % 4 * 2 + j % 2;
-        if (token >= tokens) continue;
-        float result = sums.of[fragment(i / 2, j / 2) + i % 2 * 2 + j % 2];
-        if (token_scales != nullptr) result *= __ldg(token_scales + token);
-        result *= scale;
-        if (bias != nullptr) result += offset;
-        store_result(y, static_cast<u64>(token) * rows + row, result);
+        for (u32 i = 0; i < kPartsAhead; ++i) total.add(of_parts[i]);
+      }
+#pragma unroll
+      for (u32 r = 0; r < 2; ++r) {
+        const u32 row = row_block * kBlockRows + first_row + 16 * sixteen + 8 * r + lane / 4;
+        if (row >= rows) continue;
+        const float scale = scales[row * scale_stride];
+        const float offset = bias != nullptr ? load_activation(bias, row) : 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < 2 * kEights; ++i) {
+          const u32 token = first_token + warp_token + i / 2 * 8 + lane % 4 * 2 + i % 2;
+          if (token >= tokens) continue;
+          float result = total.of[fragment(0, i / 2) + 2 * r + i % 2];
+          if (token_scales != nullptr) result *= __ldg(token_scales + token);
+          result *= scale;
+          if (bias != nullptr) result += offset;
+          store_result(y, static_cast<u64>(token) * rows + row, result);
+        }
       }
     }
   };
@@ -358,7 +375,7 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
     --multiplied_units;
     const PairUnit next = multiplied.next(pairs);
     if (next.pair == 0 || multiplied_units == 0) {
-      if (join(multiplied.row_block)) store(multiplied.row_block);
+      finish(multiplied.row_block);
       sums.clear();
     }
     multiplied = next;

@@ -117,13 +117,6 @@ struct Sums {
       of[4 * i] = v.x, of[4 * i + 1] = v.y, of[4 * i + 2] = v.z, of[4 * i + 3] = v.w;
     }
   }
-  __device__ __forceinline__ void add_global(const float* from, u32 lane) {
-#pragma unroll
-    for (u32 i = 0; i < kVectors; ++i) {
-      const float4 v = load_l2_v4(reinterpret_cast<const float4*>(from) + i * kLanes + lane);
-      of[4 * i] += v.x, of[4 * i + 1] += v.y, of[4 * i + 2] += v.z, of[4 * i + 3] += v.w;
-    }
-  }
 };
 
 // Where members put their sums: for each team a sum of each member, and as many again if a run has several row groups, which take
