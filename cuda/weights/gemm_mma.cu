@@ -114,32 +114,42 @@ __device__ __forceinline__ void emit_kept(const KeepSlots& kept, StagedRow& row)
   }
 }
 
-// A chunk's weights times its activations; the addresses are of the warp's first row and token.
+// A chunk's weights times its activations; the addresses are of the warp's first row and token. In two steps of 16 columns, so that few
+// activations are in registers.
 __device__ __forceinline__ void multiply_chunk(u32 weights, u32 activations, u32 lane, TokenSums& sums) {
-  u32 x[kEights][kCores];
-#pragma unroll
-  for (u32 eight = 0; eight < kEights; ++eight) {
-    load_matrix_x4(x[eight], activations + lane / 8 * kActivationsCoreBytes + (8 * eight + lane % 8) * 16);
-  }
   const F16Elements as_f16;
 #pragma unroll
-  for (u32 sixteen = 0; sixteen < kSixteens; ++sixteen) {
-    u32 staged[4];
-    if constexpr (kElementBytes == 1) {
-      // The warp's first row is a multiple of 8, so that it does not swap units.
-      load_matrix_x4(staged, weights + 32 * (16 * sixteen + lane % 16) + 16 * (lane / 16 ^ (lane / 4 & 1)));
+  for (u32 step = 0; step < 2; ++step) {
+    u32 x[kEights / 2][4];  // of two eights of tokens: core 2·step, then core 2·step + 1, of each
+#pragma unroll
+    for (u32 two = 0; two < kEights / 2; ++two) {
+      load_matrix_x4(x[two], activations + (2 * step + lane / 8 % 2) * kActivationsCoreBytes + (16 * two + lane / 16 * 8 + lane % 8) * 16);
     }
+    auto multiply_sixteen = [&](u32 sixteen, const u32(&w)[4]) {
 #pragma unroll
-    for (u32 step = 0; step < 2; ++step) {
-      u32 w[4];
-      if constexpr (kElementBytes == 1) {
-        const u32 upper = staged[2 * step], lower = staged[2 * step + 1];
-        w[0] = as_f16.first_two(upper), w[1] = as_f16.first_two(lower), w[2] = as_f16.last_two(upper), w[3] = as_f16.last_two(lower);
-      } else {
-        load_matrix_x4(w, weights + (2 * step + lane / 16) * kWeightsCoreBytes + 16 * (16 * sixteen + lane % 16));
+      for (u32 eight = 0; eight < kEights; ++eight) {
+        mma_f16(sums.of + fragment(sixteen, eight), w, x[eight / 2][eight % 2 * 2], x[eight / 2][eight % 2 * 2 + 1]);
       }
+    };
 #pragma unroll
-      for (u32 eight = 0; eight < kEights; ++eight) mma_f16(sums.of + fragment(sixteen, eight), w, x[eight][2 * step], x[eight][2 * step + 1]);
+    for (u32 sixteen = 0; sixteen < kSixteens; sixteen += 2) {
+      if constexpr (kElementBytes == 1) {
+        u32 staged[4];  // of 32 rows; the warp's first row is a multiple of 8, so that it does not swap units
+        load_matrix_x4(staged, weights + 32 * (16 * sixteen + lane) + 16 * (step ^ (lane / 4 & 1)));
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+          const u32 upper = staged[2 * half], lower = staged[2 * half + 1];
+          const u32 w[4] = {as_f16.first_two(upper), as_f16.first_two(lower), as_f16.last_two(upper), as_f16.last_two(lower)};
+          multiply_sixteen(sixteen + half, w);
+        }
+      } else {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+          u32 w[4];
+          load_matrix_x4(w, weights + (2 * step + lane / 16) * kWeightsCoreBytes + 16 * (16 * (sixteen + half) + lane % 16));
+          multiply_sixteen(sixteen + half, w);
+        }
+      }
     }
   }
 }
