@@ -18,7 +18,7 @@
 // a block takes, blocks along y decode the same again.
 //
 // Shared memory: tables (16 KiB each: one, or one a team) | weights, two stages | activations, two stages | for each warp: two entries of the
-// group table | states and lengths | words.
+// group table | states and lengths | raw planes of a chunk | words.
 #include "common/activations.cuh"
 #include "weights/f16_elements.cuh"
 #include "weights/schedule.cuh"
@@ -64,7 +64,8 @@ struct Shared {
   static constexpr u32 kActivations = kWeights + kStages * kTeams * kWeightsBytes;
   static constexpr u32 kEntries = kActivations + kStages * kTeams * kActivationsBytes;
   static constexpr u32 kStarts = kEntries + kWarps * 2 * 16;
-  static constexpr u32 kWords = kStarts + kWarps * kStartBytes;
+  static constexpr u32 kPlanes = kStarts + kWarps * kStartBytes;
+  static constexpr u32 kWords = kPlanes + kWarps * kRawChunkBytes;
 
   __device__ __forceinline__ u32 table(u32 team) const { return base + (kSeveralTables ? team * 4 * kTableSlots : 0); }
   __device__ __forceinline__ u32 weights(u32 round, u32 team) const { return base + kWeights + (round % kStages * kTeams + team) * kWeightsBytes; }
@@ -73,6 +74,7 @@ struct Shared {
   }
   __device__ __forceinline__ u32 entry(u32 warp, u32 unit) const { return base + kEntries + (2 * warp + unit % 2) * 16; }
   __device__ __forceinline__ u32 start(u32 warp) const { return base + kStarts + warp * kStartBytes; }
+  __device__ __forceinline__ u32 planes(u32 warp) const { return base + kPlanes + warp * kRawChunkBytes; }
   __device__ __forceinline__ u32 words(u32 warp) const { return base + kWords + warp * word_bytes; }
 };
 
@@ -96,6 +98,16 @@ struct StagedRow {
         store_shared_v4(core + kWeightsCoreBytes,
                         make_uint4(as_f16.last_two(kept[0]), as_f16.last_two(kept[1]), as_f16.last_two(kept[2]), as_f16.last_two(kept[3])));
       }
+    }
+  }
+  // Slot by slot: slower, and in few registers.
+  __device__ __forceinline__ void put_slot(u32 k, u32 elements) const {
+    if constexpr (kElementBytes == 1) {
+      store_shared_u32((address ^ 16 * (k / 4)) + 4 * (k % 4), elements);
+    } else {
+      const u32 of_core = address + k / 4 * 2 * kWeightsCoreBytes + 4 * (k % 4);
+      store_shared_u32(of_core, as_f16.first_two(elements));
+      store_shared_u32(of_core + kWeightsCoreBytes, as_f16.last_two(elements));
     }
   }
   // Of a column of the chunk, staged as fp16.
@@ -186,14 +198,22 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
   u32 units = end - begin;  // left; the number of a unit's entry, too
   u32 decoded_chunk = 0;
   Lane decoder{KVPACK_STATE_LOW, 0, 0};
-  u32 end_address = 0, previous = 0, planes = 0, table_in_place = ~0u;
+  u32 end_address = 0, previous = 0, table_in_place = ~0u;
   const u32* outlier = nullptr;
   u32 outliers_left = 0;
-  RawChunk raw;  // of the chunk that is decoded next
   auto row_group_of = [&](PairUnit unit) { return min(unit.row_block * kGroups + warp % kGroups, row_groups - 1); };
   auto copy_entry = [&](PairUnit unit, u32 number) {
     const u32 column = kTeams * unit.pair + team;
     if (lane == 0 && column < tile_columns) copy_async_16(shared.entry(warp, number), groups + row_group_of(unit) * tile_columns + column);
+  };
+  // Asks for a chunk's raw planes.
+  auto copy_planes = [&](const Group& group, const Place& place, u32 chunk) {
+    if (chunk >= raw_chunks(group, place)) return;
+    const u8* from = chunk_planes(blob, raw_planes_unit(group, place), chunk);
+#pragma unroll
+    for (u32 unit = 0; unit < kRawChunkBytes / 16; unit += kLanes) {
+      if (unit + lane < kRawChunkBytes / 16) copy_async_16(shared.planes(warp) + 16 * (unit + lane), from + 16 * (unit + lane));
+    }
   };
   // Asks for what unit `decoded` starts from. Its entry is there; the next one's is asked for.
   auto copy_start = [&] {
@@ -209,8 +229,7 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
                                             : states + 4 * place.lanes() + place.group * kLanes * length_bytes - kStateBytes;
         copy_async_16(shared.start(warp) + 16 * lane, from + 16 * lane);
       }
-      planes = raw_planes_unit(group, place);
-      if (raw_chunks(group, place) > 0) load_raw(chunk_planes(blob, planes, 0), lane, raw);
+      copy_planes(group, place, 0);
     }
     if (units > 1) copy_entry(decoded.next(pairs), units - 1);
   };
@@ -229,10 +248,8 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
   };
   auto decode = [&](u32 round) {
     const u32 column = kTeams * decoded.pair + team, chunk = decoded_chunk;
-    if (chunk == 0) {
-      copy_async_wait<1>();  // not for the activations
-      __syncwarp();
-    }
+    copy_async_wait<1>();  // not for the activations
+    __syncwarp();
     if (chunk_of(decoded.pair, team, chunk) < chunks) {
       const u32 row_group = row_group_of(decoded);
       const Group group = unpack_group(blob, load_shared_v4(shared.entry(warp, units)));
@@ -246,6 +263,8 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
           outliers_left += of_lane == lane;
         }
       }
+      RawChunk raw;
+      if (raw_chunks(group, place) > 0) load_raw(PlanesInShared{shared.planes(warp)}, lane, raw);
       StagedRow row(shared.weights(round, team), warp % kGroups * kLanes + lane);
       if (group.mode == KVPACK_MODE_RANS) {
         if (chunk == 0) {
@@ -278,10 +297,12 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
       } else if (group.mode == KVPACK_MODE_CONSTANT) {
         constant_chunk(group.tile[0], raw, row);
       } else {
-        raw_mode_chunk(group, place, place.group * kLanes + lane, chunk, row);
+#pragma unroll 1
+        for (u32 k = 0; k < kSlots; ++k) row.put_slot(k, raw_mode_slot(group, place, place.group * kLanes + lane, chunk, k));
       }
       if constexpr (kHasOutliers) put_outliers(chunk, row);
-      if (chunk + 1 < raw_chunks(group, place)) load_raw(chunk_planes(blob, planes, chunk + 1), lane, raw);
+      __syncwarp();  // planes have been read
+      copy_planes(group, place, chunk + 1);
     }
     if (++decoded_chunk == rounds_of(decoded.pair)) {
       __syncwarp();  // words and entries have been read

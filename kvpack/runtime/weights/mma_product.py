@@ -64,15 +64,19 @@ class MmaFit:
         return _TEAMS * self.groups
 
 
-def shared_bytes(tokens: int, groups: int, staged_bytes: int, several_tables: bool, word_buffer_bytes: int) -> int:
+def shared_bytes(
+    layout: Layout, tokens: int, groups: int, staged_bytes: int, several_tables: bool, word_buffer_bytes: int
+) -> int:
     """Shared memory of a block."""
+    planes = GROUP_LANES * CHUNK_COLS // 8 * layout.raw_bits
     tables = 4 * FREQUENCY_SUM * (_TEAMS if several_tables else 1)
     staged = _STAGES * _TEAMS * CHUNK_COLS * (staged_bytes * groups * GROUP_LANES + 2 * tokens)
-    return tables + staged + _TEAMS * groups * (_ENTRY_BYTES + _START_BYTES + word_buffer_bytes)
+    return tables + staged + _TEAMS * groups * (_ENTRY_BYTES + _START_BYTES + planes + word_buffer_bytes)
 
 
 @lru_cache(maxsize=4096)
 def fit_mma(
+    layout: Layout,
     tokens: int,
     rows: int,
     tile_columns: int,
@@ -87,7 +91,7 @@ def fit_mma(
     of_block = next((n for n in _BLOCK_TOKENS if tokens <= n), _BLOCK_TOKENS[-1])
     staged_bytes = 2 if outliers else 1  # elements with outliers do not fit into bytes
     for groups, resident in blocks:
-        shared = shared_bytes(of_block, groups, staged_bytes, several_tables, word_buffer_bytes)
+        shared = shared_bytes(layout, of_block, groups, staged_bytes, several_tables, word_buffer_bytes)
         if shared <= limits.block_bytes(resident):
             units = ceil_div(rows, groups * GROUP_LANES) * ceil_div(tile_columns, _TEAMS)
             runs = max(1, limits.multiprocessors * resident // ceil_div(tokens, of_block))
@@ -100,6 +104,7 @@ def fit_of(
 ) -> MmaFit | None:
     """The launch by this kernel, whether or not another path is faster; None if no block fits shared memory."""
     return fit_mma(
+        coded.layout,
         tokens,
         coded.header.rows,
         coded.header.num_tiles_col,
