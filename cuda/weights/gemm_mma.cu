@@ -179,12 +179,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVPACK_BLOCKS_PER_SM)
 gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* groups, const u32* tables, const float* scales,
          u32 scale_stride, const void* bias, void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols,
          u32 tile_cols, u32 tile_columns, u32 run_quotient, u32 run_remainder, u32 length_bytes, u32 buffer_bytes, u32 tokens,
-         u32 arranged_tokens) {
+         u32 arranged_tokens, u32 chunks, u32 tile_chunks, u32 pairs, u32 row_groups) {
+  // What follows from other arguments is one all the same: those take no registers.
   KVPACK_DYNAMIC_SHARED(dynamic);
   const Shared shared{shared_address(dynamic), buffer_bytes};
   const u32 lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, team = warp / kGroups;
-  const u32 tile_chunks = tile_cols / kChunkCols, chunks = ceil_div(cols, kChunkCols);
-  const u32 row_groups = ceil_div(rows, kLanes), pairs = ceil_div(tile_columns, kTeams);
   const Runs runs{run_quotient, run_remainder};
   const u32 begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
   const u32 first_token = blockIdx.y * kTokens;
@@ -325,8 +324,6 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
   };
 
   // ---- What is multiplied: a round later.
-  PairUnit multiplied = decoded;
-  u32 multiplied_chunk = 0, multiplied_units = units;
   const u32 first_row = warp % kRowParts * kWarpRows, warp_token = warp / kRowParts * kWarpTokens;
   TokenSums sums;
   sums.clear();
@@ -394,22 +391,22 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
       }
     }
   };
-  auto multiply = [&](u32 round) {
+  // What is to be known of a round, in few registers: a block of rows, whether this is its last one here, for how many teams there is a chunk.
+  auto round_of_decoded = [&] {
+    const u32 has_second = chunk_of(decoded.pair, 1, decoded_chunk) < chunks;
+    const u32 is_last = decoded_chunk + 1 == rounds_of(decoded.pair) && (decoded.pair + 1 == pairs || units == 1);
+    return decoded.row_block << 2 | is_last << 1 | has_second;
+  };
+  auto multiply = [&](u32 round, u32 which) {
 #pragma unroll 1
-    for (u32 of_team = 0; of_team < kTeams; ++of_team) {
-      if (chunk_of(multiplied.pair, of_team, multiplied_chunk) >= chunks) break;
+    for (u32 of_team = 0; of_team < 1 + (which & 1); ++of_team) {
       multiply_chunk(shared.weights(round, of_team) + (kElementBytes == 1 ? 32 : 16) * first_row, shared.activations(round, of_team) + 16 * warp_token,
                      lane, sums);
     }
-    if (++multiplied_chunk < rounds_of(multiplied.pair)) return;
-    multiplied_chunk = 0;
-    --multiplied_units;
-    const PairUnit next = multiplied.next(pairs);
-    if (next.pair == 0 || multiplied_units == 0) {
-      finish(multiplied.row_block);
+    if (which & 2) {
+      finish(which >> 2);
       sums.clear();
     }
-    multiplied = next;
   };
 
   if (!kSeveralTables && tables != nullptr) copy_table(tables, shared.table(0), threadIdx.x, kThreads);  // null if no tile has words
@@ -419,19 +416,22 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
   __syncthreads();
   copy_start();
   copy_async_commit();
+  u32 multiplied = 0;
   for (u32 round = 0;; ++round) {
     const bool decodes = units > 0;
+    const u32 this_round = round_of_decoded();
     if (decodes) copy_activations(round);
     copy_async_commit();
 #pragma unroll 1
-    for (u32 turn = 0; turn < 2; ++turn) {
+    for (u32 turn = 0; turn < kTeams; ++turn) {
       if (turn == team) {
-        if (round > 0) multiply(round - 1);
+        if (round > 0) multiply(round - 1, multiplied);
       } else if (decodes) {
         decode(round);
       }
     }
     if (!decodes) break;
+    multiplied = this_round;
     copy_async_commit();
     copy_async_wait<1>();  // not for what the next unit starts from
     __syncthreads();

@@ -164,8 +164,8 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, fit: MmaF
     out = torch.empty((tokens, header.rows), dtype=x.dtype, device=device)
     token_blocks = ceil_div(tokens, fit.tokens)
     arranged, token_scales = wgmma_product.arrange(coded, x, fit.tokens * token_blocks, split_slots=True)
-    row_blocks = ceil_div(header.rows, fit.rows)
-    quotient, remainder = divmod(row_blocks * ceil_div(header.num_tiles_col, _TEAMS), fit.blocks)
+    row_blocks, pairs = ceil_div(header.rows, fit.rows), ceil_div(header.num_tiles_col, _TEAMS)
+    quotient, remainder = divmod(row_blocks * pairs, fit.blocks)
     sums = 2 * fit.blocks * token_blocks * fit.rows * fit.tokens
     kernels.launch(
         mma_kernel(coded.layout, x.dtype, fit, outliers=coded.has_outliers, predicted=coded.predicted),
@@ -194,6 +194,10 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, fit: MmaF
             np.uint32(coded.word_buffer_bytes),
             np.uint32(tokens),
             np.uint32(fit.tokens * token_blocks),
+            np.uint32(ceil_div(header.cols, CHUNK_COLS)),
+            np.uint32(header.tile_cols // CHUNK_COLS),
+            np.uint32(pairs),
+            np.uint32(coded.row_groups),
         ),
         device=device,
         shared_bytes=fit.shared_bytes,
