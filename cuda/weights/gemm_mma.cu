@@ -18,7 +18,7 @@
 // a block takes, blocks along y decode the same again.
 //
 // Shared memory: tables (16 KiB each: one, or one a team) | weights, two stages | activations, two stages | for each warp: two entries of the
-// group table | states and lengths | raw planes of a chunk | words.
+// group table | states and lengths | what is known of two rounds | raw planes of a chunk | words.
 #include "common/activations.cuh"
 #include "weights/f16_elements.cuh"
 #include "weights/schedule.cuh"
@@ -64,7 +64,8 @@ struct Shared {
   static constexpr u32 kActivations = kWeights + kStages * kTeams * kWeightsBytes;
   static constexpr u32 kEntries = kActivations + kStages * kTeams * kActivationsBytes;
   static constexpr u32 kStarts = kEntries + kWarps * 2 * 16;
-  static constexpr u32 kPlanes = kStarts + kWarps * kStartBytes;
+  static constexpr u32 kRounds = kStarts + kWarps * kStartBytes;
+  static constexpr u32 kPlanes = kRounds + kWarps * 2 * 4;
   static constexpr u32 kWords = kPlanes + kWarps * kRawChunkBytes;
 
   __device__ __forceinline__ u32 table(u32 team) const { return base + (kSeveralTables ? team * 4 * kTableSlots : 0); }
@@ -74,6 +75,7 @@ struct Shared {
   }
   __device__ __forceinline__ u32 entry(u32 warp, u32 unit) const { return base + kEntries + (2 * warp + unit % 2) * 16; }
   __device__ __forceinline__ u32 start(u32 warp) const { return base + kStarts + warp * kStartBytes; }
+  __device__ __forceinline__ u32 round(u32 warp, u32 round) const { return base + kRounds + (2 * warp + round % 2) * 4; }
   __device__ __forceinline__ u32 planes(u32 warp) const { return base + kPlanes + warp * kRawChunkBytes; }
   __device__ __forceinline__ u32 words(u32 warp) const { return base + kWords + warp * word_bytes; }
 };
@@ -197,9 +199,7 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
   u32 units = end - begin;  // left; the number of a unit's entry, too
   u32 decoded_chunk = 0;
   Lane decoder{KVPACK_STATE_LOW, 0, 0};
-  u32 end_address = 0, previous = 0, table_in_place = ~0u;
-  const u32* outlier = nullptr;
-  u32 outliers_left = 0;
+  u32 previous = 0, table_in_place = ~0u, outlier = 0, outliers_left = 0;
   auto row_group_of = [&](PairUnit unit) { return min(unit.row_block * kGroups + warp % kGroups, row_groups - 1); };
   auto copy_entry = [&](PairUnit unit, u32 number) {
     const u32 column = kTeams * unit.pair + team;
@@ -232,10 +232,10 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
     }
     if (units > 1) copy_entry(decoded.next(pairs), units - 1);
   };
-  auto put_outliers = [&](u32 chunk, const StagedRow& row) {
+  auto put_outliers = [&](const u32* outliers, u32 chunk, const StagedRow& row) {
     const u32 delta_bits = outlier_delta_bits(tile_cols);
     while (outliers_left > 0) {
-      const u32 entry = __ldg(outlier), col = outlier_col(entry, delta_bits) - chunk * kChunkCols;
+      const u32 entry = __ldg(outliers + outlier), col = outlier_col(entry, delta_bits) - chunk * kChunkCols;
       if (static_cast<s32>(col) >= static_cast<s32>(kChunkCols)) break;
       if (col < kChunkCols) {  // damage to their order must not lead out of the row
         const u32 address = row.element(col);
@@ -254,8 +254,7 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
       const Group group = unpack_group(blob, load_shared_v4(shared.entry(warp, units)));
       const Place place = place_of(row_group, column, rows, cols, tile_cols);
       if (kHasOutliers && chunk == 0) {
-        outlier = outliers_of(group, place);
-        outliers_left = 0;
+        outlier = outliers_left = 0;
         for (u32 i = 0; i < group.num_outliers; ++i) {
           const u32 of_lane = outlier_lane(__ldg(outliers_of(group, place) + i));
           outlier += of_lane < lane;
@@ -269,7 +268,9 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
         if (chunk == 0) {
           const u32 states = shared.start(warp), lengths = states + kStateBytes;
           const LaneStart start{load_shared_u32(states + 4 * lane), length_bytes == 1 ? load_shared_u8(lengths + lane) : load_shared_u16(lengths + 2 * lane)};
+          u32 end_address;
           decoder = start_lane(group, start, shared.words(warp), lane, end_address);
+          store_shared_u32(states + 4 * lane, end_address);  // where the state was
           if constexpr (kSeveralTables) {
             if (group.table != table_in_place) {  // so it is for the whole team
               table_in_place = group.table;
@@ -280,17 +281,17 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
             }
           }
         }
-        if (kPredicted && group.predictor != 0) {
+        if constexpr (kPredicted) {
           KeepSlots kept;
           decode_chunk(decoder, shared.table(team), raw, kept);
-          undo_predictor(kept, chunk == 0, previous);
+          if (group.predictor != 0) undo_predictor(kept, chunk == 0, previous);
           emit_kept(kept, row);
         } else {
           decode_chunk(decoder, shared.table(team), raw, row);
         }
         const bool is_last = chunk + 1 == place.chunks() && decoded.row_block * kGroups + warp % kGroups < row_groups && blockIdx.y == 0;
         if (is_last && place.group * kLanes + lane < place.tile_rows &&
-            (decoder.state != KVPACK_STATE_LOW || decoder.word_address != end_address)) {
+            (decoder.state != KVPACK_STATE_LOW || decoder.word_address != load_shared_u32(shared.start(warp) + 4 * lane))) {
           report_damage(status, row_group * tile_columns + column);
         }
       } else if (group.mode == KVPACK_MODE_CONSTANT) {
@@ -299,9 +300,12 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
 #pragma unroll 1
         for (u32 k = 0; k < kSlots; ++k) row.put_slot(k, raw_mode_slot(group, place, place.group * kLanes + lane, chunk, k));
       }
-      if constexpr (kHasOutliers) put_outliers(chunk, row);
+      // Looked up again, rather than in registers beside what is decoded.
+      const Group again = unpack_group(blob, load_shared_v4(shared.entry(warp, units)));
+      const Place place_again = place_of(row_group_of(decoded), kTeams * decoded.pair + team, rows, cols, computed_anew(tile_cols));
+      if constexpr (kHasOutliers) put_outliers(outliers_of(again, place_again), chunk, row);
       __syncwarp();  // planes have been read
-      copy_planes(group, place, chunk + 1);
+      copy_planes(again, place_again, chunk + 1);
     }
     if (++decoded_chunk == rounds_of(decoded.pair)) {
       __syncwarp();  // words and entries have been read
@@ -391,13 +395,14 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
       }
     }
   };
-  // What is to be known of a round, in few registers: a block of rows, whether this is its last one here, for how many teams there is a chunk.
+  // What is to be known of a round when it is multiplied, which each warp puts down in shared memory: a block of rows, whether this is its last one here, for how many teams there is a chunk.
   auto round_of_decoded = [&] {
     const u32 has_second = chunk_of(decoded.pair, 1, decoded_chunk) < chunks;
     const u32 is_last = decoded_chunk + 1 == rounds_of(decoded.pair) && (decoded.pair + 1 == pairs || units == 1);
     return decoded.row_block << 2 | is_last << 1 | has_second;
   };
-  auto multiply = [&](u32 round, u32 which) {
+  auto multiply = [&](u32 round) {
+    const u32 which = load_shared_u32(shared.round(warp, round));
 #pragma unroll 1
     for (u32 of_team = 0; of_team < 1 + (which & 1); ++of_team) {
       multiply_chunk(shared.weights(round, of_team) + (kElementBytes == 1 ? 32 : 16) * first_row, shared.activations(round, of_team) + 16 * warp_token,
@@ -416,22 +421,22 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
   __syncthreads();
   copy_start();
   copy_async_commit();
-  u32 multiplied = 0;
   for (u32 round = 0;; ++round) {
     const bool decodes = units > 0;
-    const u32 this_round = round_of_decoded();
-    if (decodes) copy_activations(round);
+    if (decodes) {
+      store_shared_u32(shared.round(warp, round), round_of_decoded());
+      copy_activations(round);
+    }
     copy_async_commit();
 #pragma unroll 1
     for (u32 turn = 0; turn < kTeams; ++turn) {
       if (turn == team) {
-        if (round > 0) multiply(round - 1, multiplied);
+        if (round > 0) multiply(round - 1);
       } else if (decodes) {
         decode(round);
       }
     }
     if (!decodes) break;
-    multiplied = this_round;
     copy_async_commit();
     copy_async_wait<1>();  // not for what the next unit starts from
     __syncthreads();

@@ -20,7 +20,8 @@ from kvpack.runtime.weights.products import Coded, can_multiply, with_row_offset
 
 _TEAMS = 2
 _STAGES = 2
-_ENTRY_BYTES, _START_BYTES = 2 * 16, 6 * GROUP_LANES  # of a warp: group table entries; states and lengths
+# Of a warp: group table entries and what it knows of rounds, two each; states and lengths.
+_ENTRY_BYTES, _START_BYTES = 2 * (16 + 4), 6 * GROUP_LANES
 # Groups of a block, and how many blocks share a multiprocessor, the best first: 256 rows take activations once for
 # twice as many weights.
 _BLOCKS = ((8, 1), (4, 2), (4, 1))
