@@ -76,7 +76,7 @@ struct Sums {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (float& sum : of) sum = 0;
+    for (u32 i = 0; i < count; ++i) of[i] = 0;
   }
   __device__ __forceinline__ void add(const Sums& other) {
 #pragma unroll
