@@ -18,7 +18,7 @@
 // a block takes, blocks along y decode the same again.
 //
 // Shared memory: tables (16 KiB each: one, or one a team) | weights, two stages | activations, two stages | for each warp: two entries of the
-// group table | states and lengths | what is known of two rounds | raw planes of a chunk | words.
+// group table | states and lengths | what is known of two rounds, and which table is in place | raw planes of a chunk | words.
 #include "common/activations.cuh"
 #include "weights/f16_elements.cuh"
 #include "weights/schedule.cuh"
@@ -65,7 +65,7 @@ struct Shared {
   static constexpr u32 kEntries = kActivations + kStages * kTeams * kActivationsBytes;
   static constexpr u32 kStarts = kEntries + kWarps * 2 * 16;
   static constexpr u32 kRounds = kStarts + kWarps * kStartBytes;
-  static constexpr u32 kPlanes = kRounds + kWarps * 2 * 4;
+  static constexpr u32 kPlanes = kRounds + kWarps * 16;
   static constexpr u32 kWords = kPlanes + kWarps * kRawChunkBytes;
 
   __device__ __forceinline__ u32 table(u32 team) const { return base + (kSeveralTables ? team * 4 * kTableSlots : 0); }
@@ -75,7 +75,8 @@ struct Shared {
   }
   __device__ __forceinline__ u32 entry(u32 warp, u32 unit) const { return base + kEntries + (2 * warp + unit % 2) * 16; }
   __device__ __forceinline__ u32 start(u32 warp) const { return base + kStarts + warp * kStartBytes; }
-  __device__ __forceinline__ u32 round(u32 warp, u32 round) const { return base + kRounds + (2 * warp + round % 2) * 4; }
+  __device__ __forceinline__ u32 round(u32 warp, u32 round) const { return base + kRounds + 16 * warp + round % 2 * 4; }
+  __device__ __forceinline__ u32 table_in_place(u32 warp) const { return base + kRounds + 16 * warp + 8; }
   __device__ __forceinline__ u32 planes(u32 warp) const { return base + kPlanes + warp * kRawChunkBytes; }
   __device__ __forceinline__ u32 words(u32 warp) const { return base + kWords + warp * word_bytes; }
 };
@@ -96,7 +97,8 @@ struct StagedRow {
         store_shared_v4(address ^ 16 * (k / 4), make_uint4(kept[0], kept[1], kept[2], kept[3]));
       } else {
         const u32 core = address + k / 4 * 2 * kWeightsCoreBytes;
-        store_shared_v4(core, make_uint4(as_f16.first_two(kept[0]), as_f16.first_two(kept[1]), as_f16.first_two(kept[2]), as_f16.first_two(kept[3])));
+        store_shared_v4(core,
+                        make_uint4(as_f16.first_two(kept[0]), as_f16.first_two(kept[1]), as_f16.first_two(kept[2]), as_f16.first_two(kept[3])));
         store_shared_v4(core + kWeightsCoreBytes,
                         make_uint4(as_f16.last_two(kept[0]), as_f16.last_two(kept[1]), as_f16.last_two(kept[2]), as_f16.last_two(kept[3])));
       }
@@ -199,7 +201,7 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
   u32 units = end - begin;  // left; the number of a unit's entry, too
   u32 decoded_chunk = 0;
   Lane decoder{KVPACK_STATE_LOW, 0, 0};
-  u32 previous = 0, table_in_place = ~0u, outlier = 0, outliers_left = 0;
+  u32 next_outlier = 0;  // of the lane's, among the group's
   auto row_group_of = [&](PairUnit unit) { return min(unit.row_block * kGroups + warp % kGroups, row_groups - 1); };
   auto copy_entry = [&](PairUnit unit, u32 number) {
     const u32 column = kTeams * unit.pair + team;
@@ -232,17 +234,20 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
     }
     if (units > 1) copy_entry(decoded.next(pairs), units - 1);
   };
-  auto put_outliers = [&](const u32* outliers, u32 chunk, const StagedRow& row) {
+  auto put_outliers = [&](const u32* outliers, u32 count, u32 chunk, const StagedRow& row) {
     const u32 delta_bits = outlier_delta_bits(tile_cols);
-    while (outliers_left > 0) {
-      const u32 entry = __ldg(outliers + outlier), col = outlier_col(entry, delta_bits) - chunk * kChunkCols;
+    while (next_outlier < count) {
+      const u32 entry = __ldg(outliers + next_outlier), col = outlier_col(entry, delta_bits) - chunk * kChunkCols;
+      if (outlier_lane(entry) != lane) {
+        next_outlier = count;
+        break;
+      }
       if (static_cast<s32>(col) >= static_cast<s32>(kChunkCols)) break;
       if (col < kChunkCols) {  // damage to their order must not lead out of the row
         const u32 address = row.element(col);
         store_shared_u16(address, f16_bits(f16_value(load_shared_u16(address)) + static_cast<float>(outlier_delta(entry, delta_bits))));
       }
-      ++outlier;
-      --outliers_left;
+      ++next_outlier;
     }
   };
   auto decode = [&](u32 round) {
@@ -254,12 +259,8 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
       const Group group = unpack_group(blob, load_shared_v4(shared.entry(warp, units)));
       const Place place = place_of(row_group, column, rows, cols, tile_cols);
       if (kHasOutliers && chunk == 0) {
-        outlier = outliers_left = 0;
-        for (u32 i = 0; i < group.num_outliers; ++i) {
-          const u32 of_lane = outlier_lane(__ldg(outliers_of(group, place) + i));
-          outlier += of_lane < lane;
-          outliers_left += of_lane == lane;
-        }
+        next_outlier = 0;
+        for (u32 i = 0; i < group.num_outliers; ++i) next_outlier += outlier_lane(__ldg(outliers_of(group, place) + i)) < lane;
       }
       RawChunk raw;
       if (raw_chunks(group, place) > 0) load_raw(PlanesInShared{shared.planes(warp)}, lane, raw);
@@ -267,14 +268,16 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
       if (group.mode == KVPACK_MODE_RANS) {
         if (chunk == 0) {
           const u32 states = shared.start(warp), lengths = states + kStateBytes;
-          const LaneStart start{load_shared_u32(states + 4 * lane), length_bytes == 1 ? load_shared_u8(lengths + lane) : load_shared_u16(lengths + 2 * lane)};
+          const LaneStart start{load_shared_u32(states + 4 * lane),
+                                length_bytes == 1 ? load_shared_u8(lengths + lane) : load_shared_u16(lengths + 2 * lane)};
           u32 end_address;
           decoder = start_lane(group, start, shared.words(warp), lane, end_address);
           store_shared_u32(states + 4 * lane, end_address);  // where the state was
           if constexpr (kSeveralTables) {
-            if (group.table != table_in_place) {  // so it is for the whole team
-              table_in_place = group.table;
-              copy_table(tables + table_in_place * kTableSlots, shared.table(team), threadIdx.x % kTeamThreads, kTeamThreads);
+            if (group.table != load_shared_u32(shared.table_in_place(warp))) {  // so it is for the whole team
+              __syncwarp();
+              store_shared_u32(shared.table_in_place(warp), group.table);
+              copy_table(tables + group.table * kTableSlots, shared.table(team), threadIdx.x % kTeamThreads, kTeamThreads);
               copy_async_commit();
               copy_async_wait<0>();
               sync_warps(1 + team, kTeamThreads);
@@ -284,7 +287,12 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
         if constexpr (kPredicted) {
           KeepSlots kept;
           decode_chunk(decoder, shared.table(team), raw, kept);
-          if (group.predictor != 0) undo_predictor(kept, chunk == 0, previous);
+          if (group.predictor != 0) {
+            const u32 kept_at = shared.start(warp) + kStateBytes + length_bytes * lane;  // where the length was
+            u32 previous = load_shared_u8(kept_at);
+            undo_predictor(kept, chunk == 0, previous);
+            store_shared_u8(kept_at, previous);
+          }
           emit_kept(kept, row);
         } else {
           decode_chunk(decoder, shared.table(team), raw, row);
@@ -303,7 +311,7 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
       // Looked up again, rather than in registers beside what is decoded.
       const Group again = unpack_group(blob, load_shared_v4(shared.entry(warp, units)));
       const Place place_again = place_of(row_group_of(decoded), kTeams * decoded.pair + team, rows, cols, computed_anew(tile_cols));
-      if constexpr (kHasOutliers) put_outliers(outliers_of(again, place_again), chunk, row);
+      if constexpr (kHasOutliers) put_outliers(outliers_of(again, place_again), again.num_outliers, chunk, row);
       __syncwarp();  // planes have been read
       copy_planes(again, place_again, chunk + 1);
     }
@@ -395,7 +403,8 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
       }
     }
   };
-  // What is to be known of a round when it is multiplied, which each warp puts down in shared memory: a block of rows, whether this is its last one here, for how many teams there is a chunk.
+  // What is to be known of a round when it is multiplied, which each warp puts down in shared memory: a block of rows, whether this is its last
+  // round here, for how many teams there is a chunk.
   auto round_of_decoded = [&] {
     const u32 has_second = chunk_of(decoded.pair, 1, decoded_chunk) < chunks;
     const u32 is_last = decoded_chunk + 1 == rounds_of(decoded.pair) && (decoded.pair + 1 == pairs || units == 1);
@@ -405,8 +414,8 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
     const u32 which = load_shared_u32(shared.round(warp, round));
 #pragma unroll 1
     for (u32 of_team = 0; of_team < 1 + (which & 1); ++of_team) {
-      multiply_chunk(shared.weights(round, of_team) + (kElementBytes == 1 ? 32 : 16) * first_row, shared.activations(round, of_team) + 16 * warp_token,
-                     lane, sums);
+      const u32 weights = shared.weights(round, of_team) + (kElementBytes == 1 ? 32 : 16) * first_row;
+      multiply_chunk(weights, shared.activations(round, of_team) + 16 * warp_token, lane, sums);
     }
     if (which & 2) {
       finish(which >> 2);
@@ -415,6 +424,7 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
   };
 
   if (!kSeveralTables && tables != nullptr) copy_table(tables, shared.table(0), threadIdx.x, kThreads);  // null if no tile has words
+  if constexpr (kSeveralTables) store_shared_u32(shared.table_in_place(warp), ~0u);
   copy_entry(decoded, units);
   copy_async_commit();
   copy_async_wait<0>();

@@ -159,11 +159,19 @@ def wgmma_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
 
 def mma_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
     """Products of 33 and more vectors on GPUs without wgmma, or with blobs that gemm_wgmma does not take."""
-    truth = (False, True)
-    options = list(itertools.product(weights.ACTIVATIONS, mma._BLOCK_TOKENS, mma._BLOCKS, truth, truth, truth))
-    for layout, option in selected(SIGNED, options, everything, architecture):
-        activation, tokens, (groups, resident), outliers, predicted, tables = option
-        yield wgmma.arrange_kernel(layout, activation, tokens, column_scales=outliers, split_slots=True)
+    half, bf16, fp32 = weights.ACTIVATIONS
+    # Activation, outliers, predictors, several tables. What an activation changes has nothing to do with the others.
+    kinds = [
+        (half, False, False, False),
+        (bf16, True, False, False),
+        (fp32, False, True, False),
+        (half, False, False, True),
+        (bf16, True, True, True),
+    ]
+    options = list(itertools.product(mma._BLOCK_TOKENS, mma._BLOCKS, kinds))
+    for layout, (tokens, (groups, resident), kind) in selected(SIGNED, options, everything, architecture):
+        activation, outliers, predicted, tables = kind
+        yield wgmma.arrange_kernel(layout, activation, tokens, column_scales=tables, split_slots=True)
         fit = mma.MmaFit(tokens, groups, resident, 1, 1 + outliers, tables, 0)
         yield mma.mma_kernel(layout, activation, fit, outliers=outliers, predicted=predicted)
 

@@ -20,8 +20,8 @@ from kvpack.runtime.weights.products import Coded, can_multiply, with_row_offset
 
 _TEAMS = 2
 _STAGES = 2
-# Of a warp: group table entries and what it knows of rounds, two each; states and lengths.
-_ENTRY_BYTES, _START_BYTES = 2 * (16 + 4), 6 * GROUP_LANES
+# Of a warp: two group table entries, states and lengths, what it notes of rounds and tables.
+_ENTRY_BYTES, _START_BYTES, _NOTES_BYTES = 2 * 16, 6 * GROUP_LANES, 16
 # Groups of a block, and how many blocks share a multiprocessor, the best first: 256 rows take activations once for
 # twice as many weights.
 _BLOCKS = ((8, 1), (4, 2), (4, 1))
@@ -72,7 +72,9 @@ def shared_bytes(
     planes = GROUP_LANES * CHUNK_COLS // 8 * layout.raw_bits
     tables = 4 * FREQUENCY_SUM * (_TEAMS if several_tables else 1)
     staged = _STAGES * _TEAMS * CHUNK_COLS * (staged_bytes * groups * GROUP_LANES + 2 * tokens)
-    return tables + staged + _TEAMS * groups * (_ENTRY_BYTES + _START_BYTES + planes + word_buffer_bytes)
+    return tables + staged + _TEAMS * groups * (
+        _ENTRY_BYTES + _START_BYTES + _NOTES_BYTES + planes + word_buffer_bytes
+    )
 
 
 @lru_cache(maxsize=4096)
