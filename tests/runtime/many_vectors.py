@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,7 @@ TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-3}
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches on the emulator, in memory that is full of what no sum contains."""
     if emulator.compiler() is None:
         pytest.skip("no C++ compiler for the emulator")
@@ -34,7 +33,6 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return out.fill_(torch.nan) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    yield
 
 
 def limits_of(multiprocessors: int, **others: int) -> Limits:

@@ -171,6 +171,8 @@ def mma_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
     options = list(itertools.product(mma._BLOCK_TOKENS, mma._BLOCKS, kinds))
     for layout, (tokens, (groups, resident), kind) in selected(SIGNED, options, everything, architecture):
         activation, outliers, predicted, tables = kind
+        if (groups, resident) not in mma.block_kinds(outliers=outliers, predicted=predicted, several_tables=tables):
+            groups, resident = mma._BLOCKS[-1]
         yield wgmma.arrange_kernel(layout, activation, tokens, column_scales=tables, split_slots=True)
         fit = mma.MmaFit(tokens, groups, resident, 1, 1 + outliers, tables, 0)
         yield mma.mma_kernel(layout, activation, fit, outliers=outliers, predicted=predicted)

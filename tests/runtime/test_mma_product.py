@@ -165,10 +165,18 @@ def test_blocks_fit_shared_memory() -> None:
     kinds = []
     for kib in (164, 100, 90, 60):
         limits = limits_of(4, shared_bytes=kib << 10, shared_block_bytes=(kib - 1) << 10)
-        fit = mma_product.fit_mma(FAST, 128, *shape, limits, outliers=False, several_tables=False)
+        fit = mma_product.fit_mma(FAST, 128, *shape, limits, outliers=False, several_tables=False, blocks=BLOCKS)
         kinds.append(fit and (fit.groups, fit.resident))
         assert fit is None or fit.resident * (fit.shared_bytes + 1024) <= kib << 10
     assert kinds == [(8, 1), (4, 1), (4, 1), None]
+
+
+def test_blocks_that_have_registers_enough() -> None:
+    """What comes together takes a block of its own multiprocessor (tests/runtime/test_compile.py compiles them)."""
+    only = {"outliers": False, "predicted": False, "several_tables": False}
+    assert mma_product.block_kinds(**only) == BLOCKS
+    assert mma_product.block_kinds(**only | {"outliers": True}) == BLOCKS
+    assert mma_product.block_kinds(**only | {"outliers": True, "predicted": True}) == ((4, 1),)
 
 
 @pytest.mark.gpu

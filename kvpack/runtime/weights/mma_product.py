@@ -72,9 +72,7 @@ def shared_bytes(
     planes = GROUP_LANES * CHUNK_COLS // 8 * layout.raw_bits
     tables = 4 * FREQUENCY_SUM * (_TEAMS if several_tables else 1)
     staged = _STAGES * _TEAMS * CHUNK_COLS * (staged_bytes * groups * GROUP_LANES + 2 * tokens)
-    return tables + staged + _TEAMS * groups * (
-        _ENTRY_BYTES + _START_BYTES + _NOTES_BYTES + planes + word_buffer_bytes
-    )
+    return tables + staged + _TEAMS * groups * (_ENTRY_BYTES + _START_BYTES + _NOTES_BYTES + planes + word_buffer_bytes)
 
 
 @lru_cache(maxsize=4096)
@@ -88,7 +86,7 @@ def fit_mma(
     *,
     outliers: bool,
     several_tables: bool,
-    blocks: tuple[tuple[int, int], ...] = _BLOCKS,
+    blocks: tuple[tuple[int, int], ...],
 ) -> MmaFit | None:
     """The launch for ``tokens`` vectors, of the first of ``blocks`` that fits; None if none does."""
     of_block = next((n for n in _BLOCK_TOKENS if tokens <= n), _BLOCK_TOKENS[-1])
@@ -102,10 +100,19 @@ def fit_mma(
     return None
 
 
+def block_kinds(*, outliers: bool, predicted: bool, several_tables: bool) -> tuple[tuple[int, int], ...]:
+    """The kinds of blocks that have registers enough: one alone where two of these come together."""
+    return _BLOCKS if outliers + predicted + several_tables <= 1 else _BLOCKS[-1:]
+
+
 def fit_of(
-    coded: Coded, tokens: int, limits: Limits, blocks: tuple[tuple[int, int], ...] = _BLOCKS
+    coded: Coded, tokens: int, limits: Limits, blocks: tuple[tuple[int, int], ...] | None = None
 ) -> MmaFit | None:
     """The launch by this kernel, whether or not another path is faster; None if no block fits shared memory."""
+    several_tables = len(coded.tables) > 1
+    if blocks is None:
+        kinds = {"outliers": coded.has_outliers, "predicted": coded.predicted, "several_tables": several_tables}
+        blocks = block_kinds(**kinds)
     return fit_mma(
         coded.layout,
         tokens,
@@ -114,7 +121,7 @@ def fit_of(
         coded.word_buffer_bytes,
         limits,
         outliers=coded.has_outliers,
-        several_tables=len(coded.tables) > 1,
+        several_tables=several_tables,
         blocks=blocks,
     )
 
