@@ -112,7 +112,7 @@ def wgmma_kernel(layout: Layout, activation: torch.dtype, fit: WgmmaFit, *, outl
 def arrange_kernel(
     layout: Layout, activation: torch.dtype, tokens: int, *, column_scales: bool, split_slots: bool = False
 ) -> Kernel:
-    """The kernel that puts activations into the order in which they are multiplied; ``split_slots``: by ``mma.sync``."""
+    """The kernel that puts activations into the order in which wgmma takes them; ``split_slots``: ``mma.sync``."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_COLUMN_SCALES": int(column_scales),
