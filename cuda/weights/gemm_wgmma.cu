@@ -89,14 +89,6 @@ struct Shared {
   }
 };
 
-// The runs of units, and whose a unit is.
-struct UnitRuns : Runs {
-  __device__ __forceinline__ u32 worker_of(u32 unit) const {
-    const u32 longer = remainder * (quotient + 1);
-    return unit < longer ? unit / (quotient + 1) : remainder + (unit - longer) / quotient;
-  }
-};
-
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* groups, const u32* table, const float* scales,
            u32 scale_stride, const void* bias, void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols,
@@ -108,7 +100,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
   const u32 lane = threadIdx.x % kLanes, warp = warp_of_block % kGroups, warpgroup = warp_of_block / kGroups;
   const u32 tile_chunks = tile_cols / kChunkCols;
   const u32 delta_bits = outlier_delta_bits(tile_cols);
-  const UnitRuns runs{run_quotient, run_remainder};
+  const Runs runs{run_quotient, run_remainder};
   const u32 begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
 
   if (table != nullptr) copy_table(table, shared.table(), threadIdx.x, kThreads);  // null if no tile has words

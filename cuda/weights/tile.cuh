@@ -198,13 +198,27 @@ __device__ __forceinline__ u32 raw_chunks(const Group& group, const Place& place
   return kRawBits == 0 || group.mode == KVPACK_MODE_RAW ? 0 : place.chunks();
 }
 
-// `planes`: those of the group in this chunk.
-__device__ __forceinline__ void load_raw(const u8* planes, u32 lane, RawChunk& raw) {
+// Where the planes of a group and chunk are: in memory, or copied to shared memory.
+struct PlanesInMemory {
+  const u8* planes;
+  __device__ __forceinline__ uint4 four(u32 offset) const { return load_once_v4(planes + offset); }
+  __device__ __forceinline__ uint2 two(u32 offset) const { return load_once_v2(planes + offset); }
+  __device__ __forceinline__ u32 one(u32 offset) const { return load_once_u32(planes + offset); }
+};
+struct PlanesInShared {
+  u32 address;
+  __device__ __forceinline__ uint4 four(u32 offset) const { return load_shared_v4(address + offset); }
+  __device__ __forceinline__ uint2 two(u32 offset) const { return load_shared_v2(address + offset); }
+  __device__ __forceinline__ u32 one(u32 offset) const { return load_shared_u32(address + offset); }
+};
+
+template <class Planes>
+__device__ __forceinline__ void load_raw(const Planes& planes, u32 lane, RawChunk& raw) {
   if constexpr (kWidePlanes > 0) {
     constexpr u32 units = 2 * kWidePlanes;
 #pragma unroll
     for (u32 unit = 0; unit != units; ++unit) {
-      uint4 v = load_once_v4(planes + unit * 16 * kLanes + 16 * lane);
+      uint4 v = planes.four(unit * 16 * kLanes + 16 * lane);
       raw.words[4 * unit] = v.x;
       raw.words[4 * unit + 1] = v.y;
       raw.words[4 * unit + 2] = v.z;
@@ -213,7 +227,7 @@ __device__ __forceinline__ void load_raw(const u8* planes, u32 lane, RawChunk& r
   }
   constexpr u32 wide = 8 * kWidePlanes;  // registers so far
   if constexpr ((kNarrowRawBits & 4) != 0) {
-    uint4 v = load_once_v4(planes + 4 * kLanes * wide + 16 * lane);
+    uint4 v = planes.four(4 * kLanes * wide + 16 * lane);
     raw.words[wide] = v.x;
     raw.words[wide + 1] = v.y;
     raw.words[wide + 2] = v.z;
@@ -221,15 +235,16 @@ __device__ __forceinline__ void load_raw(const u8* planes, u32 lane, RawChunk& r
   }
   if constexpr ((kNarrowRawBits & 2) != 0) {
     constexpr u32 at = wide + (kNarrowRawBits & 4);
-    uint2 v = load_once_v2(planes + 4 * kLanes * at + 8 * lane);
+    uint2 v = planes.two(4 * kLanes * at + 8 * lane);
     raw.words[at] = v.x;
     raw.words[at + 1] = v.y;
   }
   if constexpr ((kNarrowRawBits & 1) != 0) {
     constexpr u32 at = wide + (kNarrowRawBits & 6);
-    raw.words[at] = load_once_u32(planes + 4 * kLanes * at + 4 * lane);
+    raw.words[at] = planes.one(4 * kLanes * at + 4 * lane);
   }
 }
+__device__ __forceinline__ void load_raw(const u8* planes, u32 lane, RawChunk& raw) { load_raw(PlanesInMemory{planes}, lane, raw); }
 
 __device__ __forceinline__ const u8* chunk_planes(const u8* blob, u32 planes, u32 chunk) {
   return blob + 16ull * (planes + chunk * (kRawChunkBytes / 16));
@@ -382,19 +397,24 @@ __device__ __forceinline__ u32 raw_mode_element(const Group& group, const Place&
   return __funnelshift_r(words[0], words[1], bit & 31) & kElementMask;
 }
 
-// The same chunk of a tile in mode raw, for elements of up to 8 bits; padding is 0.
+// Slot `slot` of a chunk of a tile in mode raw, for elements of up to 8 bits; padding is 0.
+__device__ __forceinline__ u32 raw_mode_slot(const Group& group, const Place& place, u32 row, u32 chunk, u32 slot) {
+  u32 elements = 0;
+#pragma unroll
+  for (u32 byte = 0; byte < 4; ++byte) {
+    u32 col = chunk * kChunkCols + slot_column(slot, byte);
+    if (row < place.tile_rows && col < place.tile_cols) {
+      elements |= raw_mode_element(group, place, row, col) << (8 * byte);
+    }
+  }
+  return elements;
+}
+
+// Decodes the same chunk.
 template <class Emit, u32 slot = 0>
 __device__ __forceinline__ void raw_mode_chunk(const Group& group, const Place& place, u32 row, u32 chunk, Emit& emit) {
   if constexpr (slot < kSlots) {
-    u32 elements = 0;
-#pragma unroll
-    for (u32 byte = 0; byte < 4; ++byte) {
-      u32 col = chunk * kChunkCols + slot_column(slot, byte);
-      if (row < place.tile_rows && col < place.tile_cols) {
-        elements |= raw_mode_element(group, place, row, col) << (8 * byte);
-      }
-    }
-    emit.template slot<slot>(elements);
+    emit.template slot<slot>(raw_mode_slot(group, place, row, chunk, slot));
     raw_mode_chunk<Emit, slot + 1>(group, place, row, chunk, emit);
   }
 }
