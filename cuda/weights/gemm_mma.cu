@@ -7,7 +7,7 @@
 // that tensor cores are at work while elements are decoded. Activations come beside the weights, arranged before (arrange_activations.cu), a
 // round ahead.
 //
-// Weights are staged as bytes, and become fp16 (0x6400 | u is 1024 + u) when they are multiplied; or as fp16, where outliers join them:
+// Weights are staged as bytes, and become fp16 when they are multiplied; or as fp16, where outliers join them:
 //
 //   bytes    16-byte unit u (slots 4·u … 4·u + 3) of row r, at 32·r + 16·(u ^ (r / 4 & 1)), so that ldmatrix meets all banks
 //   fp16     16 bytes of core k (0 … 3), row r, at 16 · (rows·k + r): bytes 2·h, 2·h + 1 of slots 4·s … 4·s + 3, for k = 2·s + h
@@ -20,6 +20,7 @@
 // Shared memory: tables (16 KiB each: one, or one a team) | weights, two stages | activations, two stages | for each warp: two entries of the
 // group table | states and lengths | what is known of two rounds, and which table is in place | raw planes of a chunk | words.
 #include "common/activations.cuh"
+#include "weights/f16_elements.cuh"
 #include "weights/f16_elements.cuh"
 #include "weights/schedule.cuh"
 #include "weights/tile.cuh"
@@ -84,7 +85,6 @@ struct Shared {
 // Writes a lane's row of a chunk.
 struct StagedRow {
   u32 address;  // of its first unit or core
-  F16Elements as_f16{};
   u32 kept[4];
 
   __device__ __forceinline__ StagedRow(u32 weights, u32 row)
@@ -98,9 +98,9 @@ struct StagedRow {
       } else {
         const u32 core = address + k / 4 * 2 * kWeightsCoreBytes;
         store_shared_v4(core,
-                        make_uint4(as_f16.first_two(kept[0]), as_f16.first_two(kept[1]), as_f16.first_two(kept[2]), as_f16.first_two(kept[3])));
+                        make_uint4(first_two_f16(kept[0]), first_two_f16(kept[1]), first_two_f16(kept[2]), first_two_f16(kept[3])));
         store_shared_v4(core + kWeightsCoreBytes,
-                        make_uint4(as_f16.last_two(kept[0]), as_f16.last_two(kept[1]), as_f16.last_two(kept[2]), as_f16.last_two(kept[3])));
+                        make_uint4(last_two_f16(kept[0]), last_two_f16(kept[1]), last_two_f16(kept[2]), last_two_f16(kept[3])));
       }
     }
   }
@@ -110,14 +110,13 @@ struct StagedRow {
       store_shared_u32((address ^ 16 * (k / 4)) + 4 * (k % 4), elements);
     } else {
       const u32 of_core = address + k / 4 * 2 * kWeightsCoreBytes + 4 * (k % 4);
-      store_shared_u32(of_core, as_f16.first_two(elements));
-      store_shared_u32(of_core + kWeightsCoreBytes, as_f16.last_two(elements));
+      store_shared_u32(of_core, first_two_f16(elements));
+      store_shared_u32(of_core + kWeightsCoreBytes, last_two_f16(elements));
     }
   }
   // Of a column of the chunk, staged as fp16.
   __device__ __forceinline__ u32 element(u32 col) const {
-    constexpr u32 g = kCodesPerSymbol;
-    const u32 slot = g * (col / (4 * g)) + col % g, byte = col / g % 4;
+    const u32 slot = column_slot(col), byte = column_byte(col);
     return address + (slot / 4 * 2 + byte / 2) * kWeightsCoreBytes + slot % 4 * 4 + byte % 2 * 2;
   }
 };
@@ -133,7 +132,6 @@ __device__ __forceinline__ void emit_kept(const KeepSlots& kept, StagedRow& row)
 // A chunk's weights times its activations; the addresses are of the warp's first row and token. In two steps of 16 columns, so that few
 // activations are in registers.
 __device__ __forceinline__ void multiply_chunk(u32 weights, u32 activations, u32 lane, TokenSums& sums) {
-  const F16Elements as_f16;
 #pragma unroll
   for (u32 step = 0; step < 2; ++step) {
     u32 x[kEights / 2][4];  // of two eights of tokens: core 2·step, then core 2·step + 1, of each
@@ -155,7 +153,7 @@ __device__ __forceinline__ void multiply_chunk(u32 weights, u32 activations, u32
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
           const u32 upper = staged[2 * half], lower = staged[2 * half + 1];
-          const u32 w[4] = {as_f16.first_two(upper), as_f16.first_two(lower), as_f16.last_two(upper), as_f16.last_two(lower)};
+          const u32 w[4] = {first_two_f16(upper), first_two_f16(lower), last_two_f16(upper), last_two_f16(lower)};
           multiply_sixteen(sixteen + half, w);
         }
       } else {
@@ -245,7 +243,7 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
       if (static_cast<s32>(col) >= static_cast<s32>(kChunkCols)) break;
       if (col < kChunkCols) {  // damage to their order must not lead out of the row
         const u32 address = row.element(col);
-        store_shared_u16(address, f16_bits(f16_value(load_shared_u16(address)) + static_cast<float>(outlier_delta(entry, delta_bits))));
+        store_shared_u16(address, f16_bits(f16_value(load_shared_u16(address)) + kF16Unit * static_cast<float>(outlier_delta(entry, delta_bits))));
       }
       ++next_outlier;
     }
@@ -396,7 +394,7 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
           if (token >= tokens) continue;
           float result = total.of[fragment(0, i / 2) + 2 * r + i % 2];
           if (token_scales != nullptr) result *= __ldg(token_scales + token);
-          result *= scale;
+          result *= kF16UnitInverse * scale;
           if (bias != nullptr) result += offset;
           store_result(y, static_cast<u64>(token) * rows + row, result);
         }

@@ -158,7 +158,7 @@ def wgmma_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
 
 
 def mma_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
-    """Products of 33 and more vectors on GPUs without wgmma, or with blobs that gemm_wgmma does not take."""
+    """Products of 65 to 128 vectors on GPUs without wgmma, or with blobs that gemm_wgmma does not take."""
     half, bf16, fp32 = weights.ACTIVATIONS
     # Activation, outliers, predictors, several tables. What an activation changes has nothing to do with the others.
     kinds = [
@@ -168,8 +168,9 @@ def mma_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
         (half, False, False, True),
         (bf16, True, True, True),
     ]
-    options = list(itertools.product(mma._BLOCK_TOKENS, mma._BLOCKS, kinds))
-    for layout, (tokens, (groups, resident), kind) in selected(SIGNED, options, everything, architecture):
+    options = list(itertools.product(mma._BLOCKS, kinds))
+    tokens = mma.MAX_TOKENS
+    for layout, ((groups, resident), kind) in selected(SIGNED, options, everything, architecture):
         activation, outliers, predicted, tables = kind
         if (groups, resident) not in mma.block_kinds(outliers=outliers, predicted=predicted, several_tables=tables):
             groups, resident = mma._BLOCKS[-1]

@@ -146,16 +146,15 @@ def test_where_another_path_is_taken() -> None:
     data, scales = samples.quantized_blob(300, 128, FAST, 64)
     coded = coded_tensor(data, scales)
     one = limits_of(1, architecture=89)
-    assert mma_product.fit_for(coded, 64, HALF, one) is not None
-    assert mma_product.fit_for(coded, 32, HALF, one) is None
-    assert mma_product.fit_for(coded, 64, torch.float32, one) is None
-    assert mma_product.fit_for(coded, mma_product.MAX_TOKENS + 1, HALF, one) is None
-    assert mma_product.fit_for(coded, 129, HALF, one) is None  # few weights for a multiprocessor
+    assert mma_product.fit_for(coded, 65, HALF, one) is not None
+    assert mma_product.fit_for(coded, 64, HALF, one) is None
+    assert mma_product.fit_for(coded, 65, torch.float32, one) is None
+    assert mma_product.fit_for(coded, 129, HALF, one) is None
     # wgmma_product's, on sm_90.
     on_sm_90 = limits_of(1)
-    assert mma_product.fit_for(coded, 64, HALF, on_sm_90) is None
-    assert mma_product.fit_for(replace(coded, predicted=True), 64, HALF, on_sm_90) is not None
-    assert mma_product.fit_for(replace(coded, tables=coded.tables.repeat(2, 1)), 64, HALF, on_sm_90) is not None
+    assert mma_product.fit_for(coded, 65, HALF, on_sm_90) is None
+    assert mma_product.fit_for(replace(coded, predicted=True), 65, HALF, on_sm_90) is not None
+    assert mma_product.fit_for(replace(coded, tables=coded.tables.repeat(2, 1)), 65, HALF, on_sm_90) is not None
 
 
 def test_blocks_fit_shared_memory() -> None:

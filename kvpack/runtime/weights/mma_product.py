@@ -1,4 +1,4 @@
-"""Products of 33 and more vectors on GPUs without ``wgmma``, and with blobs that ``wgmma_product`` does not take.
+"""Products of 65 to 128 vectors on GPUs without ``wgmma``, and with blobs that ``wgmma_product`` does not take.
 
 The kernel is ``cuda/weights/gemm_mma.cu``.
 """
@@ -25,14 +25,10 @@ _ENTRY_BYTES, _START_BYTES, _NOTES_BYTES = 2 * 16, 6 * GROUP_LANES, 16
 # Groups of a block, and how many blocks share a multiprocessor, the best first: 256 rows take activations once for
 # twice as many weights.
 _BLOCKS = ((8, 1), (4, 2), (4, 1))
-# Vectors of a block: more are several blocks, which decode the same weights each.
-_BLOCK_TOKENS = (64, 128)
-MIN_TOKENS = 33
-# With more vectors, expansion and cuBLAS. Not measured on a GPU without wgmma.
-MAX_TOKENS = 256
-# As on sm_90 (DESIGN-NOTES, 2026-11-30): with more vectors, a matrix that leaves a multiprocessor fewer weights is
-# expanded faster than it is multiplied.
-_FEW_VECTORS, _MANY_WEIGHTS = 128, 1 << 18
+# Vectors of a block.
+_BLOCK_TOKENS = 128
+# Fewer are faster by gemm, more by expansion and cuBLAS: on an H200 (DESIGN-NOTES, 2026-11-30), the only GPU at hand.
+MIN_TOKENS, MAX_TOKENS = 65, _BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -89,14 +85,13 @@ def fit_mma(
     blocks: tuple[tuple[int, int], ...],
 ) -> MmaFit | None:
     """The launch for ``tokens`` vectors, of the first of ``blocks`` that fits; None if none does."""
-    of_block = next((n for n in _BLOCK_TOKENS if tokens <= n), _BLOCK_TOKENS[-1])
     staged_bytes = 2 if outliers else 1  # elements with outliers do not fit into bytes
     for groups, resident in blocks:
-        shared = shared_bytes(layout, of_block, groups, staged_bytes, several_tables, word_buffer_bytes)
+        shared = shared_bytes(layout, _BLOCK_TOKENS, groups, staged_bytes, several_tables, word_buffer_bytes)
         if shared <= limits.block_bytes(resident):
             units = ceil_div(rows, groups * GROUP_LANES) * ceil_div(tile_columns, _TEAMS)
-            runs = max(1, limits.multiprocessors * resident // ceil_div(tokens, of_block))
-            return MmaFit(of_block, groups, resident, min(units, runs), staged_bytes, several_tables, shared)
+            runs = max(1, limits.multiprocessors * resident // ceil_div(tokens, _BLOCK_TOKENS))
+            return MmaFit(_BLOCK_TOKENS, groups, resident, min(units, runs), staged_bytes, several_tables, shared)
     return None
 
 
@@ -135,8 +130,6 @@ def fit_for(coded: Coded, tokens: int, dtype: torch.dtype, limits: Limits) -> Mm
     if not MIN_TOKENS <= tokens <= MAX_TOKENS or dtype == torch.float32 or not can_multiply(coded.layout):
         return None
     if limits.architecture == wgmma_product.ARCHITECTURE and len(coded.tables) <= 1 and not coded.predicted:
-        return None
-    if tokens > _FEW_VECTORS and coded.header.num_elements < _MANY_WEIGHTS * limits.multiprocessors:
         return None
     return fit_of(coded, tokens, limits)
 
