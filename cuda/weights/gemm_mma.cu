@@ -21,7 +21,6 @@
 // group table | states and lengths | what is known of two rounds, and which table is in place | raw planes of a chunk | words.
 #include "common/activations.cuh"
 #include "weights/f16_elements.cuh"
-#include "weights/f16_elements.cuh"
 #include "weights/schedule.cuh"
 #include "weights/tile.cuh"
 
