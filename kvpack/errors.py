@@ -28,11 +28,16 @@
     │   │   ├── LaneError                  states, lengths or group offsets of the lanes
     │   │   ├── LaneStateError             a lane does not end in the state it must end in
     │   │   └── OutlierError               unsorted, out of range, or zero
+    │   ├── SnapshotError                  a file of a KV cache's pages, around their blobs
+    │   │   ├── NotASnapshotError          a container, but not of a cache's pages
+    │   │   ├── SnapshotHeaderError        what it says of its pages is malformed, or contradicts the tensors
+    │   │   └── DamagedRunError            pages that cannot be decoded; names the run and its tokens
     │   ├── LimitError                     legal, but more than this reader agreed to allocate
     │   └── PageError                      a page of a KV cache cannot have that shape or size
     ├── InputError (ValueError)            an input, an output or an option cannot be used
     │   └── OtherFilesError                a directory holds what is no part of an output
     ├── ModelMismatchError (ValueError)    the tensors of a file are not those of the model
+    │   └── FingerprintMismatchError       a snapshot's pages are of another model; says in what it differs
     ├── AllocationError (ValueError)       formats of pages cannot be chosen from what was given
     ├── PageEntryError (ValueError)        an entry is not of a page that is in use
     ├── CacheInputError (ValueError)       tensors, layers or sequences do not fit a KV cache
@@ -40,10 +45,13 @@
     ├── NotSupportedError (RuntimeError)   what is asked for is not in this version of kvpack
     ├── DeviceError (RuntimeError)         no such device, or it lacks what kvpack needs
     ├── StreamingError (RuntimeError)      a streamed layer is used outside its turn
+    ├── TierMissError (RuntimeError)       pages are no longer where they were found, or cannot be read there
     └── CacheFullError (RuntimeError)      a KV cache would exceed its bytes, tokens or sequences
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class KvpackError(Exception):
@@ -150,6 +158,52 @@ class OutlierError(BlobError):
     """A tile's outliers are unsorted, out of range, or zero."""
 
 
+class SnapshotError(FormatError):
+    """A file of a KV cache's pages is at fault. No cache has been changed."""
+
+
+class NotASnapshotError(SnapshotError):
+    """The file may be a container, but does not hold a KV cache's pages."""
+
+
+class SnapshotHeaderError(SnapshotError):
+    """What a snapshot says of its pages is malformed, out of range, or contradicts its tensors."""
+
+
+class DamagedRunError(SnapshotError):
+    """Some pages of a snapshot cannot be decoded, and those behind them are worth nothing without them.
+
+    Attributes:
+        run: its number, from 0.
+        first_token, end_token: the run's tokens are ``first_token … end_token − 1``.
+        cause: what was found.
+        layer: where it was found, or None: not known, as with what all layers share.
+        side, page_format: ``"K"`` or ``"V"``, and the format's name, or None: not known.
+    """
+
+    def __init__(
+        self,
+        run: int,
+        first_token: int,
+        end_token: int,
+        cause: str,
+        layer: int | None = None,
+        side: str | None = None,
+        page_format: str | None = None,
+    ) -> None:
+        super().__init__(run, first_token, end_token, cause, layer, side, page_format)
+        self.run, self.first_token, self.end_token, self.cause = run, first_token, end_token, cause
+        self.layer, self.side, self.page_format = layer, side, page_format
+
+    def __str__(self) -> str:
+        where = f"run {self.run} (tokens {self.first_token}\N{EN DASH}{self.end_token - 1})"
+        if self.layer is not None:
+            where += f", layer {self.layer}"
+        if kind := " ".join(name for name in (self.side, self.page_format) if name):
+            where += f", {kind}"
+        return f"{where}: {self.cause}"
+
+
 class LimitError(FormatError):
     """The file may be legal, but is larger than the limit this reader was given."""
 
@@ -184,6 +238,29 @@ class StreamingError(KvpackError, RuntimeError):
 
 class ModelMismatchError(KvpackError, ValueError):
     """Names or shapes of a file's tensors are not those of the model. The model has not been changed."""
+
+
+class FingerprintMismatchError(ModelMismatchError):
+    """A snapshot's pages were computed by another model than the one that is to go on from them.
+
+    Attributes:
+        of_file, of_model: both fingerprints.
+        differences: in what they differ, a line each.
+    """
+
+    def __init__(self, of_file: object, of_model: object, differences: Sequence[str] = ()) -> None:
+        super().__init__(of_file, of_model, tuple(differences))
+        self.of_file, self.of_model, self.differences = of_file, of_model, tuple(differences)
+
+    def __str__(self) -> str:
+        message = (
+            f"the pages are of another model: the file's fingerprint is {self.of_file}, the model's {self.of_model}"
+        )
+        return "; ".join([message, *self.differences])
+
+
+class TierMissError(KvpackError, RuntimeError):
+    """Pages are no longer in the tier where they were found, or cannot be read there. They must be computed anew."""
 
 
 class CacheFullError(KvpackError, RuntimeError):

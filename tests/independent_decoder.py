@@ -368,3 +368,161 @@ def read_container(path: Any) -> dict[str, Array]:
     for name in tensors:
         _check(entry=not name.endswith(("_kvpack", "_kvpack_scale", "_kvpack_column_scale", "_kvpack_row_offset")))
     return out | tensors
+
+
+PAGE_FORMATS = {  # §9.6: number, name, bits of K wide, K thin and V, whether K and V have centers
+    0: ("FP16", 16, 16, 16, ""), 1: ("BF16", 16, 16, 16, ""), 2: ("INT8", 8, 8, 8, "KV"),
+    3: ("INT4", 5, 3, 4, "KV"), 4: ("INT3", 4, 2, 3, "KV"), 5: ("INT2", 3, 2, 2, "KV"),
+    6: ("FP8_E4M3", 8, 8, 8, "K"), 7: ("FP8_E5M2", 8, 8, 8, "K"),
+}  # fmt: skip
+KIND_OF_FORMAT = {"FP16": 3, "BF16": 2, "FP8_E4M3": 5, "FP8_E5M2": 6}
+SNAPSHOT_ARRAYS = {"page_formats", "tokens", "positions", "page_hashes", "importance", "errors", "shares"}
+Page = namedtuple("Page", "codes scales centers numbers")  # noqa: PYI024  (codes, numbers [heads, 64, head_dim])
+
+
+def _half(pattern: Array) -> Array:
+    return pattern.astype(np.uint16).view(np.float16).astype(np.float32)
+
+
+def _fp8(pattern: Array, exponent_bits: int) -> Array:
+    """OCP FP8 as float32 (§4)."""
+    mantissa_bits = 7 - exponent_bits
+    exponent = (pattern >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    mantissa = (pattern & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    bias = (1 << (exponent_bits - 1)) - 1
+    size = np.where(
+        exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent.astype(float) - bias)
+    )
+    if exponent_bits == 4:
+        size[(pattern & 0x7F) == 0x7F] = np.nan
+    else:
+        size[exponent == 31] = np.where(mantissa[exponent == 31] == 0, np.inf, np.nan)
+    return np.where(pattern & 0x80, -size, size).astype(np.float32)
+
+
+def _group_order(header: dict[str, Any], side: str) -> list[int]:
+    groups = header["head_dim"] // 16
+    if side == "V":
+        return list(range(groups))
+    half = header["head_dim"] // 2
+    slowness = [sum(d % half for d in range(16 * g, 16 * g + 16)) for g in range(groups)]
+    return header["key_order"] or sorted(range(groups), key=lambda g: (-slowness[g], g))
+
+
+def _part(tensors: dict[str, Array], name: str, kind: int, n: int, count: int) -> Array:
+    """§9.6: the elements of a part, as integers (float kinds: bit patterns)."""
+    _check(blob=tensors[name].dtype == np.uint8 and tensors[name].ndim == 1)
+    h, value = _decode(tensors[name].tobytes())
+    flat = value.reshape(-1).astype(np.int64)
+    _check(kind=(h.kind, h.n) == (kind, n), transposed=not h.flags & TRANSPOSED)
+    _check(elements=count <= flat.size < count + h.rows * h.cols, surplus=(flat[count:] == flat[count - 1]).all())
+    return flat[:count]
+
+
+def _scale_numbers(elements: Array, differences: bool) -> Array:
+    """§9.6: elements of `scales` or `centers`, which _part gives as if rotated by §4 → bit patterns of fp16."""
+    a = ((elements << 1) | (elements >> 15)) & 0xFFFF  # undo what §4 does with the kind fp16
+    if differences:
+        a = np.cumsum(a - 0x8000) & 0xFFFF
+    return np.where(a >= 0x8000, a - 0x8000, a ^ 0xFFFF)
+
+
+def _run_pages(tensors: dict[str, Array], header: dict[str, Any], run: int, side: str, number: int) -> Any:
+    """§9.6: ((layer, index), Page) of all pages of a run with that side and format; nothing if there are none."""
+    name, wide_bits, thin_bits, v_bits, with_centers = PAGE_FORMATS[number]
+    heads, dim = header["kv_heads"], header["head_dim"]
+    first = run * header["run_pages"]
+    found = tensors["page_formats"][:, "KV".index(side), first : first + header["run_pages"]] == number
+    if not found.any():
+        return
+    prefix = f"run.{run:05}.{side}.{name}."
+    order = _group_order(header, side)
+    groups = len(order)
+    w = -(-groups // 2)
+    w += w % 2 if groups % 2 == 0 else 0
+    quantized, total = number >= 2, int(found.sum())
+    kind = KIND_OF_FORMAT.get(name, UNSIGNED)
+    if side == "K" and wide_bits != thin_bits and w < groups:
+        parts = [("wide", order[:w], wide_bits), ("thin", order[w:], thin_bits)]
+    else:
+        parts = [("codes", order, v_bits if side == "V" else wide_bits)]
+    sequences = {
+        part: _part(tensors, prefix + part, kind, bits, total * heads * 16 * len(places) * 64)
+        for part, places, bits in parts
+    }
+    row = 64 if side == "V" else dim
+    for part in ["scales"] * quantized + ["centers"] * (side in with_centers):
+        sequences[part] = _scale_numbers(_part(tensors, prefix + part, 3, 16, total * heads * row), part == "scales")
+    at = dict.fromkeys(sequences, 0)
+
+    def take(part: str, *shape: int) -> Array:
+        begin, at[part] = at[part], at[part] + math.prod(shape)
+        return sequences[part][begin : at[part]].reshape(shape)
+
+    dims = np.array([16 * g + i for g in order for i in range(16)])
+    for layer in np.flatnonzero(found.any(axis=1)):
+        indices = np.flatnonzero(found[layer])
+        count = len(indices)
+        codes = np.empty((heads, dim, count, 64), np.int64)
+        bits_of = np.empty(dim)
+        for part, places, bits in parts:
+            of_part = np.array([16 * g + i for g in places for i in range(16)])
+            codes[:, of_part] = take(part, heads, len(of_part), count, 64)
+            bits_of[of_part] = bits
+        numbers = {}
+        for part in ("scales", "centers"):
+            if part not in sequences:
+                numbers[part] = None
+            elif side == "K":
+                numbers[part] = np.empty((heads, dim, count), np.int64)
+                numbers[part][:, dims] = take(part, heads, dim, count)
+            else:
+                numbers[part] = take(part, heads, count, 64)
+        for i, index in enumerate(indices):
+            u = codes[:, :, i].transpose(0, 2, 1)
+            s, c = (
+                None if v is None else (v[:, None, :, i] if side == "K" else v[:, i, :, None]) for v in numbers.values()
+            )
+            yield (int(layer), first + int(index)), Page(u, s, c, _page_numbers(name, u, s, c, bits_of))
+
+
+def _page_numbers(name: str, u: Array, s: Array | None, c: Array | None, bits_of: Array) -> Array:
+    """§9.6: what codes, scales and centers stand for, float32."""
+    if name == "FP16":
+        return _half(u)
+    if name == "BF16":
+        return (u.astype(np.uint32) << 16).view(np.float32)
+    x = _fp8(u, 4 if name == "FP8_E4M3" else 5) if name.startswith("FP8") else u - 2.0 ** (bits_of - 1)
+    assert s is not None
+    with np.errstate(invalid="ignore", over="ignore"):
+        value = _half(s) * x.astype(np.float32)
+        return value if c is None else _half(c) + value
+
+
+def read_snapshot(path: Any) -> tuple[dict[str, Any], dict[str, Array], dict[tuple[str, int, int], Page]]:
+    """§9.6: the header, the tensors that are not blobs, and each page by (side, layer, index)."""
+    with open(path, "rb") as f:
+        tensors, metadata = _read_safetensors(f.read())
+    text = metadata["kvpack_snapshot"]
+    _check(kvpack_version=metadata["kvpack_version"] == "1", kvpack_tensors=metadata["kvpack_tensors"] == "{}")
+    _check(kvpack_snapshot_crc32=metadata["kvpack_snapshot_crc32"] == str(zlib.crc32(text.encode())))
+    header, crc32 = _load_json(text), _load_json(metadata["kvpack_crc32"])
+    _check(version=header["version"] == 1, coding=header["coding"] == "pages", page_tokens=header["page_tokens"] == 64)
+    arrays = {name: tensors[name] for name in SNAPSHOT_ARRAYS & tensors.keys()}
+    _check(kvpack_crc32=arrays.keys() <= crc32.keys())
+    for name, crc in crc32.items():
+        _check(kvpack_crc32=crc == zlib.crc32(tensors[name].tobytes()))
+    pages = -(-header["tokens"] // 64)
+    _check(
+        page_formats=arrays["page_formats"].shape == (header["layers"], 2, pages),
+        formats=(arrays["page_formats"] < 8).all(),
+    )
+    _check(tokens=arrays["tokens"].shape == (header["tokens"],) and arrays["tokens"].dtype == np.int32)
+    found = {}
+    for run in range(-(-pages // header["run_pages"])):
+        for side in "KV":
+            for number in PAGE_FORMATS:
+                for place, page in _run_pages(tensors, header, run, side, number):
+                    found[(side, *place)] = page
+    _check(pages=len(found) == arrays["page_formats"].size)
+    return header, arrays, found

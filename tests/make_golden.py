@@ -1,6 +1,6 @@
 """Write the golden files of format version 1: tests/data/v1/*.blob with manifest.json, *.safetensors with
-containers.json. Run once for each revision of the format that changes what files mean: the one of docs/FORMAT.md §12,
-before anything was published, is the last.
+containers.json, and tests/data/v1-snapshots. Run once for each revision of the format that changes what files mean: the
+one of docs/FORMAT.md §12, before anything was published, is the last.
 
 Golden files never change: a reader of any later release must decode them to the same numbers. This script
 therefore refuses to touch a folder that has some. It is kept to show where they come from, and to be run by
@@ -16,6 +16,7 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,10 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import sample_blobs as samples  # noqa: E402
 from blob_surgery import with_plain_tables  # noqa: E402
+from snapshot_samples import SamplePages, make_header, mixed_formats, usual_formats  # noqa: E402
 
 from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
+from kvpack.encode.page_coder import dequantize_blocks  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
 from kvpack.format.container import CRC_KEY, TENSORS_KEY, VERSION_KEY, ContainerWriter  # noqa: E402
 from kvpack.format.layout import (  # noqa: E402
@@ -36,6 +39,8 @@ from kvpack.format.layout import (  # noqa: E402
     float_layouts,
     integer_layout,
 )
+from kvpack.format.pages import PageFormat  # noqa: E402
+from kvpack.format.snapshot import run_pages  # noqa: E402
 
 FOLDER = TESTS / "data" / "v1"
 SIGNED, UNSIGNED = ElementKind.SIGNED, ElementKind.UNSIGNED
@@ -220,6 +225,66 @@ def write_containers(folder: Path) -> None:
     (folder / "containers.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
+def golden_snapshots() -> Iterator[tuple[str, SamplePages, dict[str, np.ndarray]]]:
+    """(name, pages, arrays beside the tokens and the formats of pages): small ones, which have all of §9.6 together."""
+    rng = np.random.default_rng(2100)
+
+    header = make_header(64 * 6 + 5, 1, 1, 48, run_pages=4)
+    yield "int4", SamplePages(header, usual_formats(header, PageFormat.INT4)), {}
+
+    header = make_header(
+        64 * 5, 2, 1, 16, run_pages=3, first_page=7, parent="5" * 64, chain="6" * 64, budget=0.25, fingerprint=None
+    )
+    arrays = {
+        "positions": np.arange(448, 768, dtype=np.int32)[::-1],
+        "page_hashes": rng.integers(0, 256, (5, 32), np.uint8),
+        "importance": rng.random((2, 2, 5)).astype(np.float32),
+        "errors": rng.random((2, 2, 5)),
+        "shares": rng.random(2),
+    }
+    yield "budget", SamplePages(header, mixed_formats(header, 1)), arrays
+
+    header = make_header(64 * 6, 2, 1, 32, dtype="BF16", key_order=(1, 0), run_pages=32)
+    yield "mixed-bf16", SamplePages(header, mixed_formats(header, 2)), {}
+
+    header = make_header(64 * 3, 1, 1, 64, formats=(("INT3", "INT2"),), sinks=0)
+    formats = np.empty((1, 2, 3), np.uint8)
+    formats[0] = [
+        [PageFormat.INT3, PageFormat.INT2, PageFormat.FP16],
+        [PageFormat.INT2, PageFormat.INT3, PageFormat.FP16],
+    ]
+    yield "int3-int2", SamplePages(header, formats), {}
+
+    header = make_header(1, 1, 1, 16, dtype="BF16")
+    yield "one-token", SamplePages(header, usual_formats(header, PageFormat.INT8)), {}
+
+
+def page_digests(pages: SamplePages) -> dict[str, str]:
+    """SHA-256 of the numbers of each side's and format's pages, fp32 [pages, heads, 64, head_dim] in order of layer,
+    then index. They are finite: NaN has other bits elsewhere."""
+    every = replace(pages.header, run_pages=1024)
+    found = {}
+    for group in run_pages(every, pages.page_formats, 0):
+        numbers = dequantize_blocks(pages.blocks(group), group.layout)
+        found[f"{group.side.name} {group.format.name}"] = digest(numbers)
+    return found
+
+
+def write_snapshots(folder: Path) -> None:
+    """Into a folder of their own."""
+    folder.mkdir()
+    manifest = {}
+    for name, pages, arrays in golden_snapshots():
+        path = folder / f"{name}.safetensors"
+        pages.write(path, **arrays)
+        manifest[name] = {
+            "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "decoded_sha256": page_digests(pages),
+            "arrays_sha256": {key: digest(array) for key, array in arrays.items()},
+        }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
 def main(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: golden files are never written again")
@@ -240,6 +305,7 @@ def main(folder: Path) -> None:
         }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     write_containers(folder)
+    write_snapshots(folder.with_name(f"{folder.name}-snapshots"))
     print(f"{len(manifest)} files, {total} bytes")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 
 import kvpack
 from kvpack.encode.blob_decoder import decode_integers
+from kvpack.encode.page_coder import dequantize_blocks
+from kvpack.encode.snapshot_coder import decode_runs
 from kvpack.format.blob import Blob
 from kvpack.format.layout import (
     ElementKind,
@@ -27,10 +30,14 @@ from kvpack.format.layout import (
     integer_layout,
     outlier_delta_max,
 )
+from kvpack.format.pages import PageFormat, Side
+from kvpack.format.snapshot import RunPages, SnapshotFile, run_pages
 
 FOLDER = Path(__file__).parent / "data" / "v1"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text())
 CONTAINERS: dict[str, dict[str, Any]] = json.loads((FOLDER / "containers.json").read_text())
+SNAPSHOT_FOLDER = FOLDER.with_name("v1-snapshots")
+SNAPSHOTS: dict[str, dict[str, Any]] = json.loads((SNAPSHOT_FOLDER / "manifest.json").read_text())
 
 
 @cache
@@ -135,6 +142,11 @@ def test_the_script_still_makes_them(tmp_path: Path) -> None:
     """The same names and shapes, each blob holding what its manifest says; the bytes may become others."""
     make_golden.main(tmp_path / "v1")
     made = json.loads((tmp_path / "v1" / "manifest.json").read_text())
+    snapshots = json.loads((tmp_path / "v1-snapshots" / "manifest.json").read_text())
+    for name, entry in SNAPSHOTS.items():
+        assert {k: v for k, v in snapshots[name].items() if k != "file_sha256"} == {
+            k: v for k, v in entry.items() if k != "file_sha256"
+        }
     containers = json.loads((tmp_path / "v1" / "containers.json").read_text())
     assert {n: e["decoded_sha256"] for n, e in containers.items()} == {
         n: e["decoded_sha256"] for n, e in CONTAINERS.items()
@@ -143,3 +155,64 @@ def test_the_script_still_makes_them(tmp_path: Path) -> None:
     for name, entry in made.items():
         decoded = independent_decoder.decode_blob((tmp_path / "v1" / f"{name}.blob").read_bytes())
         assert make_golden.digest(decoded) == entry["decoded_sha256"]
+
+
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_golden_snapshot(name: str) -> None:
+    entry, path = SNAPSHOTS[name], SNAPSHOT_FOLDER / f"{name}.safetensors"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["file_sha256"]
+    numbers: dict[str, list[np.ndarray]] = {}
+    with SnapshotFile(path) as file:
+        whole = replace(file.header, run_pages=1024)
+        blocks = {(p.side, p.format): np.empty(p.block_shape, np.uint8) for p in run_pages(whole, file.page_formats, 0)}
+        for _, decoded in decode_runs(file, range(file.header.runs)):
+            for pages, found in decoded:
+                every = next(p for p in run_pages(whole, file.page_formats, 0) if (p.side, p.format) == key(pages))
+                for block, layer, index in zip(found, pages.layers, pages.indices, strict=True):
+                    at = np.flatnonzero((every.layers == layer) & (every.indices == index))
+                    blocks[key(pages)][at] = block
+        ours = {
+            f"{side.name} {page_format.name}": make_golden.digest(
+                dequantize_blocks(found, file.header.page_layout(side, page_format))
+            )
+            for (side, page_format), found in blocks.items()
+        }
+        arrays = {name: make_golden.digest(file.array(name)) for name in entry["arrays_sha256"]}
+    assert ours == entry["decoded_sha256"]
+    assert arrays == entry["arrays_sha256"]
+
+    fields, theirs, pages_of = independent_decoder.read_snapshot(path)
+    for (side, layer, index), page in sorted(pages_of.items(), key=lambda item: (item[0][1], item[0][2])):
+        number = theirs["page_formats"][layer, "KV".index(side), index]
+        numbers.setdefault(f"{side} {PageFormat(number).name}", []).append(page.numbers)
+    digests = {name: make_golden.digest(np.stack(pages)) for name, pages in numbers.items()}
+    assert digests == entry["decoded_sha256"]
+    assert {name: make_golden.digest(theirs[name]) for name in arrays} == arrays
+    assert fields["kv_heads"] == whole.kv_heads
+
+
+def key(pages: RunPages) -> tuple[Side, PageFormat]:
+    return pages.side, pages.format
+
+
+def test_golden_snapshots_cover_the_format() -> None:
+    files = sorted(SNAPSHOT_FOLDER.glob("*.safetensors"))
+    assert [path.stem for path in files] == sorted(SNAPSHOTS)
+    assert sum(path.stat().st_size for path in files) < 200_000
+    parts, runs, unlike = set(), set(), False
+    headers = []
+    for path in files:
+        with SnapshotFile(path) as file:
+            headers.append(file.header)
+            for run in range(file.header.runs):
+                for pages in file.pages_of_run(run):
+                    unlike |= len(set(pages.layer_pages.tolist())) > 1
+                    parts |= {(pages.side, pages.format, part.part) for part in pages.parts}
+            runs.add(file.header.runs)
+    assert {(side, page_format) for side, page_format, _ in parts} == set(itertools.product(Side, PageFormat))
+    assert {part for _, _, part in parts} == {"codes", "wide", "thin", "scales", "centers"}
+    assert unlike
+    assert max(runs) > 1
+    assert {bool(header.key_order) for header in headers} == {True, False}
+    assert any(header.tokens % 64 for header in headers)
+    assert any(header.first_page for header in headers)

@@ -18,11 +18,13 @@ from paged_values import by_kv_head, probabilities
 from pool_dump import cache_state
 
 from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks
-from kvpack.errors import CacheFullError, CacheInputError
+from kvpack.errors import CacheFullError, CacheInputError, PageEntryError
 from kvpack.format.pages import PageFormat, PageLayout, Side
 
 torch = pytest.importorskip("torch")
 
+import kv_soak  # noqa: E402
+import shared_prompt  # noqa: E402
 from emulated_device import emulated_launch  # noqa: E402
 
 from kvpack.runtime.device import kernels  # noqa: E402
@@ -73,8 +75,10 @@ class Page:
 Column = list[Page]  # of a layer, side and sequence
 
 
-def check_pages(cache: KVCache) -> None:
-    """Tables agree, pages in use are those of the tables, and who shares one does so at the same place."""
+def check_pages(cache: KVCache, held: Counter[int] | None = None) -> None:
+    """Tables agree, pages in use are those of the tables and of ``held``, how often others hold each, and who shares
+    one does so at the same place."""
+    held = Counter() if held is None else +held
     assert (cache.page_table.cpu().numpy() == cache.entries).all()
     assert (cache.lengths.cpu().numpy() == cache.table.lengths).all()
     where: dict[int, set[tuple[int, int, int]]] = {}
@@ -87,14 +91,22 @@ def check_pages(cache: KVCache) -> None:
     for entry, places in where.items():
         ((layer, side, index),) = places
         kind = Side(side), PageFormat(entry & 15)
-        assert cache.pools.info(entry) == PageInfo(*kind, PageOwner(layer, index), 1)
+        info = PageInfo(*kind, PageOwner(layer, index), 1 + held[entry], held[entry])
+        assert cache.pools.info(entry) == info
         in_use[kind] += 1
         used[layer] += cache.pools.page_bytes(*kind)
+    held_bytes = 0
+    for entry in held.keys() - where.keys():
+        info = cache.pools.info(entry)
+        assert (info.references, info.held) == (held[entry], held[entry])
+        in_use[info.side, info.format] += 1
+        held_bytes += cache.pools.page_bytes(info.side, info.format)
     for side in Side:
         for page_format in PageFormat:
             assert cache.pools.pages_in_use(side, page_format) == in_use[side, page_format]
     assert cache._used_bytes == used
-    assert cache.pools.bytes_in_use == sum(used)
+    assert cache.held_bytes == held_bytes
+    assert cache.pools.bytes_in_use == sum(used) + held_bytes
     if cache._is_plain:
         assert len(where) == int((cache.entries != -1).sum())
     cache.check()
@@ -121,6 +133,39 @@ def layer_bytes(cache: KVCache, layer: int) -> tuple[int, float, int]:
     return used, max(share * all_bytes, pinned_bytes + 0.9 * share * (all_bytes - pinned_bytes)), least
 
 
+class Kept:
+    """Pages that somebody holds: they stay as they are, or lose bits as the sequences' do."""
+
+    def __init__(self, cache: KVCache, entries: np.ndarray, columns: list[Column], *, follows: bool) -> None:
+        self.cache, self.entries, self.columns, self._follows = cache, entries, columns, follows
+
+    def follows(self, entry: int) -> bool:
+        return self._follows and entry in self.entries
+
+    def replaced(self, changes: Any) -> None:
+        assert self._follows
+        columns = iter(self.columns)
+        for of_layer in self.entries:
+            for side in Side:
+                column = next(columns)
+                for index, entry in enumerate(of_layer[side].tolist()):
+                    if entry in changes:
+                        of_layer[side, index] = changes[entry]
+                        column[index].quantize(side, PageFormat(changes[entry] & 15))
+
+    def reclaim(self, missing: Any, missing_bytes: int) -> bool:
+        """All that it has, if that is what is asked for."""
+        found: Counter[Any] = Counter()
+        for entry in self.entries.reshape(-1).tolist():
+            info = self.cache.pools.info(entry)
+            found[info.side, info.format] += info.references == 1
+        if not self._follows or any(found[kind] < count for kind, count in missing.items()):
+            return False
+        self.cache.release(self.entries)
+        self.entries, self.columns = self.entries[..., :0], [[] for _ in self.columns]
+        return True
+
+
 class SequencesMachine(RuleBasedStateMachine):
     device = "cpu"
 
@@ -140,6 +185,7 @@ class SequencesMachine(RuleBasedStateMachine):
     def begin(self, bits_of: Any, policy: Any, recent_tokens: int, sinks: int, limited: bool, count: int) -> None:
         page_table._FIRST_PAGES = 2  # so that tables grow
         self.limited, self.is_unplanned = limited, False
+        self.kept: list[Kept] = []
         self.cache = make_cache(
             self.device,
             budget=bits_of if isinstance(bits_of, float) else None,
@@ -296,6 +342,118 @@ class SequencesMachine(RuleBasedStateMachine):
                     column[-1] = Page(self.cache.full_format, values)
         self.follow()
 
+    def of_sequence(self, sequence: int, pages: int | None = None) -> list[Column]:
+        """Of a sequence's first pages, layer by layer, K before V."""
+        return [copy.deepcopy(self.columns[layer, side, sequence][:pages]) for layer in range(LAYERS) for side in Side]
+
+    def put_sequence(self, sequence: int, columns: list[Column], tokens: int) -> None:
+        places = [(layer, side, sequence) for layer in range(LAYERS) for side in Side]
+        self.columns.update(zip(places, copy.deepcopy(columns), strict=True))
+        self.lengths[sequence] = tokens
+        self.is_unplanned = True
+        self.follow()
+
+    @rule(source=st.integers(0, SEQUENCES - 1), into=st.one_of(st.none(), st.integers(0, SEQUENCES - 1)))
+    def fork(self, source: int, into: int | None) -> None:
+        target = into
+        if target not in (None, source):
+            self.free(target)
+        if target is None and all(n for i, n in enumerate(self.lengths) if i != source):
+            with pytest.raises(CacheFullError, match="all 4 sequences are in use"):
+                self.cache.fork(source)
+            return
+        if target == source:
+            with pytest.raises(CacheInputError, match="which is the source itself"):
+                self.cache.fork(source, target)
+            return
+        found = self.cache.fork(source, target)
+        assert target in (None, found)
+        self.put_sequence(found, self.of_sequence(source), self.lengths[source])
+
+    @rule(rows=st.one_of(st.none(), st.lists(st.integers(0, SEQUENCES - 1), max_size=SEQUENCES)), stays=st.booleans())
+    def copy_cache(self, rows: list[int] | None, stays: bool) -> None:
+        """And go on with it. A copy has no holders."""
+        try:
+            made = self.cache.copy(rows)
+        except CacheFullError:
+            assert self.limited  # there, pages have come to lie in other slabs than these would take
+            return
+        if stays:
+            check_pages(made)
+            return
+        self.kept.clear()
+        self.cache, rows = made, list(range(SEQUENCES)) if rows is None else rows
+        self.lengths = [self.lengths[row] for row in rows] + [0] * (SEQUENCES - len(rows))
+        self.columns = {
+            (layer, side, sequence): copy.deepcopy(self.columns[layer, side, rows[sequence]])
+            if sequence < len(rows)
+            else []
+            for layer, side, sequence in self.columns
+        }
+        self.is_unplanned = True
+        self.follow()
+
+    @rule(
+        sequence=st.integers(0, SEQUENCES - 1),
+        first=st.sampled_from([0, 0, 0, 1, 3]),
+        less=st.integers(0, 2),
+        follows=st.booleans(),
+    )
+    def retain(self, sequence: int, first: int, less: int, follows: bool) -> None:
+        end = max(first, self.lengths[sequence] // 64 - less)
+        if len(self.kept) > 3 or end > self.lengths[sequence] // 64:
+            return
+        entries = self.cache.page_entries(sequence, first, end)
+        self.cache.retain(entries)
+        columns = [column[first:] for column in self.of_sequence(sequence, end)]
+        self.kept.append(Kept(self.cache, entries, columns, follows=follows))
+        self.cache.add_holder(self.kept[-1])
+
+    @precondition(lambda self: self.kept)
+    @rule(which=st.integers(0, 3))
+    def release(self, which: int) -> None:
+        kept = self.kept.pop(which % len(self.kept))
+        before = self.cache.pools.bytes_in_use
+        assert self.cache.release(kept.entries) == before - self.cache.pools.bytes_in_use
+
+    @precondition(lambda self: self.kept)
+    @rule(which=st.integers(0, 3), sequence=st.integers(0, SEQUENCES - 1), less=st.integers(0, 2))
+    def adopt(self, which: int, sequence: int, less: int) -> None:
+        kept = self.kept[which % len(self.kept)]
+        pages = max(0, kept.entries.shape[2] - less)
+        self.free(sequence)
+        entries = kept.entries[..., :pages]
+        if pages and self.cache.pools.info(int(entries[0, 0, 0])).owner.page:
+            with pytest.raises(PageEntryError, match="it cannot be page 0 of layer 0, K"):
+                self.cache.adopt(sequence, entries, 64 * pages)
+            return
+        self.cache.adopt(sequence, entries, 64 * pages)
+        self.put_sequence(sequence, [column[:pages] for column in kept.columns], 64 * pages)
+
+    @rule(source=st.integers(0, SEQUENCES - 1), into=st.integers(0, SEQUENCES - 1), is_held=st.booleans())
+    def load(self, source: int, into: int, is_held: bool) -> None:
+        """Pages that are filled from elsewhere: here, with what another sequence's are. Who has filled them may still
+        hold them when they are written to."""
+        if into == source:
+            return
+        self.free(into)
+        tokens = self.lengths[source]
+        of_source = self.cache.entries[:, :, source, : -(-tokens // 64)].copy()
+        try:
+            made = self.cache.new_pages((of_source & 15).astype(np.uint8))
+        except CacheFullError:
+            assert self.limited
+            return
+        for to, block in zip(self.cache.read_pages(made), self.cache.read_pages(of_source), strict=True):
+            to.copy_(block)
+        self.cache.adopt(into, made, tokens, self.cache.importance_of(source))
+        columns = self.of_sequence(source)
+        if is_held and len(self.kept) < 4:
+            self.kept.append(Kept(self.cache, made, columns, follows=False))
+        else:
+            self.cache.release(made)
+        self.put_sequence(into, columns, tokens)
+
     @precondition(lambda self: self.cache.budget is not None)
     @rule(seed=st.integers(0, 99))
     def reallocate(self, seed: int) -> None:
@@ -322,7 +480,20 @@ class SequencesMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_are_those_of_the_tables(self) -> None:
-        check_pages(self.cache)
+        held = Counter(entry for kept in self.kept for entry in kept.entries.reshape(-1).tolist())
+        check_pages(self.cache, held)
+
+    @invariant()
+    def kept_pages_are_those_of_the_model(self) -> None:
+        for kept in self.kept:
+            columns = iter(kept.columns)
+            for of_layer in kept.entries:
+                for side in Side:
+                    for entry, page in zip(of_layer[side].tolist(), next(columns), strict=True):
+                        assert entry & 15 == page.format
+                        layout = PageLayout(side, page.format, HEAD_DIM)
+                        held = dequantize_blocks(self.cache.pools.blocks(entry).cpu().numpy(), layout)
+                        assert np.array_equal(held[:, : page.values.shape[1]], page.values.astype(held.dtype))
 
     @invariant()
     def values_are_those_of_the_model(self) -> None:
@@ -357,7 +528,11 @@ class SequencesMachine(RuleBasedStateMachine):
         if hasattr(self, "cache"):
             for sequence in range(SEQUENCES):
                 self.cache.free(sequence)
+            while self.kept:
+                self.release(0)
             assert self.cache.pools.bytes_in_use == 0
+            assert not self.cache._twins
+            assert not self.cache._twin_of
             assert self.cache._is_plain
 
 
@@ -701,3 +876,281 @@ def test_graphs_between_selections() -> None:
         check_pages(cache)
     for sequence in range(4):
         assert same(everything(graphed, sequence), everything(eager, sequence))
+
+
+# Sequences as values, and pages that others hold --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_fork_leaves_all_others_as_they_were(device: str) -> None:
+    cache = filled(300, device, formats=INT4)
+    append_all(cache, [2], 70, 1)
+    others, in_use = everything(cache, 2), cache.pools.bytes_in_use
+    assert cache.fork(0) == 1
+    assert cache.fork(1, 3) == 3
+    assert cache.pools.bytes_in_use == in_use
+    for sequence in (1, 3):
+        assert same(everything(cache, sequence), everything(cache, 0))
+    check_pages(cache)
+    append_all(cache, [1, 3], 3, 5)
+    cache.free(0)
+    assert same(everything(cache, 2), others)
+    assert same([x[:, :300] for x in everything(cache, 3)], everything(filled(300, device, formats=INT4), 0))
+    assert not same(everything(cache, 1), everything(cache, 3))
+    check_pages(cache)
+
+
+def test_what_was_observed_goes_with_a_fork() -> None:
+    cache = filled(300, budget=0.5)
+    for layer in range(LAYERS):
+        cache.observe(layer, 3 * torch.ones(1, 2, 5), [0])
+    cache.reallocate()
+    cache.observe(0, torch.ones(1, 2, 5), [0])
+    cache.fork(0, 2)
+    assert cache.observed_steps.tolist() == [[1, 0, 1, 0], [0] * 4]
+    assert torch.equal(cache.mass[:, 2], cache.mass[:, 0])
+    assert cache.importance.values(1)[2, :5].tolist() == [3] * 5
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda cache: cache.fork(4), CacheInputError, r"sequences are \[4\]; the cache has max_sequences=4"),
+        (lambda cache: cache.fork(0, 0), CacheInputError, r"fork\(\) to sequence 0, which is the source itself"),
+        (lambda cache: cache.fork(0, 1), CacheInputError, r"fork\(\) to sequence 1, which has tokens"),
+        (lambda cache: cache.fork(1), CacheInputError, r"fork\(\) in the midst of a step: sequence 1 has"),
+        (lambda cache: [cache.fork(0) for _ in range(3)], CacheFullError, "all 4 sequences are in use"),
+        (lambda cache: cache.copy([4]), CacheInputError, r"sequences are \[4\]"),
+        (lambda cache: cache.copy([0] * 5), CacheInputError, "5 sequences are copied; the cache has 4"),
+        (lambda cache: cache.page_entries(0, 0, 5), CacheInputError, "sequence 0 has 4 full pages; 0 to 5 are asked"),
+        (lambda cache: cache.page_entries(1, 0, 1), CacheInputError, "sequence 1 has 0 full pages"),
+        (lambda cache: cache.retain(cache.entries[0, 0, 0, 4]), PageEntryError, "page 4 of sequence 0 is not full"),
+        (lambda cache: cache.retain([cache.entries[0, 0, 0, 0], 5]), PageEntryError, "0x5 is the entry of no page"),
+        (lambda cache: cache.release(cache.entries[0, 0, 0, 0]), PageEntryError, "released 1 times; it is retained 0"),
+        (lambda cache: cache.new_pages(np.zeros((2, 1, 3), np.uint8)), CacheInputError, r"\[2, 2, pages\] is wanted"),
+        (
+            lambda cache: cache.new_pages(np.full((2, 2, 3), PageFormat.BF16, np.uint8)),
+            CacheInputError,
+            "layer 0, K: pages of format 1 cannot be in this cache, which has FP16, INT8, INT4, INT3, INT2 there",
+        ),
+        (lambda cache: cache.new_pages(np.zeros((2, 2, 25), np.uint8)), CacheInputError, "max_tokens is 1536"),
+        (lambda cache: cache.adopt(0, cache.page_entries(0, 0, 1), 64), CacheInputError, "sequence 0 has tokens"),
+        (
+            lambda cache: cache.adopt(2, cache.page_entries(0, 0, 1), 65),
+            CacheInputError,
+            r"65 tokens have i64 \[2, 2, 2\]",
+        ),
+        (lambda cache: cache.adopt(2, cache.page_entries(0, 1, 2), 64), PageEntryError, "is page 1 of layer 0, K"),
+        (lambda cache: cache.adopt(2, cache.entries[:, :, 0, :5], 300), PageEntryError, "must be in 16 bits and the"),
+    ],
+)
+def test_calls_on_values_and_pages_that_are_refused(call: Any, error: Any, message: str) -> None:
+    cache = filled(300, budget=0.5)
+    cache.append(0, *random_heads(cache, 1, 2, 0)[1:], [1])  # a step that the other layer has not taken
+    before = cache_state(cache)
+    with pytest.raises(error, match=message):
+        call(cache)
+    for sequence in (2, 3):
+        cache.free(sequence)
+    assert cache_state(cache) == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits_of", [*[f for f in PageFormat if f.is_quantized], 0.3], ids=str)
+def test_copies_of_copies_are_equal(bits_of: Any, device: str) -> None:
+    """Read and append drift."""
+    options = {"budget": bits_of} if isinstance(bits_of, float) else {"formats": bits_of}
+    cache = filled(700, device, copies=2, recent_tokens=0, sinks=0, **options)
+    append_all(cache, [1, 2], 30, 1)
+    for layer in range(LAYERS):
+        cache.observe(layer, torch.ones(2, 2, 11).to(cache.device), [0, 1])
+    copied = cache
+    for _ in range(8):
+        copied = copied.copy()
+    check_pages(copied)
+    found, expected = cache_state(copied), cache_state(cache)
+    for key in ("lengths", "mass", "shares", "used_bytes", "errors", "queries", "pages"):
+        assert found[key] == expected[key], key
+    assert copied.pools.bytes_in_use == cache.pools.bytes_in_use
+    for layer in range(LAYERS):
+        assert (copied.importance.values(layer) == cache.importance.values(layer)).all()
+    before = everything(cache, 1)
+    append_all(copied, [0, 1, 2], 200, 2)
+    assert same(everything(cache, 1), before)
+    append_all(cache, [0, 1, 2], 200, 2)
+    for sequence in range(3):
+        assert same(everything(copied, sequence), everything(cache, sequence))
+    some = cache.copy([2, 0, 0])
+    for sequence, source in enumerate([2, 0, 0]):
+        assert same(everything(some, sequence), everything(cache, source))
+    assert some.length(0, 3) == 0
+    check_pages(some)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pages_outlive_their_sequence(device: str) -> None:
+    cache = filled(300, device, formats=INT4)
+    before, entries = everything(cache, 0), cache.page_entries(0, 0, 4)
+    cache.retain(entries)
+    held = Counter(entries.reshape(-1).tolist())
+    check_pages(cache, held)
+    cache.free(0)
+    check_pages(cache, held)
+    append_all(cache, [1], 400, 9)  # takes what is free
+    cache.adopt(0, entries, 256)
+    cache.adopt(2, entries[:, :, :2], 128)
+    check_pages(cache, held)
+    assert same(everything(cache, 0), [x[:, :256] for x in before])
+    assert same(everything(cache, 2), [x[:, :128] for x in before])
+    append_all(cache, [0], 3, 4)
+    cache.truncate(0, 200)
+    assert cache.release(entries) == 2 * LAYERS * FULL  # the page that was cut, of which there is a copy
+    check_pages(cache)
+    assert same(everything(cache, 0), [x[:, :200] for x in before])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pages_that_are_filled_by_others(device: str) -> None:
+    """As a file is loaded: the last page is incomplete, and nobody's before it is written to."""
+    source = filled(300, device, formats=INT4)
+    cache = make_cache(device, formats=INT4)
+    of_source = source.entries[:, :, 0, :5]
+    made = cache.new_pages((of_source & 15).astype(np.uint8))
+    assert cache.held_bytes == cache.pools.bytes_in_use == source.pools.bytes_in_use
+    check_pages(cache, Counter(made.reshape(-1).tolist()))
+    for target, block in zip(cache.read_pages(made), source.read_pages(of_source), strict=True):
+        target.copy_(block)
+    cache.adopt(3, made, 300, source.importance_of(0))
+    assert same(everything(cache, 3), everything(source, 0))
+    append_all(cache, [3], 1, 5)  # while the caller holds the last page, too
+    held = Counter(made.reshape(-1).tolist())
+    check_pages(cache, held)
+    assert cache.release(made) == LAYERS * 2 * FULL
+    append_all(cache, [3], 99, 6)
+    append_all(source, [0], 1, 5)
+    append_all(source, [0], 99, 6)
+    assert same(everything(cache, 3), everything(source, 0))
+    check_pages(cache)
+    cache.free(3)
+    assert cache.pools.bytes_in_use == 0
+
+
+class Store:
+    """Holds pages, follows those that it may, and gives up what it is asked for."""
+
+    def __init__(self, cache: KVCache, entries: np.ndarray, kept: np.ndarray) -> None:
+        self.cache, self.entries, self.kept = cache, entries.copy(), set(kept.reshape(-1).tolist())
+        self.asked: list[tuple[Any, int]] = []
+        cache.retain(entries)
+        cache.add_holder(self)
+
+    def follows(self, entry: int) -> bool:
+        return entry in self.entries and entry not in self.kept
+
+    def replaced(self, changes: Any) -> None:
+        for source, target in changes.items():
+            self.entries[self.entries == source] = target
+
+    def reclaim(self, missing: Any, missing_bytes: int) -> bool:
+        self.asked.append((dict(missing), missing_bytes))
+        self.cache.release(self.entries)
+        self.entries = self.entries[..., :0]
+        return True
+
+
+def test_holders_follow_pages_to_fewer_bits() -> None:
+    """And keep those that must stay as they are."""
+    cache = filled(300, copies=2, formats=INT4, recent_tokens=128)
+    before = everything(cache, 0)
+    entries = cache.page_entries(0, 0, 4)
+    store = Store(cache, entries, entries[:, :, 3])
+    append_all(cache, [0], 100, 1)
+    assert (store.entries == entries).all()  # one of the two sequences has them as they were
+    append_all(cache, [1], 100, 1)
+    assert (store.entries[:, :, [0, 3]] == entries[:, :, [0, 3]]).all()
+    assert (store.entries[:, :, 2] == cache.entries[:, :, 1, 2]).all()
+    assert (store.entries[:, :, 2] & 15 == INT4).all()
+    check_pages(cache, Counter(store.entries.reshape(-1).tolist()))
+    cache.adopt(2, store.entries, 256)
+    assert same([x[:, 192:256] for x in everything(cache, 2)], [x[:, 192:256] for x in before])
+    cache.select_sequences([])
+    assert cache.held_bytes == cache.pools.bytes_in_use
+    cache.release(store.entries)
+    assert cache.pools.bytes_in_use == 0
+
+
+def test_a_budget_reaches_holders() -> None:
+    """What loses bits in the sequence loses them in the store: there is one page of each."""
+    cache = filled(1000, budget=0.7)
+    store = Store(cache, cache.page_entries(0, 0, 10), cache.entries[:0])
+    wide = store.entries.copy()
+    append_all(cache, [0], 500, 1)
+    mass = torch.full((1, 2, cache.mass.shape[2]), 0.001)
+    mass[:, :, 12:20] = 1.0
+    for layer in range(LAYERS):
+        cache.observe(layer, mass)
+    cache.reallocate()
+    assert (store.entries != wide).any()
+    assert (store.entries == cache.page_entries(0, 0, 10)).all()
+    assert cache.held_bytes == 0
+    check_pages(cache, Counter(store.entries.reshape(-1).tolist()))
+
+
+def test_holders_are_asked_when_memory_ends() -> None:
+    cache = filled(300, max_bytes=40 * FULL)
+    store = Store(cache, cache.page_entries(0, 0, 4), cache.entries[:0])
+    cache.free(0)
+    append_all(cache, [1], 64 * 9, 1)
+    # 40 pages are less than the 2 · 8 that are held and the 2 · 2 · 9 that come.
+    assert store.asked == [({(Side.K, PageFormat.FP16): 3, (Side.V, PageFormat.FP16): 9}, 12 * FULL)]
+    assert cache.held_bytes == 0
+    check_pages(cache)
+    before = cache_state(cache)
+    with pytest.raises(CacheFullError):
+        append_all(cache, [2], 64 * 9, 1)
+    assert len(store.asked) == 2
+    assert cache_state(cache) == before
+    del store  # it is no longer asked
+    with pytest.raises(CacheFullError):
+        append_all(cache, [2], 64 * 9, 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("adopt", [False, True])
+def test_many_sequences_over_one_prompt(adopt: bool, device: str) -> None:
+    """There is one copy of the prompt, also when sequences leave its last pages behind one after the other; each gets
+    what a cache of its own gives, bit for bit."""
+    found = shared_prompt.share(12, 320, [1, 64, 63], adopt=adopt, device=device)
+    assert found["differ"] == 0
+    assert found["bytes_of_all_sequences_at_first"] == found["bytes_of_one_copy"]
+    prompt_bytes = found["prompt_bytes_at_the_end"]
+    assert found["prompt_pages_at_the_end"] == shared_prompt.LAYERS * 2 * 5
+    assert found["bytes_at_the_end"] == found["bytes_of_separate_caches_at_the_end"] - 11 * prompt_bytes
+
+
+def test_a_soak_gives_all_back() -> None:
+    found = kv_soak.soak(2000, 8, every=100)
+    assert found["operations"] == 2000
+    assert found["in_use_bytes_when_all_is_freed"] == 0
+    assert found["refused"] > 0
+    assert found["allocated_bytes_at_the_end"] <= 90 * 2 * 2048
+    assert found["by_name"].keys() == kv_soak.WEIGHTS.keys()
+
+
+def test_slabs_are_cut_anew_when_memory_ends() -> None:
+    """What narrow pages have given up serves wide ones, and the other way round; where it is too little, nothing is."""
+    cache = make_cache(formats=INT4, max_bytes=64 * FULL, recent_tokens=64)
+    for times in range(3):
+        append_all(cache, [0], 64 * 12, times)
+        append_all(cache, [1], 64, times)
+        check_pages(cache)
+        cache.free(0)
+        made = cache.new_pages(np.full((LAYERS, 2, 20), INT4, np.uint8))
+        assert cache.pools.bytes_allocated <= 64 * FULL
+        before = cache_state(cache)
+        with pytest.raises(CacheFullError):
+            append_all(cache, [2, 3], 64 * 12, times)
+        assert cache_state(cache) == before
+        cache.release(made)
+        cache.free(1)
+    assert cache.pools.bytes_in_use == 0

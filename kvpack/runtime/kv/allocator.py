@@ -347,6 +347,18 @@ def _importance(pages: Pages, policy: Policy) -> _Floats:
     return np.maximum(pages.importance, _LEAST_IMPORTANCE, dtype=np.float64)
 
 
+@dataclass(frozen=True)
+class PageImportance:
+    """What is known of the attention that a sequence's pages receive (:class:`ImportanceEMA`).
+
+    Attributes:
+        average, weight: fp32 [layers, pages]: the decayed sum of attention masses, and that of ones.
+    """
+
+    average: npt.NDArray[np.float32]
+    weight: npt.NDArray[np.float32]
+
+
 class ImportanceEMA:
     """A decayed average of the attention that each page receives: a page that is looked at no more becomes unimportant.
 
@@ -404,6 +416,12 @@ class ImportanceEMA:
         found._average[:, :, :now], found._weight[:, :, :now] = self._average, self._weight
         return found
 
+    def selected(self, rows: list[int]) -> ImportanceEMA:
+        """A copy whose first sequences are these; the others have not been seen."""
+        found = ImportanceEMA(*self._average.shape, decay=self.decay)
+        found._average[:, : len(rows)], found._weight[:, : len(rows)] = self._average[:, rows], self._weight[:, rows]
+        return found
+
     def keep_layers(self, count: int) -> None:
         """Know of the first layers alone."""
         self._average, self._weight = self._average[:count], self._weight[:count]
@@ -417,6 +435,17 @@ class ImportanceEMA:
         """Of each of the sequences that are ``changed``, what was known of its source."""
         self._average[:, changed] = self._average[:, sources]
         self._weight[:, changed] = self._weight[:, sources]
+
+    def of(self, sequence: int, pages: int) -> PageImportance:
+        """Of a sequence's first pages."""
+        average, weight = (x[:, sequence, :pages].astype(np.float32) for x in (self._average, self._weight))
+        return PageImportance(average, weight)
+
+    def put(self, sequence: int, known: PageImportance) -> None:
+        """Know this of a sequence's first pages, and nothing of the others."""
+        pages = known.average.shape[1]
+        self.forget(sequence)
+        self._average[:, sequence, :pages], self._weight[:, sequence, :pages] = known.average, known.weight
 
     def values(self, layer: int) -> _Floats:
         """[sequences, pages]; pages that have not been seen count as the mean of those of the layer that have."""

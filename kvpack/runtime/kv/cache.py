@@ -35,11 +35,11 @@ import itertools
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,7 @@ from kvpack.runtime.kv.allocator import (
     Allocation,
     ImportanceEMA,
     Outcome,
+    PageImportance,
     Pages,
     Policy,
     allocate_formats,
@@ -64,6 +65,7 @@ from kvpack.runtime.kv.allocator import (
 from kvpack.runtime.kv.attention_kernels import MASS_FRACTION_BITS
 from kvpack.runtime.kv.budget import FormatPairs, Room, Window, formats_from_what_is_left, room
 from kvpack.runtime.kv.distortion import Queries, format_errors
+from kvpack.runtime.kv.page_holders import Kind, PageHolder
 from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, left_out, new_status, quantize_pages, read_tokens, write_tokens
 from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools
 from kvpack.runtime.kv.page_table import NO_PAGE, Ints, PageTable, Place, Places, widened
@@ -86,6 +88,8 @@ MASS_UNIT = 2.0**-MASS_FRACTION_BITS
 _MOST_TOKENS = 1 << 30
 # By number, which takes a fifth of the time that calling the class takes.
 _SIDES, _FORMATS = tuple(Side), tuple(PageFormat)
+# How many are gathered at a time on their way to another device.
+_COPIED_PAGES = 1024
 # How many batches' rows are remembered on the device.
 _REMEMBERED_ROWS = 256
 
@@ -186,7 +190,8 @@ class _Begun(NamedTuple):
         places, at, there, put, put_there: of pages that change, in each sequence, with their entries to be.
         owners, sources, targets: of the same pages, each once, with their entries before and after.
         kinds: side, format and format to be of these; those of a kind lie side by side.
-        jobs: i64 [n, 2]: sources and targets.
+        twins: those of the targets that have been there before, held for as long as this lasts.
+        jobs: i64 [n, 2]: sources and targets, without those that have been there before.
     """
 
     new: list[Place]
@@ -202,6 +207,7 @@ class _Begun(NamedTuple):
     sources: list[int]
     targets: list[int]
     kinds: list[tuple[int, int, int]]
+    twins: set[int]
     jobs: torch.Tensor
 
 
@@ -311,6 +317,19 @@ class KVCache:
         self.pools = PagePools(
             num_kv_heads, head_dim, self.device, max_bytes=max_bytes, slab_bytes=slab_bytes, key_order=self.key_order
         )
+        self._options: dict[str, Any] = {
+            "dtype": dtype,
+            "budget": budget,
+            "policy": policy,
+            "recent_tokens": recent_tokens,
+            "sinks": sinks,
+            "max_bytes": max_bytes,
+            "slab_bytes": slab_bytes,
+            "key_order": key_order,
+        }
+        # They hold the cache, and are known for as long as they live.
+        self._holders: list[ReferenceType[PageHolder]] = []
+        self.pools.reclaim = _Reclaimer(self._holders)
         self._page_bytes = np.array([[self.pools.page_bytes(side, f) for f in self.ladder] for side in Side])
         self._full_bytes = int(self._page_bytes[0, -1])
         least = self._page_bytes.min(1).sum() / self._page_bytes[:, -1].sum()
@@ -346,6 +365,11 @@ class KVCache:
         self._is_unplanned = [False] * num_layers
         # By layer: the last batch, and how many tokens it takes before a page comes or leaves the window.
         self._quiet: list[tuple[list[int], int] | None] = [None] * num_layers
+        # What pages that are still in use have been quantized to, by format; and the other way round.
+        self._twins: dict[int, dict[int, int]] = {}
+        self._twin_of: dict[int, tuple[int, int]] = {}
+        # Incomplete pages that have been adopted, which others may hold still.
+        self._adopted_open: set[int] = set()
         self.number = next(_numbers)
         _caches[self.number] = self
         if self.device.type == "cuda":
@@ -378,7 +402,10 @@ class KVCache:
         )
 
     def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError("a KVCache cannot be copied or pickled: its pages are known by where they lie")
+        raise TypeError(
+            "a KVCache cannot be copied or pickled: its pages are known by where they lie; KVCache.copy() makes one "
+            "that holds the same"
+        )
 
     def possible_formats(self, layer: int, side: Side) -> frozenset[PageFormat]:
         """What a layer's pages can come to have, so that one kernel serves all that the cache becomes."""
@@ -475,8 +502,7 @@ class KVCache:
                 return
             step, begun = None, None
             if not self._is_quiet(layer, ids, counts):
-                if not self._is_plain:
-                    self._own_pages([layer], ids, counts)
+                self._own_pages([layer], ids, counts)
                 step = self._step(layer, ids, counts)
                 new = self._coming(layer, step)
                 changes = self._changes_for(layer, step, _Tokens(k, v, counts, ids, queries)) if keep else _NO_CHANGES
@@ -861,10 +887,24 @@ class KVCache:
         self.table.cut_sequence(sequence, tokens)
         for layer, entries in enumerate(cut.reshape(self.num_layers, -1)):
             for entry in entries[entries != NO_PAGE].tolist():
-                self._used_bytes[layer] -= self.pools.free(entry)
+                self._let_go(layer, entry)
         self._quiet = [None] * self.num_layers
         self.mass[:, sequence, first:] = 0
         self.importance.forget(sequence, first)
+
+    def _let_go(self, layer: int, entry: int) -> bool:
+        """The table has a page no longer. Whether it is free: others may hold it."""
+        self._used_bytes[layer] -= self.pools.bytes_of(entry)
+        if not self.pools.free(entry):
+            return False
+        self._forget_twins(entry)
+        return True
+
+    def _release(self, entry: int) -> int:
+        """Someone other than the table holds a page no longer; returns the bytes that have come free."""
+        if freed := self.pools.release(entry):
+            self._forget_twins(entry)
+        return freed
 
     def _hold_budget(self) -> None:
         """When pages have gone. That must not fail for want of memory; who appends next will be told."""
@@ -936,9 +976,12 @@ class KVCache:
         index, kept = divmod(tokens, PAGE_TOKENS)
         entries = self.entries[:, :, sequence, index].copy()  # [layers, 2]
         is_shared = held_by_others(self.entries[..., index : index + 1], sequence)[..., 0]
-        is_new = is_shared | is_quantized(entries, self.full_format)
+        is_held = np.array([[self.pools.info(entry).held > 0 for entry in pair] for pair in entries.tolist()])
+        is_new = is_shared | is_held | is_quantized(entries, self.full_format)
         new: list[Place] = [(layer, side, sequence, index) for layer, side in np.argwhere(is_new).tolist()]
         old = entries[is_new].tolist()
+        for entry in entries[~is_new].tolist():
+            self._forget_twins(entry)
         values = self._last_values(sequence, index, kept)
         self.pools.reserve(Counter((_SIDES[place[1]], self.full_format) for place in new))
         allocated: list[int] = []
@@ -956,7 +999,9 @@ class KVCache:
             self._free_again(allocated)
             raise
         for place, entry, shared in zip(new, old, is_shared[is_new].tolist(), strict=True):
-            self._used_bytes[place[0]] += self._full_bytes - (0 if shared else self.pools.free(entry))
+            self._used_bytes[place[0]] += self._full_bytes
+            if not shared:
+                self._let_go(place[0], entry)
 
     def _last_values(self, sequence: int, index: int, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[layers, num_kv_heads, kept, head_dim] of K and V: a page's first tokens in all layers."""
@@ -1022,25 +1067,383 @@ class KVCache:
         pages = ceil_div(int(lengths.max()), PAGE_TOKENS)
         lost = pages_lost(self.entries[..., :pages], dropped, [] if self._is_plain else kept) if dropped else []
         if changed:
-            taken = [sources[i] for i in changed]
-            there, chosen = self._upload(np.array([changed, taken], np.int64)).unbind()
-            mass, steps = self.mass[..., :pages].index_select(1, chosen), self.observed_steps.index_select(1, chosen)
-            self.table.select(changed, taken, there, chosen)
-            self.mass[..., :pages].index_copy_(1, there, mass)
-            self.observed_steps.index_copy_(1, there, steps)
-            self.importance.select(changed, taken)
+            self._become(changed, [sources[i] for i in changed])
         for sequence in emptied:
             self.table.cut_sequence(sequence, 0)
             self.mass[:, sequence] = 0
             self.observed_steps[:, sequence] = 0
             self.importance.forget(sequence)
         for layer, entry in lost:
-            self._used_bytes[layer] -= self.pools.free(entry)
+            self._let_go(layer, entry)
         self._quiet = [None] * self.num_layers
         if len(kept) < sum(source in kept for source in sources):
             self._is_plain, self._is_unplanned = False, [True] * self.num_layers
         if any(entry & ENTRY_FORMAT_MASK != self.full_format for _, entry in lost):
             self._hold_budget()
+
+    def fork(self, source: int, target: int | None = None) -> int:
+        """An empty sequence becomes what another is, in all layers; the others stay what they are.
+
+        Nothing is copied: both hold the same pages until one of them writes to one, as of :meth:`select_sequences`.
+
+        Args:
+            target: which one; None is the first empty one.
+
+        Returns:
+            The target.
+
+        Raises:
+            CacheInputError: no such sequence; the target has tokens, or is the source; layers have different numbers of
+                the source's tokens, in the midst of a step; a CUDA graph's capture; :meth:`plan` was called without a
+                replay of its graph.
+            CacheFullError: no sequence is empty.
+
+        >>> import torch
+        >>> from kvpack import KVCache
+        >>> cache = KVCache(1, 2, 16, 1024, max_sequences=4, device="cpu")
+        >>> cache.append(0, *torch.randn(2, 1, 2, 300, 16).half())
+        >>> cache.fork(0), cache.fork(0), cache.length(0, 2)
+        (1, 2, 300)
+        """
+        self._require_between_steps("fork()")
+        (source,) = self._checked_sequences(0, [source])
+        held = (self.table.lengths.max(axis=0) > 0).tolist()
+        if target is None:
+            empty = [sequence for sequence, has in enumerate(held) if not has and sequence != source]
+            if not empty:
+                raise CacheFullError(
+                    f"sequence {source} cannot be forked: all {self.max_sequences} sequences are in use; free() one, "
+                    "or make a cache of more max_sequences"
+                )
+            target = empty[0]
+        (target,) = self._checked_sequences(0, [target])
+        if target == source or held[target]:
+            what = "is the source itself" if target == source else "has tokens"
+            raise CacheInputError(f"fork() to sequence {target}, which {what}: free() it, or name an empty one")
+        self._require_whole_steps("fork()", source)
+        self._require_replayed()
+        if held[source]:
+            self._become([target], [source])
+            self._quiet = [None] * self.num_layers
+            self._is_plain, self._is_unplanned = False, [True] * self.num_layers
+        return target
+
+    def _require_whole_steps(self, what: str, sequence: int) -> None:
+        """
+        Raises:
+            CacheInputError: layers have different numbers of a sequence's tokens.
+        """
+        held = self.table.lengths[:, sequence]
+        if (held != held[0]).any():
+            raise CacheInputError(
+                f"{what} in the midst of a step: sequence {sequence} has different numbers of tokens in the layers"
+            )
+
+    def _become(self, changed: list[int], taken: list[int]) -> None:
+        """Each of the sequences that are ``changed`` has what the one beside it in ``taken`` had."""
+        pages = ceil_div(int(self.table.lengths.max()), PAGE_TOKENS)
+        there, chosen = self._upload(np.array([changed, taken], np.int64)).unbind()
+        mass, steps = self.mass[..., :pages].index_select(1, chosen), self.observed_steps.index_select(1, chosen)
+        self.table.select(changed, taken, there, chosen)
+        self.mass[..., :pages].index_copy_(1, there, mass)
+        self.observed_steps.index_copy_(1, there, steps)
+        self.importance.select(changed, taken)
+
+    def copy(self, sequences: Sequence[int] | None = None, *, device: torch.device | str | None = None) -> KVCache:
+        """A cache of its own, with the same options, that holds the same: pages are copied byte by byte.
+
+        Nothing is quantized anew, so that copies of copies are equal, which those by :meth:`read` and :meth:`append`
+        are not. What has been observed of attention and measured of formats goes with them. Pages that sequences share
+        are shared in the copy; pages that others hold alone are not copied.
+
+        Args:
+            sequences: sequence i of the copy is ``sequences[i]``, as of :meth:`select_sequences`. None: all of them.
+            device: of the copy; None is the same.
+
+        Raises:
+            CacheInputError: no such sequence, or more than ``max_sequences``; a CUDA graph's capture; :meth:`plan` was
+                called without a replay of its graph.
+            CacheFullError: the device has no memory for it.
+
+        >>> import torch
+        >>> from kvpack import KVCache, PageFormat
+        >>> cache = KVCache(1, 2, 16, 1024, device="cpu", formats=PageFormat.INT4)
+        >>> cache.append(0, *torch.randn(2, 1, 2, 300, 16).half())
+        >>> torch.equal(cache.copy().copy().read(0, 0)[0], cache.read(0, 0)[0])
+        True
+        """
+        self._require_between_steps("copy()")
+        rows = list(range(self.max_sequences)) if sequences is None else [_integer("a sequence", s) for s in sequences]
+        for sequence in set(rows):
+            self._check_place(0, [sequence])
+        if len(rows) > self.max_sequences:
+            raise CacheInputError(f"{len(rows)} sequences are copied; the cache has {self.max_sequences}")
+        self._require_replayed()
+        formats = None if self.budget is not None else [tuple(_FORMATS[f] for f in p) for p in self._open_formats]
+        made = KVCache(
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            self.max_tokens,
+            max_sequences=self.max_sequences,
+            device=self.device if device is None else device,
+            formats=formats,
+            **self._options,
+        )
+        made._take_copies(self, rows)
+        return made
+
+    def _take_copies(self, other: KVCache, rows: list[int]) -> None:
+        """An empty cache holds what sequences of another one do.
+
+        Raises:
+            CacheFullError
+        """
+        count, table = len(rows), other.table
+        self._grow_tables(table.pages)
+        held, member = np.unique(table.entries[:, :, rows], return_inverse=True)
+        there = [entry for entry in held.tolist() if entry != NO_PAGE]
+        infos = [other.pools.info(entry) for entry in there]
+        self.pools.reserve(Counter((info.side, info.format) for info in infos))
+        made = [self.pools.allocate(info.side, info.format, info.owner) for info in infos]
+        self._copy_blocks([other.pools.blocks(entry) for entry in there], [self.pools.blocks(entry) for entry in made])
+        none = [NO_PAGE] * (len(held) - len(there))  # the least of them
+        shape = (self.num_layers, len(Side), count, table.pages)
+        entries = np.array(none + made, np.int64)[member].reshape(shape)
+        self.table.put_copies(rows, table, entries)
+        for info, entry in zip(infos, made, strict=True):
+            self._used_bytes[info.owner.layer] += self.pools.bytes_of(entry)
+        self.mass[:, :count, : table.pages] = other.mass[:, rows].to(self.device)
+        self.observed_steps[:, :count] = other.observed_steps[:, rows].to(self.device)
+        self.importance = other.importance.selected(rows).grown(self.table.pages)
+        self.errors, self.shares = other.errors.copy(), other.shares.copy()
+        self._queries = [None if q is None else Queries(q.squares.to(self.device), q.count) for q in other._queries]
+        self._is_plain = not self._is_mixed()
+        self._is_unplanned = [True] * self.num_layers
+
+    def _copy_blocks(self, sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+        """Pages of whatever kinds, from whichever device."""
+        for first in range(0, len(sources), _COPIED_PAGES):
+            these, those = sources[first : first + _COPIED_PAGES], targets[first : first + _COPIED_PAGES]
+            if these[0].device != self.device:
+                sizes = [block.numel() for block in these]
+                flat = torch.cat([block.reshape(-1) for block in these]).to(self.device)
+                these = [x.view_as(y) for x, y in zip(flat.split_with_sizes(sizes), those, strict=True)]
+            torch._foreach_copy_(those, these)
+
+    # Pages that others hold ------------------------------------------------------------------------------------------
+
+    def add_holder(self, holder: PageHolder) -> None:
+        """From now on a holder is told of its pages' changes and asked for memory, for as long as it lives.
+
+        Who does no more than :meth:`retain` pages need not be added. See :mod:`kvpack.runtime.kv.page_holders`.
+        """
+        self._holders[:] = [known for known in self._holders if known() is not None]
+        self._holders.append(ref(holder))
+
+    def page_entries(self, sequence: int, first: int, end: int) -> Ints:
+        """i64 [layers, 2, end − first] on the host: entries of a sequence's full pages.
+
+        They name pages for as long as these are in the table, or retained.
+
+        Raises:
+            CacheInputError: no such sequence, or not so many full pages in all layers.
+        """
+        (sequence,) = self._checked_sequences(0, [sequence])
+        first, end = _integer("first", first, 0), _integer("end", end, 0)
+        full = int(self.table.lengths[:, sequence].min()) // PAGE_TOKENS
+        if not first <= end <= full:
+            raise CacheInputError(f"sequence {sequence} has {full} full pages; {first} to {end} are asked for")
+        return self.entries[:, :, sequence, first:end].copy()
+
+    def retain(self, entries: Ints) -> None:
+        """Hold pages, one reference of each more: they stay as they are until they are released, whoever else has them.
+
+        Args:
+            entries: of full pages, of any shape, as :meth:`page_entries` gives them.
+
+        Raises:
+            PageEntryError: one is of no page in use, or of one that is not full. Nothing has changed.
+        """
+        found = _flat(entries)
+        infos = [self.pools.info(entry) for entry in found]
+        places = [(info.owner.layer, info.side, info.owner.page) for info in infos]
+        layers, sides, indices = np.array(places, np.int64).reshape(-1, 3).T
+        is_in_table = np.array([info.is_in_table for info in infos], np.bool_)
+        layers, sides, indices = (x[is_in_table] for x in (layers, sides, indices))
+        held = self.entries[layers, sides, :, indices] == np.array(found, np.int64)[is_in_table, None]
+        if (is_open := held & (self.table.lengths[layers] < (indices[:, None] + 1) * PAGE_TOKENS)).any():
+            at, sequence = np.argwhere(is_open)[0].tolist()
+            raise PageEntryError(
+                f"page {indices[at]} of sequence {sequence} is not full: it is written to, and cannot be retained"
+            )
+        for entry in found:
+            self.pools.hold(entry)
+
+    def release(self, entries: Ints) -> int:
+        """Hold pages no longer, one reference of each less.
+
+        Returns:
+            The bytes of pages that nobody holds any more.
+
+        Raises:
+            PageEntryError: one is of no page in use, or not retained so often. Nothing has changed.
+        """
+        found = _flat(entries)
+        for entry, count in Counter(found).items():
+            if (held := self.pools.info(entry).held) < count:
+                raise PageEntryError(f"{entry:#x} is released {count} times; it is retained {held} times")
+        return sum(self._release(entry) for entry in found)
+
+    def new_pages(self, formats: npt.NDArray[np.uint8], *, first_page: int = 0) -> Ints:
+        """Pages to be filled by the caller (:meth:`read_pages`), who holds them as by :meth:`retain`.
+
+        Args:
+            formats: u8 [layers, 2, n], numbers of :class:`PageFormat`.
+            first_page: which page of a sequence the first of each layer and side will be.
+
+        Returns:
+            i64 [layers, 2, n], their entries. What they hold is undefined.
+
+        Raises:
+            CacheInputError: another shape, formats that the cache's pages cannot have, or pages beyond ``max_tokens``.
+            CacheFullError: pages exceed ``max_bytes`` or the device's memory. Nothing has changed.
+        """
+        self._require_between_steps("new_pages()")
+        first_page, shape = _integer("first_page", first_page, 0), np.shape(formats)
+        if len(shape) != 3 or shape[:2] != (self.num_layers, len(Side)):
+            raise CacheInputError(f"formats have shape {list(shape)}; [{self.num_layers}, 2, pages] is wanted")
+        if first_page + shape[2] > self.table.max_pages:
+            raise CacheInputError(
+                f"pages {first_page} to {first_page + shape[2]} are asked for; max_tokens is {self.max_tokens}"
+            )
+        wanted: list[tuple[Kind, PageOwner]] = []
+        for (layer, side, page), number in np.ndenumerate(formats):
+            if number not in self._possible_formats[layer][side]:
+                possible = ", ".join(f.name for f in sorted(self._possible_formats[layer][side]))
+                raise CacheInputError(
+                    f"layer {layer}, {_SIDES[side].name}: pages of format {number} cannot be in this cache, which has "
+                    f"{possible} there"
+                )
+            wanted.append(((_SIDES[side], _FORMATS[number]), PageOwner(layer, first_page + page)))
+        self.pools.reserve(Counter(kind for kind, _ in wanted))
+        made = [self.pools.allocate(*kind, owner, is_held=True) for kind, owner in wanted]
+        return np.array(made, np.int64).reshape(shape)
+
+    def read_pages(self, entries: Ints | Sequence[int]) -> list[torch.Tensor]:
+        """u8 [num_kv_heads, block bytes] of each page, flattened: views, to be written to by who has made the page.
+
+        Raises:
+            PageEntryError: one is of no page in use.
+        """
+        return [self.pools.blocks(entry) for entry in _flat(entries)]
+
+    def adopt(self, sequence: int, entries: Ints, tokens: int, importance: PageImportance | None = None) -> None:
+        """An empty sequence gets pages that the caller holds, who keeps his references.
+
+        A last page that is not full will be written to, and copied before if it is still held by someone: release it
+        first. Behind its tokens it has to be zero.
+
+        Args:
+            entries: i64 [layers, 2, ceil(tokens / 64)], of :meth:`page_entries` or :meth:`new_pages`.
+            importance: what is known of the attention that the pages receive, as of :meth:`importance_of`.
+
+        Raises:
+            CacheInputError: no such sequence, or one that has tokens; another shape; more than ``max_tokens``; a CUDA
+                graph's capture; :meth:`plan` was called without a replay of its graph.
+            PageEntryError: an entry is of no page in use, or of one of another layer, side or place in its sequence; a
+                last page that is not full is quantized, or some other sequence's. Nothing has changed.
+            CacheFullError: tables exceed the memory. Nothing has changed.
+        """
+        self._require_between_steps("adopt()")
+        (sequence,) = self._checked_sequences(0, [sequence])
+        tokens = _integer("tokens", tokens, 0)
+        if self.table.lengths[:, sequence].any():
+            raise CacheInputError(f"sequence {sequence} has tokens: free() it before it gets others")
+        if tokens > self.max_tokens:
+            raise CacheInputError(f"{tokens} tokens are adopted; max_tokens is {self.max_tokens}")
+        pages = ceil_div(tokens, PAGE_TOKENS)
+        shape = (self.num_layers, len(Side), pages)
+        entries = np.asarray(entries)
+        if entries.shape != shape or not np.issubdtype(entries.dtype, np.integer):
+            raise CacheInputError(
+                f"entries are {entries.dtype} {list(entries.shape)}; {tokens} tokens have i64 {list(shape)}"
+            )
+        if importance is not None and {importance.average.shape, importance.weight.shape} != {(shape[0], pages)}:
+            raise CacheInputError(
+                f"importance has shapes {importance.average.shape} and {importance.weight.shape}; {(shape[0], pages)} "
+                "is wanted"
+            )
+        self._require_replayed()
+        is_shared = False
+        for (layer, side, page), entry in np.ndenumerate(entries):
+            info = self.pools.info(int(entry))
+            if (info.owner, info.side) != ((layer, page), side):
+                raise PageEntryError(
+                    f"{entry:#x} is page {info.owner.page} of layer {info.owner.layer}, {info.side.name}; it cannot be "
+                    f"page {page} of layer {layer}, {_SIDES[side].name}"
+                )
+            is_shared |= info.is_in_table
+            is_open = (page + 1) * PAGE_TOKENS > tokens
+            if is_open and (info.is_in_table or info.held > 1 or info.format != self.full_format):
+                raise PageEntryError(
+                    f"{entry:#x}, a {info.format.name} page, is the last one of {tokens} tokens: it will be written "
+                    "to, so it must be in 16 bits and the caller's alone"
+                )
+        if not tokens:
+            return
+        self._grow_tables(pages)
+        uploaded = self._upload(entries.astype(np.int64))
+        for (layer, _, _), entry in np.ndenumerate(entries):
+            if self.pools.enter(int(entry)):
+                self._used_bytes[layer] += self.pools.bytes_of(int(entry))
+        self.table.put_sequence(sequence, entries, uploaded, tokens)
+        self.mass[:, sequence] = 0
+        self.observed_steps[:, sequence] = 0
+        self.importance.forget(sequence)
+        if importance is not None:
+            self.importance.put(sequence, importance)
+        if tokens % PAGE_TOKENS:
+            self._adopted_open.update(entries[:, :, -1].reshape(-1).tolist())
+        self._quiet, self._is_unplanned = [None] * self.num_layers, [True] * self.num_layers
+        self._is_plain = self._is_plain and not is_shared and not self._is_mixed()
+
+    def importance_of(self, sequence: int) -> PageImportance:
+        """What is known of the attention that a sequence's pages receive: fp32 [layers, pages], for :meth:`adopt`.
+
+        What has been observed since :meth:`reallocate` is taken in before, of all sequences; waits for the device.
+
+        Raises:
+            CacheInputError: no such sequence; layers have different numbers of tokens, in the midst of a step; a CUDA
+                graph's capture; :meth:`plan` was called without a replay of its graph.
+        """
+        self._require_between_steps("importance_of()")
+        (sequence,) = self._checked_sequences(0, [sequence])
+        self._require_replayed()
+        lengths = self.table.lengths
+        if (lengths != lengths[0]).any():
+            raise CacheInputError("importance_of() in the midst of a step: layers have different numbers of tokens")
+        self._take_in_observed(lengths[0])
+        return self.importance.of(sequence, ceil_div(int(lengths[0, sequence]), PAGE_TOKENS))
+
+    @property
+    def held_bytes(self) -> int:
+        """Of pages that no sequence has and others hold. A budget does not count them; ``max_bytes`` does."""
+        return self.pools.bytes_in_use - sum(self._used_bytes)
+
+    def _follow(self, changes: list[tuple[int, int]]) -> None:
+        """Pages that no sequence has any more, and those that they have instead: who follows holds these."""
+        for known in self._holders:
+            if (holder := known()) is None:
+                continue
+            moved = {}
+            for source, target in changes:
+                if self.pools.is_held(source) and holder.follows(source):
+                    self.pools.hold(target)
+                    self._release(source)
+                    moved[source] = target
+            if moved:
+                holder.replaced(moved)
 
     def _own_pages(self, layers: Sequence[int], ids: list[int], counts: Counts) -> None:
         """Sequences that get tokens share no page that these are written to: it is copied for them.
@@ -1048,7 +1451,9 @@ class KVCache:
         Raises:
             CacheFullError: there is no memory for it. Nothing has changed.
         """
-        if self._is_plain:
+        if self._adopted_open:
+            self._adopted_open = {entry for entry in self._adopted_open if self.pools.is_held(entry)}
+        if self._is_plain and not self._adopted_open:
             return
         places: list[Place] = []
         of_rows = [counts] * len(ids) if isinstance(counts, int) else counts
@@ -1059,7 +1464,7 @@ class KVCache:
                 for sequence, length, count in zip(ids, lengths, of_rows, strict=True)
                 if count and length % PAGE_TOKENS
             ]
-            places += [(layer, *place) for place in places_to_copy(self.entries[layer], writers)]
+            places += [(layer, *place) for place in places_to_copy(self.entries[layer], writers, self._adopted_open)]
         if not places:
             return
         self.pools.reserve(Counter((_SIDES[side], self.full_format) for _, side, _, _ in places))
@@ -1069,8 +1474,8 @@ class KVCache:
                 allocated.append(self.pools.allocate(_SIDES[side], self.full_format, PageOwner(layer, index)))
             at = [self.table.flat(place) for place in places]
             there, put = self._upload(np.array([at, allocated], np.int64)).unbind()
-            shared = [self.pools.blocks(self.table.entry(place)) for place in at]
-            torch._foreach_copy_([self.pools.blocks(entry) for entry in allocated], shared)
+            shared = [self.table.entry(place) for place in at]
+            torch._foreach_copy_(self.read_pages(allocated), self.read_pages(shared))
             self.table.set(at, allocated, there, put)
         except BaseException:
             self._free_again(allocated)
@@ -1078,6 +1483,10 @@ class KVCache:
         for layer, *_ in places:
             self._used_bytes[layer] += self._full_bytes
             self._is_unplanned[layer] = True
+        left = {entry: place for place, entry in zip(places, shared, strict=True) if entry in self._adopted_open}
+        for entry, (layer, side, _, index) in left.items():
+            if not (self.entries[layer, side, :, index] == entry).any():
+                self._let_go(layer, entry)
 
     def _change_all(self, new: list[Place], changes: _Changes) -> None:
         """Pages come, and others get other formats: all or nothing."""
@@ -1117,17 +1526,24 @@ class KVCache:
             pages = [number_of[key] for key in keys]
         owners = [one[4] for one in changing]
         kinds = [one[:3] for one in changing]
-        wanted += [(_SIDES[side], _FORMATS[target]) for side, _, target in kinds]
-        self.pools.reserve(Counter(wanted))
+        # Another sequence may have been quantized before, or a holder may keep the page as it was.
+        known = [self._twins.get(one[6], {}).get(one[2]) for one in changing] if self._twins else [None] * len(changing)
+        twins = {twin for twin in known if twin is not None}
+        made = [number for number, twin in enumerate(known) if twin is None]
+        wanted += [(_SIDES[kinds[number][0]], _FORMATS[kinds[number][2]]) for number in made]
+        for twin in twins:
+            self.pools.hold(twin)
         allocated: list[int] = []
         try:
-            for kind, place in zip(wanted, new + owners, strict=True):
+            self.pools.reserve(Counter(wanted))
+            for kind, place in zip(wanted, new + [owners[number] for number in made], strict=True):
                 allocated.append(self.pools.allocate(*kind, PageOwner(place[0], place[3])))
-            new_entries, targets = allocated[: len(new)], allocated[len(new) :]
+            new_entries, coming = allocated[: len(new)], iter(allocated[len(new) :])
+            targets = [next(coming) if twin is None else twin for twin in known]
             came = dict(zip(new_at, new_entries, strict=True))  # some leave the window as soon as they come
             sources = [came[one[5]] if one[6] == NO_PAGE else one[6] for one in changing]
             put = [targets[page] for page in pages]
-            jobs = [entry for job in zip(sources, targets, strict=True) for entry in job]
+            jobs = [entry for number in made for entry in (sources[number], targets[number])]
             # One copy, before anything has changed.
             uploaded = self._upload(np.array(new_at + changed_at + new_entries + put + jobs, np.int64))
             counts = [len(new), len(places), len(new), len(places), len(jobs)]
@@ -1135,6 +1551,7 @@ class KVCache:
             table.set(new_at, new_entries, new_there, new_to_put)
         except BaseException:
             self._free_again(allocated)
+            self._release_twins(twins)
             raise
         return _Begun(
             new,
@@ -1150,6 +1567,7 @@ class KVCache:
             sources,
             targets,
             kinds,
+            twins,
             all_jobs,
         )
 
@@ -1159,8 +1577,10 @@ class KVCache:
         Without ``keep_new`` new pages go; nothing else may change then.
         """
         if begun.places:
-            self._quantize(begun.kinds, begun.jobs.view(-1, 2))
+            kinds = zip(begun.kinds, begun.targets, strict=True)
+            self._quantize([kind for kind, target in kinds if target not in begun.twins], begun.jobs.view(-1, 2))
             self.table.set(begun.at, begun.put, begun.there, begun.put_there)
+            self._is_plain = self._is_plain and not begun.twins
         if not keep_new:
             self.table.clear(begun.new_at, begun.new_there)
             for entry in begun.new_entries:
@@ -1168,19 +1588,48 @@ class KVCache:
             return
         for layer, _, _, _ in begun.new:
             self._used_bytes[layer] += self._full_bytes
-        for (layer, _, _, index), (side, _, target), source in zip(
-            begun.owners, begun.kinds, begun.sources, strict=True
+        changes = []
+        for (layer, _, _, index), (side, _, target), source, put in zip(
+            begun.owners, begun.kinds, begun.sources, begun.targets, strict=True
         ):
-            self._used_bytes[layer] += self.pools.page_bytes(_SIDES[side], _FORMATS[target])
+            if put not in begun.twins or self.pools.enter(put):
+                self._used_bytes[layer] += self.pools.page_bytes(_SIDES[side], _FORMATS[target])
             if self._is_plain or not (self.entries[layer, side, :, index] == source).any():
-                self._used_bytes[layer] -= self.pools.free(source)
+                if not self._let_go(layer, source):
+                    changes.append((source, put))
+                    self._set_twin(source, target, put)
+            else:
+                self._set_twin(source, target, put)
+        if changes:
+            self._follow(changes)
+        self._release_twins(begun.twins)
 
     def _take_back(self, begun: _Begun) -> None:
         """What :meth:`_begin` has done."""
         try:
             self.table.clear(begun.new_at, begun.new_there)
         finally:
-            self._free_again(begun.new_entries + begun.targets)
+            self._free_again(begun.new_entries + [entry for entry in begun.targets if entry not in begun.twins])
+            self._release_twins(begun.twins)
+
+    def _set_twin(self, source: int, page_format: int, target: int) -> None:
+        """A page that is in use yet has been quantized: who has it too need not do so again."""
+        self._twins.setdefault(source, {})[page_format] = target
+        self._twin_of[target] = source, page_format
+
+    def _forget_twins(self, entry: int) -> None:
+        """Of a page that is no more, or no longer what it was."""
+        for target in self._twins.pop(entry, {}).values():
+            del self._twin_of[target]
+        if (of := self._twin_of.pop(entry, None)) is not None:
+            source, page_format = of
+            del self._twins[source][page_format]
+            if not self._twins[source]:
+                del self._twins[source]
+
+    def _release_twins(self, twins: set[int]) -> None:
+        for twin in twins:
+            self._release(twin)
 
     def _free_again(self, allocated: list[int]) -> None:
         for entry in reversed(allocated):
@@ -1720,6 +2169,23 @@ class KVCache:
 
 
 _NO_CHANGES = _Changes([], [])
+
+
+class _Reclaimer:
+    """Asks a cache's holders for memory. It does not hold the cache, whose pools hold it."""
+
+    def __init__(self, holders: list[ReferenceType[PageHolder]]) -> None:
+        self._holders = holders
+
+    def __call__(self, missing: Mapping[Kind, int], missing_bytes: int) -> bool:
+        living = (holder for known in self._holders if (holder := known()) is not None)
+        return any(holder.reclaim(missing, missing_bytes) for holder in living)
+
+
+def _flat(entries: Ints | Sequence[int]) -> list[int]:
+    """As plain numbers."""
+    found: list[int] = np.asarray(entries, np.int64).reshape(-1).tolist()
+    return found
 
 
 def _integer(name: str, value: int, least: int | None = None) -> int:

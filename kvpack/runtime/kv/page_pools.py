@@ -1,9 +1,10 @@
 """The memory of a paged KV cache: a pool for each side and format, so that kernels find pages of one kind side by side.
 
 A pool hands out pages of one size from slabs. It grows by a slab when it has no free page left; slabs are never moved
-nor given back while the pools live, since captured CUDA graphs hold their addresses. A freed page is the next to be
-handed out: on CUDA that is right only behind what still reads it, so all that uses the pages must be enqueued on one
-stream.
+nor given back while the pools live. Where memory has ended, and someone can be asked for it
+(:attr:`PagePools.reclaim`), a slab without a page in use is cut anew, into pages of another kind. A freed page is the
+next to be handed out: on CUDA that is right only behind what still reads it, so all that uses the pages must be
+enqueued on one stream.
 
 A page is known by its *entry*, what page tables hold: where it begins, with its format in the low bits. On CUDA that is
 an address. On the CPU it counts bytes from :attr:`PagePools.pages`, a tensor over as much address space as the pools
@@ -16,7 +17,7 @@ import mmap
 import os
 from array import array
 from bisect import bisect_right, insort
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class PageOwner(NamedTuple):
     """Where a page belongs: its layer, and which page (0, 1, …) of a sequence it is.
 
     Which sequences hold it is the page table's to say: those that begin with the same tokens can hold the same page at
-    the same place, and count as one of the ``references`` of :class:`PageInfo`. A snapshot's page has no sequence yet.
+    the same place, and count as one of the ``references`` of :class:`PageInfo`.
     """
 
     layer: int
@@ -44,16 +45,26 @@ class PageOwner(NamedTuple):
 
 @dataclass(frozen=True)
 class PageInfo:
-    """What the pools know of a page in use."""
+    """What the pools know of a page in use.
+
+    Attributes:
+        references: how many hold it: the page table, as one, and others.
+        held: how many of them are others (:mod:`kvpack.runtime.kv.page_holders`).
+    """
 
     side: Side
     format: PageFormat
     owner: PageOwner
     references: int
+    held: int = 0
+
+    @property
+    def is_in_table(self) -> bool:
+        return self.references > self.held
 
 
 class _Slab:
-    """Pages of one kind in one piece of memory. Of pages not in use, ``references`` is 0."""
+    """Pages of one kind in one piece of memory. Of pages not in use, ``references`` and ``held`` are 0."""
 
     def __init__(self, memory: torch.Tensor, base: int, layout: PageLayout, num_kv_heads: int) -> None:
         self.memory, self.base, self.layout = memory, base, layout
@@ -62,7 +73,8 @@ class _Slab:
         self.page_count = memory.numel() // self.page_bytes
         # One number is set at a time, for which NumPy's arrays are slow.
         self.layers, self.pages = (array("i", [-1]) * self.page_count for _ in range(2))
-        self.references = array("i", [0]) * self.page_count
+        self.references, self.held = (array("i", [0]) * self.page_count for _ in range(2))
+        self.in_use = 0
 
     def entries(self) -> range:
         return range(self.first, self.first + self.page_count * self.page_bytes, self.page_bytes)
@@ -101,6 +113,8 @@ class PagePools:
 
     Attributes:
         pages: what entries count from: u8, on the CPU alone; None on CUDA.
+        reclaim: asked once when memory has ended, with how many pages of each kind have to become free, and their
+            bytes; what it says is whether they have. None: nobody is asked.
 
     Raises:
         PageError: a head_dim or an order that pages cannot have.
@@ -131,6 +145,7 @@ class PagePools:
                 max_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - _ARENA_START
             self.pages = _address_space(_ARENA_START + max_bytes)
         self.max_bytes = max_bytes
+        self.reclaim: Callable[[Mapping[tuple[Side, PageFormat], int], int], bool] | None = None
         self._bytes_allocated = self._bytes_in_use = 0
         # All slabs, by where they begin.
         self._bases: list[int] = []
@@ -159,9 +174,73 @@ class PagePools:
         Raises:
             CacheFullError: the slabs would take more than ``max_bytes``, or than the device has. Nothing has changed.
         """
-        if all(count <= len(self._pools[kind].free) for kind, count in counts.items()):
+        if not (missing := self._missing(counts)):
             return
-        missing = [(pool, count - len(pool.free)) for kind, count in counts.items() for pool in [self._pools[kind]]]
+        try:
+            self._grow(counts)
+        except CacheFullError:
+            if self.reclaim is None:
+                raise
+            if not self._cut_anew(counts):
+                if not self.reclaim(*self._lacking(missing)):
+                    raise
+                self._cut_anew(counts)
+            self._grow(counts)
+
+    def _lacking(self, missing: dict[tuple[Side, PageFormat], int]) -> tuple[dict[tuple[Side, PageFormat], int], int]:
+        """Of missing pages, those that ``max_bytes`` leaves no room for, and their bytes."""
+        left = 0 if self.max_bytes is None else self.max_bytes - self._bytes_allocated
+        lacking, lacking_bytes = {}, 0
+        for kind, count in missing.items():
+            page_bytes = self._pools[kind].page_bytes
+            has_room = min(count, left // page_bytes)
+            left -= has_room * page_bytes
+            if count > has_room:
+                lacking[kind] = count - has_room
+                lacking_bytes += lacking[kind] * page_bytes
+        return lacking, lacking_bytes
+
+    def _missing(self, counts: Mapping[tuple[Side, PageFormat], int]) -> dict[tuple[Side, PageFormat], int]:
+        """How many pages more than are free these are, of kinds that have too few."""
+        return {
+            kind: count - len(free) for kind, count in counts.items() if count > len(free := self._pools[kind].free)
+        }
+
+    def _cut_anew(self, counts: Mapping[tuple[Side, PageFormat], int]) -> bool:
+        """Cut slabs without a page in use into missing pages. False, and nothing has changed, where that is too few."""
+        missing, spare = self._missing(counts), []
+        for kind, pool in self._pools.items():
+            can_go = len(pool.free) - counts.get(kind, 0)
+            for slab in pool.slabs:
+                if not slab.in_use and slab.page_count <= can_go:
+                    can_go -= slab.page_count
+                    spare.append(slab)
+        spare.sort(key=lambda slab: slab.memory.numel())
+        cut: list[tuple[_Slab, _Pool]] = []
+        for kind in sorted(missing, key=lambda kind: -self._pools[kind].page_bytes):
+            pool = self._pools[kind]
+            while missing[kind] > 0 and spare and spare[-1].memory.numel() >= pool.page_bytes:
+                slab = spare.pop()
+                cut.append((slab, pool))
+                missing[kind] -= slab.memory.numel() // pool.page_bytes
+        if self._lacking({kind: count for kind, count in missing.items() if count > 0})[0]:
+            return False
+        for slab, pool in cut:
+            before = self._pools[slab.layout.side, slab.layout.format]
+            before.slabs.remove(slab)
+            gone = slab.entries()
+            before.free = [entry for entry in before.free if entry not in gone]
+            made = self._slab_at[slab.base] = _Slab(slab.memory, slab.base, pool.layout, self.num_kv_heads)
+            pool.slabs.append(made)
+            pool.free[:0] = reversed(made.entries())
+        return True
+
+    def _grow(self, counts: Mapping[tuple[Side, PageFormat], int]) -> None:
+        """
+        Raises:
+            CacheFullError: as of :meth:`reserve`.
+        """
+        missing = [(self._pools[kind], count) for kind, count in self._missing(counts).items()]
         for sparing in (False, True):
             grown = [(pool, pages) for pool, count in missing for pages in pool.growth(count, sparing=sparing)]
             needed = sum(pages * pool.page_bytes for pool, pages in grown)
@@ -199,8 +278,11 @@ class PagePools:
         self._arena_end += size_bytes
         return _Slab(self.pages[base : self._arena_end], base, pool.layout, self.num_kv_heads)
 
-    def allocate(self, side: Side, page_format: PageFormat, owner: PageOwner) -> int:
+    def allocate(self, side: Side, page_format: PageFormat, owner: PageOwner, *, is_held: bool = False) -> int:
         """A page's entry. What the page holds is what it held before; zeros if it has never been used.
+
+        Args:
+            is_held: by someone other than the page table.
 
         Raises:
             CacheFullError: as :meth:`reserve`.
@@ -210,8 +292,9 @@ class PagePools:
             self.reserve({(side, page_format): 1})
         entry = pool.free.pop()
         slab, number = self._find(entry)
-        slab.references[number] = 1
+        slab.references[number], slab.held[number] = 1, int(is_held)
         slab.layers[number], slab.pages[number] = owner
+        slab.in_use += 1
         pool.in_use += 1
         self._bytes_in_use += pool.page_bytes
         return entry
@@ -225,12 +308,54 @@ class PagePools:
         Raises:
             PageEntryError: no page in use: freed before, or never handed out by these pools.
         """
+        return self._drop(entry, *self._in_use(entry))
+
+    def hold(self, entry: int) -> None:
+        """One more holds the page, other than the page table.
+
+        Raises:
+            PageEntryError: no page in use.
+        """
         slab, number = self._in_use(entry)
+        slab.references[number] += 1
+        slab.held[number] += 1
+
+    def release(self, entry: int) -> int:
+        """:meth:`free`, of one who has taken the page with :meth:`hold`.
+
+        Raises:
+            PageEntryError: no page in use, or nobody but the page table holds it.
+        """
+        slab, number = self._in_use(entry)
+        if not slab.held[number]:
+            raise PageEntryError(f"{entry:#x} is released and was not retained: the page table alone holds the page")
+        slab.held[number] -= 1
+        return self._drop(entry, slab, number)
+
+    def is_held(self, entry: int) -> bool:
+        """Whether someone other than the page table holds a page; False of one that is not in use."""
+        slab, number = self._find(entry)
+        return slab.held[number] > 0
+
+    def enter(self, entry: int) -> bool:
+        """The page table holds the page, too. Returns whether it did not before.
+
+        Raises:
+            PageEntryError: no page in use.
+        """
+        slab, number = self._in_use(entry)
+        if slab.references[number] > slab.held[number]:
+            return False
+        slab.references[number] += 1
+        return True
+
+    def _drop(self, entry: int, slab: _Slab, number: int) -> int:
         slab.references[number] -= 1
         if slab.references[number] == 0:
             pool = self._pools[slab.layout.side, slab.layout.format]
             slab.layers[number] = slab.pages[number] = -1
             pool.free.append(entry)
+            slab.in_use -= 1
             pool.in_use -= 1
             self._bytes_in_use -= pool.page_bytes
             return pool.page_bytes
@@ -244,7 +369,15 @@ class PagePools:
         """
         slab, number = self._in_use(entry)
         owner = PageOwner(slab.layers[number], slab.pages[number])
-        return PageInfo(slab.layout.side, slab.layout.format, owner, slab.references[number])
+        return PageInfo(slab.layout.side, slab.layout.format, owner, slab.references[number], slab.held[number])
+
+    def bytes_of(self, entry: int) -> int:
+        """Of a page in use.
+
+        Raises:
+            PageEntryError: no page in use.
+        """
+        return self._in_use(entry)[0].page_bytes
 
     def blocks(self, entry: int) -> torch.Tensor:
         """u8 [heads, block_bytes], a view of a page in use.

@@ -155,6 +155,23 @@ class PageTable:
         self.entries[:, :, changed, :pages] = self.entries[:, :, sources, :pages]
         self.lengths[:, changed] = self.lengths[:, sources]
 
+    def put_sequence(self, sequence: int, entries: Ints, device_entries: torch.Tensor, tokens: int) -> None:
+        """An empty sequence has these pages, i64 [layers, 2, pages], on the host and on the device."""
+        pages = entries.shape[2]
+        self.device_entries[:, :, sequence, :pages] = device_entries
+        self.device_lengths[:, sequence].fill_(tokens)
+        self.entries[:, :, sequence, :pages] = entries
+        self.lengths[:, sequence] = tokens
+
+    def put_copies(self, rows: list[int], other: PageTable, entries: Ints) -> None:
+        """The first sequences of an empty table have these pages, i64 [layers, 2, rows, pages], and the tokens that
+        ``rows`` of another table have."""
+        count, pages = len(rows), entries.shape[3]
+        self.device_entries[:, :, :count, :pages] = torch.from_numpy(entries).to(self.device)
+        self.device_lengths[:, :count] = other.device_lengths[:, rows].to(self.device)
+        self.entries[:, :, :count, :pages] = entries
+        self.lengths[:, :count] = other.lengths[:, rows]
+
     def all_places(self, layers: range, lengths: npt.NDArray[np.int32]) -> Places:
         """All pages of sequences of these lengths, [sequences], in layers that all have them; layer by layer."""
         present = np.arange(self.pages) < -(-lengths // PAGE_TOKENS)[:, None]

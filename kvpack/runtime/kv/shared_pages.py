@@ -7,7 +7,7 @@ references that would have to be changed page by page. Functions over arrays of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +81,9 @@ def is_quantized(entries: Ints, full_format: int) -> _Bools:
     return np.asarray((entries != NO_PAGE) & (entries & ENTRY_FORMAT_MASK != full_format))
 
 
-def places_to_copy(entries: Ints, writers: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+def places_to_copy(
+    entries: Ints, writers: Sequence[tuple[int, int]], held: Container[int] = ()
+) -> list[tuple[int, int, int]]:
     """(side, sequence, index) of the pages that must be copied before sequences write to them.
 
     Of a page that all holders write to, one of them keeps it.
@@ -89,6 +91,7 @@ def places_to_copy(entries: Ints, writers: Sequence[tuple[int, int]]) -> list[tu
     Args:
         entries: i64 [2, sequences, pages], of a layer.
         writers: (sequence, index) of the pages that are written to.
+        held: entries of pages that someone else holds, too.
     """
     copied = []
     for side in range(len(entries)):
@@ -97,6 +100,6 @@ def places_to_copy(entries: Ints, writers: Sequence[tuple[int, int]]) -> list[tu
             writing.setdefault((index, int(entries[side, sequence, index])), []).append(sequence)
         for (index, entry), sequences in writing.items():
             holders = int(np.count_nonzero(entries[side, :, index] == entry))
-            first = 1 if holders == len(sequences) else 0
+            first = 1 if holders == len(sequences) and entry not in held else 0
             copied += [(side, sequence, index) for sequence in sequences[first:]]
     return copied

@@ -1,0 +1,228 @@
+"""A KV cache in use for a long time: does its memory stay the same?
+
+    python benchmarks/kv_soak.py --operations 1000000 --threads 8 --json benchmarks/results/DATE-kv-soak.json
+
+Threads take turns (a cache has no lock of its own) to append, fork, cut, put in order, free, copy, hold, release, adopt
+and load sequences at random, under a limit of bytes that is met often. Every thousand operations the pages in use are
+counted anew from the page table and from what is held; in the end all is given back. Resident memory is compared
+between a tenth of the operations, when all that grows with use has grown, and the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import resource
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_common import device_record, provenance, write_result
+
+from kvpack import CacheFullError, KVCache, PageFormat
+from kvpack.runtime.kv.page_pools import PagePools
+from kvpack.runtime.kv.page_table import Ints
+
+SEQUENCES, MAX_TOKENS, MOST_HELD = 8, 64 * 12, 12
+WEIGHTS = {
+    "append": 50,
+    "fork": 10,
+    "truncate": 8,
+    "select": 4,
+    "free": 8,
+    "copy": 0.3,
+    "retain": 7,
+    "release": 6,
+    "adopt": 5,
+    "load": 3,
+}
+
+
+class Soak:
+    """One cache, what is held of it, and operations at random."""
+
+    def __init__(self, device: str, seed: int) -> None:
+        page_bytes = PagePools(1, 16, "cpu", max_bytes=0).page_bytes
+        self.cache = KVCache(
+            1,
+            1,
+            16,
+            MAX_TOKENS,
+            max_sequences=SEQUENCES,
+            device=device,
+            formats=PageFormat.INT4,
+            max_bytes=90 * sum(page_bytes(side, PageFormat.FP16) for side in (0, 1)),  # type: ignore[arg-type]
+            slab_bytes=1,
+        )
+        self.random = random.Random(seed)
+        self.held: list[Ints] = []
+        self.counts: Counter[str] = Counter()
+        self.full = 0
+        self.tokens = torch.randn(SEQUENCES, 1, 200, 16).half().to(self.cache.device)
+        self.lock = threading.Lock()
+
+    def step(self) -> None:
+        """One operation, as one of the threads."""
+        with self.lock:
+            (name,) = self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))
+            try:
+                getattr(self, name)()
+            except CacheFullError:
+                self.full += 1
+            self.counts[name] += 1
+
+    def a_sequence(self) -> int:
+        return self.random.randrange(SEQUENCES)
+
+    def append(self) -> None:
+        rows = self.random.sample(range(SEQUENCES), self.random.choice([1, 1, 2, 4]))
+        count = self.random.choice([1, 1, 1, 17, 64, 200])
+        self.cache.append(0, *[self.tokens[: len(rows), :, :count]] * 2, rows)
+
+    def fork(self) -> None:
+        source, target = self.random.sample(range(SEQUENCES), 2)
+        if self.random.random() < 0.8:
+            self.cache.free(target)
+        self.cache.fork(source, target if self.cache.length(0, target) == 0 else None)
+
+    def truncate(self) -> None:
+        sequence = self.a_sequence()
+        self.cache.truncate(sequence, self.random.randint(0, self.cache.length(0, sequence)))
+
+    def select(self) -> None:
+        self.cache.select_sequences(self.random.choices(range(SEQUENCES), k=self.random.randint(4, SEQUENCES)))
+
+    def free(self) -> None:
+        self.cache.free(self.a_sequence())
+
+    def copy(self) -> None:
+        copied, sequence = self.cache.copy(), self.a_sequence()
+        assert torch.equal(copied.read(0, sequence)[0], self.cache.read(0, sequence)[0])
+
+    def retain(self) -> None:
+        sequence = self.a_sequence()
+        if len(self.held) < MOST_HELD:
+            entries = self.cache.page_entries(sequence, 0, self.cache.length(0, sequence) // 64)
+            self.cache.retain(entries)
+            self.held.append(entries)
+
+    def release(self) -> None:
+        if self.held:
+            self.cache.release(self.held.pop(self.random.randrange(len(self.held))))
+
+    def adopt(self) -> None:
+        sequence = self.a_sequence()
+        if self.held:
+            entries = self.random.choice(self.held)
+            self.cache.free(sequence)
+            self.cache.adopt(sequence, entries, 64 * entries.shape[2])
+
+    def load(self) -> None:
+        source, target = self.random.sample(range(SEQUENCES), 2)
+        self.cache.free(target)
+        tokens = self.cache.length(0, source)
+        old = self.cache.entries[:, :, source, : -(-tokens // 64)].copy()
+        made = self.cache.new_pages((old & 15).astype(np.uint8))
+        for page, block in zip(self.cache.read_pages(made), self.cache.read_pages(old), strict=True):
+            page.copy_(block)
+        self.cache.adopt(target, made, tokens)
+        self.cache.release(made)
+
+    def check(self) -> None:
+        """Pages in use are those of the table and those that are held, and each counts its references."""
+        pools = self.cache.pools
+        in_table = set(self.cache.entries[self.cache.entries >= 0].tolist())
+        held = Counter(entry for entries in self.held for entry in entries.reshape(-1).tolist())
+        for entry in in_table | held.keys():
+            info = pools.info(entry)
+            assert (info.references, info.held) == ((entry in in_table) + held[entry], held[entry])
+        assert pools.bytes_in_use == sum(pools.bytes_of(entry) for entry in in_table | held.keys())
+        assert self.cache.held_bytes == sum(pools.bytes_of(entry) for entry in held.keys() - in_table)
+        self.cache.check()
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def soak(operations: int, threads: int, *, device: str = "cpu", seed: int = 0, every: int = 1000) -> dict[str, Any]:
+    """So many operations, shared by threads, and what has become of the memory."""
+    state, failures = Soak(device, seed), []
+    begin = threading.Barrier(threads)
+
+    def work(count: int) -> None:
+        try:
+            begin.wait()
+            for number in range(count):
+                state.step()
+                if number % every == every - 1:
+                    with state.lock:
+                        state.check()
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    def run(count: int) -> None:
+        running = [threading.Thread(target=work, args=(count // threads,)) for _ in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    start = time.perf_counter()
+    run(operations // 10)
+    before, allocated = resident_bytes(), state.cache.pools.bytes_allocated
+    run(operations - operations // 10)
+    spent, after = time.perf_counter() - start, resident_bytes()
+    state.check()
+    for sequence in range(SEQUENCES):
+        state.cache.free(sequence)
+    while state.held:
+        state.release()
+    assert state.cache.pools.bytes_in_use == 0
+    return {
+        "operations": sum(state.counts.values()),
+        "threads": threads,
+        "seconds": round(spent, 1),
+        "operations_per_second": round(sum(state.counts.values()) / spent),
+        "by_name": dict(state.counts),
+        "refused": state.full,
+        "resident_bytes_at_a_tenth": before,
+        "resident_bytes_at_the_end": after,
+        "allocated_bytes_at_a_tenth": allocated,
+        "allocated_bytes_at_the_end": state.cache.pools.bytes_allocated,
+        "in_use_bytes_when_all_is_freed": state.cache.pools.bytes_in_use,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operations", type=int, default=1_000_000)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found = soak(arguments.operations, arguments.threads, device=arguments.device, seed=arguments.seed)
+    print(
+        f"{found['operations']} operations by {found['threads']} threads in {found['seconds']} s: "
+        f"{found['operations_per_second']} a second, {found['refused']} refused (CacheFullError); resident "
+        f"{found['resident_bytes_at_a_tenth'] / 1e6:.1f} MB at a tenth, {found['resident_bytes_at_the_end'] / 1e6:.1f} "
+        "at the end"
+    )
+    if arguments.json is not None:
+        device = device_record(torch.device(arguments.device))
+        write_result(arguments.json, {**provenance({}, ("torch",)), "device": device, **found})
+
+
+if __name__ == "__main__":
+    main()
