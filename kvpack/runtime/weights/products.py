@@ -179,7 +179,7 @@ def gemm_warps(layout: Layout, token_tiles: int, architecture: int, buffers: int
             return 12
         return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER]
     if token_tiles == 1 and architecture < _NEWER and layout.raw_bits > _MANY_RAW_BITS:
-        return 12
+        return 10
     if (architecture, token_tiles, buffers, layout.codes_per_symbol, layout.raw_bits) == (90, 2, 1, 8, 4):
         return 14
     return _GEMM_WARPS[token_tiles][architecture < _NEWER]
