@@ -131,8 +131,8 @@ def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
 
 def vector_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
     """Products with column scales, and decoding with row offsets and column scales."""
-    products_of = list(itertools.product(weights.ACTIVATIONS, (0, *weights.TOKEN_TILES), BUFFERS, RESIDENT))
-    for layout, (activation, tiles, buffers, resident) in selected(SIGNED, products_of, everything, architecture):
+    products_of = list(itertools.product(weights.ACTIVATIONS, (0, *weights.TOKEN_TILES), RESIDENT, BUFFERS))
+    for layout, (activation, tiles, resident, buffers) in selected(SIGNED, products_of, everything, architecture):
         if tiles:
             yield weights.gemm_kernel(layout, activation, buffers, resident, tiles, architecture, column_scales=True)
         else:
