@@ -391,9 +391,9 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
         for (u32 i = 0; i < 2 * kEights; ++i) {
           const u32 token = first_token + warp_token + i / 2 * 8 + lane % 4 * 2 + i % 2;
           if (token >= tokens) continue;
-          float result = total.of[fragment(0, i / 2) + 2 * r + i % 2];
+          float result = total.of[fragment(0, i / 2) + 2 * r + i % 2] * kF16UnitInverse;
           if (token_scales != nullptr) result *= __ldg(token_scales + token);
-          result *= kF16UnitInverse * scale;
+          result *= scale;
           if (bias != nullptr) result += offset;
           store_result(y, static_cast<u64>(token) * rows + row, result);
         }
