@@ -12,7 +12,7 @@
 //
 // Shared memory: table (16 KiB) | activations of the panel, 512 bytes for each chunk and eight tokens | a float a token | in a
 // grouped product, of a token, its row and pair, and what is needed of the matrix at the end | for each warp: two buffers of 1 KiB for
-// rows in passing | words, one or two buffers | sums of members.
+// rows in passing | for each warp: what its next unit begins with (NextUnit) | words, one or two buffers | sums of members.
 #include "common/activations.cuh"
 #include "weights/f16_elements.cuh"
 #include "weights/grouped.cuh"

@@ -1,4 +1,4 @@
-"""Products of 33 and more vectors with ldmatrix and mma.sync: on the emulator, and on a GPU."""
+"""Products of many vectors with ldmatrix and mma.sync: on the emulator, and on a GPU."""
 
 from __future__ import annotations
 
