@@ -12,7 +12,7 @@
 //
 // Shared memory: table (16 KiB) | activations of the panel, 512 bytes for each chunk and eight tokens | a float a token | in a
 // grouped product, of a token, its row and pair, and what is needed of the matrix at the end | for each warp: two buffers of 1 KiB for
-// rows in passing | words, one or two buffers | sums of members.
+// rows in passing | for each warp: what its next unit begins with (NextUnit) | words, one or two buffers | sums of members.
 #include "common/activations.cuh"
 #include "weights/f16_elements.cuh"
 #include "weights/grouped.cuh"
@@ -26,6 +26,7 @@ constexpr u32 kFragmentBytes = 16 * kLanes;  // of a chunk and eight tokens
 constexpr u32 kRowsBytes = 32 * kLanes;      // 32 rows of 32 bytes
 constexpr u32 kPartsAhead = kTokenTiles == 1 ? 2 : 1;  // partial sums on their way
 #define KVPACK_TOKEN_SCALES (KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES)
+constexpr float kSumsUnitInverse = KVPACK_TOKEN_SCALES ? 1.0f : kF16UnitInverse;  // when results are stored
 // Of activations on their way; scales and fp32 take registers, too.
 constexpr u32 kFragmentsAhead = kTokenTiles == 2 && KVPACK_TOKEN_SCALES ? 1 : KVPACK_COLUMN_SCALES ? 2 : kTokenTiles == 4 && KVPACK_ACTIVATION != 2 ? 8 : 4;
 constexpr u32 kLoadsAhead = 8;
@@ -386,7 +387,8 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       const u32 maxima = behind_activations(computed_anew(panel_width));
       const MemberSums member_sums{all_buffers + kBuffers * warps * buffer_bytes, runs};
 #if KVPACK_TOKEN_SCALES
-      each_sum(sums, lane, [&](float& sum, u32 token) { sum *= token_scale(load_shared_u32(maxima + 4 * token)); });
+      // Out of units of 2^-24 first: a small token's sums would become denormal.
+      each_sum(sums, lane, [&](float& sum, u32 token) { sum = sum * kF16UnitInverse * token_scale(load_shared_u32(maxima + 4 * token)); });
 #endif
 #if KVPACK_GROUPED
       if (parts > 1) partials = load_pointer<float>(ends + kEndsPartials), semaphores = load_pointer<u32>(ends + kEndsSemaphores);
@@ -416,7 +418,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #pragma unroll
             for (u32 eight = 0; eight < 4; ++eight) {
               if (first_row + 8 * eight >= rows) continue;
-              float result = sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] * kF16UnitInverse * row_scales[eight];
+              float result = sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] * kSumsUnitInverse * row_scales[eight];
               if (bias != nullptr) result += row_offsets[eight];
               store_result(y, at + 8 * eight, result);
             }

@@ -1,4 +1,4 @@
-// Y = scale · (W X) + bias for 33 and more vectors X (tokens) and coded integers W, with ldmatrix and mma.sync: GPUs without wgmma, and blobs
+// Y = scale · (W X) + bias for 65 to 128 vectors X (tokens) and coded integers W, with ldmatrix and mma.sync: GPUs without wgmma, and blobs
 // with predictors or several tables.
 //
 // A block takes 128 or 256 rows (four or eight groups) and two tile columns at a time: two teams of warps, one a tile column, decode them, a
@@ -15,7 +15,7 @@
 //
 // Units, pairs of tile columns of a block of rows, are numbered by block of rows, then pair, and dealt to blocks in runs. Rows whose units are
 // in several runs are put together in global memory by the last one to arrive, warp by warp, in a fixed order. Where there are more tokens than
-// a block takes, blocks along y decode the same again.
+// a block takes, blocks along y decode the same again (expansion is faster: mma_product.MAX_TOKENS).
 //
 // Shared memory: tables (16 KiB each: one, or one a team) | weights, two stages | activations, two stages | for each warp: two entries of the
 // group table | states and lengths | what is known of two rounds, and which table is in place | raw planes of a chunk | words.
@@ -391,9 +391,9 @@ gemm_mma(const u8* x, const float* token_scales, const u8* blob, const uint4* gr
         for (u32 i = 0; i < 2 * kEights; ++i) {
           const u32 token = first_token + warp_token + i / 2 * 8 + lane % 4 * 2 + i % 2;
           if (token >= tokens) continue;
-          float result = total.of[fragment(0, i / 2) + 2 * r + i % 2];
+          float result = total.of[fragment(0, i / 2) + 2 * r + i % 2] * kF16UnitInverse;
           if (token_scales != nullptr) result *= __ldg(token_scales + token);
-          result *= kF16UnitInverse * scale;
+          result *= scale;
           if (bias != nullptr) result += offset;
           store_result(y, static_cast<u64>(token) * rows + row, result);
         }

@@ -358,9 +358,9 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
         for (u32 i = 0; i < kTokens / 4; ++i) {
           const u32 token_eight = i / 2, token = token_eight * 8 + lane % 4 * 2 + i % 2;
           if (token >= tokens) continue;
-          float result = sums[token_eight / (kProductTokens / 8)][token_eight % (kProductTokens / 8) * 4 + 2 * r + i % 2];
+          float result = sums[token_eight / (kProductTokens / 8)][token_eight % (kProductTokens / 8) * 4 + 2 * r + i % 2] * kF16UnitInverse;
           if (token_scales != nullptr) result *= __ldg(token_scales + token);
-          result *= kF16UnitInverse * scale;
+          result *= scale;
           if (bias != nullptr) result += offset;
           store_result(y, static_cast<u64>(token) * rows + row, result);
         }

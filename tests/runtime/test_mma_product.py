@@ -1,4 +1,4 @@
-"""Products of 33 and more vectors with ldmatrix and mma.sync: on the emulator, and on a GPU."""
+"""Products of many vectors with ldmatrix and mma.sync: on the emulator, and on a GPU."""
 
 from __future__ import annotations
 
@@ -121,6 +121,14 @@ def test_column_scales_and_row_offsets(dtype: torch.dtype) -> None:
     x = activations(40, 100, dtype)
     check(coded_tensor(data, scales, None, columns), weights * columns, x, 2)
     check(coded_tensor(data, scales, offsets, columns), (weights + offsets[:, None]) * columns, x, 2)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_smallest_activations() -> None:
+    """Near 2^-110: no sum becomes denormal, which kernels flush to zero."""
+    data, scales = samples.quantized_blob(64, 96, FAST, 64)
+    x = torch.from_numpy(np.random.default_rng(1).normal(0, 2.0**-110, (40, 96))).to(torch.bfloat16)
+    check(coded_tensor(data, scales), dequantized(data, scales), x, 2)
 
 
 @pytest.mark.usefixtures("emulated")

@@ -100,6 +100,14 @@ def test_column_scales_and_row_offsets(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("emulated")
+def test_smallest_activations() -> None:
+    """Near 2^-110: no sum becomes denormal, which kernels flush to zero."""
+    data, scales = samples.quantized_blob(64, 96, FAST, 64)
+    x = torch.from_numpy(np.random.default_rng(1).normal(0, 2.0**-110, (40, 96))).to(torch.bfloat16)
+    check(coded_tensor(data, scales), dequantized(data, scales), x, 2)
+
+
+@pytest.mark.usefixtures("emulated")
 def test_damage_is_reported() -> None:
     data, scales = samples.quantized_blob(512, 512, FAST, 256)
     coded = coded_tensor(data, scales)
