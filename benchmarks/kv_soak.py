@@ -4,8 +4,8 @@
 
 Threads take turns (a cache has no lock of its own) to append, fork, cut, put in order, free, copy, hold, release, adopt
 and load sequences at random, under a limit of bytes that is met often. Every thousand operations the pages in use are
-counted anew from the page table and from what is held; in the end all is given back. Resident memory is compared
-between a tenth of the operations, when all that grows with use has grown, and the end.
+counted anew from the page table and from what is held; in the end all is given back. Resident memory is measured at
+each tenth of the operations: all that grows with use has grown at the first.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def soak(operations: int, threads: int, *, device: str = "cpu", seed: int = 0, every: int = 1000) -> dict[str, Any]:
+def soak(
+    operations: int, threads: int, *, device: str = "cpu", seed: int = 0, every: int = 1000, is_shown: bool = False
+) -> dict[str, Any]:
     """So many operations, shared by threads, and what has become of the memory."""
     state, failures = Soak(device, seed), []
     begin = threading.Barrier(threads)
@@ -177,11 +179,16 @@ def soak(operations: int, threads: int, *, device: str = "cpu", seed: int = 0, e
         if failures:
             raise failures[0]
 
-    start = time.perf_counter()
-    run(operations // 10)
-    before, allocated = resident_bytes(), state.cache.pools.bytes_allocated
-    run(operations - operations // 10)
-    spent, after = time.perf_counter() - start, resident_bytes()
+    start, resident, allocated = time.perf_counter(), [], []
+    for tenth in range(1, 11):
+        run(operations // 10)
+        resident.append(resident_bytes())
+        allocated.append(state.cache.pools.bytes_allocated)
+        if is_shown:
+            spent = time.perf_counter() - start
+            done = sum(state.counts.values())
+            print(f"{tenth}/10: {done} operations in {spent:.0f} s, {resident[-1] / 1e6:.1f} MB resident", flush=True)
+    spent = time.perf_counter() - start
     state.check()
     for sequence in range(SEQUENCES):
         state.cache.free(sequence)
@@ -195,10 +202,8 @@ def soak(operations: int, threads: int, *, device: str = "cpu", seed: int = 0, e
         "operations_per_second": round(sum(state.counts.values()) / spent),
         "by_name": dict(state.counts),
         "refused": state.full,
-        "resident_bytes_at_a_tenth": before,
-        "resident_bytes_at_the_end": after,
-        "allocated_bytes_at_a_tenth": allocated,
-        "allocated_bytes_at_the_end": state.cache.pools.bytes_allocated,
+        "resident_bytes_by_tenth": resident,
+        "allocated_bytes_by_tenth": allocated,
         "in_use_bytes_when_all_is_freed": state.cache.pools.bytes_in_use,
     }
 
@@ -212,12 +217,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = soak(arguments.operations, arguments.threads, device=arguments.device, seed=arguments.seed)
+    found = soak(arguments.operations, arguments.threads, device=arguments.device, seed=arguments.seed, is_shown=True)
     print(
         f"{found['operations']} operations by {found['threads']} threads in {found['seconds']} s: "
         f"{found['operations_per_second']} a second, {found['refused']} refused (CacheFullError); resident "
-        f"{found['resident_bytes_at_a_tenth'] / 1e6:.1f} MB at a tenth, {found['resident_bytes_at_the_end'] / 1e6:.1f} "
-        "at the end"
+        f"{found['resident_bytes_by_tenth'][0] / 1e6:.1f} MB at a tenth, "
+        f"{found['resident_bytes_by_tenth'][-1] / 1e6:.1f} at the end"
     )
     if arguments.json is not None:
         device = device_record(torch.device(arguments.device))

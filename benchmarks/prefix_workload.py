@@ -71,7 +71,7 @@ class Workload:
         think_s, tool_s, pause_s, pause_share: between answer and question, for a tool, and of those who return later.
     """
 
-    sessions: int = 1500
+    sessions: int = 400
     sessions_per_s: float = 0.25
     system_prompts: int = 40
     zipf: float = 1.1
@@ -166,6 +166,9 @@ class NumberedPages:
         return True
 
     def kind(self, entry: int) -> Any:
+        raise NotImplementedError
+
+    def kind_bytes(self, kind: Any) -> int:
         raise NotImplementedError
 
     def slab(self, entry: int) -> tuple[int, int, int]:
@@ -383,7 +386,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=Workload.sessions)
-    parser.add_argument("--seeds", type=int, default=3, help="workloads; figures are means over them")
+    parser.add_argument("--seeds", type=int, default=2, help="workloads; figures are means over them")
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

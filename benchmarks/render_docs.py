@@ -443,6 +443,61 @@ def kv_planning() -> str:
     return table(headings, rows) + "\nBefore:\n\n" + origin(before) + "\nNow:\n\n" + origin(now)
 
 
+def prefix_hits(key: str) -> Callable[[], str]:
+    """Of pages of prompts, those that each policy finds, or what it evicts, by capacity."""
+
+    def render() -> str:
+        result = newest("prefix-workload")
+        rows: dict[str, dict[int, Row]] = {}
+        for row in result["rows"]:
+            rows.setdefault(row["policy"], {})[row["capacity_percent"]] = row
+        capacities = sorted(rows["oracle"])
+        lines = []
+        for policy, found in rows.items():
+            if key == "hits":
+                cells = [_number(100 * found[capacity]["hit_rate"], 2) for capacity in capacities]
+                shares = [found[c]["hit_pages"] / rows["oracle"][c]["hit_pages"] for c in capacities]
+                lines.append([policy, *cells, f"{_number(100 * min(shares), 1)}"])
+            else:
+                lines.append([policy, *(str(round(found[capacity]["evictions"])) for capacity in capacities)])
+        headings = ["policy", *(f"{capacity} %" for capacity in capacities)]
+        headings += ["least share of the oracle's hits, %"] if key == "hits" else []
+        return table(headings, lines) + origin(result)
+
+    return render
+
+
+def prefix_workload() -> str:
+    """What was asked, by seed."""
+    headings = ["seed", "requests", "hours", "full pages of prompts", "distinct pages", "found with room for all, %"]
+    lines = [
+        [
+            str(seed),
+            str(one["requests"]),
+            _number(one["hours"], 1),
+            str(one["prompt_pages"]),
+            str(one["distinct_pages"]),
+            _number(100 * one["most_hits"], 2),
+        ]
+        for seed, one in enumerate(newest("prefix-workload")["workloads"])
+    ]
+    return table(headings, lines)
+
+
+def prefix_host() -> str:
+    """Microseconds of the host."""
+    result = newest("prefix-workload")
+    host = result["host"]
+    lines = [
+        ["`append_tokens`, a sequence and step", _number(host["append_tokens_us"], 2)],
+        ["appends of all layers, a sequence and step: separate sequences", _number(host["append_alone_us"], 1)],
+        ["the same: sequences that share the prompt", _number(host["append_shared_us"], 1)],
+        ["`start`, a request: the whole prompt found", _number(host["start_us"], 0)],
+        ["`finish`, a request", _number(host["finish_us"], 0)],
+    ]
+    return table(["what", "µs"], lines) + origin(result)
+
+
 def same_speed() -> str:
     lines, results = [], []
     for bench in ("linear", "attention"):
@@ -852,6 +907,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kv-quantizers-smollm2-8k": kv_quantizers("smollm2-8k"),
     "kv-quantizers-constructed": kv_quantizers("constructed"),
     "kv-planning": kv_planning,
+    "prefix-workload": prefix_workload,
+    "prefix-hits": prefix_hits("hits"),
+    "prefix-evictions": prefix_hits("evictions"),
+    "prefix-host": prefix_host,
     "cache-agreement": lambda: cache_agreement("books"),
     "cache-agreement-smollm2": lambda: cache_agreement("smollm2"),
     "same-speed": same_speed,

@@ -12,6 +12,7 @@ import typer
 from kvpack.cli.failures import ExitCode, exit_codes, require_transformers
 from kvpack.cli.options import CacheBits, CacheBudget, ComputeDevice, ComputeDtype, ComputeDtypeOption, Json
 from kvpack.cli.printing import shown_number
+from kvpack.errors import InputError
 
 if TYPE_CHECKING:
     from kvpack.integrations.transformers.text_generation import Generation
@@ -42,6 +43,14 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
     kv_bits: CacheBits = None,
     kv_budget: CacheBudget = None,
+    load_context: Annotated[
+        Path | None,
+        typer.Option("--load-context", metavar="FILE", help="The prompt goes on behind what was saved there."),
+    ] = None,
+    save_context: Annotated[
+        Path | None,
+        typer.Option("--save-context", metavar="FILE", help="Save prompt and answer as the model has read them."),
+    ] = None,
     device: ComputeDevice = "auto",
     dtype: ComputeDtype = ComputeDtypeOption.AUTO,
     as_json: Json = False,
@@ -51,31 +60,51 @@ def generate(
     What it took of time and memory goes to stderr at the end, also after Ctrl-C.
     """
     with exit_codes(as_json):
-        prompts = _prompts(prompt, prompt_file)
+        prompts = _prompts(prompt, prompt_file, is_needed=load_context is None)
         if system is not None and not chat:
             raise typer.BadParameter("--system needs --chat", param_hint="--system")
+        if system is not None and load_context is not None:
+            raise typer.BadParameter("a context goes on; --system is for its beginning", param_hint="--system")
+        if load_context is not None and (kv_bits, kv_budget) != (None, None):
+            advice = "its pages have the bits that they were saved with; kvpack kv convert gives them others"
+            raise typer.BadParameter(f"{load_context}: {advice}", param_hint="--kv-bits/--kv-budget")
+        if save_context is not None and len(prompts) > 1:
+            raise typer.BadParameter("a context is of one prompt", param_hint="--save-context")
         require_transformers("kvpack generate")
-        from kvpack.integrations.transformers.cache import ATTENTION_NAME
+        from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache
         from kvpack.integrations.transformers.causal_models import CacheOptions, load_causal_model, load_tokenizer
-        from kvpack.integrations.transformers.text_generation import chat_prompt, generate_text
+        from kvpack.integrations.transformers.text_generation import chat_prompt, chat_turn, generate_text
 
-        cache = None if kv_bits is None and kv_budget is None else CacheOptions(kv_bits, kv_budget)
-        attention = None if cache is None else ATTENTION_NAME
+        _check_contexts(load_context, save_context)
+        options = None if kv_bits is None and kv_budget is None else CacheOptions(kv_bits, kv_budget)
+        if options is None and save_context is not None and load_context is None:
+            options = CacheOptions(16)
+        attention = None if options is None and load_context is None else ATTENTION_NAME
         tokenizer = load_tokenizer(model)
-        if chat:
+        if chat and load_context is not None:
+            prompts = [chat_turn(tokenizer, message) for message in prompts]
+        elif chat:
             prompts = [chat_prompt(tokenizer, message, system) for message in prompts]
         loaded = load_causal_model(model, device=device, dtype=dtype.value, attention=attention)
+        cache, context = None if options is None else options.new(loaded), []
+        if load_context is not None:
+            cache = KVPackCache.load([load_context] * len(prompts), loaded)
+            context = cache.ids[0].tolist()
+            if min(context) < 0:
+                raise InputError(f"{load_context} does not say what all of its tokens are: it can be read by KVCache")
         result = generate_text(
             loaded,
             tokenizer,
             prompts,
             is_chat=chat,
-            cache=None if cache is None else cache.new(loaded),
+            cache=cache,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
             on_text=None if as_json else lambda text: print(text, end="", flush=True),
+            context=context,
+            save_context=save_context,
         )
     if as_json:
         print(json.dumps(result.as_dict(), allow_nan=False))
@@ -87,14 +116,41 @@ def generate(
                 print(f"--- prompt {number}\n{text}")
         _print(result)
     if result.interrupted:
+        if save_context is not None:
+            print("kvpack: no context was saved", file=sys.stderr)
         raise typer.Exit(int(ExitCode.INTERRUPTED))
 
 
-def _prompts(prompt: list[str] | None, file: Path | None) -> list[str]:
+def _check_contexts(load: Path | None, save: Path | None) -> None:
+    """Before the model is loaded, which may take long.
+
+    Raises:
+        FormatError, OSError: ``load`` is no snapshot.
+        InputError: ``save`` is a file of another kind, which is not replaced, or lies in no directory.
+    """
+    from kvpack.errors import FormatError
+    from kvpack.format.snapshot import SnapshotFile
+
+    if load is not None:
+        SnapshotFile(load).close()
+    if save is None:
+        return
+    if not save.parent.is_dir():
+        raise InputError(f"{save.parent} is no directory: the context cannot be saved there")
+    if save.exists():
+        try:
+            SnapshotFile(save).close()
+        except (FormatError, OSError):
+            raise InputError(f"{save} is there, and no context: it is not replaced; name another file") from None
+
+
+def _prompts(prompt: list[str] | None, file: Path | None, *, is_needed: bool) -> list[str]:
     if prompt and file is not None:
         raise typer.BadParameter("--prompt and --prompt-file are both given", param_hint="--prompt-file")
     if prompt:
         return prompt
+    if file is None and not is_needed:
+        return [""]
     if file is None:
         raise typer.BadParameter("give a --prompt or a --prompt-file", param_hint="--prompt")
     try:
@@ -112,7 +168,9 @@ def _print(result: Generation) -> None:
     weights, kv = result.weights, result.kv_bytes
     dense = "" if weights.bytes == weights.dense_bytes else f" ({_mb(weights.dense_bytes)} dense)"
     whole = "" if kv == result.kv_bytes_16_bit else f" ({_mb(result.kv_bytes_16_bit)} in 16 bits)"
+    context = [f"{result.context_tokens} tokens of context"] if result.context_tokens else []
     parts = [
+        *context,
         f"{result.prompt_tokens} prompt tokens",
         f"{result.new_tokens} new",
         f"prefill {shown_number(result.prefill_seconds)} s",
@@ -123,3 +181,5 @@ def _print(result: Generation) -> None:
     ]
     ended = "interrupted; " if result.interrupted else ""
     print(f"kvpack: {ended}{', '.join(parts)}", file=sys.stderr)
+    if result.saved_bytes is not None:
+        print(f"kvpack: saved a context of {result.saved_tokens} tokens, {_mb(result.saved_bytes)}", file=sys.stderr)

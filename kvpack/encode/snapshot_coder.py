@@ -56,6 +56,8 @@ _LAYOUTS = {
     (ElementKind.FP8_E5M2, 8): (5, 1),
 }
 _NUMBER_CODE_BITS = 8
+# A blob may have fewer elements than these behind its part's: a matrix of 32 of the longest lanes (FORMAT.md §9.6).
+MAX_SURPLUS = GROUP_LANES * MAX_TILE_COLS
 # A group of lanes for each matrix, so that every 32 lanes can have a table of their own, wherever that divides.
 _MATRIX_ROWS = GROUP_LANES
 # Elements of a lane, least and most: long ones cost less, short ones let more of them have a table of their own.
@@ -115,7 +117,7 @@ def _parsed(data: memoryview, part: RunPart) -> Blob:
         found = f"{layout.element_kind.name} of {layout.element_bits} bits{', transposed' * header.transposed}"
         raise GeometryError(f"the blob holds {found}; {part.kind.name} of {part.element_bits} bits are needed")
     surplus = header.num_elements - part.elements
-    if not 0 <= surplus < header.rows * header.cols:
+    if not 0 <= surplus < MAX_SURPLUS:
         raise GeometryError(f"the blob holds {header.num_elements} elements, the pages {part.elements}")
     return blob
 

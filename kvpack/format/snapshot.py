@@ -399,10 +399,9 @@ def run_pages(header: SnapshotHeader, page_formats: PageFormats, run: int) -> li
     found = []
     for side in Side:
         window = page_formats[:, side, pages.start : pages.stop]
-        for page_format in PageFormat:
-            layers, indices = np.nonzero(window == page_format)
-            if len(layers):
-                found.append(RunPages(header, run, side, page_format, layers, indices + pages.start))
+        for number in np.unique(window).tolist():
+            layers, indices = np.nonzero(window == number)
+            found.append(RunPages(header, run, side, PageFormat(number), layers, indices + pages.start))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
@@ -10,8 +11,10 @@ import pytest
 from snapshot_samples import SamplePages, make_header, mixed_formats
 
 from kvpack.encode.blob_decoder import rotate_left
+from kvpack.encode.blob_encoder import encode_elements
 from kvpack.encode.page_runs import ordered, part_elements, put_part, unordered
 from kvpack.encode.snapshot_coder import blob_header, decode_part, encode_part
+from kvpack.errors import GeometryError
 from kvpack.format.layout import ElementKind
 from kvpack.format.pages import PageFormat, Side, split_block
 from kvpack.format.snapshot import RunPages, RunPart, run_pages
@@ -130,3 +133,38 @@ def test_blocks_of_another_shape_are_refused() -> None:
             part_elements(wrong, pages.parts[0])
         with pytest.raises(ValueError, match="blocks are"):
             put_part(np.zeros(pages.parts[0].elements, np.uint8), pages.parts[0], wrong)
+
+
+def test_elements_behind_the_last_page_are_looked_at() -> None:
+    """They repeat the last one: nothing can be hidden there."""
+    pages = uneven_pages(Side.V, PageFormat.INT8, 64, (13, 9))
+    blocks = blocks_of(pages)
+    part = next(part for part in pages.parts if blob_header(part).num_elements > part.elements)
+    header = blob_header(part)
+    elements = part_elements(blocks, part)
+    surplus = np.full(header.num_elements - part.elements, elements[-1])
+    shape = header.matrices, header.rows, header.cols
+    whole = encode_elements(np.concatenate([elements, surplus]).reshape(shape), header.layout)
+    decode_part(memoryview(whole), part, np.zeros_like(blocks))
+    surplus[-1] ^= 1
+    other = encode_elements(np.concatenate([elements, surplus]).reshape(shape), header.layout)
+    with pytest.raises(GeometryError, match="do not repeat"):
+        decode_part(memoryview(other), part, np.zeros_like(blocks))
+    # A constant tile of a few bytes is half a million elements: how many there are is looked at before they are made.
+    for count in (part.elements - 64, part.elements + 65536):
+        rows = np.full((1, count // 64, 64), elements[-1])
+        with pytest.raises(GeometryError, match="elements, the pages"):
+            decode_part(memoryview(encode_elements(rows, header.layout)), part, np.zeros_like(blocks))
+
+
+def test_a_blob_cannot_ask_for_much_memory() -> None:
+    pages = uneven_pages(Side.V, PageFormat.INT8, 64, (1,))
+    part = pages.parts[0]
+    bomb = encode_elements(np.zeros((1, 256, 2048 * 128), np.uint8), blob_header(part).layout, tile_cols=2048)
+    assert len(bomb) < 10_000
+    tracemalloc.start()
+    with pytest.raises(GeometryError, match="elements, the pages"):
+        decode_part(memoryview(bomb), part, np.zeros(pages.block_shape, np.uint8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 18

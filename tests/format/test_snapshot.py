@@ -16,7 +16,7 @@ from typing import Any
 import independent_decoder
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from snapshot_samples import FINGERPRINT, SamplePages, make_header, mixed_formats, usual_formats
 
@@ -477,6 +477,30 @@ def test_a_decoder_written_from_the_page_alone_agrees(
                         np.testing.assert_array_equal(other.reshape(2, -1), mine[i].view(np.uint16))
                 seen.add((group.side.name, *place))
     assert seen == found.keys()
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_mixture_comes_back(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    integers = st.integers
+    head_dim = 16 * data.draw(integers(1, 16))
+    header = make_header(
+        data.draw(integers(1, 400)),
+        data.draw(integers(1, 3)),
+        data.draw(integers(1, 3)),
+        head_dim,
+        key_order=tuple(data.draw(st.permutations(range(head_dim // 16)))),
+        run_pages=data.draw(integers(1, 12)),
+        dtype=data.draw(st.sampled_from(["F16", "BF16"])),
+    )
+    pages = SamplePages(
+        header, mixed_formats(header, data.draw(integers(0, 99))), random_bytes=data.draw(st.booleans())
+    )
+    path = tmp_path_factory.mktemp("mixture") / "x.safetensors"
+    pages.write(path)
+    with SnapshotFile(path) as file:
+        assert file.header == header
+        assert check_pages(file, pages, range(header.runs)) == 2 * header.layers * header.pages
 
 
 json_values = st.recursive(

@@ -62,7 +62,7 @@ def test_generate(model: Path) -> None:
     assert f"{report['prompt_tokens']} prompt tokens, {report['new_tokens']} new, prefill " in shown.stderr
     assert set(report) == {
         "ok", "texts", "prompt_tokens", "new_tokens", "prefill_seconds", "tokens_per_second", "weights", "kv_bytes",
-        "kv_bytes_16_bit", "peak_memory_bytes", "interrupted",
+        "kv_bytes_16_bit", "peak_memory_bytes", "interrupted", "context_tokens", "saved_tokens", "saved_bytes",
     }  # fmt: skip
     assert set(report["weights"]) == {"weights", "bytes", "dense_bytes"}
 

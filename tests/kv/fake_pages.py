@@ -12,7 +12,7 @@ from kvpack.errors import PageEntryError
 from kvpack.format.pages import PageFormat, Side
 
 LAYERS = 2
-SLAB_PAGES = 8
+SLAB_PAGES = 4
 # An entry is 16 · number + format, as a real one.
 FULL, SMALL = PageFormat.FP16, PageFormat.INT4
 BYTES = {FULL: 64, SMALL: 16}
@@ -41,10 +41,6 @@ class FakePages:
 
     def in_table(self, entry: int) -> bool:
         return any((entries == entry).any() for entries in self.sequences.values())
-
-    def alive(self) -> set[int]:
-        in_table = {int(entry) for entries in self.sequences.values() for entry in entries.reshape(-1)}
-        return in_table | {entry for entry, count in self.held.items() if count}
 
     # As :class:`kvpack.runtime.kv.prefix_store.Pages`.
 
@@ -87,7 +83,10 @@ class FakePages:
     def kind(self, entry: int) -> tuple[Side, PageFormat]:
         return Side(((entry >> 4) - 1) % 2), PageFormat(entry & 15)
 
+    def kind_bytes(self, kind: tuple[Side, PageFormat]) -> int:
+        return BYTES[kind[1]]
+
     def slab(self, entry: int) -> tuple[int, int, int]:
-        slab = (entry >> 4) // SLAB_PAGES
-        in_use = sum((one >> 4) // SLAB_PAGES == slab for one in self.alive())
-        return slab, in_use, SLAB_PAGES * BYTES[FULL]
+        side, page_format = self.kind(entry)
+        slab = ((entry >> 4) - 1) // 2 // SLAB_PAGES
+        return slab << 8 | side << 4 | page_format, SLAB_PAGES, SLAB_PAGES * BYTES[page_format]

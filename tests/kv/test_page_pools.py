@@ -116,6 +116,56 @@ TestPools = Pools.TestCase
 TestPools.settings = settings(max_examples=40, stateful_step_count=40)
 
 
+class PoolsThatAsk(Pools):
+    """Nobody gives them memory, but they cut empty slabs anew before they say that there is none."""
+
+    @initialize()
+    def begin(self) -> None:
+        super().begin()
+        self.pools.reclaim = lambda missing, missing_bytes: False
+        self.memory: set[tuple[int, int]] = set()
+
+    @invariant()
+    def slabs_stay(self) -> None:
+        """Their memory does."""
+        found = [
+            (slab.memory.data_ptr(), slab.memory.nbytes) for pool in self.pools._pools.values() for slab in pool.slabs
+        ]
+        assert len(set(found)) == len(found) == len(self.pools._bases)
+        assert self.memory <= set(found)
+        self.memory = set(found)
+
+    @invariant()
+    def free_pages_are_those_that_nobody_has(self) -> None:
+        for pool in self.pools._pools.values():
+            pages = {entry for slab in pool.slabs for entry in slab.entries()}
+            assert len(pool.free) == len(set(pool.free))
+            assert set(pool.free) == pages - self.held.keys()
+            assert [slab.in_use for slab in pool.slabs] == [
+                sum(entry in self.held for entry in slab.entries()) for slab in pool.slabs
+            ]
+
+
+TestPoolsThatAsk = PoolsThatAsk.TestCase
+TestPoolsThatAsk.settings = settings(max_examples=40, stateful_step_count=40)
+
+
+def test_free_pages_that_are_asked_for_stay() -> None:
+    """Slabs of a kind that is asked for in the same call are not cut into another."""
+    pools = small_pools(max_bytes=150_000)
+    pools.reclaim = lambda missing, missing_bytes: False
+    narrow, wide = (Side.K, PageFormat.INT4), (Side.V, PageFormat.FP16)
+    pools.reserve({narrow: 40})
+    room = (150_000 - pools.bytes_allocated) // pools.page_bytes(*wide)
+    before = dump(pools)
+    with pytest.raises(CacheFullError):
+        pools.reserve({narrow: 40, wide: room + 1})
+    assert dump(pools) == before
+    pools.reserve({narrow: 32, wide: room + 1})
+    assert len(pools._pools[narrow].free) >= 32
+    assert len(pools._pools[wide].free) >= room + 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_blocks_are_the_pages_own(kind: tuple[Side, PageFormat], device: str) -> None:

@@ -256,7 +256,7 @@ def test_reclaim_frees_what_is_missing_or_nothing() -> None:
     store.keep(0, tokens_of(4, 5))
     del pages.sequences[0]
     before = dump(pages, store)
-    assert not store.reclaim({(Side.K, SMALL): 7}, 10**6)  # there are six
+    assert not store.reclaim({(Side.K, SMALL): 11}, 10**6)  # there are six, and four can be made of a slab of V
     assert dump(pages, store) == before
     assert store.reclaim({(Side.K, SMALL): 2, (Side.V, SMALL): 1}, 10**6)
     assert [store.match(tokens_of(*prompt)).pages for prompt in ([1, 2, 3], [4, 5])] == [2, 2]
@@ -270,14 +270,16 @@ def test_reclaim_frees_what_is_missing_or_nothing() -> None:
 
 
 def test_reclaim_of_whole_slabs() -> None:
-    """Pages of another kind help when they empty a slab."""
+    """Pages of another kind help when they empty a slab, of which pages of the wanted kind can be made."""
     pages, store = make()
-    run(pages, store, [1, 2, 3, 4])  # pages 1–16: slabs of 7, 8 and 1
+    run(pages, store, [1, 2, 3, 4])  # eight pages of K and of V, four to a slab: of each a page of 16 bits can be made
     before = dump(pages, store)
-    assert not store.reclaim({(Side.K, FULL): 1}, 10**6)
+    assert not store.reclaim({(Side.K, FULL): 3, (Side.V, FULL): 2}, 5 * BYTES[FULL])
     assert dump(pages, store) == before
-    assert store.reclaim({(Side.K, FULL): 1}, 8 * BYTES[FULL])
-    assert len(store) == 3  # the slab of one
+    assert store.reclaim({(Side.K, FULL): 1, (Side.V, FULL): 1}, 2 * BYTES[FULL])
+    assert len(store) == 2
+    assert store.reclaim({(Side.K, SMALL): 1, (Side.V, FULL): 1}, BYTES[SMALL] + BYTES[FULL])
+    assert len(store) == 0
 
 
 # Exact ends ----------------------------------------------------------------------------------------------------------

@@ -1000,6 +1000,7 @@ def test_pages_outlive_their_sequence(device: str) -> None:
     cache.adopt(0, entries, 256)
     cache.adopt(2, entries[:, :, :2], 128)
     check_pages(cache, held)
+    assert not cache._is_plain
     assert same(everything(cache, 0), [x[:, :256] for x in before])
     assert same(everything(cache, 2), [x[:, :128] for x in before])
     append_all(cache, [0], 3, 4)
@@ -1129,11 +1130,11 @@ def test_many_sequences_over_one_prompt(adopt: bool, device: str) -> None:
 
 
 def test_a_soak_gives_all_back() -> None:
-    found = kv_soak.soak(2000, 8, every=100)
-    assert found["operations"] == 2000
+    found = kv_soak.soak(2400, 8, every=10)
+    assert found["operations"] == 2400
     assert found["in_use_bytes_when_all_is_freed"] == 0
     assert found["refused"] > 0
-    assert found["allocated_bytes_at_the_end"] <= 90 * 2 * 2048
+    assert found["allocated_bytes_by_tenth"][-1] <= 90 * 2 * 2048
     assert found["by_name"].keys() == kv_soak.WEIGHTS.keys()
 
 
@@ -1154,3 +1155,84 @@ def test_slabs_are_cut_anew_when_memory_ends() -> None:
         cache.release(made)
         cache.free(1)
     assert cache.pools.bytes_in_use == 0
+
+
+def test_a_page_that_is_cut_and_filled_anew_is_quantized_anew() -> None:
+    """It stays where it is, and what it was quantized to for another sequence is not what it holds now."""
+    cache = filled(320, copies=2, formats=INT4)
+    append_all(cache, [0], 64, 1)  # leaves the fifth page behind, which sequence 1 has in 16 bits
+    cache.truncate(1, 290)
+    append_all(cache, [1], 100, 2)
+    assert (cache.entries[:, :, 0, 4] != cache.entries[:, :, 1, 4]).all()
+    alone = filled(320, formats=INT4)
+    alone.truncate(0, 290)
+    append_all(alone, [0], 100, 2)
+    assert same(everything(cache, 1), everything(alone, 0))
+    check_pages(cache)
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_what_a_page_has_been_quantized_to_is_shared_later(is_held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By sequences that leave it one after another, from each other or from who holds it in 16 bits."""
+    cache = filled(320, copies=1 if is_held else 3, formats=INT4)
+    entries = cache.page_entries(0, 0, 5)
+    if is_held:
+        cache.retain(entries)
+        for sequence in (1, 2):
+            cache.adopt(sequence, entries, 320)
+    held = Counter(entries.reshape(-1).tolist()) if is_held else None
+    made = count_jobs(monkeypatch)
+    for sequence in range(3):
+        append_all(cache, [sequence], 64, sequence)
+        check_pages(cache, held)
+    assert made == [1] * LAYERS * 2
+    assert (cache.entries[:, :, :3, 4] == cache.entries[:, :, :1, 4]).all()
+    values = everything(cache, 2)
+    cache.free(0)
+    cache.free(1)
+    append_all(cache, [3], 700, 3)  # takes what is free
+    assert same(everything(cache, 2), values)
+    check_pages(cache, held)
+    cache.free(2)
+    cache.free(3)
+    assert cache.held_bytes == cache.pools.bytes_in_use
+    if is_held:
+        cache.release(entries)
+    assert not cache._twins
+    assert not cache._twin_of
+
+
+def test_pages_held_alone_are_quantized_once_for_those_who_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody shares a page when they are adopted: the table has none of them."""
+    cache = filled(320, formats=INT4, recent_tokens=320, sinks=0)
+    entries = cache.page_entries(0, 0, 5)
+    cache.retain(entries)
+    cache.free(0)
+    held = Counter(entries.reshape(-1).tolist())
+    cache.adopt(0, entries, 320)
+    append_all(cache, [0], 320, 1)
+    cache.adopt(1, entries, 320)
+    made = count_jobs(monkeypatch)
+    append_all(cache, [1], 320, 2)
+    assert made == []
+    check_pages(cache, held)
+    values = everything(cache, 1)
+    cache.free(0)
+    append_all(cache, [2], 700, 3)
+    assert same(everything(cache, 1), values)
+    check_pages(cache, held)
+
+
+def test_adopted_pages_do_not_leave_the_window_twice() -> None:
+    """A prefix that is shorter than what it was cut from has quantized pages among its newest."""
+    cache = filled(700, formats=INT4, recent_tokens=100)
+    entries = cache.page_entries(0, 0, 8)
+    cache.retain(entries)
+    cache.free(0)
+    cache.adopt(1, entries, 512)
+    cache.release(entries)
+    values = everything(cache, 1)
+    append_all(cache, [1], 200, 1)
+    assert (cache.page_entries(1, 0, 8) == entries).all()
+    assert same([x[:, :512] for x in everything(cache, 1)], values)
+    check_pages(cache)

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +30,21 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
+from kvpack.encode.snapshot_coder import OnCorrupt
 from kvpack.errors import CacheInputError
 from kvpack.format.pages import GROUP_DIMS, MAX_GROUPS, PageFormat
 from kvpack.integrations.transformers import rotary
+from kvpack.integrations.transformers.contexts import (
+    Ids,
+    TokenIds,
+    common_columns,
+    load_rows,
+    save_row,
+    token_rows,
+)
 from kvpack.runtime.kv.allocator import Policy
 from kvpack.runtime.kv.cache import KVCache, OpenFormats
+from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN
 
 ATTENTION_NAME = "kvpack"
 # Page tables grow by need: this is no memory.
@@ -276,6 +287,8 @@ class KVPackCache(Cache):  # type: ignore[misc]
         self.rows = 0
         # [rows, columns]: which columns are tokens; None: all.
         self._tokens: Mask | None = None
+        # i32 [rows, columns]: ids of the first columns, as far as somebody has said them.
+        self._ids: Ids | None = None
         self._steps = 0
         self._has_warned = False
         super().__init__(layers=[KVPackLayer(self, index) for index in range(text.num_hidden_layers)])
@@ -414,7 +427,204 @@ class KVPackCache(Cache):  # type: ignore[misc]
         for kv in self.kvs:
             for row in range(kv.max_sequences):
                 kv.free(row)
-        self._tokens, self._steps = None, 0
+        self._tokens, self._ids, self._steps = None, None, 0
+
+    # Contexts in files ------------------------------------------------------------------------------------------------
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """i64 [rows, columns]: the token ids of all columns, as far as :meth:`load`, :meth:`reuse` or :meth:`save` have
+        been told them; −1 of those that are not known, and of pads."""
+        return torch.from_numpy(self._known_ids().astype(np.int64))
+
+    def _known_ids(self) -> Ids:
+        columns = self.get_seq_length()
+        found = np.full((self.rows, columns), UNKNOWN_TOKEN, np.int32)
+        if self._ids is not None and len(self._ids) == self.rows:
+            known = self._ids[:, :columns]
+            found[:, : known.shape[1]] = known
+        if self._tokens is not None:
+            found[~self._tokens] = UNKNOWN_TOKEN
+        return found
+
+    def _take_ids(self, ids: TokenIds) -> None:
+        """
+        Raises:
+            CacheInputError: other rows than the cache has.
+        """
+        given = token_rows(ids)
+        if self.rows and len(given) != self.rows:
+            raise CacheInputError(f"ids have {len(given)} rows, and the cache holds {self.rows}")
+        self._ids = given
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        model: Any,
+        ids: TokenIds | None = None,
+        *,
+        row: int = 0,
+        pages: tuple[int, int] | None = None,
+        threads: int | None = None,
+    ) -> int:
+        """Write a row to a file: its pages as they are, its token ids, and what model they are of.
+
+        Args:
+            model: which has filled the cache.
+            ids: [rows, columns], or [columns] of a single row: what the model was fed, pads included, as ``generate``
+                takes it. More columns may be given than the cache holds: what ``generate`` returns ends with a token
+                that was not fed. None: :attr:`ids`.
+            row: which one. A file holds one row.
+            pages: (first, end): of its pages of 64 tokens only these.
+            threads: of the CPU; all cores by default.
+
+        Returns:
+            The bytes of the file, which is there whole, or not at all.
+
+        Raises:
+            CacheInputError: the cache is empty, or has no such row; fewer ids than it holds columns.
+            NotSupportedError: the model lies on several devices.
+            OSError: the file cannot be written.
+        """
+        kv, columns = self.kv, self.get_seq_length()
+        if kv is None or not columns:
+            raise CacheInputError("the cache is empty: there is nothing to save")
+        if not 0 <= row < self.rows:
+            raise CacheInputError(f"row {row} is to be saved; the cache holds {self.rows}")
+        if ids is not None:
+            given = token_rows(ids)
+            if given.shape[1] < columns:
+                raise CacheInputError(
+                    f"ids have {given.shape[1]} columns, and the cache holds {columns}: some are missing"
+                )
+            self._take_ids(given)
+        of_row = self._known_ids()[row]
+        if self._tokens is not None:
+            of_row = of_row[self._tokens[row]]
+        return save_row(kv, path, row, of_row, model, pages, threads)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        model: Any,
+        *,
+        tokens: int | None = None,
+        on_corrupt: OnCorrupt = "raise",
+        max_sequences: int | None = None,
+        max_tokens: int | None = None,
+        max_bytes: int | None = None,
+        threads: int | None = None,
+    ) -> Self:
+        """A cache that holds what a file does, for the model that it is of.
+
+        Formats of pages, and a budget, are the file's. With several files each is a row; shorter ones have pads in
+        front of them, as with padding on the left. A file that is named several times is read once, and its rows share
+        their pages.
+
+        Args:
+            tokens: of each file only so many first ones.
+            on_corrupt: "raise", or "drop_from_here": load what comes before the first damaged pages, and warn.
+            max_sequences, max_tokens, max_bytes: as of the class; ``max_sequences`` at least the number of files.
+            threads: of the CPU; all cores by default.
+
+        Raises:
+            FingerprintMismatchError: another model; the message has both fingerprints, field by field.
+            ModelMismatchError: the file does not say what model it is of.
+            NotSupportedError: the model lies on several devices.
+            DamagedRunError, SnapshotError, ContainerError, LimitError: no snapshot, or a damaged one.
+            CacheInputError, CacheFullError: pages that cannot be together in a cache, or too many.
+            OSError: a file cannot be read.
+        """
+        paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+        most = _MAX_TOKENS if max_tokens is None else max_tokens
+        header, kv, found = load_rows(
+            paths,
+            model,
+            tokens=tokens,
+            on_corrupt=on_corrupt,
+            threads=threads,
+            max_sequences=max_sequences,
+            max_tokens=most,
+            max_bytes=max_bytes,
+        )
+        made = cls(
+            model.config,
+            formats=header.formats,
+            budget=header.budget,
+            recent_tokens=header.recent_tokens,
+            sinks=header.sinks,
+            max_tokens=most,
+            max_sequences=kv.max_sequences,
+            dtype=kv.dtype,
+            policy=kv.policy if header.budget is not None else None,
+            max_bytes=max_bytes,
+            key_order=header.key_order or None,
+        )
+        made._hold(kv, found)
+        return made
+
+    def _hold(self, kv: KVCache, ids: Sequence[Ids]) -> None:
+        """An empty cache has pages that were filled elsewhere, of rows of these ids."""
+        self._parts, self.rows = [_Part(0, kv.device, kv)], len(ids)
+        columns = max(map(len, ids))
+        self._ids = np.full((self.rows, columns), UNKNOWN_TOKEN, np.int32)
+        is_token = np.zeros(self._ids.shape, np.bool_)
+        for row, of_row in enumerate(ids):
+            start = columns - len(of_row)
+            self._ids[row, start:], is_token[row, start:] = of_row, True
+        self._tokens = None if is_token.all() else is_token
+        layers: Any = self.layers
+        for layer in layers:
+            layer.kv, layer.kv_layer, layer.columns, layer.is_initialized = kv, layer.index, columns, True
+
+    def reuse(self, ids: TokenIds, held: TokenIds | None = None) -> int:
+        """Before ``generate`` is called with these ids: keep what they begin with, and forget the rest.
+
+        ``generate`` then feeds only the columns behind those that are kept; at least one is left for it. A row that is
+        cut within a quantized page keeps its values (:meth:`kvpack.KVCache.truncate`), and goes on from these.
+
+        Args:
+            ids: [rows, columns], or [columns] of a single row: the whole prompt, as ``generate`` takes it.
+            held: the same of what the cache holds: what ``generate`` has returned. None: what :meth:`load`, the last
+                :meth:`reuse` and :meth:`save` were told, behind which tokens are not known, and not kept.
+
+        Returns:
+            How many columns are kept, and need no prefill.
+
+        Raises:
+            CacheInputError: other rows than the cache holds; layers hold different tokens, after a forward pass that
+                has failed.
+
+        >>> import torch, transformers
+        >>> from kvpack import KVPackCache
+        >>> config = transformers.LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        ...     num_attention_heads=4, num_key_value_heads=2)
+        >>> model = transformers.LlamaForCausalLM(config).half().eval()
+        >>> model.set_attn_implementation("kvpack")
+        >>> cache, ids = KVPackCache(model.config), torch.arange(3, 40)[None]
+        >>> for prompt in (ids[:, :30], ids):
+        ...     print(cache.reuse(prompt), end=" ")
+        ...     _ = model.generate(prompt, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        0 30
+        """
+        given = token_rows(ids)
+        if held is not None:
+            self._take_ids(held)
+        columns = self.get_seq_length()
+        if columns and len(given) != self.rows:
+            raise CacheInputError(f"ids have {len(given)} rows, and the cache holds {self.rows}: reset() it")
+        kept = min(common_columns(self._known_ids(), given, self._tokens), given.shape[1] - 1) if columns else 0
+        if kept <= 0:
+            self.reset()
+            kept = 0
+        elif kept < columns:
+            layers: Any = self.layers
+            for layer in layers:
+                layer.columns = kept
+            self.crop_columns(columns - kept)
+        self._ids = given
+        return kept
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -565,7 +775,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         return both[0].to(key_states.dtype), both[1].to(value_states.dtype)
 
     def crop_columns(self, count: int) -> None:
-        """Forget the last columns, in all layers."""
+        """Forget the last columns, in all layers, each of which knows how many are left."""
         if not self._parts:
             return
         gone = np.full(self.rows, count) if self._tokens is None else self._tokens[:, -count:].sum(axis=1)
@@ -574,6 +784,9 @@ class KVPackCache(Cache):  # type: ignore[misc]
                 kv.truncate(row, max(kv.length(0, row) - tokens, 0))
         if self._tokens is not None:
             self._tokens = self._tokens[:, :-count]
+        if self._ids is not None:
+            layers: Any = self.layers
+            self._ids = self._ids[:, : layers[0].columns]  # others may come there
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row i becomes what ``rows[i]`` was, in all layers.
@@ -591,6 +804,8 @@ class KVPackCache(Cache):  # type: ignore[misc]
             )
         for kv in kvs:
             kv.select_sequences(rows)
+        if self._ids is not None:
+            self._ids = self._ids[list(rows)] if len(self._ids) == self.rows else None
         self.rows = len(rows)
         if self._tokens is not None:
             self._tokens = self._tokens[list(rows)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,8 +12,8 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from kvpack.errors import InputError
-from kvpack.integrations.transformers.cache import cache_keyword
+from kvpack.errors import CacheInputError, InputError
+from kvpack.integrations.transformers.cache import KVPackCache, cache_keyword
 from kvpack.integrations.transformers.causal_models import (
     WeightMemory,
     kv_bytes,
@@ -32,6 +33,7 @@ class Generation:
     Attributes:
         texts: what follows each prompt, without special tokens.
         prompt_tokens, new_tokens: of all prompts together, without padding; end tokens count as new.
+        context_tokens: that the cache held before, in front of each prompt.
         prefill_seconds: from the call to the first token of all prompts.
         tokens_per_second: new tokens after the first ones, over the time that they took; None if there are none.
         weights: what the weights take in memory.
@@ -39,6 +41,7 @@ class Generation:
         kv_bytes_16_bit: what the same tokens take in 16 bits.
         peak_memory_bytes: see :func:`peak_memory_bytes`.
         interrupted: whether Ctrl-C ended it.
+        saved_tokens, saved_bytes: what ``save_context`` was written with; None: nothing was saved.
     """
 
     texts: tuple[str, ...]
@@ -51,6 +54,9 @@ class Generation:
     kv_bytes_16_bit: int
     peak_memory_bytes: int
     interrupted: bool
+    context_tokens: int = 0
+    saved_tokens: int | None = None
+    saved_bytes: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What ``kvpack generate --json`` prints."""
@@ -114,6 +120,29 @@ def chat_prompt(tokenizer: Any, message: str, system: str | None = None) -> str:
     return text
 
 
+# Stands for what the model has answered, in what a template makes of a conversation.
+_ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+def chat_turn(tokenizer: Any, message: str) -> str:
+    """What the tokenizer's chat template puts behind an answer that the model has given, up to the next one.
+
+    Raises:
+        InputError: as of :func:`chat_prompt`; or the template does not take conversations of several turns.
+    """
+    chat_prompt(tokenizer, message)
+    earlier = [{"role": "user", "content": "…"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [*earlier, {"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # templates raise what they like
+        raise InputError(f"the chat template does not take a second message: {error}") from None
+    if text.count(_ANSWER) != 1:
+        raise InputError("the chat template does not keep earlier answers: a context cannot go on with --chat")
+    return text.partition(_ANSWER)[2]
+
+
 def generate_text(
     model: Any,
     tokenizer: Any,
@@ -126,20 +155,31 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    context: Sequence[int] = (),
+    save_context: str | os.PathLike[str] | None = None,
 ) -> Generation:
     """Continue prompts, several as one batch that is padded on the left.
 
     Args:
-        is_chat: the prompts are of :func:`chat_prompt`, so that the tokenizer adds no tokens of its own.
+        is_chat: the prompts are of :func:`chat_prompt` or :func:`chat_turn`, so that the tokenizer adds no tokens of
+            its own.
         cache: a cache of transformers, empty, as of :meth:`CacheOptions.new`; a ``DynamicCache`` by default.
         max_new_tokens: 256 by default, or as many as the model has positions for.
         temperature: 0 takes the most probable token each time; above, tokens are drawn.
         top_p: tokens are drawn from the most probable ones that have this share.
         on_text: called with pieces of the text as it comes; of a single prompt alone.
+        context: ids of the tokens that the cache, a :class:`~kvpack.KVPackCache`, holds in each row: prompts go on
+            behind them, without what the tokenizer puts in front of a text, and may be empty.
+        save_context: file that prompt and answer are saved to, end tokens left out; of a single prompt, and of a
+            :class:`~kvpack.KVPackCache`. Nothing is saved when Ctrl-C has ended it.
 
     Raises:
-        InputError: a prompt without tokens, one too long for the model, or a number out of its range.
+        InputError: a prompt without tokens, one too long for the model, or a number out of its range; several prompts,
+            or another cache, with ``save_context``.
+        CacheInputError: the cache does not hold ``context``.
     """
+    if save_context is not None and (len(prompts) != 1 or not isinstance(cache, KVPackCache)):
+        raise InputError("a context is saved of one prompt, and of a KVPackCache (--kv-bits or --kv-budget)")
     if not prompts:
         raise InputError("no prompt is given")
     if max_new_tokens is not None and max_new_tokens < 1:
@@ -148,22 +188,29 @@ def generate_text(
         raise InputError(f"temperature is {temperature} and top_p {top_p}; they must be ≥ 0, and above 0 up to 1")
     ends = _end_tokens(model)
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if i is not None), 0)
-    rows = [tokenizer(prompt, add_special_tokens=not is_chat).input_ids for prompt in prompts]
+    held = list(context)
+    rows = [tokenizer(prompt, add_special_tokens=not is_chat and not held).input_ids for prompt in prompts]
     longest = max(map(len, rows))
-    if not min(map(len, rows)):
+    if not held and not min(map(len, rows)):
         raise InputError("a prompt has no tokens: it is empty")
     limit = position_limit(model.config)
-    room = DEFAULT_NEW_TOKENS if limit is None else limit - longest
+    room = DEFAULT_NEW_TOKENS if limit is None else limit - longest - len(held)
     if max_new_tokens is None:
         max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
     if limit is not None and max_new_tokens > room:
         raise InputError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} positions that the "
-            "model has: a shorter prompt or a smaller --max-new-tokens is needed"
+            f"{f'a context of {len(held)} tokens, ' * bool(held)}a prompt of {longest} tokens and {max_new_tokens} new "
+            f"ones are more than the {limit} positions that the model has: a shorter prompt or a smaller "
+            "--max-new-tokens is needed"
         )
-    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    pads = [longest - len(row) for row in rows]
+    ids = torch.tensor([held + [padding] * n + row for n, row in zip(pads, rows, strict=True)], device=model.device)
+    mask = torch.ones_like(ids)
+    for row, n in enumerate(pads):
+        mask[row, len(held) : len(held) + n] = 0
     cache = transformers.DynamicCache(config=model.config) if cache is None else cache
+    if held and cache.reuse(ids) < min(len(held), ids.shape[1] - 1):
+        raise CacheInputError(f"the cache does not hold the {len(held)} tokens of the context")
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -188,6 +235,10 @@ def generate_text(
     found = [_until_end([int(step[row]) for step in streamer.steps], ends) for row in range(len(rows))]
     new_tokens, steps = sum(map(len, found)), len(streamer.steps)
     decoding = streamer.last_time - streamer.first_time
+    saved_tokens = saved_bytes = None
+    if save_context is not None and not interrupted:
+        answer = found[0][:-1] if found[0][-1] in ends else found[0]
+        saved_tokens, saved_bytes = _save(model, cache, [*ids[0].tolist(), *answer], save_context)
     return Generation(
         texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row in found),
         prompt_tokens=sum(map(len, rows)),
@@ -199,7 +250,20 @@ def generate_text(
         kv_bytes_16_bit=kv_bytes_16_bit(cache),
         peak_memory_bytes=peak_memory_bytes(model.device),
         interrupted=interrupted,
+        context_tokens=len(held),
+        saved_tokens=saved_tokens,
+        saved_bytes=saved_bytes,
     )
+
+
+@torch.no_grad()
+def _save(model: Any, cache: KVPackCache, ids: list[int], path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Tokens and bytes of the file. The last token that ``generate`` gave out was not fed yet."""
+    row = torch.tensor([ids], device=model.device)
+    if row.shape[1] > (before := cache.get_seq_length()):
+        given = {cache_keyword(model): cache, "attention_mask": torch.ones_like(row)}
+        model(input_ids=row[:, before:], use_cache=True, **given)
+    return len(ids), cache.save(path, model, row)
 
 
 def _end_tokens(model: Any) -> list[int]:

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -1201,18 +1202,23 @@ class KVCache:
         """
         count, table = len(rows), other.table
         self._grow_tables(table.pages)
-        held, member = np.unique(table.entries[:, :, rows], return_inverse=True)
-        there = [entry for entry in held.tolist() if entry != NO_PAGE]
-        infos = [other.pools.info(entry) for entry in there]
-        self.pools.reserve(Counter((info.side, info.format) for info in infos))
-        made = [self.pools.allocate(info.side, info.format, info.owner) for info in infos]
-        self._copy_blocks([other.pools.blocks(entry) for entry in there], [self.pools.blocks(entry) for entry in made])
-        none = [NO_PAGE] * (len(held) - len(there))  # the least of them
-        shape = (self.num_layers, len(Side), count, table.pages)
-        entries = np.array(none + made, np.int64)[member].reshape(shape)
+        taken = table.entries[:, :, rows]
+        present = taken != NO_PAGE
+        held, member = np.unique(taken[present], return_inverse=True)
+        infos = other.pools.infos(held)
+        kinds = [
+            (_SIDES[side], _FORMATS[f]) for side, f in zip(infos.side.tolist(), infos.format.tolist(), strict=True)
+        ]
+        owners = map(PageOwner, infos.layer.tolist(), infos.page.tolist())
+        self.pools.reserve(Counter(kinds))
+        made = np.array(
+            [self.pools.allocate(*kind, owner) for kind, owner in zip(kinds, owners, strict=True)], np.int64
+        )
+        self._copy_blocks(other.read_pages(held), self.read_pages(made))
+        entries = np.full(taken.shape, NO_PAGE)
+        entries[present] = made[member]
         self.table.put_copies(rows, table, entries)
-        for info, entry in zip(infos, made, strict=True):
-            self._used_bytes[info.owner.layer] += self.pools.bytes_of(entry)
+        self._used_bytes = np.bincount(infos.layer, infos.bytes, self.num_layers).astype(int).tolist()
         self.mass[:, :count, : table.pages] = other.mass[:, rows].to(self.device)
         self.observed_steps[:, :count] = other.observed_steps[:, rows].to(self.device)
         self.importance = other.importance.selected(rows).grown(self.table.pages)
@@ -1230,6 +1236,19 @@ class KVCache:
                 flat = torch.cat([block.reshape(-1) for block in these]).to(self.device)
                 these = [x.view_as(y) for x, y in zip(flat.split_with_sizes(sizes), those, strict=True)]
             torch._foreach_copy_(those, these)
+
+    def save(self, path: str | os.PathLike[str], **options: Any) -> int:
+        """Write a sequence to a file: :func:`kvpack.runtime.kv.snapshot.save_snapshot`, which has the options."""
+        from kvpack.runtime.kv.snapshot import save_snapshot
+
+        return save_snapshot(self, path, **options)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **options: Any) -> KVCache:
+        """A cache of what a file holds: :func:`kvpack.runtime.kv.snapshot.load_cache`, which has the options."""
+        from kvpack.runtime.kv.snapshot import load_cache
+
+        return load_cache(path, **options)
 
     # Pages that others hold ------------------------------------------------------------------------------------------
 
@@ -1265,20 +1284,16 @@ class KVCache:
         Raises:
             PageEntryError: one is of no page in use, or of one that is not full. Nothing has changed.
         """
-        found = _flat(entries)
-        infos = [self.pools.info(entry) for entry in found]
-        places = [(info.owner.layer, info.side, info.owner.page) for info in infos]
-        layers, sides, indices = np.array(places, np.int64).reshape(-1, 3).T
-        is_in_table = np.array([info.is_in_table for info in infos], np.bool_)
-        layers, sides, indices = (x[is_in_table] for x in (layers, sides, indices))
-        held = self.entries[layers, sides, :, indices] == np.array(found, np.int64)[is_in_table, None]
-        if (is_open := held & (self.table.lengths[layers] < (indices[:, None] + 1) * PAGE_TOKENS)).any():
-            at, sequence = np.argwhere(is_open)[0].tolist()
+        found, lengths = _flat(entries), self.table.lengths
+        layers, sequences = np.nonzero(lengths % PAGE_TOKENS)
+        indices = lengths[layers, sequences] // PAGE_TOKENS
+        is_retained = np.isin(self.entries[layers, :, sequences, indices], found)
+        if is_retained.any():
+            at = int(np.argwhere(is_retained)[0, 0])
             raise PageEntryError(
-                f"page {indices[at]} of sequence {sequence} is not full: it is written to, and cannot be retained"
+                f"page {indices[at]} of sequence {sequences[at]} is not full: it is written to, and cannot be retained"
             )
-        for entry in found:
-            self.pools.hold(entry)
+        self.pools.hold(found)
 
     def release(self, entries: Ints) -> int:
         """Hold pages no longer, one reference of each less.
@@ -1290,10 +1305,13 @@ class KVCache:
             PageEntryError: one is of no page in use, or not retained so often. Nothing has changed.
         """
         found = _flat(entries)
-        for entry, count in Counter(found).items():
-            if (held := self.pools.info(entry).held) < count:
-                raise PageEntryError(f"{entry:#x} is released {count} times; it is retained {held} times")
-        return sum(self._release(entry) for entry in found)
+        pages, counts = np.unique(found, return_counts=True)
+        held = self.pools.infos(pages).held
+        if len(few := np.flatnonzero(held < counts)):
+            raise PageEntryError(
+                f"{pages[few[0]]:#x} is released {counts[few[0]]} times; it is retained {held[few[0]]} times"
+            )
+        return sum(self._release(entry) for entry in found.tolist())
 
     def new_pages(self, formats: npt.NDArray[np.uint8], *, first_page: int = 0) -> Ints:
         """Pages to be filled by the caller (:meth:`read_pages`), who holds them as by :meth:`retain`.
@@ -1336,7 +1354,7 @@ class KVCache:
         Raises:
             PageEntryError: one is of no page in use.
         """
-        return [self.pools.blocks(entry) for entry in _flat(entries)]
+        return [self.pools.blocks(entry) for entry in _flat(entries).tolist()]
 
     def adopt(self, sequence: int, entries: Ints, tokens: int, importance: PageImportance | None = None) -> None:
         """An empty sequence gets pages that the caller holds, who keeps his references.
@@ -1375,28 +1393,30 @@ class KVCache:
                 "is wanted"
             )
         self._require_replayed()
-        is_shared = False
-        for (layer, side, page), entry in np.ndenumerate(entries):
-            info = self.pools.info(int(entry))
-            if (info.owner, info.side) != ((layer, page), side):
-                raise PageEntryError(
-                    f"{entry:#x} is page {info.owner.page} of layer {info.owner.layer}, {info.side.name}; it cannot be "
-                    f"page {page} of layer {layer}, {_SIDES[side].name}"
-                )
-            is_shared |= info.is_in_table
-            is_open = (page + 1) * PAGE_TOKENS > tokens
-            if is_open and (info.is_in_table or info.held > 1 or info.format != self.full_format):
-                raise PageEntryError(
-                    f"{entry:#x}, a {info.format.name} page, is the last one of {tokens} tokens: it will be written "
-                    "to, so it must be in 16 bits and the caller's alone"
-                )
+        found = _flat(entries)
+        infos = self.pools.infos(found)
+        layers, sides, indices = (of.reshape(-1) for of in np.indices(shape))
+        wrong = (infos.layer != layers) | (infos.side != sides) | (infos.page != indices)
+        if len(at := np.flatnonzero(wrong)):
+            info = self.pools.info(int(found[at[0]]))
+            raise PageEntryError(
+                f"{found[at[0]]:#x} is page {info.owner.page} of layer {info.owner.layer}, {info.side.name}; it cannot "
+                f"be page {indices[at[0]]} of layer {layers[at[0]]}, {_SIDES[sides[at[0]]].name}"
+            )
+        is_open = (indices + 1) * PAGE_TOKENS > tokens
+        is_others = infos.is_in_table | (infos.held > 1) | (infos.format != self.full_format)
+        if len(at := np.flatnonzero(is_open & is_others)):
+            raise PageEntryError(
+                f"{found[at[0]]:#x}, a {_FORMATS[infos.format[at[0]]].name} page, is the last one of {tokens} tokens: "
+                "it will be written to, so it must be in 16 bits and the caller's alone"
+            )
         if not tokens:
             return
         self._grow_tables(pages)
         uploaded = self._upload(entries.astype(np.int64))
-        for (layer, _, _), entry in np.ndenumerate(entries):
-            if self.pools.enter(int(entry)):
-                self._used_bytes[layer] += self.pools.bytes_of(int(entry))
+        is_new = self.pools.enter(found)
+        used = np.bincount(infos.layer[is_new], infos.bytes[is_new], self.num_layers).astype(int).tolist()
+        self._used_bytes = [before + more for before, more in zip(self._used_bytes, used, strict=True)]
         self.table.put_sequence(sequence, entries, uploaded, tokens)
         self.mass[:, sequence] = 0
         self.observed_steps[:, sequence] = 0
@@ -1406,7 +1426,10 @@ class KVCache:
         if tokens % PAGE_TOKENS:
             self._adopted_open.update(entries[:, :, -1].reshape(-1).tolist())
         self._quiet, self._is_unplanned = [None] * self.num_layers, [True] * self.num_layers
-        self._is_plain = self._is_plain and not is_shared and not self._is_mixed()
+        is_pinned = indices >= int(self.window.open_ends(self.table.lengths[0])[sequence])
+        is_pinned |= indices < self.window.sink_pages
+        is_mixed = is_quantized(found[is_pinned], self.full_format).any()
+        self._is_plain = self._is_plain and bool(is_new.all()) and not is_mixed
 
     def importance_of(self, sequence: int) -> PageImportance:
         """What is known of the attention that a sequence's pages receive: fp32 [layers, pages], for :meth:`adopt`.
@@ -1439,7 +1462,7 @@ class KVCache:
             moved = {}
             for source, target in changes:
                 if self.pools.is_held(source) and holder.follows(source):
-                    self.pools.hold(target)
+                    self.pools.hold(np.array([target]))
                     self._release(source)
                     moved[source] = target
             if moved:
@@ -1531,8 +1554,8 @@ class KVCache:
         twins = {twin for twin in known if twin is not None}
         made = [number for number, twin in enumerate(known) if twin is None]
         wanted += [(_SIDES[kinds[number][0]], _FORMATS[kinds[number][2]]) for number in made]
-        for twin in twins:
-            self.pools.hold(twin)
+        if twins:
+            self.pools.hold(np.array(list(twins), np.int64))
         allocated: list[int] = []
         try:
             self.pools.reserve(Counter(wanted))
@@ -1592,7 +1615,7 @@ class KVCache:
         for (layer, _, _, index), (side, _, target), source, put in zip(
             begun.owners, begun.kinds, begun.sources, begun.targets, strict=True
         ):
-            if put not in begun.twins or self.pools.enter(put):
+            if put not in begun.twins or self.pools.enter(np.array([put]))[0]:
                 self._used_bytes[layer] += self.pools.page_bytes(_SIDES[side], _FORMATS[target])
             if self._is_plain or not (self.entries[layer, side, :, index] == source).any():
                 if not self._let_go(layer, source):
@@ -2182,10 +2205,8 @@ class _Reclaimer:
         return any(holder.reclaim(missing, missing_bytes) for holder in living)
 
 
-def _flat(entries: Ints | Sequence[int]) -> list[int]:
-    """As plain numbers."""
-    found: list[int] = np.asarray(entries, np.int64).reshape(-1).tolist()
-    return found
+def _flat(entries: Ints | Sequence[int]) -> Ints:
+    return np.asarray(entries, np.int64).reshape(-1)
 
 
 def _integer(name: str, value: int, least: int | None = None) -> int:

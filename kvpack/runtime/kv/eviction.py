@@ -161,7 +161,7 @@ class Hybrid(EvictionPolicy):
 
     name = "hybrid"
 
-    def __init__(self, half_life_s: float = 600.0) -> None:
+    def __init__(self, half_life_s: float = 30.0) -> None:
         super().__init__()
         if not half_life_s > 0:
             raise CacheInputError(f"half_life_s is {half_life_s!r}; seconds, more than 0, are wanted")
@@ -304,7 +304,7 @@ class Conversation(EvictionPolicy):
 
     def _worth(self, kind: int, idle_s: float) -> float:
         """Uses to expect of a block that has been idle so long, for each second that it is kept."""
-        if self._ended - self._worths_at > self._LEARN_AFTER or not self._worths:
+        if self._ended - self._worths_at > min(self._LEARN_AFTER, self._worths_at // 4) or not self._worths:
             self._worths_at = self._ended
             self._worths = [self._life_table(k) for k in range(self.queue_count)]
         return self._worths[kind][self._octave(idle_s)]
@@ -335,10 +335,10 @@ class Conversation(EvictionPolicy):
         return (block.last_use,)
 
     def head(self, now_s: float) -> Block | None:
-        best, least = None, math.inf
+        best, least = None, (math.inf, 0)
         for kind, queue in enumerate(self.queues):
             if (block := queue.head()) is not None:
-                worth = self._worth(kind, now_s - block.last_use_s)
+                worth = self._worth(kind, now_s - block.last_use_s), block.last_use
                 if worth < least:
                     best, least = block, worth
         return best
@@ -347,6 +347,9 @@ class Conversation(EvictionPolicy):
 POLICIES: Mapping[str, type[EvictionPolicy]] = MappingProxyType(
     {policy.name: policy for policy in (Lru, Lfu, Priority, Hybrid, Adaptive, Conversation)}
 )
+
+# It finds most at nearly all capacities (docs/results/prefix-cache.md).
+DEFAULT_POLICY = Conversation.name
 
 
 def policy_of(policy: str | EvictionPolicy) -> EvictionPolicy:

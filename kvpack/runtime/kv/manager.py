@@ -13,9 +13,9 @@ of the longest prefix that is cached, computes the rest as always, and leaves it
 the cache directly (appends, attends) while others may use it must hold it, since the cache is not made for several
 threads, and evicts prefixes when its memory ends.
 
-**Memory.** Prefixes take at most ``prefix_bytes``. When the cache's own memory ends (``max_bytes``), it asks for
-pages that prefixes alone have: so prefixes never stand in the way of running requests. What cannot be had is an
-error, and everything is as it was before.
+**Memory.** Prefixes take at most ``prefix_bytes``. When the cache's own memory ends (``max_bytes``), it asks for pages
+that prefixes alone have: as many of the kinds that are missing, or whole slabs. What cannot be had is an error, and
+everything is as it was before.
 """
 
 from __future__ import annotations
@@ -35,13 +35,11 @@ from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, Side
 from kvpack.format.snapshot import Fingerprint
 from kvpack.runtime.kv.allocator import PageImportance
 from kvpack.runtime.kv.cache import KVCache
-from kvpack.runtime.kv.eviction import EvictionPolicy
+from kvpack.runtime.kv.eviction import DEFAULT_POLICY, EvictionPolicy
 from kvpack.runtime.kv.manager_metrics import ManagerMetrics
 from kvpack.runtime.kv.page_holders import Kind
 from kvpack.runtime.kv.prefix_hash import Tokens, root_hash, token_bytes
 from kvpack.runtime.kv.prefix_store import Ints, Match, Prefix, PrefixStore
-
-DEFAULT_POLICY = "lru"
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,12 @@ class _CachePages:
         info = self._cache.pools.info(entry)
         return info.side, info.format
 
+    def kind_bytes(self, kind: Kind) -> int:
+        return self._cache.pools.page_bytes(*kind)
+
     def slab(self, entry: int) -> tuple[int, int, int]:
         slab, _ = self._cache.pools._find(entry)
-        return slab.base, slab.page_count - slab.references.count(0), slab.memory.numel()
+        return slab.base, slab.page_count, slab.memory.numel()
 
 
 class KVManager:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 SECONDS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
 # More would-be entries of the working set than this are forgotten, the oldest first.
-_MOST_REMEMBERED = 1 << 20
+_MOST_REMEMBERED = 1 << 18
 _MUCH_THRASHING = 0.1
 
 

@@ -17,10 +17,12 @@ import mmap
 import os
 from array import array
 from bisect import bisect_right, insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvpack.errors import CacheFullError, PageEntryError
@@ -63,18 +65,40 @@ class PageInfo:
         return self.references > self.held
 
 
+@dataclass(frozen=True)
+class PageArrays:
+    """:class:`PageInfo` of several pages, arrays of as many: i64; and the bytes of each."""
+
+    side: npt.NDArray[np.int64]
+    format: npt.NDArray[np.int64]
+    layer: npt.NDArray[np.int64]
+    page: npt.NDArray[np.int64]
+    references: npt.NDArray[np.int64]
+    held: npt.NDArray[np.int64]
+    bytes: npt.NDArray[np.int64]
+
+    @property
+    def is_in_table(self) -> npt.NDArray[np.bool_]:
+        return self.references > self.held
+
+
 class _Slab:
     """Pages of one kind in one piece of memory. Of pages not in use, ``references`` and ``held`` are 0."""
 
     def __init__(self, memory: torch.Tensor, base: int, layout: PageLayout, num_kv_heads: int) -> None:
         self.memory, self.base, self.layout = memory, base, layout
         self.first = base | int(layout.format)  # the first page's entry
-        self.page_bytes = num_kv_heads * layout.block_bytes
+        self.block_bytes = layout.block_bytes
+        self.page_bytes = num_kv_heads * self.block_bytes
         self.page_count = memory.numel() // self.page_bytes
         # One number is set at a time, for which NumPy's arrays are slow.
         self.layers, self.pages = (array("i", [-1]) * self.page_count for _ in range(2))
         self.references, self.held = (array("i", [0]) * self.page_count for _ in range(2))
         self.in_use = 0
+        # The same memory, for many at a time.
+        self.many_layers, self.many_pages, self.many_references, self.many_held = (
+            np.frombuffer(numbers, np.int32) for numbers in (self.layers, self.pages, self.references, self.held)
+        )
 
     def entries(self) -> range:
         return range(self.first, self.first + self.page_count * self.page_bytes, self.page_bytes)
@@ -310,15 +334,15 @@ class PagePools:
         """
         return self._drop(entry, *self._in_use(entry))
 
-    def hold(self, entry: int) -> None:
-        """One more holds the page, other than the page table.
+    def hold(self, entries: npt.NDArray[np.int64]) -> None:
+        """One more holds each of these pages, [n], other than the page table.
 
         Raises:
-            PageEntryError: no page in use.
+            PageEntryError: no page in use. Nothing has changed.
         """
-        slab, number = self._in_use(entry)
-        slab.references[number] += 1
-        slab.held[number] += 1
+        for slab, _, numbers in list(self._located(entries)):
+            np.add.at(slab.many_references, numbers, 1)
+            np.add.at(slab.many_held, numbers, 1)
 
     def release(self, entry: int) -> int:
         """:meth:`free`, of one who has taken the page with :meth:`hold`.
@@ -337,17 +361,17 @@ class PagePools:
         slab, number = self._find(entry)
         return slab.held[number] > 0
 
-    def enter(self, entry: int) -> bool:
-        """The page table holds the page, too. Returns whether it did not before.
+    def enter(self, entries: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """The page table holds these pages, [n], each named once, too. Returns of which it did not before.
 
         Raises:
-            PageEntryError: no page in use.
+            PageEntryError: no page in use. Nothing has changed.
         """
-        slab, number = self._in_use(entry)
-        if slab.references[number] > slab.held[number]:
-            return False
-        slab.references[number] += 1
-        return True
+        is_new = np.zeros(len(entries), np.bool_)
+        for slab, members, numbers in list(self._located(entries)):
+            is_new[members] = slab.many_references[numbers] == slab.many_held[numbers]
+            slab.many_references[numbers] += is_new[members]
+        return is_new
 
     def _drop(self, entry: int, slab: _Slab, number: int) -> int:
         slab.references[number] -= 1
@@ -371,6 +395,20 @@ class PagePools:
         owner = PageOwner(slab.layers[number], slab.pages[number])
         return PageInfo(slab.layout.side, slab.layout.format, owner, slab.references[number], slab.held[number])
 
+    def infos(self, entries: npt.NDArray[np.int64]) -> PageArrays:
+        """:meth:`info` of many pages, [n].
+
+        Raises:
+            PageEntryError: one is no page in use.
+        """
+        found = np.empty((7, len(entries)), np.int64)
+        for slab, members, numbers in self._located(entries):
+            found[0, members], found[1, members] = slab.layout.side, slab.layout.format
+            found[2, members], found[3, members] = slab.many_layers[numbers], slab.many_pages[numbers]
+            found[4, members], found[5, members] = slab.many_references[numbers], slab.many_held[numbers]
+            found[6, members] = slab.page_bytes
+        return PageArrays(*found)
+
     def bytes_of(self, entry: int) -> int:
         """Of a page in use.
 
@@ -387,7 +425,7 @@ class PagePools:
         """
         slab, number = self._in_use(entry)
         first = number * slab.page_bytes
-        return slab.memory[first : first + slab.page_bytes].view(self.num_kv_heads, slab.layout.block_bytes)
+        return slab.memory[first : first + slab.page_bytes].view(self.num_kv_heads, slab.block_bytes)
 
     def _find(self, entry: int) -> tuple[_Slab, int]:
         """The slab and the page in it."""
@@ -398,6 +436,28 @@ class PagePools:
             if not rest and 0 <= number < slab.page_count:
                 return slab, number
         raise PageEntryError(f"{entry:#x} is the entry of no page of these pools")
+
+    def _located(
+        self, entries: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[_Slab, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Slabs, which of the entries each has, and which of its pages these are.
+
+        Raises:
+            PageEntryError: one is no page in use.
+        """
+        places = np.searchsorted(np.array(self._bases, np.int64), entries, side="right") - 1
+        order = np.argsort(places, kind="stable")
+        for members in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
+            if not len(members):
+                return
+            of_slab = entries[members]
+            slab, _ = self._find(int(of_slab[0]))
+            numbers, rest = np.divmod(of_slab - slab.first, slab.page_bytes)
+            is_page = (rest == 0) & (numbers >= 0) & (numbers < slab.page_count)
+            is_page[is_page] = slab.many_references[numbers[is_page]] > 0
+            if not is_page.all():
+                self._in_use(int(of_slab[~is_page][0]))
+            yield slab, members, numbers
 
     def _in_use(self, entry: int) -> tuple[_Slab, int]:
         slab, number = self._find(entry)

@@ -35,7 +35,7 @@ import numpy.typing as npt
 from kvpack.errors import CacheFullError, CacheInputError
 from kvpack.format.pages import PAGE_TOKENS
 from kvpack.runtime.kv.allocator import PageImportance
-from kvpack.runtime.kv.eviction import EvictionPolicy, policy_of
+from kvpack.runtime.kv.eviction import DEFAULT_POLICY, EvictionPolicy, policy_of
 from kvpack.runtime.kv.manager_metrics import PrefixCounters
 from kvpack.runtime.kv.page_holders import Kind
 from kvpack.runtime.kv.prefix_hash import Tokens, chained, next_hash, token_pages
@@ -74,8 +74,11 @@ class Pages(Protocol):
     def kind(self, entry: int) -> Kind:
         """A page's side and format."""
 
+    def kind_bytes(self, kind: Kind) -> int:
+        """Of one page."""
+
     def slab(self, entry: int) -> tuple[int, int, int]:
-        """The memory a page lies in: its name, how many pages of it are in use, and its bytes."""
+        """The memory a page lies in: its name, how many pages it has, and its bytes."""
 
 
 class LowerTier(Protocol):
@@ -233,7 +236,7 @@ class PrefixStore:
         root: bytes,
         *,
         capacity_bytes: int | None = None,
-        policy: str | EvictionPolicy = "lru",
+        policy: str | EvictionPolicy = DEFAULT_POLICY,
         recent_tokens: int = 0,
         window_s: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
@@ -518,11 +521,13 @@ class PrefixStore:
                 raise
         standing = self._standing.get(sequence)
         attached = known.index(standing) + 1 if standing in known else 0  # these were counted then
+        self._change(last, "users", 1)  # what is used while it is queued would keep its place in the queue
         self._touch(known[attached:], session)
         for block in known:
             block.priority = max(block.priority, priority)
         self._learn_quantized(known, entries)
         blocks = known + self._insert(last, pages[len(known) :], hashes, new, priority, session)
+        self._change(last, "users", -1)
         if importance is not None:
             for block in blocks:
                 page = block.depth - 1
@@ -781,26 +786,36 @@ class PrefixStore:
     def reclaim(self, missing: Mapping[Kind, int], missing_bytes: int) -> bool:
         """As of :class:`~kvpack.runtime.kv.page_holders.PageHolder`: evict as little as the policy's order allows."""
         with self.lock:
-            left = Counter(dict(missing))
-            slabs: Counter[int] = Counter()
-            # A slab that is cut anew has whole pages, and a rest that is lost.
-            left_pages = sum(missing.values())
-            page_bytes = -(-missing_bytes // max(1, left_pages))
+            left, slabs, spare_bytes = dict(missing), Counter[int](), list[int]()
 
             def is_enough(block: Block) -> bool:
-                nonlocal left_pages
                 for entry in block.pages().tolist():
                     if not self._pages.is_only_held(entry):
                         continue
-                    left[self._pages.kind(entry)] -= 1
-                    slab, in_use, slab_bytes = self._pages.slab(entry)
+                    kind = self._pages.kind(entry)
+                    slab, page_count, slab_bytes = self._pages.slab(entry)
                     slabs[slab] += 1
-                    if slabs[slab] == in_use:
-                        left_pages -= slab_bytes // page_bytes
-                return left_pages <= 0 or all(count <= 0 for count in left.values())
+                    if kind in left:
+                        left[kind] -= 1
+                    elif slabs[slab] == page_count:
+                        # Had pages of it been free, some of them might be wanted as they are.
+                        spare_bytes.append(slab_bytes)
+                return self._is_room(left, spare_bytes)
 
             plan = self._planned(is_enough)
             if plan is None:
                 return False
             self._give_up(plan, "memory")
             return True
+
+    def _is_room(self, missing: Mapping[Kind, int], spare_bytes: Sequence[int]) -> bool:
+        """Whether empty slabs of these bytes can be cut into so many pages of each kind, as the pools do it."""
+        spare = sorted(spare_bytes)
+        sizes = {kind: self._pages.kind_bytes(kind) for kind in missing}
+        for kind in sorted(missing, key=lambda kind: -sizes[kind]):
+            count = missing[kind]
+            while count > 0 and spare and spare[-1] >= sizes[kind]:
+                count -= spare.pop() // sizes[kind]
+            if count > 0:
+                return False
+        return True

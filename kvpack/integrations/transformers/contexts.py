@@ -1,0 +1,196 @@
+"""Contexts of transformers' models in files: what :meth:`KVPackCache.save` and :meth:`KVPackCache.load` do.
+
+A context is one row of a cache, with its token ids and the fingerprint of the model that has read them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvpack.encode.snapshot_coder import OnCorrupt
+from kvpack.errors import CacheInputError, NotSupportedError
+from kvpack.format.snapshot import Fingerprint, SnapshotFile, SnapshotHeader
+from kvpack.runtime.kv.cache import KVCache
+from kvpack.runtime.kv.fingerprint import check_fingerprint, json_digest, make_fingerprint, tensors_digest
+from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, cache_for, load_snapshot, save_snapshot
+
+# What a configuration says that keys and values do not depend on, or that the fingerprint says elsewhere.
+_OTHER_KEYS = {
+    "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "name_or_path",
+    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "quantization_config",
+    "return_dict", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+Ids = npt.NDArray[np.int32]
+PathLike = str | os.PathLike[str]
+# Ids as users have them.
+TokenIds = torch.Tensor | npt.NDArray[np.integer[Any]] | Sequence[int] | Sequence[Sequence[int]]
+
+
+def model_fingerprint(model: Any) -> Fingerprint:
+    """What says whether pages are of this model: of its configuration, weights, positions, dtype and LoRA adapter.
+
+    The same on each device and, of one model directory, in each version of transformers. The ``rope`` of it is the
+    configuration's ``rope_parameters``. Takes some milliseconds (:mod:`kvpack.runtime.kv.fingerprint`).
+
+    Args:
+        model: of transformers or PEFT.
+
+    Raises:
+        CacheInputError: weights are not in memory.
+        NotSupportedError: the adapter is none of layers, as with prompt tuning.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if getattr(model, "peft_config", None) is not None and hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            raise NotSupportedError("contexts of prompt tuning cannot be saved: virtual tokens have no ids")
+        model = model.get_base_model()
+    config = model.config.get_text_config(decoder=True)
+    told = {
+        key: value for key, value in config.to_diff_dict().items() if key not in _OTHER_KEYS and not key.startswith("_")
+    }
+    told["model_type"] = config.model_type
+    rope = getattr(config, "rope_parameters", None) or {}
+    adapter, of_adapters = _adapter(model)
+    weights = (
+        (name.replace(".base_layer", ""), tensor) for name, tensor in _tensors(model) if id(tensor) not in of_adapters
+    )
+    return make_fingerprint(told, weights, rope=rope, dtype=model.dtype, adapter=adapter)
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and the buffers that files of the model have: coded weights are buffers."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
+
+
+def _adapter(model: Any) -> tuple[str | None, set[int]]:
+    """Hex SHA-256 of the adapters that are in use, or None; and which tensors are of adapters, in use or not."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # without it there are none
+    if tuners is None:
+        return None, set()
+    of_adapters: set[int] = set()
+    used: list[tuple[str, torch.Tensor]] = []
+    numbers: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, tuners.BaseTunerLayer):
+            continue
+        layer: Any = module
+        active = [] if layer.disable_adapters or layer.merged else list(layer.active_adapters)
+        for part in layer.adapter_layer_names:
+            held = getattr(layer, part, None) or {}
+            of_adapters |= {id(tensor) for tensor in held.parameters()} if hasattr(held, "parameters") else set()
+            for place, name in enumerate(active):
+                if name in held:
+                    one = held[name]
+                    inner = one.named_parameters() if isinstance(one, torch.nn.Module) else [("", one)]
+                    used += [(f"{prefix}.{part}.{place}.{key}", tensor) for key, tensor in inner]
+        scaling = getattr(layer, "scaling", {})
+        numbers[prefix] = [scaling.get(name) for name in active]
+    if not used:
+        return None, of_adapters
+    return json_digest([tensors_digest(used), numbers]), of_adapters
+
+
+def token_rows(ids: TokenIds) -> Ids:
+    """i32 [rows, columns] on the host; one row may come without the first axis.
+
+    Raises:
+        CacheInputError: they are no such integers.
+    """
+    found = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    found = found[None] if found.ndim == 1 else found
+    if found.ndim != 2 or not (np.issubdtype(found.dtype, np.integer) or found.size == 0):
+        raise CacheInputError(f"token ids are {found.dtype} {list(found.shape)}; integers [rows, columns] are wanted")
+    return found.astype(np.int32)
+
+
+def save_row(
+    kv: KVCache, path: PathLike, row: int, ids: Ids, model: Any, pages: tuple[int, int] | None, threads: int | None
+) -> int:
+    """Write a row that has these ids; returns the bytes of the file.
+
+    Raises:
+        CacheInputError, NotSupportedError, OSError
+    """
+    _require_one_device(model)
+    fingerprint = model_fingerprint(model)
+    return save_snapshot(kv, path, row, tokens=ids, fingerprint=fingerprint, pages=pages, threads=threads)
+
+
+def _require_one_device(model: Any) -> torch.device:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise NotSupportedError(
+            f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}); contexts are saved and "
+            "loaded of models on one"
+        )
+    found: torch.device = devices.pop()
+    return found
+
+
+def load_rows(
+    paths: Sequence[PathLike],
+    model: Any,
+    *,
+    tokens: int | None,
+    on_corrupt: OnCorrupt,
+    threads: int | None,
+    max_sequences: int | None,
+    **options: Any,
+) -> tuple[SnapshotHeader, KVCache, list[Ids]]:
+    """A cache of pages whose first rows are these files, with the header of the first one and the ids of each row.
+
+    A file that is named again is read once: its rows share their pages.
+
+    Raises:
+        CacheInputError, CacheFullError, ModelMismatchError, NotSupportedError, FormatError, OSError
+    """
+    if not paths:
+        raise CacheInputError("no file is named")
+    device = _require_one_device(model)
+    fingerprint = model_fingerprint(model)
+    rows = len(paths) if max_sequences is None else max_sequences
+    if rows < len(paths):
+        raise CacheInputError(f"{len(paths)} files are to be loaded; max_sequences is {max_sequences}")
+    kv: KVCache | None = None
+    header: SnapshotHeader | None = None
+    found: list[Ids] = []
+    first_row: dict[str, int] = {}
+    for row, path in enumerate(paths):
+        if (same := first_row.setdefault(os.path.realpath(path), row)) != row:
+            assert kv is not None
+            kv.fork(same, row)
+            found.append(found[same])
+            continue
+        with SnapshotFile(path) as file:
+            check_fingerprint(file.header, fingerprint)
+            if kv is None:
+                header = file.header
+                kv = cache_for(header, max_sequences=rows, device=device, **options)
+            loaded = load_snapshot(kv, file, row, tokens=tokens, on_corrupt=on_corrupt, threads=threads)
+        found.append(loaded.tokens)
+    assert kv is not None
+    assert header is not None
+    return header, kv, found
+
+
+def common_columns(held: Ids, given: Ids, is_token: npt.NDArray[np.bool_] | None) -> int:
+    """How many first columns of two batches have the same known ids; what is no token in ``held`` may differ."""
+    columns = min(held.shape[1], given.shape[1])
+    a, b = held[:, :columns], given[:, :columns]
+    same = (a == b) & (a != UNKNOWN_TOKEN)
+    if is_token is not None:
+        same |= ~is_token[:, :columns]
+    all_same = same.all(axis=0)
+    return columns if all_same.all() else int(np.argmin(all_same))

@@ -1,0 +1,247 @@
+"""Sequences of caches in files: the same pages bit for bit, in whole and in parts, and nothing half-loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kvpack import KVCache, PageFormat  # noqa: E402
+from kvpack.errors import (  # noqa: E402
+    CacheFullError,
+    CacheInputError,
+    DamagedRunError,
+    FingerprintMismatchError,
+    ModelMismatchError,
+)
+from kvpack.format.container import Container  # noqa: E402
+from kvpack.format.snapshot import Fingerprint, SnapshotFile  # noqa: E402
+from kvpack.runtime.kv.allocator import PageImportance  # noqa: E402
+from kvpack.runtime.kv.snapshot import load_snapshot  # noqa: E402
+
+LAYERS, HEADS, DIM = 2, 2, 32
+MIXED = [(PageFormat.INT4, PageFormat.INT2), (PageFormat.FP8_E4M3, PageFormat.FP16)]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "16 bits": {},
+    "bf16": {"dtype": torch.bfloat16, "formats": PageFormat.INT3},
+    "int4": {"formats": PageFormat.INT4, "recent_tokens": 100},
+    "mixed": {"formats": MIXED, "sinks": 0},
+    "budget": {"budget": 0.35},
+    "key order": {"formats": PageFormat.INT4, "key_order": (1, 0)},
+}
+
+
+def new_cache(**options: Any) -> Any:
+    given = {"max_sequences": 3, "device": "cpu"} | options
+    return KVCache(LAYERS, HEADS, DIM, 1 << 14, **given)
+
+
+def fill(cache: Any, tokens: int, sequence: int = 0, seed: int = 1, start: int = 0) -> None:
+    """Channels differ in scale, and follow their last value, as keys do; the first tokens do not depend on how many."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(2, LAYERS, HEADS, DIM, 4096, generator=generator).transpose(-1, -2)
+    x = (steps + steps.roll(1, -2)) * torch.linspace(0.2, 3, DIM)
+    for layer in range(LAYERS):
+        k, v = (side[layer, None, :, start : start + tokens].to(cache.dtype) for side in x)
+        cache.append(layer, k, v, sequences=[sequence])
+
+
+def dump(cache: Any, sequence: int) -> list[Any]:
+    """A sequence's length, and the format and bytes of its pages."""
+    pages = -(-cache.length(0, sequence) // 64)
+    entries = cache.entries[:, :, sequence, :pages]
+    return [
+        cache.length(0, sequence),
+        (entries & 15).tolist(),
+        [block.numpy().tobytes() for block in cache.read_pages(entries)],
+    ]
+
+
+def used(cache: Any) -> tuple[int, int]:
+    return cache.pools.bytes_in_use, cache.held_bytes
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_pages_are_equal_bit_for_bit(tmp_path: Path, name: str) -> None:
+    cache = new_cache(**OPTIONS[name])
+    fill(cache, 2500, sequence=1)
+    size_bytes = cache.save(tmp_path / "context", sequence=1, tokens=range(2500))
+    assert size_bytes == (tmp_path / "context").stat().st_size
+    assert cache.held_bytes == 0
+    loaded = KVCache.load(tmp_path / "context", device="cpu")
+    assert dump(loaded, 0) == dump(cache, 1)
+    assert used(loaded) == (cache.pools.bytes_in_use, 0)
+    assert (loaded.budget, loaded.policy, loaded.key_order) == (cache.budget, cache.policy, cache.key_order)
+    assert (loaded.recent_tokens, loaded.sinks, loaded.dtype) == (cache.recent_tokens, cache.sinks, cache.dtype)
+    # What comes behind goes the same way: formats, the window and what is known of the formats are the same.
+    fill(cache, 200, sequence=1, start=2500)
+    fill(loaded, 200, start=2500)
+    assert dump(loaded, 0) == dump(cache, 1)
+    np.testing.assert_array_equal(loaded.errors, cache.errors)
+
+
+def test_the_file_is_smaller_than_the_pages_and_does_not_depend_on_threads(tmp_path: Path) -> None:
+    cache = new_cache(formats=PageFormat.INT4)
+    fill(cache, 4096)
+    for threads in (1, 3):
+        cache.save(tmp_path / str(threads), threads=threads)
+    one, three = (SnapshotFile(tmp_path / name) for name in ("1", "3"))
+    with one, three:
+        assert one.container.file.size_bytes < one.page_bytes
+        for name in one.container.tensors:
+            assert bytes(one.container.data(name)) == bytes(three.container.data(name))
+
+
+def test_importance_goes_along(tmp_path: Path) -> None:
+    cache = new_cache(budget=0.5)
+    fill(cache, 300)
+    given = PageImportance(np.arange(10, dtype=np.float32).reshape(2, 5), np.full((2, 5), 0.5, np.float32))
+    cache.importance.put(0, given)
+    known = cache.importance_of(0)
+    assert known.average.any()
+    cache.save(tmp_path / "context")
+    loaded = KVCache.load(tmp_path / "context", device="cpu").importance_of(0)
+    np.testing.assert_array_equal(loaded.average, known.average)
+    np.testing.assert_array_equal(loaded.weight, known.weight)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 1000, 1024, 2048, 2300, 2500])
+def test_a_prefix(tmp_path: Path, tokens: int) -> None:
+    """Is what truncate() leaves of all of it."""
+    cache = new_cache(formats=PageFormat.INT4)
+    fill(cache, 2500)
+    cache.save(tmp_path / "context", tokens=range(2500))
+    other = new_cache(formats=PageFormat.INT4)
+    loaded = load_snapshot(other, tmp_path / "context", 2, tokens=tokens)
+    assert loaded.tokens.tolist() == list(range(tokens))
+    cache.truncate(0, tokens)
+    assert dump(other, 2) == dump(cache, 0)
+    assert used(other) == used(cache)
+
+
+def test_parts_one_behind_the_other(tmp_path: Path) -> None:
+    cache = new_cache(formats=PageFormat.INT4)
+    fill(cache, 2500, sequence=1)
+    for first, end in ((0, 7), (7, 39), (39, 40)):
+        cache.save(tmp_path / str(first), sequence=1, tokens=range(2500), pages=(first, end))
+    other = new_cache(formats=PageFormat.INT4)
+    fill(other, 70, sequence=1)
+    with pytest.raises(CacheInputError, match="needs the 448 tokens before it"):
+        load_snapshot(other, tmp_path / "7", 2)
+    ids: list[int] = []
+    for first in (0, 7, 39):
+        ids += load_snapshot(other, tmp_path / str(first), 2).tokens.tolist()
+    assert ids == list(range(2500))
+    assert dump(other, 2) == dump(cache, 1)
+    assert other.held_bytes == 0
+    with pytest.raises(CacheInputError, match="0 to 40; 5 to 41 cannot be saved"):
+        cache.save(tmp_path / "x", sequence=1, pages=(5, 41))
+
+
+def test_a_cache_that_cannot_have_the_pages_stays_as_it_is(tmp_path: Path) -> None:
+    cache = new_cache(formats=PageFormat.INT4)
+    fill(cache, 300)
+    cache.save(tmp_path / "context")
+    others = {
+        "dtype": new_cache(formats=PageFormat.INT4, dtype=torch.bfloat16),
+        "key_order": new_cache(formats=PageFormat.INT4, key_order=(1, 0)),
+        "INT4|format": new_cache(formats=PageFormat.INT3),
+        "layers": KVCache(3, HEADS, DIM, 999, device="cpu"),
+        "KV heads": KVCache(LAYERS, 1, DIM, 999, device="cpu"),
+        "head_dim": KVCache(LAYERS, HEADS, 64, 999, device="cpu"),
+        "max_tokens": KVCache(LAYERS, HEADS, DIM, 256, device="cpu", formats=PageFormat.INT4),
+    }
+    for reason, other in others.items():
+        with pytest.raises(CacheInputError, match=reason):
+            load_snapshot(other, tmp_path / "context")
+        assert (other.length(0, 0), *used(other)) == (0, 0, 0)
+    fill(cache, 100, sequence=1)
+    before = [dump(cache, sequence) for sequence in range(3)], used(cache)
+    with pytest.raises(CacheInputError, match="sequence 1 has 100 tokens"):
+        load_snapshot(cache, tmp_path / "context", 1)
+    with pytest.raises(CacheInputError, match="301 tokens are to be loaded"):
+        load_snapshot(cache, tmp_path / "context", 2, tokens=301)
+    assert ([dump(cache, sequence) for sequence in range(3)], used(cache)) == before
+
+
+def test_memory_that_ends_changes_nothing(tmp_path: Path) -> None:
+    cache = new_cache()
+    fill(cache, 2500)
+    cache.save(tmp_path / "context")
+    small = new_cache(max_bytes=300_000, slab_bytes=4096)
+    fill(small, 100, sequence=1)
+    before = dump(small, 1), used(small)
+    with pytest.raises(CacheFullError):
+        load_snapshot(small, tmp_path / "context", 0)
+    assert (dump(small, 1), used(small)) == before
+
+
+def _fingerprint(**changed: Any) -> Fingerprint:
+    fields: dict[str, Any] = {"model": "0" * 64, "config": "1" * 64, "weights": "2" * 64, "dtype": "float16"}
+    return Fingerprint(**({"rope": {"rope_theta": 1e4}} | fields | changed))
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    cache = new_cache()
+    fill(cache, 100)
+    ours = _fingerprint()
+    cache.save(tmp_path / "context", fingerprint=ours)
+    cache.save(tmp_path / "of no model")
+    assert KVCache.load(tmp_path / "context", fingerprint=ours, device="cpu").length(0, 0) == 100
+    theirs = _fingerprint(model="a" * 64, rope={"rope_theta": 5e5}, dtype="bfloat16")
+    with pytest.raises(FingerprintMismatchError, match=r"rope\.rope_theta: 10000\.0 in the file, 500000\.0") as found:
+        load_snapshot(cache, tmp_path / "context", 1, fingerprint=theirs)
+    assert "0" * 64 in str(found.value)
+    assert "a" * 64 in str(found.value)
+    assert [line.partition(":")[0] for line in found.value.differences] == ["dtype", "model", "rope.rope_theta"]
+    with pytest.raises(ModelMismatchError, match="does not say what model"):
+        load_snapshot(cache, tmp_path / "of no model", 1, fingerprint=ours)
+    assert cache.length(0, 1) == 0
+
+
+def _damage(path: Path, run: int) -> None:
+    with Container(path) as container:
+        tensor = next(t for name, t in sorted(container.tensors.items()) if name.startswith(f"run.{run:05d}."))
+        at = container.data_begin + tensor.begin + tensor.size_bytes // 2
+    damaged = bytearray(path.read_bytes())
+    damaged[at] ^= 1
+    path.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("run", [0, 1, 2])
+def test_a_damaged_run(tmp_path: Path, run: int) -> None:
+    cache = new_cache(formats=PageFormat.INT4)
+    fill(cache, 4090)
+    fill(cache, 30, seed=2)
+    cache.save(tmp_path / "context", tokens=range(4120))
+    _damage(tmp_path / "context", run)
+    other = new_cache(formats=PageFormat.INT4)
+    with pytest.raises(DamagedRunError, match=rf"run {run} \(tokens {2048 * run}"):
+        load_snapshot(other, tmp_path / "context", 1)
+    assert (other.length(0, 1), *used(other)) == (0, 0, 0)
+    with pytest.warns(UserWarning, match=f"^{2048 * run} of 4120 tokens were loaded; .*run {run}"):
+        loaded = load_snapshot(other, tmp_path / "context", 1, on_corrupt="drop_from_here")
+    assert loaded.damage is not None
+    assert loaded.damage.run == run
+    assert loaded.tokens.tolist() == list(range(2048 * run))
+    cache.truncate(0, 2048 * run)
+    assert dump(other, 1) == dump(cache, 0)
+    assert used(other) == used(cache)
+
+
+def test_what_is_behind_the_last_token_is_zero_when_loaded(tmp_path: Path) -> None:
+    """A file may hold anything there, NaN too, which attention would spread."""
+    cache = new_cache()
+    ones = torch.full((1, HEADS, 100, DIM), 1 + 2**-10).half()  # no byte of which is 0
+    for layer in range(LAYERS):
+        cache.append(layer, ones, -ones, sequences=[0])
+    clean = dump(cache, 0)
+    for block in cache.read_pages(cache.entries[:, :, 0, 1]):
+        block[block == 0] = 0xFF
+    cache.save(tmp_path / "context")
+    assert dump(cache, 0) != clean
+    assert dump(KVCache.load(tmp_path / "context", device="cpu"), 0) == clean
