@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from kvpack.cli import app
 
 OK, USAGE, CORRUPT = 0, 2, 3
-LONG = "the old house was under rain and " * 20
+LONG = "the old house was under rain and " * 34
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,102 @@ def test_inspect_and_verify(tmp_path: Path, model: Path) -> None:
     assert found["damage"].startswith("run 0 (tokens 0")
     assert "DAMAGED: the first 0 of" in run("kv", "verify", context, code=CORRUPT).stdout
     assert run_json("generate", model, "--load-context", context, code=CORRUPT)["error"] == "DamagedRunError"
+
+
+def test_a_directory_of_contexts(tmp_path: Path, model: Path) -> None:
+    for name, prompt in (("a", LONG), ("b", "rain")):
+        run("generate", model, "--prompt", prompt, "--max-new-tokens", 2, "--save-context", tmp_path / name)
+    (tmp_path / "notes").write_text("no context")
+    os.mkfifo(tmp_path / "pipe")
+    report = run_json("kv", "inspect", tmp_path)
+    assert [found["file"] for found in report["contexts"]] == ["a", "b"]
+    assert [other["file"] for other in report["others"]] == ["notes"]
+    shown = run("kv", "inspect", tmp_path)
+    assert f"a: tokens 0 to {report['contexts'][0]['tokens'] - 1}, FP16, " in shown.stdout
+    assert "2 contexts, " in shown.stdout
+    assert "kvpack: notes is none: NotAContainerError" in shown.stderr
+
+
+def test_convert(tmp_path: Path, model: Path) -> None:
+    wide, narrow, archive = (tmp_path / name for name in ("wide", "narrow", "archive"))
+    run("generate", model, "--prompt", LONG, "--max-new-tokens", 2, "--save-context", wide)
+    report = run_json("kv", "convert", wide, "-o", narrow, "--kv-bits", 4)
+    assert report["output_bytes"] == narrow.stat().st_size < wide.stat().st_size == report["input_bytes"]
+    assert run_json("kv", "inspect", narrow)["formats"] == [["INT4", "INT4"]] * 2
+    assert run_json("generate", model, "--load-context", narrow, "--max-new-tokens", 4)["new_tokens"] == 4
+    assert "--force replaces it" in run("kv", "convert", wide, "-o", narrow, "--kv-bits", 4, code=USAGE).stderr
+    run("kv", "convert", wide, "-o", narrow, "--kv-bits", 2, "--force")
+    to_x = ("-o", tmp_path / "x")
+    assert "fewer bits than INT4" in run("kv", "convert", narrow, *to_x, "--kv-bits", 4, code=USAGE).stderr
+    assert "either --kv-bits or --archive" in run("kv", "convert", wide, *to_x, code=USAGE).stderr
+
+    report = run_json("kv", "convert", wide, "-o", archive, "--archive", "--noise", 0.5)
+    assert 0.1 < report["noise"][1] < 0.5
+    assert archive.stat().st_size < wide.stat().st_size / 2
+    refused = run("generate", model, "--load-context", archive, code=CORRUPT).stderr
+    assert "archive" in refused
+    back = run("kv", "convert", archive, "-o", tmp_path / "back").stdout
+    assert back.startswith("a context from an archive: ")
+    assert run_json("generate", model, "--load-context", tmp_path / "back", "--max-new-tokens", 4)["new_tokens"] == 4
+
+
+def test_bench(tmp_path: Path, model: Path) -> None:
+    context = tmp_path / "context"
+    run("generate", model, "--prompt", LONG, "--kv-bits", 4, "--max-new-tokens", 2, "--save-context", context)
+    report = run_json("kv", "bench", context, "--threads", 1, "--plot", tmp_path / "plot.png")
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["kvpack"]["bytes"] == context.stat().st_size
+    assert rows["pages"]["of_pages"] == rows["fp16"]["of_fp16"] == 1
+    assert rows["kvpack"]["decode_gb_per_s"] > 0
+    assert {"lz4"} <= rows.keys()
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    shown = run("kv", "bench", context, "--threads", 1).stdout
+    assert "kvpack  " in shown
+
+
+def test_what_generate_refuses_of_contexts(tmp_path: Path, model: Path) -> None:
+    context, other = tmp_path / "context", write_model(tmp_path / "other", seed=3)
+    generate = ("generate", model, "--max-new-tokens", 2)
+    run(*generate, "--prompt", "rain", "--save-context", context)
+    found = run_json("generate", other, "--load-context", context, "--prompt", "x", code=USAGE)
+    assert found["error"] == "FingerprintMismatchError"
+    assert "weights: " in found["message"]
+    for given, said in {
+        ("--load-context", context, "--kv-bits", 4): "kvpack kv convert",
+        ("--load-context", context, "--chat", "--prompt", "x", "--system", "y"): "is for its beginning",
+        ("--prompt", "x", "--prompt", "y", "--save-context", tmp_path / "b"): "a context is of one prompt",
+        ("--prompt", "x", "--save-context", model / "config.json"): "no context: it is not replaced",
+        ("--prompt", "x", "--save-context", tmp_path / "no" / "b"): "is no directory",
+        ("--load-context", tmp_path / "nowhere"): "does not exist",
+    }.items():
+        result = run(*generate, *given, code=USAGE)
+        assert said in " ".join((result.stderr + result.stdout).replace("│", " ").split())
+    assert "NotAContainerError" in run_json(*generate, "--load-context", model / "config.json", code=CORRUPT)["error"]
+
+
+def test_prompts_of_a_batch_go_on_from_one_context(tmp_path: Path, model: Path) -> None:
+    context = tmp_path / "context"
+    run("generate", model, "--prompt", LONG, "--kv-bits", 4, "--max-new-tokens", 2, "--save-context", context)
+    prompts = (" and the rain said", " night", " the young light walked into the house")
+    options = ("--load-context", context, "--max-new-tokens", 12)
+    batch = run_json("generate", model, *(x for prompt in prompts for x in ("--prompt", prompt)), *options)
+    singles = [run_json("generate", model, "--prompt", prompt, *options)["texts"][0] for prompt in prompts]
+    assert batch["texts"] == singles
+
+
+def test_a_chat_goes_on(tmp_path: Path, model: Path) -> None:
+    """The second turn is what the template makes of the whole conversation."""
+    context = tmp_path / "context"
+    chat = ("generate", model, "--chat", "--max-new-tokens", 8, "--kv-bits", 16)
+    first = run_json(*chat, "--prompt", "the old house", "--save-context", context)
+    turn = ("generate", model, "--chat", "--max-new-tokens", 8, "--load-context", context)
+    second = run_json(*turn, "--prompt", "the rain", "--save-context", context)
+    answer = first["texts"][0]
+    whole = f"[user] the old house\n[assistant] {answer}\n[user] the rain\n[assistant] "
+    from integrations.tiny_text_model import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    assert tokenizer.decode(tokenizer(whole).input_ids) == whole
+    straight = run_json("generate", model, "--prompt", whole, "--max-new-tokens", 8, "--kv-bits", 16)
+    assert second["context_tokens"] + second["prompt_tokens"] == straight["prompt_tokens"]
+    assert second["texts"] == straight["texts"]

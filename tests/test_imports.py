@@ -29,11 +29,12 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "cli": ({"format", "encode", "runtime", "bench", "integrations", "cli", "compression"}, {"typer", "rich"}),
 }
 FOR_ALL = {"_version", "errors"}
-# What `kvpack bench linear` compares with. Only these files name them, and they load them when they measure: kvpack
-# neither needs nor installs these packages.
+# What `kvpack bench linear` and `kvpack kv bench` compare with. Only these files name them, and they load them when
+# they measure: kvpack neither needs nor installs these packages.
 PEERS = {
     "kvpack/bench/peers.py": {"nvidia", "entropack", "humming"},
     "kvpack/bench/int8_gemv_triton.py": {"triton"},
+    "kvpack/bench/snapshot.py": {"lz4", "zstandard"},
 }
 
 

@@ -234,3 +234,16 @@ def plot_models(report: dict[str, Any], path: Path) -> None:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120, format="png")
+
+
+def plot_snapshot(report: dict[str, Any], path: Path) -> None:
+    """Bytes of a saved context beside those of other ways to keep it."""
+    rows = [row for row in report["rows"] if "bytes" in row][::-1]
+    figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([row["name"] for row in rows], [row["of_fp16"] for row in rows])
+    axes.bar_label(bars, [f"{row['of_fp16']:.3f}" for row in rows], padding=3)
+    axes.set_xlim(0, 1.1)
+    axes.set_xlabel("of the bytes in fp16")
+    axes.set_title(f"a context of {report['tokens']} tokens")
+    figure.savefig(path, dpi=120, format="png")

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpack.cli.failures import ExitCode, exit_codes
-from kvpack.cli.options import Json, Threads
-from kvpack.cli.printing import printable, progress_bar, shown_size
+from kvpack.cli.failures import ExitCode, exit_codes, require_matplotlib
+from kvpack.cli.options import CacheBits, Force, Json, Threads
+from kvpack.cli.printing import printable, progress_bar, shown_number, shown_size
 
 kv_app = typer.Typer(
     name="kv",
@@ -21,19 +21,55 @@ kv_app = typer.Typer(
 )
 
 Context = Annotated[Path, typer.Argument(metavar="FILE", help="A context, as kvpack generate --save-context has it.")]
+ContextOrDirectory = Annotated[Path, typer.Argument(metavar="PATH", help="A context, or a directory of some.")]
 
 
 @kv_app.command()
-def inspect(context: Context, as_json: Json = False) -> None:
-    """Say what a context is of: model, tokens, pages by format, sizes. Reads headers alone."""
+def inspect(context: ContextOrDirectory, as_json: Json = False) -> None:
+    """Say what a context is of: model, tokens, pages by format, sizes. Reads headers alone.
+
+    Of a directory, a line for each context in it; other files are counted.
+    """
     with exit_codes(as_json):
         from kvpack.encode.snapshot_coder import describe_snapshot
 
-        report = describe_snapshot(context)
+        report = _describe_all(context) if context.is_dir() else describe_snapshot(context)
     if as_json:
         print(json.dumps({"ok": True, **report}, allow_nan=False))
-        return
-    _print(report)
+    elif context.is_dir():
+        _print_all(report)
+    else:
+        _print(report)
+
+
+def _describe_all(directory: Path) -> dict[str, Any]:
+    """What each context directly in a directory is of; and why other files are none."""
+    from kvpack.encode.snapshot_coder import describe_snapshot
+    from kvpack.errors import FormatError
+
+    contexts, others = [], []
+    for path in sorted(directory.iterdir()):
+        if not path.is_file():  # what else there is, as a pipe, might not let go
+            continue
+        try:
+            contexts.append({"file": path.name, **describe_snapshot(path)})
+        except (FormatError, OSError) as error:
+            others.append({"file": path.name, "reason": f"{type(error).__name__}: {error}"})
+    return {"contexts": contexts, "others": others}
+
+
+def _print_all(report: dict[str, Any]) -> None:
+    for of in report["contexts"]:
+        first = of["first_page"] * of["page_tokens"]
+        model = "not known" if of["fingerprint"] is None else of["fingerprint"]["model"][:16]
+        formats = ", ".join(dict.fromkeys(kind.split()[1] for kind in of["pages"]))
+        print(
+            f"{printable(of['file'])}: tokens {first} to {first + of['tokens'] - 1}, {formats}, "
+            f"{shown_size(of['file_bytes'])}, model {printable(model)}"
+        )
+    print(f"{len(report['contexts'])} contexts, {shown_size(sum(of['file_bytes'] for of in report['contexts']))}")
+    for other in report["others"]:
+        print(f"kvpack: {printable(other['file'])} is none: {printable(other['reason'])}", file=sys.stderr)
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -88,3 +124,131 @@ def verify(context: Context, threads: Threads = None, as_json: Json = False) -> 
         print(f"DAMAGED: the first {intact} of {report.header.tokens} tokens are intact")
     if damage is not None:
         raise typer.Exit(int(ExitCode.CORRUPT))
+
+
+@kv_app.command()
+def convert(
+    context: Context,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The file to write.")],
+    kv_bits: CacheBits = None,
+    archive: Annotated[
+        bool, typer.Option("--archive", help="For cold storage: much smaller, with noise that is said.")
+    ] = False,
+    noise: Annotated[
+        float | None, typer.Option("--noise", metavar="F", help="Of an archive's numbers, relative. Default: 0.3.")
+    ] = None,
+    force: Force = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Give pages fewer bits, or make an archive; of an archive, make a context again. All three lose something.
+
+    Pages of the first and the newest tokens keep 16 bits, as in a cache of that many bits.
+    """
+    with exit_codes(as_json):
+        if noise is not None and not archive:
+            raise typer.BadParameter("--noise is for --archive", param_hint="--noise")
+        from concurrent.futures import ThreadPoolExecutor
+
+        from kvpack.encode.threads import default_threads
+        from kvpack.errors import InputError
+
+        if output.exists() and not force:
+            raise InputError(f"{output} is there; --force replaces it")
+        with ThreadPoolExecutor(threads or default_threads()) as executor:
+            report = _convert(context, output, kv_bits, archive, 0.3 if noise is None else noise, executor)
+    if as_json:
+        print(json.dumps({"ok": True, **report}))
+        return
+    noisy = (
+        ""
+        if report["noise"] is None
+        else f"; noise of keys {report['noise'][0]:.3f}, of values {report['noise'][1]:.3f}"
+    )
+    print(
+        f"{report['kind']}: {shown_size(report['input_bytes'])} became {shown_size(report['output_bytes'])}, "
+        f"{report['of_fp16']:.3f} of fp16{noisy}"
+    )
+
+
+def _convert(
+    context: Path, output: Path, kv_bits: int | None, archive: bool, noise: float, executor: Any
+) -> dict[str, Any]:
+    """
+    Raises:
+        InputError: no way to convert is named, or several are; FormatError, OSError
+    """
+    from kvpack.encode.archive_coder import archive_snapshot, read_archive_header, restore_snapshot
+    from kvpack.errors import InputError, NotASnapshotError
+    from kvpack.format.snapshot import SnapshotFile
+
+    try:
+        with SnapshotFile(context) as file:
+            header, input_bytes = file.header, file.container.file.size_bytes
+    except NotASnapshotError:
+        archived = read_archive_header(context)  # says so if it is no archive either
+        if kv_bits is not None or archive:
+            raise InputError(f"{context} is an archive: it becomes a context of the bits that it was made of") from None
+        header, input_bytes, kind = archived.snapshot, context.stat().st_size, "a context from an archive"
+        noises: list[float] | None = [archived.key_noise, archived.value_noise]
+        output_bytes = restore_snapshot(context, output, executor=executor)
+    else:
+        if (kv_bits is None) == (not archive):
+            raise InputError("either --kv-bits or --archive is needed")
+        if archive:
+            rope = None if header.fingerprint is None else _frequencies(header.fingerprint.rope, header.head_dim)
+            if rope is None:
+                print("kvpack: how keys are turned is not known: they are archived as they are", file=sys.stderr)
+            made = archive_snapshot(context, output, noise=noise, rope_frequencies=rope, executor=executor)
+            kind, output_bytes, noises = "an archive", made.file_bytes, [made.key_noise, made.value_noise]
+        else:
+            from kvpack.format.pages import PageFormat
+            from kvpack.runtime.kv.snapshot_convert import convert_snapshot
+
+            if kv_bits not in (8, 4, 3, 2):
+                raise InputError(f"--kv-bits is {kv_bits}; pages become ones of 8, 4, 3 or 2 bits")
+            kind, noises = f"pages of {kv_bits} bits", None
+            output_bytes = convert_snapshot(context, output, PageFormat[f"INT{kv_bits}"], executor)
+    fp16_bytes = 4 * header.layers * header.kv_heads * header.head_dim * header.tokens
+    sizes = {"input_bytes": input_bytes, "output_bytes": output_bytes, "of_fp16": output_bytes / fp16_bytes}
+    return {"kind": kind, "tokens": header.tokens, **sizes, "noise": noises}
+
+
+def _frequencies(rope: Any, head_dim: int) -> list[float] | None:
+    """How fast each pair of dimensions turns, where that follows from a base alone."""
+    base = rope.get("rope_theta")
+    if rope.get("rope_type", "default") != "default" or not isinstance(base, int | float) or base <= 0:
+        return None
+    turned = int(head_dim * rope.get("partial_rotary_factor", 1))
+    return [float(base) ** (-2 * pair / turned) for pair in range(turned // 2)]
+
+
+@kv_app.command()
+def bench(
+    context: Context,
+    threads: Threads = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the sizes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a context with fp16, with pages as they are, and with LZ4 and zstd; and time the CPU's coder."""
+    with exit_codes(as_json):
+        if plot is not None:
+            require_matplotlib()
+        from kvpack.bench.snapshot import bench_snapshot
+
+        report = bench_snapshot(context, threads)
+        if plot is not None:
+            from kvpack.bench.plot import plot_snapshot
+
+            plot_snapshot(report, plot)
+    if as_json:
+        print(json.dumps({"ok": True, **report}, allow_nan=False))
+        return
+    print(f"{report['tokens']} tokens, {report['threads']} threads; GB/s of pages")
+    print(f"{'':8}  {'bytes':>12}  of fp16  of pages  encode GB/s  decode GB/s")
+    for row in report["rows"]:
+        if "reason" in row:
+            print(f"{row['name']:8}  {row['reason']}")
+            continue
+        speeds = "  ".join(f"{shown_number(row[key], 3):>11}" for key in ("encode_gb_per_s", "decode_gb_per_s"))
+        print(f"{row['name']:8}  {row['bytes']:12,}  {row['of_fp16']:7.3f}  {row['of_pages']:8.3f}  {speeds}")

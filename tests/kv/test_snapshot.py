@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch")
 
 from kvpack import KVCache, PageFormat  # noqa: E402
+from kvpack.encode.snapshot_coder import verify_snapshot  # noqa: E402
 from kvpack.errors import (  # noqa: E402
     CacheFullError,
     CacheInputError,
     DamagedRunError,
     FingerprintMismatchError,
+    FormatError,
+    InputError,
     ModelMismatchError,
+    NotASnapshotError,
 )
 from kvpack.format.container import Container  # noqa: E402
 from kvpack.format.snapshot import Fingerprint, SnapshotFile  # noqa: E402
 from kvpack.runtime.kv.allocator import PageImportance  # noqa: E402
 from kvpack.runtime.kv.snapshot import load_snapshot  # noqa: E402
+from kvpack.runtime.kv.snapshot_convert import convert_snapshot  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS, HEADS, DIM = 2, 2, 32
 MIXED = [(PageFormat.INT4, PageFormat.INT2), (PageFormat.FP8_E4M3, PageFormat.FP16)]
@@ -245,3 +258,166 @@ def test_what_is_behind_the_last_token_is_zero_when_loaded(tmp_path: Path) -> No
     cache.save(tmp_path / "context")
     assert dump(cache, 0) != clean
     assert dump(KVCache.load(tmp_path / "context", device="cpu"), 0) == clean
+
+
+@pytest.mark.parametrize("page_format", [PageFormat.INT8, PageFormat.INT4, PageFormat.INT2])
+def test_converted_pages_are_those_of_a_cache_of_these_bits(tmp_path: Path, page_format: PageFormat) -> None:
+    options = {"recent_tokens": 100, "sinks": 70}
+    wide, narrow = new_cache(**options), new_cache(formats=page_format, **options)
+    for cache in (wide, narrow):
+        fill(cache, 2500)
+    wide.save(tmp_path / "wide", tokens=range(2500))
+    size_bytes = convert_snapshot(tmp_path / "wide", tmp_path / "narrow", page_format)
+    assert size_bytes == (tmp_path / "narrow").stat().st_size < (tmp_path / "wide").stat().st_size
+    loaded = KVCache.load(tmp_path / "narrow", device="cpu")
+    assert dump(loaded, 0) == dump(narrow, 0)
+    fill(loaded, 300, start=2500)
+    fill(narrow, 300, start=2500)
+    assert dump(loaded, 0) == dump(narrow, 0)
+    with pytest.raises(InputError, match=r"which have fewer bits than FP8_E4M3|no format of fewer bits"):
+        convert_snapshot(
+            tmp_path / "narrow",
+            tmp_path / "x",
+            PageFormat.FP16 if page_format == PageFormat.INT8 else PageFormat.FP8_E4M3,
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_converting_pages_of_a_budget_gives_one_format(tmp_path: Path) -> None:
+    cache = new_cache(budget=0.5)
+    fill(cache, 2500)
+    cache.save(tmp_path / "context")
+    before = set(cache.precision_map(0).reshape(-1).tolist())
+    assert len(before - {-1}) > 2
+    convert_snapshot(tmp_path / "context", tmp_path / "context", PageFormat.INT2)
+    loaded = KVCache.load(tmp_path / "context", device="cpu")
+    assert loaded.budget is None
+    formats = loaded.precision_map(0)
+    assert set(formats.reshape(-1).tolist()) == {-1, PageFormat.FP16, PageFormat.INT2}
+    assert (formats[:, 0, 1:38] == PageFormat.INT2).all()
+
+
+# Interrupted and out of space ----------------------------------------------------------------------------------------
+
+SAVES = """
+import os, random, resource, signal, sys, time
+from pathlib import Path
+import numpy as np
+from snapshot_samples import SamplePages, make_header, usual_formats
+from kvpack.format.pages import PageFormat
+path, limit, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+header = make_header(6000, layers=4)
+
+class Pages(SamplePages):
+    known = {}
+
+    def blocks(self, pages):
+        key = pages.run, pages.side, pages.format
+        if key not in self.known:
+            self.known[key] = super().blocks(pages)
+        return self.known[key]
+
+pages = Pages(header, usual_formats(header, PageFormat.FP16), random_bytes=True)
+
+def save(number):
+    pages.write(path, tokens=np.full(6000, number, np.int32))
+
+for _ in pages.encoded():
+    list(_)
+if limit:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    save(0)
+rng = random.Random(7)
+for _ in range(kills):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        for number in range(1000000):
+            os.write(writer, b".")
+            save(number)
+    for _ in range(rng.randint(1, 3)):
+        os.read(reader, 1)
+    time.sleep(rng.random() * 0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reader), os.close(writer)
+    print("killed", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextmanager
+def saving(path: Path, *, limit: int = 0, kills: int = 0) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVES, str(path), str(limit), str(kills)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
+def test_killed_while_it_saves(tmp_path: Path) -> None:
+    """Again and again over the same file: it is always one that was saved, whole. KVPACK_KILLS says how often."""
+    path, kills, cut_short = tmp_path / "context", int(os.environ.get("KVPACK_KILLS", "8")), 0
+    with saving(path, kills=kills) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(kills):
+            assert process.stdout.readline() == "killed\n"
+            if path.exists():
+                report = verify_snapshot(path)
+                assert (report.damage, report.header.tokens) == (None, 6000)
+                with SnapshotFile(path) as file:
+                    assert len(set(file.tokens().tolist())) == 1
+            left = [found for found in tmp_path.iterdir() if found != path]
+            assert all(found.name.startswith(".context.") for found in left)
+            cut_short += bool(left)
+            for found in left:
+                found.unlink()
+            process.stdin.write("\n")
+            process.stdin.flush()
+        process.communicate()
+        assert process.returncode == 0
+    assert path.exists()
+    assert cut_short > kills // 3  # of the others some were killed between two files
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
+@pytest.mark.parametrize("limit", [20_000, 3_000_001])
+def test_a_full_disk(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "context"
+    cache = new_cache()
+    fill(cache, 100)
+    cache.save(path)
+    before = path.read_bytes()
+    with saving(path, limit=limit) as process:
+        _, said = process.communicate(timeout=120)
+    assert "OSError: [Errno 27] File too large" in said
+    assert path.read_bytes() == before
+    assert [found.name for found in tmp_path.iterdir()] == ["context"]
+
+
+def test_truncated_missing_and_other_files(tmp_path: Path) -> None:
+    cache = new_cache(formats=PageFormat.INT4)
+    fill(cache, 300)
+    cache.save(tmp_path / "context")
+    whole = (tmp_path / "context").read_bytes()
+    for size in [0, 7, 100, *range(1000, len(whole), len(whole) // 20)]:
+        (tmp_path / "cut").write_bytes(whole[:size])
+        with pytest.raises(FormatError, match="cut"):
+            load_snapshot(cache, tmp_path / "cut", 1)
+    save_file({"a": np.ones(3, np.float32)}, tmp_path / "tensors")
+    with pytest.raises(NotASnapshotError, match="tensors: no kvpack_snapshot"):
+        load_snapshot(cache, tmp_path / "tensors", 1)
+    with pytest.raises(FileNotFoundError):
+        load_snapshot(cache, tmp_path / "nowhere", 1)
+    assert cache.length(0, 1) == cache.held_bytes == 0

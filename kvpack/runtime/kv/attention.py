@@ -36,6 +36,7 @@ from kvpack.runtime.kv.cache import KVCache, KVView, cache_of
 from kvpack.runtime.kv.distortion import Queries
 from kvpack.runtime.kv.page_kernels import read_tokens
 from kvpack.runtime.kv.ragged import Counts, checked_counts, in_columns, rows_by_count
+from kvpack.runtime.kv.retrieval import LEAST_PAGES, Retrieved, retrieve
 
 # A cache that is made here ends where lengths do; its tables grow by need.
 _MAX_TOKENS = 1 << 30
@@ -70,6 +71,7 @@ def attention_with_kv_cache(
     observe: bool = False,
     head_importance: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
+    pages: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[torch.Tensor, KVCache]:
     """softmax(q · Kᵀ · scale) · V, where K and V are what the cache holds of each sequence and, behind it, k and v.
@@ -107,6 +109,10 @@ def attention_with_kv_cache(
             is negative or no number counts as 0.
         chunk_tokens: None is 2,048. A chunk's pages are in 16 bits until it is done: fewer take less memory, and see
             more of the prompt quantized.
+        pages: at least 3: a row that brings one token attends to so many pages of 64 tokens: the first, the last two,
+            and those that a bound of their keys says matter most to it (docs/KV.md, "Long contexts"). Rows that bring
+            more attend to all. ``observe`` counts the others as not looked at. None: all pages. Not with ``window``,
+            nor in CUDA graphs.
         progress: called behind each chunk with how many tokens are done and how many there are. What it raises ends
             the call between two chunks; the cache holds the chunks that are done.
 
@@ -154,6 +160,7 @@ def attention_with_kv_cache(
         observe=observe,
         head_importance=head_importance,
         chunk_tokens=chunk_tokens,
+        pages=pages,
         progress=progress,
     )
     return out, cache
@@ -179,6 +186,7 @@ def attend(
     observe: bool = False,
     head_importance: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
+    pages: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """:meth:`KVCache.attend`; the arguments are those of :func:`attention_with_kv_cache`.
@@ -209,6 +217,7 @@ def attend(
         update_cache,
         observe,
         chunk_tokens,
+        pages,
     )
     _check(q, k, v, cache, call)
     _check_sink_logits(sink_logits, q)
@@ -235,6 +244,7 @@ def attend(
             call.update_cache,
             call.observe,
             call.chunk_tokens,
+            call.pages,
         )
         return out
     return _attend_in_chunks(q, k, v, cache, call, sink_logits, head_importance, progress)
@@ -254,6 +264,7 @@ class _Call:
     update_cache: bool
     observe: bool
     chunk_tokens: int | None
+    pages: int | None
 
 
 def _require_tensor(name: str, value: object) -> None:
@@ -316,6 +327,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
         ("window", call.window),
         ("sinks", call.sinks),
         ("chunk_tokens", call.chunk_tokens),
+        ("pages", call.pages),
     )
     for name, count in counts:
         if (count is not None or name == "layer") and not isinstance(count, int):
@@ -330,6 +342,10 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
         raise CacheInputError("attention to tokens that are not kept cannot be observed")
     if call.chunk_tokens is not None and call.chunk_tokens < 1:
         raise CacheInputError(f"chunk_tokens is {call.chunk_tokens}; it must be at least 1")
+    if call.pages is not None and (isinstance(call.pages, bool) or call.pages < LEAST_PAGES):
+        raise CacheInputError(f"pages is {call.pages!r}; it must be at least {LEAST_PAGES} (first, last two), or None")
+    if call.pages is not None and call.window is not None:
+        raise CacheInputError("pages chooses among all that a token sees: give either pages or a window")
 
 
 def _check_sink_logits(sink_logits: torch.Tensor | None, q: torch.Tensor) -> None:
@@ -447,13 +463,12 @@ def _attend_once(
             noted = Queries.of(part, cache.num_kv_heads, call.scale) + noted
     written = tokens if k.numel() else None  # queries alone bring no keys
     with cache.writing(call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache, tokens=written) as view:
-        attend_to = _attend_by_kernel if cache.device.type == "cuda" else _attend_on_cpu
         if tokens is None:
-            return attend_to(q, view, call, sink_logits, head_importance)
+            return _attend_to(q, k, view, call, sink_logits, head_importance)
         out = torch.zeros_like(q)
         for count, rows in groups.items():
             of_rows = replace(call, sequences=tuple(view.sequences[row] for row in rows), tokens=None)
-            part = attend_to(parts[count], _view_of_rows(view, rows), of_rows, sink_logits, head_importance)
+            part = _attend_to(parts[count], k, _view_of_rows(view, rows), of_rows, sink_logits, head_importance)
             if len(rows) == len(q):
                 out[:, :, columns - count :] = part
             else:
@@ -478,14 +493,33 @@ def _view_of_rows(view: KVView, rows: list[int]) -> KVView:
     return KVView(view.cache, view.layer, sequences, table, _rows_of(view.lengths, rows))
 
 
+def _attend_to(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    view: KVView,
+    call: _Call,
+    sink_logits: torch.Tensor | None,
+    head_importance: torch.Tensor | None,
+) -> torch.Tensor:
+    retrieved = None
+    if call.pages is not None and q.shape[2] == 1:
+        # The host's lengths follow when the step is done.
+        lengths = [view.cache.length(call.layer, row) + (k.numel() > 0) for row in view.sequences]
+        retrieved = retrieve(q[:, :, 0], view, lengths, call.pages, call.scale, call.softcap)
+    attend_by = _attend_by_kernel if view.cache.device.type == "cuda" else _attend_on_cpu
+    return attend_by(q, view, call, sink_logits, head_importance, retrieved)
+
+
 def _attend_by_kernel(
     q: torch.Tensor,
     view: KVView,
     call: _Call,
     sink_logits: torch.Tensor | None,
     head_importance: torch.Tensor | None,
+    retrieved: Retrieved | None,
 ) -> torch.Tensor:
     cache = view.cache
+    view = view if retrieved is None else retrieved.view
     pages: dict[str, Any] = {
         "pages": cache.pools.pages,
         "table": view.page_table,
@@ -502,8 +536,8 @@ def _attend_by_kernel(
         "sink_logits": sink_logits,
         "key_order": cache.key_order,
     }
-    longest_pages = cache.longest_pages(call.layer, q.shape[2])
-    whole = call.observe and cache.is_everything(view.sequences)
+    longest_pages = cache.longest_pages(call.layer, q.shape[2]) if retrieved is None else view.page_table.shape[2]
+    whole = call.observe and retrieved is None and cache.is_everything(view.sequences)
     observed = _new_observed(q, longest_pages, cache, call, head_importance, whole=whole) if call.observe else None
     observing = q[:, :, -_observing_tokens(q, cache) :]
     all_observe = observing.shape[2] == q.shape[2]
@@ -517,7 +551,8 @@ def _attend_by_kernel(
         blocks = _decode_blocks(observing, longest_pages, cache, call)
         attention_kernels.decode(observing, **pages, blocks=blocks, observed=observed)
     if observed is not None and not whole:
-        cache.add_observed(call.layer, observed.mass, observed.steps, call.sequences)
+        mass = observed.mass if retrieved is None else retrieved.by_index(observed.mass)
+        cache.add_observed(call.layer, mass, observed.steps, call.sequences)
     return out
 
 
@@ -573,8 +608,10 @@ def _attend_on_cpu(
     call: _Call,
     sink_logits: torch.Tensor | None,
     head_importance: torch.Tensor | None,
+    retrieved: Retrieved | None,
 ) -> torch.Tensor:
     """Sequences of about the same length together: none is padded to twice its length or more."""
+    view = view if retrieved is None else retrieved.view
     lengths: dict[int, list[int]] = {}
     for row, length in enumerate(view.lengths.tolist()):
         lengths.setdefault(length.bit_length(), []).append(row)
@@ -591,6 +628,7 @@ def _attend_on_cpu(
                 mass[of_rows, :, : found.shape[2]] = found
             out[of_rows] = _masked_attention(q32, k, v, seen, call, sink_logits).to(q.dtype)
     if mass is not None:
+        mass = mass if retrieved is None else retrieved.by_index(mass)
         view.cache.observe(call.layer, mass, call.sequences, head_importance)
     return out
 
@@ -744,12 +782,13 @@ def _operator(
     update_cache: bool,
     observe: bool,
     chunk_tokens: int | None,
+    pages: int | None,
 ) -> torch.Tensor:
     named = None if sequences is None else tuple(sequences)
     counts = None if tokens is None else tuple(tokens)
     cached = None if cached_tokens is None else tuple(cached_tokens)
     call = _Call(
-        layer, named, counts, cached, scale, window, sinks, softcap, causal, update_cache, observe, chunk_tokens
+        layer, named, counts, cached, scale, window, sinks, softcap, causal, update_cache, observe, chunk_tokens, pages
     )
     _check(q, k, v, cache_of(cache), call)
     _check_sink_logits(sink_logits, q)
@@ -763,7 +802,7 @@ _LIBRARY.define(
     "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? head_importance, "
     "Tensor(a!) calls, SymInt cache, SymInt layer, SymInt[]? sequences, SymInt[]? tokens, SymInt[]? cached_tokens, "
     "float scale, int? window, int sinks, float? softcap, bool causal, bool update_cache, bool observe, "
-    "int? chunk_tokens) -> Tensor",
+    "int? chunk_tokens, int? pages) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _LIBRARY.impl("attention_with_kv_cache", _operator, "CompositeExplicitAutograd")

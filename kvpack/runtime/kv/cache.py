@@ -590,8 +590,8 @@ class KVCache:
             q: [batch, query heads, tokens, head_dim]; k, v: [batch, num_kv_heads, tokens, head_dim], or None: q alone.
             sequences: as of :meth:`writing`.
             options: ``tokens``, ``cached_tokens``, ``update_cache``, ``causal``, ``scale``, ``window``, ``sinks``,
-                ``softcap``, ``sink_logits``, ``observe``, ``head_importance``, ``chunk_tokens``, ``progress``: as of
-                :func:`kvpack.attention_with_kv_cache`.
+                ``softcap``, ``sink_logits``, ``observe``, ``head_importance``, ``chunk_tokens``, ``pages``,
+                ``progress``: as of :func:`kvpack.attention_with_kv_cache`.
 
         Returns:
             The result, like q.

@@ -427,6 +427,19 @@ class PagePools:
         first = number * slab.page_bytes
         return slab.memory[first : first + slab.page_bytes].view(self.num_kv_heads, slab.block_bytes)
 
+    def pages_by_slab(
+        self, entries: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[PageLayout, npt.NDArray[np.int64], torch.Tensor, npt.NDArray[np.int64]]]:
+        """Pages in use, those of a slab together: their layout, which of the entries they are, all pages of the slab,
+        u8 [pages, heads, block_bytes], a view, and the numbers of these pages in it.
+
+        Raises:
+            PageEntryError: one is no page in use.
+        """
+        for slab, members, numbers in self._located(entries):
+            memory = slab.memory[: slab.page_count * slab.page_bytes]
+            yield slab.layout, members, memory.view(-1, self.num_kv_heads, slab.block_bytes), numbers
+
     def _find(self, entry: int) -> tuple[_Slab, int]:
         """The slab and the page in it."""
         place = bisect_right(self._bases, entry) - 1
