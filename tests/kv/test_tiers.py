@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -155,6 +156,26 @@ def test_files_that_are_not_whole_or_not_ours_are_misses(tmp_path: Path) -> None
         assert manager.tiers.flush() == 0
         again = make(disk=folder)
         assert run(again, tokens)[:2] == (448, pages), name
+    # Of two files with the same blocks one is enough.
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    for name, data in ((file.name, whole), ("f" * 64 + file.name[64:], whole), ("e" * 64 + file.name[64:], whole)):
+        (folder / name).write_bytes(data)
+    manager = make(disk=folder)
+    (folder / ("f" * 64 + file.name[64:])).write_bytes(flipped(length // 2))
+    (folder / ("e" * 64 + file.name[64:])).unlink()
+    assert tiers(manager).disk_blocks == 7
+    assert run(manager, tokens)[:2] == (448, pages)
+    assert tiers(manager).damaged_files <= 1
+    # Another process has written fewer blocks up to the same one, under the same name.
+    folder = tmp_path / "shorter"
+    manager = make(disk=folder)
+    (folder / file.name).write_bytes(whole)
+    manager.tiers.disk.scan()
+    blocks = sorted(source.tiers.host.all(), key=lambda block: block.depth)
+    assert make(disk=folder).tiers.disk.write(blocks[3:])
+    assert run(manager, tokens)[:2] == (0, pages)
+    assert tiers(manager).damaged_files == 0
     # Another name, and what are no files at all.
     folder = tmp_path / "names"
     folder.mkdir()
@@ -233,12 +254,12 @@ def test_a_fetch_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
     before = cache_state(manager.cache)["pools"]["bytes"], len(manager.store), dump(manager)[1:]
     real, calls = torch._foreach_copy_, 0
 
-    def failing(*args: Any) -> None:
+    def failing(*args: Any, **options: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise RuntimeError("half-way")
-        real(*args)
+        real(*args, **options)
 
     monkeypatch.setattr(torch, "_foreach_copy_", failing)
     with pytest.raises(RuntimeError, match="half-way"):
@@ -265,6 +286,57 @@ def test_where_memory_ends_the_first_blocks_come_back() -> None:
     manager.finish(blocker.sequence, keep=False)
     assert run(manager, tokens)[:2] == (448, pages)
     assert no_leaks(manager)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_goes_because_memory_has_ended_comes_back(device: str, tmp_path: Path) -> None:
+    """Then pages are handed out again at once, to tokens that overwrite them."""
+    manager = make(disk=tmp_path, host_bytes=60 << 10, device=device, max_bytes=180 << 10)
+    plain = make(host_bytes=0, device=device)
+    prompts = [prompt(30 + number, 450) for number in range(4)]
+    expected = [run(plain, tokens)[1] for tokens in prompts]
+    for number in (0, 1, 2, 3, 0, 3, 1, 2, 0):
+        assert run(manager, prompts[number])[1] == expected[number]
+    assert manager.metrics().evictions.keys() == {"memory"}
+    assert tiers(manager).host_hit_pages > 0
+    assert tiers(manager).disk_hit_pages > 0
+    assert manager.cache.pools.bytes_allocated <= 180 << 10
+    assert no_leaks(manager)
+
+
+@pytest.mark.gpu
+def test_copies_need_no_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("none")
+
+    manager = make(device="cuda")
+    tokens = prompt(18, 500)
+    _, pages, _ = run(manager, tokens)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", full)
+        manager.store.evict()
+    fill = manager.tiers.host.copies._put
+
+    def failing(sources: Any, entries: Any) -> None:
+        if sources[0].device.type == "cuda":
+            full()
+        fill(sources, entries)
+
+    monkeypatch.setattr(manager.tiers.host.copies, "_put", failing)
+    assert run(manager, tokens)[:2] == (448, pages)
+
+
+def test_a_directory_that_is_gone_is_a_miss(tmp_path: Path) -> None:
+    manager = make(disk=tmp_path / "gone", host_bytes=20 << 10)
+    tokens = prompt(19, 500)
+    _, pages, _ = run(manager, tokens)
+    manager.store.evict()
+    shutil.rmtree(tmp_path / "gone")
+    found, again, _ = run(manager, tokens)
+    assert (found < 448, again) == (True, pages)
+    manager.store.evict()
+    assert tiers(manager).failed_writes > 0
+    assert (tiers(manager).disk_bytes, tiers(manager).damaged_files) == (0, 0)
 
 
 def test_a_file_that_cannot_be_written_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,8 @@ class DiskTier:
         self._cache, self._fingerprint = cache, fingerprint
         self._lock = threading.RLock()
         self._files: dict[str, _File] = {}
-        self._index: dict[bytes, tuple[_File, int]] = {}
+        # Files that have a block, and which of theirs it is: writers that do not know of each other write some twice.
+        self._index: dict[bytes, list[tuple[_File, int]]] = {}
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in {found[1] for one in os.listdir(self.directory) if (found := _ABANDONED.fullmatch(one))}:
             remove_abandoned(self.directory / name, "data", "tmp")
@@ -102,8 +103,10 @@ class DiskTier:
 
     @property
     def used_bytes(self) -> int:
-        """Of the files in the directory now."""
-        return sum(size for _, _, size in self._ages())
+        """Of the files in the directory now; 0 if it is gone."""
+        with suppress(OSError):
+            return sum(size for _, _, size in self._ages())
+        return 0
 
     def scan(self) -> None:
         """Learn of files that have come, changed or gone, by their headers."""
@@ -140,7 +143,7 @@ class DiskTier:
             self.damaged_files += 1
         file = self._files[name] = _File(name, state, hashes)
         for place, one in enumerate(hashes):
-            self._index.setdefault(one, (file, place))
+            self._index.setdefault(one, []).append((file, place))
 
     def _read_hashes(self, path: Path) -> tuple[bytes, ...]:
         with _opened(path) as file:
@@ -164,8 +167,9 @@ class DiskTier:
     def _forget(self, name: str) -> None:
         file = self._files.pop(name, None)
         for one in () if file is None else file.hashes:
-            if (found := self._index.get(one)) is not None and found[0] is file:
-                del self._index[one]
+            others = [found for found in self._index.pop(one, []) if found[0] is not file]
+            if others:
+                self._index[one] = others
 
     def _mark_bad(self, file: _File) -> None:
         """A file is of no use until it changes."""
@@ -186,9 +190,18 @@ class DiskTier:
             if hashes[0] not in self._index and time.monotonic() - self._scanned_s >= _SCAN_INTERVAL_S:
                 with suppress(OSError):
                     self.scan()
-            if (found := self._index.get(hashes[0])) is None:
-                return []
-            file, first = found
+        while True:
+            with self._lock:
+                if (found := self._index.get(hashes[0])) is None:
+                    return []
+                file, first = found[-1]
+            if (blocks := self._read(file, first, hashes, pages)) is not None:
+                return blocks
+
+    def _read(
+        self, file: _File, first: int, hashes: Sequence[bytes], pages: Sequence[bytes]
+    ) -> list[BlockBytes] | None:
+        """As of :meth:`read`, of a file from its block ``first`` on; None: it is of no use, and forgotten."""
         count = 0
         for ours, theirs in zip(hashes, file.hashes[first:], strict=False):
             if ours != theirs:
@@ -206,7 +219,7 @@ class DiskTier:
         except (KvpackError, OSError):
             self.damaged_files += 1
             self._mark_bad(file)
-        return []
+        return None
 
     def _decoded(self, opened: SnapshotFile, file: _File, places: range, pages: Sequence[bytes]) -> list[BlockBytes]:
         """
@@ -215,6 +228,10 @@ class DiskTier:
         """
         header = opened.header
         self._check(header)
+        hashes = opened.array("page_hashes")
+        if hashes is None or tuple(row.tobytes() for row in hashes) != file.hashes:
+            # Its last block names a file: another process may have written more, or fewer, of those before it.
+            raise FileChangedError(f"{opened.container.path} has other blocks than when it was seen")
         parent = None if header.parent is None else bytes.fromhex(header.parent)
         of_file = token_pages(opened.tokens())
         # The hash of a first block stands on a root, which the one who asks for it knows.
@@ -258,7 +275,7 @@ class DiskTier:
     def touch(self, hashes: Iterable[bytes]) -> None:
         """The files of these blocks have been used, those named later more recently."""
         with self._lock:
-            files = dict.fromkeys(found[0].name for one in hashes if (found := self._index.get(one)) is not None)
+            files = dict.fromkeys(self._index[one][-1][0].name for one in hashes if one in self._index)
         for name in files:
             with suppress(OSError):
                 path = self.directory / name

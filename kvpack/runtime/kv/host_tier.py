@@ -121,7 +121,10 @@ class PageCopies:
         current = torch.cuda.current_stream(self._cache.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            target.copy_(torch.cat(pages), non_blocking=True)
+            try:
+                target.copy_(torch.cat(pages), non_blocking=True)
+            except torch.OutOfMemoryError:  # one transfer a page needs none
+                torch._foreach_copy_(list(target.split([len(page) for page in pages])), pages, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         if may_hold:
@@ -140,14 +143,17 @@ class PageCopies:
         self._stream.wait_stream(current)  # what had the pages before
         try:
             with torch.cuda.stream(self._stream):
-                self._put([one.to(self._cache.device, non_blocking=True) for one in sources], entries)
+                try:
+                    self._put([one.to(self._cache.device, non_blocking=True) for one in sources], entries)
+                except torch.OutOfMemoryError:
+                    self._put(sources, entries)
         finally:
             current.wait_stream(self._stream)
 
     def _put(self, sources: Sequence[torch.Tensor], entries: Ints) -> None:
         for place, source in enumerate(sources):
             pages = [page.view(-1) for page in self._cache.read_pages(entries[..., place])]
-            torch._foreach_copy_(pages, list(source.split([page.numel() for page in pages])))
+            torch._foreach_copy_(pages, list(source.split([len(page) for page in pages])), non_blocking=True)
 
     def wait_for_reads(self) -> None:
         """Wait until all host memory that copies read from, or write to, can be written to."""
