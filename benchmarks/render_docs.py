@@ -281,8 +281,8 @@ def linear_summary() -> str:
         rows.append(cells)
     headings = [
         "vectors, M",
-        "`balanced`, 8-bit integers",
-        "`fast`, 5-bit integers",
+        "`balanced`",
+        "`fast`",
         "INT8 (Triton)",
         "INT4 g128 (torch)",
     ]
@@ -731,27 +731,6 @@ def grouped() -> str:
     return text + gpu_origin(result)
 
 
-def beside_humming() -> str:
-    """One shape beside Humming's kernels, µs by number of vectors."""
-    result = newest("linear-humming")
-    known = [row for row in result["linear"] if row["us"] is not None and row["best"] is not False]
-    bits: dict[str, float] = {}
-    lines: dict[int, dict[str, float]] = {}
-    for row in known:
-        name = row["layout"] or row["name"]
-        bits[name] = row["bits_per_weight"]
-        lines.setdefault(row["m"], {})[name] = row["us"]
-    names = [name for name in bits if name not in ("int4", "int8")]
-    headings = ["M", *(f"{name}, {_number(bits[name], 2)} b" for name in names)]
-    rows = [[str(m), *(_number(us.get(name), 1) for name in names)] for m, us in lines.items()]
-    shape = known[0]["shape"]
-    return (
-        table(headings, rows)
-        + f"\nµs, {shape}; the run was ended by its time limit after this shape.\n"
-        + gpu_origin(result)
-    )
-
-
 def runtime_load() -> str:
     result = newest("runtime-streams")
     rows = [
@@ -947,7 +926,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "generation-launches": generation("launches"),
     "llama-shape": llama_shape,
     "grouped": grouped,
-    "beside-humming": beside_humming,
     "equal-quality-books": equal_quality("books"),
     "equal-quality-minilm": equal_quality("minilm"),
     "equal-quality-smollm2": equal_quality("smollm2"),

@@ -208,6 +208,14 @@ def mixed_blob() -> bytes:
     return encode_elements(mixed_elements(), integer_layout("compact", UNSIGNED, 6), tile_cols=64)
 
 
+def mixed_tiles_blob() -> bytes:
+    """The first matrix of ``mixed_elements`` with some of the second one's tiles: all modes, several tables."""
+    elements = mixed_elements()
+    elements[0, :256, :64] = elements[1, :256, :64]
+    elements[0, 256:] = elements[1, 256:]
+    return encode_elements(elements[0], integer_layout("compact", UNSIGNED, 6), tile_cols=64)
+
+
 def plain_blob() -> bytes:
     """``rans_blob`` with a plain table."""
     blob = rans_blob()

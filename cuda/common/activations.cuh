@@ -66,3 +66,10 @@ __device__ __forceinline__ void store_result(void* y, u64 index, float value) {
   static_cast<float*>(y)[index] = value;
 #endif
 }
+
+// What a token's activations are divided by on their way to fp16: 2^-14 of the largest, rounded down to a power of two.
+__device__ __forceinline__ float token_scale(u32 largest_bits) {
+  const u32 exponent = largest_bits >> 23;
+  const bool usable = exponent > 14 && exponent < 255;
+  return __uint_as_float(usable ? (exponent - 14) << 23 : __float_as_uint(1.0f));
+}

@@ -35,13 +35,10 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 }
 
-// Sums are written or read by other instructions only behind wgmma_wait<0>, and before this.
+// Sums are written or read by other instructions only behind wgmma_wait, and before this.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int newest>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(newest) : "memory");
-}
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 // d += a · bᵀ: a of 64 rows × 16, b of `tokens` rows × 16. Of d a thread holds, as number 4·j + 2·r + e, row 16·(its warp % 4) + 8·r +
 // lane / 4 and token 8·j + 2·(lane % 4) + e.

@@ -13,7 +13,7 @@ typedef int s32;
 #include <emulated_ptx.h>
 #else
 
-#define KVPACK_DYNAMIC_SHARED(name) extern __shared__ __align__(16) u8 name[]
+#define KVPACK_DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
 
 // Addresses in shared memory are 32 bits wide; the functions below take them so.
 __device__ __forceinline__ u32 shared_address(const void* pointer) {

@@ -1,21 +1,16 @@
-// Activations → fp16 in the order in which gemm_wgmma.cu multiplies them: for each chunk of 32 columns four cores along k of every eight
-// tokens (common/hopper.cuh). bf16 and fp32 ones, and those times a column's scale, are divided by a power of two for each token that
+// Activations → fp16 in the order in which gemm_wgmma.cu and gemm_mma.cu multiply them: for each chunk of 32 columns four cores along k of
+// every eight tokens (common/hopper.cuh). bf16 and fp32 ones, and those times a column's scale, are divided by a power of two for each token that
 // brings the largest near 2^14.
 //
-//   16 bytes of chunk c, core k (0 … 3), token t, at 16 · (tokens · (4·c + k) + t):   bytes 0 … 3 of slot 2·k, then of slot 2·k + 1
+//   16 bytes of chunk c, core k (0 … 3), token t, at 16 · (tokens · (4·c + k) + t)
+//     gemm_wgmma.cu:                        bytes 0 … 3 of slot 2·k, then of slot 2·k + 1
+//     gemm_mma.cu (KVPACK_SPLIT_SLOTS):     bytes 2·h, 2·h + 1 of slots 4·s … 4·s + 3, for k = 2·s + h
 #include "common/activations.cuh"
 #include "weights/tile.cuh"
 
 constexpr u32 kTokens = KVPACK_TOKENS;
 constexpr u32 kThreads = KVPACK_ARRANGE_THREADS;
 constexpr bool kDivided = KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES != 0;
-
-// 2^-14 of the largest, rounded down to a power of two.
-__device__ __forceinline__ float token_scale(u32 largest_bits) {
-  const u32 exponent = largest_bits >> 23;
-  const bool usable = exponent > 14 && exponent < 255;
-  return __uint_as_float(usable ? (exponent - 14) << 23 : __float_as_uint(1.0f));
-}
 
 // Blocks: a token, and a part of its chunks. Columns from `cols` on, to the end of chunk `chunks` − 1, are 0, and so are tokens from `tokens` on.
 extern "C" __global__ void __launch_bounds__(kThreads)
@@ -46,7 +41,12 @@ arrange_activations(const void* x, const float* column_scales, uint4* arranged, 
       float values[2];
 #pragma unroll
       for (u32 i = 0; i < 2; ++i) {
-        const u32 slot = core % 4 * 2 + pair / 2, byte = pair % 2 * 2 + i, col = core / 4 * kChunkCols + slot_column(slot, byte);
+#if KVPACK_SPLIT_SLOTS
+        const u32 slot = core % 4 / 2 * 4 + pair, byte = core % 2 * 2 + i;
+#else
+        const u32 slot = core % 4 * 2 + pair / 2, byte = pair % 2 * 2 + i;
+#endif
+        const u32 col = core / 4 * kChunkCols + slot_column(slot, byte);
         values[i] = token < tokens && col < cols ? load(col) * inverse : 0.0f;
       }
       pairs[pair] = f16x2_bits(values[0], values[1]);

@@ -2,18 +2,19 @@
 //
 // A lane decodes a row, a tensor core wants eight lanes to share one: each warp passes its 32 rows × 32 columns through shared
 // memory as bytes, and ldmatrix hands every lane four neighbouring elements of the slot that it needs. Only then do they become
-// fp16 (0x6400 | u is 1024 + u). Activations are fp16 too, bf16 and fp32 ones, and those times a column's scale, after a power of two
+// fp16. Activations are fp16 too, bf16 and fp32 ones, and those times a column's scale, after a power of two
 // for each token and block that brings the largest near 2^14. Which columns a tensor core takes for k = 0 … 15 is arbitrary as long as both sides agree:
 //
 //   step h of a chunk (16 columns)     lane 4·i + q holds of slot q + 4h:   bytes 0, 1 as k = 2q, 2q + 1;  bytes 2, 3 as 2q + 8, 2q + 9
-//   activations in shared memory       16 bytes a lane: h = 0: t = 0 … 3, h = 1: t = 0 … 3, for token i of eight
+//   activations in shared memory       for each h 8 bytes a lane: t = 0 … 3, for token i of eight
 //
 // How work is dealt to warps: schedule.cuh. Sums stay the tensor core's fragments until all of a row are together.
 //
 // Shared memory: table (16 KiB) | activations of the panel, 512 bytes for each chunk and eight tokens | a float a token | in a
 // grouped product, of a token, its row and pair, and what is needed of the matrix at the end | for each warp: two buffers of 1 KiB for
-// rows in passing | words, one or two buffers | sums of members.
+// rows in passing | for each warp: what its next unit begins with (NextUnit) | words, one or two buffers | sums of members.
 #include "common/activations.cuh"
+#include "weights/f16_elements.cuh"
 #include "weights/grouped.cuh"
 #include "weights/schedule.cuh"
 #include "weights/tile.cuh"
@@ -24,26 +25,28 @@ constexpr u32 kTokens = 8 * kTokenTiles;
 constexpr u32 kFragmentBytes = 16 * kLanes;  // of a chunk and eight tokens
 constexpr u32 kRowsBytes = 32 * kLanes;      // 32 rows of 32 bytes
 constexpr u32 kPartsAhead = kTokenTiles == 1 ? 2 : 1;  // partial sums on their way
-constexpr u32 kFragmentsAhead = KVPACK_COLUMN_SCALES ? 2 : 4;  // scales take registers, too
-constexpr u32 kLoadsAhead = 8;
 #define KVPACK_TOKEN_SCALES (KVPACK_ACTIVATION != 0 || KVPACK_COLUMN_SCALES)
-constexpr u32 kBias = 0x6400u | (kSigned ? kHalf : 0u);
+constexpr float kSumsUnitInverse = KVPACK_TOKEN_SCALES ? 1.0f : kF16UnitInverse;  // when results are stored
+// Of activations on their way; scales and fp32 take registers, too.
+constexpr u32 kFragmentsAhead = kTokenTiles == 2 && KVPACK_TOKEN_SCALES ? 1 : KVPACK_COLUMN_SCALES ? 2 : kTokenTiles == 4 && KVPACK_ACTIVATION != 2 ? 8 : 4;
+constexpr u32 kLoadsAhead = 8;
 
-// 16 bytes of a row in passing: turned so that eight lanes in a row meet eight different groups of banks.
-__device__ __forceinline__ u32 passing_address(u32 rows, u32 row, u32 unit) {
-  return rows + 32 * row + 16 * (unit ^ (row / 4 & 1));
-}
-
+// 32 rows of 32 bytes in passing, in one of a warp's two buffers. The 16-byte units of a row are swapped for every other four rows, so
+// that eight lanes in a row meet eight different groups of banks. A lane writes where it then names a row to ldmatrix; the address is kept,
+// since to compute it for each chunk takes as long as a tenth of its decoding.
 struct Passing {
-  u32 rows;
-  u32 lane;
+  u32 row;     // the lane's, in the first buffer
+  u32 buffer;  // 0, or kRowsBytes
   u32 kept[4];
+
+  __device__ __forceinline__ Passing(u32 rows, u32 lane) : row(rows + 32 * lane + 16 * (lane / 4 & 1)), buffer(0) { forget(row); }
+  // Chunks of a group take turns: what is still read of the one before is not overwritten.
+  __device__ __forceinline__ void begin_chunk(u32 chunk) { buffer = chunk % 2 * kRowsBytes; }
+  __device__ __forceinline__ u32 unit(u32 k) const { return (row ^ 16 * k) + buffer; }
   template <u32 k>
   __device__ __forceinline__ void slot(u32 elements) {
     kept[k % 4] = elements;
-    if constexpr (k % 4 == 3) {
-      store_shared_v4(passing_address(rows, lane, k / 4), make_uint4(kept[0], kept[1], kept[2], kept[3]));
-    }
+    if constexpr (k % 4 == 3) store_shared_v4(unit(k / 4), make_uint4(kept[0], kept[1], kept[2], kept[3]));
   }
 };
 
@@ -55,19 +58,12 @@ __device__ __forceinline__ void emit_kept(const KeepSlots& kept, Passing& passin
   }
 }
 
-__device__ __forceinline__ u32 first_two(u32 elements) {
-  return sub_f16x2(__byte_perm(elements, 0x64646464u, 0x4140), kBias * 0x00010001u);
-}
-__device__ __forceinline__ u32 last_two(u32 elements) {
-  return sub_f16x2(__byte_perm(elements, 0x64646464u, 0x4342), kBias * 0x00010001u);
-}
-
 // 16 rows, eight tokens: the fragment of mma.m16n8k16. Of it a lane holds, as number i, row 8·(i / 2) + lane / 4 and token
 // 2·(lane % 4) + i % 2.
 typedef Sums<8 * kTokenTiles> TokenSums;
 __device__ __forceinline__ constexpr u32 fragment(u32 half, u32 tile) { return 4 * (half * kTokenTiles + tile); }
 
-// Calls body(sum, row, token) for all that a lane holds of 32 rows.
+// Calls body(sum, token) for all that a lane holds of 32 rows.
 template <class Body>
 __device__ __forceinline__ void each_sum(TokenSums& sums, u32 lane, Body&& body) {
 #pragma unroll
@@ -76,31 +72,30 @@ __device__ __forceinline__ void each_sum(TokenSums& sums, u32 lane, Body&& body)
     for (u32 tile = 0; tile < kTokenTiles; ++tile)
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
-        body(sums.of[fragment(half, tile) + i], 16 * half + i / 2 * 8 + lane / 4, 8 * tile + lane % 4 * 2 + i % 2);
+        body(sums.of[fragment(half, tile) + i], 8 * tile + lane % 4 * 2 + i % 2);
       }
 }
 
-// Rows of a chunk in `rows` times its activations.
-__device__ __forceinline__ void multiply_chunk(u32 rows, u32 fragments, u32 lane, TokenSums& sums) {
+// The rows that are in passing times their chunk's activations.
+__device__ __forceinline__ void multiply_chunk(const Passing& passing, u32 fragments, u32 lane, TokenSums& sums) {
   __syncwarp();
-  u32 elements[2][4];
-  const u32 row = lane % 16, unit = lane / 16;
-  load_matrix_x4(elements[0], passing_address(rows, row, unit));
-  load_matrix_x4(elements[1], passing_address(rows, row + 16, unit));
-  uint4 activations[kTokenTiles];
 #pragma unroll
-  for (u32 tile = 0; tile < kTokenTiles; ++tile) {
-    activations[tile] = load_shared_v4(fragments + tile * kFragmentBytes + 16 * lane);
-  }
+  for (u32 step = 0; step < 2; ++step) {
+    u32 elements[4];  // of rows 0 … 7, 8 … 15, …
+    load_matrix_x4(elements, passing.unit(step));
+    u32 weights[2][4];
 #pragma unroll
-  for (u32 half = 0; half < 2; ++half) {
-    const u32(&e)[4] = elements[half];
-    const u32 first[4] = {first_two(e[0]), first_two(e[1]), last_two(e[0]), last_two(e[1])};
+    for (u32 half = 0; half < 2; ++half) {
+      const u32 upper = elements[2 * half], lower = elements[2 * half + 1];
+      weights[half][0] = first_two_f16(upper), weights[half][1] = first_two_f16(lower);
+      weights[half][2] = last_two_f16(upper), weights[half][3] = last_two_f16(lower);
+    }
 #pragma unroll
-    for (u32 tile = 0; tile < kTokenTiles; ++tile) mma_f16(sums.of + fragment(half, tile), first, activations[tile].x, activations[tile].y);
-    const u32 second[4] = {first_two(e[2]), first_two(e[3]), last_two(e[2]), last_two(e[3])};
+    for (u32 tile = 0; tile < kTokenTiles; ++tile) {
+      const uint2 activations = load_shared_v2(fragments + tile * kFragmentBytes + step * (kFragmentBytes / 2) + 8 * lane);
 #pragma unroll
-    for (u32 tile = 0; tile < kTokenTiles; ++tile) mma_f16(sums.of + fragment(half, tile), second, activations[tile].z, activations[tile].w);
+      for (u32 half = 0; half < 2; ++half) mma_f16(sums.of + fragment(half, tile), weights[half], activations.x, activations.y);
+    }
   }
 }
 
@@ -108,16 +103,15 @@ __device__ __forceinline__ void multiply_chunk(u32 rows, u32 fragments, u32 lane
 __device__ __forceinline__ void add_outlier(u32 outlier, u32 delta_bits, u32 fragments, u32 lane, TokenSums& sums) {
   const u32 row = outlier_lane(outlier), col = outlier_col(outlier, delta_bits);
   if (row % 8 != lane / 4) return;
-  constexpr u32 g = kCodesPerSymbol;
-  const u32 in_chunk = col % kChunkCols, slot = g * (in_chunk / (4 * g)) + in_chunk % g, byte = in_chunk / g % 4;
+  const u32 slot = column_slot(col % kChunkCols), byte = column_byte(col % kChunkCols);
   const float delta = static_cast<float>(outlier_delta(outlier, delta_bits));
 #pragma unroll
   for (u32 tile = 0; tile < kTokenTiles; ++tile) {
 #pragma unroll
     for (u32 j = 0; j < 2; ++j) {
       const u32 holder = 4 * (lane % 4 * 2 + j) + slot % 4;
-      const u32 address = fragments + tile * kFragmentBytes + 16 * holder + slot / 4 * 8 + byte * 2;
-      const float product = delta * f16_value(load_shared_u16(address));
+      const u32 address = fragments + tile * kFragmentBytes + slot / 4 * (kFragmentBytes / 2) + 8 * holder + byte * 2;
+      const float product = delta * kF16Unit * f16_value(load_shared_u16(address));
       // Not as `if (…) sum += product`: of that the compiler makes an index, and puts the sums into memory.
 #pragma unroll
       for (u32 eight = 0; eight < 4; ++eight) sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] += row / 8 == eight ? product : 0.0f;
@@ -125,17 +119,10 @@ __device__ __forceinline__ void add_outlier(u32 outlier, u32 delta_bits, u32 fra
   }
 }
 
-// What activations of a token are divided by, from the address of their largest: 2^-14 of it, rounded down to a power of two.
-__device__ __forceinline__ float token_scale(u32 address) {
-  const u32 exponent = load_shared_u32(address) >> 23;
-  const bool usable = exponent > 14 && exponent < 255;
-  return __uint_as_float(usable ? (exponent - 14) << 23 : __float_as_uint(1.0f));
-}
-
 // Columns 8·(lane % 4) … + 7 of a chunk, of token lane / 4, into the fragments at `fragments`.
 __device__ __forceinline__ void store_eight(const Eight& eight, float inverse, const float* column_scales, u32 col, u32 cols,
                                             u32 fragments, u32 lane) {
-  const u32 j = lane % 4, of_token = fragments + 64 * (lane / 4);
+  const u32 j = lane % 4, of_token = fragments + 32 * (lane / 4);
   auto value = [&](u32 i) {
 #if KVPACK_COLUMN_SCALES
     return eight.value(i) * __ldg(column_scales + min(col + i, cols - 1)) * inverse;  // behind the last column it is 0
@@ -144,7 +131,7 @@ __device__ __forceinline__ void store_eight(const Eight& eight, float inverse, c
 #endif
   };
   auto pair = [&](u32 a, u32 b) { return f16x2_bits(value(a), value(b)); };
-  auto of_slot = [&](u32 slot) { return of_token + 16 * (slot % 4) + 8 * (slot / 4); };
+  auto of_slot = [&](u32 slot) { return of_token + slot / 4 * (kFragmentBytes / 2) + 8 * (slot % 4); };
   if constexpr (kCodesPerSymbol == 1) {  // two slots, all of each
     store_shared_v2(of_slot(2 * j), make_uint2(pair(0, 1), pair(2, 3)));
     store_shared_v2(of_slot(2 * j + 1), make_uint2(pair(4, 5), pair(6, 7)));
@@ -179,10 +166,14 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 
   const u32 shared_table = shared_address(shared);
   const u32 activations = shared_table + 4 * kTableSlots;
-  const u32 token_maxima = activations + panel_width * tile_chunks * kTokenTiles * kFragmentBytes;
+  auto behind_activations = [&](u32 width) { return activations + width * tile_chunks * kTokenTiles * kFragmentBytes; };
+  const u32 token_maxima = behind_activations(panel_width);
   const u32 token_pairs = token_maxima + 4 * kTokens, ends = token_pairs + 8 * kTokens, all_passing_rows = ends + kEndsBytes;
-  const u32 passing_rows = all_passing_rows + warp * 2 * kRowsBytes, all_buffers = all_passing_rows + warps * 2 * kRowsBytes;
+  const u32 passing_rows = all_passing_rows + warp * 2 * kRowsBytes, all_next_units = all_passing_rows + warps * 2 * kRowsBytes;
+  const NextUnit next_unit{all_next_units + warp * NextUnit::kBytes};
+  const u32 all_buffers = all_next_units + warps * NextUnit::kBytes;
   const u32 buffers = all_buffers + kBuffers * warp * buffer_bytes;
+  auto word_buffer = [&](u32 units_left) { return buffers + (kBuffers == 2 ? units_left % 2 * buffer_bytes : 0); };
 
 #if KVPACK_GROUPED
   const u32 part_of_expert = blockIdx.z % stack_parts;
@@ -219,16 +210,15 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   auto entries = [&] { return KVPACK_GROUPED ? load_pointer<const uint4>(ends + kEndsGroups) : groups; };
 
   // Two units are under way: the one that is decoded, and the next one's words and first planes.
-  uint4 entry = make_uint4(0, 0, 0, 0), next_entry = entry;
+  uint4 entry = make_uint4(0, 0, 0, 0);
   if (units > 0) entry = __ldg(groups + schedule.index_of(unit));
   if (table != nullptr) copy_table(table, shared_table, warp * kLanes + lane, warps * kLanes);  // null if no tile has words
-  LaneStart start{KVPACK_STATE_LOW, 0};
   RawStream stream;
   if (units > 0) {
     const Group group = unpack_group(blob, entry);
     const Place place = schedule.place_of(unit, rows, cols, tile_cols);
-    copy_words(group, buffers, lane);
-    start = load_lane_start(group, place, length_bytes, lane);
+    copy_words(group, word_buffer(units), lane);
+    next_unit.put(entry, group, place, length_bytes, lane);
     stream.begin(blob, raw_planes_unit(group, place), raw_chunks(group, place), lane);
   }
   copy_async_commit();
@@ -276,7 +266,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       const u32 i = first + ahead * warps;
       if (i >= fragments_of_panel) break;
 #if KVPACK_TOKEN_SCALES
-      const float inverse = 1.0f / token_scale(token_maxima + 4 * (i % kTokenTiles * 8 + lane / 4));
+      const float inverse = 1.0f / token_scale(load_shared_u32(token_maxima + 4 * (i % kTokenTiles * 8 + lane / 4)));
 #else
       const float inverse = 1.0f;
 #endif
@@ -287,47 +277,51 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
   copy_async_wait<0>();
   __syncthreads();
 
+  Passing passing(passing_rows, lane);
   TokenSums sums;
   sums.clear();
-  for (u32 buffer = 0; units > 0; --units, buffer ^= kBuffers - 1) {
-    const Group group = unpack_group(blob, entry);
+  for (; units > 0; --units) {
+    copy_async_wait<0>();
+    __syncwarp();
+    const Group group = unpack_group(blob, next_unit.entry());
     const Place place = schedule.place_of(unit, rows, cols, tile_cols);
     const bool mine = group.mode == KVPACK_MODE_RANS ? group.table == table_index : table_index == 0;
     const bool has_outliers = mine && group.num_outliers > 0;
     const u32 planes = raw_planes_unit(group, place);
-    const u32 unit_fragments = activations + (threadIdx.y * member_width + unit.column) * tile_chunks * kTokenTiles * kFragmentBytes;
-    u32 fragments = unit_fragments;
-    Passing passing{passing_rows, lane, {}};
-    auto finish_chunk = [&] {
-      multiply_chunk(passing.rows, fragments, lane, sums);
-      fragments += kTokenTiles * kFragmentBytes;
-      passing.rows = passing_rows + (passing_rows + kRowsBytes - passing.rows);
+    auto fragments_of = [&](Unit of) {
+      return activations + (threadIdx.y * member_width + of.column) * (computed_anew(tile_cols) / kChunkCols) * kTokenTiles * kFragmentBytes;
     };
+    u32 fragments = fragments_of(unit);
+    auto finish_chunk = [&] {
+      multiply_chunk(passing, fragments, lane, sums);
+      fragments += kTokenTiles * kFragmentBytes;
+    };
+    u32 end_address = 0;
+    Lane decoder{};
+    if (group.mode == KVPACK_MODE_RANS) {
+      decoder = start_lane(group, next_unit.start(length_bytes, lane), word_buffer(units), lane, end_address);
+    }
+    __syncwarp();  // what it began with has been read
 
     unit = schedule.after(unit);  // what is decoded now is the one before it
-    LaneStart next_start{KVPACK_STATE_LOW, 0};
-    u32 next_planes = 0;
-    u32 next_chunks = 0;
+    u32 next_planes = 0, next_chunks = 0;
     if (units > 1) {
-      next_entry = __ldg(entries() + schedule.index_of(unit));
+      const uint4 next_entry = __ldg(entries() + schedule.index_of(unit));
       const Group next = unpack_group(blob, next_entry);
       const Place place = schedule.place_of(unit, rows, cols, tile_cols);
-      if constexpr (kBuffers == 2) copy_words(next, buffers + (buffer ^ 1) * buffer_bytes, lane);
-      next_start = load_lane_start(next, place, length_bytes, lane);
+      if constexpr (kBuffers == 2) copy_words(next, word_buffer(units - 1), lane);
+      next_unit.put(next_entry, next, place, length_bytes, lane);
       next_planes = raw_planes_unit(next, place);
       next_chunks = raw_chunks(next, place);
     }
-    if constexpr (kBuffers == 2) copy_async_commit();
-    copy_async_wait<kBuffers - 1>();
-    __syncwarp();
+    copy_async_commit();
 
     if (!mine) {
       stream.stale = true;
     } else if (group.mode == KVPACK_MODE_RANS) {
-      u32 end_address;
-      Lane decoder = start_lane(group, start, buffers + buffer * buffer_bytes, lane, end_address);
       if (group.predictor == 0) {
-        stream.each_chunk(blob, planes, place.chunks(), next_planes, next_chunks, lane, [&](u32, const RawChunk& raw) {
+        stream.each_chunk(blob, planes, place.chunks(), next_planes, next_chunks, lane, [&](u32 chunk, const RawChunk& raw) {
+          passing.begin_chunk(chunk);
           decode_chunk(decoder, shared_table, raw, passing);
           finish_chunk();
         });
@@ -341,6 +335,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
           KeepSlots kept;
           decode_chunk(decoder, shared_table, raw, kept);
           undo_predictor(kept, chunk == 0, previous);
+          passing.begin_chunk(chunk);
           emit_kept(kept, passing);
           finish_chunk();
         }
@@ -357,6 +352,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       stream.stale = true;
 #pragma unroll 1
       for (u32 chunk = 0; chunk < place.chunks(); ++chunk) {
+        passing.begin_chunk(chunk);
         if (group.mode == KVPACK_MODE_CONSTANT) {
           RawChunk raw;
           load_raw(chunk_planes(blob, planes, chunk), lane, raw);
@@ -371,6 +367,7 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
       // Looked up again, rather than in registers all the time.
       const Group again = unpack_group(blob, __ldg(entries() + schedule.index_of(schedule.before(unit))));
       const u32* outliers = outliers_of(again, place);
+      const u32 unit_fragments = fragments_of(schedule.before(unit));
 #pragma unroll 1
       for (u32 i = 0; i < again.num_outliers; ++i) {
         const u32 outlier = __ldg(outliers + i);
@@ -387,9 +384,11 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #endif
       const u32 row_group = schedule.before(unit).row_group;
       const u32 members = blockIdx.y + 1 == gridDim.y ? last_members : blockDim.y, parts = gridDim.y * num_tables;
+      const u32 maxima = behind_activations(computed_anew(panel_width));
       const MemberSums member_sums{all_buffers + kBuffers * warps * buffer_bytes, runs};
 #if KVPACK_TOKEN_SCALES
-      each_sum(sums, lane, [&](float& sum, u32, u32 token) { sum *= token_scale(token_maxima + 4 * token); });
+      // Out of units of 2^-24 first: a small token's sums would become denormal.
+      each_sum(sums, lane, [&](float& sum, u32 token) { sum = sum * kF16UnitInverse * token_scale(load_shared_u32(maxima + 4 * token)); });
 #endif
 #if KVPACK_GROUPED
       if (parts > 1) partials = load_pointer<float>(ends + kEndsPartials), semaphores = load_pointer<u32>(ends + kEndsSemaphores);
@@ -401,23 +400,37 @@ gemm(const void* x, const u8* blob, const uint4* groups, const u32* table, const
 #if KVPACK_GROUPED
         y = load_pointer<void>(ends + kEndsY), scales = load_pointer<const float>(ends + kEndsScales);
 #endif
-        each_sum(sums, lane, [&](float sum, u32 row_of_group, u32 token) {
-          const u32 row = row_group * kLanes + row_of_group;
-          if (row < rows && token < tokens) {
-            float result = sum * scales[row * scale_stride];
-            if (bias != nullptr) result += load_activation(bias, row);
-            store_result(y, result_at(token) + row, result);
+        const u32 first_row = row_group * kLanes + lane / 4;  // and 8, 16, 24 on
+        float row_scales[4], row_offsets[4];
+#pragma unroll
+        for (u32 eight = 0; eight < 4; ++eight) {
+          const u32 row = min(first_row + 8 * eight, rows - 1);
+          row_scales[eight] = scales[row * scale_stride];
+          row_offsets[eight] = bias != nullptr ? load_activation(bias, row) : 0.0f;
+        }
+#pragma unroll
+        for (u32 tile = 0; tile < kTokenTiles; ++tile) {
+#pragma unroll
+          for (u32 j = 0; j < 2; ++j) {
+            const u32 token = 8 * tile + lane % 4 * 2 + j;
+            if (token >= tokens) continue;
+            const u64 at = result_at(token) + first_row;
+#pragma unroll
+            for (u32 eight = 0; eight < 4; ++eight) {
+              if (first_row + 8 * eight >= rows) continue;
+              float result = sums.of[fragment(eight / 2, tile) + eight % 2 * 2 + j] * kSumsUnitInverse * row_scales[eight];
+              if (bias != nullptr) result += row_offsets[eight];
+              store_result(y, at + 8 * eight, result);
+            }
           }
-        });
+        }
       }
       sums.clear();
     }
-    __syncwarp();
     if constexpr (kBuffers == 1) {
-      if (units > 1) copy_words(unpack_group(blob, next_entry), buffers, lane);
+      __syncwarp();
+      if (units > 1) copy_words(unpack_group(blob, next_unit.entry()), word_buffer(units - 1), lane);
       copy_async_commit();
     }
-    entry = next_entry;
-    start = next_start;
   }
 }

@@ -1,7 +1,7 @@
 // Y = scale · (W X) + bias for up to 256 vectors X (tokens) and coded integers W on sm_90a: warps that decode beside warps that multiply.
 //
 // A block takes 128 rows (four groups) at a time. Its producers are warpgroups: each decodes a unit, the four groups of a tile column, a
-// warp a group and a lane a row, and writes each chunk of 32 columns as fp16 (0x6400 | u is 1024 + u) into shared memory, where wgmma reads
+// warp a group and a lane a row, and writes each chunk of 32 columns as fp16 into shared memory, where wgmma reads
 // it. Activations come beside it, arranged before (arrange_activations.cu), two chunks ahead. Two consumers multiply, each 64 of the rows.
 //
 //   weights of a chunk       16 bytes of core k (0 … 3), row r, at 16 · (128·k + r): as fp16 bytes 0 … 3 of slot 2·k, then of slot 2·k + 1
@@ -14,27 +14,26 @@
 // barriers.
 #include "common/activations.cuh"
 #include "common/hopper.cuh"
+#include "weights/f16_elements.cuh"
 #include "weights/schedule.cuh"
 #include "weights/tile.cuh"
 
 constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kTokens = KVPACK_TOKENS;
 constexpr u32 kProducers = KVPACK_PRODUCERS;
-constexpr u32 kConsumers = 2;
-constexpr u32 kGroups = 4;  // of a block of rows; a warpgroup has as many warps
+constexpr u32 kConsumers = KVPACK_CONSUMERS;
+constexpr u32 kGroups = KVPACK_BLOCK_GROUPS;  // of a block of rows; a warpgroup has as many warps
 constexpr u32 kWarpgroup = kGroups * kLanes;
 constexpr u32 kThreads = (kConsumers + kProducers) * kWarpgroup;
 constexpr u32 kBlockRows = kGroups * kLanes;
-constexpr u32 kStages = 2;
-// A stage is free when its chunk is multiplied; activations are then asked for two chunks ahead.
-constexpr u32 kAhead = 2;
-constexpr u32 kActivationStages = kStages + kAhead;
+constexpr u32 kStages = KVPACK_STAGES;
+constexpr u32 kActivationStages = KVPACK_ACTIVATION_STAGES;
+constexpr u32 kAhead = kActivationStages - kStages;
 constexpr u32 kWeightsBytes = 2 * kBlockRows * kChunkCols;
 constexpr u32 kActivationsBytes = 2 * kTokens * kChunkCols;
 constexpr u32 kWeightsCoreBytes = 16 * kBlockRows;
 constexpr u32 kActivationsCoreBytes = 16 * kTokens;
 constexpr u32 kRowsCoreBytes = 8 * 16;
-constexpr u32 kBias = 0x6400u | (kSigned ? kHalf : 0u);
 constexpr bool kHasOutliers = KVPACK_OUTLIERS != 0;
 // What warps are started with is dealt anew where consumers need more.
 constexpr u32 kLaunchRegisters = 65536 / kThreads / 8 * 8;
@@ -44,23 +43,18 @@ constexpr u32 kConsumerRegisters = (kThreads * kLaunchRegisters - kProducers * k
 constexpr u32 kProductTokens = kTokens < KVPACK_PRODUCT_TOKENS ? kTokens : KVPACK_PRODUCT_TOKENS;
 constexpr u32 kProducts = kTokens / kProductTokens;
 
-__device__ __forceinline__ u32 first_two(u32 elements) {
-  return sub_f16x2(__byte_perm(elements, 0x64646464u, 0x4140), kBias * 0x00010001u);
-}
-__device__ __forceinline__ u32 last_two(u32 elements) {
-  return sub_f16x2(__byte_perm(elements, 0x64646464u, 0x4342), kBias * 0x00010001u);
-}
-
 // Writes a lane's row of a chunk.
 struct RowOfCores {
   u32 row;  // address of its first core
-  u32 even;
+  u32 even = 0;
+
+  __device__ __forceinline__ explicit RowOfCores(u32 address) : row(address) {}
   template <u32 k>
   __device__ __forceinline__ void slot(u32 elements) {
     if constexpr (k % 2 == 0) {
       even = elements;
     } else {
-      store_shared_v4(row + k / 2 * kWeightsCoreBytes, make_uint4(first_two(even), last_two(even), first_two(elements), last_two(elements)));
+      store_shared_v4(row + k / 2 * kWeightsCoreBytes, make_uint4(first_two_f16(even), last_two_f16(even), first_two_f16(elements), last_two_f16(elements)));
     }
   }
 };
@@ -95,14 +89,6 @@ struct Shared {
   }
 };
 
-// The runs of units, and whose a unit is.
-struct UnitRuns : Runs {
-  __device__ __forceinline__ u32 worker_of(u32 unit) const {
-    const u32 longer = remainder * (quotient + 1);
-    return unit < longer ? unit / (quotient + 1) : remainder + (unit - longer) / quotient;
-  }
-};
-
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* groups, const u32* table, const float* scales,
            u32 scale_stride, const void* bias, void* y, float* partials, u32* semaphores, u32* status, u32 rows, u32 cols,
@@ -114,7 +100,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
   const u32 lane = threadIdx.x % kLanes, warp = warp_of_block % kGroups, warpgroup = warp_of_block / kGroups;
   const u32 tile_chunks = tile_cols / kChunkCols;
   const u32 delta_bits = outlier_delta_bits(tile_cols);
-  const UnitRuns runs{run_quotient, run_remainder};
+  const Runs runs{run_quotient, run_remainder};
   const u32 begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
 
   if (table != nullptr) copy_table(table, shared.table(), threadIdx.x, kThreads);  // null if no tile has words
@@ -219,10 +205,9 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
             const u32 entry = __ldg(outlier), col = outlier_col(entry, delta_bits) - chunk * kChunkCols;
             if (static_cast<s32>(col) >= static_cast<s32>(kChunkCols)) break;
             if (col < kChunkCols) {  // damage to their order must not lead out of the row
-              constexpr u32 g = kCodesPerSymbol;
-              const u32 slot = g * (col / (4 * g)) + col % g, byte = col / g % 4;
-              const u32 address = row + slot / 2 * kWeightsCoreBytes + slot % 2 * 8 + byte * 2;
-              store_shared_u16(address, f16_bits(f16_value(load_shared_u16(address)) + static_cast<float>(outlier_delta(entry, delta_bits))));
+              const u32 slot = column_slot(col);
+              const u32 address = row + slot / 2 * kWeightsCoreBytes + slot % 2 * 8 + column_byte(col) * 2;
+              store_shared_u16(address, f16_bits(f16_value(load_shared_u16(address)) + kF16Unit * static_cast<float>(outlier_delta(entry, delta_bits))));
             }
             ++outlier;
             --outliers_left;
@@ -238,7 +223,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
           Lane decoder = start_lane(group, start, buffers + buffer * buffer_bytes, lane, end_address);
           stream.each_chunk(blob, planes, place.chunks(), next_planes, next_chunks, lane, [&](u32 chunk, const RawChunk& raw) {
             begin_chunk();
-            RowOfCores row{row_address(), 0};
+            RowOfCores row(row_address());
             decode_chunk(decoder, shared.table(), raw, row);
             put_outliers(chunk, row.row);
             end_chunk();
@@ -252,7 +237,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
 #pragma unroll 1
           for (u32 chunk = 0; chunk < place.chunks(); ++chunk) {
             begin_chunk();
-            RowOfCores row{row_address(), 0};
+            RowOfCores row(row_address());
             if (group.mode == KVPACK_MODE_CONSTANT) {
               RawChunk raw;
               load_raw(chunk_planes(blob, planes, chunk), lane, raw);
@@ -322,7 +307,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
               }
             }
             wgmma_commit();
-            wgmma_wait<0>();
+            wgmma_wait();
             // Each warp says so for itself: those of a warpgroup need not be equally far.
             if (lane < 1) barrier_arrive(shared.used(producer, number));
           }
@@ -373,7 +358,7 @@ gemm_wgmma(const u8* x, const float* token_scales, const u8* blob, const uint4* 
         for (u32 i = 0; i < kTokens / 4; ++i) {
           const u32 token_eight = i / 2, token = token_eight * 8 + lane % 4 * 2 + i % 2;
           if (token >= tokens) continue;
-          float result = sums[token_eight / (kProductTokens / 8)][token_eight % (kProductTokens / 8) * 4 + 2 * r + i % 2];
+          float result = sums[token_eight / (kProductTokens / 8)][token_eight % (kProductTokens / 8) * 4 + 2 * r + i % 2] * kF16UnitInverse;
           if (token_scales != nullptr) result *= __ldg(token_scales + token);
           result *= scale;
           if (bias != nullptr) result += offset;

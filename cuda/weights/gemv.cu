@@ -34,9 +34,7 @@ __device__ __forceinline__ void quantize_chunk(float value, u32 lane, u32 activa
   bool usable = largest >= kTiniest && largest <= 3.4028234e38f;
   int q = usable ? __float2int_rn(value * kDownscale * (32767.0f * reciprocal(largest * kDownscale))) : 0;
   int sum = static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<u32>(q)));
-  constexpr u32 g = kCodesPerSymbol;
-  u32 slot = g * (lane / (4 * g)) + lane % g, byte = lane / g % 4;
-  store_shared_u16(activations + 8 * slot + 2 * byte, static_cast<u32>(q));
+  store_shared_u16(activations + 8 * column_slot(lane) + 2 * column_byte(lane), static_cast<u32>(q));
   if (lane == 0) {
     store_shared_u32(activations + kActivationBytes, kSigned ? static_cast<u32>(-static_cast<int>(kHalf) * sum) : 0u);
     // An infinite or NaN activation makes the result NaN.

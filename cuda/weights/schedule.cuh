@@ -23,6 +23,10 @@ struct Runs {
   u32 quotient, remainder;
   __device__ __forceinline__ u32 begin(u32 worker) const { return worker * quotient + min(worker, remainder); }
   __device__ __forceinline__ u32 longest() const { return quotient + (remainder > 0); }
+  __device__ __forceinline__ u32 worker_of(u32 unit) const {
+    const u32 longer = remainder * (quotient + 1);
+    return unit < longer ? unit / (quotient + 1) : remainder + (unit - longer) / quotient;
+  }
 };
 
 // A unit's place: its rows, and its tile column among those of the warp.
@@ -72,7 +76,7 @@ struct Sums {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (float& sum : of) sum = 0;
+    for (u32 i = 0; i < count; ++i) of[i] = 0;
   }
   __device__ __forceinline__ void add(const Sums& other) {
 #pragma unroll
@@ -158,6 +162,12 @@ __device__ __forceinline__ bool join_parts(Sums<count>& sums, float* partials, u
   }
   __syncwarp();
   if (__shfl_sync(kAllLanes, before, 0) + 1 < parts) return false;
+  if (parts == 2) {  // a sum of two is the same either way round
+    Sums<count> other;
+    other.load_global(first + (1 - part) * (count * kLanes), lane);
+    sums.add(other);
+    return true;
+  }
   sums.clear();
 #pragma unroll 1
   for (u32 batch = 0; batch < parts; batch += ahead) {

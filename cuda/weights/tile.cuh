@@ -106,6 +106,34 @@ __device__ __forceinline__ LaneStart load_lane_start(const Group& group, const P
   return start;
 }
 
+// What a warp begins its next unit with, in shared memory until then: in registers it would take room from the loop over chunks.
+//
+//   entry of the group, 16 bytes | states of its lanes, 4 bytes each | their lengths, 1 or 2 bytes each
+struct NextUnit {
+  u32 address;
+  static constexpr u32 kStates = 16, kLengths = kStates + 4 * kLanes, kBytes = kLengths + 2 * kLanes;
+
+  // Called by all lanes, once all have read what was here before; states and lengths are there after copy_async_wait.
+  __device__ __forceinline__ void put(uint4 entry, const Group& group, const Place& place, u32 length_bytes, u32 lane) const {
+    if (lane == 0) store_shared_v4(address, entry);
+    if (group.mode != KVPACK_MODE_RANS) return;
+    constexpr u32 units = 4 * kLanes / 16;
+    const u32 in_tile = place.group * kLanes, unit = lane % units;
+    const u8* states = group.tile + kGroupOffsetsBytes;
+    const u8* lengths = states + 4 * place.lanes();
+    if (lane < units) copy_async_16(address + kStates + 16 * unit, states + 4 * in_tile + 16 * unit);
+    if (lane >= units && lane < units + 2 * length_bytes) {
+      copy_async_16(address + kLengths + 16 * unit, lengths + length_bytes * in_tile + 16 * unit);
+    }
+  }
+  __device__ __forceinline__ uint4 entry() const { return load_shared_v4(address); }
+  __device__ __forceinline__ LaneStart start(u32 length_bytes, u32 lane) const {
+    const u32 lengths = address + kLengths;
+    return {load_shared_u32(address + kStates + 4 * lane),
+            length_bytes == 1 ? load_shared_u8(lengths + lane) : load_shared_u16(lengths + 2 * lane)};
+  }
+};
+
 // The group's words begin anywhere; they are copied from the multiple of 16 bytes before them.
 __device__ __forceinline__ u32 words_lead_bytes(const Group& group) { return (2 * group.first_word) & 15; }
 
@@ -170,13 +198,27 @@ __device__ __forceinline__ u32 raw_chunks(const Group& group, const Place& place
   return kRawBits == 0 || group.mode == KVPACK_MODE_RAW ? 0 : place.chunks();
 }
 
-// `planes`: those of the group in this chunk.
-__device__ __forceinline__ void load_raw(const u8* planes, u32 lane, RawChunk& raw) {
+// Where the planes of a group and chunk are: in memory, or copied to shared memory.
+struct PlanesInMemory {
+  const u8* planes;
+  __device__ __forceinline__ uint4 four(u32 offset) const { return load_once_v4(planes + offset); }
+  __device__ __forceinline__ uint2 two(u32 offset) const { return load_once_v2(planes + offset); }
+  __device__ __forceinline__ u32 one(u32 offset) const { return load_once_u32(planes + offset); }
+};
+struct PlanesInShared {
+  u32 address;
+  __device__ __forceinline__ uint4 four(u32 offset) const { return load_shared_v4(address + offset); }
+  __device__ __forceinline__ uint2 two(u32 offset) const { return load_shared_v2(address + offset); }
+  __device__ __forceinline__ u32 one(u32 offset) const { return load_shared_u32(address + offset); }
+};
+
+template <class Planes>
+__device__ __forceinline__ void load_raw(const Planes& planes, u32 lane, RawChunk& raw) {
   if constexpr (kWidePlanes > 0) {
     constexpr u32 units = 2 * kWidePlanes;
 #pragma unroll
     for (u32 unit = 0; unit != units; ++unit) {
-      uint4 v = load_once_v4(planes + unit * 16 * kLanes + 16 * lane);
+      uint4 v = planes.four(unit * 16 * kLanes + 16 * lane);
       raw.words[4 * unit] = v.x;
       raw.words[4 * unit + 1] = v.y;
       raw.words[4 * unit + 2] = v.z;
@@ -185,7 +227,7 @@ __device__ __forceinline__ void load_raw(const u8* planes, u32 lane, RawChunk& r
   }
   constexpr u32 wide = 8 * kWidePlanes;  // registers so far
   if constexpr ((kNarrowRawBits & 4) != 0) {
-    uint4 v = load_once_v4(planes + 4 * kLanes * wide + 16 * lane);
+    uint4 v = planes.four(4 * kLanes * wide + 16 * lane);
     raw.words[wide] = v.x;
     raw.words[wide + 1] = v.y;
     raw.words[wide + 2] = v.z;
@@ -193,15 +235,16 @@ __device__ __forceinline__ void load_raw(const u8* planes, u32 lane, RawChunk& r
   }
   if constexpr ((kNarrowRawBits & 2) != 0) {
     constexpr u32 at = wide + (kNarrowRawBits & 4);
-    uint2 v = load_once_v2(planes + 4 * kLanes * at + 8 * lane);
+    uint2 v = planes.two(4 * kLanes * at + 8 * lane);
     raw.words[at] = v.x;
     raw.words[at + 1] = v.y;
   }
   if constexpr ((kNarrowRawBits & 1) != 0) {
     constexpr u32 at = wide + (kNarrowRawBits & 6);
-    raw.words[at] = load_once_u32(planes + 4 * kLanes * at + 4 * lane);
+    raw.words[at] = planes.one(4 * kLanes * at + 4 * lane);
   }
 }
+__device__ __forceinline__ void load_raw(const u8* planes, u32 lane, RawChunk& raw) { load_raw(PlanesInMemory{planes}, lane, raw); }
 
 __device__ __forceinline__ const u8* chunk_planes(const u8* blob, u32 planes, u32 chunk) {
   return blob + 16ull * (planes + chunk * (kRawChunkBytes / 16));
@@ -279,20 +322,38 @@ __device__ __forceinline__ u32 unfold(u32 folded) {
   return folded ^ half ^ (folded & top) * up;
 }
 
+// Shifts down and logic share a pipe that is the busiest of all, shifts up do not. So codes that would be shifted down by different numbers are
+// shifted down once, by the most, and then up.
+constexpr u32 kElementShift = kElementBits <= 8 ? kRawBits : 0;
+constexpr u32 kHighestCode = kCodeBits * (kCodesPerSymbol - 1);
+constexpr u32 kDown = kHighestCode > kElementShift ? kHighestCode - kElementShift : 0;
+
+// Four symbols, and the same shifted down.
+struct FourSymbols {
+  u32 as_they_are, down;
+  __device__ __forceinline__ explicit FourSymbols(u32 symbols) : as_they_are(symbols), down(symbols >> kDown) {
+    if constexpr (kDown > 0) forget(down);
+  }
+};
+
 // Codes number `code` of four symbols, above the raw bits of slot `slot`: four elements of up to 8 bits.
 template <u32 slot, u32 code>
-__device__ __forceinline__ u32 join_slot(u32 symbols, const RawChunk& raw) {
-  constexpr u32 shift = kElementBits <= 8 ? kRawBits : 0;
-  constexpr u32 mask = kBytes * (((1u << kCodeBits) - 1) << shift);
-  u32 codes = shifted<static_cast<int>(shift) - static_cast<int>(kCodeBits * code)>(symbols) & mask;
+__device__ __forceinline__ u32 join_slot(const FourSymbols& symbols, const RawChunk& raw) {
+  constexpr u32 mask = kBytes * (((1u << kCodeBits) - 1) << kElementShift), at = kCodeBits * code;
+  u32 codes = shifted<static_cast<int>(kElementShift) - static_cast<int>(at)>(symbols.as_they_are);
+  if constexpr (at > kElementShift && at >= kDown) codes = symbols.down << (kElementShift + kDown - at);
+  codes &= mask;
   if constexpr (kElementBits <= 8 && kRawBits > 0) codes |= narrow_bits<slot>(raw);
-  if constexpr (kFolded) codes = unfold(codes);
+  if constexpr (kFolded) {
+    forget(codes);  // else the sign is taken from the planes, by a shift down
+    codes = unfold(codes);
+  }
   return codes;
 }
 
 // Calls emit.template operator()<slot>(elements) for the g slots of four symbols.
 template <u32 quad, u32 code, class Emit>
-__device__ __forceinline__ void emit_quad(u32 symbols, const RawChunk& raw, Emit& emit) {
+__device__ __forceinline__ void emit_quad(const FourSymbols& symbols, const RawChunk& raw, Emit& emit) {
   if constexpr (code < kCodesPerSymbol) {
     emit.template slot<quad * kCodesPerSymbol + code>(join_slot<quad * kCodesPerSymbol + code, code>(symbols, raw));
     emit_quad<quad, code + 1>(symbols, raw, emit);
@@ -304,7 +365,7 @@ __device__ __forceinline__ void emit_quad(u32 symbols, const RawChunk& raw, Emit
 template <u32 quad = 0, class Emit>
 __device__ __forceinline__ void decode_chunk(Lane& decoder, u32 table, const RawChunk& raw, Emit& emit) {
   if constexpr (quad < kSlots / kCodesPerSymbol) {
-    u32 symbols = decode_four(decoder, table);
+    const FourSymbols symbols(decode_four(decoder, table));
     emit_quad<quad, 0>(symbols, raw, emit);
     decode_chunk<quad + 1>(decoder, table, raw, emit);
   }
@@ -314,12 +375,17 @@ __device__ __forceinline__ void decode_chunk(Lane& decoder, u32 table, const Raw
 template <u32 quad = 0, class Emit>
 __device__ __forceinline__ void constant_chunk(u32 symbol, const RawChunk& raw, Emit& emit) {
   if constexpr (quad < kSlots / kCodesPerSymbol) {
-    emit_quad<quad, 0>(symbol * kBytes, raw, emit);
+    emit_quad<quad, 0>(FourSymbols(symbol * kBytes), raw, emit);
     constant_chunk<quad + 1>(symbol, raw, emit);
   }
 }
 
-// Column of a chunk that byte t of slot k holds (§7.4).
+// Where a column of a chunk lies: in which slot, and in which of its bytes (§7.4).
+__device__ __forceinline__ constexpr u32 column_slot(u32 col) {
+  return kCodesPerSymbol * (col / (4 * kCodesPerSymbol)) + col % kCodesPerSymbol;
+}
+__device__ __forceinline__ constexpr u32 column_byte(u32 col) { return col / kCodesPerSymbol % 4; }
+// Column of a chunk that byte t of slot k holds.
 __device__ __forceinline__ constexpr u32 slot_column(u32 slot, u32 byte) {
   return 4 * kCodesPerSymbol * (slot / kCodesPerSymbol) + kCodesPerSymbol * byte + slot % kCodesPerSymbol;
 }
@@ -331,19 +397,24 @@ __device__ __forceinline__ u32 raw_mode_element(const Group& group, const Place&
   return __funnelshift_r(words[0], words[1], bit & 31) & kElementMask;
 }
 
-// The same chunk of a tile in mode raw, for elements of up to 8 bits; padding is 0.
+// Slot `slot` of a chunk of a tile in mode raw, for elements of up to 8 bits; padding is 0.
+__device__ __forceinline__ u32 raw_mode_slot(const Group& group, const Place& place, u32 row, u32 chunk, u32 slot) {
+  u32 elements = 0;
+#pragma unroll
+  for (u32 byte = 0; byte < 4; ++byte) {
+    u32 col = chunk * kChunkCols + slot_column(slot, byte);
+    if (row < place.tile_rows && col < place.tile_cols) {
+      elements |= raw_mode_element(group, place, row, col) << (8 * byte);
+    }
+  }
+  return elements;
+}
+
+// Decodes the same chunk.
 template <class Emit, u32 slot = 0>
 __device__ __forceinline__ void raw_mode_chunk(const Group& group, const Place& place, u32 row, u32 chunk, Emit& emit) {
   if constexpr (slot < kSlots) {
-    u32 elements = 0;
-#pragma unroll
-    for (u32 byte = 0; byte < 4; ++byte) {
-      u32 col = chunk * kChunkCols + slot_column(slot, byte);
-      if (row < place.tile_rows && col < place.tile_cols) {
-        elements |= raw_mode_element(group, place, row, col) << (8 * byte);
-      }
-    }
-    emit.template slot<slot>(elements);
+    emit.template slot<slot>(raw_mode_slot(group, place, row, chunk, slot));
     raw_mode_chunk<Emit, slot + 1>(group, place, row, chunk, emit);
   }
 }
@@ -361,8 +432,7 @@ struct KeepSlots {
 __device__ __forceinline__ void undo_predictor(KeepSlots& chunk, bool first_chunk, u32& previous) {
 #pragma unroll
   for (u32 col = 0; col < kChunkCols; ++col) {
-    constexpr u32 g = kCodesPerSymbol;
-    u32 slot = g * (col / (4 * g)) + col % g, byte = col / g % 4;
+    const u32 slot = column_slot(col), byte = column_byte(col);
     u32 element = (chunk.slots[slot] >> (8 * byte)) & 0xFF;
     if (!(first_chunk && col == 0)) element = (element + previous - kHalf) & kElementMask;
     previous = element;

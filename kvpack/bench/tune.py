@@ -224,8 +224,9 @@ def launches_of(coded: products.Coded, tokens: int, limits: Limits) -> Launches:
         warps = products.gemv_warps(coded.layout, limits.architecture)
         return list(launch_model.gemv_launches(*shape, warps, products.max_panels(coded, 1)))
     eights = products.token_tiles(tokens)
-    warps = products.gemm_warps(coded.layout, eights, limits.architecture)
-    return list(launch_model.gemm_launches(*shape, warps, eights, products.max_panels(coded, 8 * eights)))
+    warps, buffered = (products.gemm_warps(coded.layout, eights, limits.architecture, buffers) for buffers in (1, 2))
+    panels = products.max_panels(coded, 8 * eights)
+    return list(launch_model.gemm_launches(*shape, warps, eights, panels, buffered_max_warps=buffered))
 
 
 def _kernel(

@@ -89,12 +89,11 @@ inline void wgmma_f16(float (&d)[tokens / 2], unsigned long long a, unsigned lon
   held.items[held.count++] = {d, a, b, tokens, held.committed};
 }
 inline void wgmma_commit() { ++emulated::group_products[emulated::thread_number()].committed; }
-template <int newest>
 inline void wgmma_wait() {
   __syncwarp();
   emulated::GroupProducts& held = emulated::group_products[emulated::thread_number()];
   unsigned int done = 0;
-  while (done < held.count && held.items[done].group + newest < held.committed) emulated::make_product(held.items[done++]);
+  while (done < held.count && held.items[done].group < held.committed) emulated::make_product(held.items[done++]);
   memmove(held.items, held.items + done, (held.count - done) * sizeof(held.items[0]));
   held.count -= done;
   __syncwarp();

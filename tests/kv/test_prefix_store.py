@@ -370,7 +370,8 @@ class Shelf:
         self.pages = pages
         self.blocks: dict[bytes, int] = {}
 
-    def take(self, blocks: Any) -> None:
+    def take(self, blocks: Any, reason: str) -> None:
+        assert reason == "capacity"
         for block in blocks:
             assert all(self.pages.held[entry] == 1 for entry in block.pages().tolist())
             self.blocks[block.hash] = block.entries.size

@@ -31,6 +31,7 @@ from kvpack.runtime.device.kernels import Kernel, layout_defines  # noqa: E402
 from kvpack.runtime.kv import attention_kernels as attention  # noqa: E402
 from kvpack.runtime.kv import page_kernels  # noqa: E402
 from kvpack.runtime.weights import encoder, grouped  # noqa: E402
+from kvpack.runtime.weights import mma_product as mma  # noqa: E402
 from kvpack.runtime.weights import products as weights  # noqa: E402
 from kvpack.runtime.weights import wgmma_product as wgmma  # noqa: E402
 
@@ -130,8 +131,8 @@ def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
 
 def vector_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
     """Products with column scales, and decoding with row offsets and column scales."""
-    products_of = list(itertools.product(weights.ACTIVATIONS, (0, *weights.TOKEN_TILES), BUFFERS, RESIDENT))
-    for layout, (activation, tiles, buffers, resident) in selected(SIGNED, products_of, everything, architecture):
+    products_of = list(itertools.product(weights.ACTIVATIONS, (0, *weights.TOKEN_TILES), RESIDENT, BUFFERS))
+    for layout, (activation, tiles, resident, buffers) in selected(SIGNED, products_of, everything, architecture):
         if tiles:
             yield weights.gemm_kernel(layout, activation, buffers, resident, tiles, architecture, column_scales=True)
         else:
@@ -154,6 +155,28 @@ def wgmma_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
         if architecture == wgmma.ARCHITECTURE:
             fit = wgmma.WgmmaFit(tokens, wgmma.block_of(layout, tokens).producers, buffers, 1, 0)
             yield wgmma.wgmma_kernel(layout, activation, fit, outliers=vectors)
+
+
+def mma_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
+    """Products of 65 to 128 vectors on GPUs without wgmma, or with blobs that gemm_wgmma does not take."""
+    half, bf16, fp32 = weights.ACTIVATIONS
+    # Activation, outliers, predictors, several tables. What an activation changes has nothing to do with the others.
+    kinds = [
+        (half, False, False, False),
+        (bf16, True, False, False),
+        (fp32, False, True, False),
+        (half, False, False, True),
+        (bf16, True, True, True),
+    ]
+    options = list(itertools.product(mma._BLOCKS, kinds))
+    tokens = mma.MAX_TOKENS
+    for layout, ((groups, resident), kind) in selected(SIGNED, options, everything, architecture):
+        activation, outliers, predicted, tables = kind
+        if (groups, resident) not in mma.block_kinds(outliers=outliers, predicted=predicted, several_tables=tables):
+            groups, resident = mma._BLOCKS[-1]
+        yield wgmma.arrange_kernel(layout, activation, tokens, column_scales=tables, split_slots=True)
+        fit = mma.MmaFit(tokens, groups, resident, 1, 1 + outliers, tables, 0)
+        yield mma.mma_kernel(layout, activation, fit, outliers=outliers, predicted=predicted)
 
 
 def prefill_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
@@ -226,6 +249,7 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemm, grouped": partial(gemm_kernels, grouped=True),
     "route": lambda _everything, _architecture: [grouped.route_kernel()],
     "gemm_wgmma": wgmma_kernels,
+    "gemm_mma": mma_kernels,
     "decode": decode_kernels,
     "products and decode with vectors": vector_kernels,
     **{operation: encoder_kernels(operation) for operation in KINDLESS},
@@ -252,6 +276,9 @@ def most_registers(kernel: Kernel) -> int:
         threads, blocks = _ENCODER_BLOCKS[kernel.function]
     elif kernel.function == "gemm_wgmma":
         threads, blocks = 128 * (wgmma._CONSUMERS + dict(kernel.defines)["KVPACK_PRODUCERS"]), 1
+    elif kernel.function == "gemm_mma":
+        defines = dict(kernel.defines)
+        threads, blocks = 64 * defines["KVPACK_GROUPS"], defines["KVPACK_BLOCKS_PER_SM"]
     else:
         defines = dict(kernel.defines)
         warps = defines["KVPACK_WARPS" if "KVPACK_WARPS" in defines else "KVPACK_MAX_WARPS"]

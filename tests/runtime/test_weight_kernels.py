@@ -310,6 +310,17 @@ def test_largest_activations(tokens: int) -> None:
         assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 3e-3
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 50])
+def test_smallest_activations(tokens: int) -> None:
+    """Near 2^-110: no partial sum becomes denormal, which kernels flush to zero."""
+    data, scales = quantized(64, 96, "balanced", 5, tile_cols=32)
+    coded, weights = coded_tensor(data, scales), dense(data, scales)[0].astype(np.float64)
+    x = torch.from_numpy(np.random.default_rng(1).normal(0, 2.0**-110, (tokens, 96))).to(torch.bfloat16)
+    expected = x.double().numpy() @ weights.T
+    got = products.multiply(coded, x, None, LIMITS).double().numpy()
+    assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 3e-3
+
+
 def test_partial_sums_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     data, scales = quantized(150, 700, "balanced", 5)
     coded = coded_tensor(data, scales)

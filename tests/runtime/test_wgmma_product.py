@@ -6,46 +6,32 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-import emulator
 import numpy as np
 import pytest
 import sample_blobs as samples
 
 torch = pytest.importorskip("torch")
 
-from emulated_device import LIMITS, coded_tensor, emulated_launch  # noqa: E402
+from emulated_device import coded_tensor, emulated_launch  # noqa: E402
+from many_vectors import (  # noqa: E402
+    TOLERANCES,
+    activations,
+    check_product,
+    dequantized,
+    emulated,  # noqa: F401
+    limits_of,
+)
 
-from kvpack.encode.blob_decoder import decode_integers  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
 from kvpack.format.layout import ElementKind, TileMode, ceil_div, integer_layout  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
-from kvpack.runtime.device.devices import Limits, device_limits  # noqa: E402
+from kvpack.runtime.device.devices import device_limits  # noqa: E402
 from kvpack.runtime.weights import ops, wgmma_product  # noqa: E402
 from kvpack.runtime.weights.device_blob import DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.products import Coded  # noqa: E402
 
-TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-3}
 HALF = torch.float16
 FAST = integer_layout("fast", ElementKind.SIGNED, 5)
-
-
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches on the emulator, in memory that is full of what no sum contains."""
-    if emulator.compiler() is None:
-        pytest.skip("no C++ compiler for the emulator")
-    monkeypatch.setattr(kernels, "launch", emulated_launch)
-    empty = torch.empty
-
-    def poisoned(*args: Any, **options: Any) -> Any:
-        out = empty(*args, **options)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def limits_of(multiprocessors: int) -> Limits:
-    return replace(LIMITS, multiprocessors=multiprocessors)
 
 
 def fit_on(coded: Coded, tokens: int, multiprocessors: int) -> wgmma_product.WgmmaFit:
@@ -57,30 +43,13 @@ def fit_on(coded: Coded, tokens: int, multiprocessors: int) -> wgmma_product.Wgm
     return fit
 
 
-def activations(tokens: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    """Of ordinary size, but for a massive one here and there."""
-    x = np.random.default_rng(tokens).normal(0, 1, (tokens, cols))
-    x[::3, cols // 2] *= 1000
-    return torch.from_numpy(x).to(dtype)
-
-
 def check(
     coded: Coded, weights: np.ndarray, x: torch.Tensor, multiprocessors: int, bias: torch.Tensor | None = None
 ) -> Any:
     """The product, after a look at it; `weights` are dequantized, float64."""
     y = wgmma_product.multiply(coded, x, bias, fit_on(coded, len(x), multiprocessors))
-    expected = x.double().numpy() @ weights.T
-    if bias is not None:
-        expected = expected + bias.double().numpy()
-    errors = np.linalg.norm(y.double().numpy() - expected, axis=1) / np.linalg.norm(expected, axis=1)
-    assert errors.max() < TOLERANCES[x.dtype]
-    assert coded.status.tolist() == [0, 0]
+    check_product(y, coded, weights, x, bias)
     return y
-
-
-def dequantized(data: bytes, scales: np.ndarray) -> np.ndarray:
-    integers = decode_integers(Blob(data))[0].astype(np.float64)
-    return integers * np.broadcast_to(scales, len(integers))[:, None]
 
 
 # Rows short of a block, tiles short of a chunk, blocks with units of one, two and three blocks of rows, a block alone.
@@ -128,6 +97,14 @@ def test_column_scales_and_row_offsets(dtype: torch.dtype) -> None:
     x = activations(40, 100, dtype)
     check(coded_tensor(data, scales, None, columns), weights * columns, x, 2)
     check(coded_tensor(data, scales, offsets, columns), (weights + offsets[:, None]) * columns, x, 2)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_smallest_activations() -> None:
+    """Near 2^-110: no sum becomes denormal, which kernels flush to zero."""
+    data, scales = samples.quantized_blob(64, 96, FAST, 64)
+    x = torch.from_numpy(np.random.default_rng(1).normal(0, 2.0**-110, (40, 96))).to(torch.bfloat16)
+    check(coded_tensor(data, scales), dequantized(data, scales), x, 2)
 
 
 @pytest.mark.usefixtures("emulated")

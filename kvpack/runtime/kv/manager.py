@@ -20,10 +20,12 @@ everything is as it was before.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +42,7 @@ from kvpack.runtime.kv.manager_metrics import ManagerMetrics
 from kvpack.runtime.kv.page_holders import Kind
 from kvpack.runtime.kv.prefix_hash import Tokens, root_hash, token_bytes
 from kvpack.runtime.kv.prefix_store import Ints, Match, Prefix, PrefixStore
+from kvpack.runtime.kv.tiers import Tiers
 
 
 @dataclass(frozen=True)
@@ -127,14 +130,20 @@ class KVManager:
         policy: of eviction, by name (:data:`~kvpack.runtime.kv.eviction.POLICIES`), or one of your own.
         prefix_bytes: the most that prefixes take, those of running sequences counted too; None: as long as there is
         memory.
+        host_bytes: of host memory (pinned, on CUDA) that evicted blocks go to; 0: they are gone.
+        disk: directory of files that they go to from there (:mod:`kvpack.runtime.kv.disk_tier`), and are found in by
+            managers that come later, or run beside this one, of the same model and kind of cache.
+        disk_bytes: the most that its files take; None: no limit.
         window_s, clock: as of :class:`~kvpack.runtime.kv.prefix_store.PrefixStore`.
 
     Attributes:
         cache: the cache.
         store: its prefixes.
+        tiers: slower memory behind them, or None.
 
     Raises:
-        CacheInputError: the cache has tokens; no such policy; fewer bytes than none.
+        CacheInputError: the cache has tokens; no such policy; fewer bytes than none; a disk without host memory.
+        OSError: the directory cannot be made or read.
 
     >>> import torch
     >>> from kvpack import KVCache
@@ -157,6 +166,9 @@ class KVManager:
         adapter: str | None = None,
         policy: str | EvictionPolicy = DEFAULT_POLICY,
         prefix_bytes: int | None = None,
+        host_bytes: int = 0,
+        disk: str | os.PathLike[str] | None = None,
+        disk_bytes: int | None = None,
         window_s: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -176,6 +188,12 @@ class KVManager:
             window_s=window_s,
             clock=clock,
         )
+        self.tiers: Tiers | None = None
+        if host_bytes or disk is not None:
+            fingerprint = model if isinstance(model, Fingerprint) else None
+            self.tiers = Tiers(cache, host_bytes, disk, disk_bytes, fingerprint=fingerprint)
+            self.store.lower = self.tiers
+            cache.add_holder(self.tiers.host.copies)  # asked first: what it holds is evicted already
         cache.add_holder(self.store)
         self._requests: dict[int, _Request] = {}
         self._free = list(reversed(range(cache.max_sequences)))
@@ -228,8 +246,25 @@ class KVManager:
         with self.lock:
             root = self._root(adapter, salt)
             self._require_free()
-            match = self._exact(self.store.match(ids, most_tokens=len(ids) - 1, root=root))
-            return self._attached(match, ids, session)
+            match = self.store.match(ids, most_tokens=len(ids) - 1, root=root)
+            if self.tiers is not None and match.missing:
+                match = self.tiers.fetch(self.store, match, ids, session=session)
+            return self._attached(self._exact(match), ids, session)
+
+    def prefetch(self, tokens: Tokens, *, adapter: str | None = None, salt: str = "") -> Future[int]:
+        """Begin to read what files have of a prompt into host memory, while other requests go on: :meth:`start` then
+        finds it there.
+
+        Returns:
+            Will have how many of its tokens are in the cache or in host memory.
+
+        Raises:
+            CacheInputError: the manager has no tiers; ids that are no integers of 32 bits.
+        """
+        if self.tiers is None:
+            raise CacheInputError("the manager has no tiers to read from: make it with host_bytes= and disk=")
+        match = self.store.find(tokens, root=self._root(adapter, salt))
+        return self.tiers.prefetch(self.store, match, tokens)
 
     def _attached(self, match: Match, ids: array[int], session: str | None) -> Started:
         self._require_free()
@@ -455,4 +490,5 @@ class KVManager:
                 working_set_pages=counters.working_set_pages(now_s),
                 thrashed_pages=counters.thrashed_pages,
                 thrashing=counters.thrashing(now_s),
+                tiers=None if self.tiers is None else self.tiers.metrics(),
             )

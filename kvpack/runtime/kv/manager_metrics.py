@@ -120,6 +120,61 @@ class PrefixCounters:
 
 
 @dataclass(frozen=True)
+class TierMetrics:
+    """Slower memory behind the cache at one moment. Counts are since it was made.
+
+    Attributes:
+        host_hit_pages, disk_hit_pages: pages of prompts that were missing in the cache and came back from there.
+        host_blocks, host_bytes, host_capacity_bytes: in host memory, and the most that may be.
+        disk_blocks, disk_bytes, disk_capacity_bytes: in files, as far as is known; of the files of all processes, and
+            the most that they may take, or None.
+        fetched_bytes: of pages that came back.
+        taken_blocks: that were evicted from the cache and kept.
+        dropped_blocks: that went and are in no file: no disk tier, or no room.
+        refused_pages: found, but the cache had no memory for them.
+        written_files, failed_writes: that were written, and that could not be.
+        damaged_files, foreign_files: met, and passed over: those that cannot be read, and snapshots of other caches.
+    """
+
+    host_hit_pages: int
+    disk_hit_pages: int
+    host_blocks: int
+    host_bytes: int
+    host_capacity_bytes: int
+    disk_blocks: int
+    disk_bytes: int
+    disk_capacity_bytes: int | None
+    fetched_bytes: int
+    taken_blocks: int
+    dropped_blocks: int
+    refused_pages: int
+    written_files: int
+    failed_writes: int
+    damaged_files: int
+    foreign_files: int
+
+    def shown(self) -> Iterator[tuple[str, str, str, float]]:
+        """Name, type, help and value of each."""
+        yield "tier_host_hit_pages_total", "counter", "Pages that came back from host memory.", self.host_hit_pages
+        yield "tier_disk_hit_pages_total", "counter", "Pages that came back from files.", self.disk_hit_pages
+        yield "tier_host_blocks", "gauge", "Blocks in host memory.", self.host_blocks
+        yield "tier_host_bytes", "gauge", "Bytes of these.", self.host_bytes
+        yield "tier_host_capacity_bytes", "gauge", "The most that they may take.", self.host_capacity_bytes
+        yield "tier_disk_blocks", "gauge", "Blocks in files that are known.", self.disk_blocks
+        yield "tier_disk_bytes", "gauge", "Bytes of all files of the directory.", self.disk_bytes
+        if self.disk_capacity_bytes is not None:
+            yield "tier_disk_capacity_bytes", "gauge", "The most that they may take.", self.disk_capacity_bytes
+        yield "tier_fetched_bytes_total", "counter", "Bytes of pages that came back.", self.fetched_bytes
+        yield "tier_taken_blocks_total", "counter", "Evicted blocks that were kept.", self.taken_blocks
+        yield "tier_dropped_blocks_total", "counter", "Blocks that went and are in no file.", self.dropped_blocks
+        yield "tier_refused_pages_total", "counter", "Pages found, with no memory for them.", self.refused_pages
+        yield "tier_written_files_total", "counter", "Files written.", self.written_files
+        yield "tier_failed_writes_total", "counter", "Files that could not be written.", self.failed_writes
+        yield "tier_damaged_files_total", "counter", "Files passed over that cannot be read.", self.damaged_files
+        yield "tier_foreign_files_total", "counter", "Snapshots passed over of other caches.", self.foreign_files
+
+
+@dataclass(frozen=True)
 class ManagerMetrics:
     """A :class:`~kvpack.runtime.kv.manager.KVManager` at one moment. Counts are since it was made.
 
@@ -143,6 +198,7 @@ class ManagerMetrics:
         thrashed_pages: pages that were asked for, not found, and had been evicted within the window; since the start.
         thrashing: their share of all pages that were asked for within the window.
         is_thrashing: whether that is more than a tenth: the capacity is too small for what is asked.
+        tiers: of host memory and disk, or None where there are none. Pages that came back from there are no hits.
     """
 
     prefix_bytes: int
@@ -168,6 +224,7 @@ class ManagerMetrics:
     working_set_pages: int
     thrashed_pages: int
     thrashing: float
+    tiers: TierMetrics | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -216,6 +273,8 @@ class ManagerMetrics:
         yield "prefix_block_lifetime_seconds", "histogram", "From coming to eviction.", self.lifetimes
         yield "prefix_block_idle_seconds", "histogram", "From the last use to eviction.", self.idle_times
         yield "prefix_block_reuse_gap_seconds", "histogram", "Between two uses of a block.", self.reuse_gaps
+        if self.tiers is not None:
+            yield from self.tiers.shown()
 
 
 def _histogram_lines(name: str, histogram: HistogramOfSeconds) -> list[str]:

@@ -25,7 +25,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -84,9 +85,10 @@ class Pages(Protocol):
 class LowerTier(Protocol):
     """Where blocks go that are evicted: slower memory, from which :meth:`PrefixStore.bring_back` has them again."""
 
-    def take(self, blocks: Sequence[Block]) -> None:
+    def take(self, blocks: Sequence[Block], reason: EvictionReason) -> None:
         """These blocks are evicted, leaves first, and their pages released when this returns: what shall be kept of
-        them is to be copied, or retained, by then. Called with the store's lock held. Must not raise."""
+        them is to be copied by then, or retained, which nothing may be where memory is the reason. Called with the
+        store's lock held. Must not raise."""
 
 
 class Block:
@@ -284,6 +286,17 @@ class PrefixStore:
         with self.lock:
             found, missed = self._path(pages, root)
             self.counters.queried(len(tokens), len(pages), len(found), missed, self._clock())
+            return Match(tuple(found), self._is_exact(found), tuple(missed), root)
+
+    def find(self, tokens: Tokens, *, root: bytes | None = None) -> Match:
+        """:meth:`match`, not counted as a query.
+
+        Raises:
+            CacheInputError: ids that are no integers of 32 bits.
+        """
+        root = self.root if root is None else root
+        with self.lock:
+            found, missed = self._path(token_pages(tokens), root)
             return Match(tuple(found), self._is_exact(found), tuple(missed), root)
 
     def _path(self, pages: Sequence[bytes], root: bytes) -> tuple[list[Block], list[bytes]]:
@@ -605,6 +618,17 @@ class PrefixStore:
             missing = [block.hash for block in blocks[len(stay) :]] + list(match.missing[len(blocks) - match.pages :])
             return Match(tuple(stay), self._is_exact(stay), tuple(missing), match.root)
 
+    @contextmanager
+    def guarded(self, match: Match) -> Iterator[None]:
+        """The blocks of a match are not evicted."""
+        last = match.blocks[-1] if match.blocks else self._root
+        with self.lock:
+            self._change(last, "users", 1)
+            try:
+                yield
+            finally:
+                self._change(last, "users", -1)
+
     def _learn_quantized(self, blocks: Sequence[Block], entries: Ints) -> None:
         """A sequence beyond a block has quantized pages where the block has 16 bits: all that go beyond share those."""
         if not blocks:
@@ -705,7 +729,7 @@ class PrefixStore:
     def _give_up(self, plan: Sequence[Block], reason: EvictionReason) -> None:
         now_s = self._clock()
         if self.lower is not None:
-            self.lower.take(plan)
+            self.lower.take(plan, reason)
         for block in plan:
             pages = block.pages()
             del self._blocks[block.hash]

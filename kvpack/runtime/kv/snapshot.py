@@ -132,22 +132,7 @@ def save_snapshot(
     ids = ids[first * PAGE_TOKENS : end * PAGE_TOKENS]
     entries = cache.entries[:, :, sequence, first:end].copy()
     page_formats = (entries & ENTRY_FORMAT_MASK).astype(np.uint8)
-    header = SnapshotHeader(
-        tokens=len(ids),
-        layers=cache.num_layers,
-        kv_heads=cache.num_kv_heads,
-        head_dim=cache.head_dim,
-        dtype=_DTYPES[cache.dtype],
-        key_order=cache.key_order,
-        recent_tokens=cache.recent_tokens,
-        sinks=cache.sinks,
-        formats=None if cache.budget is not None else _open_formats(cache),
-        budget=None if cache.budget is None else float(cache.budget),
-        policy=cache.policy,
-        fingerprint=fingerprint,
-        first_page=first,
-        created_unix_s=int(time.time()),
-    )
+    header = snapshot_header(cache, tokens=len(ids), first_page=first, fingerprint=fingerprint)
     arrays: dict[str, npt.NDArray[Any]] = {"tokens": ids, "page_formats": page_formats}
     if importance.weight.any():
         arrays["importance"] = np.stack([importance.average[:, first:end], importance.weight[:, first:end]])
@@ -161,6 +146,36 @@ def save_snapshot(
     with _executor(threads) as executor:
         runs = (encode_run(run_pages(header, page_formats, run), blocks_of, executor) for run in range(header.runs))
         return write_snapshot(path, header, arrays, runs)
+
+
+def snapshot_header(
+    cache: KVCache,
+    *,
+    tokens: int,
+    first_page: int = 0,
+    fingerprint: Fingerprint | None = None,
+    parent: str | None = None,
+    chain: str | None = None,
+) -> SnapshotHeader:
+    """Of pages of a cache; the other arguments as of :class:`~kvpack.format.snapshot.SnapshotHeader`."""
+    return SnapshotHeader(
+        tokens=tokens,
+        layers=cache.num_layers,
+        kv_heads=cache.num_kv_heads,
+        head_dim=cache.head_dim,
+        dtype=_DTYPES[cache.dtype],
+        key_order=cache.key_order,
+        recent_tokens=cache.recent_tokens,
+        sinks=cache.sinks,
+        formats=None if cache.budget is not None else _open_formats(cache),
+        budget=None if cache.budget is None else float(cache.budget),
+        policy=cache.policy,
+        fingerprint=fingerprint,
+        first_page=first_page,
+        parent=parent,
+        chain=chain,
+        created_unix_s=int(time.time()),
+    )
 
 
 def _open_formats(cache: KVCache) -> tuple[tuple[str, str], ...]:

@@ -25,6 +25,8 @@ BLOCKS_PER_SM = 2
 _GEMV_CHUNK_BYTES = 2 * CHUNK_COLS + 16
 _FRAGMENT_BYTES = 16 * GROUP_LANES
 _PASSING_BYTES = 2 * 32 * GROUP_LANES
+# What a warp begins its next unit with: an entry of the group table, states and lengths of lanes.
+_NEXT_UNIT_BYTES = 16 + 4 * GROUP_LANES + 2 * GROUP_LANES
 # What a grouped product keeps of its matrix; others could do without.
 _ENDS_BYTES = 64
 # Hardware has this many barriers for teams, besides that of the whole block.
@@ -150,18 +152,24 @@ def _heaviest_multiprocessor(multiprocessors: int, panels: int, blocks: int, tea
 
 
 def _product_launches(
-    shape: tuple[int, int, int], limits: Limits, max_warps: int, max_panels: int, memory: _Memory, slots: int
+    shape: tuple[int, int, int],
+    limits: Limits,
+    max_warps: tuple[int, int],
+    max_panels: int,
+    memory: _Memory,
+    slots: int,
 ) -> Iterator[tuple[Terms, ProductFit]]:
     """All launches that fit, and what their time is made of.
 
-    ``shape``: tile columns, groups of rows, chunks of a tile column. ``max_warps``: of a block, if two share a
-    multiprocessor; of one alone twice as many. ``slots``: matrices that are multiplied side by side.
+    ``shape``: tile columns, groups of rows, chunks of a tile column. ``max_warps``: of a block whose warps have one
+    word buffer, or two, if two blocks share a multiprocessor; of one alone twice as many. ``slots``: matrices that are
+    multiplied side by side.
     """
     tile_columns, row_groups, tile_chunks = shape
     unit_chunks = tile_chunks + _UNIT_COST
     for resident, buffers in itertools.product(range(1, BLOCKS_PER_SM + 1), (1, 2)):
         available = limits.block_bytes(resident)
-        block_warps = max_warps * BLOCKS_PER_SM // resident
+        block_warps = max_warps[buffers - 1] * BLOCKS_PER_SM // resident
         for panel_width, member_width in _widths(tile_columns, block_warps):
             panels, members = ceil_div(tile_columns, panel_width), ceil_div(panel_width, member_width)
             if panels > max_panels:
@@ -214,7 +222,7 @@ def gemv_launches(
         chunk=_GEMV_CHUNK_BYTES,
         sum=4 * GROUP_LANES,
     )
-    return _product_launches(_shape(header), limits, max_warps, max_panels, memory, slots)
+    return _product_launches(_shape(header), limits, (max_warps, max_warps), max_panels, memory, slots)
 
 
 def gemm_launches(
@@ -225,17 +233,20 @@ def gemm_launches(
     token_tiles: int,
     max_panels: int = _MAX_BLOCKS_Y,
     slots: int = 1,
+    buffered_max_warps: int | None = None,
 ) -> Iterator[tuple[Terms, ProductFit]]:
-    """The same of the kernel for a few vectors."""
+    """The same of the kernel for a few vectors. ``buffered_max_warps``: with two word buffers, if these are fewer."""
     tokens = 8 * token_tiles
     memory = _Memory(
         block=_TABLE_BYTES + 12 * tokens + _ENDS_BYTES,
-        warp=_PASSING_BYTES,
+        warp=_PASSING_BYTES + _NEXT_UNIT_BYTES,
         word_buffer=word_buffer_bytes,
         chunk=token_tiles * _FRAGMENT_BYTES,
         sum=4 * tokens * GROUP_LANES,
     )
-    return _product_launches(_shape(header), limits, max_warps, max_panels, memory, slots)
+    return _product_launches(
+        _shape(header), limits, (max_warps, buffered_max_warps or max_warps), max_panels, memory, slots
+    )
 
 
 def estimated_us(terms: Terms, costs: Terms) -> float:
@@ -276,9 +287,12 @@ def fit_gemm(
     max_panels: int = _MAX_BLOCKS_Y,
     slots: int = 1,
     costs: Terms | None = None,
+    buffered_max_warps: int | None = None,
 ) -> ProductFit | None:
     """The launch of the kernel for a few vectors that should take the least time; None if none fits."""
-    launches = gemm_launches(header, word_buffer_bytes, limits, max_warps, token_tiles, max_panels, slots)
+    launches = gemm_launches(
+        header, word_buffer_bytes, limits, max_warps, token_tiles, max_panels, slots, buffered_max_warps
+    )
     return _best(launches, costs or COSTS[token_tiles])
 
 

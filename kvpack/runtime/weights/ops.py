@@ -26,7 +26,7 @@ from kvpack.errors import InputError
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import TILE_ROWS, ElementKind, Layout
 from kvpack.runtime.device.devices import device_limits
-from kvpack.runtime.weights import expansion, grouped, products, wgmma_product
+from kvpack.runtime.weights import expansion, grouped, mma_product, products, wgmma_product
 from kvpack.runtime.weights.products import FLOAT_TYPES, LOSSLESS_TYPES, NUMBER_TYPES, Coded
 
 _CODED = "Tensor blob, Tensor groups, Tensor tables, Tensor scales, Tensor status, int[] geometry"
@@ -172,6 +172,8 @@ def _linear_cuda(
         out = x.new_empty(0, rows)
     elif fit := wgmma_product.fit_for(coded, len(tokens), x.dtype, limits):
         out = wgmma_product.multiply(coded, tokens, bias, fit)
+    elif mma_fit := mma_product.fit_for(coded, len(tokens), x.dtype, limits):
+        out = mma_product.multiply(coded, tokens, bias, mma_fit)
     elif len(tokens) <= products.max_fused_tokens(x.dtype) and products.can_multiply(coded.layout):
         out = products.multiply(coded, tokens, bias, limits)
     else:

@@ -49,9 +49,9 @@ _OTHER_DECODE_WARPS = (12, 8, 8, 8)
 _VECTOR_DECODE_WARPS = 4
 # For 8, 16, 32 and 64 vectors; on sm_100 and newer, and before.
 _NEWER = 100
-_GEMM_WARPS = {1: (10, 12), 2: (10, 10), 4: (6, 8), 8: (4, 6)}
+_GEMM_WARPS = {1: (10, 14), 2: (8, 10), 4: (6, 8), 8: (4, 4)}
 # Of grouped products, which have more to keep; before sm_100 those of 8 vectors and few bits have 12.
-_GROUPED_GEMM_WARPS = {1: (8, 10), 2: (8, 8), 4: (6, 6)}
+_GROUPED_GEMM_WARPS = {1: (8, 10), 2: (6, 8), 4: (4, 6)}
 TOKEN_TILES, GROUPED_TOKEN_TILES = tuple(_GEMM_WARPS), tuple(_GROUPED_GEMM_WARPS)
 MAX_FUSED_TOKENS = 8 * TOKEN_TILES[-1]
 PARTIALS_BYTES = 64 << 20
@@ -172,16 +172,16 @@ def gemv_warps(layout: Layout, architecture: int, *, grouped: bool = False) -> i
     return 16 if layout.raw_bits < _MANY_RAW_BITS - 1 else 14
 
 
-def gemm_warps(layout: Layout, token_tiles: int, architecture: int, *, grouped: bool = False) -> int:
-    """The same for a few vectors."""
+def gemm_warps(layout: Layout, token_tiles: int, architecture: int, buffers: int = 1, *, grouped: bool = False) -> int:
+    """The same for a few vectors; a second buffer of words takes registers, too."""
     if grouped:
         if token_tiles == 1 and architecture < _NEWER and layout.element_bits <= _MANY_RAW_BITS:
             return 12
         return _GROUPED_GEMM_WARPS[token_tiles][architecture < _NEWER]
-    if token_tiles == 8 and (layout.raw_bits >= _MANY_RAW_BITS or (layout.codes_per_symbol, layout.raw_bits) == (8, 3)):
-        return 4
-    if layout.codes_per_symbol == 8 and layout.raw_bits == 7:
-        return min(8 if architecture >= _NEWER else 10, _GEMM_WARPS[token_tiles][architecture < _NEWER])
+    if token_tiles == 1 and architecture < _NEWER and layout.raw_bits > _MANY_RAW_BITS:
+        return 10
+    if (architecture, token_tiles, buffers, layout.codes_per_symbol, layout.raw_bits) == (90, 2, 1, 8, 4):
+        return 14
     return _GEMM_WARPS[token_tiles][architecture < _NEWER]
 
 
@@ -245,7 +245,9 @@ def gemm_kernel(
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_GROUPED": int(grouped),
         "KVPACK_BUFFERS": buffers,
-        "KVPACK_MAX_WARPS": gemm_warps(layout, token_tiles, architecture, grouped=grouped) * BLOCKS_PER_SM // resident,
+        "KVPACK_MAX_WARPS": gemm_warps(layout, token_tiles, architecture, buffers, grouped=grouped)
+        * BLOCKS_PER_SM
+        // resident,
         "KVPACK_BLOCKS_PER_SM": resident,
         "KVPACK_COLUMN_SCALES": int(column_scales),
         "KVPACK_TOKEN_TILES": token_tiles,
@@ -304,8 +306,9 @@ def fit_product(coded: Coded, tokens: int, limits: Limits) -> ProductFit | None:
         found = fit_gemv(*shape, warps, max_panels(coded, 1), costs=costs[0])
         return found or fit_gemv(*shape, warps, costs=costs[0])
     eights = token_tiles(tokens)
-    warps = gemm_warps(coded.layout, eights, limits.architecture)
-    return fit_gemm(*shape, warps, eights, max_panels(coded, 8 * eights), costs=costs[eights])
+    warps, buffered = (gemm_warps(coded.layout, eights, limits.architecture, buffers) for buffers in (1, 2))
+    panels = max_panels(coded, 8 * eights)
+    return fit_gemm(*shape, warps, eights, panels, costs=costs[eights], buffered_max_warps=buffered)
 
 
 def token_tiles(tokens: int) -> int:

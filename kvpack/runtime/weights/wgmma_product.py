@@ -22,6 +22,8 @@ _BLOCK_GROUPS = 4  # of 32 rows
 _BLOCK_ROWS = _BLOCK_GROUPS * GROUP_LANES
 _WARPGROUP_THREADS = 128
 _CONSUMERS = 2
+# Of a chunk's weights and of its activations. A stage of weights is free when its chunk is multiplied; activations are
+# asked for as many chunks ahead as they have stages more.
 _STAGES, _ACTIVATION_STAGES = 2, 4
 _ARRANGE_THREADS = 256
 # With more vectors than that, a matrix that leaves a multiprocessor fewer weights is expanded faster than it is
@@ -100,6 +102,10 @@ def wgmma_kernel(layout: Layout, activation: torch.dtype, fit: WgmmaFit, *, outl
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_BUFFERS": fit.buffers,
+        "KVPACK_BLOCK_GROUPS": _BLOCK_GROUPS,
+        "KVPACK_CONSUMERS": _CONSUMERS,
+        "KVPACK_STAGES": _STAGES,
+        "KVPACK_ACTIVATION_STAGES": _ACTIVATION_STAGES,
         "KVPACK_TOKENS": fit.tokens,
         "KVPACK_PRODUCT_TOKENS": block.product_tokens,
         "KVPACK_PRODUCERS": fit.producers,
@@ -109,15 +115,50 @@ def wgmma_kernel(layout: Layout, activation: torch.dtype, fit: WgmmaFit, *, outl
     return Kernel.of("weights/gemm_wgmma.cu", "gemm_wgmma", layout, defines, "sm_90a")
 
 
-def arrange_kernel(layout: Layout, activation: torch.dtype, tokens: int, *, column_scales: bool) -> Kernel:
-    """The kernel that puts activations into the order in which they are multiplied."""
+def arrange_kernel(
+    layout: Layout, activation: torch.dtype, tokens: int, *, column_scales: bool, split_slots: bool = False
+) -> Kernel:
+    """The kernel that puts activations into the order in which wgmma takes them; ``split_slots``: ``mma.sync``."""
     defines = {
         "KVPACK_ACTIVATION": ACTIVATIONS[activation],
         "KVPACK_COLUMN_SCALES": int(column_scales),
         "KVPACK_TOKENS": tokens,
         "KVPACK_ARRANGE_THREADS": _ARRANGE_THREADS,
+        "KVPACK_SPLIT_SLOTS": int(split_slots),
     }
     return Kernel.of("weights/arrange_activations.cu", "arrange_activations", layout, defines)
+
+
+def arrange(
+    coded: Coded, x: torch.Tensor, padded: int, *, split_slots: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Activations [tokens, cols] as they are multiplied, times column scales, padded with zeros to ``padded`` tokens.
+
+    Returns:
+        fp16 [chunks, 4, padded, 8] and what they have to be multiplied by, fp32 [padded]; None where that is 1.
+    """
+    header = coded.header
+    chunks = header.num_tiles_col * header.tile_cols // CHUNK_COLS
+    arranged = torch.empty((chunks, 4, padded, 8), dtype=torch.float16, device=x.device)
+    has_column_scales = coded.column_scales is not None
+    has_token_scales = x.dtype != torch.float16 or has_column_scales
+    token_scales = torch.empty(padded, dtype=torch.float32, device=x.device) if has_token_scales else None
+    kernels.launch(
+        arrange_kernel(coded.layout, x.dtype, padded, column_scales=has_column_scales, split_slots=split_slots),
+        (padded, ceil_div(chunks, _ARRANGE_THREADS)),
+        _ARRANGE_THREADS,
+        (
+            x,
+            coded.column_scales,
+            arranged,
+            token_scales,
+            np.uint32(len(x)),
+            np.uint32(header.cols),
+            np.uint32(chunks),
+        ),
+        device=x.device,
+    )
+    return arranged, token_scales
 
 
 def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, fit: WgmmaFit) -> torch.Tensor:
@@ -134,25 +175,7 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, fit: Wgmm
         return with_row_offsets(coded, x, bias, lambda plain, wide: multiply(plain, wide, None, fit))
     header, tokens, device = coded.header, x.shape[0], x.device
     out = torch.empty((tokens, header.rows), dtype=x.dtype, device=device)
-    chunks = header.num_tiles_col * header.tile_cols // CHUNK_COLS
-    arranged = torch.empty((chunks, 4, fit.tokens, 8), dtype=torch.float16, device=device)
-    has_token_scales = x.dtype != torch.float16 or coded.column_scales is not None
-    token_scales = torch.empty(fit.tokens, dtype=torch.float32, device=device) if has_token_scales else None
-    kernels.launch(
-        arrange_kernel(coded.layout, x.dtype, fit.tokens, column_scales=coded.column_scales is not None),
-        (fit.tokens, ceil_div(chunks, _ARRANGE_THREADS)),
-        _ARRANGE_THREADS,
-        (
-            x,
-            coded.column_scales,
-            arranged,
-            token_scales,
-            np.uint32(tokens),
-            np.uint32(header.cols),
-            np.uint32(chunks),
-        ),
-        device=device,
-    )
+    arranged, token_scales = arrange(coded, x, fit.tokens)
     row_blocks = ceil_div(header.rows, _BLOCK_ROWS)
     quotient, remainder = divmod(row_blocks * header.num_tiles_col, fit.blocks)
     partials = torch.empty(2 * fit.blocks * _BLOCK_ROWS * fit.tokens, dtype=torch.float32, device=device)

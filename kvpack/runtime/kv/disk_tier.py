@@ -1,0 +1,384 @@
+"""Blocks of prefixes in a directory: snapshots (FORMAT.md §9.6) of up to 32 blocks, each named by its last hash.
+
+Files are written whole or not at all, and never changed, so several processes may use one directory. They are known by
+their headers and the hashes of their pages; pages are decoded when they are asked for. Whatever is wrong with a file is
+a miss, and counted: it is not looked at again before it changes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvpack.encode.snapshot_coder import Blocks, decode_run, encode_run, write_snapshot
+from kvpack.errors import CacheInputError, FileChangedError, KvpackError, SnapshotHeaderError
+from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
+from kvpack.format.snapshot import PAGE_RULES, RUN_PAGES, Fingerprint, RunPages, SnapshotFile, SnapshotHeader, run_pages
+from kvpack.format.temporary_files import remove_abandoned
+from kvpack.runtime.kv.cache import KVCache
+from kvpack.runtime.kv.host_tier import BlockBytes
+from kvpack.runtime.kv.prefix_hash import HASH_BYTES, chained, token_pages
+from kvpack.runtime.kv.snapshot import check_cache, snapshot_header
+
+ENDING = ".kvpack.safetensors"
+_NAME = re.compile(rf"[0-9a-f]{{{2 * HASH_BYTES}}}{re.escape(ENDING)}")
+_ABANDONED = re.compile(rf"\.({_NAME.pattern})\.[0-9a-f]+\.(?:data|tmp)")
+_LOCK_NAME = ".kvpack-tier.lock"
+# A directory that others write to is read anew at most so often.
+_SCAN_INTERVAL_S = 1.0
+# What a file has beside its tensors: so much, and so much for each of them.
+_HEADER_BYTES, _TENSOR_BYTES = 4096, 192
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file as it was seen: ``state`` says whether it is still the same; without ``hashes`` it is of no use."""
+
+    name: str
+    state: tuple[int, int, int]
+    hashes: tuple[bytes, ...]
+
+
+class DiskTier:
+    """Blocks in a directory.
+
+    Args:
+        cache: whose pages they are.
+        directory: made if it is not there.
+        capacity_bytes: of all files of such names in it, whoever wrote them; None: no limit. A file that is being
+            written comes on top.
+        fingerprint: of the model, for the files' headers.
+
+    Attributes:
+        damaged_files, foreign_files: that were met since the start: those that cannot be read, and snapshots that are
+            no blocks, or of another shape of cache.
+        failed_writes: files that could not be written.
+
+    Raises:
+        OSError: the directory cannot be made or read.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        directory: str | os.PathLike[str],
+        capacity_bytes: int | None = None,
+        fingerprint: Fingerprint | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.capacity_bytes = capacity_bytes
+        self.damaged_files = self.foreign_files = self.failed_writes = 0
+        self._cache, self._fingerprint = cache, fingerprint
+        self._lock = threading.RLock()
+        self._files: dict[str, _File] = {}
+        self._index: dict[bytes, tuple[_File, int]] = {}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name in {found[1] for one in os.listdir(self.directory) if (found := _ABANDONED.fullmatch(one))}:
+            remove_abandoned(self.directory / name, "data", "tmp")
+        self._scanned_s = -_SCAN_INTERVAL_S
+        self.scan()
+
+    # What there is ---------------------------------------------------------------------------------------------------
+
+    def __contains__(self, block_hash: bytes) -> bool:
+        """Whether a block is here, as far as is known: others may have removed it."""
+        return block_hash in self._index
+
+    def __len__(self) -> int:
+        """Blocks."""
+        return len(self._index)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the files in the directory now."""
+        return sum(size for _, _, size in self._ages())
+
+    def scan(self) -> None:
+        """Learn of files that have come, changed or gone, by their headers."""
+        with self._lock:
+            self._scanned_s = time.monotonic()
+            present = set()
+            for name, state in self._listed():
+                present.add(name)
+                known = self._files.get(name)
+                if known is None or known.state != state:
+                    self._forget(name)
+                    self._add(name, state)
+            for name in self._files.keys() - present:
+                self._forget(name)
+
+    def _listed(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
+        with os.scandir(self.directory) as found:
+            for one in found:
+                if _NAME.fullmatch(one.name):
+                    with suppress(FileNotFoundError):
+                        yield one.name, _state(one.stat(follow_symlinks=False))
+
+    def _add(self, name: str, state: tuple[int, int, int]) -> None:
+        hashes: tuple[bytes, ...] = ()
+        try:
+            hashes = self._read_hashes(self.directory / name)
+        except FileNotFoundError:
+            return
+        except FileChangedError:
+            return  # the next scan sees what it has become
+        except CacheInputError:
+            self.foreign_files += 1
+        except (KvpackError, OSError):
+            self.damaged_files += 1
+        file = self._files[name] = _File(name, state, hashes)
+        for place, one in enumerate(hashes):
+            self._index.setdefault(one, (file, place))
+
+    def _read_hashes(self, path: Path) -> tuple[bytes, ...]:
+        with _opened(path) as file:
+            self._check(file.header)
+            found = file.array("page_hashes")
+        if found is None:
+            raise CacheInputError(f"{path} has no hashes of pages: it is no part of a tier")
+        return tuple(row.tobytes() for row in found)
+
+    def _check(self, header: SnapshotHeader) -> None:
+        """
+        Raises:
+            CacheInputError: it is no file of blocks of this cache.
+        """
+        check_cache(self._cache, header)
+        if header.runs != 1 or header.tokens % PAGE_TOKENS or (header.parent is None) != (header.first_page == 0):
+            raise CacheInputError("the snapshot is no run of full pages, or does not say what is before them")
+        if header.page_rules != PAGE_RULES:
+            raise CacheInputError(f"page_rules are {header.page_rules}, here {PAGE_RULES}")
+
+    def _forget(self, name: str) -> None:
+        file = self._files.pop(name, None)
+        for one in () if file is None else file.hashes:
+            if (found := self._index.get(one)) is not None and found[0] is file:
+                del self._index[one]
+
+    def _mark_bad(self, file: _File) -> None:
+        """A file is of no use until it changes."""
+        with self._lock:
+            if self._files.get(file.name) is file:
+                self._forget(file.name)
+                self._files[file.name] = _File(file.name, file.state, ())
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def read(self, hashes: Sequence[bytes], pages: Sequence[bytes]) -> list[BlockBytes]:
+        """Of a chain of blocks its first ones, as far as one file has them; often none.
+
+        Args:
+            pages: the tokens that the blocks have to be of.
+        """
+        with self._lock:
+            if hashes[0] not in self._index and time.monotonic() - self._scanned_s >= _SCAN_INTERVAL_S:
+                with suppress(OSError):
+                    self.scan()
+            if (found := self._index.get(hashes[0])) is None:
+                return []
+            file, first = found
+        count = 0
+        for ours, theirs in zip(hashes, file.hashes[first:], strict=False):
+            if ours != theirs:
+                break
+            count += 1
+        try:
+            with _opened(self.directory / file.name) as opened:
+                return self._decoded(opened, file, range(first, first + count), pages)
+        except (FileNotFoundError, FileChangedError):  # another process was here
+            with self._lock:
+                self._forget(file.name)
+        except CacheInputError:
+            self.foreign_files += 1
+            self._mark_bad(file)
+        except (KvpackError, OSError):
+            self.damaged_files += 1
+            self._mark_bad(file)
+        return []
+
+    def _decoded(self, opened: SnapshotFile, file: _File, places: range, pages: Sequence[bytes]) -> list[BlockBytes]:
+        """
+        Raises:
+            CacheInputError, KvpackError, OSError: the file is of no use.
+        """
+        header = opened.header
+        self._check(header)
+        parent = None if header.parent is None else bytes.fromhex(header.parent)
+        of_file = token_pages(opened.tokens())
+        # The hash of a first block stands on a root, which the one who asks for it knows.
+        expected = chained(file.hashes[0], of_file[1:]) if parent is None else chained(parent, of_file)[1:]
+        if (*file.hashes[:1], *expected) != file.hashes:
+            raise SnapshotHeaderError(f"{opened.container.path}: its hashes are not those of its tokens")
+        if of_file[places.start : places.stop] != list(pages[: len(places)]):
+            return []
+        formats = opened.page_formats
+        self._check_formats(formats[:, :, places.start : places.stop])
+        importance = opened.array("importance")
+        parts: dict[tuple[int, int, int], npt.NDArray[np.uint8]] = {}
+        for of_run, blocks in decode_run(opened, 0):
+            for layer, place, block in zip(of_run.layers.tolist(), of_run.indices.tolist(), blocks, strict=True):
+                parts[place, layer, int(of_run.side)] = block.reshape(-1)
+        return [
+            BlockBytes(
+                hash=file.hashes[place],
+                parent=file.hashes[place - 1] if place else parent,
+                depth=header.first_page + place + 1,
+                tokens=of_file[place],
+                formats=formats[:, :, place].copy(),
+                data=torch.from_numpy(
+                    np.concatenate([parts[place, layer, side] for layer in range(header.layers) for side in Side])
+                ),
+                importance=None if importance is None else (importance[0, :, place], importance[1, :, place]),
+            )
+            for place in places
+        ]
+
+    def _check_formats(self, formats: npt.NDArray[np.uint8]) -> None:
+        """
+        Raises:
+            CacheInputError: the cache cannot have such pages.
+        """
+        for layer, of_layer in enumerate(formats):
+            for side in Side:
+                if not {PageFormat(one) for one in of_layer[side]} <= self._cache.possible_formats(layer, side):
+                    raise CacheInputError(f"layer {layer}, {side.name}: pages of formats that the cache cannot have")
+
+    def touch(self, hashes: Iterable[bytes]) -> None:
+        """The files of these blocks have been used, those named later more recently."""
+        with self._lock:
+            files = dict.fromkeys(found[0].name for one in hashes if (found := self._index.get(one)) is not None)
+        for name in files:
+            with suppress(OSError):
+                path = self.directory / name
+                # Not the time of change, by which readers see that a file is still what they opened.
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+    # Writing ---------------------------------------------------------------------------------------------------------
+
+    def write(self, blocks: Sequence[BlockBytes]) -> bool:
+        """Write up to 32 blocks, each behind the one before it, as one file; older files go for it. Never raises.
+
+        Returns:
+            Whether they are in the directory now.
+        """
+        try:
+            return self._write(blocks)
+        except (KvpackError, OSError):
+            self.failed_writes += 1
+            return False
+
+    def _write(self, blocks: Sequence[BlockBytes]) -> bool:
+        """
+        Raises:
+            KvpackError, OSError: the file is not written.
+        """
+        assert 0 < len(blocks) <= RUN_PAGES
+        header = snapshot_header(
+            self._cache,
+            tokens=PAGE_TOKENS * len(blocks),
+            first_page=blocks[0].depth - 1,
+            fingerprint=self._fingerprint,
+            parent=None if blocks[0].parent is None else blocks[0].parent.hex(),
+            chain=blocks[-1].hash.hex(),
+        )
+        formats = np.stack([block.formats for block in blocks], -1)
+        arrays: dict[str, npt.NDArray[np.generic]] = {
+            "tokens": np.frombuffer(b"".join(block.tokens for block in blocks), "<i4").astype(np.int32),
+            "page_formats": formats,
+            "page_hashes": np.frombuffer(b"".join(block.hash for block in blocks), np.uint8).reshape(-1, HASH_BYTES),
+        }
+        if all(block.importance is not None for block in blocks):
+            known = [np.stack(block.importance) for block in blocks if block.importance is not None]
+            arrays["importance"] = np.stack(known, -1)
+        sizes = np.array([[self._cache.pools.page_bytes(side, one) for one in PageFormat] for side in Side])
+        of_pages = sizes[np.arange(len(Side))[:, None], formats]
+        ends = np.cumsum(of_pages.reshape(-1, len(blocks)), 0).reshape(of_pages.shape)
+
+        def blocks_of(run: RunPages) -> Blocks:
+            found = np.empty((len(run), int(sizes[run.side, run.format])), np.uint8)
+            for row, layer, place in zip(found, run.layers.tolist(), run.indices.tolist(), strict=True):
+                end = int(ends[layer, run.side, place])
+                row[:] = blocks[place].data[end - len(row) : end].numpy()
+            return found.reshape(run.block_shape)
+
+        coded = list(encode_run(run_pages(header, formats, 0), blocks_of))
+        tensor_bytes = sum(len(blob) for _, blob in coded) + sum(array.nbytes for array in arrays.values())
+        needed = tensor_bytes + _HEADER_BYTES + _TENSOR_BYTES * (len(coded) + len(arrays)) + len(header.to_json())
+        name = blocks[-1].hash.hex() + ENDING
+        with self._directory_locked():
+            if not self._make_room(needed, name):
+                return False
+            write_snapshot(self.directory / name, header, arrays, [coded])
+        with self._lock:
+            self._forget(name)
+            with suppress(FileNotFoundError):  # another process may have removed it already
+                self._add(name, _state((self.directory / name).lstat()))
+        return True
+
+    @contextmanager
+    def _directory_locked(self) -> Iterator[None]:
+        """No other process that respects the lock writes or removes files: so the limit is kept to together."""
+        descriptor = os.open(self.directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            with suppress(OSError):  # a file system without locks: files are safe, the limit is each one's own
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _ages(self) -> list[tuple[int, str, int]]:
+        """Last use, name and bytes of each file, the least recently used first."""
+        found = []
+        with os.scandir(self.directory) as listed:
+            for one in listed:
+                if _NAME.fullmatch(one.name):
+                    with suppress(FileNotFoundError):
+                        state = one.stat(follow_symlinks=False)
+                        if stat.S_ISREG(state.st_mode):
+                            found.append((max(state.st_atime_ns, state.st_mtime_ns), one.name, state.st_size))
+        return sorted(found)
+
+    def _make_room(self, size_bytes: int, name: str) -> bool:
+        """Remove files until so many bytes fit beside the rest but ``name``, which is about to be replaced."""
+        if self.capacity_bytes is None:
+            return True
+        if size_bytes > self.capacity_bytes:
+            return False
+        ages = [age for age in self._ages() if age[1] != name]
+        used = sum(size for _, _, size in ages)
+        for _, oldest, size in ages:
+            if used + size_bytes <= self.capacity_bytes:
+                break
+            (self.directory / oldest).unlink(missing_ok=True)
+            with self._lock:
+                self._forget(oldest)
+            used -= size
+        return True
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[SnapshotFile]:
+    """
+    Raises:
+        KvpackError, OSError: as of SnapshotFile; SnapshotHeaderError: a link, a pipe, or whatever else is no file.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise SnapshotHeaderError(f"{path} is no plain file")
+    with SnapshotFile(path) as file:
+        yield file
+
+
+def _state(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_mtime_ns, found.st_size, found.st_ino
