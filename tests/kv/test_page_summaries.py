@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
+import emulator
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from emulated_device import emulated_launch  # noqa: E402
+
 from kvpack import CacheInputError, KVCache, PageFormat  # noqa: E402
 from kvpack.format.pages import PAGE_TOKENS, Side  # noqa: E402
+from kvpack.runtime.device import kernels  # noqa: E402
+from kvpack.runtime.kv import attention  # noqa: E402
 from kvpack.runtime.kv.page_summaries import key_ranges  # noqa: E402
 from kvpack.runtime.kv.retrieval import chosen_pages, page_scores, retrieve  # noqa: E402
 
@@ -133,6 +139,24 @@ def test_attention_to_chosen_pages_and_its_masses(page_format: PageFormat | None
         assert torch.allclose(mass.double(), share.mean(0), atol=1e-6)
     assert cache.mass[0, 0].count_nonzero() == 5
     assert cache.length(0, 0) == 832
+
+
+@pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0]], ids=str)
+def test_the_kernel_attends_to_the_same_pages(rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = [filled([511, 64, 330], max_bytes=4 << 20) for _ in range(2)]
+    x = queries(len(rows), caches[0])
+    options: dict[str, Any] = {"pages": 4, "observe": True}
+    expected = caches[0].attend(0, *x, rows, **options)
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+    monkeypatch.setattr(attention, "_attend_on_cpu", attention._attend_by_kernel)
+    monkeypatch.setattr(attention, "device_limits", lambda _: SimpleNamespace(multiprocessors=4))
+    found = caches[1].attend(0, *x, rows, **options)
+    assert (found - expected).abs().max() < 2e-3
+    shares = [cache.mass[0].double() / cache.mass[0, rows].sum(1).min() for cache in caches]
+    assert torch.allclose(*shares, atol=2e-4)
+    assert caches[0].mass[0, 0].count_nonzero() == 4
+    assert torch.equal(caches[0].observed_steps, caches[1].observed_steps)
 
 
 @pytest.mark.parametrize("page_format", [None, PageFormat.INT4, PageFormat.INT2], ids=str)

@@ -86,10 +86,10 @@ def retrieve(
 def page_scores(
     q: torch.Tensor, middle: torch.Tensor, half: torch.Tensor, scale: float, softcap: float | None = None
 ) -> torch.Tensor:
-    """How much pages can matter to a query: fp32 [pages].
+    """How much pages can matter to a query: logarithms, fp32 [pages].
 
     No key of a page has a score above q · middle + |q| · half. A softmax over pages of that bound says how much of its
-    attention a head may give to each; a page counts as much as for the head that it matters to most.
+    attention a head may give to each, and heads count alike: not those more whose scores are large.
 
     Args:
         q: [query heads, head_dim].
@@ -101,7 +101,7 @@ def page_scores(
     bound = (bound * scale).nan_to_num(nan=torch.finfo(bound.dtype).max)
     if softcap is not None:
         bound = (bound / softcap).tanh() * softcap
-    return bound.log_softmax(-1).flatten(0, 1).amax(0)
+    return bound.log_softmax(-1).flatten(0, 1).logsumexp(0)
 
 
 def chosen_pages(scores: torch.Tensor, count: int, pages: int) -> torch.Tensor:
