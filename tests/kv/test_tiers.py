@@ -497,3 +497,21 @@ def test_two_processes_on_one_directory(tmp_path: Path) -> None:
         assert requests > 3
         assert from_files > 0
         assert damaged == 0
+
+
+def test_what_is_evicted_during_a_fetch_does_not_overwrite_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when memory for the pages that come back is made by evicting others."""
+    manager = make(host_bytes=60 << 10)
+    first, second = prompt(20, 450), prompt(21, 450)
+    _, pages, _ = run(manager, first)
+    manager.store.evict()
+    run(manager, second)
+    real = manager.cache.new_pages
+
+    def evicting(*args: Any, **options: Any) -> Any:
+        manager.store.evict()
+        return real(*args, **options)
+
+    monkeypatch.setattr(manager.cache, "new_pages", evicting)
+    found, again, _ = run(manager, first)
+    assert (found > 0, again) == (True, pages)
