@@ -114,7 +114,16 @@ def test_convert(tmp_path: Path, model: Path) -> None:
     assert 0.1 < report["noise"][1] < 0.5
     assert archive.stat().st_size < wide.stat().st_size / 2
     refused = run("generate", model, "--load-context", archive, code=CORRUPT).stderr
-    assert "archive" in refused
+    assert "an archive of a context: `kvpack kv convert FILE -o OUT`" in refused
+    notes = tmp_path / "notes.txt"
+    notes.write_text("not to be lost")
+    for force in ((), ("--force",)):
+        run("kv", "convert", wide, "-o", notes, "--kv-bits", 2, *force, code=USAGE)
+        assert notes.read_text() == "not to be lost"
+        before = wide.read_bytes()
+        assert "is the input" in run("kv", "convert", wide, "-o", wide, "--kv-bits", 2, *force, code=USAGE).stderr
+        assert wide.read_bytes() == before
+    run("kv", "convert", wide, "-o", archive, "--archive", "--force")
     back = run("kv", "convert", archive, "-o", tmp_path / "back").stdout
     assert back.startswith("a context from an archive: ")
     assert run_json("generate", model, "--load-context", tmp_path / "back", "--max-new-tokens", 4)["new_tokens"] == 4

@@ -151,10 +151,8 @@ def convert(
         from concurrent.futures import ThreadPoolExecutor
 
         from kvpack.encode.threads import default_threads
-        from kvpack.errors import InputError
 
-        if output.exists() and not force:
-            raise InputError(f"{output} is there; --force replaces it")
+        _check_output(context, output, force=force)
         with ThreadPoolExecutor(threads or default_threads()) as executor:
             report = _convert(context, output, kv_bits, archive, 0.3 if noise is None else noise, executor)
     if as_json:
@@ -169,6 +167,31 @@ def convert(
         f"{report['kind']}: {shown_size(report['input_bytes'])} became {shown_size(report['output_bytes'])}, "
         f"{report['of_fp16']:.3f} of fp16{noisy}"
     )
+
+
+def _check_output(context: Path, output: Path, *, force: bool) -> None:
+    """
+    Raises:
+        InputError: ``output`` is the input, is there and not to be replaced, or is neither a context nor an archive.
+    """
+    from kvpack.encode.archive_coder import read_archive_header
+    from kvpack.errors import FormatError, InputError, NotASnapshotError
+    from kvpack.format.snapshot import SnapshotFile
+
+    if not output.exists():
+        return
+    if context.exists() and output.samefile(context):
+        raise InputError(f"{output} is the input, whose pages would be lost: name another output")
+    if not force:
+        raise InputError(f"{output} is there; --force replaces it")
+    try:
+        try:
+            SnapshotFile(output).close()
+        except NotASnapshotError:
+            read_archive_header(output)
+    except (FormatError, OSError):
+        text = f"{output} is there, and neither a context nor an archive: it is not replaced; name another file"
+        raise InputError(text) from None
 
 
 def _convert(

@@ -32,6 +32,7 @@ from kvpack.format.json_limits import load_json
 from kvpack.format.layout import GROUP_LANES, MAX_TILE_COLS, ElementKind, Layout, align, ceil_div, outlier_delta_max
 from kvpack.format.pages import PAGE_TOKENS, Side
 from kvpack.format.snapshot import (
+    ARCHIVE_KEY,
     PAGE_FORMAT_OF_DTYPE,
     RunPages,
     SnapshotFile,
@@ -42,7 +43,6 @@ from kvpack.format.snapshot import (
     snapshot_crc32,
 )
 
-ARCHIVE_KEY = "kvpack_archive"
 ARCHIVE_CRC_KEY = "kvpack_archive_crc32"
 ARCHIVE_VERSION = 1
 # The first tokens, which most queries look at, keep their 16 bits. The last ones, which the next query looks at most,

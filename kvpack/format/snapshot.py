@@ -29,6 +29,7 @@ from kvpack.format.layout import ElementKind, ceil_div
 from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
 
 SNAPSHOT_KEY = "kvpack_snapshot"
+ARCHIVE_KEY = "kvpack_archive"
 SNAPSHOT_CRC_KEY = "kvpack_snapshot_crc32"
 SNAPSHOT_VERSION = 1
 # What a run's blobs hold: the cache's own pages. Other ways are reserved.
@@ -488,6 +489,10 @@ class SnapshotFile:
         metadata = self.container.metadata
         text = metadata.get(SNAPSHOT_KEY)
         if text is None:
+            if ARCHIVE_KEY in metadata:
+                raise NotASnapshotError(
+                    "an archive of a context: `kvpack kv convert FILE -o OUT` makes a context of it"
+                )
             raise NotASnapshotError(f"no {SNAPSHOT_KEY} in __metadata__: no snapshot of a KV cache")
         given, computed = metadata.get(SNAPSHOT_CRC_KEY), snapshot_crc32(text)
         if given != computed:

@@ -15,7 +15,14 @@ from integrations.generation import greedy, logits  # noqa: E402
 from integrations.models import ARCHITECTURES, VOCABULARY  # noqa: E402
 
 from kvpack import KVPackCache  # noqa: E402
-from kvpack.errors import CacheInputError, DamagedRunError, FingerprintMismatchError, ModelMismatchError  # noqa: E402
+from kvpack.errors import (  # noqa: E402
+    CacheInputError,
+    DamagedRunError,
+    FingerprintMismatchError,
+    ModelMismatchError,
+    NotSupportedError,
+    SnapshotHeaderError,
+)
 from kvpack.integrations.transformers.contexts import model_fingerprint  # noqa: E402
 
 pytestmark = [
@@ -244,6 +251,28 @@ def test_what_cannot_be_saved(tmp_path: Path, model: Any) -> None:
     cache.kv.save(tmp_path / "of no model")
     with pytest.raises(ModelMismatchError, match="does not say what model"):
         KVPackCache.load(tmp_path / "of no model", model)
+
+
+def test_ids_that_the_model_does_not_have(tmp_path: Path, model: Any) -> None:
+    cache = KVPackCache(model.config)
+    logits(model, prompt(10), cache)
+    cache.save(tmp_path / "context", model, [VOCABULARY] * 10)
+    with pytest.raises(SnapshotHeaderError, match="token id 160 is none of the model's 160"):
+        KVPackCache.load(tmp_path / "context", model)
+
+
+def test_models_on_several_devices_are_refused(tmp_path: Path, model: Any) -> None:
+    cache = KVPackCache(model.config)
+    logits(model, prompt(10), cache)
+    split = llama()
+    split.model.layers[1].to("meta")
+    with pytest.raises(NotSupportedError, match=r"several devices \(cpu, meta\)"):
+        cache.save(tmp_path / "context", split, prompt(10))
+    with pytest.raises(CacheInputError, match=r"weights of .*layers\.1.* are not in memory"):
+        model_fingerprint(split)
+    cache.save(tmp_path / "context", model, prompt(10))
+    with pytest.raises(NotSupportedError, match="several devices"):
+        KVPackCache.load(tmp_path / "context", split)
 
 
 REAL = {"KVPACK_BOOKS_MODEL": 700, "KVPACK_SMOLLM2_MODEL": 500}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from kvpack.encode.snapshot_coder import OnCorrupt
-from kvpack.errors import CacheInputError, NotSupportedError
+from kvpack.errors import CacheInputError, NotSupportedError, SnapshotHeaderError
 from kvpack.format.snapshot import Fingerprint, SnapshotFile, SnapshotHeader
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.fingerprint import check_fingerprint, json_digest, make_fingerprint, tensors_digest
@@ -160,6 +160,7 @@ def load_rows(
         raise CacheInputError("no file is named")
     device = _require_one_device(model)
     fingerprint = model_fingerprint(model)
+    vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     rows = len(paths) if max_sequences is None else max_sequences
     if rows < len(paths):
         raise CacheInputError(f"{len(paths)} files are to be loaded; max_sequences is {max_sequences}")
@@ -175,6 +176,8 @@ def load_rows(
             continue
         with SnapshotFile(path) as file:
             check_fingerprint(file.header, fingerprint)
+            if isinstance(vocabulary, int) and (most := int(file.tokens().max())) >= vocabulary:
+                raise SnapshotHeaderError(f"{path}: token id {most} is none of the model's {vocabulary}")
             if kv is None:
                 header = file.header
                 kv = cache_for(header, max_sequences=rows, device=device, **options)
