@@ -598,6 +598,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
 
         >>> import torch, transformers
         >>> from kvpack import KVPackCache
+        >>> from kvpack.integrations.transformers.cache import cache_keyword
         >>> config = transformers.LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
         ...     num_attention_heads=4, num_key_value_heads=2)
         >>> model = transformers.LlamaForCausalLM(config).half().eval()
@@ -605,7 +606,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         >>> cache, ids = KVPackCache(model.config), torch.arange(3, 40)[None]
         >>> for prompt in (ids[:, :30], ids):
         ...     print(cache.reuse(prompt), end=" ")
-        ...     _ = model.generate(prompt, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        ...     _ = model.generate(prompt, **{cache_keyword(model): cache}, max_new_tokens=4, do_sample=False)
         0 30
         """
         given = token_rows(ids)

@@ -217,7 +217,9 @@ class HostTier:
         self._cache = cache
         on_device = cache.device.type == "cuda"
         self._memory = (
-            pinned_memory(capacity_bytes, cache.device) if on_device else torch.empty(capacity_bytes, dtype=torch.uint8)
+            pinned_memory(capacity_bytes, cache.device)
+            if on_device
+            else torch.empty(capacity_bytes, dtype=torch.uint8, device="cpu")
         )
         self._arena = Arena(capacity_bytes)
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()

@@ -35,7 +35,7 @@ def key_ranges(pools: PagePools, entries: npt.NDArray[np.int64]) -> tuple[torch.
         of_kind = (_of_full_width if layout.format in _16_BITS else _of_levels)(layout, pages, numbers_there)
         if not found:
             shape = (len(entries), pages.shape[1], layout.head_dim)
-            found = torch.empty(shape, device=pages.device), torch.empty(shape, device=pages.device)
+            found = tuple(torch.empty(shape, dtype=torch.float32, device=pages.device) for _ in range(2))
         places = _places_of_channels(layout).to(pages.device)
         for target, values in zip(found, of_kind, strict=True):
             target[to] = values[..., places]

@@ -73,8 +73,10 @@ def retrieve(
         chosen[row] = chosen_pages(scores, count, pages)
     kept = [min(count, pages) for count in counts]
     table = view.page_table.gather(2, chosen.expand(len(Side), -1, -1))
-    present = torch.arange(pages, device=q.device) < torch.tensor(kept, device=q.device)[:, None]
-    less = torch.tensor([count - few for count, few in zip(counts, kept, strict=True)], device=q.device)
+    present = torch.arange(pages, device=q.device) < torch.tensor(kept, dtype=torch.int64, device=q.device)[:, None]
+    less = torch.tensor(
+        [count - few for count, few in zip(counts, kept, strict=True)], dtype=torch.int64, device=q.device
+    )
     shorter = replace(
         view,
         page_table=table.masked_fill(~present, NO_PAGE).contiguous(),

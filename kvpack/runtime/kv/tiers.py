@@ -26,7 +26,7 @@ from kvpack.runtime.kv.manager_metrics import TierMetrics
 from kvpack.runtime.kv.prefix_hash import Tokens, token_pages
 from kvpack.runtime.kv.prefix_store import Block, EvictionReason, Ints, Match, PrefixStore
 
-_NO_DATA = torch.empty(0, dtype=torch.uint8)
+_NO_DATA = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class Tiers:
