@@ -605,9 +605,10 @@ class KVPackCache(Cache):  # type: ignore[misc]
         >>> model.set_attn_implementation("kvpack")
         >>> cache, ids = KVPackCache(model.config), torch.arange(3, 40)[None]
         >>> for prompt in (ids[:, :30], ids):
-        ...     print(cache.reuse(prompt), end=" ")
+        ...     print(cache.reuse(prompt))
         ...     _ = model.generate(prompt, **{cache_keyword(model): cache}, max_new_tokens=4, do_sample=False)
-        0 30
+        0
+        30
         """
         given = token_rows(ids)
         if held is not None:
