@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,25 @@ def test_parts_one_behind_the_other(tmp_path: Path) -> None:
     assert other.held_bytes == 0
     with pytest.raises(CacheInputError, match="0 to 40; 5 to 41 cannot be saved"):
         cache.save(tmp_path / "x", sequence=1, pages=(5, 41))
+
+
+def test_an_incomplete_page_that_is_gone_is_no_page(tmp_path: Path) -> None:
+    """Its memory is cut anew into pages of another kind: the next append must not look for it."""
+    source = new_cache(formats=PageFormat.INT4)
+    fill(source, 100)
+    source.save(tmp_path / "context")
+    cache = new_cache(formats=PageFormat.INT4, max_bytes=400_000, slab_bytes=1)
+    load_snapshot(cache, tmp_path / "context")
+    cache.free(0)
+    formats = np.full((cache.num_layers, 2, 1), PageFormat.INT4, np.uint8)
+    held = []
+    with suppress(CacheFullError):
+        while True:
+            held.append(cache.new_pages(formats))
+    for entries in held:
+        cache.release(entries)
+    fill(cache, 10)
+    assert cache.length(0, 0) == 10
 
 
 def test_a_cache_that_cannot_have_the_pages_stays_as_it_is(tmp_path: Path) -> None:

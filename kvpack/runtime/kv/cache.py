@@ -898,14 +898,19 @@ class KVCache:
         self._used_bytes[layer] -= self.pools.bytes_of(entry)
         if not self.pools.free(entry):
             return False
-        self._forget_twins(entry)
+        self._forget_page(entry)
         return True
 
     def _release(self, entry: int) -> int:
         """Someone other than the table holds a page no longer; returns the bytes that have come free."""
         if freed := self.pools.release(entry):
-            self._forget_twins(entry)
+            self._forget_page(entry)
         return freed
+
+    def _forget_page(self, entry: int) -> None:
+        """Of a page that is free: its entry can come to name another, or none."""
+        self._forget_twins(entry)
+        self._adopted_open.discard(entry)
 
     def _hold_budget(self) -> None:
         """When pages have gone. That must not fail for want of memory; who appends next will be told."""
