@@ -171,6 +171,30 @@ def test_prefix_that_is_not_exact_says_so() -> None:
     assert 0 < (k - exact).abs().max() < 0.5
 
 
+def test_a_match_that_is_attached_later_says_what_has_become_of_it() -> None:
+    manager, tokens = make(formats=INT4), prompt(3, 256)
+    run(manager, tokens)
+    match = manager.match(tokens)
+    assert (match.tokens, match.is_exact) == (256, True)
+    other = manager.start([*tokens, 1])
+    append(manager.cache, {other.sequence: prompt(4, 64)})  # quantizes the newest page, for the store too
+    found = manager.attach_prefix(match)
+    assert found == Started(found.sequence, 256, is_exact=False)
+    # What was evicted meanwhile are no tokens of the sequence.
+    for sequence in (other.sequence, found.sequence):
+        manager.finish(sequence, keep=False)
+    manager.store.evict(1)
+    found = manager.attach_prefix(match)
+    assert found.tokens == 192
+    others = prompt(5, 64)
+    append(manager.cache, {found.sequence: others})
+    for token in others:
+        manager.append_tokens([found.sequence], [token])
+    assert manager.finish(found.sequence) == 256
+    assert manager.match(tokens).tokens == 192
+    assert manager.match([*tokens[:192], *others]).tokens == 256
+
+
 def test_under_a_budget_nothing_but_an_empty_match_is_exact() -> None:
     manager = make(budget=0.5)
     tokens = prompt(4, 320)
@@ -310,6 +334,31 @@ def test_pinned_prefix_beyond_the_capacity_changes_nothing() -> None:
         manager.cache_prefix(one.sequence, pin=True)
     assert dump(manager) == before
     assert manager.cache_prefix(one.sequence).tokens == 256
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_quantized_pages_beside_a_held_prefix_count(pin: bool) -> None:
+    """Whoever goes on behind the end of a held prefix has that end quantized: a second copy, which takes room."""
+    manager, tokens = make(formats=INT4), prompt(3, 256)
+    one = manager.start(tokens)
+    append(manager.cache, {one.sequence: tokens[:128]})
+    manager.cache_prefix(one.sequence, pin=True)
+    append(manager.cache, {one.sequence: tokens[128:]})
+    beside = sum(manager.cache.pools.bytes_of(entry) for entry in manager.cache.entries[:, :, one.sequence, 1].flat)
+    behind = sum(manager.cache.pools.bytes_of(entry) for entry in manager.cache.entries[:, :, one.sequence, 2:4].flat)
+    manager.store.capacity_bytes = manager.store.used_bytes + (behind if pin else beside - 1)
+    before = dump(manager)
+    if pin:
+        with pytest.raises(CacheFullError, match=f"needs {behind + beside} bytes more"):
+            manager.cache_prefix(one.sequence, pin=True)
+        assert dump(manager) == before
+        manager.store.capacity_bytes += beside
+        assert manager.cache_prefix(one.sequence, pin=True).tokens == 256
+    else:
+        assert manager.finish(one.sequence) == 128
+        assert manager.match(tokens).tokens == 128
+    assert manager.store.used_bytes <= manager.store.capacity_bytes
+    assert manager.store.used_bytes == sum(block.size_bytes for block in manager.store._blocks.values())
 
 
 def test_quantized_pages_of_prefixes_make_room_for_new_ones() -> None:

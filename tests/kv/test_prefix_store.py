@@ -396,6 +396,37 @@ def test_evicted_blocks_go_down_and_come_back() -> None:
     assert +pages.held == Counter(entry for block in store._blocks.values() for entry in block.pages().tolist())
 
 
+def test_what_interrupts_the_way_down_leaves_a_tree() -> None:
+    pages, store = make()
+    run(pages, store, [1, 2, 3])
+    run(pages, store, [1, 4])
+
+    class Interrupted(Shelf):
+        def take(self, blocks: Any, reason: str) -> None:
+            raise KeyboardInterrupt
+
+    store.lower = Interrupted(pages)
+    for left in (3, 2, 1, 0):
+        with pytest.raises(KeyboardInterrupt):
+            store.evict(1)
+        assert len(store) == left
+        assert store.used_bytes == left * BLOCK_BYTES
+        assert +pages.held == Counter(entry for block in store._blocks.values() for entry in block.pages().tolist())
+        below = Counter(block.parent for block in store._blocks.values())
+        assert all(block.children == below[block] for block in store._blocks.values())
+    assert store.evict() == 0
+
+
+def test_a_priority_that_is_none_holds_nothing() -> None:
+    pages, store = make(policy="priority")
+    run(pages, store, [1, 2])
+    pages.write(0, 3)
+    before = dump(pages, store)
+    with pytest.raises(CacheInputError, match="priority is 'high'; an integer is wanted"):
+        store.cache_prefix(0, tokens_of(1, 2, 3), priority="high")  # type: ignore[arg-type]
+    assert dump(pages, store) == before
+
+
 def test_bringing_back_what_others_brought_or_what_has_no_room() -> None:
     pages, store = make(capacity_bytes=4 * BLOCK_BYTES)
     match = store.match(tokens_of(1, 2, 3))

@@ -249,7 +249,7 @@ class KVManager:
             match = self.store.match(ids, most_tokens=len(ids) - 1, root=root)
             if self.tiers is not None and match.missing:
                 match = self.tiers.fetch(self.store, match, ids, session=session)
-            return self._attached(self._exact(match), ids, session)
+            return self._attached(match, ids, session)
 
     def prefetch(self, tokens: Tokens, *, adapter: str | None = None, salt: str = "") -> Future[int]:
         """Begin to read what files have of a prompt into host memory, while other requests go on: :meth:`start` then
@@ -272,7 +272,7 @@ class KVManager:
         attached = self.store.attach_prefix(sequence, match, session=session)
         self._free.pop()
         self._requests[sequence] = _Request(ids, match.root, session)
-        return Started(sequence, attached, match.is_exact and attached == match.tokens)
+        return Started(sequence, attached, self._exact(match).is_exact)
 
     def _require_free(self) -> None:
         """
@@ -446,6 +446,7 @@ class KVManager:
             CacheFullError: as of :meth:`start`.
         """
         with self.lock:
+            match = self.store.renewed(match)  # blocks may have been evicted since, and pages quantized
             return self._attached(match, array("i", b"".join(block.tokens for block in match.blocks)), session)
 
     def release_prefix(self, prefix: Prefix) -> None:

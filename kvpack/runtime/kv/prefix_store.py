@@ -164,6 +164,10 @@ class Block:
         return np.concatenate([own, others[others != own]])
 
 
+# A block, a sequence's pages of it, i64 [layers, 2], and which of them are quantized where the block's are not.
+_Quantized = tuple[Block, Ints, npt.NDArray[np.bool_]]
+
+
 @dataclass(frozen=True)
 class Match:
     """What the store has of a prompt.
@@ -282,11 +286,10 @@ class PrefixStore:
         pages = token_pages(tokens)
         if most_tokens is not None:
             pages = pages[: max(0, most_tokens) // PAGE_TOKENS]
-        root = self.root if root is None else root
         with self.lock:
-            found, missed = self._path(pages, root)
-            self.counters.queried(len(tokens), len(pages), len(found), missed, self._clock())
-            return Match(tuple(found), self._is_exact(found), tuple(missed), root)
+            found = self._found(pages, root)
+            self.counters.queried(len(tokens), len(pages), found.pages, found.missing, self._clock())
+            return found
 
     def find(self, tokens: Tokens, *, root: bytes | None = None) -> Match:
         """:meth:`match`, not counted as a query.
@@ -294,10 +297,25 @@ class PrefixStore:
         Raises:
             CacheInputError: ids that are no integers of 32 bits.
         """
-        root = self.root if root is None else root
+        pages = token_pages(tokens)
         with self.lock:
-            found, missed = self._path(token_pages(tokens), root)
-            return Match(tuple(found), self._is_exact(found), tuple(missed), root)
+            return self._found(pages, root)
+
+    def _found(self, pages: Sequence[bytes], root: bytes | None) -> Match:
+        root = self.root if root is None else root
+        blocks, missing = self._path(pages, root)
+        return Match(tuple(blocks), self._is_exact(blocks), tuple(missing), root)
+
+    def renewed(self, match: Match) -> Match:
+        """What is cached yet of a match that is of before, and whether that is exact now."""
+        with self.lock:
+            stay: list[Block] = []
+            for block in match.blocks:
+                if self._blocks.get(block.hash) is not block:
+                    break
+                stay.append(block)
+            gone = tuple(block.hash for block in match.blocks[len(stay) :])
+            return Match(tuple(stay), self._is_exact(stay), gone + match.missing, match.root)
 
     def _path(self, pages: Sequence[bytes], root: bytes) -> tuple[list[Block], list[bytes]]:
         """The blocks of a prompt's pages as far as they are cached, and the hashes of the pages behind them."""
@@ -329,11 +347,7 @@ class PrefixStore:
             CacheFullError: no room in the page tables. Nothing has changed.
         """
         with self.lock:
-            blocks = []
-            for block in match.blocks:
-                if self._blocks.get(block.hash) is not block:
-                    break
-                blocks.append(block)
+            blocks = self.renewed(match).blocks
             if not blocks:
                 self._stand(sequence, None)
                 return 0
@@ -509,6 +523,8 @@ class PrefixStore:
         Raises:
             CacheInputError, CacheFullError: as :meth:`cache_prefix`.
         """
+        if not isinstance(priority, int | np.integer):
+            raise CacheInputError(f"priority is {priority!r}; an integer is wanted")
         pages = token_pages(tokens)
         known, hashes = self._path(pages, self.root if root is None else root)
         entries = self._pages.page_entries(sequence, 0, len(pages))
@@ -524,21 +540,23 @@ class PrefixStore:
             raise CacheFullError("a page has the hash of other tokens: the prefix cannot be kept whole")
         importance = self._pages.importance_of(sequence)
         last = known[-1] if known else self._root
+        learned = self._unknown_quantized(known, entries)
+        try:
+            self._require_room(self._bytes_to_guard(learned, new if whole else None), last)
+        except CacheFullError:
+            if whole:
+                raise
+            # What is behind them was computed over these pages: without, it cannot be kept either.
+            learned, hashes, new = [], [], new[..., :0]
         if new.size:
             self._pages.retain(new)
-        if whole:
-            try:
-                self._require_room(int(self._pages.page_bytes(new).sum()), last)
-            except CacheFullError:
-                self._pages.release(new)
-                raise
         standing = self._standing.get(sequence)
         attached = known.index(standing) + 1 if standing in known else 0  # these were counted then
         self._change(last, "users", 1)  # what is used while it is queued would keep its place in the queue
         self._touch(known[attached:], session)
         for block in known:
             block.priority = max(block.priority, priority)
-        self._learn_quantized(known, entries)
+        self._learn_quantized(learned)
         blocks = known + self._insert(last, pages[len(known) :], hashes, new, priority, session)
         self._change(last, "users", -1)
         if importance is not None:
@@ -614,9 +632,7 @@ class PrefixStore:
                 self._trim()
                 self._change(last, "users", -1)
                 self._trim()
-            stay = [block for block in blocks if self._blocks.get(block.hash) is block]
-            missing = [block.hash for block in blocks[len(stay) :]] + list(match.missing[len(blocks) - match.pages :])
-            return Match(tuple(stay), self._is_exact(stay), tuple(missing), match.root)
+            return self.renewed(Match(tuple(blocks), False, match.missing[len(blocks) - match.pages :], match.root))
 
     @contextmanager
     def guarded(self, match: Match) -> Iterator[None]:
@@ -629,21 +645,37 @@ class PrefixStore:
             finally:
                 self._change(last, "users", -1)
 
-    def _learn_quantized(self, blocks: Sequence[Block], entries: Ints) -> None:
-        """A sequence beyond a block has quantized pages where the block has 16 bits: all that go beyond share those."""
+    def _unknown_quantized(self, blocks: Sequence[Block], entries: Ints) -> list[_Quantized]:
+        """What blocks of 16 bits shall have beside them: pages of a sequence that goes beyond them."""
         if not blocks:
-            return
+            return []
         of_blocks = np.stack([block.entries for block in blocks], axis=-1)
         other = self._pages.is_full(of_blocks) & ~self._pages.is_full(entries[..., : len(blocks)])
-        for place in np.flatnonzero(other.any(axis=(0, 1))).tolist():
-            block = blocks[place]
-            if block.quantized is None:
-                differs, of_sequence = other[..., place], entries[..., place]
-                self._pages.retain(of_sequence[differs])
-                block.quantized = np.where(differs, of_sequence, block.entries)
-                self._count_pages(block)
-                if not block.exact_ends:
-                    self._take_quantized(block)
+        places = np.flatnonzero(other.any(axis=(0, 1))).tolist()
+        return [
+            (blocks[place], entries[..., place], other[..., place])
+            for place in places
+            if blocks[place].quantized is None
+        ]
+
+    def _bytes_to_guard(self, learned: Sequence[_Quantized], pinned: Ints | None) -> int:
+        """Of pages that come and cannot be evicted again: those that are to be pinned, and those that stand beside the
+        16 bits of held prefixes."""
+        beside = sum(
+            int(self._pages.page_bytes(entries[differs]).sum())
+            for block, entries, differs in learned
+            if block.exact_ends
+        )
+        return beside + (0 if pinned is None else int(self._pages.page_bytes(pinned).sum()))
+
+    def _learn_quantized(self, learned: Sequence[_Quantized]) -> None:
+        """All that go beyond these blocks share a sequence's quantized pages of them."""
+        for block, entries, differs in learned:
+            self._pages.retain(entries[differs])
+            block.quantized = np.where(differs, entries, block.entries)
+            self._count_pages(block)
+            if not block.exact_ends:
+                self._take_quantized(block)
 
     def _take_quantized(self, block: Block) -> None:
         """A block's pages in 16 bits go where there are quantized ones."""
@@ -728,19 +760,24 @@ class PrefixStore:
 
     def _give_up(self, plan: Sequence[Block], reason: EvictionReason) -> None:
         now_s = self._clock()
-        if self.lower is not None:
-            self.lower.take(plan, reason)
-        for block in plan:
-            pages = block.pages()
-            del self._blocks[block.hash]
-            if block.parent is not None and block.parent.newest_child is block:
-                block.parent.newest_child = None
-            for entry in pages.tolist():
-                del self._block_of[entry]
-            self.used_bytes -= block.size_bytes
-            self.policy.gone(block, now_s)
-            self.counters.evicted(block.hash, reason, now_s - block.born_s, now_s - block.last_use_s, now_s)
-            self._pages.release(pages)
+        try:
+            if self.lower is not None:
+                self.lower.take(plan, reason)
+        finally:  # what interrupts that, as Ctrl-C while it writes, leaves a tree without them
+            for block in plan:
+                self._forget(block, reason, now_s)
+
+    def _forget(self, block: Block, reason: EvictionReason, now_s: float) -> None:
+        pages = block.pages()
+        del self._blocks[block.hash]
+        if block.parent is not None and block.parent.newest_child is block:
+            block.parent.newest_child = None
+        for entry in pages.tolist():
+            del self._block_of[entry]
+        self.used_bytes -= block.size_bytes
+        self.policy.gone(block, now_s)
+        self.counters.evicted(block.hash, reason, now_s - block.born_s, now_s - block.last_use_s, now_s)
+        self._pages.release(pages)
 
     def _require_room(self, size_bytes: int, last: Block) -> None:
         """Evict what so many bytes need, but not this block.
