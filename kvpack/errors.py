@@ -51,7 +51,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_LINE = 120
 
 
 class KvpackError(Exception):
@@ -179,6 +182,7 @@ class DamagedRunError(SnapshotError):
         cause: what was found.
         layer: where it was found, or None: not known, as with what all layers share.
         side, page_format: ``"K"`` or ``"V"``, and the format's name, or None: not known.
+        advice: what can be had all the same, and how; empty where nobody has said.
     """
 
     def __init__(
@@ -194,6 +198,7 @@ class DamagedRunError(SnapshotError):
         super().__init__(run, first_token, end_token, cause, layer, side, page_format)
         self.run, self.first_token, self.end_token, self.cause = run, first_token, end_token, cause
         self.layer, self.side, self.page_format = layer, side, page_format
+        self.advice = ""
 
     def __str__(self) -> str:
         where = f"run {self.run} (tokens {self.first_token}\N{EN DASH}{self.end_token - 1})"
@@ -201,7 +206,7 @@ class DamagedRunError(SnapshotError):
             where += f", layer {self.layer}"
         if kind := " ".join(name for name in (self.side, self.page_format) if name):
             where += f", {kind}"
-        return f"{where}: {self.cause}"
+        return "; ".join(filter(None, [f"{where}: {self.cause}", self.advice]))
 
 
 class LimitError(FormatError):
@@ -245,7 +250,7 @@ class FingerprintMismatchError(ModelMismatchError):
 
     Attributes:
         of_file, of_model: both fingerprints.
-        differences: in what they differ, a line each.
+        differences: in what they differ, a line each, as long as it has to be. The message has them shortened.
     """
 
     def __init__(self, of_file: object, of_model: object, differences: Sequence[str] = ()) -> None:
@@ -253,10 +258,19 @@ class FingerprintMismatchError(ModelMismatchError):
         self.of_file, self.of_model, self.differences = of_file, of_model, tuple(differences)
 
     def __str__(self) -> str:
-        message = (
-            f"the pages are of another model: the file's fingerprint is {self.of_file}, the model's {self.of_model}"
-        )
-        return "; ".join([message, *self.differences])
+        lines = [
+            "the pages are of another model, to which alone they mean anything",
+            f"fingerprint of the file:  {self.of_file}",
+            f"fingerprint of the model: {self.of_model}",
+            *(_shortened(line) for line in self.differences if not line.startswith("model: ")),
+        ]
+        return "\n  ".join(lines)
+
+
+def _shortened(line: str) -> str:
+    """Hashes by their first digits, and what is longer than a line cut."""
+    line = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", line)
+    return line if len(line) <= _LINE else line[: _LINE - 1] + "…"
 
 
 class TierMissError(KvpackError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,13 @@ def test_inspect_and_verify(tmp_path: Path, model: Path) -> None:
     assert f"{report['tokens']} tokens; 2 layers, 2 KV heads of 16, F16" in shown
     assert report["fingerprint"]["model"][:16] in shown
     assert run_json("kv", "verify", context)["intact_tokens"] == report["tokens"]
-    assert run("kv", "verify", context).stdout.startswith(f"ok: {report['tokens']} tokens in 1 runs")
+    assert run("kv", "verify", context).stdout.startswith(f"ok: {report['tokens']} tokens in 1 run, ")
+    assert run("verify", context).stdout == run("kv", "verify", context).stdout
+    assert run_json("verify", context) == run_json("kv", "verify", context)
+    refused = run_json("verify", context, "--against", context, code=USAGE)
+    assert refused["message"] == f"{context} is a context; --against is for weights"
+    assert "`kvpack kv inspect` says what it is of" in run("inspect", context).stderr
+    assert "is a context" not in run("verify", model / "model.safetensors").stderr
     damaged = bytearray(context.read_bytes())
     damaged[-100] ^= 1
     context.write_bytes(damaged)
@@ -80,7 +87,33 @@ def test_inspect_and_verify(tmp_path: Path, model: Path) -> None:
     assert found["intact_tokens"] == 0
     assert found["damage"].startswith("run 0 (tokens 0")
     assert "DAMAGED: the first 0 of" in run("kv", "verify", context, code=CORRUPT).stdout
+    assert run_json("verify", context, code=CORRUPT)["damage"] == found["damage"]
     assert run_json("generate", model, "--load-context", context, code=CORRUPT)["error"] == "DamagedRunError"
+    with pytest.warns(UserWarning, match="^0 of"):
+        found = run_json("generate", model, "--load-context", context, "--drop-damaged", code=CORRUPT)
+    assert found["message"] == f"{context}: the first tokens are damaged, and nothing is before them"
+
+
+def test_a_damaged_context_goes_on_before_the_damage(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", positions=3000)
+    write_tokenizer(model)
+    context, short = tmp_path / "context", tmp_path / "short"
+    saved = run_json("generate", model, "--prompt", LONG * 9, "--max-new-tokens", 1, "--save-context", context)
+    tokens = saved["saved_tokens"]
+    assert tokens > 2048
+    damaged = bytearray(context.read_bytes())
+    damaged[-100] ^= 1  # in the last run
+    context.write_bytes(damaged)
+    shown = run("kv", "verify", context, code=CORRUPT).stdout
+    assert shown.endswith(f"of {tokens} tokens are intact; kvpack generate --drop-damaged goes on behind them\n")
+    intact = int(shown.split()[3])
+    assert intact % 2048 == 0 < intact < tokens
+    go_on = ("generate", model, "--load-context", context, "--prompt", "rain", "--max-new-tokens", 4)
+    assert f"--drop-damaged) loads the {intact} tokens before it" in run(*go_on, code=CORRUPT).stderr
+    with pytest.warns(UserWarning, match=f"^{intact} of {tokens} tokens were loaded"):
+        report = run_json(*go_on, "--drop-damaged", "--save-context", short)
+    assert report["context_tokens"] == intact
+    assert run_json("kv", "verify", short)["tokens"] == intact + report["prompt_tokens"] + report["new_tokens"]
 
 
 def test_a_directory_of_contexts(tmp_path: Path, model: Path) -> None:
@@ -92,7 +125,16 @@ def test_a_directory_of_contexts(tmp_path: Path, model: Path) -> None:
     assert [found["file"] for found in report["contexts"]] == ["a", "b"]
     assert [other["file"] for other in report["others"]] == ["notes"]
     shown = run("kv", "inspect", tmp_path)
-    assert f"a: tokens 0 to {report['contexts'][0]['tokens'] - 1}, FP16, " in shown.stdout
+    first = report["contexts"][0]
+    headings, *rows = [re.split(" {2,}", line) for line in shown.stdout.splitlines()[:-1]]
+    assert headings == ["context", "model", "pages", "first token", "tokens", "size", "of fp16"]
+    assert [row[0] for row in rows] == ["a", "b"]
+    assert rows[0][1:5] == [first["fingerprint"]["model"][:16], "FP16", "0", str(first["tokens"])]
+    assert rows[0][6] == f"{first['file_bytes'] / first['fp16_bytes']:.3f}"
+    assert len({len(line) for line in shown.stdout.splitlines()[:-1]}) == 1  # numbers end where their headings do
+    assert max(map(len, shown.stderr.splitlines())) <= 120
+    (tmp_path / "b").unlink()
+    assert "1 context, " in run("kv", "inspect", tmp_path).stdout
     assert "2 contexts, " in shown.stdout
     assert "kvpack: notes is none: NotAContainerError" in shown.stderr
 
@@ -152,6 +194,7 @@ def test_what_generate_refuses_of_contexts(tmp_path: Path, model: Path) -> None:
     assert "weights: " in found["message"]
     for given, said in {
         ("--load-context", context, "--kv-bits", 4): "kvpack kv convert",
+        ("--prompt", "x", "--drop-damaged"): "--drop-damaged is for --load-context",
         ("--load-context", context, "--chat", "--prompt", "x", "--system", "y"): "is for its beginning",
         ("--prompt", "x", "--prompt", "y", "--save-context", tmp_path / "b"): "a context is of one prompt",
         ("--prompt", "x", "--save-context", model / "config.json"): "no context: it is not replaced",

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from snapshot_samples import SamplePages, make_header, usual_formats
+
+from kvpack.format.pages import PageFormat
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -292,3 +295,12 @@ def test_help_loads_nothing_heavy() -> None:
     done = run(HELP, "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+def test_a_context_is_inspected_without_loading_anything_heavy(tmp_path: Path) -> None:
+    header = make_header(200)
+    SamplePages(header, usual_formats(header, PageFormat.INT4)).write(tmp_path / "a")
+    for path in (tmp_path / "a", tmp_path):
+        done = run(HELP, "kv", "inspect", str(path))
+        assert done.returncode == 0, done.stderr
+        assert "INT4" in done.stdout

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 import kvpack
 from kvpack.encode import blob_decoder, jit
 from kvpack.encode.threads import ThreadPool
-from kvpack.errors import FileChangedError, InputError, LimitError, StreamingError
+from kvpack.errors import CacheFullError, FileChangedError, InputError, LimitError, StreamingError
 from kvpack.format import container as container_module
 from kvpack.format.blob import TILE_METADATA, pack_front
 from kvpack.format.container import Container, ContainerWriter
@@ -393,6 +393,7 @@ def test_reading_takes_what_it_reads(model: Path, tmp_path: Path) -> None:
         ),
         (MemoryError(), "not enough memory; fewer --threads"),
         (RuntimeError("can't start new thread"), "no thread can be started; fewer --threads"),
+        (CacheFullError("no memory for 4 pages"), "no memory for 4 pages"),
     ],
     ids=str,
 )

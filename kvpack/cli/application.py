@@ -28,7 +28,7 @@ from kvpack.cli.tune import tune
 
 app = typer.Typer(
     name="kvpack",
-    help="Small LLM weights: entropy-coded safetensors, exact or at the rate you choose.",
+    help="Small LLM weights, exact or at the rate you choose; and contexts: KV caches in few bits, saved and loaded.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

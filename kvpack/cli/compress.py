@@ -12,6 +12,7 @@ import typer
 from kvpack.cli.failures import exit_codes
 from kvpack.cli.options import Force, Json, Source, Threads
 from kvpack.cli.printing import (
+    counted,
     data_console,
     print_tensors,
     printable,
@@ -226,7 +227,7 @@ def decompress(
         print(json.dumps(report.as_dict()))
         return
     print(
-        f"{report.tensors} tensors, {shown_size(report.input_bytes)} → {shown_size(report.output_bytes)} "
+        f"{counted(report.tensors, 'tensor')}, {shown_size(report.input_bytes)} → {shown_size(report.output_bytes)} "
         f"in {report.seconds:.1f} s\nwrote {report.output}"
     )
     if report.left_out:

@@ -57,6 +57,7 @@ _ADVICE = {
 def exit_codes(as_json: bool) -> Iterator[None]:
     """Known failures become one sentence (or one JSON object) and an exit code; others stay tracebacks."""
     from kvpack.errors import (
+        CacheFullError,
         CacheInputError,
         DeviceError,
         FormatError,
@@ -74,6 +75,8 @@ def exit_codes(as_json: bool) -> Iterator[None]:
         fail(ExitCode.NO_DEVICE, type(error).__name__, str(error), as_json)
     except FormatError as error:
         fail(ExitCode.CORRUPT, type(error).__name__, str(error), as_json)
+    except CacheFullError as error:
+        fail(ExitCode.FAILED, type(error).__name__, str(error), as_json)
     except typer.BadParameter as error:
         if not as_json:
             raise

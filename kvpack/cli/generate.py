@@ -11,10 +11,11 @@ import typer
 
 from kvpack.cli.failures import ExitCode, exit_codes, require_transformers
 from kvpack.cli.options import CacheBits, CacheBudget, ComputeDevice, ComputeDtype, ComputeDtypeOption, Json
-from kvpack.cli.printing import shown_number
-from kvpack.errors import InputError
+from kvpack.cli.printing import counted, shown_number
+from kvpack.errors import InputError, SnapshotError
 
 if TYPE_CHECKING:
+    from kvpack.encode.snapshot_coder import OnCorrupt
     from kvpack.integrations.transformers.text_generation import Generation
 
 
@@ -47,6 +48,9 @@ def generate(
         Path | None,
         typer.Option("--load-context", metavar="FILE", help="The prompt goes on behind what was saved there."),
     ] = None,
+    drop_damaged: Annotated[
+        bool, typer.Option("--drop-damaged", help="Of a damaged context take the tokens before the damage.")
+    ] = False,
     save_context: Annotated[
         Path | None,
         typer.Option("--save-context", metavar="FILE", help="Save prompt and answer as the model has read them."),
@@ -68,6 +72,8 @@ def generate(
         if load_context is not None and (kv_bits, kv_budget) != (None, None):
             advice = "its pages have the bits that they were saved with; kvpack kv convert gives them others"
             raise typer.BadParameter(f"{load_context}: {advice}", param_hint="--kv-bits/--kv-budget")
+        if drop_damaged and load_context is None:
+            raise typer.BadParameter("--drop-damaged is for --load-context", param_hint="--drop-damaged")
         if save_context is not None and len(prompts) > 1:
             raise typer.BadParameter("a context is of one prompt", param_hint="--save-context")
         require_transformers("kvpack generate")
@@ -88,8 +94,11 @@ def generate(
         loaded = load_causal_model(model, device=device, dtype=dtype.value, attention=attention)
         cache, context = None if options is None else options.new(loaded), []
         if load_context is not None:
-            cache = KVPackCache.load([load_context] * len(prompts), loaded)
+            on_corrupt: OnCorrupt = "drop_from_here" if drop_damaged else "raise"
+            cache = KVPackCache.load([load_context] * len(prompts), loaded, on_corrupt=on_corrupt)
             context = cache.ids[0].tolist()
+            if not context:
+                raise SnapshotError(f"{load_context}: the first tokens are damaged, and nothing is before them")
             if min(context) < 0:
                 raise InputError(f"{load_context} does not say what all of its tokens are: it can be read by KVCache")
         result = generate_text(
@@ -168,10 +177,10 @@ def _print(result: Generation) -> None:
     weights, kv = result.weights, result.kv_bytes
     dense = "" if weights.bytes == weights.dense_bytes else f" ({_mb(weights.dense_bytes)} dense)"
     whole = "" if kv == result.kv_bytes_16_bit else f" ({_mb(result.kv_bytes_16_bit)} in 16 bits)"
-    context = [f"{result.context_tokens} tokens of context"] if result.context_tokens else []
+    context = [f"{counted(result.context_tokens, 'token')} of context"] if result.context_tokens else []
     parts = [
         *context,
-        f"{result.prompt_tokens} prompt tokens",
+        counted(result.prompt_tokens, "prompt token"),
         f"{result.new_tokens} new",
         f"prefill {shown_number(result.prefill_seconds)} s",
         f"{shown_number(result.tokens_per_second, 1)} tokens/s",
@@ -182,4 +191,6 @@ def _print(result: Generation) -> None:
     ended = "interrupted; " if result.interrupted else ""
     print(f"kvpack: {ended}{', '.join(parts)}", file=sys.stderr)
     if result.saved_bytes is not None:
-        print(f"kvpack: saved a context of {result.saved_tokens} tokens, {_mb(result.saved_bytes)}", file=sys.stderr)
+        assert result.saved_tokens is not None
+        saved = counted(result.saved_tokens, "token")
+        print(f"kvpack: saved a context of {saved}, {_mb(result.saved_bytes)}", file=sys.stderr)

@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 
 from kvpack.cli.failures import ExitCode, exit_codes, require_matplotlib
+from kvpack.cli.kv import verify_context
 from kvpack.cli.options import Json, Source, Threads
 from kvpack.cli.printing import (
+    counted,
     data_console,
     print_tensors,
     printable,
@@ -65,11 +67,13 @@ def inspect(
             line = f"{printable(file['path'])}: {file['reason']}; its tensors are {printable(file['prefix'])}…"
             console.print(line, markup=False, highlight=False)
     console.print(
-        f"{len(report['tensors'])} tensors, {report['coded']} coded, {shown_size(report['output_bytes'])}; "
+        f"{counted(len(report['tensors']), 'tensor')}, {report['coded']} coded, {shown_size(report['output_bytes'])}; "
         f"coded tensors {shown_number(report['bits_per_weight'], 3)} bits a weight, "
         f"noise {shown_number(report['noise_db'])} dB",
         highlight=False,
     )
+    if tensor is None and _is_context(source):
+        print("kvpack: this is a context: `kvpack kv inspect` says what it is of", file=sys.stderr)
     if plot is not None:
         print(f"drew {plot}", file=sys.stderr)
 
@@ -85,9 +89,15 @@ def verify(
 ) -> None:
     """Check structure, every CRC and every lane; with --against also the contents.
 
-    Says how many bytes carry no checksum, as kept tensors do in files of early versions and in ordinary ones.
+    Says how many bytes carry no checksum, as kept tensors do in files of early versions and in ordinary ones. Of a
+    context it does what `kvpack kv verify` does.
     """
     with exit_codes(as_json):
+        if _is_context(source):
+            if against is not None:
+                raise typer.BadParameter(f"{source} is a context; --against is for weights", param_hint="--against")
+            verify_context(source, threads, as_json)
+            return
         from kvpack.compression import verify as run
 
         with progress_bar("verify") as progress:
@@ -108,18 +118,24 @@ def verify(
         if result.extra_files:
             print(f"kvpack: not in the original: {shown_names(result.extra_files)}", file=sys.stderr)
         compared = ", compared with the original" if result.compared else ""
-        compared += f", {result.files} files too" if result.files else ""
+        compared += f", {counted(result.files, 'file')} too" if result.files else ""
         unchecked = ""
         if result.bytes_without_checksum:
             unchecked = f"; {shown_size(result.bytes_without_checksum)} carry no checksum"
             unchecked += "" if result.compared else ": only --against finds damage there"
         verdict = "MISMATCH" if result.mismatches else "ok"
         print(
-            f"{verdict}: {result.tensors} tensors, {result.coded} coded, {result.tiles} tiles, "
-            f"{result.elements} weights decoded{compared}{unchecked}"
+            f"{verdict}: {counted(result.tensors, 'tensor')}, {result.coded} coded, {counted(result.tiles, 'tile')}, "
+            f"{counted(result.elements, 'weight')} decoded{compared}{unchecked}"
         )
     if result.mismatches:
         raise typer.Exit(int(ExitCode.MISMATCH))
+
+
+def _is_context(source: Path) -> bool:
+    from kvpack.format.snapshot_summary import says_snapshot
+
+    return source.is_file() and says_snapshot(source)
 
 
 def _data_bytes(source: Path) -> int:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from kvpack.cli.failures import ExitCode, exit_codes, require_matplotlib
-from kvpack.cli.options import CacheBits, Force, Json, Threads
-from kvpack.cli.printing import printable, progress_bar, shown_number, shown_size
+from kvpack.cli.options import Force, Json, Threads
+from kvpack.cli.printing import counted, print_aligned, printable, progress_bar, shown_number, shown_size
 
 kv_app = typer.Typer(
     name="kv",
@@ -20,6 +20,7 @@ kv_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_LINE = 120
 Context = Annotated[Path, typer.Argument(metavar="FILE", help="A context, as kvpack generate --save-context has it.")]
 ContextOrDirectory = Annotated[Path, typer.Argument(metavar="PATH", help="A context, or a directory of some.")]
 
@@ -28,10 +29,10 @@ ContextOrDirectory = Annotated[Path, typer.Argument(metavar="PATH", help="A cont
 def inspect(context: ContextOrDirectory, as_json: Json = False) -> None:
     """Say what a context is of: model, tokens, pages by format, sizes. Reads headers alone.
 
-    Of a directory, a line for each context in it; other files are counted.
+    Of a directory, a line for each context in it, and on stderr one for each other file.
     """
     with exit_codes(as_json):
-        from kvpack.encode.snapshot_coder import describe_snapshot
+        from kvpack.format.snapshot_summary import describe_snapshot
 
         report = _describe_all(context) if context.is_dir() else describe_snapshot(context)
     if as_json:
@@ -44,8 +45,8 @@ def inspect(context: ContextOrDirectory, as_json: Json = False) -> None:
 
 def _describe_all(directory: Path) -> dict[str, Any]:
     """What each context directly in a directory is of; and why other files are none."""
-    from kvpack.encode.snapshot_coder import describe_snapshot
     from kvpack.errors import FormatError
+    from kvpack.format.snapshot_summary import describe_snapshot
 
     contexts, others = [], []
     for path in sorted(directory.iterdir()):
@@ -59,31 +60,41 @@ def _describe_all(directory: Path) -> dict[str, Any]:
 
 
 def _print_all(report: dict[str, Any]) -> None:
-    for of in report["contexts"]:
-        first = of["first_page"] * of["page_tokens"]
-        model = "not known" if of["fingerprint"] is None else of["fingerprint"]["model"][:16]
-        formats = ", ".join(dict.fromkeys(kind.split()[1] for kind in of["pages"]))
-        print(
-            f"{printable(of['file'])}: tokens {first} to {first + of['tokens'] - 1}, {formats}, "
-            f"{shown_size(of['file_bytes'])}, model {printable(model)}"
+    rows = [("context", "model", "pages", "first token", "tokens", "size", "of fp16")]
+    rows += [
+        (
+            printable(of["file"]),
+            "not known" if of["fingerprint"] is None else of["fingerprint"]["model"][:16],
+            ", ".join(dict.fromkeys(kind.split()[1] for kind in of["pages"])),
+            str(of["first_page"] * of["page_tokens"]),
+            str(of["tokens"]),
+            shown_size(of["file_bytes"]),
+            shown_number(of["file_bytes"] / of["fp16_bytes"], 3),
         )
-    print(f"{len(report['contexts'])} contexts, {shown_size(sum(of['file_bytes'] for of in report['contexts']))}")
+        for of in report["contexts"]
+    ]
+    if report["contexts"]:
+        print_aligned(rows, left=3)
+    size = shown_size(sum(of["file_bytes"] for of in report["contexts"]))
+    print(f"{counted(len(report['contexts']), 'context')}, {size}")
     for other in report["others"]:
-        print(f"kvpack: {printable(other['file'])} is none: {printable(other['reason'])}", file=sys.stderr)
+        line = f"kvpack: {printable(other['file'])} is none: {printable(other['reason'])}"
+        print(line if len(line) <= _LINE else line[: _LINE - 1] + "…", file=sys.stderr)
 
 
 def _print(report: dict[str, Any]) -> None:
     of = report["fingerprint"]
     first = report["first_page"] * report["page_tokens"]
-    tokens = f"tokens {first} to {first + report['tokens'] - 1}" if first else f"{report['tokens']} tokens"
+    tokens = f"tokens {first} to {first + report['tokens'] - 1}" if first else counted(report["tokens"], "token")
     model = "not known" if of is None else f"{of['model'][:16]}… ({of['dtype']})"
-    shape = f"{report['layers']} layers, {report['kv_heads']} KV heads of {report['head_dim']}"
+    layers, heads = counted(report["layers"], "layer"), counted(report["kv_heads"], "KV head")
+    shape = f"{layers}, {heads} of {report['head_dim']}"
     lines = [
         f"{tokens}; {shape}, {report['dtype']}",
         f"model {printable(model)}",
     ]
     for kind, count in report["pages"].items():
-        lines.append(f"{count:7d} pages of {kind}: {shown_size(report['coded_bytes'][kind])}")
+        lines.append(f"{counted(count, 'page'):>13} of {kind}: {shown_size(report['coded_bytes'][kind])}")
     file, pages, fp16 = report["file_bytes"], report["page_bytes"], report["fp16_bytes"]
     lines.append(
         f"file {shown_size(file)}; {file / pages:.3f} of the pages in memory ({shown_size(pages)}), "
@@ -95,6 +106,11 @@ def _print(report: dict[str, Any]) -> None:
 @kv_app.command()
 def verify(context: Context, threads: Threads = None, as_json: Json = False) -> None:
     """Decode all pages of a context, with every check."""
+    verify_context(context, threads, as_json)
+
+
+def verify_context(context: Path, threads: int | None, as_json: bool) -> None:
+    """What ``kvpack kv verify`` does, and ``kvpack verify`` of a context."""
     with exit_codes(as_json):
         from concurrent.futures import ThreadPoolExecutor
 
@@ -118,10 +134,12 @@ def verify(context: Context, threads: Threads = None, as_json: Json = False) -> 
         found = {"tokens": report.header.tokens, "intact_tokens": intact, **sizes, "damage": damage}
         print(json.dumps({"ok": damage is None, **found}))
     elif damage is None:
-        print(f"ok: {report.header.tokens} tokens in {report.header.runs} runs, {shown_size(report.file_bytes)}")
+        tokens, runs = counted(report.header.tokens, "token"), counted(report.header.runs, "run")
+        print(f"ok: {tokens} in {runs}, {shown_size(report.file_bytes)}")
     else:
         print(f"kvpack: {printable(damage)}", file=sys.stderr)
-        print(f"DAMAGED: the first {intact} of {report.header.tokens} tokens are intact")
+        verdict = f"DAMAGED: the first {intact} of {counted(report.header.tokens, 'token')} are intact"
+        print(verdict + ("; kvpack generate --drop-damaged goes on behind them" if intact else ""))
     if damage is not None:
         raise typer.Exit(int(ExitCode.CORRUPT))
 
@@ -130,7 +148,9 @@ def verify(context: Context, threads: Threads = None, as_json: Json = False) -> 
 def convert(
     context: Context,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The file to write.")],
-    kv_bits: CacheBits = None,
+    kv_bits: Annotated[
+        int | None, typer.Option("--kv-bits", metavar="8|4|3|2", help="Pages of so many bits, fewer than they have.")
+    ] = None,
     archive: Annotated[
         bool, typer.Option("--archive", help="For cold storage: much smaller, with noise that is said.")
     ] = False,

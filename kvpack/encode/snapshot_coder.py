@@ -23,7 +23,6 @@ from kvpack.format.blob import Blob
 from kvpack.format.container import CONTAINER_VERSION, CRC_KEY, MAX_TENSORS, TENSORS_KEY, VERSION_KEY, ContainerWriter
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import CHUNK_COLS, GROUP_LANES, MAX_TILE_COLS, ElementKind, Layout, align, ceil_div
-from kvpack.format.pages import Side
 from kvpack.format.snapshot import (
     SNAPSHOT_CRC_KEY,
     SNAPSHOT_KEY,
@@ -35,6 +34,7 @@ from kvpack.format.snapshot import (
     check_page_formats,
     snapshot_crc32,
 )
+from kvpack.format.snapshot_summary import snapshot_sizes
 
 Blocks = npt.NDArray[np.uint8]
 # Gives the blocks of pages, u8 [pages, heads, block_bytes].
@@ -331,7 +331,7 @@ def verify_snapshot(
                 break
             if progress is not None:
                 progress(run + 1, header.runs)
-        return SnapshotReport(header, *_sizes(file), intact, damage)
+        return SnapshotReport(header, *snapshot_sizes(file), intact, damage)
 
 
 def _check_crc32(file: SnapshotFile, run: int) -> None:
@@ -340,37 +340,3 @@ def _check_crc32(file: SnapshotFile, run: int) -> None:
         data = file.blob(part)
         with _naming_damage(file, run, part):
             file.container.check_crc32(part.name, data)
-
-
-def _sizes(file: SnapshotFile) -> tuple[int, int, int]:
-    """Bytes of the file, of its pages in memory, and of the same numbers in 16 bits."""
-    header = file.header
-    fp16 = 2 * len(Side) * header.layers * header.kv_heads * header.head_dim * header.tokens
-    return file.container.file.size_bytes, file.page_bytes, fp16
-
-
-def describe_snapshot(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a snapshot is of, from its headers and the formats of its pages alone; can be written as JSON.
-
-    Raises:
-        SnapshotError, ContainerError
-    """
-    with SnapshotFile(path) as file:
-        file_bytes, page_bytes, fp16_bytes = _sizes(file)
-        sizes: dict[str, int] = {}
-        counts: dict[str, int] = {}
-        for run in range(file.header.runs):
-            for pages in file.pages_of_run(run):
-                key = f"{pages.side.name} {pages.format.name}"
-                counts[key] = counts.get(key, 0) + len(pages)
-                for part in pages.parts:
-                    sizes[key] = sizes.get(key, 0) + file.container.tensors[part.name].size_bytes
-        return {
-            **json.loads(file.header.to_json()),
-            "runs": file.header.runs,
-            "file_bytes": file_bytes,
-            "page_bytes": page_bytes,
-            "fp16_bytes": fp16_bytes,
-            "pages": counts,
-            "coded_bytes": sizes,
-        }

@@ -400,7 +400,7 @@ def run_pages(header: SnapshotHeader, page_formats: PageFormats, run: int) -> li
     found = []
     for side in Side:
         window = page_formats[:, side, pages.start : pages.stop]
-        for number in np.unique(window).tolist():
+        for number in np.flatnonzero(np.bincount(window.reshape(-1))).tolist():
             layers, indices = np.nonzero(window == number)
             found.append(RunPages(header, run, side, PageFormat(number), layers, indices + pages.start))
     return found

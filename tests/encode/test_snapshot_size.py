@@ -12,10 +12,11 @@ import pytest
 from snapshot_samples import SamplePages, make_header, mixed_formats, usual_formats
 
 from kvpack.encode.page_coder import quantize_blocks
-from kvpack.encode.snapshot_coder import decode_runs, describe_snapshot
+from kvpack.encode.snapshot_coder import decode_runs
 from kvpack.format.blob import Blob
 from kvpack.format.pages import PageFormat
 from kvpack.format.snapshot import RunPages, SnapshotFile
+from kvpack.format.snapshot_summary import describe_snapshot
 
 
 def blob_bytes(path: Path) -> tuple[int, int, int]:

@@ -24,7 +24,6 @@ from kvpack.encode.page_coder import dequantize_blocks
 from kvpack.encode.snapshot_coder import (
     decode_run,
     decode_runs,
-    describe_snapshot,
     encode_run,
     verify_snapshot,
     write_snapshot,
@@ -49,6 +48,7 @@ from kvpack.format.snapshot import (
     run_pages,
     snapshot_crc32,
 )
+from kvpack.format.snapshot_summary import describe_snapshot
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -59,7 +59,14 @@ def write_tokenizer(directory: Path, *, begins: bool = False, template: str | No
     fast.save_pretrained(directory)
 
 
-def write_model(directory: Path, *, seed: int = 0, vocabulary: int = VOCABULARY, dtype: str = "float32") -> Path:
+def write_model(
+    directory: Path,
+    *,
+    seed: int = 0,
+    vocabulary: int = VOCABULARY,
+    dtype: str = "float32",
+    positions: int = POSITIONS,
+) -> Path:
     """A random Llama of two layers with head_dim 16, whose logits differ well from token to token."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
@@ -70,7 +77,7 @@ def write_model(directory: Path, *, seed: int = 0, vocabulary: int = VOCABULARY,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
         bos_token_id=0,
         eos_token_id=1,
         tie_word_embeddings=False,

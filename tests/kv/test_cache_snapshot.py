@@ -229,10 +229,28 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         load_snapshot(cache, tmp_path / "context", 1, fingerprint=theirs)
     assert "0" * 64 in str(found.value)
     assert "a" * 64 in str(found.value)
+    first, *lines = str(found.value).splitlines()
+    assert first == "the pages are of another model, to which alone they mean anything"
+    assert [line.split(":")[0] for line in lines] == [
+        "  fingerprint of the file",
+        "  fingerprint of the model",
+        "  dtype",
+        "  rope.rope_theta",
+    ]
     assert [line.partition(":")[0] for line in found.value.differences] == ["dtype", "model", "rope.rope_theta"]
     with pytest.raises(ModelMismatchError, match="does not say what model"):
         load_snapshot(cache, tmp_path / "of no model", 1, fingerprint=ours)
     assert cache.length(0, 1) == 0
+
+
+def test_hashes_and_long_lists_are_shortened_in_a_refusal() -> None:
+    ours = _fingerprint(rope={"long_factor": [1.0] * 64})
+    theirs = _fingerprint(weights="b" * 64, rope={"long_factor": [2.0] * 64})
+    refused = FingerprintMismatchError(ours.model, theirs.model, ours.differences(theirs))
+    *_, rope, weights = str(refused).splitlines()
+    assert (rope.split(":")[0], len(rope), rope[-1]) == ("  rope.long_factor", 2 + 120, "…")
+    assert weights == f"  weights: {'2' * 12}… in the file, {'b' * 12}… in the model"
+    assert f"{[1.0] * 64} in the file, {[2.0] * 64} in the model" in refused.differences[0]
 
 
 def _damage(path: Path, run: int) -> None:
@@ -252,8 +270,11 @@ def test_a_damaged_run(tmp_path: Path, run: int) -> None:
     cache.save(tmp_path / "context", tokens=range(4120))
     _damage(tmp_path / "context", run)
     other = new_cache(formats=PageFormat.INT4)
-    with pytest.raises(DamagedRunError, match=rf"run {run} \(tokens {2048 * run}"):
+    with pytest.raises(DamagedRunError, match=rf"run {run} \(tokens {2048 * run}") as found:
         load_snapshot(other, tmp_path / "context", 1)
+    way_on = f'on_corrupt="drop_from_here" (kvpack generate --drop-damaged) loads the {2048 * run} tokens before it'
+    assert found.value.advice == (way_on if run else "nothing is before it: the context has to be computed anew")
+    assert str(found.value).endswith(f"; {found.value.advice}")
     assert (other.length(0, 1), *used(other)) == (0, 0, 0)
     with pytest.warns(UserWarning, match=f"^{2048 * run} of 4120 tokens were loaded; .*run {run}"):
         loaded = load_snapshot(other, tmp_path / "context", 1, on_corrupt="drop_from_here")

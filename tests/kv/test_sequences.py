@@ -955,6 +955,17 @@ def test_calls_on_values_and_pages_that_are_refused(call: Any, error: Any, messa
     assert cache_state(cache) == before
 
 
+@pytest.mark.parametrize("none", [np.empty((2, 2, 0), np.int64), np.array([]), []], ids=["i64", "f64", "list"])
+def test_no_pages_at_all_are_held_and_given_back(none: Any) -> None:
+    cache = filled(300, formats=INT4)
+    cache.append(0, *random_heads(cache, 1, 2, 0)[1:], [1])  # in the midst of a step, too
+    before = cache_state(cache)
+    cache.retain(none)
+    assert cache.release(none) == 0
+    assert cache.read_pages(none) == []
+    assert cache_state(cache) == before
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bits_of", [*[f for f in PageFormat if f.is_quantized], 0.3], ids=str)
 def test_copies_of_copies_are_equal(bits_of: Any, device: str) -> None:

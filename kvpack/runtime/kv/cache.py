@@ -1284,7 +1284,7 @@ class KVCache:
         """Hold pages, one reference of each more: they stay as they are until they are released, whoever else has them.
 
         Args:
-            entries: of full pages, of any shape, as :meth:`page_entries` gives them.
+            entries: of full pages, of any shape, as :meth:`page_entries` gives them; of none, nothing is done.
 
         Raises:
             PageEntryError: one is of no page in use, or of one that is not full. Nothing has changed.

@@ -414,9 +414,11 @@ def load_pages(
             try:
                 decoded = decode_run(file, run, executor)
             except DamagedRunError as error:
+                reached = max(first_page, header.page_range(run).start)
                 if on_corrupt == "raise":
+                    error.advice = _advice(PAGE_TOKENS * (reached - first_page))
                     raise
-                damage, reached = error, max(first_page, header.page_range(run).start)
+                damage = error
                 break
             for pages, blocks in decoded:
                 _put_blocks(cache, pages, blocks, entries, first_page, end_page)
@@ -427,6 +429,13 @@ def load_pages(
         raise
     cache.release(entries[:, :, reached - first_page :])
     return entries[:, :, : reached - first_page], damage
+
+
+def _advice(intact_tokens: int) -> str:
+    """What can be had of pages whose first so many tokens are intact."""
+    if not intact_tokens:
+        return "nothing is before it: the context has to be computed anew"
+    return f'on_corrupt="drop_from_here" (kvpack generate --drop-damaged) loads the {intact_tokens} tokens before it'
 
 
 def _put_blocks(cache: KVCache, pages: RunPages, blocks: Blocks, entries: Ints, first_page: int, end_page: int) -> None:
