@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,86 @@ def test_what_has_no_room_in_host_memory_comes_back_from_files(device: str, tmp_
     assert tiers(other).disk_hit_pages == 14
     assert no_leaks(manager)
     assert no_leaks(other)
+
+
+def test_a_block_that_has_lost_bits_since_comes_back_as_it_was_last(tmp_path: Path) -> None:
+    """The last block of a turn is evicted in 16 bits; the next turn quantizes it."""
+    kept, manager = make(host_bytes=0), make(disk=tmp_path)
+    turns = [prompt(3, 257), prompt(3, 257) + prompt(4, 128), prompt(3, 257) + prompt(4, 300)]
+    expected = [run(kept, turn) for turn in turns]
+    for turn, (hit, pages, outputs) in zip(turns, expected, strict=True):
+        found = run(manager, turn)
+        assert found[:2] == (hit, pages)
+        assert all(torch.equal(x, y) for x, y in zip(found[2], outputs, strict=True))
+        manager.store.evict()
+        assert manager.tiers.flush() == 0
+        for block in manager.tiers.host.all():
+            manager.tiers.host.drop(block.hash)
+    assert [turn[0] for turn in expected] == [0, 256, 384]
+    assert tiers(manager).written_files == 3
+    # As it was last for who comes later, too, whatever the order in which it sees the files.
+    other = make(disk=tmp_path)
+    for found in other.tiers.disk._index.values():
+        found.reverse()
+    for one in (make(disk=tmp_path), other, kept):
+        assert run(one, turns[2])[1] == expected[2][1]
+        assert no_leaks(one)
+
+
+def test_a_file_of_one_block_has_the_hash_of_its_tokens(tmp_path: Path) -> None:
+    source, tokens = make(disk=tmp_path), prompt(5, 200)
+    run(source, tokens)
+    source.store.evict()
+    *_, block = sorted(source.tiers.host.all(), key=lambda block: block.depth)
+    others = np.array(prompt(6, 64), "<i4").tobytes()
+    assert source.tiers.disk.write([replace(block, tokens=others)])
+    source.tiers.host.drop(block.hash)
+    assert source.tiers.disk.read([block.hash], [others]) == []
+    assert tiers(source).damaged_files == 1
+
+
+def test_flush_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = make(disk=tmp_path)
+    run(manager, prompt(3, 300))
+    manager.store.evict()
+    found: list[bool] = []
+    write = manager.tiers.disk.write
+
+    def watched(blocks: Any) -> bool:
+        other = threading.Thread(target=lambda: found.append(manager.lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+        return write(blocks)
+
+    monkeypatch.setattr(manager.tiers.disk, "write", watched)
+    assert manager.tiers.flush() == 0
+    assert found == [False]
+
+
+def test_memory_that_ends_while_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import kvpack.runtime.kv.disk_tier as disk_tier
+
+    def encode_run(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    manager = make(disk=tmp_path, host_bytes=20 << 10)
+    monkeypatch.setattr(disk_tier, "encode_run", encode_run)
+    run(manager, prompt(3, 900))
+    manager.store.evict()
+    found = tiers(manager)
+    assert found.failed_writes == found.dropped_blocks > 0
+    # What fails in the midst of a copy takes no room.
+    used = manager.tiers.host.used_bytes
+    monkeypatch.setattr(manager.tiers.host.copies, "to_host", encode_run)
+    block = manager.tiers.host.all()[0]
+    manager.tiers.host.drop(block.hash)
+    room = manager.tiers.host.used_bytes
+    assert room < used
+    started = manager.start(prompt(4, 70))
+    append(manager.cache, {started.sequence: prompt(4, 70)})
+    with pytest.raises(MemoryError):
+        manager.tiers.host.put(block, manager.cache.entries[:, :, started.sequence, 0], may_hold=True)
+    assert manager.tiers.host.used_bytes == room
 
 
 def test_files_that_are_not_whole_or_not_ours_are_misses(tmp_path: Path) -> None:
@@ -372,8 +454,8 @@ def test_prefetched_blocks_wait_in_host_memory(tmp_path: Path) -> None:
     # As many as there is room for: the first ones.
     small = make(disk=tmp_path, host_bytes=40 << 10)
     manager.store.evict()
-    for block in manager.tiers.host.all():
-        manager.tiers.disk._forget(f"{block.hash.hex()}.kvpack.safetensors")
+    for name in list(manager.tiers.disk._files):
+        manager.tiers.disk._forget(name)
     assert manager.tiers.flush() == 0
     small.tiers.disk.scan()
     assert 0 < small.prefetch(tokens).result(30) < 448

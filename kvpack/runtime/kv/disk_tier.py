@@ -1,4 +1,7 @@
-"""Blocks of prefixes in a directory: snapshots (FORMAT.md §9.6) of up to 32 blocks, each named by its last hash.
+"""Blocks of prefixes in a directory: snapshots (FORMAT.md §9.6) of up to 32 blocks.
+
+Each is named by its last block's hash and formats. A block that was evicted in 16 bits, and again when its pages had
+been quantized, is in two files, of which the one with fewer bytes counts.
 
 Files are written whole or not at all, and never changed, so several processes may use one directory. They are known by
 their headers and the hashes of their pages; pages are decoded when they are asked for. Whatever is wrong with a file is
@@ -8,6 +11,7 @@ a miss, and counted: it is not looked at again before it changes.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import stat
@@ -44,11 +48,13 @@ _HEADER_BYTES, _TENSOR_BYTES = 4096, 192
 
 @dataclass(frozen=True)
 class _File:
-    """A file as it was seen: ``state`` says whether it is still the same; without ``hashes`` it is of no use."""
+    """A file as it was seen: ``state`` says whether it is still the same; without ``hashes`` it is of no use.
+    ``formats`` of each block: u8 [layers, 2], as bytes."""
 
     name: str
     state: tuple[int, int, int]
-    hashes: tuple[bytes, ...]
+    hashes: tuple[bytes, ...] = ()
+    formats: tuple[bytes, ...] = ()
 
 
 class DiskTier:
@@ -81,6 +87,8 @@ class DiskTier:
         self.capacity_bytes = capacity_bytes
         self.damaged_files = self.foreign_files = self.failed_writes = 0
         self._cache, self._fingerprint = cache, fingerprint
+        sizes = [[cache.pools.page_bytes(side, page_format) for page_format in PageFormat] for side in Side]
+        self._page_bytes = np.array(sizes, np.int64)
         self._lock = threading.RLock()
         self._files: dict[str, _File] = {}
         # Files that have a block, and which of theirs it is: writers that do not know of each other write some twice.
@@ -93,9 +101,28 @@ class DiskTier:
 
     # What there is ---------------------------------------------------------------------------------------------------
 
-    def __contains__(self, block_hash: bytes) -> bool:
-        """Whether a block is here, as far as is known: others may have removed it."""
-        return block_hash in self._index
+    def has(self, block: BlockBytes) -> bool:
+        """Whether a block is here, in these formats, as far as is known: others may have removed it."""
+        with self._lock:
+            formats = block.formats.tobytes()
+            return any(file.formats[place] == formats for file, place in self._index.get(block.hash, ()))
+
+    def _found(self, block_hash: bytes) -> tuple[_File, int] | None:
+        """The file that has a block in the fewest bytes, the last that was met of those, and which of its blocks it is.
+
+        Blocks only lose bits, so the fewest bytes are the latest.
+        """
+
+        def size_bytes(found: tuple[_File, int]) -> int:
+            file, place = found
+            return int(self._bytes_of(np.frombuffer(file.formats[place], np.uint8).reshape(-1, len(Side), 1)).sum())
+
+        files = self._index.get(block_hash)
+        return None if files is None else min(reversed(files), key=size_bytes)
+
+    def _bytes_of(self, formats: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+        """Of each page, of formats u8 [layers, 2, blocks]."""
+        return np.asarray(self._page_bytes[np.arange(len(Side))[:, None], formats])
 
     def __len__(self) -> int:
         """Blocks."""
@@ -130,9 +157,9 @@ class DiskTier:
                         yield one.name, _state(one.stat(follow_symlinks=False))
 
     def _add(self, name: str, state: tuple[int, int, int]) -> None:
-        hashes: tuple[bytes, ...] = ()
+        file = _File(name, state)
         try:
-            hashes = self._read_hashes(self.directory / name)
+            file = self._seen(name, state)
         except FileNotFoundError:
             return
         except FileChangedError:
@@ -141,17 +168,19 @@ class DiskTier:
             self.foreign_files += 1
         except (KvpackError, OSError):
             self.damaged_files += 1
-        file = self._files[name] = _File(name, state, hashes)
-        for place, one in enumerate(hashes):
+        self._files[name] = file
+        for place, one in enumerate(file.hashes):
             self._index.setdefault(one, []).append((file, place))
 
-    def _read_hashes(self, path: Path) -> tuple[bytes, ...]:
-        with _opened(path) as file:
-            self._check(file.header)
-            found = file.array("page_hashes")
+    def _seen(self, name: str, state: tuple[int, int, int]) -> _File:
+        path = self.directory / name
+        with _opened(path) as opened:
+            self._check(opened.header)
+            found, formats = opened.array("page_hashes"), opened.page_formats
         if found is None:
             raise CacheInputError(f"{path} has no hashes of pages: it is no part of a tier")
-        return tuple(row.tobytes() for row in found)
+        of_blocks = (formats[:, :, place].tobytes() for place in range(len(found)))
+        return _File(name, state, tuple(row.tobytes() for row in found), tuple(of_blocks))
 
     def _check(self, header: SnapshotHeader) -> None:
         """
@@ -176,7 +205,7 @@ class DiskTier:
         with self._lock:
             if self._files.get(file.name) is file:
                 self._forget(file.name)
-                self._files[file.name] = _File(file.name, file.state, ())
+                self._files[file.name] = _File(file.name, file.state)
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -192,24 +221,29 @@ class DiskTier:
                     self.scan()
         while True:
             with self._lock:
-                if (found := self._index.get(hashes[0])) is None:
+                if (found := self._found(hashes[0])) is None:
                     return []
-                file, first = found[-1]
-            if (blocks := self._read(file, first, hashes, pages)) is not None:
+                file, first = found
+                count = self._run_length(file, first, hashes)
+            if (blocks := self._read(file, range(first, first + count), pages)) is not None:
                 return blocks
 
-    def _read(
-        self, file: _File, first: int, hashes: Sequence[bytes], pages: Sequence[bytes]
-    ) -> list[BlockBytes] | None:
-        """As of :meth:`read`, of a file from its block ``first`` on; None: it is of no use, and forgotten."""
-        count = 0
-        for ours, theirs in zip(hashes, file.hashes[first:], strict=False):
-            if ours != theirs:
-                break
-            count += 1
+    def _run_length(self, file: _File, first: int, hashes: Sequence[bytes]) -> int:
+        """How many of the blocks a file has from its block ``first`` on, as they were last."""
+        for count, ours in enumerate(hashes):
+            place = first + count
+            if place == len(file.hashes) or file.hashes[place] != ours:
+                return count
+            latest, at = self._found(ours) or (file, place)
+            if latest.formats[at] != file.formats[place]:
+                return count
+        return len(hashes)
+
+    def _read(self, file: _File, places: range, pages: Sequence[bytes]) -> list[BlockBytes] | None:
+        """As of :meth:`read`, these blocks of a file; None: it is of no use, and forgotten."""
         try:
             with _opened(self.directory / file.name) as opened:
-                return self._decoded(opened, file, range(first, first + count), pages)
+                return self._decoded(opened, file, places, pages)
         except (FileNotFoundError, FileChangedError):  # another process was here
             with self._lock:
                 self._forget(file.name)
@@ -235,8 +269,8 @@ class DiskTier:
         parent = None if header.parent is None else bytes.fromhex(header.parent)
         of_file = token_pages(opened.tokens())
         # The hash of a first block stands on a root, which the one who asks for it knows.
-        expected = chained(file.hashes[0], of_file[1:]) if parent is None else chained(parent, of_file)[1:]
-        if (*file.hashes[:1], *expected) != file.hashes:
+        expected = chained(parent, of_file) if parent else [file.hashes[0], *chained(file.hashes[0], of_file[1:])]
+        if tuple(expected) != file.hashes:
             raise SnapshotHeaderError(f"{opened.container.path}: its hashes are not those of its tokens")
         if of_file[places.start : places.stop] != list(pages[: len(places)]):
             return []
@@ -275,7 +309,7 @@ class DiskTier:
     def touch(self, hashes: Iterable[bytes]) -> None:
         """The files of these blocks have been used, those named later more recently."""
         with self._lock:
-            files = dict.fromkeys(self._index[one][-1][0].name for one in hashes if one in self._index)
+            files = dict.fromkeys(found[0].name for one in hashes if (found := self._found(one)) is not None)
         for name in files:
             with suppress(OSError):
                 path = self.directory / name
@@ -292,7 +326,7 @@ class DiskTier:
         """
         try:
             return self._write(blocks)
-        except (KvpackError, OSError):
+        except (KvpackError, OSError, MemoryError):
             self.failed_writes += 1
             return False
 
@@ -319,12 +353,11 @@ class DiskTier:
         if all(block.importance is not None for block in blocks):
             known = [np.stack(block.importance) for block in blocks if block.importance is not None]
             arrays["importance"] = np.stack(known, -1)
-        sizes = np.array([[self._cache.pools.page_bytes(side, one) for one in PageFormat] for side in Side])
-        of_pages = sizes[np.arange(len(Side))[:, None], formats]
+        of_pages = self._bytes_of(formats)
         ends = np.cumsum(of_pages.reshape(-1, len(blocks)), 0).reshape(of_pages.shape)
 
         def blocks_of(run: RunPages) -> Blocks:
-            found = np.empty((len(run), int(sizes[run.side, run.format])), np.uint8)
+            found = np.empty((len(run), int(self._page_bytes[run.side, run.format])), np.uint8)
             for row, layer, place in zip(found, run.layers.tolist(), run.indices.tolist(), strict=True):
                 end = int(ends[layer, run.side, place])
                 row[:] = blocks[place].data[end - len(row) : end].numpy()
@@ -333,7 +366,7 @@ class DiskTier:
         coded = list(encode_run(run_pages(header, formats, 0), blocks_of))
         tensor_bytes = sum(len(blob) for _, blob in coded) + sum(array.nbytes for array in arrays.values())
         needed = tensor_bytes + _HEADER_BYTES + _TENSOR_BYTES * (len(coded) + len(arrays)) + len(header.to_json())
-        name = blocks[-1].hash.hex() + ENDING
+        name = hashlib.sha256(blocks[-1].hash + formats[:, :, -1].tobytes()).hexdigest() + ENDING
         with self._directory_locked():
             if not self._make_room(needed, name):
                 return False

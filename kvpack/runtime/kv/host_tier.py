@@ -258,7 +258,11 @@ class HostTier:
         if (begin := self._arena.allocate(size)) is None:
             return False
         data = self._memory[begin : begin + size]
-        copied = self.copies.to_host(entries, data, may_hold=may_hold)
+        try:
+            copied = self.copies.to_host(entries, data, may_hold=may_hold)
+        except BaseException:
+            self._arena.free(begin, size)
+            raise
         self._keep(block, data, begin, copied)
         return True
 
@@ -282,9 +286,9 @@ class HostTier:
         if block_hash in self._kept:
             self._kept.move_to_end(block_hash)
 
-    def oldest(self) -> Iterator[bytes]:
-        """Hashes of blocks that may go, the least recently used first."""
-        return (one for one, kept in self._kept.items() if not kept.readers)
+    def oldest(self) -> Iterator[BlockBytes]:
+        """Blocks that may go, as of :meth:`get`, the least recently used first."""
+        return (kept.block for kept in self._kept.values() if not kept.readers)
 
     def hold(self, block_hash: bytes, by: int) -> None:
         """A block must stay where it is for one more (1), or one fewer (−1)."""

@@ -191,7 +191,7 @@ class KVManager:
         self.tiers: Tiers | None = None
         if host_bytes or disk is not None:
             fingerprint = model if isinstance(model, Fingerprint) else None
-            self.tiers = Tiers(cache, host_bytes, disk, disk_bytes, fingerprint=fingerprint)
+            self.tiers = Tiers(cache, host_bytes, disk, disk_bytes, lock=self.store.lock, fingerprint=fingerprint)
             self.store.lower = self.tiers
             cache.add_holder(self.tiers.host.copies)  # asked first: what it holds is evicted already
         cache.add_holder(self.store)

@@ -8,6 +8,7 @@ block that has pages in 16 bits beside quantized ones is kept as quantized.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class Tiers:
         host_bytes: of host memory.
         directory: of files; None: there is no disk tier.
         disk_bytes: the most that they take; None: no limit.
+        lock: the store's.
         fingerprint: of the model, for the files' headers.
 
     Raises:
@@ -53,6 +55,7 @@ class Tiers:
         directory: str | os.PathLike[str] | None = None,
         disk_bytes: int | None = None,
         *,
+        lock: threading.RLock,
         fingerprint: Fingerprint | None = None,
     ) -> None:
         if host_bytes <= 0:
@@ -63,7 +66,7 @@ class Tiers:
             raise CacheInputError(f"disk_bytes is {disk_bytes}; it needs disk=, a directory, and must be at least 0")
         self.disk = None if directory is None else DiskTier(cache, directory, disk_bytes, fingerprint)
         self.host = HostTier(cache, host_bytes)
-        self._cache = cache
+        self._cache, self._lock = cache, lock
         self._host_hits = self._disk_hits = self._fetched_bytes = self._taken = self._dropped = self._refused = 0
         self._written = 0
         self._reader = ThreadPool(1, "kvpack-tiers")
@@ -90,7 +93,7 @@ class Tiers:
         taken = BlockBytes(block.hash, parent, block.depth, block.tokens, formats, _NO_DATA, block.importance)
         if self._make_room(size) and self.host.put(taken, entries, may_hold=may_hold):
             self._taken += 1
-        elif not self._is_on_disk(block.hash):
+        elif not self._is_on_disk(taken):
             self._dropped += 1
 
     def _make_room(self, size_bytes: int) -> bool:
@@ -102,36 +105,40 @@ class Tiers:
                 return False
             if not self._is_on_disk(oldest) and not self._write(oldest):
                 self._dropped += 1
-            self.host.drop(oldest)
+            self.host.drop(oldest.hash)
         return True
 
-    def _is_on_disk(self, block_hash: bytes) -> bool:
-        return self.disk is not None and block_hash in self.disk
+    def _is_on_disk(self, block: BlockBytes) -> bool:
+        return self.disk is not None and self.disk.has(block)
 
-    def _write(self, last: bytes) -> bool:
+    def _write(self, last: BlockBytes) -> bool:
         """Write a block and those before it that are in host memory alone. False: it is in no file."""
         if self.disk is None:
             return False
-        run = [self.host.ready(last)]
-        while len(run) < RUN_PAGES and (parent := run[0].parent) is not None:
-            if parent not in self.host or self._is_on_disk(parent):
+        run = [self.host.ready(last.hash)]
+        while len(run) < RUN_PAGES and run[0].parent is not None:
+            parent = self.host.get(run[0].parent)
+            if parent is None or self._is_on_disk(parent):
                 break
-            run.insert(0, self.host.ready(parent))
+            run.insert(0, self.host.ready(parent.hash))
         is_written = self.disk.write(run)
         self._written += is_written
         return is_written
 
     def flush(self) -> int:
-        """Write all blocks of host memory that are in no file.
+        """Write all blocks of host memory that are in no file; takes the store's lock by itself.
 
         Returns:
             How many of its blocks are in no file then: none, but for a full disk, or no disk tier.
         """
-        deepest_first = sorted(self.host.all(), key=lambda block: -block.depth)
+        with self._lock:
+            deepest_first = sorted(self.host.all(), key=lambda block: -block.depth)
         for block in deepest_first:
-            if not self._is_on_disk(block.hash):
-                self._write(block.hash)
-        return sum(not self._is_on_disk(block.hash) for block in deepest_first)
+            with self._lock:  # others may go on between two files
+                if block.hash in self.host and not self._is_on_disk(block):
+                    self._write(block)
+        with self._lock:
+            return sum(not self._is_on_disk(block) for block in self.host.all())
 
     # Up --------------------------------------------------------------------------------------------------------------
 
@@ -211,19 +218,18 @@ class Tiers:
     def _found(self, hashes: Sequence[bytes], pages: Sequence[bytes], room: int | None) -> list[BlockBytes]:
         """Blocks of a chain, from the first one on, of at most so many bytes."""
         found: list[BlockBytes] = []
-        while len(found) < len(hashes):
-            place = len(found)
+        size_bytes = 0
+        while (place := len(found)) < len(hashes):
             in_host = self.host.get(hashes[place])
             if in_host is not None and in_host.tokens == pages[place]:
-                found.append(in_host)
-            elif self.disk is not None and (read := self.disk.read(hashes[place:], pages[place:])):
-                found += read
-            else:
+                read = [in_host]
+            elif self.disk is None or not (read := self.disk.read(hashes[place:], pages[place:])):
                 break
-            if room is not None and sum(block.data.numel() for block in found) > room:
-                break
-        while room is not None and found and sum(block.data.numel() for block in found) > room:
-            found.pop()
+            for block in read:
+                size_bytes += block.data.numel()
+                if room is not None and size_bytes > room:
+                    return found
+                found.append(block)
         return found
 
     @contextmanager
@@ -260,10 +266,10 @@ class Tiers:
             self.host.touch(block.hash)
         if self.disk is not None:
             self.disk.touch([block.hash for block in reversed(found)])
+        importance = {block.hash: block.importance for block in found}
         for of_store in longer.blocks[-len(found) :]:
-            for block in found:
-                if block.hash == of_store.hash and of_store.importance is None:
-                    of_store.importance = block.importance
+            if of_store.importance is None:
+                of_store.importance = importance.get(of_store.hash)
 
     # What there is ---------------------------------------------------------------------------------------------------
 
