@@ -155,6 +155,30 @@ def test_parts_one_behind_the_other(tmp_path: Path) -> None:
         cache.save(tmp_path / "x", sequence=1, pages=(5, 41))
 
 
+def test_a_part_that_comes_takes_no_bits_from_other_sequences(tmp_path: Path) -> None:
+    cache = new_cache(budget=0.3)
+    fill(cache, 2560)
+    for first, end in ((0, 32), (32, 40)):
+        cache.save(tmp_path / str(first), pages=(first, end))
+    cache = new_cache(budget=0.3)
+    fill(cache, 1000, sequence=1)
+    load_snapshot(cache, tmp_path / "0")
+    mass = torch.zeros(2, 2, 32)
+    mass[0], mass[1, :, :15] = 1e-4, 10  # the other sequence is worth more than its part of the budget
+    for layer in range(LAYERS):
+        cache.observe(layer, mass)
+    cache.reallocate()
+    before, known = dump(cache, 1), cache.importance_of(0)
+    load_snapshot(cache, tmp_path / "32")
+    assert dump(cache, 1) == before
+    assert cache.length(0, 0) == 2560
+    assert (cache.importance_of(0).average[:, :32] == known.average).all()
+    assert not cache.importance_of(0).weight[:, 32:].any()
+    assert cache.held_bytes == 0
+    with pytest.raises(CacheInputError, match="sequence 0 has tokens: it must have the 512 before them"):
+        cache.adopt(0, cache.page_entries(1, 8, 9), 64, first_page=8)
+
+
 def test_an_incomplete_page_that_is_gone_is_no_page(tmp_path: Path) -> None:
     """Its memory is cut anew into pages of another kind: the next append must not look for it."""
     source = new_cache(formats=PageFormat.INT4)

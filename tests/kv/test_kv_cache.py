@@ -386,6 +386,20 @@ def fill(cache: KVCache, count: int, step: int, seed: int = 0) -> None:
             cache.append(layer, *random_tokens(cache, cache.max_sequences, min(step, count - first), seed + first))
 
 
+@pytest.mark.parametrize("name", ["recent_tokens", "sinks"])
+@pytest.mark.parametrize("tokens", [(1 << 31) - 1, 1 << 31, 1 << 60, 10**30])
+def test_more_recent_tokens_or_sinks_than_there_can_be(name: str, tokens: int) -> None:
+    """All pages stay in 16 bits, and a budget counts them as if the window were as long as a sequence."""
+    for options in ({"formats": PageFormat.INT4}, {"budget": 0.4}):
+        caches = [KVCache(1, 2, 16, 4096, device="cpu", **{name: most}, **options) for most in (4096, tokens)]
+        for cache in caches:
+            for _ in range(6):
+                cache.append(0, *torch.randn(2, 1, 2, 100, 16).half())
+            cache.reallocate()
+        assert caches[1].precision_map(0)[:, 0, :10].tolist() == [[int(PageFormat.FP16)] * 10] * 2
+        assert caches[1]._room(0, caches[1].table.lengths[0]) == caches[0]._room(0, caches[0].table.lengths[0])
+
+
 @pytest.mark.parametrize("step", [32, MAX_TOKENS])
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
 def test_budget_is_used(budget: float, step: int) -> None:

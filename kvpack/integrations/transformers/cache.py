@@ -30,7 +30,6 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from kvpack.encode.snapshot_coder import OnCorrupt
 from kvpack.errors import CacheInputError
 from kvpack.format.pages import GROUP_DIMS, MAX_GROUPS, PageFormat
 from kvpack.integrations.transformers import rotary
@@ -44,7 +43,7 @@ from kvpack.integrations.transformers.contexts import (
 )
 from kvpack.runtime.kv.allocator import Policy
 from kvpack.runtime.kv.cache import KVCache, OpenFormats
-from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN
+from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, OnCorrupt
 
 ATTENTION_NAME = "kvpack"
 # Page tables grow by need: this is no memory.

@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpack.encode.snapshot_coder import OnCorrupt
 from kvpack.errors import CacheInputError, NotSupportedError, SnapshotHeaderError
 from kvpack.format.snapshot import Fingerprint, SnapshotFile, SnapshotHeader
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.fingerprint import check_fingerprint, json_digest, make_fingerprint, tensors_digest
-from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, cache_for, load_snapshot, save_snapshot
+from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, OnCorrupt, cache_for, load_snapshot, save_snapshot
 
 # What a configuration says that keys and values do not depend on, or that the fingerprint says elsewhere.
 _OTHER_KEYS = {

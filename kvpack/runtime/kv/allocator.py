@@ -441,11 +441,11 @@ class ImportanceEMA:
         average, weight = (x[:, sequence, :pages].astype(np.float32) for x in (self._average, self._weight))
         return PageImportance(average, weight)
 
-    def put(self, sequence: int, known: PageImportance) -> None:
-        """Know this of a sequence's first pages, and nothing of the others."""
-        pages = known.average.shape[1]
-        self.forget(sequence)
-        self._average[:, sequence, :pages], self._weight[:, sequence, :pages] = known.average, known.weight
+    def put(self, sequence: int, known: PageImportance, first: int = 0) -> None:
+        """Know this of a sequence's pages from the ``first`` on, and nothing of those behind them."""
+        end = first + known.average.shape[1]
+        self.forget(sequence, first)
+        self._average[:, sequence, first:end], self._weight[:, sequence, first:end] = known.average, known.weight
 
     def values(self, layer: int) -> _Floats:
         """[sequences, pages]; pages that have not been seen count as the mean of those of the layer that have."""

@@ -20,6 +20,9 @@ from kvpack.runtime.kv.page_table import Ints, Places
 # The most of their bytes that open pages yield to pinned ones.
 YIELDED = 0.1
 
+# Lengths are i32 and end here: whoever keeps more than this in 16 bits keeps all.
+_MOST_TOKENS = 1 << 30
+
 _Lengths = npt.NDArray[np.int32]
 
 
@@ -29,6 +32,10 @@ class Window:
 
     recent_tokens: int
     sinks: int
+
+    def __post_init__(self) -> None:
+        for name in ("recent_tokens", "sinks"):
+            object.__setattr__(self, name, min(getattr(self, name), _MOST_TOKENS))
 
     @property
     def sink_pages(self) -> int:

@@ -1361,7 +1361,15 @@ class KVCache:
         """
         return [self.pools.blocks(entry) for entry in _flat(entries).tolist()]
 
-    def adopt(self, sequence: int, entries: Ints, tokens: int, importance: PageImportance | None = None) -> None:
+    def adopt(
+        self,
+        sequence: int,
+        entries: Ints,
+        tokens: int,
+        importance: PageImportance | None = None,
+        *,
+        first_page: int = 0,
+    ) -> None:
         """An empty sequence gets pages that the caller holds, who keeps his references.
 
         A last page that is not full will be written to, and copied before if it is still held by someone: release it
@@ -1369,22 +1377,27 @@ class KVCache:
 
         Args:
             entries: i64 [layers, 2, ceil(tokens / 64)], of :meth:`page_entries` or :meth:`new_pages`.
+            tokens: of these pages.
             importance: what is known of the attention that the pages receive, as of :meth:`importance_of`.
+            first_page: which page of the sequence the first of these is: it is not empty then, but has just the full
+                pages before that.
 
         Raises:
-            CacheInputError: no such sequence, or one that has tokens; another shape; more than ``max_tokens``; a CUDA
-                graph's capture; :meth:`plan` was called without a replay of its graph.
+            CacheInputError: no such sequence, or one that has other tokens; another shape; more than ``max_tokens``; a
+                CUDA graph's capture; :meth:`plan` was called without a replay of its graph.
             PageEntryError: an entry is of no page in use, or of one of another layer, side or place in its sequence; a
                 last page that is not full is quantized, or some other sequence's. Nothing has changed.
             CacheFullError: tables exceed the memory. Nothing has changed.
         """
         self._require_between_steps("adopt()")
         (sequence,) = self._checked_sequences(0, [sequence])
-        tokens = _integer("tokens", tokens, 0)
-        if self.table.lengths[:, sequence].any():
-            raise CacheInputError(f"sequence {sequence} has tokens: free() it before it gets others")
-        if tokens > self.max_tokens:
-            raise CacheInputError(f"{tokens} tokens are adopted; max_tokens is {self.max_tokens}")
+        tokens, first_page = _integer("tokens", tokens, 0), _integer("first_page", first_page, 0)
+        before = first_page * PAGE_TOKENS
+        if (self.table.lengths[:, sequence] != before).any():
+            wanted = f"it must have the {before} before them" if before else "free() it before it gets others"
+            raise CacheInputError(f"sequence {sequence} has tokens: {wanted}")
+        if before + tokens > self.max_tokens:
+            raise CacheInputError(f"{before + tokens} tokens are adopted; max_tokens is {self.max_tokens}")
         pages = ceil_div(tokens, PAGE_TOKENS)
         shape = (self.num_layers, len(Side), pages)
         entries = np.asarray(entries)
@@ -1401,6 +1414,7 @@ class KVCache:
         found = _flat(entries)
         infos = self.pools.infos(found)
         layers, sides, indices = (of.reshape(-1) for of in np.indices(shape))
+        indices += first_page
         wrong = (infos.layer != layers) | (infos.side != sides) | (infos.page != indices)
         if len(at := np.flatnonzero(wrong)):
             info = self.pools.info(int(found[at[0]]))
@@ -1408,7 +1422,7 @@ class KVCache:
                 f"{found[at[0]]:#x} is page {info.owner.page} of layer {info.owner.layer}, {info.side.name}; it cannot "
                 f"be page {indices[at[0]]} of layer {layers[at[0]]}, {_SIDES[sides[at[0]]].name}"
             )
-        is_open = (indices + 1) * PAGE_TOKENS > tokens
+        is_open = (indices + 1) * PAGE_TOKENS > before + tokens
         is_others = infos.is_in_table | (infos.held > 1) | (infos.format != self.full_format)
         if len(at := np.flatnonzero(is_open & is_others)):
             raise PageEntryError(
@@ -1417,17 +1431,18 @@ class KVCache:
             )
         if not tokens:
             return
-        self._grow_tables(pages)
+        self._grow_tables(first_page + pages)
         uploaded = self._upload(entries.astype(np.int64))
         is_new = self.pools.enter(found)
         used = np.bincount(infos.layer[is_new], infos.bytes[is_new], self.num_layers).astype(int).tolist()
         self._used_bytes = [before + more for before, more in zip(self._used_bytes, used, strict=True)]
-        self.table.put_sequence(sequence, entries, uploaded, tokens)
-        self.mass[:, sequence] = 0
-        self.observed_steps[:, sequence] = 0
-        self.importance.forget(sequence)
+        self.table.put_pages(sequence, entries, uploaded, first_page, before + tokens)
+        self.mass[:, sequence, first_page:] = 0
+        if not first_page:
+            self.observed_steps[:, sequence] = 0
+        self.importance.forget(sequence, first_page)
         if importance is not None:
-            self.importance.put(sequence, importance)
+            self.importance.put(sequence, importance, first_page)
         if tokens % PAGE_TOKENS:
             self._adopted_open.update(entries[:, :, -1].reshape(-1).tolist())
         self._quiet, self._is_unplanned = [None] * self.num_layers, [True] * self.num_layers

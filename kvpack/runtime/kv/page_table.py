@@ -155,12 +155,13 @@ class PageTable:
         self.entries[:, :, changed, :pages] = self.entries[:, :, sources, :pages]
         self.lengths[:, changed] = self.lengths[:, sources]
 
-    def put_sequence(self, sequence: int, entries: Ints, device_entries: torch.Tensor, tokens: int) -> None:
-        """An empty sequence has these pages, i64 [layers, 2, pages], on the host and on the device."""
-        pages = entries.shape[2]
-        self.device_entries[:, :, sequence, :pages] = device_entries
+    def put_pages(self, sequence: int, entries: Ints, device_entries: torch.Tensor, first: int, tokens: int) -> None:
+        """A sequence has these pages, i64 [layers, 2, pages] on the host and on the device, from the ``first`` on, and
+        so many tokens in all."""
+        end = first + entries.shape[2]
+        self.device_entries[:, :, sequence, first:end] = device_entries
         self.device_lengths[:, sequence].fill_(tokens)
-        self.entries[:, :, sequence, :pages] = entries
+        self.entries[:, :, sequence, first:end] = entries
         self.lengths[:, sequence] = tokens
 
     def put_copies(self, rows: list[int], other: PageTable, entries: Ints) -> None:

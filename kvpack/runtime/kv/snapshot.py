@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpack.encode.snapshot_coder import Blocks, OnCorrupt, decode_run, encode_run, write_snapshot
+from kvpack.encode.snapshot_coder import Blocks, decode_run, encode_run, write_snapshot
 from kvpack.encode.threads import default_threads
 from kvpack.errors import CacheInputError, DamagedRunError, SnapshotHeaderError
 from kvpack.format.layout import ceil_div
@@ -41,6 +41,7 @@ from kvpack.runtime.kv.page_table import Ints
 from kvpack.runtime.kv.prefix_hash import Tokens, token_bytes
 
 UNKNOWN_TOKEN = -1
+OnCorrupt = Literal["raise", "drop_from_here"]
 _DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "F16", torch.bfloat16: "BF16"}
 _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _PathLike = str | os.PathLike[str]
@@ -302,7 +303,7 @@ def load_snapshot(
         raise SnapshotHeaderError(
             f"{file.container.path}: the last page is not full, so that tokens will be written to it, and is quantized"
         )
-    known = cache.importance_of(sequence)
+    cache.importance_of(sequence)  # says what is wrong with the moment
     ids, importance = file.tokens(), file.array("importance")
     errors, shares = file.array("errors"), file.array("shares")
     with _executor(threads) as executor:
@@ -313,9 +314,8 @@ def load_snapshot(
         pages = entries.shape[2]
         reached = min(header.tokens, pages * PAGE_TOKENS)
         if pages:
-            added = importance[:, :, :pages] if importance is not None else np.zeros((2, header.layers, pages), "f4")
-            both = [np.concatenate([x, y], 1) for x, y in zip((known.average, known.weight), added, strict=True)]
-            _attach(cache, sequence, entries, before + reached, PageImportance(both[0], both[1]))
+            known = None if importance is None else PageImportance(*importance[:, :, :pages])
+            cache.adopt(sequence, entries, reached, known, first_page=header.first_page)
     finally:
         cache.release(entries)
     if reached > wanted:
@@ -334,24 +334,6 @@ def load_snapshot(
             f"{reached} of {header.tokens} tokens were loaded; what is behind them is damaged: {damage}", stacklevel=2
         )
     return LoadedSequence(header, ids[:reached], damage)
-
-
-def _attach(cache: KVCache, sequence: int, entries: Ints, tokens: int, importance: PageImportance) -> None:
-    """Pages behind those that a sequence has, which are full."""
-    if not (held := cache.length(0, sequence)):
-        cache.adopt(sequence, entries, tokens, importance)
-        return
-    before, known = cache.page_entries(sequence, 0, held // PAGE_TOKENS), cache.importance_of(sequence)
-    cache.retain(before)
-    try:
-        cache.free(sequence)
-        try:
-            cache.adopt(sequence, np.concatenate([before, entries], 2), tokens, importance)
-        except BaseException:
-            cache.adopt(sequence, before, held, known)
-            raise
-    finally:
-        cache.release(before)
 
 
 def check_cache(cache: KVCache, header: SnapshotHeader) -> None:
