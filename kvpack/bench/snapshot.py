@@ -67,8 +67,7 @@ def bench_snapshot(path: str | Path, threads: int | None = None) -> dict[str, An
     """
     count = threads or default_threads()
     with SnapshotFile(path) as file, ThreadPoolExecutor(count) as executor:
-        header, page_bytes = file.header, file.page_bytes
-        fp16_bytes = 4 * header.layers * header.kv_heads * header.head_dim * header.tokens
+        header, page_bytes, fp16_bytes = file.header, file.page_bytes, file.header.fp16_bytes
         decoded = [decode_run(file, run, executor) for run in range(header.runs)]
         held = {id(pages): blocks for run in decoded for pages, blocks in run}
 

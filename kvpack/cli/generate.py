@@ -15,8 +15,8 @@ from kvpack.cli.printing import counted, shown_number
 from kvpack.errors import InputError, SnapshotError
 
 if TYPE_CHECKING:
-    from kvpack.encode.snapshot_coder import OnCorrupt
     from kvpack.integrations.transformers.text_generation import Generation
+    from kvpack.runtime.kv.snapshot import OnCorrupt
 
 
 def generate(

@@ -252,8 +252,7 @@ def _convert(
                 raise InputError(f"--kv-bits is {kv_bits}; pages become ones of 8, 4, 3 or 2 bits")
             kind, noises = f"pages of {kv_bits} bits", None
             output_bytes = convert_snapshot(context, output, PageFormat[f"INT{kv_bits}"], executor)
-    fp16_bytes = 4 * header.layers * header.kv_heads * header.head_dim * header.tokens
-    sizes = {"input_bytes": input_bytes, "output_bytes": output_bytes, "of_fp16": output_bytes / fp16_bytes}
+    sizes = {"input_bytes": input_bytes, "output_bytes": output_bytes, "of_fp16": output_bytes / header.fp16_bytes}
     return {"kind": kind, "tokens": header.tokens, **sizes, "noise": noises}
 
 

@@ -38,7 +38,9 @@ from kvpack.format.snapshot import (
     SnapshotFile,
     SnapshotHeader,
     array_rules,
+    check_elements,
     check_page_formats,
+    check_values,
     run_pages,
     snapshot_crc32,
 )
@@ -262,8 +264,7 @@ def archive_snapshot(
                 ARCHIVE_CRC_KEY: snapshot_crc32(text),
             }
         )
-    fp16 = 2 * len(Side) * header.layers * header.kv_heads * header.head_dim * header.tokens
-    return ArchiveReport(size, fp16, noises[Side.K], noises[Side.V])
+    return ArchiveReport(size, header.fp16_bytes, noises[Side.K], noises[Side.V])
 
 
 def _positions(header: SnapshotHeader, arrays: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
@@ -301,8 +302,10 @@ def read_archive_header(path: str | os.PathLike[str]) -> Archive:
     Raises:
         NotASnapshotError: no archive.
         SnapshotHeaderError, ContainerError: it is damaged.
+        LimitError: it says that it has more numbers than a file of its size may have.
     """
     with Container(path) as container:
+        file_bytes = container.file.size_bytes
         text = container.metadata.get(ARCHIVE_KEY)
         given = container.metadata.get(ARCHIVE_CRC_KEY)
     if text is None:
@@ -318,6 +321,7 @@ def read_archive_header(path: str | os.PathLike[str]) -> Archive:
     if not isinstance(fields, dict) or fields.get("version") != ARCHIVE_VERSION:
         raise SnapshotHeaderError(f"{os.fspath(path)}: {ARCHIVE_KEY} has no version that this reader knows")
     snapshot = SnapshotHeader.parse(json.dumps(fields.get("snapshot")))
+    check_elements(snapshot, file_bytes)
     exact, frequencies = fields.get("exact_tokens"), fields.get("rope_frequencies")
     numbers: list[Any] = [fields.get(key) for key in ("noise", "key_noise", "value_noise")]
     if (
@@ -354,7 +358,7 @@ def _side_values(reader: Reader, archive: Archive, side: Side, positions: npt.ND
     bits = stored(f"{side.name}.first", "U16", *outer, exact, dim)
     first = bits.view(FLOAT_TYPES[PAGE_FORMAT_OF_DTYPE[header.dtype]]).astype(np.float32)
     if not rest:
-        return np.asarray(first)
+        return _finite(np.asarray(first), reader, side)
     segments = [
         stored(part, "F32", *outer, dim, tokens.stop - tokens.start).swapaxes(2, 3)
         for part, tokens, _ in _segments(side.name, rest)
@@ -366,7 +370,17 @@ def _side_values(reader: Reader, archive: Archive, side: Side, positions: npt.ND
     values = values + stored(f"{side.name}.means", "F32", *outer, dim)[:, :, None]
     if side == Side.K and archive.rope_frequencies is not None:
         values = turned(values, positions[exact:], archive.rope_frequencies, 1)
-    return np.concatenate([first, values], axis=2, dtype=np.float32)
+    return _finite(np.concatenate([first, values], axis=2, dtype=np.float32), reader, side)
+
+
+def _finite(values: Floats, reader: Reader, side: Side) -> Floats:
+    """
+    Raises:
+        SnapshotHeaderError: there are others, which no archive is made of.
+    """
+    if not np.isfinite(values).all():
+        raise SnapshotHeaderError(f"{reader.path}: numbers of {side.name} are not finite")
+    return values
 
 
 def restore_snapshot(
@@ -391,11 +405,13 @@ def restore_snapshot(
                 arrays[name] = reader.stored(name)
                 if not rule.fits(reader.dtype(name), arrays[name].shape):
                     raise SnapshotHeaderError(f"{os.fspath(source)}: tensor {name!r} is {list(arrays[name].shape)}")
+                check_values(name, arrays[name])
             elif rule.needed:
                 raise SnapshotHeaderError(f"{os.fspath(source)}: tensor {name!r} is missing")
         check_page_formats(header, arrays["page_formats"])
         positions = _positions(header, arrays)
-        sides = [_side_values(reader, archive, side, positions) for side in Side]
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+            sides = [_side_values(reader, archive, side, positions) for side in Side]
     largest = np.float32(65504) if header.dtype == "F16" else np.finfo(np.float32).max
 
     def blocks(pages: RunPages) -> Blocks:

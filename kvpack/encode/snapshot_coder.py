@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from kvpack.format.snapshot import (
     SnapshotHeader,
     array_rules,
     check_page_formats,
+    check_values,
     snapshot_crc32,
 )
 from kvpack.format.snapshot_summary import snapshot_sizes
@@ -39,7 +40,6 @@ from kvpack.format.snapshot_summary import snapshot_sizes
 Blocks = npt.NDArray[np.uint8]
 # Gives the blocks of pages, u8 [pages, heads, block_bytes].
 BlocksOf = Callable[[RunPages], Blocks]
-OnCorrupt = Literal["raise", "drop_from_here"]
 _DTYPE_NAMES = {"uint8": "U8", "int32": "I32", "float32": "F32", "float64": "F64"}
 
 # Codes of a symbol and bits of a code, by the kind and the bits of elements: the smallest measured on recorded KV that
@@ -206,25 +206,15 @@ def decode_runs(
     file: SnapshotFile,
     runs: Iterable[int],
     *,
-    on_corrupt: OnCorrupt = "raise",
     executor: ThreadPoolExecutor | None = None,
 ) -> Iterator[tuple[int, list[tuple[RunPages, Blocks]]]]:
     """:func:`decode_run` of one run after another.
-
-    Args:
-        on_corrupt: "raise", or "drop_from_here": end before the first damaged run.
 
     Raises:
         DamagedRunError, FileChangedError
     """
     for run in runs:
-        try:
-            decoded = decode_run(file, run, executor)
-        except DamagedRunError:
-            if on_corrupt == "raise":
-                raise
-            return
-        yield run, decoded
+        yield run, decode_run(file, run, executor)
 
 
 def _stored_array(name: str, array: npt.NDArray[Any], header: SnapshotHeader) -> tuple[str, bytes]:
@@ -237,6 +227,7 @@ def _stored_array(name: str, array: npt.NDArray[Any], header: SnapshotHeader) ->
         raise SnapshotHeaderError(
             f"array {name!r} is {dtype} {list(array.shape)}; {rule.dtype} {list(rule.shape)} is needed"
         )
+    check_values(name, array)
     return dtype, np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
 
 
@@ -256,7 +247,8 @@ def write_snapshot(
         The bytes of the file.
 
     Raises:
-        SnapshotHeaderError: an array is missing, or has another dtype or shape than the header says.
+        SnapshotHeaderError: an array is missing, has another dtype or shape than the header says, or numbers that it
+            must not have.
         OSError: the file cannot be written.
     """
     stored = {name: _stored_array(name, array, header) for name, array in arrays.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,6 +18,7 @@ from kvpack.errors import LimitError
 MAX_JSON_DEPTH = 127  # what the safetensors library takes
 MAX_JSON_VALUES = 1 << 22
 _BLOCK_BYTES = 1 << 20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class RepeatedKeyError(ValueError):
@@ -54,10 +56,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise RepeatedKeyError(f"{twice!r} is there twice")
-    for key, value in pairs:  # a lone surrogate, as "\ud800", is not text: encode() refuses it
-        key.encode()
-        if isinstance(value, str):
-            value.encode()
     return found
 
 
@@ -81,6 +79,11 @@ def load_json(text: bytes) -> Any:
     """
     _check_size(text)
     try:
-        return json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(
+            text.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_number, parse_float=_finite
+        )
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # which refuses one that is alone: that is no text
     except RecursionError as error:  # from a caller that is deep in its own stack already
         raise ValueError(str(error)) from None
+    return value

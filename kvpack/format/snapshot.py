@@ -42,6 +42,8 @@ MAX_TOKENS = 1 << 24
 MAX_LAYERS = MAX_KV_HEADS = 1 << 12
 MAX_RUN_PAGES = 1 << 10
 _MAX_TEXT = 1 << 10
+# The most that a value of an array of a budget's cache may be; what is computed of them stays finite.
+_MOST_OF = {"importance": float(np.finfo(np.float32).max), "errors": 2.0**512, "shares": float(MAX_LAYERS)}
 # A reader's own limit, as for blobs (FORMAT.md §10): elements of all pages.
 FREE_ELEMENTS = 1 << 28
 ELEMENTS_PER_BYTE = 256
@@ -232,6 +234,11 @@ class SnapshotHeader:
     @property
     def runs(self) -> int:
         return ceil_div(self.pages, self.run_pages)
+
+    @property
+    def fp16_bytes(self) -> int:
+        """Of the same numbers in 16 bits, without what is empty of the last page."""
+        return 2 * len(Side) * self.layers * self.kv_heads * self.head_dim * self.tokens
 
     def page_range(self, run: int) -> range:
         """Page indices of a run, counted from the file's first page."""
@@ -452,6 +459,36 @@ def check_page_formats(header: SnapshotHeader, page_formats: PageFormats) -> Non
         )
 
 
+def check_values(name: str, array: npt.NDArray[Any]) -> None:
+    """Of a tensor that is not a blob, where not all that its dtype can say is legal.
+
+    Raises:
+        SnapshotHeaderError
+    """
+    if (most := _MOST_OF.get(name)) is None:
+        return
+    fine = (array >= 0) & (array <= most)
+    if name == "errors":
+        fine |= np.isnan(array)
+    if not fine.all():
+        raise SnapshotHeaderError(f"tensor {name!r} has {array[~fine][0]}; its numbers run from 0 to {most:.6g}")
+
+
+def check_elements(header: SnapshotHeader, file_bytes: int, max_elements: int | None = None) -> None:
+    """Whether a file of so many bytes may say that it has so many numbers.
+
+    Raises:
+        LimitError
+    """
+    elements = len(Side) * header.layers * header.pages * header.kv_heads * PAGE_TOKENS * header.head_dim
+    limit = max(FREE_ELEMENTS, ELEMENTS_PER_BYTE * file_bytes) if max_elements is None else max_elements
+    if elements > limit:
+        raise LimitError(
+            f"pages of {elements} numbers in {file_bytes} bytes exceed the limit of {limit}; "
+            "pass max_elements to allow more"
+        )
+
+
 class SnapshotFile:
     """A snapshot, opened by its headers and the formats of its pages.
 
@@ -518,7 +555,7 @@ class SnapshotFile:
         assert formats is not None
         self.page_formats = formats
         check_page_formats(header, formats)
-        self._check_elements()
+        check_elements(header, self.container.file.size_bytes, self._max_elements)
         for run in range(header.runs):
             for part in (part for pages in self.pages_of_run(run) for part in pages.parts):
                 blob = tensors.get(part.name)
@@ -528,17 +565,6 @@ class SnapshotFile:
         if extra := tensors.keys() - expected:
             raise SnapshotHeaderError(f"tensor {min(extra)!r} is no part of this snapshot")
 
-    def _check_elements(self) -> None:
-        header = self.header
-        elements = self.page_formats.size * header.kv_heads * PAGE_TOKENS * header.head_dim
-        size = self.container.file.size_bytes
-        limit = max(FREE_ELEMENTS, ELEMENTS_PER_BYTE * size) if self._max_elements is None else self._max_elements
-        if elements > limit:
-            raise LimitError(
-                f"pages of {elements} numbers in {size} bytes exceed the limit of {limit}; "
-                "pass max_elements to allow more"
-            )
-
     def pages_of_run(self, run: int) -> list[RunPages]:
         """The pages of a run by side and format."""
         return run_pages(self.header, self.page_formats, run)
@@ -547,6 +573,7 @@ class SnapshotFile:
         """A tensor that is not a blob (:func:`array_rules`), its CRC checked; None if the file has none.
 
         Raises:
+            SnapshotHeaderError: it has numbers that it must not have.
             TensorCrcError, FileChangedError
         """
         tensor = self.container.tensors.get(name)
@@ -555,7 +582,9 @@ class SnapshotFile:
         data = self.container.data(name)
         self.container.check_crc32(name, data)
         stored = np.frombuffer(data, _NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
-        return stored.astype(stored.dtype.newbyteorder("="))
+        array = stored.astype(stored.dtype.newbyteorder("="))
+        check_values(name, array)
+        return array
 
     def tokens(self) -> npt.NDArray[np.int32]:
         """Token ids i32 [tokens]; −1 where they are not known."""

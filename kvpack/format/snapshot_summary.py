@@ -8,7 +8,6 @@ from typing import Any
 
 from kvpack.errors import FormatError
 from kvpack.format.container import Container
-from kvpack.format.pages import Side
 from kvpack.format.snapshot import SNAPSHOT_KEY, SnapshotFile
 
 
@@ -27,9 +26,7 @@ def says_snapshot(path: str | os.PathLike[str]) -> bool:
 
 def snapshot_sizes(file: SnapshotFile) -> tuple[int, int, int]:
     """Bytes of the file, of its pages in memory, and of the same numbers in 16 bits."""
-    header = file.header
-    fp16_bytes = 2 * len(Side) * header.layers * header.kv_heads * header.head_dim * header.tokens
-    return file.container.file.size_bytes, file.page_bytes, fp16_bytes
+    return file.container.file.size_bytes, file.page_bytes, file.header.fp16_bytes
 
 
 def describe_snapshot(path: str | os.PathLike[str]) -> dict[str, Any]:

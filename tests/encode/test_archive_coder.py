@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,10 @@ from snapshot_samples import SamplePages, make_header, mixed_formats, usual_form
 from kvpack.encode import archive_coder
 from kvpack.encode.archive_coder import archive_snapshot, read_archive_header, restore_snapshot, turned
 from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks
+from kvpack.encode.reader import Reader
 from kvpack.encode.snapshot_coder import decode_runs
 from kvpack.encode.verify import verify
-from kvpack.errors import InputError, KvpackError, NotASnapshotError, SnapshotHeaderError
+from kvpack.errors import InputError, KvpackError, LimitError, NotASnapshotError, SnapshotHeaderError
 from kvpack.format.pages import PageFormat, Side
 from kvpack.format.snapshot import RunPages, SnapshotFile
 
@@ -185,6 +188,53 @@ def test_damage_is_refused_by_name(tmp_path: Path) -> None:
         target.write_bytes(whole[:size])
         with pytest.raises(KvpackError):
             restore_snapshot(target, tmp_path / "r.safetensors")
+
+
+def with_tensor(path: Path, name: str, values: np.ndarray) -> None:
+    """Put others into a tensor that is not coded, with a right CRC."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    begin, end = (8 + size + offset for offset in header[name]["data_offsets"])
+    assert values.nbytes == end - begin
+    data = data[:begin] + values.tobytes() + data[end:]
+    crcs = json.loads(header["__metadata__"]["kvpack_crc32"]) | {name: zlib.crc32(values.tobytes())}
+    header["__metadata__"]["kvpack_crc32"] = json.dumps(crcs)
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + size :])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_archive_of_numbers_that_are_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    source, target, back = tmp_path / "s.safetensors", tmp_path / "a.safetensors", tmp_path / "r.safetensors"
+    ContextPages(300, PageFormat.INT4).write(source)
+    archive_snapshot(source, target)
+    whole = target.read_bytes()
+    with Reader(target) as reader:
+        means, first = reader.stored("V.means").copy(), reader.stored("K.first").copy()
+    means.flat[5] = value
+    first.flat[5] = np.float16(value).view(np.uint16)
+    for name, values in (("V.means", means), ("K.first", first)):
+        target.write_bytes(whole)
+        with_tensor(target, name, values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(SnapshotHeaderError, match=f"numbers of {name[0]} are not finite"):
+                restore_snapshot(target, back)
+    assert not back.exists()
+
+
+def test_an_archive_says_no_more_numbers_than_a_snapshot_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "s.safetensors", tmp_path / "a.safetensors"
+    ContextPages(300, PageFormat.INT4).write(source)
+    archive_snapshot(source, target)
+    elements = 2 * 5 * 64 * (whole := read_archive_header(target).snapshot).layers * whole.kv_heads * whole.head_dim
+    monkeypatch.setattr("kvpack.format.snapshot.ELEMENTS_PER_BYTE", 0)
+    monkeypatch.setattr("kvpack.format.snapshot.FREE_ELEMENTS", elements)
+    read_archive_header(target)
+    monkeypatch.setattr("kvpack.format.snapshot.FREE_ELEMENTS", elements - 1)
+    with pytest.raises(LimitError, match=f"pages of {elements} numbers"):
+        restore_snapshot(target, tmp_path / "r.safetensors")
 
 
 @pytest.mark.parametrize(

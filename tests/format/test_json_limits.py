@@ -132,6 +132,13 @@ def test_what_no_json_is(tmp_path: Path, number: str) -> None:
             read_container(path)
 
 
+@pytest.mark.parametrize("text", [r'["\ud800"]', r'{"a": [0, ["b\uDfff"]]}', r'"\ud800"', r'"\uDE00\uD83D"'])
+def test_lone_surrogates_are_no_text_wherever_they_stand(text: str) -> None:
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        load_json(text.encode())
+    assert load_json(rb'["\ud83d\ude00", "\\ud800"]') == ["\U0001f600", r"\ud800"]
+
+
 @pytest.mark.parametrize("key", ['"\\ud800"', '"a\\udfff"'])
 def test_lone_surrogates(tmp_path: Path, key: str) -> None:
     path = write(tmp_path / "s.safetensors", b'{%s:{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' % key.encode())
