@@ -4,15 +4,19 @@
 
 Threads take turns (a cache has no lock of its own) to append, fork, cut, put in order, free, copy, hold, release, adopt
 and load sequences at random, under a limit of bytes that is met often. Every thousand operations the pages in use are
-counted anew from the page table and from what is held; in the end all is given back. Resident memory is measured at
-each tenth of the operations: all that grows with use has grown at the first.
+counted anew from the page table and from what is held; in the end all is given back. Memory is measured at each tenth
+of the operations: all that grows with use has grown at the first. Resident memory has what the allocator keeps free as
+well, and that grows a little whenever more is in use at one moment than ever before; what is in use is counted apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import random
 import resource
+import sys
 import threading
 import time
 from collections import Counter
@@ -151,6 +155,24 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
+class _Mallinfo2(ctypes.Structure):
+    """What glibc's mallinfo2() returns: ten counts, of which the fifth are bytes mapped one by one, the eighth bytes in
+    use of all else."""
+
+    _fields_ = [(f"count_{number}", ctypes.c_size_t) for number in range(1, 11)]
+
+
+def heap_bytes_in_use() -> int | None:
+    """What has been taken of the C library's heap and not given back, of all threads; None without glibc 2.33."""
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        return None
+    mallinfo2.restype = _Mallinfo2
+    found = mallinfo2()
+    return int(found.count_5 + found.count_8)
+
+
 def soak(
     operations: int, threads: int, *, device: str = "cpu", seed: int = 0, every: int = 1000, is_shown: bool = False
 ) -> dict[str, Any]:
@@ -179,15 +201,23 @@ def soak(
         if failures:
             raise failures[0]
 
-    start, resident, allocated = time.perf_counter(), [], []
+    start, resident, allocated, heap, blocks = time.perf_counter(), [], [], [], []
     for tenth in range(1, 11):
         run(operations // 10)
         resident.append(resident_bytes())
         allocated.append(state.cache.pools.bytes_allocated)
+        gc.collect()
+        heap.append(heap_bytes_in_use())
+        blocks.append(sys.getallocatedblocks())
         if is_shown:
             spent = time.perf_counter() - start
             done = sum(state.counts.values())
-            print(f"{tenth}/10: {done} operations in {spent:.0f} s, {resident[-1] / 1e6:.1f} MB resident", flush=True)
+            in_use = "" if heap[-1] is None else f", {heap[-1] / 1e6:.3f} MB of the heap in use"
+            print(
+                f"{tenth}/10: {done} operations in {spent:.0f} s, {resident[-1] / 1e6:.1f} MB resident{in_use}, "
+                f"{blocks[-1]} Python blocks",
+                flush=True,
+            )
     spent = time.perf_counter() - start
     state.check()
     for sequence in range(SEQUENCES):
@@ -203,6 +233,8 @@ def soak(
         "by_name": dict(state.counts),
         "refused": state.full,
         "resident_bytes_by_tenth": resident,
+        "heap_bytes_in_use_by_tenth": heap,
+        "python_blocks_by_tenth": blocks,
         "allocated_bytes_by_tenth": allocated,
         "in_use_bytes_when_all_is_freed": state.cache.pools.bytes_in_use,
     }

@@ -25,6 +25,7 @@ import kv_quantizers_report
 from kvpack.bench import attention_report as bench_attention_report
 from kvpack.bench import kv_quant_report as bench_kv_quant_report
 from kvpack.bench import report as bench_report
+from kvpack.bench import snapshot_report as bench_snapshot_report
 from kvpack.bench.report import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,6 +346,10 @@ def kv_quant(*names: str) -> Callable[[], str]:
 
 def attention(*names: str) -> Callable[[], str]:
     return printed("bench-attention", bench_attention_report.tables, *names)
+
+
+def snapshot(*names: str) -> Callable[[], str]:
+    return printed("bench-snapshot", bench_snapshot_report.tables, *names)
 
 
 def kv_quality(*names: str) -> Callable[[], str]:
@@ -895,6 +900,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "attention-shares": attention("shares"),
     "attention-grids": attention("grids"),
     "attention-targets": attention("targets"),
+    "snapshot-bytes": snapshot("bytes"),
+    "snapshot-speed": snapshot("speed"),
+    "snapshot-prefill": snapshot("prefill"),
     "kv-quality-configurations": kv_quality("configurations"),
     "kv-quality-equal-bytes": kv_quality("equal-bytes"),
     "kv-quality-verdicts": kv_quality_verdicts,

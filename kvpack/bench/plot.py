@@ -12,6 +12,8 @@ mpl.use("Agg")
 
 from matplotlib.figure import Figure
 
+from kvpack.errors import InputError
+
 # 2^16 pixels are the most that a PNG of matplotlib can have.
 MAX_HEIGHT_INCHES = 500.0
 
@@ -237,13 +239,37 @@ def plot_models(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_snapshot(report: dict[str, Any], path: Path) -> None:
-    """Bytes of a saved context beside those of other ways to keep it."""
-    rows = [row for row in report["rows"] if "bytes" in row][::-1]
-    figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots()
+    """Draw a report of ``kvpack bench snapshot`` into a PNG: bytes beside those of other ways to keep a context, and
+    seconds of a load and of a prefill over the tokens."""
+    rows = [row for row in report["rows"] if row.get("bytes") is not None][::-1]
+    prefill = report["prefill"]
+    panels = [draw for draw, found in ((_draw_bytes, rows), (_draw_loads, prefill)) if found]
+    if not panels:
+        raise InputError("no file is given and there is no GPU, so there is nothing to draw")
+    figure = Figure(figsize=(6.5 * len(panels), max(3.6, 0.5 * len(rows) + 1.2)), layout="constrained")
+    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        draw(axes, report)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _draw_bytes(axes: Any, report: dict[str, Any]) -> None:
+    rows = [row for row in report["rows"] if row.get("bytes") is not None][::-1]
     bars = axes.barh([row["name"] for row in rows], [row["of_fp16"] for row in rows])
     axes.bar_label(bars, [f"{row['of_fp16']:.3f}" for row in rows], padding=3)
     axes.set_xlim(0, 1.1)
     axes.set_xlabel("of the bytes in fp16")
-    axes.set_title(f"a context of {report['tokens']} tokens")
-    figure.savefig(path, dpi=120, format="png")
+    axes.set_title(f"a context of {report['tokens']} tokens", fontsize=11)
+
+
+def _draw_loads(axes: Any, report: dict[str, Any]) -> None:
+    tokens = [row["tokens"] for row in report["prefill"]]
+    for key, label in (("prefill_s", "prefill"), ("load_s", "load of a warm file")):
+        axes.plot(tokens, [row[key] for row in report["prefill"]], "o-", label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("s")
+    axes.set_title(f"{report['device']['name']}, an 8B Llama's shape", fontsize=11)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)

@@ -1,32 +1,41 @@
-"""``kvpack kv bench``: what a saved context takes beside fp16, pages as they are, and general compressors; and how fast
-the CPU codes it."""
+"""``kvpack bench snapshot``, which ``kvpack kv bench`` is too: what a saved context takes beside fp16, pages as they
+are, and general compressors; how fast it is coded, and what a load saves of a prefill."""
 
 from __future__ import annotations
 
 import importlib
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvpack.bench.provenance import environment
+from kvpack.bench.provenance import environment, kvpack_command
+from kvpack.bench.report import Report, Row
+from kvpack.bench.snapshot_report import CONSTRUCTED, NOTE, SCHEMA
 from kvpack.encode.snapshot_coder import Blocks, decode_run, encode_run
 from kvpack.encode.threads import default_threads
+from kvpack.errors import NotInstalledError
 from kvpack.format.snapshot import RunPages, SnapshotFile
 
 _ROUNDS = 5
 _LEAST_SECONDS = 1.0
-Row = dict[str, Any]
+# zstd 19 takes half a minute for so many.
+_SLOW_BYTES = 64 << 20
+_PACKAGES = ("torch", "cupy-cuda13x", "cupy-cuda12x", "lz4", "zstandard")
+# Of the pages that are constructed where no file is given.
+_LAYERS, _TOKENS = 2, 4096
 # (name, compress, decompress)
 Compressor = tuple[str, Callable[[bytes], bytes], Callable[[bytes], bytes]]
 
 
-def _compressors() -> Iterator[Compressor | tuple[str, str]]:
+def _compressors(size_bytes: int) -> Iterator[Compressor | tuple[str, str]]:
     yield "zlib 1", lambda data: zlib.compress(data, 1), zlib.decompress
     try:
         lz4 = importlib.import_module("lz4.frame")
@@ -36,31 +45,101 @@ def _compressors() -> Iterator[Compressor | tuple[str, str]]:
     try:
         zstd = importlib.import_module("zstandard")
         for level in (3, 19):
+            if level > 3 and size_bytes > _SLOW_BYTES:
+                yield f"zstd {level}", f"left out: more than {_SLOW_BYTES >> 20} MiB of pages"
+                continue
             yield f"zstd {level}", zstd.ZstdCompressor(level=level).compress, zstd.ZstdDecompressor().decompress
     except ModuleNotFoundError:
         yield "zstd", "not installed: pip install zstandard"
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The least of several runs: other load on the machine only ever adds."""
-    best, spent, runs = float("inf"), 0.0, 0
+def _seconds(work: Callable[[], object]) -> tuple[float, Any]:
+    """The least of several runs, since other load on the machine only ever adds; and the last result."""
+    best, spent, runs, result = float("inf"), 0.0, 0, None
     while runs < 1 or (runs < _ROUNDS and spent < _LEAST_SECONDS * _ROUNDS):
         began = time.perf_counter()
-        work()
+        result = work()
         taken = time.perf_counter() - began
         best, spent, runs = min(best, taken), spent + taken, runs + 1
-    return best
+    return best, result
 
 
-def bench_snapshot(path: str | Path, threads: int | None = None) -> dict[str, Any]:
-    """Sizes and speeds of a context; decoded pages are encoded again, and must give the file's blobs.
+def bench_snapshot(
+    path: Path | None = None,
+    *,
+    tokens: int = 32768,
+    threads: int | None = None,
+    say: Callable[[str], None] = lambda stage: None,
+) -> Report:
+    """Measure a context, and where torch has a GPU a cache of an 8B Llama's shape with its pages.
 
     Args:
+        path: of the context. None: pages are constructed, and no sizes are told.
+        tokens: of the cache on the GPU, a multiple of 64.
         threads: of kvpack's coder; all cores by default. Compressors run on one.
+        say: called with the name of each stage as it begins.
 
     Returns:
-        ``rows``: ``name``, ``bytes``, ``of_fp16``, ``of_pages``, ``encode_gb_per_s`` and ``decode_gb_per_s``, in 10^9
-        bytes of pages a second; or ``name`` and ``reason``.
+        As :mod:`kvpack.bench.snapshot_report` says.
+
+    Raises:
+        SnapshotError, ContainerError: it is no context, or damaged.
+        NotInstalledError: no context, and no torch to construct pages with.
+        AssertionError: what was decoded is not what had been encoded.
+    """
+    began = time.monotonic()
+    report: Report = {
+        "what": "bench-snapshot",
+        "schema": SCHEMA,
+        "note": NOTE + CONSTRUCTED * (path is None),
+        "command": kvpack_command(),
+        **environment(_PACKAGES),
+        "device": {"name": "CPU", "driver": None, "cuda": None},
+        "options": {"tokens": tokens, "threads": threads},
+        "source": "constructed" if path is None else "file",
+        "shape": None,
+        "speed": [],
+        "prefill": [],
+    }
+    with tempfile.TemporaryDirectory(prefix="kvpack-") as folder:
+        source = _constructed(Path(folder) / "constructed") if path is None else path
+        say("the CPU's coder")
+        report |= compare(source, threads, is_real=path is not None)
+        if _has_gpu():
+            from kvpack.bench.run import device_report
+            from kvpack.bench.snapshot_speed import measure_speed
+
+            report["device"] = device_report()
+            report |= measure_speed(
+                source, Path(folder), tokens=tokens, threads=threads, is_real=path is not None, say=say
+            )
+    return report | {"seconds": {"total": round(time.monotonic() - began, 2)}, "complete": True, "stopped": None}
+
+
+def _has_gpu() -> bool:
+    if find_spec("torch") is None or find_spec("cupy") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _constructed(path: Path) -> Path:
+    if find_spec("torch") is None:
+        raise NotInstalledError("without a context pages are constructed, which needs torch: name a FILE")
+    import torch
+
+    from kvpack.bench.snapshot_speed import constructed_cache
+
+    constructed_cache(_LAYERS, _TOKENS, torch.device("cpu")).save(path)
+    return path
+
+
+def compare(path: Path, threads: int | None = None, *, is_real: bool = True) -> Report:
+    """Sizes and the CPU's speeds; decoded pages are encoded again, and must give the file's blobs.
+
+    Args:
+        is_real: whether pages are of a model. If not, no sizes are told, and nothing is compared.
 
     Raises:
         SnapshotError, ContainerError: it is no snapshot, or damaged.
@@ -98,16 +177,19 @@ def bench_snapshot(path: str | Path, threads: int | None = None) -> dict[str, An
                 "decode_gb_per_s": None if decode_s is None else page_bytes / decode_s / 1e9,
             }
 
-        rows: list[Row] = [row("fp16", fp16_bytes), row("pages", page_bytes)]
-        rows.append(row("kvpack", file.container.file.size_bytes, _seconds(encode), _seconds(decode)))
-    data = b"".join(np.ascontiguousarray(blocks).tobytes() for run in decoded for _, blocks in run)
-    for found in _compressors():
-        if len(found) == 2:
-            rows.append({"name": found[0], "reason": found[1]})
-            continue
-        name, compress, decompress = found
-        small = compress(data)
-        rows.append(row(name, len(small), _seconds(partial(compress, data)), _seconds(partial(decompress, small))))
+        rows: list[Row] = [row("fp16", fp16_bytes), row("pages", page_bytes)] if is_real else []
+        rows.append(row("kvpack", file.container.file.size_bytes, _seconds(encode)[0], _seconds(decode)[0]))
+    if is_real:
+        data = b"".join(np.ascontiguousarray(blocks).tobytes() for run in decoded for _, blocks in run)
+        for found in _compressors(len(data)):
+            if len(found) == 2:
+                rows.append({"name": found[0], "reason": found[1]})
+                continue
+            name, compress, decompress = found
+            encode_s, small = _seconds(partial(compress, data))
+            rows.append(row(name, len(small), encode_s, _seconds(partial(decompress, small))[0]))
+    else:
+        rows[0] |= {"bytes": None, "of_fp16": None, "of_pages": None}
     return {
         "tokens": header.tokens,
         "formats": header.formats,
@@ -115,5 +197,4 @@ def bench_snapshot(path: str | Path, threads: int | None = None) -> dict[str, An
         "threads": count,
         "elements": fp16_bytes // 2,
         "rows": rows,
-        "environment": environment(("lz4", "zstandard")),
     }

@@ -176,6 +176,50 @@ def bench_attention(
     _show_bench(report, tables(report), wrong_results(report), as_json)
 
 
+@bench_app.command("snapshot")
+def bench_snapshot(
+    context: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="A context; without, pages are constructed and no sizes are told."),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=4096, help="Of the cache on the GPU, whose pages repeat the file's.")
+    ] = 32768,
+    threads: Threads = None,
+    report_path: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report here.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="PNG", help="Draw sizes, and loads against prefills.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Sizes of a context beside fp16, pages as they are, LZ4 and zstd; how fast it is coded, saved and loaded.
+
+    On a GPU the pages are repeated in a cache of an 8B Llama's shape, which is saved, loaded, and compared with a
+    prefill: from which bandwidth on is it better to load? Without a GPU the CPU's coder alone is measured.
+    """
+    with exit_codes(as_json):
+        if plot is not None:
+            require_matplotlib()
+        if tokens % 64:
+            raise typer.BadParameter(f"{tokens} is no multiple of 64, the tokens of a page", param_hint="--tokens")
+        from kvpack.bench import snapshot
+        from kvpack.bench.report import write_report
+        from kvpack.bench.snapshot_report import tables
+
+        report = snapshot.bench_snapshot(
+            context, tokens=tokens, threads=threads, say=lambda stage: print(f"kvpack: {stage} …", file=sys.stderr)
+        )
+        if report_path is not None:
+            write_report(report_path, report)
+        if plot is not None:
+            from kvpack.bench.plot import plot_snapshot
+
+            plot_snapshot(report, plot)
+    _show_bench(report, tables(report), [], as_json)
+
+
 @contextmanager
 def _usage() -> Iterator[None]:
     """Around the parsing of options."""
@@ -225,7 +269,8 @@ def _print_bench(report: dict[str, Any], found: list[Any]) -> None:
 
     console = data_console()
     device = report["device"]
-    print(f"{device['name']}, driver {device['driver']}, CUDA {device['cuda']}\n{report['note']}")
+    gpu = f", driver {device['driver']}, CUDA {device['cuda']}" if device["cuda"] else ""
+    print(f"{device['name']}{gpu}\n{report['note']}")
     for one in found:
         table = Table(title=one.title, box=box.SIMPLE_HEAD)
         for heading in one.headings:

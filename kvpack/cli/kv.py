@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpack.cli.failures import ExitCode, exit_codes, require_matplotlib
+from kvpack.cli.bench import bench_snapshot
+from kvpack.cli.failures import ExitCode, exit_codes
 from kvpack.cli.options import Force, Json, Threads
 from kvpack.cli.printing import counted, print_aligned, printable, progress_bar, shown_number, shown_size
 
@@ -21,6 +22,7 @@ kv_app = typer.Typer(
 )
 
 _LINE = 120
+kv_app.command("bench")(bench_snapshot)
 Context = Annotated[Path, typer.Argument(metavar="FILE", help="A context, as kvpack generate --save-context has it.")]
 ContextOrDirectory = Annotated[Path, typer.Argument(metavar="PATH", help="A context, or a directory of some.")]
 
@@ -263,34 +265,3 @@ def _frequencies(rope: Any, head_dim: int) -> list[float] | None:
         return None
     turned = int(head_dim * rope.get("partial_rotary_factor", 1))
     return [float(base) ** (-2 * pair / turned) for pair in range(turned // 2)]
-
-
-@kv_app.command()
-def bench(
-    context: Context,
-    threads: Threads = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the sizes.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Compare a context with fp16, with pages as they are, and with LZ4 and zstd; and time the CPU's coder."""
-    with exit_codes(as_json):
-        if plot is not None:
-            require_matplotlib()
-        from kvpack.bench.snapshot import bench_snapshot
-
-        report = bench_snapshot(context, threads)
-        if plot is not None:
-            from kvpack.bench.plot import plot_snapshot
-
-            plot_snapshot(report, plot)
-    if as_json:
-        print(json.dumps({"ok": True, **report}, allow_nan=False))
-        return
-    print(f"{report['tokens']} tokens, {report['threads']} threads; GB/s of pages")
-    print(f"{'':8}  {'bytes':>12}  of fp16  of pages  encode GB/s  decode GB/s")
-    for row in report["rows"]:
-        if "reason" in row:
-            print(f"{row['name']:8}  {row['reason']}")
-            continue
-        speeds = "  ".join(f"{shown_number(row[key], 3):>11}" for key in ("encode_gb_per_s", "decode_gb_per_s"))
-        print(f"{row['name']:8}  {row['bytes']:12,}  {row['of_fp16']:7.3f}  {row['of_pages']:8.3f}  {speeds}")
