@@ -14,8 +14,9 @@ transformers = pytest.importorskip("transformers")
 from integrations.generation import greedy, logits  # noqa: E402
 from integrations.models import ARCHITECTURES, VOCABULARY  # noqa: E402
 
-from kvpack import KVPackCache  # noqa: E402
+from kvpack import KVCache, KVPackCache  # noqa: E402
 from kvpack.errors import (  # noqa: E402
+    CacheFullError,
     CacheInputError,
     DamagedRunError,
     FingerprintMismatchError,
@@ -234,6 +235,41 @@ def test_reuse_keeps_nothing_that_it_was_not_told(model: Any) -> None:
     assert cache.reuse(ids) == 40
     with pytest.raises(CacheInputError, match="ids have 2 rows, and the cache holds 1"):
         cache.reuse(ids.expand(2, -1))
+
+
+def test_a_cut_that_finds_no_memory_forgets_all_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not some of them: the others would go on behind tokens that are cut."""
+    ids = prompt(300, rows=3)
+    cache = KVPackCache(model.config, formats="INT4")
+    logits(model, ids, cache)
+    other = torch.cat([ids[:, :100], prompt(40, seed=7, rows=3)], 1)
+    truncate = KVCache.truncate
+
+    def fails_at_row_1(kv: KVCache, sequence: int, tokens: int) -> None:
+        if sequence == 1:
+            raise CacheFullError("no memory")
+        truncate(kv, sequence, tokens)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KVCache, "truncate", fails_at_row_1)
+        assert cache.reuse(other, held=ids) == 0
+    assert cache.get_seq_length() == 0
+    fresh = KVPackCache(model.config, formats="INT4")
+    assert torch.equal(logits(model, other, cache), logits(model, other, fresh))
+    with monkeypatch.context() as patched:
+        patched.setattr(KVCache, "truncate", fails_at_row_1)
+        with pytest.raises(CacheFullError):
+            cache.crop(-50)
+    assert not cache.kv.table.lengths.any()
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("token", [1 << 31, -(1 << 31) - 1, (1 << 32) + 5])
+def test_ids_beyond_32_bits_are_no_ids(model: Any, token: int) -> None:
+    cache = KVPackCache(model.config)
+    with pytest.raises(CacheInputError, match="must be integers of 32 bits"):
+        cache.reuse(torch.tensor([[5, token]]))
+    assert cache.reuse([[5, 6], [7, 8]]) == 0
 
 
 def test_what_cannot_be_saved(tmp_path: Path, model: Any) -> None:

@@ -30,7 +30,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from kvpack.errors import CacheInputError
+from kvpack.errors import CacheFullError, CacheInputError
 from kvpack.format.pages import GROUP_DIMS, MAX_GROUPS, PageFormat
 from kvpack.integrations.transformers import rotary
 from kvpack.integrations.transformers.contexts import (
@@ -517,9 +517,9 @@ class KVPackCache(Cache):  # type: ignore[misc]
     ) -> Self:
         """A cache that holds what a file does, for the model that it is of.
 
-        Formats of pages, and a budget, are the file's. With several files each is a row; shorter ones have pads in
-        front of them, as with padding on the left. A file that is named several times is read once, and its rows share
-        their pages.
+        Formats of pages, and a budget, are those of the first file. With several files each is a row; shorter ones have
+        pads in front of them, as with padding on the left. A file that is named several times is read once, and its
+        rows share their pages.
 
         Args:
             tokens: of each file only so many first ones.
@@ -581,7 +581,8 @@ class KVPackCache(Cache):  # type: ignore[misc]
         """Before ``generate`` is called with these ids: keep what they begin with, and forget the rest.
 
         ``generate`` then feeds only the columns behind those that are kept; at least one is left for it. A row that is
-        cut within a quantized page keeps its values (:meth:`kvpack.KVCache.truncate`), and goes on from these.
+        cut within a quantized page keeps its values (:meth:`kvpack.KVCache.truncate`), and goes on from these; where
+        there is no memory for them, all is forgotten.
 
         Args:
             ids: [rows, columns], or [columns] of a single row: the whole prompt, as ``generate`` takes it.
@@ -593,7 +594,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
 
         Raises:
             CacheInputError: other rows than the cache holds; layers hold different tokens, after a forward pass that
-                has failed.
+                has failed, and all is forgotten.
 
         >>> import torch, transformers
         >>> from kvpack import KVPackCache
@@ -623,7 +624,10 @@ class KVPackCache(Cache):  # type: ignore[misc]
             layers: Any = self.layers
             for layer in layers:
                 layer.columns = kept
-            self.crop_columns(columns - kept)
+            try:
+                self.crop_columns(columns - kept)
+            except CacheFullError:
+                kept = 0
         self._ids = given
         return kept
 
@@ -776,13 +780,21 @@ class KVPackCache(Cache):  # type: ignore[misc]
         return both[0].to(key_states.dtype), both[1].to(value_states.dtype)
 
     def crop_columns(self, count: int) -> None:
-        """Forget the last columns, in all layers, each of which knows how many are left."""
+        """Forget the last columns, in all layers, each of which knows how many are left.
+
+        Raises:
+            CacheFullError, CacheInputError: as of :meth:`kvpack.KVCache.truncate`. All tokens are forgotten then.
+        """
         if not self._parts:
             return
         gone = np.full(self.rows, count) if self._tokens is None else self._tokens[:, -count:].sum(axis=1)
-        for kv, (row, tokens) in itertools.product(self.kvs, enumerate(gone.tolist())):
-            if tokens:
-                kv.truncate(row, max(kv.length(0, row) - tokens, 0))
+        try:
+            for kv, (row, tokens) in itertools.product(self.kvs, enumerate(gone.tolist())):
+                if tokens:
+                    kv.truncate(row, max(kv.length(0, row) - tokens, 0))
+        except BaseException:  # some rows are cut and others are not
+            self.reset()
+            raise
         if self._tokens is not None:
             self._tokens = self._tokens[:, :-count]
         if self._ids is not None:

@@ -18,6 +18,7 @@ from kvpack.errors import CacheInputError, NotSupportedError, SnapshotHeaderErro
 from kvpack.format.snapshot import Fingerprint, SnapshotFile, SnapshotHeader
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.fingerprint import check_fingerprint, json_digest, make_fingerprint, tensors_digest
+from kvpack.runtime.kv.prefix_hash import token_bytes
 from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, OnCorrupt, cache_for, load_snapshot, save_snapshot
 
 # What a configuration says that keys and values do not depend on, or that the fingerprint says elsewhere.
@@ -105,13 +106,13 @@ def token_rows(ids: TokenIds) -> Ids:
     """i32 [rows, columns] on the host; one row may come without the first axis.
 
     Raises:
-        CacheInputError: they are no such integers.
+        CacheInputError: they are no such integers, or not of 32 bits.
     """
     found = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
     found = found[None] if found.ndim == 1 else found
     if found.ndim != 2 or not (np.issubdtype(found.dtype, np.integer) or found.size == 0):
         raise CacheInputError(f"token ids are {found.dtype} {list(found.shape)}; integers [rows, columns] are wanted")
-    return found.astype(np.int32)
+    return np.frombuffer(token_bytes(found.reshape(-1)), "<i4").reshape(found.shape).astype(np.int32)
 
 
 def save_row(
