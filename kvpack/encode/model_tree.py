@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from kvpack.encode.model_config import check_config
 from kvpack.errors import DirectoryIndexError, InputError
+from kvpack.format.closing import Closing
 from kvpack.format.container import BLOB_SUFFIX, PART_SUFFIXES, VERSION_KEY, Container, Readable
 from kvpack.format.file_kinds import HEAD_BYTES, describe
 
@@ -338,7 +338,7 @@ class _Folder:
                 member.names[name] = prefix + name
 
 
-class ModelTree:
+class ModelTree(Closing):
     """The weights of a file or directory, opened and sorted.
 
     Attributes:
@@ -494,11 +494,3 @@ class ModelTree:
         """Close all files."""
         for file in self.weight_files:
             file.container.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

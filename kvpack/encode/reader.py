@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and fp8 names with NumPy)
 import numpy as np
@@ -21,6 +20,7 @@ from kvpack.encode.model_tree import ModelTree
 from kvpack.encode.threads import ThreadPool
 from kvpack.errors import ContainerMetadataError, ScaleError
 from kvpack.format.blob import Blob
+from kvpack.format.closing import Closing
 from kvpack.format.container import (
     BLOB_SUFFIX,
     COLUMN_SCALE_SUFFIX,
@@ -74,7 +74,7 @@ class NumbersBeside(NamedTuple):
     row_offsets: npt.NDArray[np.float32] | None = None
 
 
-class Reader:
+class Reader(Closing):
     """Tensors of a safetensors file, or of a model directory, by their original names.
 
     Those of the directory's own model have plain names. Before the others comes where they are: ``unet/`` and the name
@@ -398,14 +398,3 @@ class Reader:
         self._pool.close()
         for container in self.containers:
             container.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -31,6 +31,7 @@ from kvpack.errors import (
     TensorCrcError,
     TensorTableError,
 )
+from kvpack.format.closing import Closing
 from kvpack.format.file_kinds import HEAD_BYTES, describe
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.json_limits import RepeatedKeyError, load_json
@@ -165,7 +166,7 @@ class Readable(Protocol):
         """Fill ``view`` from ``offset`` on."""
 
 
-class Container:
+class Container(Closing):
     """A safetensors file, opened and its header checked; works for files without blobs too.
 
     Attributes:
@@ -405,17 +406,6 @@ class Container:
     def close(self) -> None:
         """Let go of the file; it is closed as soon as nobody else holds it. What was read stays."""
         vars(self).pop("file", None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class ContainerWriter:

@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpack.errors import FormatError, LimitError, NotASnapshotError, PageError, SnapshotHeaderError
+from kvpack.format.closing import Closing
 from kvpack.format.container import CRC_KEY, Container
 from kvpack.format.json_limits import load_json
 from kvpack.format.layout import ElementKind, ceil_div
@@ -489,7 +489,7 @@ def check_elements(header: SnapshotHeader, file_bytes: int, max_elements: int | 
         )
 
 
-class SnapshotFile:
+class SnapshotFile(Closing):
     """A snapshot, opened by its headers and the formats of its pages.
 
     Attributes:
@@ -611,17 +611,6 @@ class SnapshotFile:
     def close(self) -> None:
         """Let go of the file."""
         self.container.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def snapshot_crc32(text: str) -> str:
