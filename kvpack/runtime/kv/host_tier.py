@@ -1,14 +1,14 @@
 """Evicted blocks of prefixes in host memory: their pages' bytes as they are, in an arena of bounded size.
 
 On CUDA the arena is pinned, and pages are copied on a stream of its own, each block by one transfer. A page is released
-only behind its copy: who holds pages until then is asked for them when memory ends (:meth:`PageCopies.reclaim`).
+only behind its copy, which is waited for when memory ends (:meth:`PageCopies.release_copied`).
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,7 +97,7 @@ class Arena:
 class PageCopies:
     """Copies between a cache's pages and host memory: on CUDA on a stream of its own, else at once.
 
-    A holder of pages (:mod:`kvpack.runtime.kv.page_holders`): those whose copies are under way.
+    It holds the pages whose copies are under way.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -165,16 +165,8 @@ class PageCopies:
         while self._pending and self._pending[0][0].query():
             self._cache.release(self._pending.popleft()[1])
 
-    # As of PageHolder ------------------------------------------------------------------------------------------------
-
-    def follows(self, entry: int) -> bool:
-        return False
-
-    def replaced(self, changes: Mapping[int, int]) -> None:
-        raise AssertionError("nothing is followed")
-
-    def reclaim(self, missing: Mapping[Kind, int], missing_bytes: int) -> bool:
-        """As of :class:`~kvpack.runtime.kv.page_holders.PageHolder`: wait for all copies, and release their pages."""
+    def release_copied(self) -> Counter[Kind]:
+        """Wait for all copies, and release their pages. Returns how many of each kind have come free."""
         freed: Counter[Kind] = Counter()
         while self._pending:
             copied, entries = self._pending.popleft()
@@ -182,7 +174,7 @@ class PageCopies:
             for entry in entries.tolist():
                 info = self._cache.pools.info(entry)
                 freed[info.side, info.format] += self._cache.release(np.array([entry])) > 0
-        return all(freed[kind] >= count for kind, count in missing.items())
+        return freed
 
 
 class _Kept:

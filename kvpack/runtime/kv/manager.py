@@ -89,7 +89,7 @@ class _CachePages:
         sizes = [[cache.pools.page_bytes(side, page_format) for page_format in PageFormat] for side in Side]
         self._bytes = np.array(sizes, np.int64)
         self.page_entries, self.retain, self.release = cache.page_entries, cache.retain, cache.release
-        self.adopt = cache.adopt
+        self.adopt, self.slab = cache.adopt, cache.pools.slab
 
     def importance_of(self, sequence: int) -> PageImportance | None:
         return None if self._cache.budget is None else self._cache.importance_of(sequence)
@@ -114,10 +114,6 @@ class _CachePages:
 
     def kind_bytes(self, kind: Kind) -> int:
         return self._cache.pools.page_bytes(*kind)
-
-    def slab(self, entry: int) -> tuple[int, int, int]:
-        slab, _ = self._cache.pools._find(entry)
-        return slab.base, slab.page_count, slab.memory.numel()
 
 
 class KVManager:
@@ -193,7 +189,6 @@ class KVManager:
             fingerprint = model if isinstance(model, Fingerprint) else None
             self.tiers = Tiers(cache, host_bytes, disk, disk_bytes, lock=self.store.lock, fingerprint=fingerprint)
             self.store.lower = self.tiers
-            cache.add_holder(self.tiers.host.copies)  # asked first: what it holds is evicted already
         cache.add_holder(self.store)
         self._requests: dict[int, _Request] = {}
         self._free = list(reversed(range(cache.max_sequences)))

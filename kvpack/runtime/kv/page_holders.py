@@ -43,5 +43,6 @@ class PageHolder(Protocol):
 
         Returns:
             True if it has released that many of each kind, or others in such numbers that whole slabs of at least
-            ``missing_bytes`` are empty. False if it cannot: then nothing may have changed.
+            ``missing_bytes`` are empty. False if it cannot: then nothing may have changed, but for pages that it held
+            for a moment only.
         """

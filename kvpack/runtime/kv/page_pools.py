@@ -417,6 +417,15 @@ class PagePools:
         """
         return self._in_use(entry)[0].page_bytes
 
+    def slab(self, entry: int) -> tuple[int, int, int]:
+        """The memory that a page lies in: where it begins, how many pages it is cut into, and its bytes.
+
+        Raises:
+            PageEntryError: the entry of no page.
+        """
+        slab, _ = self._find(entry)
+        return slab.base, slab.page_count, slab.memory.numel()
+
     def blocks(self, entry: int) -> torch.Tensor:
         """u8 [heads, block_bytes], a view of a page in use.
 

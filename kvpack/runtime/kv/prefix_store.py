@@ -90,6 +90,10 @@ class LowerTier(Protocol):
         them is to be copied by then, or retained, which nothing may be where memory is the reason. Called with the
         store's lock held. Must not raise."""
 
+    def release_copied(self) -> Counter[Kind]:
+        """Wait for what is retained to be copied, and release it. Returns how many pages of each kind have come free.
+        Called with the store's lock held."""
+
 
 class Block:
     """64 tokens of a prefix, in all layers.
@@ -847,7 +851,11 @@ class PrefixStore:
     def reclaim(self, missing: Mapping[Kind, int], missing_bytes: int) -> bool:
         """As of :class:`~kvpack.runtime.kv.page_holders.PageHolder`: evict as little as the policy's order allows."""
         with self.lock:
-            left, slabs, spare_bytes = dict(missing), Counter[int](), list[int]()
+            left, slabs, spare_bytes = Counter(missing), Counter[int](), list[int]()
+            if self.lower is not None:
+                left -= self.lower.release_copied()  # those are evicted already
+                if not left:
+                    return True
 
             def is_enough(block: Block) -> bool:
                 for entry in block.pages().tolist():

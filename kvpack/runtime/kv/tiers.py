@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.disk_tier import DiskTier
 from kvpack.runtime.kv.host_tier import BlockBytes, HostTier
 from kvpack.runtime.kv.manager_metrics import TierMetrics
+from kvpack.runtime.kv.page_holders import Kind
 from kvpack.runtime.kv.prefix_hash import Tokens, token_pages
 from kvpack.runtime.kv.prefix_store import Block, EvictionReason, Ints, Match, PrefixStore
 
@@ -78,6 +80,10 @@ class Tiers:
         self.host.copies.settle()
         for block in blocks:
             self._take(block, may_hold=reason != "memory")
+
+    def release_copied(self) -> Counter[Kind]:
+        """As of :class:`~kvpack.runtime.kv.prefix_store.LowerTier`."""
+        return self.host.copies.release_copied()
 
     def _take(self, block: Block, *, may_hold: bool) -> None:
         assert block.parent is not None
