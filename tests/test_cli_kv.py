@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from integrations.tiny_text_model import TEMPLATE, write_model, write_tokenizer
+from typer import Exit
 from typer.testing import CliRunner
 
 from kvpack.cli import app
@@ -183,6 +184,35 @@ def test_bench(tmp_path: Path, model: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     shown = run("kv", "bench", context, "--threads", 1).stdout
     assert "kvpack  " in shown
+
+
+@pytest.mark.parametrize(
+    ("rope", "known"),
+    [
+        ({"rope_theta": 10000.0}, 16),
+        ({"rope_theta": 500000, "rope_type": "default", "partial_rotary_factor": 0.5}, 8),
+        ({}, 0),
+        ({"rope_theta": 10**400}, 0),
+        ({"rope_theta": -1.0}, 0),
+        ({"rope_theta": "10000"}, 0),
+        ({"rope_theta": 10000.0, "rope_type": "yarn"}, 0),
+        *(({"rope_theta": 10000.0, "partial_rotary_factor": share}, 0) for share in ("x", None, -0.5, 1e300, 0.01, [])),
+    ],
+)
+def test_a_rope_that_is_none_is_not_known(rope: Any, known: int) -> None:
+    from kvpack.cli.kv import _frequencies
+
+    found = _frequencies(rope, 32)
+    assert (0 if found is None else len(found)) == known
+    assert found is None or found[0] == 1
+
+
+def test_no_control_character_of_a_message_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from kvpack.cli.failures import ExitCode, fail
+
+    with pytest.raises(Exit):
+        fail(ExitCode.MISMATCH, "FingerprintMismatchError", "rope.\x1b[2J: a\nconfig: b", as_json=False)
+    assert capsys.readouterr().err == "kvpack: rope.\ufffd[2J: a\nconfig: b\n"
 
 
 def test_what_generate_refuses_of_contexts(tmp_path: Path, model: Path) -> None:

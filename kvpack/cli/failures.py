@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import typer
 
+from kvpack.cli.printing import printable
+
 
 class ExitCode(IntEnum):
     """What the process's exit status means."""
@@ -36,7 +38,8 @@ def fail(code: ExitCode, kind: str, message: str, as_json: bool) -> NoReturn:
     if as_json:
         print(json.dumps(failure(code, kind, message)))
     else:
-        print(f"kvpack: {message}", file=sys.stderr)
+        lines = map(printable, message.split("\n"))  # they can have what a file says of itself
+        print("kvpack: " + "\n".join(lines), file=sys.stderr)
     raise typer.Exit(int(code))
 
 

@@ -260,8 +260,9 @@ def _convert(
 
 def _frequencies(rope: Any, head_dim: int) -> list[float] | None:
     """How fast each pair of dimensions turns, where that follows from a base alone."""
-    base = rope.get("rope_theta")
-    if rope.get("rope_type", "default") != "default" or not isinstance(base, int | float) or base <= 0:
+    base, share = rope.get("rope_theta"), rope.get("partial_rotary_factor", 1)
+    are_numbers = isinstance(base, int | float) and isinstance(share, int | float)
+    if rope.get("rope_type", "default") != "default" or not are_numbers or not 0 < base < 1e30 or not 0 < share <= 1:
         return None
-    turned = int(head_dim * rope.get("partial_rotary_factor", 1))
-    return [float(base) ** (-2 * pair / turned) for pair in range(turned // 2)]
+    turned = int(head_dim * share)
+    return [float(base) ** (-2 * pair / turned) for pair in range(turned // 2)] or None
