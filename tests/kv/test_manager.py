@@ -297,6 +297,24 @@ def test_no_free_sequence_changes_nothing() -> None:
         assert dump(manager) == before
 
 
+def test_a_manager_that_is_closed_leaves_an_empty_cache() -> None:
+    cache, tokens = make_cache(formats=INT4), prompt(3, 300)
+    with KVManager(cache, "tiny", host_bytes=1 << 20) as manager:
+        one = manager.start(tokens)
+        append(cache, {one.sequence: tokens})
+        prefix = manager.cache_prefix(one.sequence, pin=True)
+        run(manager, prompt(4, 200))
+        manager.fork(one.sequence)
+        assert cache.held_bytes > 0
+    assert cache.pools.bytes_in_use == cache.held_bytes == manager.store.used_bytes == 0
+    assert not cache.table.lengths.any()
+    manager.release_prefix(prefix)
+    assert cache.pools.bytes_in_use == 0
+    manager.close()
+    other = KVManager(cache, "tiny")
+    assert [run(other, tokens), run(other, tokens)] == [0, 256]
+
+
 def test_exhausted_memory_changes_nothing_and_pinned_stays() -> None:
     """Eleven pages' room: three pinned, one in use, and what prefixes have left gives way until there is no more."""
     page = 2 * LAYERS * FULL_BYTES

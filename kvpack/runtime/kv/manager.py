@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.errors import CacheFullError, CacheInputError
+from kvpack.format.closing import Closing
 from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, Side
 from kvpack.format.snapshot import Fingerprint
 from kvpack.runtime.kv.allocator import PageImportance
@@ -54,7 +55,8 @@ class Started:
         tokens: how many of the prompt's first ones it has already; always fewer than the prompt has, since a model
         must be
             given one to say what comes next.
-        is_exact: whether its pages are those that a fresh prefill of as many tokens would leave, bit for bit.
+        is_exact: whether its newest pages are in 16 bits, as a fresh prefill of as many tokens would leave them; its
+            bits are the same then if those who computed them had what that prefill has.
     """
 
     sequence: int
@@ -116,7 +118,7 @@ class _CachePages:
         return self._cache.pools.page_bytes(*kind)
 
 
-class KVManager:
+class KVManager(Closing):
     """Sequences and prefixes of one cache and one model.
 
     Args:
@@ -455,6 +457,18 @@ class KVManager:
     def _exact(self, match: Match) -> Match:
         """Under a budget, which bits pages get depends on what else was in the cache."""
         return match if self.cache.budget is None else replace(match, is_exact=match.is_exact and not match.blocks)
+
+    def close(self) -> None:
+        """Give back all pages: requests end, and prefixes are forgotten, pinned ones too; nothing goes to tiers.
+
+        The cache is empty then, and another manager may have it. Without this, pages stay for as long as the cache.
+        """
+        with self.lock:
+            for sequence in list(self._requests):
+                self.finish(sequence, keep=False)
+            self.store.clear()
+        if self.tiers is not None:
+            self.tiers.close()
 
     # What there is ---------------------------------------------------------------------------------------------------
 

@@ -178,7 +178,8 @@ class Match:
 
     Attributes:
         blocks: the prompt's first ones, as far as there are any.
-        is_exact: whether who attaches here has the pages that a fresh prefill of as many tokens would leave.
+        is_exact: whether who attaches here has pages of 16 bits where a fresh prefill of as many tokens would leave
+            them: in the recent window.
         missing: hashes of the prompt's full pages behind them.
         root: what the first page's hash stands on.
     """
@@ -828,6 +829,17 @@ class PrefixStore:
                     break
                 self._give_up(plan, "asked")
             return before - self.used_bytes
+
+    def clear(self) -> None:
+        """Release all pages, pinned prefixes and what running sequences stand on included; nothing goes down."""
+        with self.lock:
+            for block in self._blocks.values():
+                self.policy.withdraw(block)
+            self._pages.release(np.array(list(self._block_of), np.int64))
+            self._blocks.clear()
+            self._block_of.clear()
+            self._standing.clear()
+            self._root.children, self._root.newest_child, self.used_bytes = 0, None, 0
 
     # What the cache asks of a holder ---------------------------------------------------------------------------------
 

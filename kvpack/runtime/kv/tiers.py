@@ -146,6 +146,12 @@ class Tiers:
         with self._lock:
             return sum(not self._is_on_disk(block) for block in self.host.all())
 
+    def close(self) -> None:
+        """Wait for what is read and copied."""
+        self._reader.close()
+        with self._lock:
+            self.host.copies.release_copied()
+
     # Up --------------------------------------------------------------------------------------------------------------
 
     def fetch(self, store: PrefixStore, match: Match, tokens: Tokens, *, session: str | None = None) -> Match:
