@@ -414,6 +414,26 @@ def long_prompt() -> str:
     return table(headings, [[f"{result['tokens']}", *gigabytes, f"{result['seconds']:.1f}"]]) + gpu_origin(result)
 
 
+def prefill() -> str:
+    """Nothing until it has been measured."""
+    try:
+        result = newest("prefill")
+    except NoResult:
+        return ""
+    rows = []
+    for row in result["rows"]:
+        cells = [f"{row['tokens']:,}", row["cache"]]
+        if row["left_out"]:
+            cells += [f"no {row['left_out']} left", *["–"] * 4]
+        else:
+            gigabytes = [_number(row[name] / 1e9, 2) for name in ("peak_bytes", "cache_bytes")]
+            cells += [_number(row["seconds"], 2), _number(row["tokens_per_s"], 0), *gigabytes]
+            cells += [str(row["chunk_tokens"])]
+        rows.append(cells)
+    headings = ["tokens", "cache", "s", "tokens/s", "all at most, GB", "cache, GB", "tokens a pass"]
+    return table(headings, rows) + gpu_origin(result)
+
+
 def cache_agreement(model: str) -> str:
     result = newest(f"cache-agreement-{model}")
     rows = []
@@ -925,6 +945,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "pages-speed": pages_speed,
     "load-checks": load_checks,
     "long-prompt": long_prompt,
+    "prefill": prefill,
     "generate-summary": generate_summary,
     "books-generate": books_generate,
     "generation-summary": generation("summary"),

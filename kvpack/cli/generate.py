@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +12,11 @@ import typer
 
 from kvpack.cli.failures import ExitCode, exit_codes, require_transformers
 from kvpack.cli.options import CacheBits, CacheBudget, ComputeDevice, ComputeDtype, ComputeDtypeOption, Json
-from kvpack.cli.printing import counted, shown_number
+from kvpack.cli.printing import counted, progress_bar, shown_number
 from kvpack.errors import InputError, SnapshotError
 
 if TYPE_CHECKING:
+    from kvpack.encode.progress import Progress
     from kvpack.integrations.transformers.text_generation import Generation
     from kvpack.runtime.kv.snapshot import OnCorrupt
 
@@ -92,7 +94,7 @@ def generate(
         elif chat:
             prompts = [chat_prompt(tokenizer, message, system) for message in prompts]
         loaded = load_causal_model(model, device=device, dtype=dtype.value, attention=attention)
-        cache, context = None if options is None else options.new(loaded), []
+        cache, context = None if options is None else options.new(loaded, len(prompts)), []
         if load_context is not None:
             on_corrupt: OnCorrupt = "drop_from_here" if drop_damaged else "raise"
             cache = KVPackCache.load([load_context] * len(prompts), loaded, on_corrupt=on_corrupt)
@@ -101,20 +103,22 @@ def generate(
                 raise SnapshotError(f"{load_context}: the first tokens are damaged, and nothing is before them")
             if min(context) < 0:
                 raise InputError(f"{load_context} does not say what all of its tokens are: it can be read by KVCache")
-        result = generate_text(
-            loaded,
-            tokenizer,
-            prompts,
-            is_chat=chat,
-            cache=cache,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            on_text=None if as_json else lambda text: print(text, end="", flush=True),
-            context=context,
-            save_context=save_context,
-        )
+        with ExitStack() as opened:
+            result = generate_text(
+                loaded,
+                tokenizer,
+                prompts,
+                is_chat=chat,
+                cache=cache,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                on_text=None if as_json else lambda text: print(text, end="", flush=True),
+                context=context,
+                save_context=save_context,
+                progress=None if as_json or not sys.stderr.isatty() else _PromptBar(opened),
+            )
     if as_json:
         print(json.dumps(result.as_dict(), allow_nan=False))
     else:
@@ -128,6 +132,23 @@ def generate(
         if save_context is not None:
             print("kvpack: no context was saved", file=sys.stderr)
         raise typer.Exit(int(ExitCode.INTERRUPTED))
+
+
+class _PromptBar:
+    """A bar on stderr while a long prompt is read, gone before the text comes; ``opened`` closes it after an error."""
+
+    def __init__(self, opened: ExitStack) -> None:
+        self._opened, self._done = opened, 0
+        self._bar: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = self._opened.enter_context(progress_bar("reading the prompt", unit="tokens"))
+            self._bar.total(total)
+        self._bar.advance(done - self._done)
+        self._done = done
+        if done == total:
+            self._opened.close()
 
 
 def _check_contexts(load: Path | None, save: Path | None) -> None:
@@ -178,9 +199,10 @@ def _print(result: Generation) -> None:
     dense = "" if weights.bytes == weights.dense_bytes else f" ({_mb(weights.dense_bytes)} dense)"
     whole = "" if kv == result.kv_bytes_16_bit else f" ({_mb(result.kv_bytes_16_bit)} in 16 bits)"
     context = [f"{counted(result.context_tokens, 'token')} of context"] if result.context_tokens else []
+    shared = f" ({result.shared_tokens} of each shared)" if result.shared_tokens else ""
     parts = [
         *context,
-        counted(result.prompt_tokens, "prompt token"),
+        counted(result.prompt_tokens, "prompt token") + shared,
         f"{result.new_tokens} new",
         f"prefill {shown_number(result.prefill_seconds)} s",
         f"{shown_number(result.tokens_per_second, 1)} tokens/s",

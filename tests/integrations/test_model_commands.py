@@ -63,6 +63,7 @@ def test_generate(model: Path) -> None:
     assert set(report) == {
         "ok", "texts", "prompt_tokens", "new_tokens", "prefill_seconds", "tokens_per_second", "weights", "kv_bytes",
         "kv_bytes_16_bit", "peak_memory_bytes", "interrupted", "context_tokens", "saved_tokens", "saved_bytes",
+        "shared_tokens",
     }  # fmt: skip
     assert set(report["weights"]) == {"weights", "bytes", "dense_bytes"}
 

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from tiny_text_model import POSITIONS, TEMPLATE, write_model, write_tokenizer  # noqa: E402
 
 from kvpack.errors import InputError  # noqa: E402
+from kvpack.integrations.transformers.cache import cache_keyword  # noqa: E402
 from kvpack.integrations.transformers.causal_models import CacheOptions, load_causal_model, load_tokenizer  # noqa: E402
 from kvpack.integrations.transformers.text_generation import chat_prompt, generate_text  # noqa: E402
 
@@ -201,3 +202,64 @@ def test_draws_are_from_all_tokens(loaded: tuple[Any, Any]) -> None:
     rows = len(tokenizer)
     result = generate_text(model, tokenizer, ["rain"] * rows, max_new_tokens=1, temperature=1e4)
     assert len(set(result.texts)) > rows / 2 > 60
+
+
+@pytest.fixture
+def short_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 tokens, so that the tiny model has positions for several."""
+    from kvpack.integrations.transformers import cache, prefill, text_generation
+    from kvpack.runtime.kv import cache as kv_cache
+
+    for module in (cache, prefill, text_generation, kv_cache):
+        monkeypatch.setattr(module, "CELL_TOKENS", 64)
+
+
+@pytest.mark.usefixtures("short_cells")
+@pytest.mark.parametrize("options", [CacheOptions(4), CacheOptions(budget=0.4)], ids=str)
+def test_a_long_prompt_is_read_in_passes(directory: Path, options: CacheOptions) -> None:
+    model, tokenizer = load_causal_model(directory, attention="kvpack"), load_tokenizer(directory)
+    prompt = " ".join(PROMPTS * 11)
+    tokens = len(tokenizer(prompt).input_ids)
+    assert tokens > 130
+    done: list[tuple[int, int]] = []
+    given = {"max_new_tokens": 12, "cache": options.new(model), "progress": lambda *counts: done.append(counts)}
+    found = generate_text(model, tokenizer, [prompt], **given)
+    assert done == [(min(end, tokens - 1), tokens - 1) for end in range(64, tokens + 63, 64)]
+    assert found.prompt_tokens == tokens
+    if options.bits is not None:
+        cache, ids = options.new(model), tokenizer(prompt, return_tensors="pt").input_ids
+        expected = model.generate(ids, max_new_tokens=12, do_sample=False, **{cache_keyword(model): cache})[0, tokens:]
+        assert found.texts == (tokenizer.decode(expected, skip_special_tokens=True),)
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    ended = generate_text(model, tokenizer, [prompt], max_new_tokens=12, cache=options.new(model), progress=stop)
+    assert ended.interrupted
+    assert ended.texts == ("",)
+    assert (ended.new_tokens, ended.prefill_seconds) == (0, None)
+
+
+def test_what_several_prompts_begin_with_is_read_once(directory: Path) -> None:
+    model, tokenizer = load_causal_model(directory, attention="kvpack"), load_tokenizer(directory)
+    prompts = [" ".join(PROMPTS * 5) + end for end in (" the old", "", " rain and light")]
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    passes: list[int] = []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, given: passes.append(given[0].numel()))
+    cache = CacheOptions(4).new(model, len(prompts))
+    found = generate_text(model, tokenizer, prompts, max_new_tokens=12, cache=cache)
+    hook.remove()
+    assert found.shared_tokens == min(map(len, ids)) - 1 >= 64
+    assert passes[:2] == [found.shared_tokens, 3 * (max(map(len, ids)) - found.shared_tokens)]
+    assert found.prompt_tokens == sum(map(len, ids))
+    for prompt, text in zip(prompts, found.texts, strict=True):
+        alone = generate_text(model, tokenizer, [prompt], max_new_tokens=12, cache=CacheOptions(4).new(model))
+        assert alone.texts == (text,)
+        assert alone.shared_tokens == 0
+    # Without room, formats or anything in common each row has its own.
+    for cache, some in (
+        (CacheOptions(4).new(model), prompts),
+        (CacheOptions(budget=0.4).new(model, 3), prompts),
+        (CacheOptions(4).new(model, 3), [*prompts[:2], "rain"]),
+    ):
+        assert generate_text(model, tokenizer, some, max_new_tokens=2, cache=cache).shared_tokens == 0

@@ -216,7 +216,7 @@ def _attend(
     if is_first:
         cache.begin_step(len(query), before)
     q, k, v = (in_pages_dtype(kv, states, is_prompt=before == 0) for states in (query, key, value))
-    options = {"layer": layer.kv_layer, "observe": cache.observes, **options}
+    options = {"layer": layer.kv_layer, "observe": cache.observes, "partial": cache.is_partial, **options}
     if tokens is None:
         out, _ = attention_with_kv_cache(q, k, v, kv, **options)
     else:

@@ -44,6 +44,7 @@ from kvpack.integrations.transformers.contexts import (
 from kvpack.runtime.kv.allocator import Policy
 from kvpack.runtime.kv.cache import KVCache, OpenFormats
 from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, OnCorrupt
+from kvpack.runtime.kv.steps import CELL_TOKENS
 
 ATTENTION_NAME = "kvpack"
 # Page tables grow by need: this is no memory.
@@ -228,6 +229,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
 
     Attributes:
         rows: of the batch.
+        is_partial: whether more of the prompt follows the tokens that come now (:meth:`partial_prompt`).
 
     Raises:
         PageError: a ``key_order`` that does not have each group once.
@@ -283,7 +285,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         rows = 1 if max_sequences is None else max_sequences
         KVCache(text.num_hidden_layers, 1, head_dim, max_sequences=rows, dtype=of_pages, device="cpu", **self._options)
         self._parts: list[_Part] = []
-        self.rows = 0
+        self.rows, self.is_partial = 0, False
         # [rows, columns]: which columns are tokens; None: all.
         self._tokens: Mask | None = None
         # i32 [rows, columns]: ids of the first columns, as far as somebody has said them.
@@ -407,6 +409,11 @@ class KVPackCache(Cache):  # type: ignore[misc]
         return self.rows or -1
 
     @property
+    def room_for_rows(self) -> int:
+        """The most rows that the batch can have, also by :meth:`select_rows`."""
+        return self._parts[0].kv.max_sequences if self._parts else self._max_sequences or 1
+
+    @property
     def observes(self) -> bool:
         """Whether attention is to be observed, for :meth:`kvpack.KVCache.reallocate`."""
         return self._budget is not None
@@ -468,6 +475,8 @@ class KVPackCache(Cache):  # type: ignore[misc]
     ) -> int:
         """Write a row to a file: its pages as they are, its token ids, and what model they are of.
 
+        What waits in 16 bits for more of its prompt (:meth:`partial_prompt`) is quantized before.
+
         Args:
             model: which has filled the cache.
             ids: [rows, columns], or [columns] of a single row: what the model was fed, pads included, as ``generate``
@@ -497,6 +506,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
                     f"ids have {given.shape[1]} columns, and the cache holds {columns}: some are missing"
                 )
             self._take_ids(given)
+        kv.settle([row])
         of_row = self._known_ids()[row]
         if self._tokens is not None:
             of_row = of_row[self._tokens[row]]
@@ -687,12 +697,39 @@ class KVPackCache(Cache):  # type: ignore[misc]
                     f"room for {kvs[0].max_sequences}: make another cache (KVPackCache(max_sequences=…)), or reset()"
                 )
             self.rows = rows
-        if self._budget is None:
+        # Pieces of a prompt do not count, but the cells that begin with them.
+        if self._budget is None or (self.is_partial and before % CELL_TOKENS):
             return
         self._steps += 1
         if self._steps % _STEPS_BETWEEN_REALLOCATIONS == 0:
             for kv in kvs:
                 kv.reallocate()
+
+    @contextmanager
+    def partial_prompt(self) -> Iterator[None]:
+        """Around forward passes that more of the same prompt follows: pages are quantized where cells of 2,048 tokens
+        end, however the prompt is cut (:meth:`kvpack.KVCache.writing`). :func:`~.prefill.prefill` does so."""
+        self.is_partial = True
+        try:
+            yield
+        finally:
+            self.is_partial = False
+
+    def take_back(self, columns: int) -> None:
+        """A forward pass of :meth:`partial_prompt` that has failed half-way is undone: all layers hold the first
+        columns alone, which all of them had before it, as they were.
+
+        Raises:
+            CacheFullError: as of :meth:`kvpack.KVCache.truncate`.
+        """
+        layers: Any = self.layers
+        held = np.full(self.rows, columns) if self._tokens is None else self._tokens[:, :columns].sum(axis=1)
+        for kv, (row, tokens) in itertools.product(self.kvs, enumerate(held.tolist())):
+            kv.truncate(row, tokens, takes_back=True)
+        if self._tokens is not None:
+            self._tokens = self._tokens[:, :columns]
+        for layer in layers:
+            layer.columns, layer.pending = columns, None
 
     def add_columns(self, before: int, new: int, tokens: Mask | None) -> None:
         """Behind ``before`` columns ``new`` ones, of which those of ``tokens`` [rows, new] are stored; None: all."""

@@ -65,15 +65,16 @@ class CacheOptions:
         if self.budget is not None and not 0 < self.budget <= 1:
             raise InputError(f"--kv-budget is {self.budget}; it is a fraction, more than 0 and at most 1")
 
-    def new(self, model: Any) -> KVPackCache:
-        """An empty cache for that model; pages of 16 bits are fp16 where the model is in fp32.
+    def new(self, model: Any, rows: int | None = None) -> KVPackCache:
+        """An empty cache for that model, with room for so many rows (None: as come first); pages of 16 bits are fp16
+        where the model is in fp32.
 
         Raises:
             CacheInputError: pages cannot hold what the model's layers keep.
         """
         dtype = torch.float16 if model.dtype == torch.float32 else None
         formats = None if self.bits in (None, 16) else f"INT{self.bits}"
-        return KVPackCache(model.config, formats=formats, budget=self.budget, dtype=dtype)
+        return KVPackCache(model.config, formats=formats, budget=self.budget, dtype=dtype, max_sequences=rows)
 
 
 def kv_bytes(cache: Any) -> int:

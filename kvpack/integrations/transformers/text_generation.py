@@ -13,6 +13,7 @@ import transformers
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from kvpack.errors import CacheInputError, InputError
+from kvpack.format.pages import PAGE_TOKENS
 from kvpack.integrations.transformers.cache import KVPackCache, cache_keyword
 from kvpack.integrations.transformers.causal_models import (
     WeightMemory,
@@ -22,6 +23,8 @@ from kvpack.integrations.transformers.causal_models import (
     position_limit,
     weight_memory,
 )
+from kvpack.integrations.transformers.prefill import prefill
+from kvpack.runtime.kv.steps import CELL_TOKENS
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -42,6 +45,7 @@ class Generation:
         peak_memory_bytes: see :func:`peak_memory_bytes`.
         interrupted: whether Ctrl-C ended it.
         saved_tokens, saved_bytes: what ``save_context`` was written with; None: nothing was saved.
+        shared_tokens: that all prompts begin with, and that were read once.
     """
 
     texts: tuple[str, ...]
@@ -57,6 +61,7 @@ class Generation:
     context_tokens: int = 0
     saved_tokens: int | None = None
     saved_bytes: int | None = None
+    shared_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """What ``kvpack generate --json`` prints."""
@@ -157,8 +162,13 @@ def generate_text(
     on_text: Callable[[str], None] | None = None,
     context: Sequence[int] = (),
     save_context: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Generation:
     """Continue prompts, several as one batch that is padded on the left.
+
+    Into a :class:`~kvpack.KVPackCache` prompts of more than 2,048 tokens are read in several passes
+    (:func:`~.prefill.prefill`). A page or more that several prompts have in common is read once, if the cache has
+    ``formats`` and room for as many rows.
 
     Args:
         is_chat: the prompts are of :func:`chat_prompt` or :func:`chat_turn`, so that the tokenizer adds no tokens of
@@ -172,6 +182,8 @@ def generate_text(
             behind them, without what the tokenizer puts in front of a text, and may be empty.
         save_context: file that prompt and answer are saved to, end tokens left out; of a single prompt, and of a
             :class:`~kvpack.KVPackCache`. Nothing is saved when Ctrl-C has ended it.
+        progress: called behind each of several passes over a long prompt with how many columns are done, and of how
+            many.
 
     Raises:
         InputError: a prompt without tokens, one too long for the model, or a number out of its range; several prompts,
@@ -203,12 +215,20 @@ def generate_text(
             f"ones are more than the {limit} positions that the model has: a shorter prompt or a smaller "
             "--max-new-tokens is needed"
         )
+    start = time.perf_counter()
+    prompt_tokens, context_tokens = sum(map(len, rows)), len(held)
+    cache = transformers.DynamicCache(config=model.config) if cache is None else cache
+    shared = [] if held else _shared(rows, cache)
+    if shared:
+        prefill(model, rows[0][: len(shared) + 1], cache)
+        cache.select_rows([0] * len(rows))
+        held, rows = shared, [row[len(shared) :] for row in rows]
+        longest -= len(shared)
     pads = [longest - len(row) for row in rows]
     ids = torch.tensor([held + [padding] * n + row for n, row in zip(pads, rows, strict=True)], device=model.device)
     mask = torch.ones_like(ids)
     for row, n in enumerate(pads):
         mask[row, len(held) : len(held) + n] = 0
-    cache = transformers.DynamicCache(config=model.config) if cache is None else cache
     if held and cache.reuse(ids) < min(len(held), ids.shape[1] - 1):
         raise CacheInputError(f"the cache does not hold the {len(held)} tokens of the context")
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -218,8 +238,9 @@ def generate_text(
     streamer = _Tokens(text)
     interrupted = False
     torch.manual_seed(seed)
-    start = time.perf_counter()
     try:
+        if _is_long(cache, longest, has_pads=any(pads)):
+            prefill(model, ids, cache, attention_mask=mask, progress=progress)
         model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -241,7 +262,7 @@ def generate_text(
         saved_tokens, saved_bytes = _save(model, cache, [*ids[0].tolist(), *answer], save_context)
     return Generation(
         texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row in found),
-        prompt_tokens=sum(map(len, rows)),
+        prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         prefill_seconds=streamer.first_time - start if steps else None,
         tokens_per_second=(new_tokens - len(rows)) / decoding if steps > 1 and decoding > 0 else None,
@@ -250,10 +271,29 @@ def generate_text(
         kv_bytes_16_bit=kv_bytes_16_bit(cache),
         peak_memory_bytes=peak_memory_bytes(model.device),
         interrupted=interrupted,
-        context_tokens=len(held),
+        context_tokens=context_tokens,
         saved_tokens=saved_tokens,
         saved_bytes=saved_bytes,
+        shared_tokens=len(shared),
     )
+
+
+def _shared(rows: list[list[int]], cache: Any) -> list[int]:
+    """What all of several prompts begin with, but for the last token of each, if it is worth a pass of its own."""
+    if len(rows) < 2 or not isinstance(cache, KVPackCache) or cache.is_read_elsewhere():
+        return []
+    if cache.observes or cache.room_for_rows < len(rows):
+        return []
+    most = min(map(len, rows)) - 1
+    same = next((i for i, of_rows in enumerate(zip(*rows, strict=False)) if len(set(of_rows)) > 1), most)
+    return rows[0][: min(same, most)] if min(same, most) >= PAGE_TOKENS else []
+
+
+def _is_long(cache: Any, columns: int, *, has_pads: bool) -> bool:
+    """Whether so many columns are read in several passes."""
+    if not isinstance(cache, KVPackCache) or cache.is_read_elsewhere() or (cache.observes and has_pads):
+        return False
+    return columns > CELL_TOKENS
 
 
 @torch.no_grad()

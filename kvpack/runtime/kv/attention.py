@@ -19,6 +19,7 @@ runs as it does without. CUDA graphs: see :meth:`KVCache.plan`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -45,8 +46,6 @@ _MAX_TOKENS = 1 << 30
 _DECODE_COLUMNS, _MOST_DECODE_COLUMNS = 4 * COLUMNS, 32 * COLUMNS
 # Of the last tokens, which show which pages are looked at.
 _OBSERVING_COLUMNS = 2 * COLUMNS
-# Not by free memory: what a token sees of other chunks is quantized, so results would depend on it.
-_CHUNK_TOKENS = 2048
 # That are held at once on the CPU, where torch has no kernel that does without: 64 MiB.
 _CPU_SCORES = 1 << 24
 
@@ -71,6 +70,7 @@ def attention_with_kv_cache(
     observe: bool = False,
     head_importance: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
+    partial: bool = False,
     pages: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[torch.Tensor, KVCache]:
@@ -78,7 +78,8 @@ def attention_with_kv_cache(
 
     New tokens are written to the cache in 16 bits and attended to in 16 bits, older ones in what their pages have.
     Pages that leave the recent window are quantized afterwards. A long prompt is taken in chunks, each of which attends
-    to the ones before it as the cache then holds them.
+    to the ones before it as the cache then holds them. They end where a row's tokens in the cache are a multiple of
+    2,048, so that a prompt may come in several calls that are ``partial``, but for the last one, with the same pages.
 
     Args:
         q: [batch, query heads, tokens, head_dim], fp16 or bf16, positions already applied.
@@ -107,8 +108,10 @@ def attention_with_kv_cache(
             each chunk: what :meth:`KVCache.reallocate` divides bits by.
         head_importance: [query heads], how much each counts in that, compared with those of other layers as well. What
             is negative or no number counts as 0.
-        chunk_tokens: None is 2,048. A chunk's pages are in 16 bits until it is done: fewer take less memory, and see
-            more of the prompt quantized.
+        chunk_tokens: chunks of so many columns of this call instead. A chunk's pages are in 16 bits until it is done:
+            fewer take less memory, and see more of the prompt quantized.
+        partial: whether more of the prompt follows in another call: pages wait for it in 16 bits until their cell of
+            2,048 tokens has ended (:meth:`KVCache.writing`). Not with ``chunk_tokens``, nor in CUDA graphs.
         pages: at least 3: a row that brings one token attends to so many pages of 64 tokens: the first, the last two,
             and those that a bound of their keys says matter most to it (docs/KV.md, "Long contexts"). Rows that bring
             more attend to all. ``observe`` counts the others as not looked at. None: all pages. Not with ``window``,
@@ -160,6 +163,7 @@ def attention_with_kv_cache(
         observe=observe,
         head_importance=head_importance,
         chunk_tokens=chunk_tokens,
+        partial=partial,
         pages=pages,
         progress=progress,
     )
@@ -186,6 +190,7 @@ def attend(
     observe: bool = False,
     head_importance: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
+    partial: bool = False,
     pages: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
@@ -217,6 +222,7 @@ def attend(
         update_cache,
         observe,
         chunk_tokens,
+        partial,
         pages,
     )
     _check(q, k, v, cache, call)
@@ -244,6 +250,7 @@ def attend(
             call.update_cache,
             call.observe,
             call.chunk_tokens,
+            call.partial,
             call.pages,
         )
         return out
@@ -264,6 +271,7 @@ class _Call:
     update_cache: bool
     observe: bool
     chunk_tokens: int | None
+    partial: bool
     pages: int | None
 
 
@@ -319,7 +327,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
     capped = isinstance(call.softcap, (float, int)) and not isinstance(call.softcap, bool)
     if call.softcap is not None and not (capped and 1e-6 <= call.softcap <= 1e3):
         raise CacheInputError(f"softcap is {call.softcap!r}; it must be between 1e-6 and 1000, or None")
-    for name, flag in (("causal", call.causal), ("update_cache", call.update_cache), ("observe", call.observe)):
+    flags = ("causal", "update_cache", "observe", "partial")
+    for name, flag in ((name, getattr(call, name)) for name in flags):
         if not isinstance(flag, bool):
             raise CacheInputError(f"{name} is {flag!r}; True or False is wanted (a layer is given as layer=…)")
     counts = (
@@ -342,6 +351,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, ca
         raise CacheInputError("attention to tokens that are not kept cannot be observed")
     if call.chunk_tokens is not None and call.chunk_tokens < 1:
         raise CacheInputError(f"chunk_tokens is {call.chunk_tokens}; it must be at least 1")
+    if call.partial and (call.chunk_tokens is not None or not call.causal):
+        raise CacheInputError("partial calls are causal, and cut by themselves: leave chunk_tokens and causal out")
     if call.pages is not None and (isinstance(call.pages, bool) or call.pages < LEAST_PAGES):
         raise CacheInputError(f"pages is {call.pages!r}; it must be at least {LEAST_PAGES} (first, last two), or None")
     if call.pages is not None and call.window is not None:
@@ -376,7 +387,7 @@ def _attend_in_chunks(
         head_importance = _checked_importance(head_importance, q)
     if sink_logits is not None:
         sink_logits = sink_logits.detach().float().contiguous()
-    tokens = q.shape[2]
+    tokens, observe = q.shape[2], call.observe
     counts = checked_counts(call.tokens, len(q), tokens)
     alone = k.numel() == 0 and q.numel() > 0
     if alone or call.cached_tokens is not None:
@@ -386,8 +397,17 @@ def _attend_in_chunks(
         cache.append(call.layer, k, v, call.sequences)
         return torch.empty_like(q)
     whole = alone or not call.causal or not call.update_cache
-    step = tokens if whole else call.chunk_tokens or _CHUNK_TOKENS
-    if step >= tokens:
+    if whole or tokens == 1:
+        ends = [tokens]
+    elif call.chunk_tokens is not None:
+        ends = [*range(call.chunk_tokens, tokens, call.chunk_tokens), tokens]
+    else:
+        # Where cells end, and not by free memory: what a token sees of other chunks is quantized.
+        ids = cache.checked_input(call.layer, k, v, call.sequences)
+        ends = cache.cell_ends(call.layer, ids, counts, tokens)
+        if call.partial and call.observe:
+            call = replace(call, observe=cache.ends_cell(call.layer, ids, counts))
+    if len(ends) == 1:
         out = _attend_once(q, k, v, cache, call, counts, sink_logits, head_importance)
         if progress is not None:
             progress(tokens, tokens)
@@ -395,12 +415,14 @@ def _attend_in_chunks(
     # The first chunk must not be written if there is no room for the last.
     cache.check_room(call.layer, cache.checked_input(call.layer, k, v, call.sequences), counts)
     out = torch.empty_like(q)
-    for first in range(0, tokens, step):
-        end = min(first + step, tokens)
+    # Others than the last one end a cell.
+    of_others = call if call.chunk_tokens is not None else replace(call, partial=True, observe=observe)
+    for first, end in itertools.pairwise([0, *ends]):
         part = slice(first, end)
         of_part = in_columns(counts, tokens, first, end)
+        of_call = call if end == tokens else of_others
         out[:, :, part] = _attend_once(
-            q[:, :, part], k[:, :, part], v[:, :, part], cache, call, of_part, sink_logits, head_importance
+            q[:, :, part], k[:, :, part], v[:, :, part], cache, of_call, of_part, sink_logits, head_importance
         )
         if progress is not None:
             progress(end, tokens)
@@ -462,7 +484,10 @@ def _attend_once(
         for part in parts.values():
             noted = Queries.of(part, cache.num_kv_heads, call.scale) + noted
     written = tokens if k.numel() else None  # queries alone bring no keys
-    with cache.writing(call.layer, k, v, call.sequences, queries=noted, keep=call.update_cache, tokens=written) as view:
+    kept, partial = call.update_cache, call.partial
+    with cache.writing(
+        call.layer, k, v, call.sequences, queries=noted, keep=kept, tokens=written, partial=partial
+    ) as view:
         if tokens is None:
             return _attend_to(q, k, view, call, sink_logits, head_importance)
         out = torch.zeros_like(q)
@@ -782,13 +807,15 @@ def _operator(
     update_cache: bool,
     observe: bool,
     chunk_tokens: int | None,
+    partial: bool,
     pages: int | None,
 ) -> torch.Tensor:
     named = None if sequences is None else tuple(sequences)
     counts = None if tokens is None else tuple(tokens)
     cached = None if cached_tokens is None else tuple(cached_tokens)
+    cuts = chunk_tokens, partial
     call = _Call(
-        layer, named, counts, cached, scale, window, sinks, softcap, causal, update_cache, observe, chunk_tokens, pages
+        layer, named, counts, cached, scale, window, sinks, softcap, causal, update_cache, observe, *cuts, pages
     )
     _check(q, k, v, cache_of(cache), call)
     _check_sink_logits(sink_logits, q)
@@ -802,7 +829,7 @@ _LIBRARY.define(
     "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? head_importance, "
     "Tensor(a!) calls, SymInt cache, SymInt layer, SymInt[]? sequences, SymInt[]? tokens, SymInt[]? cached_tokens, "
     "float scale, int? window, int sinks, float? softcap, bool causal, bool update_cache, bool observe, "
-    "int? chunk_tokens, int? pages) -> Tensor",
+    "int? chunk_tokens, bool partial, int? pages) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _LIBRARY.impl("attention_with_kv_cache", _operator, "CompositeExplicitAutograd")

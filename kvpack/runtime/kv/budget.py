@@ -1,5 +1,8 @@
 """How many bytes a layer's pages may take, and which formats pages get from what is left. Functions over arrays.
 
+Lengths that say what is pinned are *settled* ones: without tokens that wait for their cell to end
+(:mod:`kvpack.runtime.kv.steps`), whose pages are pinned with those of the window.
+
 A *share* is the part of their bytes in 16 bits that a layer's pages may take. Pages of the recent window and of the
 sinks are pinned: they have 16 bits. A page is *open* when it has left the window; it never gains bits.
 """
@@ -79,19 +82,20 @@ class Room:
         return np.minimum(of_all / self.all, (of_all - self.pinned) / ((1 - YIELDED) * self.open))
 
 
-def room(lengths: _Lengths, window: Window, max_pages: int, full_bytes: int) -> Room:
+def room(lengths: _Lengths, settled: _Lengths, window: Window, max_pages: int, full_bytes: int) -> Room:
     """For a layer's pages, and those that come until the next one leaves the window.
 
     Args:
         lengths: i32 [sequences]: tokens.
+        settled: i32 [sequences]: those that count for the window.
         max_pages: how many a sequence can have.
         full_bytes: of a page in 16 bits.
     """
     pages = -(-lengths // PAGE_TOKENS)
-    last = PAGE_TOKENS * (window.open_ends(lengths) + 1) - 1 + window.recent_tokens
-    most = np.minimum(-(-last // PAGE_TOKENS), max_pages)
+    last = PAGE_TOKENS * (window.open_ends(settled) + 1) - 1 + window.recent_tokens
+    most = np.maximum(np.minimum(-(-last // PAGE_TOKENS), max_pages), pages)
     total = len(Side) * int(pages.sum())
-    pinned = total - len(Side) * window.open_pages(lengths)
+    pinned = total - len(Side) * window.open_pages(settled)
     coming = len(Side) * int((most - pages)[lengths > 0].sum())
     return Room(*(count * full_bytes for count in (total + coming, pinned + coming, coming)))
 

@@ -79,7 +79,7 @@ from kvpack.runtime.kv.shared_pages import (
     pages_lost,
     places_to_copy,
 )
-from kvpack.runtime.kv.steps import Step, quiet_tokens
+from kvpack.runtime.kv.steps import CELL_TOKENS, Step, quiet_tokens
 
 OpenFormats = PageFormat | Sequence[tuple[PageFormat, PageFormat]]
 
@@ -358,7 +358,7 @@ class KVCache:
         self._is_in_graphs = self._is_open = False
         self._is_planned_ahead = False
         self._everything = list(range(max_sequences))
-        self._last_step: tuple[tuple[bytes, list[int], Counts], Step] | None = None
+        self._last_step: tuple[tuple[bytes, bytes, list[int], Counts, bool], Step] | None = None
         self._last_counts: tuple[list[int], torch.Tensor] | None = None
         # Each page is of one sequence, and pinned ones are in 16 bits: so it is until sequences are selected or cut.
         self._is_plain = True
@@ -444,11 +444,16 @@ class KVCache:
         queries: Queries | None = None,
         keep: bool = True,
         tokens: Sequence[int] | None = None,
+        partial: bool = False,
     ) -> Iterator[KVView]:
         """New tokens behind a layer's last ones, to be attended to before any page is quantized for their sake.
 
         On exit pages that have left the recent window are quantized. Until then all of the new tokens take 16 bits:
         give long prompts in pieces. What is raised inside takes the tokens back.
+
+        The pieces of a prompt are ``partial``, but for its last one: their pages are quantized when a token behind
+        their cell of 2,048 comes, which is before that token is written, or at the next call that is not partial. So
+        pages do not depend on the pieces, as long as none goes over the end of a cell (:meth:`cell_ends`).
 
         In a CUDA graph's capture only what is on the device changes; before each replay, :meth:`plan` is to be called.
 
@@ -459,10 +464,12 @@ class KVCache:
             keep: whether the tokens stay. Without, the cache holds afterwards what it did before.
             tokens: how many each row brings, where they differ: of row i the last ``tokens[i]`` of k and v, 0 or more.
                 Inputs that are padded on the left have them so. None: all of each row.
+            partial: whether more of the prompt follows, so that these tokens wait.
 
         Raises:
             CacheInputError: a wrong layer, sequence, shape, dtype, device or number of tokens; in a CUDA graph's
-                capture, tokens that are not kept, since it cannot allocate pages, or numbers of tokens that differ;
+                capture, tokens that are not kept, since it cannot allocate pages, partial ones, or numbers of tokens
+                that differ;
                 :meth:`plan` was called without a replay of its graph; another ``writing`` has not ended.
             CacheFullError: a sequence would exceed ``max_tokens``, or pages ``max_bytes`` or the device's memory.
 
@@ -497,16 +504,21 @@ class KVCache:
                     raise CacheInputError(
                         "tokens that are not kept need pages, which a CUDA graph's capture cannot allocate"
                     )
+                if partial:
+                    raise CacheInputError("a CUDA graph's capture takes no part of a prompt: partial is for prefills")
                 view = self._written(layer, ids, k, v, rows, counts)
                 yield view
                 self._set_lengths(layer, rows, view.lengths)
                 return
             step, begun = None, None
-            if not self._is_quiet(layer, ids, counts):
+            if partial or not self._is_quiet(layer, ids, counts):
+                if keep:
+                    self._settle_cells(layer, ids)
                 self._own_pages([layer], ids, counts)
-                step = self._step(layer, ids, counts)
-                new = self._coming(layer, step)
-                changes = self._changes_for(layer, step, _Tokens(k, v, counts, ids, queries)) if keep else _NO_CHANGES
+                step = self._step(layer, ids, counts, partial=partial)
+                new, changes = self._coming(layer, step), _NO_CHANGES
+                if keep and not partial:
+                    changes = self._changes_for(layer, step, _Tokens(k, v, counts, ids, queries))
                 begun = self._begin(new, changes)
             try:
                 view = self._written(layer, ids, k, v, rows, counts)
@@ -570,10 +582,73 @@ class KVCache:
         queries: Queries | None = None,
         *,
         tokens: Sequence[int] | None = None,
+        partial: bool = False,
     ) -> None:
         """:meth:`writing` with nothing inside."""
-        with self.writing(layer, k, v, sequences, queries=queries, tokens=tokens):
+        with self.writing(layer, k, v, sequences, queries=queries, tokens=tokens, partial=partial):
             pass
+
+    def cell_ends(self, layer: int, ids: Sequence[int], counts: Counts, columns: int) -> list[int]:
+        """Where new tokens of a batch are to be cut so that none of a row's pieces goes over the end of a cell.
+
+        Args:
+            layer, ids: which sequences of which layer.
+            counts: how many tokens each row brings, the last ones of its ``columns``.
+
+        Returns:
+            Columns, ascending; the last one is ``columns``. In a CUDA graph's capture, which is replayed with other
+            lengths, it is the only one.
+        """
+        if columns <= 1 or self._is_captured():
+            return [columns]
+        before = self.table.lengths[layer, list(ids)].tolist()
+        of_rows = [counts] * len(before) if isinstance(counts, int) else counts
+        ends = {columns}
+        for held, count in zip(before, of_rows, strict=True):
+            first = CELL_TOKENS - held % CELL_TOKENS
+            ends.update(range(columns - count + first, columns, CELL_TOKENS))
+        return sorted(ends)
+
+    def ends_cell(self, layer: int, ids: Sequence[int], counts: Counts) -> bool:
+        """Whether so many more tokens of each bring one of these sequences to the end of a cell."""
+        more = np.array(counts)
+        return bool(((more > 0) & ((self.table.lengths[layer, list(ids)] + more) % CELL_TOKENS == 0)).any())
+
+    def settle(self, sequences: Sequence[int] | None = None) -> None:
+        """The prompts of these sequences have ended: what waits is quantized, as far as it has left the window.
+
+        The next token that is appended does so by itself. None: all sequences.
+
+        Raises:
+            CacheInputError: no such sequence; a ``with cache.writing(…)`` has not ended; a CUDA graph's capture;
+                :meth:`plan` was called without a replay of its graph.
+            CacheFullError: narrower pages need more than ``max_bytes``, before wider ones can be freed. The layers
+                before the one that failed are settled.
+        """
+        self._require_between_steps("settle()")
+        ids = self._checked_sequences(0, range(self.max_sequences) if sequences is None else sequences)
+        self._require_replayed()
+        for layer in np.flatnonzero(self.table.waiting[:, ids].any(axis=1)).tolist():
+            self._settle(layer, ids, 0)
+
+    def _settle_cells(self, layer: int, ids: list[int]) -> None:
+        """What waits in cells that have ended is quantized: tokens behind them come."""
+        waiting = self.table.waiting[layer, ids]
+        within = self.table.lengths[layer, ids] % CELL_TOKENS
+        if (waiting > within).any():
+            self._settle(layer, ids, np.minimum(waiting, within))
+
+    def _settle(self, layer: int, ids: list[int], waits: npt.NDArray[np.int32] | int) -> None:
+        """Of the last tokens of sequences no more than so many wait."""
+        lengths, waiting = self.table.lengths[layer], self.table.waiting[layer]
+        step = Step(lengths, ids, 0, self.window, self.max_tokens, self._full_bytes, waiting, waits)
+        errors = self.errors
+        try:
+            self._change_all([], self._changes_for(layer, step, None))
+        except BaseException:
+            self.errors = errors
+            raise
+        waiting[ids] = waits
 
     def attend(
         self,
@@ -590,8 +665,8 @@ class KVCache:
             q: [batch, query heads, tokens, head_dim]; k, v: [batch, num_kv_heads, tokens, head_dim], or None: q alone.
             sequences: as of :meth:`writing`.
             options: ``tokens``, ``cached_tokens``, ``update_cache``, ``causal``, ``scale``, ``window``, ``sinks``,
-                ``softcap``, ``sink_logits``, ``observe``, ``head_importance``, ``chunk_tokens``, ``pages``,
-                ``progress``: as of :func:`kvpack.attention_with_kv_cache`.
+                ``softcap``, ``sink_logits``, ``observe``, ``head_importance``, ``chunk_tokens``, ``partial``,
+                ``pages``, ``progress``: as of :func:`kvpack.attention_with_kv_cache`.
 
         Returns:
             The result, like q.
@@ -610,17 +685,19 @@ class KVCache:
             return False
         return (counts if isinstance(counts, int) else max(counts)) <= known[1]
 
-    def _step(self, layer: int, ids: list[int], counts: Counts) -> Step:
-        """What so many more tokens of each do to a layer's pages.
+    def _step(self, layer: int, ids: list[int], counts: Counts, *, partial: bool = False) -> Step:
+        """What so many more tokens of each do to a layer's pages; ``partial`` ones wait.
 
         Raises:
             CacheFullError: a sequence would exceed ``max_tokens``.
         """
-        lengths = self.table.lengths[layer]
-        key = lengths.tobytes(), ids, counts
+        lengths, waiting = self.table.lengths[layer], self.table.waiting[layer]
+        key = lengths.tobytes(), waiting.tobytes(), ids, counts, partial
         if self._last_step is None or self._last_step[0] != key:
             self.check_room(layer, ids, counts)
-            self._last_step = key, Step(lengths, ids, counts, self.window, self.max_tokens, self._full_bytes)
+            waits = waiting[ids] + np.array(counts, np.int32) if partial else 0
+            step = Step(lengths, ids, counts, self.window, self.max_tokens, self._full_bytes, waiting, waits)
+            self._last_step = key, step
         return self._last_step[1]
 
     def _advance(
@@ -634,7 +711,12 @@ class KVCache:
         else:
             lengths[ids] += counts
         known = self._quiet[layer]
-        if not self._is_plain and not isinstance(counts, int):
+        if step is not None:
+            self.table.waiting[layer] = step.lengths - step.settled
+        if step is not None and (step.settled[ids] != step.lengths[ids]).any():
+            self._quiet[layer] = None
+            self._is_unplanned[layer] = True
+        elif not self._is_plain and not isinstance(counts, int):
             self._quiet[layer] = None  # who brings no tokens may share the page that it writes to next
         elif step is not None:
             self._quiet[layer] = ids, step.quiet_tokens
@@ -710,7 +792,7 @@ class KVCache:
             return
         self._own_pages(range(self.num_layers), ids, tokens)
         left = quiet_tokens(self.table.lengths[0, ids], self.window, self.max_tokens)
-        if tokens > left:
+        if tokens > left or self.table.waiting[:, ids].any():
             errors = self.errors
             try:
                 steps = [self._step(layer, ids, tokens) for layer in range(self.num_layers)]
@@ -721,6 +803,7 @@ class KVCache:
                 self.errors = errors
                 raise
         self.table.lengths[:, ids] += tokens
+        self.table.waiting[:, ids] = 0
         self._is_planned_ahead, self._quiet = True, [None] * self.num_layers
 
     def _require_replayed(self) -> None:
@@ -917,18 +1000,18 @@ class KVCache:
         with suppress(CacheFullError):
             for layer in range(self.num_layers):
                 if self.budget is not None and self._is_over(layer):
-                    self._change_all([], self._planned(layer, self.table.lengths[layer]))
+                    self._change_all([], self._planned(layer, self.table.lengths[layer], self.table.settled[layer]))
 
     def _is_mixed(self) -> bool:
         """Whether pages are shared, or pinned ones are quantized."""
         lengths = self.table.lengths
         places = self.table.all_places(range(self.num_layers), lengths.max(axis=0))
         entries = self.entries[places.where]
-        ends = self.window.open_ends(lengths)[places.layer, places.sequence]
+        ends = self.window.open_ends(self.table.settled)[places.layer, places.sequence]
         is_pinned = (places.index >= ends) | (places.index < self.window.sink_pages)
         return is_any_shared(self.entries) or bool((is_pinned & is_quantized(entries, self.full_format)).any())
 
-    def truncate(self, sequence: int, tokens: int) -> None:
+    def truncate(self, sequence: int, tokens: int, *, takes_back: bool = False) -> None:
         """Keep the first tokens of a sequence in all layers, and forget those behind them.
 
         A page that is cut becomes one of 16 bits, whatever it was: its kept tokens have the values that they had, those
@@ -937,6 +1020,8 @@ class KVCache:
 
         Args:
             tokens: how many are kept, at most as many as there are; with 0 it is :meth:`free`.
+            takes_back: whether this takes back a step that has failed half-way, so that layers may have different
+                numbers of tokens: at most the fewest of them are kept.
 
         Raises:
             CacheInputError: a wrong sequence; more tokens than it has; layers have different numbers of its tokens, in
@@ -954,14 +1039,14 @@ class KVCache:
         self._require_between_steps("truncate()")
         (sequence,) = self._checked_sequences(0, [sequence])
         tokens, held = _integer("tokens", tokens), self.table.lengths[:, sequence]
-        if (held != held[0]).any():
+        if not takes_back and (held != held[0]).any():
             raise CacheInputError(
                 f"truncate() in the midst of a step: sequence {sequence} has different numbers of tokens in the layers"
             )
-        if not 0 <= tokens <= held[0]:
-            raise CacheInputError(f"sequence {sequence} has {held[0]} tokens; {tokens} of them cannot be kept")
+        if not 0 <= tokens <= held.min():
+            raise CacheInputError(f"sequence {sequence} has {held.min()} tokens; {tokens} of them cannot be kept")
         self._require_replayed()
-        if tokens == held[0]:
+        if tokens == held.max():
             return
         if tokens == 0:
             self.free(sequence)
@@ -969,7 +1054,7 @@ class KVCache:
         if tokens % PAGE_TOKENS:
             self._rewrite_last_page(sequence, tokens)
         self._cut(sequence, tokens)
-        newest = self.entries[:, :, sequence, int(self.window.open_ends(self.table.lengths[0])[sequence]) :]
+        newest = self.entries[:, :, sequence, int(self.window.open_ends(self.table.settled[:, sequence]).min()) :]
         self._is_plain = self._is_plain and not is_quantized(newest, self.full_format).any()
         self._hold_budget()
 
@@ -1411,6 +1496,7 @@ class KVCache:
                 "is wanted"
             )
         self._require_replayed()
+        self.settle([sequence])
         found = _flat(entries)
         infos = self.pools.infos(found)
         layers, sides, indices = (of.reshape(-1) for of in np.indices(shape))
@@ -1856,7 +1942,8 @@ class KVCache:
             changes = self._competition(self.budget, lengths)
             if changes is None:
                 self.shares = np.full(self.num_layers, self.budget)
-                changes = _joined([self._planned(layer, lengths) for layer in range(self.num_layers)])
+                settled = self.table.settled
+                changes = _joined([self._planned(layer, lengths, settled[layer]) for layer in range(self.num_layers)])
             self._change_all([], changes)
         except BaseException:
             self.errors, self.shares = errors, shares
@@ -1869,8 +1956,9 @@ class KVCache:
         Pages of the recent window are counted as if each had its part of the budget, and may win more.
         """
         layers = range(self.num_layers)
+        settled = self.table.settled
         places = self.table.all_places(layers, lengths)
-        pinned = self.window.pinned(places, lengths)
+        pinned = self.window.pinned(places, settled.min(axis=0))
         for layer in np.flatnonzero(np.isnan(self.errors).any(axis=(1, 2))).tolist():
             is_full = (places.layer == layer) & (places.index < lengths[places.sequence] // PAGE_TOKENS)
             self._measure(layer, places[is_full])
@@ -1880,7 +1968,7 @@ class KVCache:
         pages, pinned = places[distinct.first], distinct.pinned
         is_sink = pages.index < self.window.sink_pages
         recent = pinned & ~is_sink
-        rooms = [self._room(layer, lengths) for layer in ([0] if self._is_plain else layers)]
+        rooms = [self._room(layer, lengths, settled.min(axis=0)) for layer in ([0] if self._is_plain else layers)]
         may = self.num_layers * float(np.mean([of_layer.budget(budget) for of_layer in rooms]))
         total = may - int(recent.sum()) * self._full_bytes * (1 - budget)
         formats = self._formats(pages)
@@ -1937,7 +2025,7 @@ class KVCache:
             return _NO_CHANGES
         few = len(step.leaving) <= len(step.ids)
         changes = self._from_what_is_left(layer, step, places, tokens) if few else None
-        return self._planned(layer, step.lengths, tokens) if changes is None else changes
+        return self._planned(layer, step.lengths, step.settled, tokens) if changes is None else changes
 
     def _in_full(self, places: list[Place]) -> list[Place]:
         """Of K and V pages side by side, those that are both in 16 bits: others have been in a longer sequence, which
@@ -1969,9 +2057,9 @@ class KVCache:
             freed_bytes, pair_of = self._shared_pairs(places)
             leaving = max(pair_of, default=-1) + 1
         used = self._used_bytes[layer] + len(step.coming) * full_pair - freed_bytes
-        left = (step.room if self._is_plain else self._room(layer, step.lengths)).budget(share) - used
+        left = (step.room if self._is_plain else self._room(layer, step.lengths, step.settled)).budget(share) - used
         if not leaving:
-            is_held = left >= 0 or self._is_lowest(layer, step.lengths, used)
+            is_held = left >= 0 or self._is_lowest(layer, step.lengths, step.settled, used)
             self._is_unplanned[layer] &= not is_held
             return _NO_CHANGES if is_held else None
         if pairs is None:
@@ -1979,7 +2067,7 @@ class KVCache:
         found = formats_from_what_is_left(pairs, leaving, left, share * full_pair, step.sequences)
         self._is_unplanned[layer] &= found is None
         if found is None:
-            if not self._is_lowest(layer, step.lengths, used, places):
+            if not self._is_lowest(layer, step.lengths, step.settled, used, places):
                 return None
             found = [(self.ladder[0], self.ladder[0])] * leaving
         return _Changes(*self._changed(places, [page_format for pair in pair_of for page_format in found[pair]]))
@@ -2001,11 +2089,18 @@ class KVCache:
                 freed += 1
         return freed * self._full_bytes, pair_of
 
-    def _is_lowest(self, layer: int, lengths: npt.NDArray[np.int32], used: int, leaving: Sequence[Place] = ()) -> bool:
+    def _is_lowest(
+        self,
+        layer: int,
+        lengths: npt.NDArray[np.int32],
+        settled: npt.NDArray[np.int32],
+        used: int,
+        leaving: Sequence[Place] = (),
+    ) -> bool:
         """Whether open pages, but for those that are ``leaving`` and not in ``used``, have no bits to lose."""
         if self._is_plain:
             pages = int((-(-lengths // PAGE_TOKENS)).sum())
-            is_open = self.window.open_pages(lengths)
+            is_open = self.window.open_pages(settled)
             lowest = int(self._page_bytes[:, 0].sum())
             left = is_open - len(leaving) // len(Side)
             return used <= (pages - is_open) * len(Side) * self._full_bytes + left * lowest
@@ -2013,18 +2108,18 @@ class KVCache:
         stays = np.ones(self.entries.shape[1:], np.bool_)
         stays[Places.of(list(leaving)).where[1:]] = False
         places = places[np.flatnonzero(stays[places.where[1:]])]
-        distinct = DistinctPages.of(self.entries[places.where], self.window.pinned(places, lengths))
+        distinct = DistinctPages.of(self.entries[places.where], self.window.pinned(places, settled))
         pages_of = places[distinct.first]
         as_they_are = self._bytes_of(pages_of.side, self._formats(pages_of))
         return used <= int(np.where(distinct.pinned, as_they_are, self._page_bytes[pages_of.side, 0]).sum())
 
-    def _room(self, layer: int, lengths: npt.NDArray[np.int32]) -> Room:
+    def _room(self, layer: int, lengths: npt.NDArray[np.int32], settled: npt.NDArray[np.int32]) -> Room:
         """Of a layer whose sequences have these numbers of tokens; pages that several hold are counted once."""
-        found = room(lengths, self.window, self.table.max_pages, self._full_bytes)
+        found = room(lengths, settled, self.window, self.table.max_pages, self._full_bytes)
         if self._is_plain:
             return found
         places = self.table.all_places(range(layer, layer + 1), lengths)
-        pinned = self.window.pinned(places, lengths)
+        pinned = self.window.pinned(places, settled)
         distinct = DistinctPages.of(self.entries[places.where], pinned)
         again = len(places) - len(distinct.first)
         pinned_again = int(pinned.sum()) - int(distinct.pinned.sum())
@@ -2032,9 +2127,9 @@ class KVCache:
 
     def _is_over(self, layer: int) -> bool:
         """Whether a layer's pages take more than its share, and have bits to lose."""
-        lengths, used = self.table.lengths[layer], self._used_bytes[layer]
-        may = self._room(layer, lengths).budget(float(self.shares[layer]))
-        return used > may and not self._is_lowest(layer, lengths, used)
+        lengths, settled, used = self.table.lengths[layer], self.table.settled[layer], self._used_bytes[layer]
+        may = self._room(layer, lengths, settled).budget(float(self.shares[layer]))
+        return used > may and not self._is_lowest(layer, lengths, settled, used)
 
     def _format_pairs(self, layer: int) -> FormatPairs | None:
         """Made anew when the layer's errors have changed, which others may set; None while some are not known."""
@@ -2049,15 +2144,21 @@ class KVCache:
             self._pairs[layer] = known
         return known[1]
 
-    def _planned(self, layer: int, lengths: npt.NDArray[np.int32], tokens: _Tokens | None = None) -> _Changes:
+    def _planned(
+        self,
+        layer: int,
+        lengths: npt.NDArray[np.int32],
+        settled: npt.NDArray[np.int32],
+        tokens: _Tokens | None = None,
+    ) -> _Changes:
         """What changes in a layer that has these numbers of tokens, so that it holds its share: a look at all pages."""
         layers = range(layer, layer + 1)
         places = self.table.all_places(layers, lengths)
-        pinned = self.window.pinned(places, lengths)
+        pinned = self.window.pinned(places, settled)
         self._measure(layer, places[~pinned], tokens)
         distinct = self._distinct(places, pinned)
         pages = places[distinct.first]
-        formats, may = self._formats(pages), self._room(layer, lengths).budget(float(self.shares[layer]))
+        formats, may = self._formats(pages), self._room(layer, lengths, settled).budget(float(self.shares[layer]))
         allocation = self._allocated(layers, places, distinct, formats, distinct.pinned, may)
         changed = np.flatnonzero((allocation.formats != formats)[distinct.member])
         self._is_unplanned[layer] = False

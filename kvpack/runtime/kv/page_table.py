@@ -63,6 +63,8 @@ class PageTable:
         entries: i64 [layers, 2, sequences, pages] on the host, or :data:`NO_PAGE`.
         device_entries: the same on the device. Its address changes when the table grows.
         lengths: i32 [layers, sequences] on the host: tokens.
+        waiting: i32 [layers, sequences] on the host: how many of the last tokens do not count for the recent window
+            yet, as those of a prompt whose cell has not ended (:mod:`kvpack.runtime.kv.steps`).
         device_lengths: the same on the device. Its address stays.
         layer_entries, layer_lengths: the device's, by layer.
     """
@@ -72,6 +74,7 @@ class PageTable:
         self.entries: Ints = np.full((layers, len(Side), sequences, min(max_pages, _FIRST_PAGES)), NO_PAGE, np.int64)
         self._host_flat = self.entries.reshape(-1)
         self.lengths: npt.NDArray[np.int32] = np.zeros((layers, sequences), np.int32)
+        self.waiting: npt.NDArray[np.int32] = np.zeros((layers, sequences), np.int32)
         with torch.inference_mode(False):  # tensors are changed outside of it, too
             self.device_lengths = torch.zeros((layers, sequences), dtype=torch.int32, device=device)
             self._set_device_entries(torch.from_numpy(self.entries).to(device, copy=True))
@@ -106,11 +109,16 @@ class PageTable:
 
     def keep_layers(self, count: int) -> None:
         """Have the first layers alone. Nothing is copied: their entries and lengths stay where they are."""
-        self.entries, self.lengths = self.entries[:count], self.lengths[:count]
+        self.entries, self.lengths, self.waiting = self.entries[:count], self.lengths[:count], self.waiting[:count]
         self._host_flat = self.entries.reshape(-1)
         self.device_lengths = self.device_lengths[:count]
         self.layer_lengths = self.device_lengths.unbind()
         self._set_device_entries(self.device_entries[:count])
+
+    @property
+    def settled(self) -> npt.NDArray[np.int32]:
+        """i32 [layers, sequences]: the tokens that count for the recent window."""
+        return self.lengths - self.waiting
 
     def flat(self, place: Place) -> int:
         """Where a place is in the table seen as one row."""
@@ -137,6 +145,7 @@ class PageTable:
         self.device_entries[:, :, sequence, pages:].fill_(NO_PAGE)
         self.device_lengths[:, sequence].fill_(tokens)
         self.entries[:, :, sequence, pages:] = NO_PAGE
+        self.waiting[:, sequence] = np.maximum(self.waiting[:, sequence] + tokens - self.lengths[:, sequence], 0)
         self.lengths[:, sequence] = tokens
 
     def select(
@@ -154,6 +163,7 @@ class PageTable:
         self.device_lengths.index_copy_(1, device_changed, lengths)
         self.entries[:, :, changed, :pages] = self.entries[:, :, sources, :pages]
         self.lengths[:, changed] = self.lengths[:, sources]
+        self.waiting[:, changed] = self.waiting[:, sources]
 
     def put_pages(self, sequence: int, entries: Ints, device_entries: torch.Tensor, first: int, tokens: int) -> None:
         """A sequence has these pages, i64 [layers, 2, pages] on the host and on the device, from the ``first`` on, and
@@ -172,6 +182,7 @@ class PageTable:
         self.device_lengths[:, :count] = other.device_lengths[:, rows].to(self.device)
         self.entries[:, :, :count, :pages] = entries
         self.lengths[:, :count] = other.lengths[:, rows]
+        self.waiting[:, :count] = other.waiting[:, rows]
 
     def all_places(self, layers: range, lengths: npt.NDArray[np.int32]) -> Places:
         """All pages of sequences of these lengths, [sequences], in layers that all have them; layer by layer."""
