@@ -1,6 +1,7 @@
 """How long the host plans a step of a KV cache: page tables, allocation of bits, free lists; no GPU is needed.
 
     python benchmarks/kv_planning.py --json benchmarks/results/DATE-kv-planning.json
+    python benchmarks/kv_planning.py --shared  # sequences that are forks of one, and have gone on from there
 
 Sequences of one length have one token appended a step, layer by layer, as in decoding. What a GPU would do (tokens
 written, pages quantized) is left out; all else is what :meth:`kvpack.KVCache.append` does. Sequences are out of step
@@ -30,24 +31,37 @@ def _nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def measure(sequences: int, tokens: int, layers: int, steps: int, budget: float | None) -> dict[str, Any]:
-    """Times of one cache, in microseconds a layer and step."""
+def measure(
+    sequences: int, tokens: int, layers: int, steps: int, budget: float | None, *, shared: bool = False
+) -> dict[str, Any]:
+    """Times of one cache, in microseconds a layer and step.
+
+    Args:
+        shared: all but some hundred tokens of each sequence are in pages that all share.
+    """
     options: dict[str, Any] = {"budget": budget} if budget is not None else {"formats": kvpack.PageFormat.INT4}
     cache = kvpack.KVCache(
         layers,
         _HEADS,
         _HEAD_DIM,
-        tokens + steps + 128,
+        tokens + steps + 448,
         max_sequences=sequences,
         device="cpu",
         **options,
     )
     generator = torch.Generator().manual_seed(0)
-    for layer in range(layers):
-        for sequence in range(sequences):
-            count = tokens + 64 * sequence // sequences
+
+    def append(sequence: int, count: int) -> None:
+        for layer in range(layers):
             k = torch.randn(1, _HEADS, count, _HEAD_DIM, generator=generator).half()
             cache.append(layer, k, k, [sequence])
+
+    if shared:
+        append(0, tokens)
+        for _ in range(1, sequences):
+            cache.fork(0)
+    for sequence in range(sequences):
+        append(sequence, (256 if shared else tokens) + 64 * sequence // sequences)
     if budget is not None:
         for layer in range(layers):
             cache.observe(layer, torch.rand(sequences, 1, tokens // 64, generator=generator))
@@ -88,12 +102,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--shared", action="store_true", help="sequences that are forks of one")
     parser.add_argument("--json", type=Path, help="write the results here as well")
     arguments = parser.parse_args()
     rows = []
     for sequences, tokens in ((16, 16384), (64, 4096)):
         for budget in (None, 0.3):
-            row = measure(sequences, tokens, arguments.layers, arguments.steps, budget)
+            row = measure(sequences, tokens, arguments.layers, arguments.steps, budget, shared=arguments.shared)
             rows.append(row)
             name = "int4" if budget is None else f"budget {budget}"
             print(

@@ -29,7 +29,7 @@ from emulated_device import emulated_launch  # noqa: E402
 
 from kvpack.runtime.device import kernels  # noqa: E402
 from kvpack.runtime.kv import cache as cache_module  # noqa: E402
-from kvpack.runtime.kv import page_kernels, page_table  # noqa: E402
+from kvpack.runtime.kv import page_kernels, page_table, shared_pages  # noqa: E402
 from kvpack.runtime.kv.attention import attention_with_kv_cache  # noqa: E402
 from kvpack.runtime.kv.cache import MASS_UNIT, KVCache  # noqa: E402
 from kvpack.runtime.kv.page_pools import PageInfo, PageOwner  # noqa: E402
@@ -109,6 +109,13 @@ def check_pages(cache: KVCache, held: Counter[int] | None = None) -> None:
     assert cache.pools.bytes_in_use == sum(used) + held_bytes
     if cache._is_plain:
         assert len(where) == int((cache.entries != -1).sum())
+    for layer, owning in enumerate(cache._owning):
+        for sequence in owning:
+            index, rest = divmod(int(cache.table.lengths[layer, sequence]), 64)
+            for side in Side if rest else ():
+                entry = cache.entries[layer, side, sequence, index]
+                assert int((cache.entries[layer, side, :, index] == entry).sum()) == 1
+                assert not held[int(entry)]
     cache.check()
 
 
@@ -1125,6 +1132,44 @@ def test_holders_are_asked_when_memory_ends() -> None:
     del store  # it is no longer asked
     with pytest.raises(CacheFullError):
         append_all(cache, [2], 64 * 9, 1)
+
+
+def test_who_writes_to_his_own_pages_is_not_looked_for_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step in which pages come, too; until a sequence has other pages."""
+    cache = filled(300, copies=3, formats=INT4)
+    asked: list[list[int]] = []
+
+    def places(entries: Any, writers: list[tuple[int, int]], held: Any = ()) -> list[tuple[int, int, int]]:
+        asked.append([sequence for sequence, _ in writers])
+        return shared_pages.places_to_copy(entries, writers, held)
+
+    monkeypatch.setattr(cache_module, "places_to_copy", places)
+
+    def asked_for(sequences: list[int], count: int, tokens: list[int] | None = None) -> list[list[int]]:
+        asked.clear()
+        append_all(cache, sequences, count, len(asked), tokens)
+        check_pages(cache)
+        return asked
+
+    assert asked_for([0, 2], 1, [1, 0]) == [[0]] * LAYERS
+    assert asked_for([0, 1, 2], 1) == [[1, 2]] * LAYERS
+    for count in (60, 64, 3):  # pages come, and leave the window
+        assert asked_for([0, 1, 2], count) == []
+    cache.truncate(1, 400)
+    assert asked_for([0, 1, 2], 1) == [[1]] * LAYERS
+    assert cache.fork(2) == 3
+    assert asked_for([0, 1], 1) == []
+    assert asked_for([2, 3], 1) == [[2, 3]] * LAYERS
+    cache.select_sequences([3, 2, 1, 0])
+    assert asked_for([0, 3], 1) == [[0, 3]] * LAYERS
+    cache.free(1)
+    entries = cache.page_entries(0, 0, 4)
+    cache.retain(entries)
+    cache.adopt(1, entries, 256)
+    cache.release(entries)
+    assert asked_for([0, 3], 1) == []
+    assert asked_for([0, 1], 1) == [[]] * LAYERS  # a page comes
+    assert asked_for([0, 1], 1) == []
 
 
 @pytest.mark.parametrize("device", DEVICES)

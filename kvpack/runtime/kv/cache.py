@@ -36,7 +36,7 @@ import operator
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -366,6 +366,9 @@ class KVCache:
         self._is_unplanned = [False] * num_layers
         # By layer: the last batch, and how many tokens it takes before a page comes or leaves the window.
         self._quiet: list[tuple[list[int], int] | None] = [None] * num_layers
+        # By layer: sequences of whose next token it is known that it goes to a page of their own. Pages that come are,
+        # and what has been copied stays so until a sequence becomes another, or adopts pages.
+        self._owning: list[set[int]] = [set() for _ in range(num_layers)]
         # What pages that are still in use have been quantized to, by format; and the other way round.
         self._twins: dict[int, dict[int, int]] = {}
         self._twin_of: dict[int, tuple[int, int]] = {}
@@ -759,6 +762,7 @@ class KVCache:
         self._open_formats, self._possible_formats = self._open_formats[:count], self._possible_formats[:count]
         self._used_bytes, self._is_unplanned = self._used_bytes[:count], self._is_unplanned[:count]
         self._pairs, self._queries, self._quiet = self._pairs[:count], self._queries[:count], self._quiet[:count]
+        self._owning = self._owning[:count]
         self.errors, self.shares = self.errors[:count], self.shares[:count]
         self.importance.keep_layers(count)
         with torch.inference_mode(False):
@@ -973,6 +977,7 @@ class KVCache:
             for entry in entries[entries != NO_PAGE].tolist():
                 self._let_go(layer, entry)
         self._quiet = [None] * self.num_layers
+        self._may_share([sequence])
         self.mass[:, sequence, first:] = 0
         self.importance.forget(sequence, first)
 
@@ -1167,6 +1172,7 @@ class KVCache:
         for layer, entry in lost:
             self._let_go(layer, entry)
         self._quiet = [None] * self.num_layers
+        self._may_share(range(self.max_sequences))
         if len(kept) < sum(source in kept for source in sources):
             self._is_plain, self._is_unplanned = False, [True] * self.num_layers
         if any(entry & ENTRY_FORMAT_MASK != self.full_format for _, entry in lost):
@@ -1216,6 +1222,7 @@ class KVCache:
         if held[source]:
             self._become([target], [source])
             self._quiet = [None] * self.num_layers
+            self._may_share([source, target])
             self._is_plain, self._is_unplanned = False, [True] * self.num_layers
         return target
 
@@ -1532,6 +1539,7 @@ class KVCache:
         if tokens % PAGE_TOKENS:
             self._adopted_open.update(entries[:, :, -1].reshape(-1).tolist())
         self._quiet, self._is_unplanned = [None] * self.num_layers, [True] * self.num_layers
+        self._may_share([sequence])
         is_pinned = indices >= int(self.window.open_ends(self.table.lengths[0])[sequence])
         is_pinned |= indices < self.window.sink_pages
         is_mixed = is_quantized(found[is_pinned], self.full_format).any()
@@ -1574,6 +1582,11 @@ class KVCache:
             if moved:
                 holder.replaced(moved)
 
+    def _may_share(self, sequences: Iterable[int]) -> None:
+        """Pages of these have changed, so it is not known any more whose the next token is written to."""
+        for owning in self._owning:
+            owning.difference_update(sequences)
+
     def _own_pages(self, layers: Sequence[int], ids: list[int], counts: Counts) -> None:
         """Sequences that get tokens share no page that these are written to: it is copied for them.
 
@@ -1584,18 +1597,33 @@ class KVCache:
             self._adopted_open = {entry for entry in self._adopted_open if self.pools.is_held(entry)}
         if self._is_plain and not self._adopted_open:
             return
+        if isinstance(counts, int):
+            writing = ids if counts else []
+        else:
+            writing = [sequence for sequence, count in zip(ids, counts, strict=True) if count]
+        if all(self._owning[layer].issuperset(writing) for layer in layers):
+            return
         places: list[Place] = []
-        of_rows = [counts] * len(ids) if isinstance(counts, int) else counts
         for layer in layers:
-            lengths = self.table.lengths[layer, ids].tolist()
+            unsure = [sequence for sequence in writing if sequence not in self._owning[layer]]
+            lengths = self.table.lengths[layer, unsure].tolist()
             writers = [
                 (sequence, length // PAGE_TOKENS)
-                for sequence, length, count in zip(ids, lengths, of_rows, strict=True)
-                if count and length % PAGE_TOKENS
+                for sequence, length in zip(unsure, lengths, strict=True)
+                if length % PAGE_TOKENS
             ]
             places += [(layer, *place) for place in places_to_copy(self.entries[layer], writers, self._adopted_open)]
-        if not places:
-            return
+        if places:
+            self._copy_shared(places)
+        for layer in layers:
+            self._owning[layer].update(writing)
+
+    def _copy_shared(self, places: list[Place]) -> None:
+        """Pages at these places are copied for those who have them there.
+
+        Raises:
+            CacheFullError: there is no memory for it. Nothing has changed.
+        """
         self.pools.reserve(Counter((_SIDES[side], self.full_format) for _, side, _, _ in places))
         allocated: list[int] = []
         try:
@@ -1647,8 +1675,8 @@ class KVCache:
         changing.sort()
         places, changed_at = [one[4] for one in changing], [one[5] for one in changing]
         pages = list(range(len(changing)))
-        if not self._is_plain:  # once for all who hold one
-            keys = [one[5] if one[6] == NO_PAGE else ~one[6] for one in changing]
+        keys = [] if self._is_plain else [one[5] if one[6] == NO_PAGE else ~one[6] for one in changing]
+        if len(set(keys)) < len(keys):  # once for all who hold one
             first_of = {key: number for number, key in reversed(list(enumerate(keys)))}
             changing = [one for number, one in enumerate(changing) if first_of[keys[number]] == number]
             number_of = {key: number for number, key in enumerate(sorted(first_of, key=first_of.__getitem__))}
@@ -2030,9 +2058,10 @@ class KVCache:
     def _in_full(self, places: list[Place]) -> list[Place]:
         """Of K and V pages side by side, those that are both in 16 bits: others have been in a longer sequence, which
         was cut, and have left the window before."""
-        entries = self.entries[Places.of(places).where].reshape(-1, len(Side))
-        both = ~is_quantized(entries, self.full_format).any(axis=1)
-        return [place for at in np.flatnonzero(both).tolist() for place in places[2 * at : 2 * at + 2]]
+        table, full = self.table, int(self.full_format)
+        entries = [table.entry(table.flat(place)) for place in places]  # mostly two, for which arrays are too slow
+        is_full = [entry == NO_PAGE or entry & ENTRY_FORMAT_MASK == full for entry in entries]
+        return [place for at, place in enumerate(places) if is_full[at] and is_full[at ^ 1]]
 
     def _changed(self, places: list[Place], formats: list[int]) -> tuple[list[Place], list[int]]:
         """Without those that stay in 16 bits."""
