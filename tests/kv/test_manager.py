@@ -315,6 +315,16 @@ def test_a_manager_that_is_closed_leaves_an_empty_cache() -> None:
     assert [run(other, tokens), run(other, tokens)] == [0, 256]
 
 
+@pytest.mark.parametrize("salt", [0, None, b"", False])
+def test_a_salt_is_a_text(salt: Any) -> None:
+    """A tenant of number 0 is not the one that has none."""
+    manager = make()
+    for call in (manager.start, manager.match):
+        with pytest.raises(CacheInputError, match="a text is wanted"):
+            call(prompt(3, 70), salt=salt)
+    assert not manager._requests
+
+
 def test_exhausted_memory_changes_nothing_and_pinned_stays() -> None:
     """Eleven pages' room: three pinned, one in use, and what prefixes have left gives way until there is no more."""
     page = 2 * LAYERS * FULL_BYTES

@@ -354,6 +354,30 @@ def test_a_fetch_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
     assert run(manager, tokens)[:2] == (448, pages)
 
 
+def test_an_interrupt_while_blocks_come_back_frees_no_page_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is brought back is the store's before it makes room for it, which may write files."""
+    manager, tokens, others = make(), prompt(9, 500), prompt(10, 500)
+    _, pages, _ = run(manager, tokens)
+    manager.store.evict()
+    run(manager, others)
+    started = manager.start(others)  # which stays
+    manager.store.capacity_bytes = manager.store.used_bytes + 1
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manager.tiers, "take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.start(tokens)
+    manager.finish(started.sequence, keep=False)
+    for block in manager.store._blocks.values():
+        assert all(manager.cache.pools.info(entry).held == 1 for entry in block.pages().tolist())
+    assert no_leaks(manager)
+    manager.store.capacity_bytes = None
+    assert run(manager, tokens)[:2] == (448, pages)
+
+
 def test_where_memory_ends_the_first_blocks_come_back() -> None:
     manager = make()
     tokens = prompt(10, 500)

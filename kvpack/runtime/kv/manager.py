@@ -218,6 +218,12 @@ class KVManager(Closing):
         }
 
     def _root(self, adapter: str | None, salt: str) -> bytes | None:
+        """
+        Raises:
+            CacheInputError: a salt that is no text: 0 is falsy, and would be none.
+        """
+        if not isinstance(salt, str):
+            raise CacheInputError(f"salt is {salt!r}; a text is wanted")
         if adapter is None and not salt:
             return None
         return root_hash(self._key | {"adapter": [*self._key["adapter"], adapter], "salt": salt})

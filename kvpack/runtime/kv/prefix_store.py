@@ -557,13 +557,12 @@ class PrefixStore:
             self._pages.retain(new)
         standing = self._standing.get(sequence)
         attached = known.index(standing) + 1 if standing in known else 0  # these were counted then
-        self._change(last, "users", 1)  # what is used while it is queued would keep its place in the queue
-        self._touch(known[attached:], session)
-        for block in known:
-            block.priority = max(block.priority, priority)
-        self._learn_quantized(learned)
-        blocks = known + self._insert(last, pages[len(known) :], hashes, new, priority, session)
-        self._change(last, "users", -1)
+        with self._guarded(last):  # what is used while it is queued would keep its place in the queue
+            self._touch(known[attached:], session)
+            for block in known:
+                block.priority = max(block.priority, priority)
+            self._learn_quantized(learned)
+            blocks = known + self._insert(last, pages[len(known) :], hashes, new, priority, session)
         if importance is not None:
             for block in blocks:
                 page = block.depth - 1
@@ -632,23 +631,25 @@ class PrefixStore:
                     break
                 blocks.append(block)
                 last = block
-            if last is not self._root:
-                self._change(last, "users", 1)
+            with self._guarded(last):
                 self._trim()
-                self._change(last, "users", -1)
-                self._trim()
+            self._trim()
             return self.renewed(Match(tuple(blocks), False, match.missing[len(blocks) - match.pages :], match.root))
 
     @contextmanager
     def guarded(self, match: Match) -> Iterator[None]:
         """The blocks of a match are not evicted."""
-        last = match.blocks[-1] if match.blocks else self._root
-        with self.lock:
-            self._change(last, "users", 1)
-            try:
-                yield
-            finally:
-                self._change(last, "users", -1)
+        with self.lock, self._guarded(match.blocks[-1] if match.blocks else self._root):
+            yield
+
+    @contextmanager
+    def _guarded(self, last: Block) -> Iterator[None]:
+        """A block and those before it are not evicted."""
+        self._change(last, "users", 1)
+        try:
+            yield
+        finally:
+            self._change(last, "users", -1)
 
     def _unknown_quantized(self, blocks: Sequence[Block], entries: Ints) -> list[_Quantized]:
         """What blocks of 16 bits shall have beside them: pages of a sequence that goes beyond them."""
@@ -792,7 +793,6 @@ class PrefixStore:
         """
         if self.capacity_bytes is None or self.used_bytes + size_bytes <= self.capacity_bytes:
             return
-        self._change(last, "users", 1)
         left = self.used_bytes + size_bytes - self.capacity_bytes
 
         def is_enough(block: Block) -> bool:
@@ -800,8 +800,8 @@ class PrefixStore:
             left -= block.size_bytes
             return left <= 0
 
-        plan = self._planned(is_enough)
-        self._change(last, "users", -1)
+        with self._guarded(last):
+            plan = self._planned(is_enough)
         if plan is None:
             raise CacheFullError(
                 f"a pinned prefix needs {size_bytes} bytes more; {self.used_bytes} of {self.capacity_bytes} are taken, "

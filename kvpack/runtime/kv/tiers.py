@@ -183,11 +183,11 @@ class Tiers:
                     return match
                 try:
                     self.host.copies.to_pages([block.data for block in found], entries)
-                    ids = np.frombuffer(b"".join(block.tokens for block in found), "<i4")
-                    longer = store.bring_back(match, ids, entries, session=session)
                 except BaseException:
                     self._cache.release(entries)
                     raise
+                ids = np.frombuffer(b"".join(block.tokens for block in found), "<i4")
+                longer = store.bring_back(match, ids, entries, session=session)  # whose they are from now on
             self._count(found, longer)
             return longer
 
