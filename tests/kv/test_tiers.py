@@ -181,7 +181,7 @@ def test_memory_that_ends_while_a_file_is_written(tmp_path: Path, monkeypatch: p
     run(manager, prompt(3, 900))
     manager.store.evict()
     found = tiers(manager)
-    assert found.failed_writes == found.dropped_blocks > 0
+    assert found.dropped_blocks > found.failed_writes > 0
     # What fails in the midst of a copy takes no room.
     used = manager.tiers.host.used_bytes
     monkeypatch.setattr(manager.tiers.host.copies, "to_host", encode_run)
@@ -458,8 +458,37 @@ def test_a_file_that_cannot_be_written_is_counted(tmp_path: Path, monkeypatch: p
     found = tiers(manager)
     assert found.failed_writes > 0
     assert found.dropped_blocks == 10 - found.host_blocks > 0
+    # Not for each block that has no room: that would be coded, with those before it, for nothing.
+    assert found.failed_writes < found.dropped_blocks
+    monkeypatch.setattr("kvpack.runtime.kv.tiers._REST_S", -1.0)
+    manager.tiers._resting_until_s = 0.0  # later
+    run(manager, prompt(13, 700))
+    manager.store.evict()
+    assert tiers(manager).failed_writes > found.failed_writes + 5
     monkeypatch.undo()
     assert manager.tiers.flush() == 0
+
+
+def test_files_that_were_used_stay_longer_than_others(tmp_path: Path) -> None:
+    prompts = [prompt(seed, 200) for seed in range(3)]
+    for used in (0, 1):
+        folder = tmp_path / str(used)
+        manager = make(disk=folder)
+        pages = []
+        for tokens in prompts[:2]:
+            pages.append(run(manager, tokens)[1])
+            manager.store.evict()
+            assert manager.tiers.flush() == 0
+        size = sum(file.stat().st_size for file in folder.glob("[!.]*"))
+        later = make(disk=folder, disk_bytes=size * 7 // 5)
+        assert run(later, prompts[used])[:2] == (192, pages[used])
+        run(later, prompts[2])
+        later.store.evict()
+        assert later.tiers.flush() == 0
+        found = make(disk=folder)
+        assert [found.tiers.fetch(found.store, found.match(tokens), tokens).tokens for tokens in prompts] == [
+            192 if number in (used, 2) else 0 for number in range(3)
+        ]
 
 
 def test_prefetched_blocks_wait_in_host_memory(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -29,6 +30,8 @@ from kvpack.runtime.kv.page_holders import Kind
 from kvpack.runtime.kv.prefix_hash import Tokens, token_pages
 from kvpack.runtime.kv.prefix_store import Block, EvictionReason, Ints, Match, PrefixStore
 
+# Where a file could not be written, no other is tried for so long: who evicts would code blocks for nothing each time.
+_REST_S = 1.0
 _NO_DATA = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
@@ -71,6 +74,7 @@ class Tiers:
         self._cache, self._lock = cache, lock
         self._host_hits = self._disk_hits = self._fetched_bytes = self._taken = self._dropped = self._refused = 0
         self._written = 0
+        self._resting_until_s = 0.0
         self._reader = ThreadPool(1, "kvpack-tiers")
 
     # Down ------------------------------------------------------------------------------------------------------------
@@ -109,7 +113,7 @@ class Tiers:
         while not self.host.has_room(size_bytes):
             if (oldest := next(self.host.oldest(), None)) is None:
                 return False
-            if not self._is_on_disk(oldest) and not self._write(oldest):
+            if not self._is_on_disk(oldest) and (time.monotonic() < self._resting_until_s or not self._write(oldest)):
                 self._dropped += 1
             self.host.drop(oldest.hash)
         return True
@@ -129,6 +133,8 @@ class Tiers:
             run.insert(0, self.host.ready(parent.hash))
         is_written = self.disk.write(run)
         self._written += is_written
+        if not is_written:
+            self._resting_until_s = time.monotonic() + _REST_S
         return is_written
 
     def flush(self) -> int:
