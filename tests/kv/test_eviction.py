@@ -124,6 +124,13 @@ def test_adaptive_follows_what_comes_back() -> None:
     assert ask(store, clock, 15, 21) == 0
     assert policy.target == 1
     assert sum(policy._counts) == len(store) == 8
+    # One of those that were used more often comes back soon after it went: they had too few.
+    for at in range(60, 80):
+        ask(store, clock, at // 2, at)
+    evicted = [name for name in range(30, 40) if not store.find(np.arange(64) + 100_000 * name).pages]
+    assert ask(store, clock, evicted[-1], 80) == 0
+    assert policy.target == 0
+    assert sum(policy._counts) == len(store) == 8
 
 
 def test_conversation_learns_who_returns() -> None:
