@@ -511,10 +511,10 @@ def times_main(options: argparse.Namespace) -> None:
     from kvpack.bench.report import HUMMING, finite
     from kvpack.bench.timing import Work, measure, relative_error
     from kvpack.bench.tune import compile_ahead, kernel_of
+    from kvpack.runtime.codec.encoder import encode_on_device
     from kvpack.runtime.device.devices import device_limits
     from kvpack.runtime.weights import ops, products
     from kvpack.runtime.weights.device_blob import DeviceBlob
-    from kvpack.runtime.weights.encoder import encode_on_device
 
     torch.set_grad_enabled(False)
     limits = device_limits(torch.device(DEVICE))

@@ -17,8 +17,8 @@ from kvpack.bench import peers
 from kvpack.bench.linear import copies_of
 from kvpack.encode.tensor_encoder import CPU_CODER, Matrices, encode_at_bits
 from kvpack.encode.threads import default_threads
+from kvpack.runtime.codec.encoder import device_coder
 from kvpack.runtime.weights.device_blob import DeviceBlob
-from kvpack.runtime.weights.encoder import device_coder
 from kvpack.runtime.weights.linear import RansLinear
 
 DTYPE = torch.bfloat16

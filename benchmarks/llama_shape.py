@@ -39,10 +39,10 @@ from kvpack.bench.timing import Timed, Work, measure, relative_error
 from kvpack.bench.tune import compile_ahead, kernel_of
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.format.layout import ElementKind, integer_layout
+from kvpack.runtime.codec.encoder import encode_on_device
 from kvpack.runtime.device.devices import device_limits, resolve_device
 from kvpack.runtime.weights import ops, products
 from kvpack.runtime.weights.device_blob import DeviceBlob
-from kvpack.runtime.weights.encoder import encode_on_device
 
 DENSE = "bf16"
 LAYOUTS = ("fast", "balanced", "compact")

@@ -142,7 +142,7 @@ class Bench:
             row("the model", layout, "compress, CPU", self.weights, time.perf_counter() - began)
         if self.device.type != "cuda":
             return rows
-        from kvpack.runtime.weights.encoder import encode_on_device
+        from kvpack.runtime.codec.encoder import encode_on_device
 
         for layout in LAYOUTS:
             out = self.scratch / f"{layout}-gpu.safetensors"

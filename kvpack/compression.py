@@ -31,7 +31,7 @@ def coder_of(device: str | torch.device) -> Coder:
     if str(device) == "cpu":
         return CPU_CODER
     try:
-        from kvpack.runtime.weights.encoder import device_coder
+        from kvpack.runtime.codec.encoder import device_coder
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "cupy"):
             raise

@@ -12,11 +12,11 @@ import torch
 from kvpack.encode.rans import decoder_table
 from kvpack.format.blob import Blob
 from kvpack.format.layout import Predictor
+from kvpack.runtime.codec.group_table import group_table, max_group_words
 from kvpack.runtime.device import kernels
 from kvpack.runtime.device.devices import Limits
 from kvpack.runtime.device.kernels import Kernel
 from kvpack.runtime.weights.device_blob import SLACK_BYTES
-from kvpack.runtime.weights.group_table import group_table, max_group_words
 from kvpack.runtime.weights.products import Coded
 
 # Few multiprocessors, so that small tensors meet runs of several tiles and rows that several blocks share.

@@ -158,8 +158,8 @@ def test_times_of_the_integers_that_were_found(
 
     from kvpack.bench import timing, tune
     from kvpack.encode.blob_encoder import encode_elements
+    from kvpack.runtime.codec import encoder
     from kvpack.runtime.device import devices
-    from kvpack.runtime.weights import encoder
 
     def check(works: Any, **options: Any) -> Any:
         for work in works:

@@ -25,8 +25,9 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "format": ({"format"}, CORE),
     "encode": ({"format", "encode"}, ENCODE),
     "runtime/device": ({"format", "encode", "runtime.device"}, RUNTIME),
-    "runtime/weights": ({"format", "encode", "runtime.device", "runtime.weights"}, RUNTIME),
-    "runtime/kv": ({"format", "encode", "runtime.device", "runtime.kv"}, RUNTIME),
+    "runtime/codec": ({"format", "encode", "runtime.device", "runtime.codec"}, RUNTIME),
+    "runtime/weights": ({"format", "encode", "runtime.device", "runtime.codec", "runtime.weights"}, RUNTIME),
+    "runtime/kv": ({"format", "encode", "runtime.device", "runtime.codec", "runtime.kv"}, RUNTIME),
     "bench": ({"format", "encode", "runtime", "bench"}, RUNTIME | {"matplotlib"}),
     "integrations": ({"format", "encode", "runtime", "integrations", "compression"}, None),
     "cli": ({"format", "encode", "runtime", "bench", "integrations", "cli", "compression"}, {"typer", "rich"}),
@@ -154,6 +155,8 @@ def test_peers_are_loaded_when_measured(name: str) -> None:
         ("kvpack.runtime.kv", "from ..weights import load"),
         ("kvpack.integrations", "from kvpack.bench import timing"),
         ("kvpack.encode", "from kvpack.bench import provenance"),
+        ("kvpack.runtime.codec", "from kvpack.runtime.weights import products"),
+        ("kvpack.runtime.codec", "from kvpack.runtime import kv"),
         ("kvpack.runtime.weights", "from kvpack.bench import timing"),
         ("kvpack.integrations", "from kvpack.cli import app"),
         ("kvpack.bench", "from kvpack.cli.printing import shown_size"),
@@ -184,7 +187,8 @@ def test_right_imports_pass(package: str, source: str) -> None:
 # folder of cuda/ -> the folders whose files it may include
 CUDA_RULES = {
     "common": {"common"},
-    "weights": {"common", "weights"},
+    "codec": {"common", "codec"},
+    "weights": {"common", "codec", "weights"},
     "kv": {"common", "kv"},
     "bench": {"common", "bench"},
 }

@@ -92,6 +92,22 @@ __device__ __forceinline__ void refill_state(u32& state, u32& word_address, u32&
       : "n"(KVPACK_STATE_LOW));
 }
 
+// The same where words lie in a ring of 128 bytes at `ring`, a multiple of 128; `word_at` counts on.
+__device__ __forceinline__ void refill_state_of_ring(u32& state, u32& word_at, u32& word, u32 ring) {
+  asm volatile(
+      "{\n"
+      ".reg .pred below;\n"
+      ".reg .u32 address;\n"
+      "setp.lo.u32 below, %0, %4;\n"
+      "@below prmt.b32 %0, %2, %0, 0x5410;\n"
+      "@below add.u32 %1, %1, 2;\n"
+      "lop3.b32 address, %1, 126, %3, 0xEA;\n"
+      "@below ld.shared.u16 %2, [address];\n"
+      "}"
+      : "+r"(state), "+r"(word_at), "+r"(word)
+      : "r"(ring), "n"(KVPACK_STATE_LOW));
+}
+
 // Asynchronous copy of 16 bytes, both addresses multiples of 16.
 __device__ __forceinline__ void copy_async_16(u32 shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");

@@ -6,7 +6,7 @@
 //     gemm_wgmma.cu:                        bytes 0 … 3 of slot 2·k, then of slot 2·k + 1
 //     gemm_mma.cu (KVPACK_SPLIT_SLOTS):     bytes 2·h, 2·h + 1 of slots 4·s … 4·s + 3, for k = 2·s + h
 #include "common/activations.cuh"
-#include "weights/tile.cuh"
+#include "codec/tile.cuh"
 
 constexpr u32 kTokens = KVPACK_TOKENS;
 constexpr u32 kThreads = KVPACK_ARRANGE_THREADS;

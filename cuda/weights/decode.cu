@@ -27,27 +27,6 @@ __device__ __forceinline__ u32 unit_address(u32 rows, u32 row, u32 unit) {
   return rows + 16 * (row * kRowUnits + (unit ^ (row / (8 / kRowUnits) % kRowUnits)));
 }
 
-// Four slots hold 16 neighbouring columns, or eight slots 32 if g is 8.
-constexpr u32 kSlotsKept = kCodesPerSymbol == 8 ? 8 : 4;
-
-// Bytes in the order of the slots → in the order of the columns: 16 columns, of eight slots those of half `half`.
-template <u32 half>
-__device__ __forceinline__ void order_columns(const u32 (&slots)[kSlotsKept], u32 (&columns)[4]) {
-#pragma unroll
-  for (u32 i = 0; i < 4; ++i) {
-    if constexpr (kCodesPerSymbol == 1) {
-      columns[i] = slots[i];
-    } else if constexpr (kCodesPerSymbol == 2) {
-      columns[i] = __byte_perm(slots[i & 2], slots[i | 1], i % 2 == 0 ? 0x5140 : 0x7362);
-    } else {
-      const u32 first = kCodesPerSymbol == 8 ? i % 2 * 4 : 0, byte = kCodesPerSymbol == 8 ? 2 * half + i / 2 : i;
-      u32 low = __byte_perm(slots[first], slots[first + 1], byte | (4 + byte) << 4);
-      u32 high = __byte_perm(slots[first + 2], slots[first + 3], byte | (4 + byte) << 4);
-      columns[i] = __byte_perm(low, high, 0x5410);
-    }
-  }
-}
-
 // Four elements of a kind → four numbers of a byte.
 __device__ __forceinline__ u32 byte_numbers(u32 elements) {
   if constexpr (kSigned) {
@@ -77,14 +56,10 @@ __device__ __forceinline__ u32 output_pair(float low, float high) {
   return kOutput == 3 ? f16x2_bits(low, high) : bf16x2_bits(low, high);
 }
 
-// Element of 16 or 32 bits in byte `byte` of slot k, put together from its code and planes, and turned back into a bit pattern.
+// The bit pattern of a float of 16 or 32 bits in byte `byte` of slot k.
 template <u32 k, u32 byte>
 __device__ __forceinline__ u32 wide_pattern(const KeepSlots& codes, const RawChunk& raw) {
-  auto byte_of = [](u32 word) { return (word >> (8 * byte)) & 0xFF; };
-  u32 element = byte_of(codes.slots[k]) << kRawBits;
-#pragma unroll
-  for (u32 plane = 0; plane < kWidePlanes; ++plane) element |= byte_of(raw.words[8 * plane + k]) << (kRawBits - 8 * plane - 8);
-  if constexpr (kNarrowRawBits > 0) element |= byte_of(narrow_bits<k>(raw));
+  const u32 element = wide_element<k, byte>(codes, raw);
   return element >> 1 | (element & 1) << (kElementBits - 1);
 }
 
@@ -245,14 +220,6 @@ struct RowWriter {
 
   __device__ __forceinline__ void put_unit(u32 unit, uint4 v) const { store_shared_v4(unit_address(rows, lane, unit), v); }
 };
-
-template <u32 k = 0>
-__device__ __forceinline__ void emit_kept(const KeepSlots& kept, RowWriter& writer) {
-  if constexpr (k < kSlots) {
-    writer.slot<k>(kept.slots[k]);
-    emit_kept<k + 1>(kept, writer);
-  }
-}
 
 // A group's place among all matrices.
 struct Position {

@@ -3,7 +3,7 @@
 // which is the choice of bytes.
 #pragma once
 
-#include "weights/tile.cuh"
+#include "codec/tile.cuh"
 
 constexpr float kF16Unit = 1.0f / (1 << 24);      // what 1 becomes
 constexpr float kF16UnitInverse = 1 << 24;

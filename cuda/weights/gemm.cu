@@ -17,7 +17,7 @@
 #include "weights/f16_elements.cuh"
 #include "weights/grouped.cuh"
 #include "weights/schedule.cuh"
-#include "weights/tile.cuh"
+#include "codec/tile.cuh"
 
 constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kTokenTiles = KVPACK_TOKEN_TILES;

@@ -22,7 +22,7 @@
 #include "common/activations.cuh"
 #include "weights/f16_elements.cuh"
 #include "weights/schedule.cuh"
-#include "weights/tile.cuh"
+#include "codec/tile.cuh"
 
 constexpr u32 kTokens = KVPACK_TOKENS;
 constexpr u32 kGroups = KVPACK_GROUPS;

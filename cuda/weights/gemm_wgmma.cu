@@ -16,7 +16,7 @@
 #include "common/hopper.cuh"
 #include "weights/f16_elements.cuh"
 #include "weights/schedule.cuh"
-#include "weights/tile.cuh"
+#include "codec/tile.cuh"
 
 constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kTokens = KVPACK_TOKENS;

@@ -15,7 +15,7 @@
 #include "common/activations.cuh"
 #include "weights/grouped.cuh"
 #include "weights/schedule.cuh"
-#include "weights/tile.cuh"
+#include "codec/tile.cuh"
 
 constexpr u32 kBuffers = KVPACK_BUFFERS;
 constexpr u32 kActivationBytes = 2 * kChunkCols;  // of a chunk; then its first sum and its scale

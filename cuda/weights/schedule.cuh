@@ -16,7 +16,7 @@
 // memory, by the last one to arrive. Parts are added in a fixed order, so that a result does not depend on timing.
 #pragma once
 
-#include "weights/tile.cuh"
+#include "codec/tile.cuh"
 
 // Runs whose lengths differ by at most one, longer ones first.
 struct Runs {

@@ -559,7 +559,7 @@ class LinearBench(BenchRun):
         error = None
         seconds = size = None
         try:
-            from kvpack.runtime.weights.encoder import encode_on_device
+            from kvpack.runtime.codec.encoder import encode_on_device
 
             host = source.elements()
             elements = torch.from_numpy(host).to(DEVICE)

@@ -22,7 +22,7 @@ from kvpack.bench.snapshot_report import prefill_row
 from kvpack.format.pages import ENTRY_FORMAT_MASK, PAGE_TOKENS, PageFormat, Side
 from kvpack.format.snapshot import SnapshotFile
 from kvpack.runtime.kv.cache import KVCache
-from kvpack.runtime.kv.snapshot import cache_for, load_cache, save_snapshot
+from kvpack.runtime.kv.snapshot import cache_for, load_cache, load_snapshot, save_snapshot
 
 # Of Llama-3.1-8B.
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 32, 4096, 32, 8, 128, 14336
@@ -122,9 +122,34 @@ def same_pages(one: KVCache, other: KVCache) -> bool:
 
 
 def coder_seconds(cache: KVCache, path: Path) -> tuple[float | None, float | None]:
-    """Seconds that the GPU's coder alone takes to encode all pages of sequence 0, and to decode those of the file that
-    they were saved to; None where there is none."""
-    return None, None
+    """Seconds in which kernels of the GPU's coder run when all pages of sequence 0 are encoded, and when those of the
+    file that they were saved to are decoded, splitting pages and putting them together included; None without a GPU.
+
+    What the host does meanwhile, files and the bus do not count: they are in the times of whole saves and loads.
+    """
+    if cache.device.type != "cuda":
+        return None, None
+    encode_s = _busy_seconds(lambda: save_snapshot(cache, path))
+    loaded = load_cache(path, device=cache.device)
+    loaded.free(0)  # the memory of its pages stays
+    return encode_s, _busy_seconds(lambda: load_snapshot(loaded, path))
+
+
+def _busy_seconds(work: Callable[[], object]) -> float:
+    """Seconds in which at least one kernel runs while something is done. Copies and fills are none."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    ranges = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset"))
+    )
+    busy, reached = 0.0, 0.0
+    for begin, end in ranges:
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return busy / 1e6
 
 
 # Prefill --------------------------------------------------------------------------------------------------------------

@@ -27,12 +27,12 @@ from kvpack.encode.progress import Progress
 from kvpack.encode.threads import default_threads
 from kvpack.errors import DeviceError
 from kvpack.format.layout import ElementKind, Layout, integer_layout
+from kvpack.runtime.codec.encoder import encode_on_device
 from kvpack.runtime.device import devices
 from kvpack.runtime.device.devices import Limits
 from kvpack.runtime.device.kernels import Kernel
 from kvpack.runtime.weights import launch_costs, launch_model, ops, products
 from kvpack.runtime.weights.device_blob import DeviceBlob
-from kvpack.runtime.weights.encoder import encode_on_device
 from kvpack.runtime.weights.launch_costs import Costs, TimedCase, candidates, regret
 from kvpack.runtime.weights.launch_model import BLOCKS_PER_SM, ProductFit, Terms
 

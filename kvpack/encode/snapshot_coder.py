@@ -110,7 +110,12 @@ def encode_run(
             yield part.name, encode_part(blocks, part, executor)
 
 
-def _parsed(data: memoryview, part: RunPart) -> Blob:
+def parse_part(data: memoryview, part: RunPart) -> Blob:
+    """The blob of a part, parsed; its header and tables are checked, and that it holds what the part needs.
+
+    Raises:
+        BlobError: it is damaged, or not of this part.
+    """
     blob = Blob(data)
     header, layout = blob.header, blob.header.layout
     if layout.element_kind != part.kind or layout.element_bits != part.element_bits or header.transposed:
@@ -123,7 +128,7 @@ def _parsed(data: memoryview, part: RunPart) -> Blob:
 
 
 def _put_blob(blob: Blob, part: RunPart, blocks: Blocks, executor: ThreadPoolExecutor | None) -> None:
-    # How many there are is settled: SnapshotFile has compared the pages with the file's bytes, and _parsed the blob.
+    # How many there are is settled: SnapshotFile has compared the pages with the file's bytes, and parse_part the blob.
     elements = decode_elements(blob, executor=executor, max_elements=blob.header.num_elements).reshape(-1)
     if (elements[part.elements :] != elements[part.elements - 1]).any():
         raise GeometryError("the elements behind the last page's do not repeat its last one")
@@ -136,13 +141,13 @@ def decode_part(data: memoryview, part: RunPart, blocks: Blocks, executor: Threa
     Raises:
         BlobError: the blob is damaged, or not of this part.
     """
-    _put_blob(_parsed(data, part), part, blocks, executor)
+    _put_blob(parse_part(data, part), part, blocks, executor)
 
 
 def _damaged_layer(data: memoryview, part: RunPart) -> int | None:
     """The first layer whose pages a damaged tile of a blob holds; None if that cannot be told."""
     try:
-        blob = _parsed(data, part)
+        blob = parse_part(data, part)
     except FormatError:
         return None
     header, tables = blob.header, [decoder_table(table) for table in blob.tables]
@@ -192,7 +197,7 @@ def decode_run(
         for part in pages.parts:
             data = file.blob(part)
             with _naming_damage(file, run, part):
-                parsed.append(_parsed(data, part))
+                parsed.append(parse_part(data, part))
         # Now the bytes have said that there are so many pages.
         blocks = np.zeros(pages.block_shape, np.uint8)
         for part, blob in zip(pages.parts, parsed, strict=True):

@@ -69,21 +69,23 @@ def map_ordered(
     work: Callable[[T], R],
     items: Iterable[T],
     executor: ThreadPoolExecutor | None,
+    *,
+    ahead: int | None = None,
 ) -> Iterator[R]:
     """``map(work, items)`` on ``executor`` (in this thread if None), results in the order of ``items``.
 
-    At most twice as many items as there are cores are under way, so that memory stays bounded. After an
-    error or an early stop no further item is started, and those under way are waited for.
+    At most ``ahead`` items, by default twice as many as there are cores, are under way, so that memory stays bounded.
+    After an error or an early stop no further item is started, and those under way are waited for.
     """
     if executor is None:
         yield from map(work, items)
         return
-    ahead = 2 * default_threads() + 2
+    most = 2 * default_threads() + 2 if ahead is None else ahead
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
             pending.append(executor.submit(work, item))
-            if len(pending) >= ahead:
+            if len(pending) >= most:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

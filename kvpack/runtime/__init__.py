@@ -12,7 +12,7 @@
 ``weights.launch_costs``                       what the parts of a launch cost on a device: shipped, or measured
 ``weights.expansion``                          products of many vectors: slabs decoded beside cuBLAS
 ``weights.offload``                            models larger than the device; layers side by side
-``weights.encoder``                            the encoder on a GPU, the same bytes as the CPU's
+``codec.encoder``                            the encoder on a GPU, the same bytes as the CPU's
 ``kv.page_kernels``, ``kv.page_pools``         KV pages: filled and read; where they lie
 ``kv.cache``, ``kv.allocator``                 a paged cache of mixed precision; which pages get how many bits
 ``kv.attention``, ``kv.attention_kernels``     ``kvpack.attention_with_kv_cache``; attention to pages in place

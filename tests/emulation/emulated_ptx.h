@@ -429,6 +429,12 @@ inline void refill_state(unsigned int& state, unsigned int& word_address, unsign
   word_address += 2;
   word = emulated::load_shared<unsigned short>(word_address, "refill_state");
 }
+inline void refill_state_of_ring(unsigned int& state, unsigned int& word_at, unsigned int& word, unsigned int ring) {
+  if (state >= KVPACK_STATE_LOW) return;
+  state = state << 16 | (word & 0xFFFF);
+  word_at += 2;
+  word = emulated::load_shared<unsigned short>(ring | (word_at & 126), "refill_state_of_ring");
+}
 #endif
 
 inline void copy_async_16(unsigned int shared, const void* global) { emulated::issue_copy(shared, global); }

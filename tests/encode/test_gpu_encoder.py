@@ -47,7 +47,7 @@ torch = pytest.importorskip("torch")
 
 from emulated_device import emulated_launch  # noqa: E402
 
-from kvpack.runtime.weights import encoder  # noqa: E402
+from kvpack.runtime.codec import encoder  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
 

@@ -21,7 +21,7 @@ from kvpack.encode.slicing import slice_columns, slice_matrices, slice_rows, sta
 from kvpack.errors import GeometryError, PayloadCrcError, TableError
 from kvpack.format.blob import Blob
 from kvpack.format.layout import ElementKind, Layout, Predictor, TileMode, integer_layout
-from kvpack.runtime.weights.group_table import group_table
+from kvpack.runtime.codec.group_table import group_table
 
 Numbers = npt.NDArray[Any]
 FIVE_BITS = integer_layout("balanced", ElementKind.SIGNED, 5)

@@ -25,12 +25,15 @@ from nvrtc import compile_for  # noqa: E402
 
 from kvpack.bench import matrix_quantizer as matrices  # noqa: E402
 from kvpack.bench.matrix_quantizer_reference import FORMATS, Axis  # noqa: E402
+from kvpack.encode.snapshot_coder import _LAYOUTS  # noqa: E402
 from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layouts  # noqa: E402
-from kvpack.format.pages import PageFormat, Side  # noqa: E402
+from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
+from kvpack.runtime.codec import encoder  # noqa: E402
+from kvpack.runtime.codec.decoder import decode_kernel  # noqa: E402
 from kvpack.runtime.device.kernels import Kernel, layout_defines  # noqa: E402
 from kvpack.runtime.kv import attention_kernels as attention  # noqa: E402
-from kvpack.runtime.kv import page_kernels  # noqa: E402
-from kvpack.runtime.weights import encoder, grouped  # noqa: E402
+from kvpack.runtime.kv import page_elements, page_kernels  # noqa: E402
+from kvpack.runtime.weights import grouped  # noqa: E402
 from kvpack.runtime.weights import mma_product as mma  # noqa: E402
 from kvpack.runtime.weights import products as weights  # noqa: E402
 from kvpack.runtime.weights import wgmma_product as wgmma  # noqa: E402
@@ -212,6 +215,24 @@ def without_kind(kernel: Kernel) -> tuple[tuple[str, int], ...]:
     return tuple(pair for pair in kernel.defines if pair[0] != "KVPACK_ELEMENT_KIND")
 
 
+def decode_elements_kernels(_everything: bool, _architecture: int) -> Iterator[Kernel]:
+    """Of the layouts that kvpack writes in snapshots."""
+    written = [Layout(kind, bits, *codes) for (kind, bits), codes in _LAYOUTS.items()]
+    written.append(Layout(ElementKind.FP16, 16, 8, 1))
+    for layout in written:
+        yield decode_kernel(layout, predicted=False)
+        if layout.element_kind.is_integer:
+            yield decode_kernel(layout, predicted=True)
+
+
+def page_elements_kernels(make: Callable[[PageLayout], Kernel]) -> Callable[[bool, int], Iterator[Kernel]]:
+    def of_all(everything: bool, _architecture: int) -> Iterator[Kernel]:
+        for (side, page_format), head_dim in selected(itertools.product(Side, PageFormat), HEAD_DIMS, everything):
+            yield make(PageLayout(side, page_format, head_dim))
+
+    return of_all
+
+
 def matrix_kernels(
     of: Callable[..., Kernel], *choices: Iterable[Any], rows_apart: bool = False
 ) -> Callable[[bool, int], Iterator[Kernel]]:
@@ -267,6 +288,9 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "page_write": lambda _everything, _architecture: map(page_kernels.write_kernel, HEAD_DIMS),
     "page_quantize": quantize_kernels,
     "page_read": read_kernels,
+    "decode_elements": decode_elements_kernels,
+    "page_join": page_elements_kernels(page_elements.join_kernel),
+    "page_split": page_elements_kernels(page_elements.split_kernel),
 }
 
 

@@ -1432,18 +1432,21 @@ class KVCache:
             raise CacheInputError(
                 f"pages {first_page} to {first_page + shape[2]} are asked for; max_tokens is {self.max_tokens}"
             )
-        wanted: list[tuple[Kind, PageOwner]] = []
-        for (layer, side, page), number in np.ndenumerate(formats):
-            if number not in self._possible_formats[layer][side]:
-                possible = ", ".join(f.name for f in sorted(self._possible_formats[layer][side]))
+        formats = np.asarray(formats)
+        for layer, side in np.ndindex(shape[:2]):
+            possible = self._possible_formats[layer][side]
+            if others := set(np.unique(formats[layer, side]).tolist()) - possible:
                 raise CacheInputError(
-                    f"layer {layer}, {_SIDES[side].name}: pages of format {number} cannot be in this cache, which has "
-                    f"{possible} there"
+                    f"layer {layer}, {_SIDES[side].name}: pages of format {min(others)} cannot be in this cache, which "
+                    f"has {', '.join(f.name for f in sorted(possible))} there"
                 )
-            wanted.append(((_SIDES[side], _FORMATS[number]), PageOwner(layer, first_page + page)))
-        self.pools.reserve(Counter(kind for kind, _ in wanted))
-        made = [self.pools.allocate(*kind, owner, is_held=True) for kind, owner in wanted]
-        return np.array(made, np.int64).reshape(shape)
+        kinds = [(side, _FORMATS[number]) for side in _SIDES for number in np.unique(formats[:, side]).tolist()]
+        places = {kind: np.nonzero(formats[:, kind[0]] == kind[1]) for kind in kinds}
+        self.pools.reserve({kind: len(layers) for kind, (layers, _) in places.items()})
+        entries = np.empty(shape, np.int64)
+        for (side, page_format), (layers, pages) in places.items():
+            entries[layers, side, pages] = self.pools.allocate_held(side, page_format, layers, first_page + pages)
+        return entries
 
     def read_pages(self, entries: Ints | Sequence[int]) -> list[torch.Tensor]:
         """u8 [num_kv_heads, block bytes] of each page, flattened: views, to be written to by who has made the page.

@@ -104,6 +104,10 @@ class _Slab:
         return range(self.first, self.first + self.page_count * self.page_bytes, self.page_bytes)
 
 
+# A slab, which of some entries it has, and which of its pages these are.
+_Located = tuple[_Slab, npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
 class _Pool:
     def __init__(self, layout: PageLayout, page_bytes: int, slab_bytes: int) -> None:
         self.layout, self.page_bytes = layout, page_bytes
@@ -323,6 +327,27 @@ class PagePools:
         self._bytes_in_use += pool.page_bytes
         return entry
 
+    def allocate_held(
+        self, side: Side, page_format: PageFormat, layers: npt.NDArray[np.intp], pages: npt.NDArray[np.intp]
+    ) -> npt.NDArray[np.int64]:
+        """:meth:`allocate` of many pages of one kind, held by someone other than the page table, i64 [n].
+
+        Args:
+            layers, pages: [n], whose each is.
+        """
+        pool, count = self._pools[side, page_format], len(layers)
+        if count > len(pool.free):
+            self.reserve({(side, page_format): count})
+        entries = np.array(pool.free[: -count - 1 : -1], np.int64)
+        del pool.free[len(pool.free) - count :]
+        for slab, members, numbers in self._by_slab(entries):
+            slab.many_references[numbers] = slab.many_held[numbers] = 1
+            slab.many_layers[numbers], slab.many_pages[numbers] = layers[members], pages[members]
+            slab.in_use += len(members)
+        pool.in_use += count
+        self._bytes_in_use += count * pool.page_bytes
+        return entries
+
     def free(self, entry: int) -> int:
         """One fewer holds the page; behind the last one's work on the stream, it may be handed out again.
 
@@ -459,14 +484,20 @@ class PagePools:
                 return slab, number
         raise PageEntryError(f"{entry:#x} is the entry of no page of these pools")
 
-    def _located(
-        self, entries: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[_Slab, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    def _located(self, entries: npt.NDArray[np.int64]) -> Iterator[_Located]:
         """Slabs, which of the entries each has, and which of its pages these are.
 
         Raises:
             PageEntryError: one is no page in use.
         """
+        for slab, members, numbers in self._by_slab(entries):
+            in_use = slab.many_references[numbers] > 0
+            if not in_use.all():
+                self._in_use(int(entries[members[~in_use]][0]))
+            yield slab, members, numbers
+
+    def _by_slab(self, entries: npt.NDArray[np.int64]) -> Iterator[_Located]:
+        """:meth:`_located` of pages, in use or not. Raises PageEntryError."""
         places = np.searchsorted(np.array(self._bases, np.int64), entries, side="right") - 1
         order = np.argsort(places, kind="stable")
         for members in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
@@ -476,9 +507,8 @@ class PagePools:
             slab, _ = self._find(int(of_slab[0]))
             numbers, rest = np.divmod(of_slab - slab.first, slab.page_bytes)
             is_page = (rest == 0) & (numbers >= 0) & (numbers < slab.page_count)
-            is_page[is_page] = slab.many_references[numbers[is_page]] > 0
             if not is_page.all():
-                self._in_use(int(of_slab[~is_page][0]))
+                self._find(int(of_slab[~is_page][0]))
             yield slab, members, numbers
 
     def _in_use(self, entry: int) -> tuple[_Slab, int]:

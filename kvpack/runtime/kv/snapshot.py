@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import torch
 
 from kvpack.encode.snapshot_coder import Blocks, decode_run, encode_run, write_snapshot
 from kvpack.encode.threads import default_threads
-from kvpack.errors import CacheInputError, DamagedRunError, SnapshotHeaderError
+from kvpack.errors import CacheInputError, DamagedRunError, DeviceError, SnapshotHeaderError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import (
     ENTRY_FORMAT_MASK,
@@ -39,6 +39,7 @@ from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.fingerprint import check_fingerprint
 from kvpack.runtime.kv.page_table import Ints
 from kvpack.runtime.kv.prefix_hash import Tokens, token_bytes
+from kvpack.runtime.kv.snapshot_device import encode_runs, load_runs, runs_kernels
 
 UNKNOWN_TOKEN = -1
 OnCorrupt = Literal["raise", "drop_from_here"]
@@ -140,13 +141,18 @@ def save_snapshot(
     if cache.budget is not None:
         arrays |= {"errors": cache.errors, "shares": cache.shares}
 
+    def entries_of(run: RunPages) -> Ints:
+        return entries[run.layers, run.side, run.indices]
+
     def blocks_of(run: RunPages) -> Blocks:
-        chosen = entries[run.layers, run.side, run.indices]
-        return torch.stack(cache.read_pages(chosen)).cpu().numpy().reshape(run.block_shape)
+        return torch.stack(cache.read_pages(entries_of(run))).numpy().reshape(run.block_shape)
 
     with _executor(threads) as executor:
-        runs = (encode_run(run_pages(header, page_formats, run), blocks_of, executor) for run in range(header.runs))
-        return write_snapshot(path, header, arrays, runs)
+        parts = (run_pages(header, page_formats, run) for run in range(header.runs))
+        coded: Iterable[Iterable[tuple[str, bytes]]] = (encode_run(run, blocks_of, executor) for run in parts)
+        if runs_kernels(cache.device):
+            coded = encode_runs(parts, cache.device, entries_of, cache.pools.pages)
+        return write_snapshot(path, header, arrays, coded)
 
 
 def snapshot_header(
@@ -390,22 +396,17 @@ def load_pages(
         raise CacheInputError(f"pages {first_page} to {end_page} are to be loaded of a file of {header.pages}")
     formats = file.page_formats[:, :, first_page:end_page]
     entries = cache.new_pages(formats, first_page=header.first_page + first_page)
+    fill = _fill_on_device if runs_kernels(cache.device) else _fill_on_cpu
     damage, reached = None, end_page
     try:
-        for run in header.runs_of(first_page, end_page):
-            try:
-                decoded = decode_run(file, run, executor)
-            except DamagedRunError as error:
-                reached = max(first_page, header.page_range(run).start)
-                if on_corrupt == "raise":
-                    error.advice = _advice(PAGE_TOKENS * (reached - first_page))
-                    raise
-                damage = error
-                break
-            for pages, blocks in decoded:
-                _put_blocks(cache, pages, blocks, entries, first_page, end_page)
-            if progress is not None:
-                progress(len(header.token_range(run)))
+        fill(cache, file, entries, first_page, end_page, executor, progress)
+    except DamagedRunError as error:
+        reached = max(first_page, header.page_range(error.run).start)
+        if on_corrupt == "raise":
+            cache.release(entries)
+            error.advice = _advice(PAGE_TOKENS * (reached - first_page))
+            raise
+        damage = error
     except BaseException:
         cache.release(entries)
         raise
@@ -418,6 +419,56 @@ def _advice(intact_tokens: int) -> str:
     if not intact_tokens:
         return "nothing is before it: the context has to be computed anew"
     return f'on_corrupt="drop_from_here" (kvpack generate --drop-damaged) loads the {intact_tokens} tokens before it'
+
+
+def _fill_on_cpu(
+    cache: KVCache,
+    file: SnapshotFile,
+    entries: Ints,
+    first_page: int,
+    end_page: int,
+    executor: ThreadPoolExecutor | None,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Pages of a file into new pages of a cache. Raises DamagedRunError when those of the runs before are done."""
+    header = file.header
+    for run in header.runs_of(first_page, end_page):
+        for pages, blocks in decode_run(file, run, executor):
+            _put_blocks(cache, pages, blocks, entries, first_page, end_page)
+        if progress is not None:
+            progress(len(header.token_range(run)))
+
+
+def _fill_on_device(
+    cache: KVCache,
+    file: SnapshotFile,
+    entries: Ints,
+    first_page: int,
+    end_page: int,
+    executor: ThreadPoolExecutor | None,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """:func:`_fill_on_cpu` by a GPU, which sees that a run is damaged; the CPU's decoder says what is wrong."""
+
+    def entries_of(pages: RunPages) -> Ints:
+        chosen = (pages.indices >= first_page) & (pages.indices < end_page)
+        return np.where(chosen, entries[pages.layers, pages.side, (pages.indices - first_page) * chosen], 0)
+
+    def load(runs: range, progress: Callable[[int], None] | None) -> list[int]:
+        return load_runs(file, runs, cache.device, entries_of, cache.pools.pages, progress=progress)
+
+    suspects = load(file.header.runs_of(first_page, end_page), progress)
+    for run in suspects:
+        try:
+            decode_run(file, run, executor)
+        except DamagedRunError:
+            load(range(suspects[0], run), None)
+            raise
+    if suspects:
+        raise DeviceError(
+            f"{file.container.path}: {cache.device} found damage in runs {suspects[0]} to {suspects[-1]} where the CPU "
+            "finds none: the file was changed meanwhile, or the device's memory is faulty"
+        )
 
 
 def _put_blocks(cache: KVCache, pages: RunPages, blocks: Blocks, entries: Ints, first_page: int, end_page: int) -> None:

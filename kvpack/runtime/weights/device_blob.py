@@ -21,11 +21,11 @@ from kvpack.format.container import (
 )
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind, Predictor
+from kvpack.runtime.codec.group_table import group_table, max_group_words
 from kvpack.runtime.device import semaphores
 from kvpack.runtime.device.devices import device_limits
 from kvpack.runtime.device.kernels import require_device
 from kvpack.runtime.weights import grouped, ops, products
-from kvpack.runtime.weights.group_table import group_table, max_group_words
 from kvpack.runtime.weights.products import FLOAT_TYPES, LOSSLESS_TYPES
 
 # A lane of a damaged blob reads at most a word a step (2048) and one ahead, a raw element at most 8 bytes behind its

@@ -84,12 +84,12 @@ class Coded:
 
     Attributes:
         blob: u8, the blob and the slack behind it.
-        groups: i32 [groups, 4], see :mod:`kvpack.runtime.weights.group_table`.
+        groups: i32 [groups, 4], see :mod:`kvpack.runtime.codec.group_table`.
         tables: i32 [num_tables, 4096], see :func:`kvpack.encode.rans.decoder_table`.
         scales: f32 [0], [1] or [matrices · rows].
         row_offsets: f32 [matrices · rows], or None.
         column_scales: f32 [matrices · cols], or None.
-        status: i32 [2]: lanes that ended wrongly, and where (see ``report_damage`` in ``cuda/weights/tile.cuh``).
+        status: i32 [2]: lanes that ended wrongly, and where (see ``report_damage`` in ``cuda/codec/tile.cuh``).
     """
 
     header: BlobHeader

@@ -4,7 +4,7 @@
 // with loads of 16 bytes where rows are aligned to that.
 #pragma once
 
-#include "weights/encode_tiles.cuh"
+#include "codec/encode_tiles.cuh"
 
 #if KVPACK_ELEMENT_BITS > 16
 typedef u32 Element;

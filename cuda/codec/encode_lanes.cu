@@ -1,15 +1,8 @@
 // rANS-encodes the lanes of tiles into scratch memory (docs/FORMAT.md §5.2).
-#include "weights/encode_elements.cuh"
-
-// Left alone, the compiler spills where codes are folded on sm_120, to have six blocks of a multiprocessor.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200 && KVPACK_FOLDED
-#define ENCODE_LANES_BOUNDS __launch_bounds__(KVPACK_TILE_ROWS, 4)
-#else
-#define ENCODE_LANES_BOUNDS __launch_bounds__(KVPACK_TILE_ROWS)
-#endif
+#include "codec/encode_elements.cuh"
 
 // An entry of an encoder's table. The quotient x div f is umulhi(x + round_down, reciprocal) >> shift, exact for all
-// x < f·2^20 (kvpack/runtime/weights/encoder.py makes the table and gives the proof).
+// x < f·2^20 (kvpack/runtime/codec/encoder.py makes the table and gives the proof).
 //
 //   .x  reciprocal
 //   .y  bit 31 .. 20    19 .. 7              6 .. 5   4            3 .. 0
@@ -39,12 +32,12 @@ struct LaneCoder {
   }
 };
 
-// A block encodes a tile, a thread a lane. Tiles whose plan is negative have no table and are left alone.
+// A block encodes a tile, a thread a lane: it has as many threads as the tile with the most rows has lanes. Tiles whose plan is negative have no table and are left alone.
 //
-// tables: uint2 [tables, 256]; plan: s32 [tiles]; words: u16 [blocks, 256, lane_words], a lane's words at the end of its
-// part; states, lengths: u32 [blocks, 256]; tile_words: u32 [tiles], all the words of a tile. lane_words is a multiple of 4
+// tables: uint2 [tables, 256]; plan: s32 [tiles]; words: u16 [blocks, blockDim.x, lane_words], a lane's words at the end of
+// its part; states, lengths: u32 [blocks, blockDim.x]; tile_words: u32 [tiles], all the words of a tile. lane_words is a multiple of 4
 // and at least ceil(steps · 12 / 16) + 1.
-extern "C" __global__ void ENCODE_LANES_BOUNDS
+extern "C" __global__ void __launch_bounds__(KVPACK_TILE_ROWS)
 encode_lanes(const Element* elements, u32 rows, u32 cols, u32 tile_cols, u32 first_tile, u32 previous, const s32* plan,
              const uint2* tables, u32 lane_words, u16* words, u32* states, u32* lengths, u32* tile_words) {
   __shared__ uint2 table[KVPACK_NUM_SYMBOLS];
@@ -52,10 +45,10 @@ encode_lanes(const Element* elements, u32 rows, u32 cols, u32 tile_cols, u32 fir
   const u32 thread = threadIdx.x, tile = first_tile + blockIdx.x;
   const s32 table_index = plan[tile];
   if (table_index < 0) return;
-  table[thread] = tables[table_index * KVPACK_NUM_SYMBOLS + thread];
+  for (u32 i = thread; i < KVPACK_NUM_SYMBOLS; i += blockDim.x) table[i] = tables[table_index * KVPACK_NUM_SYMBOLS + i];
   __syncthreads();
   const TileView view(elements, rows, cols, tile_cols, tile);
-  const u64 lane = static_cast<u64>(blockIdx.x) * KVPACK_TILE_ROWS + thread;
+  const u64 lane = static_cast<u64>(blockIdx.x) * blockDim.x + thread;
   LaneCoder coder{KVPACK_STATE_LOW, 0, 0, words + (lane + 1) * lane_words};
   if (thread < view.rows) {
     const Element* row = view.first + thread * view.row_stride;
@@ -65,8 +58,16 @@ encode_lanes(const Element* elements, u32 rows, u32 cols, u32 tile_cols, u32 fir
 #pragma unroll
       for (u32 i = 0; i < kChunkWords; ++i) symbols[i] = words_of_chunk[i];
       if (kLoadAhead && chunk > 0) load_chunk(view, row, chunk - 1, previous, words_of_chunk);
+      // Entries are loaded some steps ahead: behind a store of words the compiler would not load them before it.
+      constexpr u32 at_once = 4;
 #pragma unroll
-      for (u32 step = kChunkSteps; step-- > 0;) coder.put(table[chunk_symbol(symbols, step)]);
+      for (u32 end = kChunkSteps; end > 0; end -= at_once) {
+        uint2 entries[at_once];
+#pragma unroll
+        for (u32 i = 0; i < at_once; ++i) entries[i] = table[chunk_symbol(symbols, end - 1 - i)];
+#pragma unroll
+        for (u32 i = 0; i < at_once; ++i) coder.put(entries[i]);
+      }
       if (!kLoadAhead && chunk > 0) load_chunk(view, row, chunk - 1, previous, words_of_chunk);
     }
     coder.finish();
@@ -80,7 +81,7 @@ encode_lanes(const Element* elements, u32 rows, u32 cols, u32 tile_cols, u32 fir
   __syncthreads();
   if (thread == 0) {
     u32 total = 0;
-    for (u32 group = 0; group < kGroupsPerTile; ++group) total += group_words[group];
+    for (u32 group = 0; group < blockDim.x / kLanes; ++group) total += group_words[group];
     tile_words[tile] = total;
   }
 }

@@ -1,5 +1,5 @@
 // Modes, sizes and places of tiles: their metadata but for the CRC (docs/FORMAT.md §6).
-#include "weights/encode_tiles.cuh"
+#include "codec/encode_tiles.cuh"
 
 constexpr u32 kThreads = KVPACK_PLACE_THREADS;
 

@@ -1,4 +1,4 @@
-"""The runtime's index of a blob: where each group of each tile lies (the layout is drawn in ``cuda/weights/tile.cuh``).
+"""The runtime's index of a blob: where each group of each tile lies (the layout is drawn in ``cuda/codec/tile.cuh``).
 
 A kernel trusts it: what could lead a warp out of the blob is checked here, once, vectorized over all tiles; lane
 lengths and words are not (a kernel clamps the former, reads a bounded number of the latter and checks final states).

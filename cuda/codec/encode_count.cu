@@ -1,5 +1,5 @@
 // Symbol histograms of tiles, padding columns included.
-#include "weights/encode_elements.cuh"
+#include "codec/encode_elements.cuh"
 
 // The least bits that a tile can take with any table, in units of 2^-8 bits.
 //
@@ -40,7 +40,7 @@ __device__ __forceinline__ u32 least_units(u32 count, u32 symbols, u32* warp_sum
   return units - min(units, static_cast<u32>(rest * kUnitsPerBit));
 }
 
-// A block counts a tile, its warps a group each, in a histogram of their own (fewer collisions).
+// A block counts a tile, each warp in a histogram of its own (fewer collisions).
 //
 // elements: [matrices, rows, cols]; counts: u32 [tiles, 256]; block b takes tile first_tile + b. summary, unless null:
 // u64 [258], to which are added the histogram of all tiles, the least units that they take with any tables, and how many
@@ -49,23 +49,25 @@ extern "C" __global__ void __launch_bounds__(KVPACK_TILE_ROWS)
 encode_count(const Element* elements, u32 rows, u32 cols, u32 tile_cols, u32 first_tile, u32 previous, u32* counts,
              u64* summary) {
   __shared__ u32 histograms[kGroupsPerTile][KVPACK_NUM_SYMBOLS];
-  const u32 thread = threadIdx.x, group = thread / kLanes;
+  const u32 thread = threadIdx.x, warp = thread / kLanes;
 #pragma unroll
   for (u32 g = 0; g < kGroupsPerTile; ++g) histograms[g][thread] = 0;
   __syncthreads();
   const u32 tile = first_tile + blockIdx.x;
   const TileView view(elements, rows, cols, tile_cols, tile);
-  if (thread < view.rows) {
-    const Element* row = view.first + thread * view.row_stride;
+  // Warps that have no group of their own take some of another one's chunks.
+  const u32 share = warp / view.groups, shares = kGroupsPerTile / view.groups, in_tile = warp % view.groups * kLanes + thread % kLanes;
+  if (in_tile < view.rows && share < min(shares, view.chunks)) {
+    const Element* row = view.first + in_tile * view.row_stride;
     u32 words[kChunkWords], symbols[kChunkWords];
-    load_chunk(view, row, 0, previous, words);
-    for (u32 chunk = 0; chunk < view.chunks; ++chunk) {
+    load_chunk(view, row, share, previous, words);
+    for (u32 chunk = share; chunk < view.chunks; chunk += shares) {
 #pragma unroll
       for (u32 i = 0; i < kChunkWords; ++i) symbols[i] = words[i];
-      if (kLoadAhead && chunk + 1 < view.chunks) load_chunk(view, row, chunk + 1, previous, words);
+      if (kLoadAhead && chunk + shares < view.chunks) load_chunk(view, row, chunk + shares, previous, words);
 #pragma unroll
-      for (u32 step = 0; step < kChunkSteps; ++step) atomicAdd(&histograms[group][chunk_symbol(symbols, step)], 1u);
-      if (!kLoadAhead && chunk + 1 < view.chunks) load_chunk(view, row, chunk + 1, previous, words);
+      for (u32 step = 0; step < kChunkSteps; ++step) atomicAdd(&histograms[warp][chunk_symbol(symbols, step)], 1u);
+      if (!kLoadAhead && chunk + shares < view.chunks) load_chunk(view, row, chunk + shares, previous, words);
     }
   }
   __syncthreads();

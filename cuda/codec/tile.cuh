@@ -86,6 +86,8 @@ struct Lane {
   u32 state;
   u32 word_address;  // in shared memory, of `word`
   u32 word;
+
+  __device__ __forceinline__ void refill() { refill_state(state, word_address, word); }
 };
 
 // What a lane starts from; loaded while the tile before is decoded.
@@ -163,16 +165,18 @@ __device__ __forceinline__ Lane start_lane(const Group& group, const LaneStart& 
   return decoder;
 }
 
-// One step (§5.2): returns the table's entry, whose lowest byte is the symbol.
-__device__ __forceinline__ u32 decode_step(Lane& decoder, u32 table) {
+// One step (§5.2) of a Lane, or of what has its words elsewhere: returns the table's entry, whose lowest byte is the symbol.
+template <class Decoder>
+__device__ __forceinline__ u32 decode_step(Decoder& decoder, u32 table) {
   u32 entry = load_shared_u32(table + 4 * (decoder.state & (kTableSlots - 1)));
   decoder.state = (entry >> 20) * (decoder.state >> KVPACK_PROBABILITY_BITS) + ((entry >> 8) & (kTableSlots - 1));
-  refill_state(decoder.state, decoder.word_address, decoder.word);
+  decoder.refill();
   return entry;
 }
 
 // Four steps; their symbols in the bytes of a register.
-__device__ __forceinline__ u32 decode_four(Lane& decoder, u32 table) {
+template <class Decoder>
+__device__ __forceinline__ u32 decode_four(Decoder& decoder, u32 table) {
   u32 e0 = decode_step(decoder, table);
   u32 e1 = decode_step(decoder, table);
   u32 e01 = __byte_perm(e0, e1, 0x0040);
@@ -362,8 +366,8 @@ __device__ __forceinline__ void emit_quad(const FourSymbols& symbols, const RawC
 
 // Decodes one chunk of a rans tile: emit.slot<k>(four elements) for k = 0 … 7. For elements of more than 8 bits these are the
 // codes alone.
-template <u32 quad = 0, class Emit>
-__device__ __forceinline__ void decode_chunk(Lane& decoder, u32 table, const RawChunk& raw, Emit& emit) {
+template <u32 quad = 0, class Decoder, class Emit>
+__device__ __forceinline__ void decode_chunk(Decoder& decoder, u32 table, const RawChunk& raw, Emit& emit) {
   if constexpr (quad < kSlots / kCodesPerSymbol) {
     const FourSymbols symbols(decode_four(decoder, table));
     emit_quad<quad, 0>(symbols, raw, emit);
@@ -388,6 +392,27 @@ __device__ __forceinline__ constexpr u32 column_byte(u32 col) { return col / kCo
 // Column of a chunk that byte t of slot k holds.
 __device__ __forceinline__ constexpr u32 slot_column(u32 slot, u32 byte) {
   return 4 * kCodesPerSymbol * (slot / kCodesPerSymbol) + kCodesPerSymbol * byte + slot % kCodesPerSymbol;
+}
+
+// Four slots hold 16 neighbouring columns, or eight slots 32 if g is 8.
+constexpr u32 kSlotsKept = kCodesPerSymbol == 8 ? 8 : 4;
+
+// Bytes in the order of the slots → in the order of the columns: 16 columns, of eight slots those of half `half`.
+template <u32 half>
+__device__ __forceinline__ void order_columns(const u32 (&slots)[kSlotsKept], u32 (&columns)[4]) {
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) {
+    if constexpr (kCodesPerSymbol == 1) {
+      columns[i] = slots[i];
+    } else if constexpr (kCodesPerSymbol == 2) {
+      columns[i] = __byte_perm(slots[i & 2], slots[i | 1], i % 2 == 0 ? 0x5140 : 0x7362);
+    } else {
+      const u32 first = kCodesPerSymbol == 8 ? i % 2 * 4 : 0, byte = kCodesPerSymbol == 8 ? 2 * half + i / 2 : i;
+      u32 low = __byte_perm(slots[first], slots[first + 1], byte | (4 + byte) << 4);
+      u32 high = __byte_perm(slots[first + 2], slots[first + 3], byte | (4 + byte) << 4);
+      columns[i] = __byte_perm(low, high, 0x5410);
+    }
+  }
 }
 
 // An element of a tile in mode raw (§7.2). Reads up to 7 bytes behind it.
@@ -427,6 +452,26 @@ struct KeepSlots {
     slots[k] = elements;
   }
 };
+
+// Passes them on.
+template <u32 k = 0, class Emit>
+__device__ __forceinline__ void emit_kept(const KeepSlots& kept, Emit& emit) {
+  if constexpr (k < kSlots) {
+    emit.template slot<k>(kept.slots[k]);
+    emit_kept<k + 1>(kept, emit);
+  }
+}
+
+// Element of 16 or 32 bits in byte `byte` of slot k, put together from its code and planes.
+template <u32 k, u32 byte>
+__device__ __forceinline__ u32 wide_element(const KeepSlots& codes, const RawChunk& raw) {
+  auto byte_of = [](u32 word) { return (word >> (8 * byte)) & 0xFF; };
+  u32 element = byte_of(codes.slots[k]) << kRawBits;
+#pragma unroll
+  for (u32 plane = 0; plane < kWidePlanes; ++plane) element |= byte_of(raw.words[8 * plane + k]) << (kRawBits - 8 * plane - 8);
+  if constexpr (kNarrowRawBits > 0) element |= byte_of(narrow_bits<k>(raw));
+  return element;
+}
 
 // Undoes predictor 1 (§5.3) in a chunk of elements of up to 8 bits; `previous` is the element before it.
 __device__ __forceinline__ void undo_predictor(KeepSlots& chunk, bool first_chunk, u32& previous) {

@@ -6,7 +6,7 @@
 // end each register is multiplied once by the power of its place, and all are added.
 //
 // Bits are reflected as zlib has them: bit 31 is the coefficient of x^0.
-#include "weights/encode_tiles.cuh"
+#include "codec/encode_tiles.cuh"
 
 constexpr u32 kThreads = KVPACK_CRC_THREADS;
 constexpr u32 kWordsPerRound = 4 * kThreads;

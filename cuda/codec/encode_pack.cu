@@ -1,5 +1,5 @@
 // Writes tiles to their places in the payload (docs/FORMAT.md §7).
-#include "weights/encode_elements.cuh"
+#include "codec/encode_elements.cuh"
 
 // Raw planes of a tile, a warp a group.
 __device__ __forceinline__ void pack_planes(const TileView& view, bool previous, u8* planes) {
@@ -36,12 +36,15 @@ __device__ __forceinline__ void pack_lanes(const TileView& view, u32 length_byte
   if (lane == kLanes - 1) group_words[group] = sum;
   __syncthreads();
   u32 before = 0, total = 0;
-  for (u32 g = 0; g < kGroupsPerTile; ++g) {
+  for (u32 g = 0; g < blockDim.x / kLanes; ++g) {
     if (g == group) before = total;
     total += group_words[g];
   }
   u32* head = reinterpret_cast<u32*>(tile);
   if (lane == 0) head[group] = before;  // equals the total behind the last group
+  if (thread == 0) {
+    for (u32 g = blockDim.x / kLanes; g < kGroupsPerTile; ++g) head[g] = total;
+  }
   u8* length_table = tile + kGroupOffsetsBytes + 4 * lanes;
   u16* out = reinterpret_cast<u16*>(length_table + lanes * length_bytes);
   if (thread < lanes) {
@@ -114,7 +117,7 @@ encode_pack(const Element* elements, u32 rows, u32 cols, u32 tile_cols, u32 firs
   u8* out = payload + (entry[0] | static_cast<u64>(entry[1]) << 32);
   const TileView view(elements, rows, cols, tile_cols, tile);
   if (mode == KVPACK_MODE_RANS) {
-    const u64 first_lane = static_cast<u64>(blockIdx.x) * KVPACK_TILE_ROWS;
+    const u64 first_lane = static_cast<u64>(blockIdx.x) * blockDim.x;
     pack_lanes(view, length_bytes, lane_words, words + first_lane * lane_words, states + first_lane,
                lengths + first_lane, raw_offset, out);
     pack_planes(view, previous, out + raw_offset);

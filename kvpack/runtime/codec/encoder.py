@@ -92,9 +92,9 @@ _WORD_BITS = 16
 _STAGED_BYTES = 1 << 16
 # Words are stored four at a time.
 _LANE_WORDS_MULTIPLE = 4
-# cuda/weights/encode_tiles.cuh
+# cuda/codec/encode_tiles.cuh
 _PLAN_RAW, _PLAN_CONSTANT = -1, -2
-# cuda/weights/encode_count.cu: u64 of a summary
+# cuda/codec/encode_count.cu: u64 of a summary
 _SUMMARY_SIZE = NUM_SYMBOLS + 2
 _UNITS_PER_BIT = 256
 
@@ -102,7 +102,7 @@ _UNITS_PER_BIT = 256
 @cache
 def _kernel(operation: str, layout: Layout | None, defines: tuple[tuple[str, int], ...] = ()) -> Kernel:
     """The kernel of the source file of its name."""
-    return Kernel.of(f"weights/{operation}.cu", operation, layout, dict(defines))
+    return Kernel.of(f"codec/{operation}.cu", operation, layout, dict(defines))
 
 
 _PLACE = _kernel("encode_place", None, (("KVPACK_PLACE_THREADS", _PLACE_THREADS),))
@@ -229,6 +229,10 @@ class DeviceEncoding:
     def payload(self) -> torch.Tensor:
         """u8: the blob without its front."""
         return self.blob[len(self.front) :]
+
+    def to_bytes(self) -> bytes:
+        """The blob in the host's memory; waits for the device."""
+        return _from_device(self.blob).tobytes()
 
 
 class _Stages:
@@ -417,8 +421,9 @@ def _encode(
     # In the meantime: memory for what comes next.
     steps = header.tile_cols // header.layout.codes_per_symbol
     lane_words = align(ceil_div(steps * PROBABILITY_BITS, _WORD_BITS) + 1, _LANE_WORDS_MULTIPLE)
-    slab = min(tiles, max(1, scratch_bytes // (2 * TILE_ROWS * lane_words)))
-    lanes = slab * TILE_ROWS
+    threads = align(min(header.rows, TILE_ROWS), GROUP_LANES)  # of a block that takes a tile
+    slab = min(tiles, max(1, scratch_bytes // (2 * threads * lane_words)))
+    lanes = slab * threads
     _, (words, states, lengths, tile_words, metadata) = _parts(
         torch.empty, device, lanes * lane_words // 2, lanes, lanes, tiles, tiles * TILE_METADATA_BYTES // 4
     )
@@ -430,7 +435,6 @@ def _encode(
     payload = buffer[front_room:]
     outlier_first_at = no_outliers if outlier_first is None else _to_device(outlier_first, device)
     outliers_at = zeros if outliers is None else outliers  # zeros are never read
-    step, powers = _crc_tables_on(device)
     previous, length_bytes = _U32(job.predictor), _U32(header.length_bytes)
     stages.done("count")
 
@@ -442,7 +446,7 @@ def _encode(
         for first in range(0, tiles, slab):
             count = min(slab, tiles - first)
             job.launch(
-                "encode_lanes", count, TILE_ROWS, job.elements, *job.shape(), _U32(first), previous, plan_at,
+                "encode_lanes", count, threads, job.elements, *job.shape(), _U32(first), previous, plan_at,
                 entries_at, _U32(lane_words), words, states, lengths, tile_words,
             )  # fmt: skip
             stages.done("lanes")
@@ -453,11 +457,11 @@ def _encode(
             )  # fmt: skip
             stages.done("place")
             job.launch(
-                "encode_pack", count, TILE_ROWS, job.elements, *job.shape(), _U32(first), previous, length_bytes,
+                "encode_pack", count, threads, job.elements, *job.shape(), _U32(first), previous, length_bytes,
                 plan_at, _U32(lane_words), words, states, lengths, outlier_first_at, outliers_at, metadata, payload,
             )  # fmt: skip
             stages.done("pack")
-        job.launch(_CRC, tiles, _CRC_THREADS, payload, _U32(0), step, powers, metadata)
+        launch_crc32(payload, metadata.view(-1, TILE_METADATA_BYTES // 4), job.launcher)
         copy = _Copy(metadata)
         stages.done("crc")
         return copy
@@ -502,6 +506,13 @@ def _encode(
         outlier_count=outlier_count,
         stage_seconds=stages.seconds,
     )
+
+
+def launch_crc32(payload: torch.Tensor, metadata: torch.Tensor, launcher: Launch) -> None:
+    """Write the CRCs of tiles to their metadata, i32 [tiles, 8] (FORMAT.md §6); offsets count from ``payload``."""
+    step, powers = _crc_tables_on(payload.device)
+    arguments = payload, _U32(0), step, powers, metadata
+    launcher(_CRC, len(metadata), _CRC_THREADS, arguments, device=payload.device)
 
 
 @cache

@@ -1,0 +1,1 @@
+"""Blobs on a device: the GPU encoder and decoder of coded elements, whatever they stand for."""
