@@ -59,9 +59,15 @@ Mask = npt.NDArray[np.bool_]
 NamedFormats = str | Sequence[tuple[PageFormat | str, PageFormat | str]]
 
 
+def forward_parameters(model: Any) -> frozenset[str]:
+    """What a model's ``forward`` takes; of one of PEFT, which takes anything, what the model beneath does."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(inner.forward).parameters)
+
+
 def cache_keyword(model: Any) -> str:
     """By what name a model's ``forward``, and ``generate``, take a cache: transformers 5.24 has renamed it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in forward_parameters(model) else "past_key_values"
 
 
 class ColumnCount(int):
@@ -230,6 +236,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
     Attributes:
         rows: of the batch.
         is_partial: whether more of the prompt follows the tokens that come now (:meth:`partial_prompt`).
+        sequences: which ones of the :class:`~kvpack.KVCache` the rows are; None: 0, 1, ….
 
     Raises:
         PageError: a ``key_order`` that does not have each group once.
@@ -286,6 +293,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         KVCache(text.num_hidden_layers, 1, head_dim, max_sequences=rows, dtype=of_pages, device="cpu", **self._options)
         self._parts: list[_Part] = []
         self.rows, self.is_partial = 0, False
+        self.sequences: list[int] | None = None
         # [rows, columns]: which columns are tokens; None: all.
         self._tokens: Mask | None = None
         # i32 [rows, columns]: ids of the first columns, as far as somebody has said them.
@@ -374,10 +382,30 @@ class KVPackCache(Cache):  # type: ignore[misc]
             raise CacheInputError(
                 f"head_dim is {head_dim}; kvpack's pages need a multiple of 16 up to 256: use another cache"
             )
-        dtype = _pages_dtype(self._dtype, key_states.dtype)
-        if self._dtype is None and dtype != key_states.dtype:
+        return self._new_kv(num_layers, heads, head_dim, rows, key_states.dtype, key_states.device)
+
+    def empty_kv(self, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """A cache of pages for all layers of a model of that dtype on that device.
+
+        Raises:
+            CacheInputError: the configuration does not say how many KV heads there are, or of what head_dim.
+            PageError: a head_dim that pages cannot have, or a key_order of another one.
+        """
+        named = _heads_of(self._config)
+        if named is None:
+            raise CacheInputError(
+                f"the config of {self._config.model_type} does not name KV heads and head_dim as most do, so that they "
+                "are not known before the first tokens"
+            )
+        return self._new_kv(len(self.layers), *named, 1, dtype, device)
+
+    def _new_kv(
+        self, num_layers: int, heads: int, head_dim: int, rows: int, of_model: torch.dtype, device: torch.device
+    ) -> KVCache:
+        dtype = _pages_dtype(self._dtype, of_model)
+        if self._dtype is None and dtype != of_model:
             warnings.warn(
-                f"KVPackCache: the model is in {key_states.dtype}, pages are in {dtype} (KVPackCache(dtype=…) chooses)",
+                f"KVPackCache: the model is in {of_model}, pages are in {dtype} (KVPackCache(dtype=…) chooses)",
                 stacklevel=2,
             )
         formats, order = self._options["formats"], self._options["key_order"]
@@ -391,7 +419,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
             head_dim,
             max_sequences=max(rows, self._max_sequences or 1),
             dtype=dtype,
-            device=key_states.device,
+            device=device,
             **options,
         )
 
@@ -506,11 +534,12 @@ class KVPackCache(Cache):  # type: ignore[misc]
                     f"ids have {given.shape[1]} columns, and the cache holds {columns}: some are missing"
                 )
             self._take_ids(given)
-        kv.settle([row])
+        sequence = row if self.sequences is None else self.sequences[row]
+        kv.settle([sequence])
         of_row = self._known_ids()[row]
         if self._tokens is not None:
             of_row = of_row[self._tokens[row]]
-        return save_row(kv, path, row, of_row, model, pages, threads)
+        return save_row(kv, path, sequence, of_row, model, pages, threads)
 
     @classmethod
     def load(
@@ -570,11 +599,11 @@ class KVPackCache(Cache):  # type: ignore[misc]
             max_bytes=max_bytes,
             key_order=header.key_order or None,
         )
-        made._hold(kv, found)
+        made.hold(kv, found)
         return made
 
-    def _hold(self, kv: KVCache, ids: Sequence[Ids]) -> None:
-        """An empty cache has pages that were filled elsewhere, of rows of these ids."""
+    def hold(self, kv: KVCache, ids: Sequence[Ids]) -> None:
+        """An empty cache has pages that were filled elsewhere, of rows of these ids: those of :attr:`sequences`."""
         self._parts, self.rows = [_Part(0, kv.device, kv)], len(ids)
         columns = max(map(len, ids))
         self._ids = np.full((self.rows, columns), UNKNOWN_TOKEN, np.int32)
@@ -691,10 +720,10 @@ class KVPackCache(Cache):  # type: ignore[misc]
                 "cache"
             )
         if rows != self.rows:
-            if before or rows > kvs[0].max_sequences:
+            if before or rows > self.room_for_rows:
                 raise CacheInputError(
                     f"a batch of {rows} rows has come, and the cache holds {before} columns of {self.rows} rows, with "
-                    f"room for {kvs[0].max_sequences}: make another cache (KVPackCache(max_sequences=…)), or reset()"
+                    f"room for {self.room_for_rows}: make another cache (KVPackCache(max_sequences=…)), or reset()"
                 )
             self.rows = rows
         # Pieces of a prompt do not count, but the cells that begin with them.
@@ -724,7 +753,8 @@ class KVPackCache(Cache):  # type: ignore[misc]
         """
         layers: Any = self.layers
         held = np.full(self.rows, columns) if self._tokens is None else self._tokens[:, :columns].sum(axis=1)
-        for kv, (row, tokens) in itertools.product(self.kvs, enumerate(held.tolist())):
+        rows = range(self.rows) if self.sequences is None else self.sequences
+        for kv, (row, tokens) in itertools.product(self.kvs, zip(rows, held.tolist(), strict=True)):
             kv.truncate(row, tokens, takes_back=True)
         if self._tokens is not None:
             self._tokens = self._tokens[:, :columns]
@@ -782,7 +812,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         assert kv is not None
         before = self.get_seq_length()
         self.begin_step(self.rows, before)
-        kv.plan(1, range(self.rows))
+        kv.plan(1, range(self.rows) if self.sequences is None else self.sequences)
         self.add_columns(before, 1, None)
         layers: Any = self.layers
         for layer in layers:

@@ -74,6 +74,11 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{prefix}.{name}", buffer
 
 
+def active_adapter(model: Any) -> str | None:
+    """Hex SHA-256 of the LoRA adapters that a model uses now; None: it uses none."""
+    return _adapter(getattr(model, "_orig_mod", model))[0]
+
+
 def _adapter(model: Any) -> tuple[str | None, set[int]]:
     """Hex SHA-256 of the adapters that are in use, or None; and which tensors are of adapters, in use or not."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")  # without it there are none
@@ -123,12 +128,16 @@ def save_row(
     Raises:
         CacheInputError, NotSupportedError, OSError
     """
-    _require_one_device(model)
+    device_of_model(model)
     fingerprint = model_fingerprint(model)
     return save_snapshot(kv, path, row, tokens=ids, fingerprint=fingerprint, pages=pages, threads=threads)
 
 
-def _require_one_device(model: Any) -> torch.device:
+def device_of_model(model: Any) -> torch.device:
+    """
+    Raises:
+        NotSupportedError: its layers lie on several.
+    """
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise NotSupportedError(
@@ -158,7 +167,7 @@ def load_rows(
     """
     if not paths:
         raise CacheInputError("no file is named")
-    device = _require_one_device(model)
+    device = device_of_model(model)
     fingerprint = model_fingerprint(model)
     vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     rows = len(paths) if max_sequences is None else max_sequences

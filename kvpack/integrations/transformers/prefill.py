@@ -13,7 +13,6 @@ cells of 2,048 tokens end (:mod:`kvpack.runtime.kv.steps`), and no pass goes ove
 
 from __future__ import annotations
 
-import inspect
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvpack.errors import CacheInputError, KvpackError
-from kvpack.integrations.transformers.cache import KVPackCache, cache_keyword
+from kvpack.integrations.transformers.cache import KVPackCache, cache_keyword, forward_parameters
 from kvpack.integrations.transformers.contexts import TokenIds, token_rows
 from kvpack.runtime.kv.steps import CELL_TOKENS
 
@@ -108,7 +107,7 @@ def prefill(
         raise CacheInputError(f"ids have shape {list(rows.shape)}: there is no token to read")
     options = _padding(model, cache, rows, attention_mask)
     keyword, total = cache_keyword(model), rows.shape[1] - 1
-    kept = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    kept = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
     device = model.get_input_embeddings().weight.device
     rows = rows.to(device)
     reused = done = cache.reuse(rows)
@@ -159,7 +158,7 @@ def _padding(
             "ids have pads, and the cache a budget, which is divided by what attention looks at in passes: prefill one "
             "row at a time, or use formats"
         )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in forward_parameters(model):
         raise CacheInputError(
             f"ids have pads, and {type(model).__name__} takes no position_ids: prefill one row at a time"
         )

@@ -304,6 +304,15 @@ class KVManager(Closing):
             for of_sequence, token in zip(known, new, strict=True):
                 of_sequence.append(token)
 
+    def tokens(self, sequence: int) -> list[int]:
+        """What the manager has been told that a running sequence holds, or will hold.
+
+        Raises:
+            CacheInputError: a sequence that is not started.
+        """
+        with self.lock:
+            return self._request(sequence).tokens.tolist()
+
     def finish(self, sequence: int, *, keep: bool = True, priority: int = 0) -> int:
         """A request has ended: its sequence is free, and its full pages stay as long as the policy wants.
 
@@ -319,6 +328,7 @@ class KVManager(Closing):
         Raises:
             CacheInputError: a sequence that is not started; its tokens are not those that it was given; layers have
                 different numbers of its tokens, in the midst of a step.
+            CacheFullError: what waits in 16 bits for more of a prompt cannot be quantized for want of memory.
         """
         with self.lock:
             request, cached = self._request(sequence), 0
@@ -404,7 +414,13 @@ class KVManager(Closing):
             ) from None
 
     def _cacheable(self, sequence: int, request: _Request) -> array[int]:
-        """Its tokens, as far as they are known, in the cache, and in pages that are fresh."""
+        """Its tokens, as far as they are known, in the cache, and in pages that are fresh. What waits for more of a
+        prompt is quantized.
+
+        Raises:
+            CacheFullError: there is no memory for that.
+        """
+        self.cache.settle([sequence])
         in_cache = int(self.cache.table.lengths[:, sequence].min())
         return request.tokens[: min(in_cache, request.fresh_pages * PAGE_TOKENS)]
 
