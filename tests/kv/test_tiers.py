@@ -18,7 +18,7 @@ import pytest
 from pool_dump import cache_state
 from test_manager import DEVICES, append, dump, make_cache, parsed, prompt
 
-from kvpack.errors import CacheInputError
+from kvpack.errors import CacheFullError, CacheInputError
 from kvpack.format.pages import PageFormat
 
 torch = pytest.importorskip("torch")
@@ -611,6 +611,11 @@ def test_arena() -> None:
     for begin, count in taken.items():
         arena.free(begin, count)
     assert arena._free == [(0, size)]
+
+
+def test_more_host_memory_than_there_is() -> None:
+    with pytest.raises(CacheFullError, match="no memory for host_bytes=1152921504606846976"):
+        make(host_bytes=1 << 60)
 
 
 def test_options_are_checked(tmp_path: Path) -> None:

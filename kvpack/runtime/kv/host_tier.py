@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvpack.errors import CacheFullError
 from kvpack.runtime.device.upload import pinned_memory, side_stream
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.page_holders import Kind
@@ -201,18 +202,23 @@ class HostTier:
     Args:
         cache: whose pages they are.
         capacity_bytes: of the arena, which is allocated here.
+
+    Raises:
+        CacheFullError: the host does not provide it.
     """
 
     def __init__(self, cache: KVCache, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.copies = PageCopies(cache)
         self._cache = cache
-        on_device = cache.device.type == "cuda"
-        self._memory = (
-            pinned_memory(capacity_bytes, cache.device)
-            if on_device
-            else torch.empty(capacity_bytes, dtype=torch.uint8, device="cpu")
-        )
+        try:
+            self._memory = (
+                pinned_memory(capacity_bytes, cache.device)
+                if cache.device.type == "cuda"
+                else torch.empty(capacity_bytes, dtype=torch.uint8, device="cpu")
+            )
+        except RuntimeError as error:
+            raise CacheFullError(f"the host has no memory for host_bytes={capacity_bytes}: {error}") from None
         self._arena = Arena(capacity_bytes)
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
 

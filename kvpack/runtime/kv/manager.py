@@ -141,6 +141,7 @@ class KVManager(Closing):
 
     Raises:
         CacheInputError: the cache has tokens; no such policy; fewer bytes than none; a disk without host memory.
+        CacheFullError: the host does not provide ``host_bytes``.
         OSError: the directory cannot be made or read.
 
     >>> import torch

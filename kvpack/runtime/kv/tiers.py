@@ -50,6 +50,7 @@ class Tiers:
 
     Raises:
         CacheInputError: no host memory, or fewer bytes than none.
+        CacheFullError: the host does not provide it.
         OSError: the directory cannot be made or read.
     """
 
