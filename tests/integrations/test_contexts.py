@@ -235,6 +235,10 @@ def test_reuse_keeps_nothing_that_it_was_not_told(model: Any) -> None:
     assert cache.reuse(ids) == 40
     with pytest.raises(CacheInputError, match="ids have 2 rows, and the cache holds 1"):
         cache.reuse(ids.expand(2, -1))
+    # What is not known is not the same as what is not known.
+    greedy(model, ids, cache, 10)
+    assert cache.ids[0, -9:].tolist() == [-1] * 9
+    assert cache.reuse(torch.cat([ids, torch.full((1, 12), -1)], 1)) == 50
 
 
 def test_a_cut_that_finds_no_memory_forgets_all_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

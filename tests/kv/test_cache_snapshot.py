@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from kvpack.errors import (  # noqa: E402
     NotASnapshotError,
 )
 from kvpack.format.container import Container  # noqa: E402
-from kvpack.format.snapshot import Fingerprint, SnapshotFile  # noqa: E402
+from kvpack.format.snapshot import Fingerprint, SnapshotFile, SnapshotHeader  # noqa: E402
 from kvpack.runtime.kv.allocator import PageImportance  # noqa: E402
 from kvpack.runtime.kv.snapshot import load_snapshot  # noqa: E402
 from kvpack.runtime.kv.snapshot_convert import convert_snapshot  # noqa: E402
@@ -265,6 +266,22 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelMismatchError, match="does not say what model"):
         load_snapshot(cache, tmp_path / "of no model", 1, fingerprint=ours)
     assert cache.length(0, 1) == 0
+
+
+def test_pages_made_by_other_rules_are_not_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = new_cache(formats=PageFormat.INT8)
+    fill(cache, 300)
+    with monkeypatch.context() as patched:
+        header = functools.partial(SnapshotHeader, page_rules=2)
+        patched.setattr("kvpack.runtime.kv.snapshot.SnapshotHeader", header)
+        cache.save(tmp_path / "context", fingerprint=_fingerprint())
+    for fingerprint in (None, _fingerprint()):
+        with pytest.raises(CacheInputError, match="page_rules: 2 in the file, 1 in"):
+            load_snapshot(cache, tmp_path / "context", 1, fingerprint=fingerprint)
+    with pytest.raises(InputError, match="made by rules 2"):
+        convert_snapshot(tmp_path / "context", tmp_path / "other", PageFormat.INT4)
+    assert cache.length(0, 1) == 0
+    assert not (tmp_path / "other").exists()
 
 
 def test_hashes_and_long_lists_are_shortened_in_a_refusal() -> None:

@@ -29,7 +29,7 @@ import torch
 from kvpack.encode.snapshot_coder import Blocks, decode_run, encode_run, write_snapshot
 from kvpack.errors import CacheInputError, FileChangedError, KvpackError, SnapshotHeaderError
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
-from kvpack.format.snapshot import PAGE_RULES, RUN_PAGES, Fingerprint, RunPages, SnapshotFile, SnapshotHeader, run_pages
+from kvpack.format.snapshot import RUN_PAGES, Fingerprint, RunPages, SnapshotFile, SnapshotHeader, run_pages
 from kvpack.format.temporary_files import remove_abandoned
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.host_tier import BlockBytes
@@ -190,8 +190,6 @@ class DiskTier:
         check_cache(self._cache, header)
         if header.runs != 1 or header.tokens % PAGE_TOKENS or (header.parent is None) != (header.first_page == 0):
             raise CacheInputError("the snapshot is no run of full pages, or does not say what is before them")
-        if header.page_rules != PAGE_RULES:
-            raise CacheInputError(f"page_rules are {header.page_rules}, here {PAGE_RULES}")
 
     def _forget(self, name: str) -> None:
         file = self._files.pop(name, None)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kvpack.errors import CacheInputError, FingerprintMismatchError, ModelMismatchError
-from kvpack.format.snapshot import PAGE_RULES, Fingerprint, SnapshotHeader
+from kvpack.format.snapshot import Fingerprint, SnapshotHeader
 
 SAMPLED_ELEMENTS = 1024
 
@@ -98,7 +98,7 @@ def make_fingerprint(
 
 
 def check_fingerprint(header: SnapshotHeader, model: Fingerprint) -> None:
-    """Whether a snapshot's pages are of a model, and made by the rules that this kvpack makes pages by.
+    """Whether a snapshot's pages are of a model.
 
     Raises:
         FingerprintMismatchError: the message has both fingerprints, and each field in which they differ.
@@ -109,8 +109,5 @@ def check_fingerprint(header: SnapshotHeader, model: Fingerprint) -> None:
             "the file does not say what model its pages are of, so that whether they are this model's cannot be told; "
             "KVCache.load reads it without a model"
         )
-    differences = header.fingerprint.differences(model)
-    if header.page_rules != PAGE_RULES:
-        differences.append(f"page_rules: {header.page_rules} in the file, {PAGE_RULES} in this kvpack")
-    if differences:
+    if differences := header.fingerprint.differences(model):
         raise FingerprintMismatchError(header.fingerprint.model, model.model, differences)

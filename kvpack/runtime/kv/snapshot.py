@@ -33,7 +33,7 @@ from kvpack.format.pages import (
     join_block,
     split_block,
 )
-from kvpack.format.snapshot import Dtype, Fingerprint, RunPages, SnapshotFile, SnapshotHeader, run_pages
+from kvpack.format.snapshot import PAGE_RULES, Dtype, Fingerprint, RunPages, SnapshotFile, SnapshotHeader, run_pages
 from kvpack.runtime.kv.allocator import PageImportance
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.fingerprint import check_fingerprint
@@ -343,7 +343,7 @@ def load_snapshot(
 
 
 def check_cache(cache: KVCache, header: SnapshotHeader) -> None:
-    """Whether a cache can have a snapshot's pages, but for their formats.
+    """Whether a cache can have a snapshot's pages, but for their formats, and add to them by the same rules.
 
     Raises:
         CacheInputError: the message says what differs.
@@ -353,6 +353,7 @@ def check_cache(cache: KVCache, header: SnapshotHeader) -> None:
         ("KV heads", header.kv_heads, cache.num_kv_heads),
         ("head_dim", header.head_dim, cache.head_dim),
         ("dtype", _TORCH_DTYPES[header.dtype], cache.dtype),
+        ("page_rules", header.page_rules, PAGE_RULES),
         ("key_order", _order_of(header.key_order, header), _order_of(cache.key_order, header)),
     ):
         if of_file != of_cache:

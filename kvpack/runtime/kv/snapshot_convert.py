@@ -21,6 +21,7 @@ from kvpack.encode.threads import map_ordered
 from kvpack.errors import InputError
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side
 from kvpack.format.snapshot import (
+    PAGE_RULES,
     PageFormats,
     RunPages,
     SnapshotFile,
@@ -49,7 +50,8 @@ def convert_snapshot(
         The bytes of the file.
 
     Raises:
-        InputError: pages of fewer bits than that, which no format gives back; a format of 16 bits.
+        InputError: pages of fewer bits than that, which no format gives back, or made by other rules; a format of 16
+            bits.
         DamagedRunError, SnapshotError, ContainerError: the source is damaged, or no snapshot.
         OSError: a file cannot be read or written.
     """
@@ -72,9 +74,13 @@ def _new_formats(file: SnapshotFile, page_format: PageFormat) -> PageFormats:
     """u8 [layers, 2, pages]
 
     Raises:
-        InputError: a page has fewer bits.
+        InputError: a page has fewer bits; pages were made by other rules.
     """
     header, old = file.header, file.page_formats
+    if header.page_rules != PAGE_RULES:
+        raise InputError(
+            f"{file.container.path} has pages made by rules {header.page_rules}; this kvpack makes them by {PAGE_RULES}"
+        )
     window = Window(header.recent_tokens, header.sinks)
     index = header.first_page + np.arange(header.pages)
     end = int(window.open_ends(np.array([header.first_page * PAGE_TOKENS + header.tokens], np.int32))[0])
