@@ -27,6 +27,7 @@ torch = pytest.importorskip("torch")
 
 from kvpack.runtime.kv.cache import KVCache  # noqa: E402
 from kvpack.runtime.kv.manager import KVManager, Started  # noqa: E402
+from kvpack.runtime.kv.manager_metrics import PrefixCounters  # noqa: E402
 from kvpack.runtime.kv.prefix_store import Block  # noqa: E402
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY, MAX_TOKENS = 2, 2, 16, 64, 64 * 16
@@ -602,6 +603,24 @@ def test_thrashing_is_noticed() -> None:
             run(manager, prompt(seed, 130))
     assert manager.metrics().is_thrashing
     assert manager.metrics().hit_rate < 0.5
+
+
+def test_any_number_of_queries_is_counted_in_the_same_memory() -> None:
+    """Many within ten minutes, of which each asks for three pages and half miss one that was evicted."""
+    counters, lost = PrefixCounters(600.0), b"lost"
+    for number in range(200_000):
+        now_s = number * 600 / 200_000
+        if number % 1000 == 0:
+            counters.evicted(lost, "capacity", 1.0, 1.0, now_s)
+        counters.queried(200, 3, 2, [lost] if number % 2 else [], now_s)
+    assert len(counters._queries) <= 1025
+    assert counters.queries == 200_000
+    assert counters.thrashing(600.0) == pytest.approx(1 / 6)
+    counters.queried(200, 3, 3, [], 900.0)
+    assert counters._asked == pytest.approx(300_000, rel=0.002)
+    assert counters.thrashing(900.0) == pytest.approx(1 / 6, rel=0.002)
+    counters.queried(200, 2, 2, [], 1501.0)
+    assert (counters._asked, counters.thrashing(1501.0)) == (2, 0.0)
 
 
 # Time and threads ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ SECONDS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
 # More would-be entries of the working set than this are forgotten, the oldest first.
 _MOST_REMEMBERED = 1 << 18
 _MUCH_THRASHING = 0.1
+# Into so many spans the window is cut, whose queries are counted together: there may be any number of queries.
+_SPANS = 1024
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class PrefixCounters:
         self._recent: OrderedDict[bytes, float] = OrderedDict()
         # Evicted within the window, in order of eviction.
         self._evicted: OrderedDict[bytes, float] = OrderedDict()
-        # (time, pages asked for, pages asked for that were evicted within the window) of the window's queries.
+        # (time of the first, pages asked for, pages asked for that were evicted within the window) of the window's
+        # queries, those of a span together.
         self._queries: deque[tuple[float, int, int]] = deque()
         self._asked = self._thrashed = 0  # their sums
 
@@ -74,7 +77,11 @@ class PrefixCounters:
         self.hit_queries += hit_pages > 0
         thrashed = sum(one in self._evicted for one in missed)
         self.thrashed_pages += thrashed
-        self._queries.append((now_s, pages, thrashed))
+        if self._queries and now_s - self._queries[-1][0] < self.window_s / _SPANS:
+            first_s, asked, evicted = self._queries.pop()
+            self._queries.append((first_s, asked + pages, evicted + thrashed))
+        else:
+            self._queries.append((now_s, pages, thrashed))
         self._asked += pages
         self._thrashed += thrashed
 
