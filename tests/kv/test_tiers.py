@@ -152,6 +152,19 @@ def test_a_file_of_one_block_has_the_hash_of_its_tokens(tmp_path: Path) -> None:
     assert tiers(source).damaged_files == 1
 
 
+def test_pages_that_the_cache_cannot_have_are_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hashes of pages that it can have, which no other cache gives to its own."""
+    key = KVManager._root_key
+    monkeypatch.setattr(KVManager, "_root_key", lambda *of: {k: v for k, v in key(*of).items() if k != "formats"})
+    source, tokens = make(disk=tmp_path, formats=PageFormat.INT8), prompt(5, 300)
+    run(source, tokens)
+    source.store.evict()
+    assert source.tiers.flush() == 0
+    manager = make(disk=tmp_path)
+    assert run(manager, tokens)[:2] == (0, run(make(host_bytes=0), tokens)[1])
+    assert (tiers(manager).foreign_files, tiers(manager).damaged_files) == (1, 0)
+
+
 def test_flush_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = make(disk=tmp_path)
     run(manager, prompt(3, 300))
