@@ -26,7 +26,6 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from bench_common import print_table, require_inputs
@@ -132,7 +131,6 @@ def in_a_model(options: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from kvpack import KVPackCache
-    from kvpack.integrations.transformers import attention
     from kvpack.integrations.transformers.evaluation import text_windows
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -145,9 +143,8 @@ def in_a_model(options: argparse.Namespace) -> None:
 
     def predictions(pages: int | None) -> torch.Tensor:
         """Log-probabilities [windows, tokens, vocabulary]."""
-        cache, found = KVPackCache(model.config, formats=options.format), []
-        chosen = functools.partial(attention_with_kv_cache, pages=pages)
-        with torch.inference_mode(), mock.patch.object(attention, "attention_with_kv_cache", chosen):
+        cache, found = KVPackCache(model.config, formats=options.format, pages=pages), []
+        with torch.inference_mode():
             model(input_ids=windows.ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
             for at in range(prompt, options.context):
                 logits = model(input_ids=windows.ids[:, at : at + 1], past_key_values=cache).logits[:, -1]

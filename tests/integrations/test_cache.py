@@ -254,6 +254,31 @@ def test_a_cache_of_other_heads(attention: str, options: dict[str, int]) -> None
     assert cache.kv is None
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_steps_attend_to_some_pages(name: str) -> None:
+    """All of them where there are no more, and the same ones wherever they lie; windows stay what they are."""
+    ids, mask = prompts(rows=2, tokens=500)
+    model = model_of(name)
+    found = {}
+    for pages, device_pages in ((None, None), (9, None), (4, None), (4, 4), (4, 6)):
+        cache = KVPackCache(model.config, formats="INT4", pages=pages, device_pages=device_pages)
+        logits(model, ids[:, :499], cache, attention_mask=mask[:, :499])
+        found[pages, device_pages] = logits(model, ids[:, 499:], cache, attention_mask=mask)
+    assert torch.equal(found[9, None], found[None, None])
+    assert not torch.equal(found[4, None], found[None, None])
+    assert torch.equal(found[4, 4], found[4, None])
+    assert torch.equal(found[4, 6], found[4, None])
+
+
+def test_text_is_generated_with_pages_in_host_memory() -> None:
+    ids, mask = prompts(rows=2, tokens=300)
+    model = model_of("llama")
+    caches = [KVPackCache(model.config, formats="INT4", pages=4, device_pages=pages) for pages in (None, 5)]
+    texts = [greedy(model, ids, cache, 70, attention_mask=mask) for cache in caches]
+    assert torch.equal(*texts)
+    assert caches[1].kv.slots.hit_rate() > 0
+
+
 def test_formats_by_name_in_pairs() -> None:
     ids, _ = prompts(rows=1, tokens=200)
     model = model_of("llama")
@@ -276,6 +301,11 @@ def test_formats_by_name_in_pairs() -> None:
         ({"max_sequences": -1}, "max_sequences is -1; it must be at least 1"),
         ({"policy": "position"}, "policy is 'position' without a budget"),
         ({"policy": "importance", "formats": "INT4"}, "policy is 'importance' without a budget"),
+        ({"pages": 2}, "pages is 2; it must be an integer of at least 3"),
+        ({"pages": True}, "pages is True"),
+        ({"formats": "INT4", "device_pages": 8}, "device_pages is 8 with pages=None"),
+        ({"formats": "INT4", "device_pages": 8, "pages": 9}, "device_pages is 8 with pages=9"),
+        ({"device_pages": 8, "pages": 8}, "device_pages is 8 without formats or a budget"),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], reason: str) -> None:

@@ -17,9 +17,9 @@ from emulated_device import emulated_launch  # noqa: E402
 from kvpack import CacheInputError, KVCache, PageFormat  # noqa: E402
 from kvpack.format.pages import PAGE_TOKENS, Side  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
-from kvpack.runtime.kv import attention  # noqa: E402
-from kvpack.runtime.kv.page_summaries import key_ranges  # noqa: E402
-from kvpack.runtime.kv.retrieval import chosen_pages, page_scores, retrieve  # noqa: E402
+from kvpack.runtime.kv import attention, retrieval  # noqa: E402
+from kvpack.runtime.kv.page_summaries import key_ranges, summarize_by_kernel  # noqa: E402
+from kvpack.runtime.kv.retrieval import WIDTH, chosen_pages, retrieve  # noqa: E402
 
 FORMATS = [None, *(page_format for page_format in PageFormat if page_format.is_quantized)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -67,6 +67,60 @@ def test_ranges_hold_all_keys_of_a_page(page_format: PageFormat | None, dtype: A
     assert width.max() < (1.001 if page_format is None else 1.8)
 
 
+EMULATED = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
+
+
+@EMULATED
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("page_format", FORMATS, ids=str)
+def test_the_kernel_summarizes_as_the_cpu_does(
+    page_format: PageFormat | None, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+    cache = filled([5 * PAGE_TOKENS], page_format, dtype=dtype, key_order=(1, 0), max_bytes=1 << 20, recent_tokens=0)
+    ranges = cache.summaries.of(0, [0], [5], cache.entries[0, Side.K])
+    found = torch.full((1, 7, *ranges.shape[2:]), 7.0, dtype=torch.float16)
+    places = [6, 0, 3, 1, 4]
+    jobs = torch.tensor(list(zip(cache.entries[0, Side.K, 0, :5].tolist(), places, strict=True)))
+    summarize_by_kernel(cache.pools, jobs, found, cache.key_order)
+    assert torch.equal(found[0, places], ranges[0, :5])
+    assert (found[0, [2, 5]] == 7).all()
+
+
+@EMULATED
+def test_ranges_that_fp16_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+    cache = KVCache(1, 1, 16, 256, device="cpu", dtype=torch.bfloat16, max_bytes=1 << 20)
+    k = torch.randn(1, 1, 192, 16).bfloat16()
+    k[0, 0, 70, 3], k[0, 0, 100, 4], k[0, 0, 130, 5] = 1e5, math.nan, math.inf
+    cache.append(0, k, k)
+    ranges = cache.summaries.of(0, [0], [3], cache.entries[0, Side.K])
+    assert ranges.isnan().any(-1).nonzero().tolist() == [[0, 1, 0, 4], [0, 2, 0, 5]]
+    assert ranges[0, 1, 0, 3].tolist() == pytest.approx([5e4, 5e4], rel=2e-3)
+    found = torch.empty_like(ranges)
+    summarize_by_kernel(
+        cache.pools, torch.tensor([[e, i] for i, e in enumerate(cache.entries[0, 0, 0, :3].tolist())]), found, ()
+    )
+    assert torch.equal(found.nan_to_num(nan=7.0), ranges[:, :3].nan_to_num(nan=7.0))
+
+
+@EMULATED
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 2, 32), (3, 6, 80), (1, 1, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_kernel_scores_as_the_cpu_does(
+    kv_heads: int, group: int, head_dim: int, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "launch", emulated_launch)
+    random = torch.Generator().manual_seed(3)
+    ranges = torch.randn(4, 70, kv_heads, head_dim, 2, generator=random).half()
+    q = torch.randn(2, 1, kv_heads * group, head_dim, generator=random).to(dtype).expand(2, 3, -1, -1)[:, 1]
+    rows = torch.tensor([3, 1])
+    expected = retrieval._scores_on_cpu(q, ranges, rows, 67, 0.3)
+    found = retrieval._scores_by_kernel(q, ranges, rows, 67, 0.3)
+    assert (found - expected).abs().max() < 1e-4
+    assert found.shape == (2, kv_heads * group, 67)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_enough_pages_are_full_attention_bit_for_bit(device: str) -> None:
     cache = filled([700, 64, 130], device=device)
@@ -84,13 +138,19 @@ def test_the_page_that_matters_least_is_left_out() -> None:
     q = queries(1, cache)[0][:, :, 0]
     found = retrieve(q, view, [700], 10, 0.2)
     assert found is not None
-    scores = page_scores(q[0], *key_ranges(cache.pools, cache.entries[0, Side.K, 0, :10]), 0.2)
+    middle, half = key_ranges(cache.pools, cache.entries[0, Side.K, 0, :10])
+    grouped = q[0].float().unflatten(0, (KV_HEADS, -1))
+    by_head = torch.einsum("hgd,phd->hgp", grouped, middle) + WIDTH * torch.einsum("hgd,phd->hgp", grouped.abs(), half)
+    scores = (0.2 * by_head).softmax(-1).sum((0, 1))
     least = 1 + int(scores[1:9].argmin())
     assert found.indices.tolist() == [[page for page in range(11) if page != least]]
     assert torch.equal(found.view.page_table, view.page_table[:, :, found.indices[0]])
     assert found.view.lengths.tolist() == [700 - PAGE_TOKENS]
     assert retrieve(q, view, [700], 11, 0.2) is None
-    assert chosen_pages(torch.zeros(10), 11, 11).tolist() == list(range(11))
+    chosen = chosen_pages(torch.zeros(2, 10), torch.tensor([11, 4]), 11)
+    assert chosen.tolist() == [list(range(11))] * 2
+    scores = torch.tensor([[9.0, 1, math.nan, 3, -math.inf, 2, 0, 9]])
+    assert chosen_pages(scores, torch.tensor([9]), 5).tolist() == [[0, 3, 5, 7, 8]]
 
 
 def next_view(cache: KVCache, rows: list[int]) -> Any:

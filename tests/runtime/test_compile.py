@@ -32,7 +32,7 @@ from kvpack.runtime.codec import encoder  # noqa: E402
 from kvpack.runtime.codec.decoder import decode_kernel  # noqa: E402
 from kvpack.runtime.device.kernels import Kernel, layout_defines  # noqa: E402
 from kvpack.runtime.kv import attention_kernels as attention  # noqa: E402
-from kvpack.runtime.kv import page_elements, page_kernels  # noqa: E402
+from kvpack.runtime.kv import page_elements, page_kernels, page_slots, page_summaries, retrieval  # noqa: E402
 from kvpack.runtime.weights import grouped  # noqa: E402
 from kvpack.runtime.weights import mma_product as mma  # noqa: E402
 from kvpack.runtime.weights import products as weights  # noqa: E402
@@ -263,6 +263,12 @@ def read_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
         yield page_kernels.read_kernel(side, head_dim, dtype)
 
 
+def score_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
+    options = list(itertools.product(page_kernels.PAGE_FORMATS, range(1, retrieval._MOST_HEADS + 1)))
+    for head_dim, (dtype, heads) in selected(HEAD_DIMS, options, everything):
+        yield retrieval.scores_kernel(head_dim, dtype, heads)
+
+
 KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemv": gemv_kernels,
     "gemm": gemm_kernels,
@@ -286,11 +292,15 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "matrix_quantize_rows": matrix_kernels(matrices.quantize_rows_kernel, FORMATS),
     "matrix_dequantize": matrix_kernels(matrices.dequantize_kernel, FORMATS, Axis, matrices.Variant),
     "page_write": lambda _everything, _architecture: map(page_kernels.write_kernel, HEAD_DIMS),
+    "page_fetch": lambda _everything, _architecture: map(page_slots.fetch_kernel, HEAD_DIMS),
     "page_quantize": quantize_kernels,
     "page_read": read_kernels,
     "decode_elements": decode_elements_kernels,
     "page_join": page_elements_kernels(page_elements.join_kernel),
     "page_split": page_elements_kernels(page_elements.split_kernel),
+    "page_scores": score_kernels,
+    "page_slots": lambda _everything, _architecture: [page_slots.slots_kernel()],
+    "page_summarize": lambda _everything, _architecture: map(page_summaries.summarize_kernel, HEAD_DIMS),
 }
 
 

@@ -216,7 +216,12 @@ def _attend(
     if is_first:
         cache.begin_step(len(query), before)
     q, k, v = (in_pages_dtype(kv, states, is_prompt=before == 0) for states in (query, key, value))
-    of_cache = {"sequences": cache.sequences, "observe": cache.observes, "partial": cache.is_partial}
+    of_cache: dict[str, Any] = {
+        "sequences": cache.sequences,
+        "observe": cache.observes,
+        "partial": cache.is_partial,
+        "pages": cache.pages if options["window"] is None else None,
+    }
     options = {"layer": layer.kv_layer, **of_cache, **options}
     if tokens is None:
         out, _ = attention_with_kv_cache(q, k, v, kv, **options)

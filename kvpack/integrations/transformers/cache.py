@@ -43,6 +43,7 @@ from kvpack.integrations.transformers.contexts import (
 )
 from kvpack.runtime.kv.allocator import Policy
 from kvpack.runtime.kv.cache import KVCache, OpenFormats
+from kvpack.runtime.kv.retrieval import LEAST_PAGES
 from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, OnCorrupt
 from kvpack.runtime.kv.steps import CELL_TOKENS
 
@@ -229,6 +230,10 @@ class KVPackCache(Cache):  # type: ignore[misc]
         policy: with a ``budget``, as of :class:`~kvpack.KVCache`; None: "importance".
         max_bytes: as of :class:`~kvpack.KVCache`.
         key_order: the same; None: after the model's rotary positions (:mod:`~kvpack.integrations.transformers.rotary`).
+        pages: a step of one token attends to so many pages of 64 tokens of each row, those that can matter most to it
+            (docs/KV.md, "Long contexts"); layers with sliding windows to what is in theirs. None: all of them.
+        device_pages: as of :class:`~kvpack.KVCache`: quantized pages lie in host memory, and so many of each layer and
+            row on the device too. At least ``pages``, which has to be given with it.
 
     Of a model on several devices, layers that follow one another on one of them have a :class:`~kvpack.KVCache` to
     themselves, and ``budget`` and ``max_bytes`` are those of each.
@@ -237,6 +242,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
         rows: of the batch.
         is_partial: whether more of the prompt follows the tokens that come now (:meth:`partial_prompt`).
         sequences: which ones of the :class:`~kvpack.KVCache` the rows are; None: 0, 1, ….
+        pages: as given; it may be changed between steps.
 
     Raises:
         PageError: a ``key_order`` that does not have each group once.
@@ -270,8 +276,15 @@ class KVPackCache(Cache):  # type: ignore[misc]
         policy: Policy | None = None,
         max_bytes: int | None = None,
         key_order: Sequence[int] | None = None,
+        pages: int | None = None,
+        device_pages: int | None = None,
     ) -> None:
         text = _checked_config(config)
+        if pages is not None and (isinstance(pages, bool) or not isinstance(pages, int) or pages < LEAST_PAGES):
+            raise CacheInputError(f"pages is {pages!r}; it must be an integer of at least {LEAST_PAGES}, or None")
+        if device_pages is not None and (pages is None or device_pages < pages):
+            raise CacheInputError(f"device_pages is {device_pages} with pages={pages}: at least as many are needed")
+        self.pages = pages
         if policy is not None and budget is None:
             raise CacheInputError(f"policy is {policy!r} without a budget, whose bytes it would divide: give a budget")
         self._config, self._dtype, self._max_sequences = text, dtype, max_sequences
@@ -285,6 +298,7 @@ class KVPackCache(Cache):  # type: ignore[misc]
             "policy": "importance" if policy is None else policy,
             "max_bytes": max_bytes,
             "key_order": key_order,
+            "device_pages": device_pages,
         }
         # What is wrong with the options shall be known before the first token; of key_order, all but its length.
         groups = min(len(key_order), MAX_GROUPS) if isinstance(key_order, Sequence) else 0

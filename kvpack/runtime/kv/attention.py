@@ -570,6 +570,8 @@ def _attend_by_kernel(
         blocks = _decode_blocks(q, longest_pages, cache, call)
         out = attention_kernels.decode(q, **pages, blocks=blocks, observed=observed if all_observe else None)
     else:
+        if cache.slots is not None:
+            pages["table"], _staged = cache.slots.staged(view.page_table)  # held until the kernels are enqueued
         out = attention_kernels.prefill(q, **pages)
         all_observe = False
     if observed is not None and not all_observe:

@@ -69,6 +69,8 @@ from kvpack.runtime.kv.distortion import Queries, format_errors
 from kvpack.runtime.kv.page_holders import Kind, PageHolder
 from kvpack.runtime.kv.page_kernels import PAGE_FORMATS, left_out, new_status, quantize_pages, read_tokens, write_tokens
 from kvpack.runtime.kv.page_pools import SLAB_BYTES, PageOwner, PagePools
+from kvpack.runtime.kv.page_slots import PageSlots
+from kvpack.runtime.kv.page_summaries import PageSummaries
 from kvpack.runtime.kv.page_table import NO_PAGE, Ints, PageTable, Place, Places, widened
 from kvpack.runtime.kv.ragged import Counts, checked_counts, most
 from kvpack.runtime.kv.shared_pages import (
@@ -235,9 +237,14 @@ class KVCache:
         widths: the former name of ``formats``.
         key_order: groups of 16 dimensions of keys, those first that quantized pages shall keep best. None is
             :func:`~kvpack.format.pages.half_split_order`, for RoPE as Llama has it.
+        device_pages: quantized pages lie in host memory, and so many of each layer and sequence, those that
+            ``attend(…, pages=k)`` has chosen last, on the device too: at least ``k``. ``max_bytes`` counts all of
+            them. None: all pages lie on the device. With it, ``formats`` or a ``budget`` has to be given.
 
     Attributes:
         pools: where the pages lie.
+        summaries: the ranges of pages' keys, which ``attend(…, pages=k)`` chooses by; made when first asked for.
+        slots: with ``device_pages``, the pages that are on the device too; or None.
         table: entries of pages and numbers of tokens, on the host and on the device.
         mass: i64 [layers, max_sequences, pages that the table has room for] on the device, in :data:`MASS_UNIT`: the
             *attention mass* of each page, softmax probabilities of its tokens summed, averaged over query heads, since
@@ -277,6 +284,7 @@ class KVCache:
         slab_bytes: int = SLAB_BYTES,
         widths: OpenFormats | None = None,
         key_order: Sequence[int] | None = None,
+        device_pages: int | None = None,
     ) -> None:
         if widths is not None:
             warnings.warn("KVCache(widths=…) is called formats=…", DeprecationWarning, stacklevel=2)
@@ -300,6 +308,12 @@ class KVCache:
             raise CacheInputError(f"budget is {budget!r}; it is a fraction, more than 0 and at most 1")
         if budget is not None and formats is not None:
             raise CacheInputError("either a budget or formats can be given, not both")
+        if device_pages is not None:
+            device_pages = _integer("device_pages", device_pages, 1)
+            if budget is None and formats is None:
+                raise CacheInputError(
+                    f"device_pages is {device_pages} without formats or a budget: pages of 16 bits stay on the device"
+                )
         if policy not in POLICIES:
             raise CacheInputError(f"policy is {policy!r}; there are {', '.join(POLICIES)}")
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
@@ -316,8 +330,21 @@ class KVCache:
             for pair in self._open_formats
         ]
         self.pools = PagePools(
-            num_kv_heads, head_dim, self.device, max_bytes=max_bytes, slab_bytes=slab_bytes, key_order=self.key_order
+            num_kv_heads,
+            head_dim,
+            self.device,
+            max_bytes=max_bytes,
+            slab_bytes=slab_bytes,
+            key_order=self.key_order,
+            on_host=device_pages is not None,
         )
+        self.summaries = PageSummaries(self.pools, num_layers, max_sequences, self.key_order)
+        self.slots: PageSlots | None = None
+        if device_pages is not None:
+            possible = [
+                frozenset[PageFormat]().union(*of_side) for of_side in zip(*self._possible_formats, strict=True)
+            ]
+            self.slots = PageSlots(self.pools, num_layers, max_sequences, device_pages, possible)
         self._options: dict[str, Any] = {
             "dtype": dtype,
             "budget": budget,
@@ -327,6 +354,7 @@ class KVCache:
             "max_bytes": max_bytes,
             "slab_bytes": slab_bytes,
             "key_order": key_order,
+            "device_pages": device_pages,
         }
         # They hold the cache, and are known for as long as they live.
         self._holders: list[ReferenceType[PageHolder]] = []
@@ -765,6 +793,9 @@ class KVCache:
         self._owning = self._owning[:count]
         self.errors, self.shares = self.errors[:count], self.shares[:count]
         self.importance.keep_layers(count)
+        self.summaries.keep_layers(count)
+        if self.slots is not None:
+            self.slots.keep_layers(count)
         with torch.inference_mode(False):
             self.table.keep_layers(count)
             self.mass, self.observed_steps = self.mass[:count], self.observed_steps[:count]
@@ -980,6 +1011,13 @@ class KVCache:
         self._may_share([sequence])
         self.mass[:, sequence, first:] = 0
         self.importance.forget(sequence, first)
+        self._forget_copies(sequence, tokens // PAGE_TOKENS)
+
+    def _forget_copies(self, sequence: int, first: int = 0) -> None:
+        """What is held of a sequence's pages, from one on, is of pages that may be others now."""
+        self.summaries.forget(sequence, first)
+        if self.slots is not None:
+            self.slots.forget(sequence, first)
 
     def _let_go(self, layer: int, entry: int) -> bool:
         """The table has a page no longer. Whether it is free: others may hold it."""
@@ -1169,6 +1207,7 @@ class KVCache:
             self.mass[:, sequence] = 0
             self.observed_steps[:, sequence] = 0
             self.importance.forget(sequence)
+            self._forget_copies(sequence)
         for layer, entry in lost:
             self._let_go(layer, entry)
         self._quiet = [None] * self.num_layers
@@ -1246,6 +1285,8 @@ class KVCache:
         self.mass[..., :pages].index_copy_(1, there, mass)
         self.observed_steps.index_copy_(1, there, steps)
         self.importance.select(changed, taken)
+        for sequence in changed:
+            self._forget_copies(sequence)
 
     def copy(self, sequences: Sequence[int] | None = None, *, device: torch.device | str | None = None) -> KVCache:
         """A cache of its own, with the same options, that holds the same: pages are copied byte by byte.
@@ -1328,6 +1369,10 @@ class KVCache:
         """Pages of whatever kinds, from whichever device."""
         for first in range(0, len(sources), _COPIED_PAGES):
             these, those = sources[first : first + _COPIED_PAGES], targets[first : first + _COPIED_PAGES]
+            if self.slots is not None:  # some of them lie in host memory
+                for block, copied in zip(those, these, strict=True):
+                    block.copy_(copied)
+                continue
             if these[0].device != self.device:
                 sizes = [block.numel() for block in these]
                 flat = torch.cat([block.reshape(-1) for block in these]).to(self.device)
@@ -1451,9 +1496,13 @@ class KVCache:
     def read_pages(self, entries: Ints | Sequence[int]) -> list[torch.Tensor]:
         """u8 [num_kv_heads, block bytes] of each page, flattened: views, to be written to by who has made the page.
 
+        With ``device_pages`` it waits for the device, whose kernels use pages in host memory.
+
         Raises:
             PageEntryError: one is of no page in use.
         """
+        if self.slots is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         return [self.pools.blocks(entry) for entry in _flat(entries).tolist()]
 
     def adopt(
@@ -1537,6 +1586,7 @@ class KVCache:
         if not first_page:
             self.observed_steps[:, sequence] = 0
         self.importance.forget(sequence, first_page)
+        self._forget_copies(sequence, first_page)
         if importance is not None:
             self.importance.put(sequence, importance, first_page)
         if tokens % PAGE_TOKENS:
@@ -2327,9 +2377,10 @@ class KVCache:
         return 8 * self.pools.bytes_in_use / elements if elements else 0.0
 
     def estimate_memory_mb(self) -> float:
-        """Device memory in MB (10^6 bytes): the slabs that are allocated, and the tables."""
+        """Device memory in MB (10^6 bytes): the slabs that are allocated there, the tables, and summaries of pages."""
         tables = (self.page_table, self.lengths, self.mass, self.observed_steps, self.status)
-        return (self.pools.bytes_allocated + sum(table.nbytes for table in tables)) / 1e6
+        on_device = self.pools.bytes_allocated - self.pools.host_bytes + self.summaries.size_bytes
+        return (on_device + sum(table.nbytes for table in tables)) / 1e6
 
     def check(self) -> None:
         """Wait for the device.

@@ -140,7 +140,8 @@ class KVManager(Closing):
         tiers: slower memory behind them, or None.
 
     Raises:
-        CacheInputError: the cache has tokens; no such policy; fewer bytes than none; a disk without host memory.
+        CacheInputError: the cache has tokens, or device_pages; no such policy; fewer bytes than none; a disk without
+            host memory.
         CacheFullError: the host does not provide ``host_bytes``.
         OSError: the directory cannot be made or read.
 
@@ -174,6 +175,10 @@ class KVManager(Closing):
         if cache.table.lengths.any():
             raise CacheInputError(
                 "the cache has tokens: a manager gives out all of its sequences, so they must be empty"
+            )
+        if cache.slots is not None:
+            raise CacheInputError(
+                "the cache has device_pages: prefixes are kept of caches whose pages all lie on the device"
             )
         self.cache = cache
         self._clock = clock

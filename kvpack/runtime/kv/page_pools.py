@@ -27,6 +27,7 @@ import torch
 
 from kvpack.errors import CacheFullError, PageEntryError
 from kvpack.format.pages import PageFormat, PageLayout, Side
+from kvpack.runtime.device.upload import pinned_memory
 
 SLAB_BYTES = 4 << 20
 _LEAST_SLAB_PAGES = 8
@@ -138,6 +139,8 @@ class PagePools:
         max_bytes: of all slabs. On the CPU, without it, as much as the machine has.
         slab_bytes: by how much a pool grows at most; by 8 pages, if they are larger. At first it grows by 8 pages,
             then by as many as it has; by what is asked for alone where ``max_bytes`` leaves no more.
+        on_host: whether quantized pages lie in host memory. On CUDA it is pinned, and their entries are addresses that
+            kernels read and write, over the bus. On the CPU there is no difference.
 
     Attributes:
         pages: what entries count from: u8, on the CPU alone; None on CUDA.
@@ -158,8 +161,10 @@ class PagePools:
         max_bytes: int | None = None,
         slab_bytes: int = SLAB_BYTES,
         key_order: tuple[int, ...] = (),
+        on_host: bool = False,
     ) -> None:
         self.num_kv_heads, self.head_dim, self.device = num_kv_heads, head_dim, torch.device(device)
+        self._on_host = on_host
         self._pools = {
             (side, page_format): _Pool(layout, num_kv_heads * layout.block_bytes, slab_bytes)
             for side in Side
@@ -174,7 +179,7 @@ class PagePools:
             self.pages = _address_space(_ARENA_START + max_bytes)
         self.max_bytes = max_bytes
         self.reclaim: Callable[[Mapping[tuple[Side, PageFormat], int], int], bool] | None = None
-        self._bytes_allocated = self._bytes_in_use = 0
+        self._bytes_allocated = self._bytes_in_use = self._host_bytes = 0
         # All slabs, by where they begin.
         self._bases: list[int] = []
         self._slab_at: dict[int, _Slab] = {}
@@ -183,6 +188,15 @@ class PagePools:
     def bytes_allocated(self) -> int:
         """Of all slabs."""
         return self._bytes_allocated
+
+    @property
+    def host_bytes(self) -> int:
+        """Of those slabs that lie in host memory."""
+        return self._host_bytes
+
+    def is_on_host(self, page_format: PageFormat) -> bool:
+        """Whether pages of a format lie in host memory."""
+        return self._on_host and page_format.is_quantized
 
     @property
     def bytes_in_use(self) -> int:
@@ -246,9 +260,11 @@ class PagePools:
         spare.sort(key=lambda slab: slab.memory.numel())
         cut: list[tuple[_Slab, _Pool]] = []
         for kind in sorted(missing, key=lambda kind: -self._pools[kind].page_bytes):
-            pool = self._pools[kind]
-            while missing[kind] > 0 and spare and spare[-1].memory.numel() >= pool.page_bytes:
-                slab = spare.pop()
+            pool, on_host = self._pools[kind], self.is_on_host(kind[1])
+            fitting = [slab for slab in spare if self.is_on_host(slab.layout.format) == on_host]
+            while missing[kind] > 0 and fitting and fitting[-1].memory.numel() >= pool.page_bytes:
+                slab = fitting.pop()
+                spare.remove(slab)
                 cut.append((slab, pool))
                 missing[kind] -= slab.memory.numel() // pool.page_bytes
         if self._lacking({kind: count for kind, count in missing.items() if count > 0})[0]:
@@ -296,18 +312,51 @@ class PagePools:
             insort(self._bases, slab.base)
             self._slab_at[slab.base] = slab
         self._bytes_allocated += needed
+        self._host_bytes += sum(pages * pool.page_bytes for pool, pages in grown if self.is_on_host(pool.layout.format))
 
     def _new_slab(self, pool: _Pool, pages: int) -> _Slab:
         size_bytes = pages * pool.page_bytes
+        if self.pages is None and self.is_on_host(pool.layout.format):
+            try:
+                memory = pinned_memory(size_bytes, self.device)
+            except RuntimeError as error:  # of CUDA, whatever its name is
+                raise CacheFullError(f"the host has no memory for {size_bytes} pinned bytes: {error}") from None
+            return _Slab(memory, memory.data_ptr(), pool.layout, self.num_kv_heads)
+        return _Slab(*self._device_memory(size_bytes), pool.layout, self.num_kv_heads)
+
+    def _device_memory(self, size_bytes: int) -> tuple[torch.Tensor, int]:
+        """Zeros, and what entries of pages there count from."""
         if self.pages is None:
             memory = torch.zeros(size_bytes, dtype=torch.uint8, device=self.device)
-            return _Slab(memory, memory.data_ptr(), pool.layout, self.num_kv_heads)
+            return memory, memory.data_ptr()
         base = self._arena_end
         self._arena_end += size_bytes
-        return _Slab(self.pages[base : self._arena_end], base, pool.layout, self.num_kv_heads)
+        return self.pages[base : self._arena_end], base
+
+    def new_memory(self, size_bytes: int) -> tuple[torch.Tensor, int]:
+        """Device memory for copies of pages, u8, which counts as slabs do, and what their entries count from.
+
+        Args:
+            size_bytes: a multiple of 16.
+
+        Raises:
+            CacheFullError: as of :meth:`reserve`.
+        """
+        if self.max_bytes is not None and self._bytes_allocated + size_bytes > self.max_bytes:
+            raise CacheFullError(
+                f"{size_bytes} bytes are needed for copies of pages; {self._bytes_allocated} of at most "
+                f"{self.max_bytes} bytes are allocated"
+            )
+        try:
+            made = self._device_memory(size_bytes)
+        except torch.OutOfMemoryError as error:
+            raise CacheFullError(f"{self.device} has no memory for {size_bytes} bytes: {error}") from None
+        self._bytes_allocated += size_bytes
+        return made
 
     def allocate(self, side: Side, page_format: PageFormat, owner: PageOwner, *, is_held: bool = False) -> int:
-        """A page's entry. What the page holds is what it held before; zeros if it has never been used.
+        """A page's entry. What the page holds is what it held before; zeros if it has never been used, but of pages in
+        host memory, which may hold anything.
 
         Args:
             is_held: by someone other than the page table.
