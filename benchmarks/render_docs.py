@@ -434,6 +434,30 @@ def prefill() -> str:
     return table(headings, rows) + gpu_origin(result)
 
 
+def offloaded_context() -> str:
+    result = newest("offloaded-context")
+    rows = [
+        [
+            f"{row['tokens']:,}",
+            f"{row['pages']:,} ({100 * row['share']:.3g} %)",
+            " / ".join(f"{100 * found:.0f}" for found in row["recall"].values()),
+            " / ".join(f"{found:.2f}" for found in row["error"].values()),
+            f"{row['step_ms']:.1f}",
+            f"{row['full_from_host_ms']:,.0f}",
+            f"{row['full_on_device_ms']:.1f}",
+            f"{100 * row['hit_rate']:.1f}",
+            f"{row['device_mb'] / 1e3:.2f}",
+            f"{row['summaries_mb'] / 1e3:.2f}",
+            f"{row['host_mb'] / 1e3:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    kinds = " / ".join(result["rows"][0]["recall"])
+    headings = ["tokens", "pages", f"found, % ({kinds})", "error", "ms a token", "all pages from host memory, ms"]
+    headings += ["all on the device, ms", "hits, %", "device, GB", "of it summaries", "host, GB"]
+    return table(headings, rows) + gpu_origin(result)
+
+
 def cache_agreement(model: str) -> str:
     result = newest(f"cache-agreement-{model}")
     rows = []
@@ -891,6 +915,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "tensor-kinds": tensor_kinds,
     "codec": codec,
     "memory": memory,
+    "offloaded-context": offloaded_context,
     "processes": processes,
     "linear-summary": linear_summary,
     "launch-costs": launch_costs,

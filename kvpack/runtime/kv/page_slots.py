@@ -1,8 +1,8 @@
-"""Pages of host memory that are on the device too: for each layer and sequence the last ones that were attended to.
+"""Pages of host memory that are on the device too: for each layer and sequence some that were attended to lately.
 
-Kernels find which of the wanted pages are in slots, give the others the slots that were not used for longest, and copy
-them over the bus. The host takes no part in it, and waits for nothing. Neighbouring tokens look at mostly the same
-pages, so that few are copied in a step.
+Kernels find which of the wanted pages are in slots, give the others the slots that were filled longest ago, but for
+those that are used now, and copy them over the bus. The host takes no part in it, and waits for nothing. Neighbouring
+tokens look at mostly the same pages, so that few are copied in a step.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _FETCH_BYTES = 4 * 16 * WARP_LANES * _FETCH_WARPS
 # Blocks for a page at most: a bus has fewer bytes under way than memory.
 _FETCH_PARTS = 4
 _QUANTIZED = [page_format for page_format in PageFormat if page_format.is_quantized]
-# What shared memory of a block without asking has room for: 4 bytes for each slot and each page.
-MOST_SLOTS = 5000
+# What shared memory of a block without asking has room for: four words for a slot that is chosen.
+MOST_SLOTS = 3000
 _MOST_JOBS = 65535  # of a grid
 
 
@@ -48,14 +48,13 @@ def fetch_kernel(head_dim: int) -> Kernel:
 @dataclass(frozen=True)
 class _LayerSlots:
     """Slots of a layer's sequences: their memory and where it begins; which page each has, i32 [sequences, slots], or
-    -1, and when it was used; the page's entries, i64 [sequences, slots, 2]; and a clock of each sequence, i32."""
+    -1; the page's entries, i64 [sequences, slots, 2]; and each sequence's slot that was filled longest ago, i32."""
 
     memory: torch.Tensor
     base: int
     pages: torch.Tensor
-    used: torch.Tensor
     held: torch.Tensor
-    clocks: torch.Tensor
+    hands: torch.Tensor
 
 
 class PageSlots:
@@ -100,7 +99,7 @@ class PageSlots:
 
         Args:
             sequences: i64 [batch], of the cache.
-            chosen: i64 [batch, pages], which pages of their sequences these are, each once; at most as many as slots.
+            chosen: i64 [batch, pages], which pages of their sequences these are, ascending; at most as many as slots.
             entries: i64 [2, batch, pages], contiguous, or -1 of no page.
 
         Returns:
@@ -132,7 +131,6 @@ class PageSlots:
                 memory,
                 base,
                 torch.full(shape, -1, dtype=torch.int32, device=device),
-                torch.zeros(shape, dtype=torch.int32, device=device),
                 torch.full((*shape, 2), NO_PAGE, dtype=torch.int64, device=device),
                 torch.zeros(self._sequences, dtype=torch.int32, device=device),
             )
@@ -208,9 +206,8 @@ def _assign_by_kernel(
             entries,
             sequences,
             of_layer.pages,
-            of_layer.used,
             of_layer.held,
-            of_layer.clocks,
+            of_layer.hands,
             counts,
             targets,
             jobs,
@@ -222,7 +219,7 @@ def _assign_by_kernel(
             np.uint32(sum(1 << page_format for page_format in _QUANTIZED)),
         ),
         device=chosen.device,
-        shared_bytes=4 * (pages + slots),
+        shared_bytes=4 * (3 * pages + slots + _SLOT_WARPS),
     )
 
 
@@ -239,25 +236,24 @@ def _assign_on_cpu(
     slots = of_layer.pages.shape[1]
     on_host = _is_quantized(entries)
     for row, sequence in enumerate(sequences.tolist()):
-        pages, used, held = (x[sequence].numpy() for x in (of_layer.pages, of_layer.used, of_layer.held))
-        of_layer.clocks[sequence] += 1
-        now, wanted = int(of_layer.clocks[sequence]), [tuple(pair) for pair in entries[:, row].t().tolist()]
-        there: dict[tuple[int, tuple[int, ...]], int] = {
+        pages, held = (x[sequence].numpy() for x in (of_layer.pages, of_layer.held))
+        wanted = [tuple(pair) for pair in entries[:, row].t().tolist()]
+        there = {
             (page, tuple(pair)): slot
             for slot, (page, pair) in enumerate(zip(pages.tolist(), held.tolist(), strict=True))
         }
         slot_of = [there.get(key, -1) for key in zip(chosen[row].tolist(), wanted, strict=True)]
-        used[[slot for slot in slot_of if slot >= 0]] = now
-        free = (slot for slot in np.argsort(used, kind="stable").tolist() if used[slot] < now)
+        hand = int(of_layer.hands[sequence])
+        free = [slot for i in range(slots) if (slot := (hand + i) % slots) not in slot_of]
         for j, (slot, pair) in enumerate(zip(slot_of, wanted, strict=True)):
             quantized = on_host[:, row, j].tolist()
             is_new = any(quantized) and slot < 0
             if is_new:
-                slot = next(free)
+                slot = free.pop(0)
                 pages[slot], held[slot] = int(chosen[row, j]), pair
+                of_layer.hands[sequence] = (slot + 1) % slots
             if any(quantized):
                 counts[sequence, int(is_new)] += 1
-                used[slot] = now
             place = of_layer.base + (sequence * slots + slot) * sum(side_bytes)
             for side, entry in enumerate(pair):
                 begin = place + side * side_bytes[0]
