@@ -137,7 +137,8 @@ def coder_seconds(cache: KVCache, path: Path) -> tuple[float | None, float | Non
 
 def _busy_seconds(work: Callable[[], object]) -> float:
     """Seconds in which at least one kernel runs while something is done. Copies and fills are none."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # without, torch warns
         work()
         torch.cuda.synchronize()
     ranges = sorted(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -598,3 +600,23 @@ def test_rows_are_cropped_and_chosen_by_their_tokens() -> None:
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
     with pytest.raises(CacheInputError, match=r"8 rows are wanted.*KVPackCache\(max_sequences=8\)"):
         cache.batch_repeat_interleave(2)
+
+
+@pytest.mark.parametrize("use", ["generate", "forward"])
+def test_a_cache_that_is_no_more_gives_its_memory_back_at_once(use: str) -> None:
+    """Not with some later garbage collection: a GPU's memory does not make one come."""
+    model, ids = model_of("llama"), prompts(1)[0]
+    gc.collect()
+    gc.disable()
+    try:
+        cache = KVPackCache(model.config, formats="INT4")
+        if use == "generate":
+            model.generate(ids, max_new_tokens=3, do_sample=False, **{CACHE_ARGUMENT: cache})
+        else:
+            logits(model, ids, cache)
+        pages = [weakref.ref(kv) for kv in cache.kvs]
+        assert pages
+        del cache
+        assert [kv() for kv in pages] == [None] * len(pages)
+    finally:
+        gc.enable()

@@ -20,6 +20,7 @@ import inspect
 import itertools
 import os
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, Self
@@ -104,11 +105,20 @@ class KVPackLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call]
 
     def __init__(self, cache: KVPackCache, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cache, self.index = cache, index
+        # Weakly: else a cache would go with the next garbage collection, which knows nothing of a GPU's memory.
+        self._cache = weakref.ref(cache)
+        self.index = index
         self.kv: KVCache | None = None
         self.kv_layer = index
         self.columns = 0
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def cache(self) -> KVPackCache:
+        found = self._cache()
+        if found is None:
+            raise ReferenceError("the KVPackCache that this layer is of is no more: keep it as long as its layers")
+        return found
 
     @torch.compiler.disable
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
