@@ -104,9 +104,11 @@ def measure_all(model: Any, options: argparse.Namespace, device: torch.device) -
             if took * (tokens / before) ** 2 > left:
                 rows.append({**of_case, "left_out": "time" if took < float("inf") else "memory"})
                 continue
-            if name not in last:
-                measure(model, name, tokens, device)  # compiles
             try:
+                if name not in last:
+                    compiling = time.perf_counter()
+                    measure(model, name, tokens, device)
+                    begun += time.perf_counter() - compiling
                 found = measure(model, name, tokens, device)
             except (torch.OutOfMemoryError, CacheFullError):
                 rows.append({**of_case, "left_out": "memory"})

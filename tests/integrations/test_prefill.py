@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import runpy
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:KVPackCache. the model is in tor
 
 # Instead of 2,048, so that short prompts have several.
 CELL = 256
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
@@ -260,6 +264,53 @@ def test_wrong_calls(model: Any) -> None:
         prefill(model, ids, full, chunk_tokens=50)
     assert full.get_seq_length() == 49
     assert prefill(model, ids[:, :1], cache) == Prefilled(0, 0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"formats": "INT4"}, {"budget": 0.4}], ids=str)
+def test_on_a_gpu(options: dict[str, Any]) -> None:
+    """Passes of any size, and steps of a CUDA graph behind them, for one prompt after the other."""
+    made = ARCHITECTURES["llama"].model(max_position_embeddings=4096).cuda().half()
+    made.set_attn_implementation("kvpack")
+    ids, found = prompt(900).cuda(), []
+    for chunk in (None, 128, 64):
+        cache = KVPackCache(made.config, **options)
+        assert prefill(made, ids, cache, chunk_tokens=chunk).read == 899
+        kinds = formats(cache)
+        cache.kv.check()
+        found.append((greedy(made, ids, cache, 20)[0, 900:].tolist(), kinds))
+    assert [kinds for _, kinds in found] == [found[0][1]] * 3
+    cache = KVPackCache(made.config, **options)
+    decoder = DecodeGraph(made, cache, max_tokens=1200)
+    for _ in range(2):
+        cache.reset()
+        prefill(made, ids, cache)
+        decoder.start(ids[:, -1], torch.tensor([899]))
+        tokens = [int(decoder.step()) for _ in range(20)]
+        assert sum(a == b for a, b in zip(tokens, found[0][0], strict=True)) >= 15
+    assert decoder.is_captured
+
+
+def test_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes is what the documents show; without a result they show nothing."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import render_docs
+
+    monkeypatch.setattr(render_docs, "RESULTS", tmp_path)
+    assert render_docs.figures("prefill") == ""
+    path = tmp_path / "2026-11-30-prefill.json"
+    arguments = ["--small", "--device", "cpu", "--tokens", "70,300", "--caches", "INT2", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["prefill.py", *arguments])
+    runpy.run_path(str(BENCHMARKS / "prefill.py"), run_name="__main__")
+    result = json.loads(path.read_text())
+    rows = result["rows"]
+    assert [(row["tokens"], row["chunk_tokens"]) for row in rows] == [(70, 69), (300, CELL)]
+    rows[1]["peak_bytes"] = 2_000_000_000  # as on a GPU
+    rows[0] = {"tokens": 70, "cache": "INT2", "left_out": "memory"}
+    path.write_text(json.dumps(result))
+    shown = render_docs.figures("prefill")
+    assert "| 70 | INT2 | no memory left | – |" in shown
+    assert f"| 300 | INT2 | {rows[1]['seconds']:.2f} |" in shown
 
 
 REAL = os.environ.get("KVPACK_BOOKS_MODEL")

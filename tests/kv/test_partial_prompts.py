@@ -109,6 +109,20 @@ def test_rows_of_a_padded_batch_have_what_they_have_alone(options: dict[str, Any
     assert cache.lengths.tolist() == [tokens]
 
 
+def test_a_graphs_step_ends_a_prompt() -> None:
+    """It is planned for before the device appends its token, so what waits is quantized then."""
+    cache = make_cache("cpu", num_layers=2, formats=PageFormat.INT4)
+    x = random_qkv(cache, 1, 1000)
+    for layer in range(2):
+        attention_with_kv_cache(*x, cache, layer=layer, partial=True)
+    cache.plan(1)
+    assert cache.table.lengths.tolist() == [[1001]] * 2
+    assert not cache.table.waiting.any()
+    for layer in range(2):
+        found = cache.precision_map(layer)[:, 0, :16].tolist()
+        assert found == [[PageFormat.FP16, *[PageFormat.INT4] * 13, *[PageFormat.FP16] * 2]] * 2
+
+
 def test_sequences_take_what_waits_with_them() -> None:
     """Forked, copied, cut and reordered in the midst of a prompt, they go on as if nothing had been."""
     cache = make_cache("cpu", max_sequences=3, num_layers=2, formats=PageFormat.INT4)
