@@ -1,12 +1,16 @@
 """A KV cache in use for a long time: does its memory stay the same?
 
     python benchmarks/kv_soak.py --operations 1000000 --threads 8 --json benchmarks/results/DATE-kv-soak.json
+    python benchmarks/kv_soak.py --manager adaptive --operations 1000000 --threads 8
 
 Threads take turns (a cache has no lock of its own) to append, fork, cut, put in order, free, copy, hold, release, adopt
 and load sequences at random, under a limit of bytes that is met often. Every thousand operations the pages in use are
 counted anew from the page table and from what is held; in the end all is given back. Memory is measured at each tenth
 of the operations: all that grows with use has grown at the first. Resident memory has what the allocator keeps free as
 well, and that grows a little whenever more is in use at one moment than ever before; what is in use is counted apart.
+
+With ``--manager`` an operation is a request to a ``KVManager`` of this policy, with room for far fewer prefixes than
+are asked for: it is started, goes on by a token and is finished, under the name of a session, half of them new ones.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ import torch
 from bench_common import device_record, provenance, write_result
 
 from kvpack import CacheFullError, KVCache, PageFormat
+from kvpack.runtime.kv.eviction import POLICIES
+from kvpack.runtime.kv.manager import KVManager
 from kvpack.runtime.kv.page_pools import PagePools
 from kvpack.runtime.kv.page_table import Ints
 
@@ -136,6 +142,13 @@ class Soak:
         self.cache.adopt(target, made, tokens)
         self.cache.release(made)
 
+    def give_back(self) -> None:
+        """Nothing is in use."""
+        for sequence in range(SEQUENCES):
+            self.cache.free(sequence)
+        while self.held:
+            self.release()
+
     def check(self) -> None:
         """Pages in use are those of the table and those that are held, and each counts its references."""
         pools = self.cache.pools
@@ -153,6 +166,48 @@ def resident_bytes() -> int:
     """Of this process, now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+class ManagerSoak:
+    """A manager, and requests at random: one of six beginnings, one of 40 middles, one of three ends."""
+
+    def __init__(self, policy: str, device: str, seed: int) -> None:
+        self.cache = KVCache(
+            1, 1, 16, MAX_TOKENS, max_sequences=2 * SEQUENCES, device=device, formats=PageFormat.INT4, slab_bytes=1
+        )
+        self.manager = KVManager(self.cache, model="soak", prefix_bytes=180_000, policy=policy)
+        self.random = random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.full = 0
+        self.tokens = torch.randn(1, 1, MAX_TOKENS, 16).half().to(self.cache.device)
+        self.lock = self.manager.lock
+
+    def step(self) -> None:
+        """One request, as one of the threads."""
+        with self.lock:
+            choose = self.random.randrange
+            parts = (choose(6), 130), (choose(40), self.random.choice([20, 64, 130])), (choose(3), choose(1, 70))
+            prompt = [token for token, count in parts for _ in range(count)]
+            session = f"new {choose(10**9)}" if choose(2) else f"known {choose(20)}"
+            keep = self.random.random() < 0.95
+            self.counts["request"] += 1
+        started = self.manager.start(prompt, session=session)
+        with self.lock:
+            new = self.tokens[:, :, : len(prompt) - started.tokens]
+            self.cache.append(0, new, new, [started.sequence])
+            self.cache.append(0, self.tokens[:, :, :1], self.tokens[:, :, :1], [started.sequence])
+        self.manager.append_tokens([started.sequence], [7])
+        self.manager.finish(started.sequence, keep=keep)
+
+    def check(self) -> None:
+        """What prefixes take is within their limit, or running sequences stand on it."""
+        self.cache.check()
+        metrics = self.manager.metrics()
+        assert metrics.prefix_bytes <= 180_000 or metrics.running_sequences
+
+    def give_back(self) -> None:
+        """All prefixes go."""
+        self.manager.store.evict()
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -174,10 +229,23 @@ def heap_bytes_in_use() -> int | None:
 
 
 def soak(
-    operations: int, threads: int, *, device: str = "cpu", seed: int = 0, every: int = 1000, is_shown: bool = False
+    operations: int,
+    threads: int,
+    *,
+    policy: str | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    every: int = 1000,
+    is_shown: bool = False,
 ) -> dict[str, Any]:
-    """So many operations, shared by threads, and what has become of the memory."""
-    state, failures = Soak(device, seed), []
+    """So many operations, shared by threads, and what has become of the memory.
+
+    Args:
+        policy: of a manager, whose requests they are; None: operations of a cache.
+        every: so often in each thread all is checked.
+    """
+    state = Soak(device, seed) if policy is None else ManagerSoak(policy, device, seed)
+    failures: list[BaseException] = []
     begin = threading.Barrier(threads)
 
     def work(count: int) -> None:
@@ -220,10 +288,7 @@ def soak(
             )
     spent = time.perf_counter() - start
     state.check()
-    for sequence in range(SEQUENCES):
-        state.cache.free(sequence)
-    while state.held:
-        state.release()
+    state.give_back()
     assert state.cache.pools.bytes_in_use == 0
     return {
         "operations": sum(state.counts.values()),
@@ -244,12 +309,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--manager", metavar="POLICY", choices=sorted(POLICIES), help="requests to a KVManager")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = soak(arguments.operations, arguments.threads, device=arguments.device, seed=arguments.seed, is_shown=True)
+    found = soak(
+        arguments.operations,
+        arguments.threads,
+        policy=arguments.manager,
+        device=arguments.device,
+        seed=arguments.seed,
+        is_shown=True,
+    )
     print(
         f"{found['operations']} operations by {found['threads']} threads in {found['seconds']} s: "
         f"{found['operations_per_second']} a second, {found['refused']} refused (CacheFullError); resident "

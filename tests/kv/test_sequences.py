@@ -1194,6 +1194,13 @@ def test_a_soak_gives_all_back() -> None:
     assert found["by_name"].keys() == kv_soak.WEIGHTS.keys()
 
 
+@pytest.mark.parametrize("policy", ["adaptive", "conversation"])
+def test_a_soak_of_a_manager_gives_all_back(policy: str) -> None:
+    found = kv_soak.soak(400, 8, policy=policy, every=10)
+    assert found["operations"] == 400
+    assert found["in_use_bytes_when_all_is_freed"] == 0
+
+
 def test_slabs_are_cut_anew_when_memory_ends() -> None:
     """What narrow pages have given up serves wide ones, and the other way round; where it is too little, nothing is."""
     cache = make_cache(formats=INT4, max_bytes=64 * FULL, recent_tokens=64)
