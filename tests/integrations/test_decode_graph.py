@@ -181,6 +181,8 @@ def test_a_capture_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.Mon
 def test_what_does_not_fit_is_refused() -> None:
     model, (ids, mask) = make_model(), make_batch()
     cache = KVPackCache(model.config)
+    with pytest.raises(CacheInputError, match="the cache has pages=8"):
+        DecodeGraph(model, KVPackCache(model.config, pages=8), max_tokens=71)
     with pytest.raises(CacheInputError, match="max_tokens is missing"):
         DecodeGraph(model, cache)
     with pytest.raises(CacheInputError, match="DynamicCache grows at each step"):

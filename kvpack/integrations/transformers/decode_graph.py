@@ -75,6 +75,10 @@ class DecodeGraph:
                     "a KVPackCache can be captured in a CUDA graph by attn_implementation='kvpack' alone: call "
                     "model.set_attn_implementation('kvpack')"
                 )
+            if cache.pages is not None:
+                raise CacheInputError(
+                    f"the cache has pages={cache.pages}: a CUDA graph cannot choose which pages a step attends to"
+                )
             if max_tokens is None:
                 raise CacheInputError(
                     "max_tokens is missing: how many tokens a row may come to have, the prompt included"

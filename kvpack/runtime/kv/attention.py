@@ -113,7 +113,7 @@ def attention_with_kv_cache(
         partial: whether more of the prompt follows in another call: pages wait for it in 16 bits until their cell of
             2,048 tokens has ended (:meth:`KVCache.writing`). Not with ``chunk_tokens``, nor in CUDA graphs.
         pages: at least 3: a row that brings one token attends to so many pages of 64 tokens: the first, the last two,
-            and those that a bound of their keys says matter most to it (docs/KV.md, "Long contexts"). Rows that bring
+            and those that the ranges of their keys say matter most to it (docs/KV.md, "Long contexts"). Rows that bring
             more attend to all. ``observe`` counts the others as not looked at. None: all pages. Not with ``window``,
             nor in CUDA graphs.
         progress: called behind each chunk with how many tokens are done and how many there are. What it raises ends
@@ -571,7 +571,8 @@ def _attend_by_kernel(
         out = attention_kernels.decode(q, **pages, blocks=blocks, observed=observed if all_observe else None)
     else:
         if cache.slots is not None:
-            pages["table"], _staged = cache.slots.staged(view.page_table)  # held until the kernels are enqueued
+            table = view.page_table[..., :longest_pages].contiguous()
+            pages["table"], _staged = cache.slots.staged(table)  # held until the kernels are enqueued
         out = attention_kernels.prefill(q, **pages)
         all_observe = False
     if observed is not None and not all_observe:
