@@ -34,7 +34,7 @@ struct RingLane {
   u32 word_at;       // where that is, in bytes from `source`
   u32 filled, limit; // up to where the ring has been asked to be filled, and will be: bytes from `source`
   u32 ring;          // in shared memory, a multiple of its size
-  const u8* source;  // a multiple of 16
+  const u8* source;  // a multiple of 16, up to a ring's bytes in front of the lane's words
 
   __device__ __forceinline__ void refill() { refill_state_of_ring(state, word_at, word, ring); }
 
@@ -62,15 +62,17 @@ struct RingLane {
     }
     // Damaged lengths must not lead out of the group's words.
     const u32 first = min(sum - start.num_words, group.num_words), end = min(sum, group.num_words);
-    const u32 byte = 2 * (group.first_word + first), lead = byte & 15;
+    // Lanes of much and even information keep pace with each other: their rings begin at different groups of banks.
+    const u32 turn = 16 * (lane % (kRingBytes / 16));
+    const u32 byte = 2 * (group.first_word + first), lead = turn + (byte & 15);
     state = start.state;
-    source = group.tile + (byte - lead);
+    source = group.tile + byte - lead;
     word_at = lead;
     limit = lead + 2 * (end - first);
-    filled = 0;
+    filled = turn;
     fill<ceil_div(kAheadBytes + 15, 16)>();
     copy_async_wait<0>();
-    word = load_shared_u16(ring | word_at);
+    word = load_shared_u16(ring | (word_at & (kRingBytes - 1)));
     const bool whole = __shfl_sync(kAllLanes, sum, kLanes - 1) == group.num_words;
     return whole ? lead + 2 * start.num_words : ~0u;
   }
