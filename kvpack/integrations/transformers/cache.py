@@ -268,7 +268,8 @@ class KVPackCache(Cache):  # type: ignore[misc]
     >>> cache
     KVPackCache(0 columns; no tokens yet)
     >>> ids = torch.arange(3, 20)[None]
-    >>> model.generate(ids, cache_implementation="kvpack-int4", max_new_tokens=4, do_sample=False).shape
+    >>> lengths = {"max_new_tokens": 4, "min_new_tokens": 4}
+    >>> model.generate(ids, cache_implementation="kvpack-int4", do_sample=False, **lengths).shape
     torch.Size([1, 21])
     """
 

@@ -100,7 +100,7 @@ class PrefixPool:
     >>> pool, document = PrefixPool(model, formats="INT4"), torch.arange(200)[None] % 90 + 3
     >>> for question in ([[7, 8]], [[9, 5, 4]]):
     ...     prompt = torch.cat([document, torch.tensor(question)], 1)
-    ...     print(pool.match(prompt), pool.generate(prompt, max_new_tokens=4, do_sample=False).shape)
+    ...     print(pool.match(prompt), pool.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape)
     0 torch.Size([1, 206])
     192 torch.Size([1, 207])
     """
