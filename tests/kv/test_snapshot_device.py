@@ -18,7 +18,7 @@ from kvpack import KVCache, PageFormat  # noqa: E402
 from kvpack.encode import snapshot_coder  # noqa: E402
 from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.encode.page_runs import part_elements  # noqa: E402
-from kvpack.errors import DamagedRunError, DeviceError  # noqa: E402
+from kvpack.errors import CacheFullError, DamagedRunError, DeviceError  # noqa: E402
 from kvpack.format.container import Container  # noqa: E402
 from kvpack.format.layout import ElementKind, Layout, Predictor  # noqa: E402
 from kvpack.format.snapshot import RunPart, SnapshotFile  # noqa: E402
@@ -193,6 +193,43 @@ def test_damage_that_the_cpu_does_not_find(coder: Coder, tmp_path: Path, monkeyp
     monkeypatch.setattr(snapshot, "load_runs", lambda _file, runs, *_rest, **_options: list(runs))
     with pytest.raises(DeviceError, match="runs 0 to 0 where the CPU finds none"):
         coder.load(tmp_path / "context")
+
+
+def test_runs_before_the_damaged_one_are_not_taken_on_trust(
+    coder: Coder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are loaded again, and may be found to be damaged then."""
+    cache = coder.cache(formats=PageFormat.INT4)
+    fill(cache, 2 * 2048)
+    cache.save(tmp_path / "context")
+    damaged(tmp_path / "context", tmp_path / "damaged", "run.00001.V.INT4.codes", 40)
+    asked: list[list[int]] = []
+
+    def find_all_damaged(_file: Any, runs: range, *_rest: Any, **_options: Any) -> list[int]:
+        asked.append(list(runs))
+        return list(runs)
+
+    monkeypatch.setattr(snapshot, "load_runs", find_all_damaged)
+    other = coder.cache(formats=PageFormat.INT4)
+    with pytest.raises(DeviceError, match="runs 0 to 0 where the CPU finds none"):
+        snapshot.load_snapshot(other, tmp_path / "damaged", on_corrupt="drop_from_here")
+    assert asked == [[0, 1], [0]]
+    assert (other.pools.bytes_in_use, other.held_bytes) == (0, 0)
+
+
+def test_no_memory_for_decoding(coder: Coder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = coder.cache(formats=PageFormat.INT4)
+    fill(cache, 300)
+    cache.save(tmp_path / "context")
+
+    def decode(*_arguments: Any) -> None:
+        raise torch.OutOfMemoryError("what the allocator says")
+
+    monkeypatch.setattr(snapshot_device, "decode_blobs", decode)
+    other = coder.cache(formats=PageFormat.INT4)
+    with pytest.raises(CacheFullError, match=r"no memory for decoding .*context, .* what the allocator says"):
+        snapshot.load_snapshot(other, tmp_path / "context")
+    assert (other.pools.bytes_in_use, other.held_bytes) == (0, 0)
 
 
 def rewritten(path: Path, out: Path, encode: Any) -> None:

@@ -19,6 +19,7 @@ from kvpack.encode.snapshot_coder import _LAYOUTS  # noqa: E402
 from kvpack.errors import TileBoundsError  # noqa: E402
 from kvpack.format.blob import GROUP_OFFSETS_BYTES, Blob  # noqa: E402
 from kvpack.format.layout import GROUP_LANES, ElementKind, Layout, Predictor, TileMode, float_layouts, integer_layouts  # noqa: E402
+from kvpack.runtime.codec import encoder  # noqa: E402
 from kvpack.runtime.codec.decoder import SLACK_BYTES, Decoded, PlacedBlob, decode_blobs  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
 
@@ -149,3 +150,16 @@ def test_a_payload_that_would_lead_out_of_the_blob_is_refused(decode: Any) -> No
     blob[begin + 4 : begin + 32] = b"\xff\xff\0\0" * 7  # words of groups that the tile does not have
     with pytest.raises(TileBoundsError):
         decode([bytes(blob)])
+
+
+@pytest.mark.gpu
+def test_the_tables_of_crcs_are_there_for_every_stream() -> None:
+    """They are made once, and used on streams that do not wait for the one on which they were first asked for."""
+    encoder._crc_tables_on.cache_clear()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(1 << 30)
+        tables = encoder._crc_tables_on(torch.device("cuda", torch.cuda.current_device()))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = [table.cpu().numpy().view(np.uint32) for table in tables]
+    for table, wanted in zip(found, encoder.crc_tables(), strict=True):
+        np.testing.assert_array_equal(table, wanted.reshape(-1))

@@ -518,7 +518,14 @@ def launch_crc32(payload: torch.Tensor, metadata: torch.Tensor, launcher: Launch
 @cache
 def _crc_tables_on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     step, powers = crc_tables()
-    return _to_device(step, device), _to_device(powers, device)
+    if device.type == "cpu":
+        return _to_device(step, device), _to_device(powers, device)
+    # They are kept for launches on any stream, which do not wait for the one that asked first.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        tables = _to_device(step, device), _to_device(powers, device)
+    stream.synchronize()
+    return tables
 
 
 def encode_on_device(

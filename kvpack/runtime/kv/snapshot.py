@@ -21,7 +21,7 @@ import torch
 
 from kvpack.encode.snapshot_coder import Blocks, decode_run, encode_run, write_snapshot
 from kvpack.encode.threads import default_threads
-from kvpack.errors import CacheInputError, DamagedRunError, DeviceError, SnapshotHeaderError
+from kvpack.errors import CacheFullError, CacheInputError, DamagedRunError, DeviceError, SnapshotHeaderError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import (
     ENTRY_FORMAT_MASK,
@@ -456,20 +456,28 @@ def _fill_on_device(
         return np.where(chosen, entries[pages.layers, pages.side, (pages.indices - first_page) * chosen], 0)
 
     def load(runs: range, progress: Callable[[int], None] | None) -> list[int]:
-        return load_runs(file, runs, cache.device, entries_of, cache.pools.pages, progress=progress)
+        try:
+            return load_runs(file, runs, cache.device, entries_of, cache.pools.pages, progress=progress)
+        except torch.OutOfMemoryError as error:
+            raise CacheFullError(
+                f"{cache.device} has no memory for decoding {file.container.path}, beside the pages: {error}"
+            ) from None
+
+    def require_none(suspects: list[int]) -> None:
+        if suspects:
+            raise DeviceError(
+                f"{file.container.path}: {cache.device} found damage in runs {suspects[0]} to {suspects[-1]} where the "
+                "CPU finds none: the file was changed meanwhile, or the device's memory is faulty"
+            )
 
     suspects = load(file.header.runs_of(first_page, end_page), progress)
     for run in suspects:
         try:
             decode_run(file, run, executor)
         except DamagedRunError:
-            load(range(suspects[0], run), None)
+            require_none(load(range(suspects[0], run), None))
             raise
-    if suspects:
-        raise DeviceError(
-            f"{file.container.path}: {cache.device} found damage in runs {suspects[0]} to {suspects[-1]} where the CPU "
-            "finds none: the file was changed meanwhile, or the device's memory is faulty"
-        )
+    require_none(suspects)
 
 
 def _put_blocks(cache: KVCache, pages: RunPages, blocks: Blocks, entries: Ints, first_page: int, end_page: int) -> None:
