@@ -180,6 +180,24 @@ def test_what_fails_leaves_the_pool_as_it_was(model: Any) -> None:
     assert pool.generate(ids, max_new_tokens=10, **OPTIONS).tolist() == alone(model, ids, 10)
 
 
+def test_an_answer_that_cannot_be_kept_gives_its_sequence_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manager knows the answer's tokens then, and the prompt's are not all."""
+    pool, ids = PrefixPool(model, max_sequences=1), prompt(200)
+    finish = pool.manager.finish
+
+    def without_memory(sequence: int, *, keep: bool = True, **options: Any) -> int:
+        if keep:
+            raise CacheFullError("no memory to quantize what waits")
+        return finish(sequence, keep=keep, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.manager, "finish", without_memory)
+        with pytest.raises(CacheFullError, match="no memory to quantize what waits"):
+            pool.generate(ids, max_new_tokens=5, **OPTIONS)
+    assert pool.manager.metrics().running_sequences == 0
+    assert pool.generate(ids, max_new_tokens=5, **OPTIONS).tolist() == alone(model, ids, 5)
+
+
 def test_what_is_refused(model: Any) -> None:
     pool, ids = PrefixPool(model, max_sequences=1), prompt(100)
     cache = pool.start(ids)

@@ -200,10 +200,7 @@ class PrefixPool:
             raise CacheInputError(f"ids do not begin with the {len(known)} tokens that the cache was started with")
         more = row[len(known) :]
         self.manager.append_tokens([sequence] * len(more), more)
-        found = self.manager.finish(sequence, keep=keep)
-        self._running = [one for one in self._running if one is not cache]
-        cache.sequences = []
-        return found
+        return self._give_back(cache, keep=keep)
 
     def generate(
         self,
@@ -240,16 +237,22 @@ class PrefixPool:
             self.finish(cache, getattr(found, "sequences", found))
         except BaseException:
             if cache.sequences:
-                self._end(cache, ids)
+                self._end(cache)
             raise
         return found
 
-    def _end(self, cache: PooledCache, ids: torch.Tensor) -> None:
-        """After an error: what was read of the prompt stays, if all layers have it."""
+    def _end(self, cache: PooledCache) -> None:
+        """After an error: what was read of the tokens that the manager knows stays, if all layers have it."""
         try:
-            self.finish(cache, ids)
+            self._give_back(cache, keep=True)
         except KvpackError:
-            self.finish(cache, ids, keep=False)
+            self._give_back(cache, keep=False)
+
+    def _give_back(self, cache: PooledCache, *, keep: bool) -> int:
+        found = self.manager.finish(cache.started.sequence, keep=keep)
+        self._running = [one for one in self._running if one is not cache]
+        cache.sequences = []
+        return found
 
     def _row(self, ids: TokenIds) -> list[int]:
         rows = token_rows(ids)
