@@ -71,6 +71,7 @@ def test_sentences_say_what_the_results_do() -> None:
     times = [[sum(rows[f"int{bits}"]["kl"]) / sum(rows[f"kivi{bits}g64"]["kl"]) for bits in (8, 4, 3)] for rows in same]
     quality = {row["setting"]: row["kl"] for row in newest("books-layouts")["rows"]}
     prompt = newest("long-prompt")
+    kept = {row["tokens"]: row for row in newest("bench-snapshot")["prefill"]}[32768]
     shape = {(row["weights"], row["batch"]): row for row in newest("llama-shape")["rows"]}
     dense_bytes = shape["bf16", 1]["linear_bytes"]
     us = {
@@ -101,6 +102,8 @@ def test_sentences_say_what_the_results_do() -> None:
         f"which take {caches['kivi4g32']['bits']:.1f} |",
         f"| {quality['tensor:4.25']:.4f} | {quality['int4-g128']:.4f} with INT4",
         f"| {two_bits / 1e9:.1f} GB | {prompt['fp16_bytes'] / 1e9:.1f} GB in FP16",
+        f"| {kept['load_s']:.2f} s from a file in memory, {kept['file_bytes'] / 1e9:.1f} GB |",
+        f"| {kept['prefill_s']:.2f} s to read it again",
     ]
     text = " ".join((ROOT / "README.md").read_text().split())
     assert not [claim for claim in readme if claim not in text]

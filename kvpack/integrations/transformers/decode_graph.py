@@ -177,7 +177,7 @@ class DecodeGraph:
         Raises:
             CacheInputError: another number of rows than the graph has; pads where it has none.
         """
-        given = torch.stack([tokens, positions])[..., None].to(self.device)
+        given = torch.stack([tokens.to(self.device), positions.to(self.device)])[..., None]
         if self._input is None:
             self._input = given.clone()
         elif self._input.shape != given.shape:
