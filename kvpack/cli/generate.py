@@ -51,7 +51,7 @@ def generate(
         typer.Option("--load-context", metavar="FILE", help="The prompt goes on behind what was saved there."),
     ] = None,
     drop_damaged: Annotated[
-        bool, typer.Option("--drop-damaged", help="Of a damaged context take the runs of 2,048 tokens before the damage.")
+        bool, typer.Option("--drop-damaged", help="Of a damaged context take the runs of 2,048 tokens before it.")
     ] = False,
     save_context: Annotated[
         Path | None,
