@@ -138,7 +138,7 @@ def decode_blobs(blobs: Sequence[PlacedBlob], data: torch.Tensor) -> Decoded:
         BlobError: a payload breaks a rule that would lead a kernel out of it. Other damage is found by the device.
     """
     device = data.device
-    found: list[torch.Tensor] = [torch.empty(0)] * len(blobs)
+    found: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8, device=device)] * len(blobs)
     kinds: dict[tuple[Layout, bool], list[int]] = {}
     for number, placed in enumerate(blobs):
         predicted = bool((placed.blob.tiles["predictor"] != Predictor.NONE).any())

@@ -259,7 +259,8 @@ def _assign_on_cpu(
                 begin = place + side * side_bytes[0]
                 target = begin | entry & ENTRY_FORMAT_MASK if quantized[side] else entry
                 targets[side, row, j] = target
-                jobs[row, j, side] = torch.tensor([entry if is_new and quantized[side] else NO_PAGE, target])
+                jobs[row, j, side, 0] = entry if is_new and quantized[side] else NO_PAGE
+                jobs[row, j, side, 1] = target
 
 
 def _copy_on_cpu(jobs: torch.Tensor, pools: PagePools) -> None:
