@@ -1,6 +1,8 @@
 """Contexts in files, beside what they save: seconds of a prefill, of saving and loading its pages, and bytes.
 
     python benchmarks/context_files.py MODEL TEXT --tokens 1900 --formats INT4 FP16
+    python benchmarks/context_files.py MODEL TEXT --tokens 8000 --formats INT4 \\
+        --json benchmarks/results/DATE-context-files-8k.json
 
 The loaded cache has to have the same pages bit for bit, and to go on with the same 64 greedy tokens.
 """
@@ -16,9 +18,9 @@ from typing import Any
 
 import torch
 import transformers
+from bench_common import environment_path, provenance, require_inputs, write_result
 
 from kvpack import KVPackCache
-from kvpack.bench.provenance import environment
 from kvpack.integrations.transformers.cache import cache_keyword
 from kvpack.integrations.transformers.contexts import model_fingerprint
 
@@ -76,13 +78,15 @@ def measure(model: Any, ids: Any, page_format: str, path: Path) -> dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=1900)
     parser.add_argument("--formats", nargs="+", default=["FP16", "INT4", "INT2"])
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    require_inputs(parser, arguments.model, arguments.text)
     dtype = getattr(torch, arguments.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=dtype, attn_implementation="kvpack"
@@ -90,10 +94,15 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     text = arguments.text.read_text(encoding="utf-8")[20_000 : 20_000 + 10 * arguments.tokens]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.tokens + 1]
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for page_format in arguments.formats:
-            print(json.dumps(measure(model, ids, page_format, Path(folder) / "context")), flush=True)
-    print(json.dumps(environment(("torch", "transformers"))))
+            rows.append(measure(model, ids, page_format, Path(folder) / "context"))
+            print(json.dumps(rows[-1]), flush=True)
+    record = provenance({"KVPACK_BOOKS_TEXT": environment_path("KVPACK_BOOKS_TEXT")}, ("torch", "transformers"))
+    record |= {"model": arguments.model.name, "dtype": arguments.dtype, "rows": rows}
+    if arguments.json is not None:
+        write_result(arguments.json, record)
 
 
 if __name__ == "__main__":
