@@ -32,6 +32,7 @@
     │   │   ├── NotASnapshotError          a container, but not of a cache's pages
     │   │   ├── SnapshotHeaderError        what it says of its pages is malformed, or contradicts the tensors
     │   │   └── DamagedRunError            pages that cannot be decoded; names the run and its tokens
+    │   ├── MomentsError                   a file of a calibration run's moments contradicts itself, or is none
     │   ├── LimitError                     legal, but more than this reader agreed to allocate
     │   └── PageError                      a page of a KV cache cannot have that shape or size
     ├── InputError (ValueError)            an input, an output or an option cannot be used
@@ -207,6 +208,10 @@ class DamagedRunError(SnapshotError):
         if kind := " ".join(name for name in (self.side, self.page_format) if name):
             where += f", {kind}"
         return "; ".join(filter(None, [f"{where}: {self.cause}", self.advice]))
+
+
+class MomentsError(FormatError):
+    """A file of moments is none, contradicts itself, or holds numbers that no calibration run finds."""
 
 
 class LimitError(FormatError):

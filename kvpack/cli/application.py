@@ -24,6 +24,7 @@ from kvpack.cli.failures import ExitCode, failure
 from kvpack.cli.generate import generate
 from kvpack.cli.inspect import inspect, verify
 from kvpack.cli.kv import kv_app
+from kvpack.cli.moments import moments
 from kvpack.cli.tune import tune
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ for command in (compress, decompress, inspect, verify):
     app.command()(command)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(moments)
 app.command()(tune)
 app.add_typer(kv_app, name="kv")
 app.add_typer(bench_app, name="bench")

@@ -115,23 +115,43 @@ def text_windows(tokenizer: Any, text: str, *, context: int, windows: int) -> Te
     Raises:
         InputError: ``context`` leaves no token to score, or the text has fewer tokens than a window.
     """
-    special = set(tokenizer.all_special_ids)
-    prefix = list(itertools.takewhile(special.__contains__, tokenizer("a").input_ids))
-    own = context - len(prefix)
-    if own < (1 if prefix else 2):
-        raise InputError(f"a window of {context} tokens has none to score; --context takes at least 2")
+    prefix = tokens_before_text(tokenizer)
     if windows < 1:
         raise InputError(f"windows is {windows}; at least one is needed")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
+    rows = spread_windows(ids, prefix, context, windows, option="--context")
+    return TextWindows(rows, len(ids) // (context - len(prefix)), len(ids), tuple(prefix))
+
+
+def tokens_before_text(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text, as ``<s>``."""
+    special = set(tokenizer.all_special_ids)
+    return list(itertools.takewhile(special.__contains__, tokenizer("a").input_ids))
+
+
+def spread_windows(ids: torch.Tensor, prefix: list[int], context: int, windows: int, *, option: str) -> torch.Tensor:
+    """Windows of a text at equal distances over it, i64 [windows, context].
+
+    Args:
+        ids: i64 [tokens] of the text.
+        prefix: what stands before each window, as part of it.
+        windows: how many at most.
+        option: what messages call ``context``.
+
+    Raises:
+        InputError: ``context`` leaves no token to score, or there are fewer tokens than a window has.
+    """
+    own = context - len(prefix)
+    if own < (1 if prefix else 2):
+        raise InputError(f"a window of {context} tokens has none to score; {option} takes at least 2")
     available = len(ids) // own
     if not available:
-        advice = f"a longer text is needed, or --context of at most {len(ids) + len(prefix)}"
+        advice = f"a longer text is needed, or {option} of at most {len(ids) + len(prefix)}"
         raise InputError(f"the text has {len(ids)} tokens, fewer than one window of {own}: {advice}")
     taken = min(windows, available)
     chosen = [i * available // taken for i in range(taken)]
     rows = torch.stack([ids[i * own : (i + 1) * own] for i in chosen])
-    before = torch.tensor(prefix, dtype=torch.int64).expand(taken, -1)
-    return TextWindows(torch.cat((before, rows), 1), available, len(ids), tuple(prefix))
+    return torch.cat((torch.tensor(prefix, dtype=torch.int64).expand(taken, -1), rows), 1)
 
 
 def full_forward(model: Any, windows: TextWindows) -> Iterator[Logits]:

@@ -1,0 +1,177 @@
+"""``kvpack moments``: what it prints and writes, what it refuses before it reads a model, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+from safetensors.numpy import save_file
+from tiny_text_model import write_model, write_novel, write_tokenizer
+from typer.testing import CliRunner
+
+import kvpack
+from kvpack.cli import app
+from kvpack.encode.moments import Moments
+from kvpack.integrations.transformers import calibration
+
+OK, USAGE = 0, 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def novel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_novel(tmp_path_factory.mktemp("text"))
+
+
+def run(*arguments: object, code: int = OK) -> Any:
+    result = CliRunner().invoke(app, ["moments", *map(str, arguments)], catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_report(model: Path, novel: Path, tmp_path: Path) -> None:
+    output = tmp_path / "m.safetensors"
+    shown = run(model, "--text", novel, "-o", output, "--tokens", 100, "--window", 40, "--seed", 3)
+    assert "15 tensors, 9 second moments; 120 tokens in 3 windows of 40, in float32\n" in shown.stdout
+    assert f"wrote {output}, " in shown.stdout
+    report = json.loads(
+        run(
+            *(model, "--text", novel, "-o", output, "--tokens", 100, "--window", 40, "--seed", 3, "--json", "--force")
+        ).stdout
+    )
+    assert (report["ok"], report["tensors"], report["windows"], report["output_bytes"]) == (
+        True, 15, 3, output.stat().st_size
+    )  # fmt: skip
+    assert {"command", "versions", "seconds", "peak_memory_bytes", "resumed"} <= report.keys()
+    with Moments(output) as moments:
+        assert moments.made["text"] == "novel.txt"
+        assert (moments.made["seed"], moments.made["part"], moments.made["tokens"]) == (3, [0.0, 1.0], 120)
+        assert moments.made["shapes"]["model.layers.1.mlp.down_proj.weight"] == [64, 128]
+        assert moments.token_counts.sum() == 120
+        assert not any(str(tmp_path) in str(value) for value in moments.made.values())
+
+
+@pytest.fixture
+def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(calibration, "load_causal_model", load)
+
+
+@pytest.mark.usefixtures("never_loaded")
+class TestRefusals:
+    def refused(self, *arguments: object) -> str:
+        result = run(*arguments, code=USAGE)
+        assert "Traceback" not in result.output
+        return " ".join(result.stderr.split())
+
+    def test_texts(self, model: Path, novel: Path, tmp_path: Path) -> None:
+        output = ("-o", tmp_path / "m.safetensors")
+        assert "missing.txt does not exist" in self.refused(model, "--text", tmp_path / "missing.txt", *output)
+        short = tmp_path / "short.txt"
+        short.write_text("the river", encoding="utf-8")
+        assert "fewer than one window of 320: a longer text is needed, or --window of at most" in self.refused(
+            model, "--text", short, *output
+        )
+        binary = tmp_path / "text.bin"
+        binary.write_bytes(b"\xff\xfe\x00")
+        assert "is not UTF-8 text" in self.refused(model, "--text", binary, *output)
+        lines = tmp_path / "lines.jsonl"
+        lines.write_text('{"text": "rain"}\n{"words": "rain"}\n', encoding="utf-8")
+        assert "lines.jsonl, line 2: no JSON object with a" in self.refused(model, "--text", lines, *output)
+        assert "320 positions" in self.refused(model, "--text", novel, *output, "--window", 321)
+        assert "name no part of a text" in self.refused(model, "--text", novel, *output, "--from", 0.5, "--to", 0.5)
+
+    def test_ids(self, model: Path, tmp_path: Path) -> None:
+        output = ("-o", tmp_path / "m.safetensors")
+        (tmp_path / "words.json").write_text('["a"]', encoding="utf-8")
+        assert "token ids are integers" in self.refused(model, "--text", tmp_path / "words.json", *output)
+        (tmp_path / "no.json").write_text("[1, 2", encoding="utf-8")
+        assert "has no token ids" in self.refused(model, "--text", tmp_path / "no.json", *output)
+        np.save(tmp_path / "floats.npy", np.ones(400))
+        assert "float64 [400]; token ids are integers" in self.refused(
+            model, "--text", tmp_path / "floats.npy", *output
+        )
+        for ids, shown in ((np.arange(320) - 1, -1), (np.arange(320) // 2 + 1, 160)):
+            np.save(tmp_path / "others.npy", ids)
+            told = self.refused(model, "--text", tmp_path / "others.npy", *output)
+            assert f"has a token {shown}, which is none of the model's 160" in told
+        (tmp_path / "no.npy").write_bytes(b"text")
+        assert "has no token ids" in self.refused(model, "--text", tmp_path / "no.npy", *output)
+        save_file({"a": np.ones(4, np.int64), "b": np.ones(4, np.int64)}, tmp_path / "two.safetensors")
+        assert "one tensor, of integers" in self.refused(model, "--text", tmp_path / "two.safetensors", *output)
+        (tmp_path / "no.safetensors").write_bytes(b"text")
+        assert "safetensors" in self.refused(model, "--text", tmp_path / "no.safetensors", *output)
+
+    def test_models(self, model: Path, novel: Path, tmp_path: Path) -> None:
+        text = ("--text", novel, "-o", tmp_path / "m.safetensors")
+        assert "is no directory" in self.refused(tmp_path / "missing", *text)
+        compressed = Path(kvpack.compress(model, tmp_path / "coded").output or "")
+        assert "is compressed, and moments are of the original" in self.refused(compressed, *text)
+        bert = tmp_path / "bert"
+        bert.mkdir()
+        (bert / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
+        assert "no causal language model" in self.refused(bert, *text)
+        no_tokenizer = tmp_path / "no tokenizer"
+        no_tokenizer.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (no_tokenizer / name).write_bytes((model / name).read_bytes())
+        assert "transformers cannot load its tokenizer" in self.refused(no_tokenizer, *text)
+
+    def test_outputs(self, model: Path, novel: Path, tmp_path: Path) -> None:
+        there = tmp_path / "there"
+        there.write_bytes(b"")
+        assert "exists already; --force" in self.refused(model, "--text", novel, "-o", there)
+        assert "is a directory" in self.refused(model, "--text", novel, "-o", tmp_path, "--force")
+        missing = tmp_path / "missing" / "m.safetensors"
+        assert f"the directory {missing.parent} does not exist" in self.refused(model, "--text", novel, "-o", missing)
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "json"])
+def test_token_ids(kind: str, model: Path, tmp_path: Path) -> None:
+    ids = np.arange(96).reshape(2, 48) % 100
+    path = tmp_path / f"ids.{kind}"
+    if kind == "npy":
+        np.save(path, ids.astype(np.uint16))
+    elif kind == "json":
+        path.write_text(json.dumps(ids.tolist()), encoding="utf-8")
+    else:
+        save_file({"tokens": ids.astype(np.int32)}, path)
+    run(model, "--text", path, "-o", tmp_path / "m.safetensors", "--window", 24, "--from", 0.5)
+    with Moments(tmp_path / "m.safetensors") as moments:
+        assert moments.token_counts.tolist() == np.bincount(ids.reshape(-1)[48:], minlength=160).tolist()
+
+
+def test_json_lines_and_the_token_before_a_text(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "model")
+    write_tokenizer(directory, begins=True)
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "the river"}\n\n{"text": "rain"}\n' * 20, encoding="utf-8")
+    run(directory, "--text", path, "-o", tmp_path / "m", "--window", 16, "--tokens", 32)
+    with Moments(tmp_path / "m") as moments:
+        counts = moments.token_counts
+    assert counts.sum() == 32
+    assert counts[0] == 2  # <s> before each of two windows
+    assert counts[1] > 2  # </s> behind each document
+
+
+def test_torch_is_as_it_was(model: Path, novel: Path, tmp_path: Path) -> None:
+    before = torch.is_grad_enabled(), torch.get_num_threads(), torch.random.get_rng_state()
+    run(model, "--text", novel, "-o", tmp_path / "m", "--window", 24, "--tokens", 48)
+    assert (torch.is_grad_enabled(), torch.get_num_threads()) == before[:2]
+    assert torch.equal(torch.random.get_rng_state(), before[2])
