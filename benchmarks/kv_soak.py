@@ -4,13 +4,16 @@
     python benchmarks/kv_soak.py --manager adaptive --operations 1000000 --threads 8
 
 Threads take turns (a cache has no lock of its own) to append, fork, cut, put in order, free, copy, hold, release, adopt
-and load sequences at random, under a limit of bytes that is met often. Every thousand operations the pages in use are
-counted anew from the page table and from what is held; in the end all is given back. Memory is measured at each tenth
-of the operations: all that grows with use has grown at the first. Resident memory has what the allocator keeps free as
-well, and that grows a little whenever more is in use at one moment than ever before; what is in use is counted apart.
+and load sequences at random, under a limit of bytes that is met often. Every thousand operations of a thread the pages
+in use are counted anew from the page table and from what is held; in the end all is given back. Memory is measured at
+each tenth of the operations: all that grows with use has grown at the first. Resident memory has what the allocator
+keeps free as well, and that grows a little whenever more is in use at one moment than ever before; what is in use is
+counted apart.
 
-With ``--manager`` an operation is a request to a ``KVManager`` of this policy, with room for far fewer prefixes than
-are asked for: it is started, goes on by a token and is finished, under the name of a session, half of them new ones.
+With ``--manager`` they are operations of a ``KVManager`` of this policy, with room for far fewer prefixes than are
+asked for, in the cache and in host memory behind it: requests start, go on by a token, fork, are cut, put in order and
+finished, under the names of sessions and tenants; prefixes are held, some pinned, attached, released and evicted. Each
+time that pages are counted, values of sequences are compared with what their tokens say.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +36,12 @@ import torch
 from bench_common import device_record, provenance, write_result
 
 from kvpack import CacheFullError, KVCache, PageFormat
+from kvpack.format.pages import Side
 from kvpack.runtime.kv.eviction import POLICIES
 from kvpack.runtime.kv.manager import KVManager
 from kvpack.runtime.kv.page_pools import PagePools
 from kvpack.runtime.kv.page_table import Ints
+from kvpack.runtime.kv.prefix_store import Prefix
 
 SEQUENCES, MAX_TOKENS, MOST_HELD = 8, 64 * 12, 12
 WEIGHTS = {
@@ -49,6 +55,19 @@ WEIGHTS = {
     "release": 6,
     "adopt": 5,
     "load": 3,
+}
+# Decoding comes most often, as it does where models run; what ends sequences balances what begins them.
+MANAGER_WEIGHTS = {
+    "start": 22,
+    "decode": 40,
+    "finish": 24,
+    "fork": 4,
+    "crop": 4,
+    "hold": 4,
+    "release": 4,
+    "attach": 3,
+    "reorder": 0.5,
+    "evict": 0.02,
 }
 
 
@@ -149,6 +168,10 @@ class Soak:
         while self.held:
             self.release()
 
+    def found(self) -> dict[str, Any]:
+        """What else came of it."""
+        return {}
+
     def check(self) -> None:
         """Pages in use are those of the table and those that are held, and each counts its references."""
         pools = self.cache.pools
@@ -169,44 +192,176 @@ def resident_bytes() -> int:
 
 
 class ManagerSoak:
-    """A manager, and requests at random: one of six beginnings, one of 40 middles, one of three ends."""
+    """A manager and what its callers do, at random; each thread has the sequences to itself that it works at.
+
+    Prompts are one of six beginnings, one of 40 middles and one of three ends. Values are what their token says, and a
+    little more: so a sequence that got pages of other tokens is found out.
+    """
+
+    prefix_bytes, host_bytes = 180_000, 60_000
 
     def __init__(self, policy: str, device: str, seed: int) -> None:
+        page_bytes = PagePools(1, 16, "cpu", max_bytes=0).page_bytes(Side.K, PageFormat.FP16)
         self.cache = KVCache(
-            1, 1, 16, MAX_TOKENS, max_sequences=2 * SEQUENCES, device=device, formats=PageFormat.INT4, slab_bytes=1
+            1,
+            1,
+            16,
+            MAX_TOKENS,
+            max_sequences=2 * SEQUENCES,
+            device=device,
+            formats=PageFormat.INT4,
+            max_bytes=120 * page_bytes,
+            slab_bytes=1,
         )
-        self.manager = KVManager(self.cache, model="soak", prefix_bytes=180_000, policy=policy)
+        self.manager = KVManager(
+            self.cache, model="soak", prefix_bytes=self.prefix_bytes, host_bytes=self.host_bytes, policy=policy
+        )
         self.random = random.Random(seed)
+        self.idle: list[int] = []  # started, and no thread works at them
+        self.busy = 0
+        self.held: list[Prefix] = []
+        self.compared_tokens = 0
         self.counts: Counter[str] = Counter()
         self.full = 0
-        self.tokens = torch.randn(1, 1, MAX_TOKENS, 16).half().to(self.cache.device)
+        self.noise = (torch.rand(1, 1, MAX_TOKENS, 16) * 0.1).half().to(self.cache.device)
         self.lock = self.manager.lock
 
     def step(self) -> None:
-        """One request, as one of the threads."""
+        """One operation, as one of the threads."""
         with self.lock:
-            choose = self.random.randrange
-            parts = (choose(6), 130), (choose(40), self.random.choice([20, 64, 130])), (choose(3), choose(1, 70))
-            prompt = [token for token, count in parts for _ in range(count)]
-            session = f"new {choose(10**9)}" if choose(2) else f"known {choose(20)}"
-            keep = self.random.random() < 0.95
-            self.counts["request"] += 1
-        started = self.manager.start(prompt, session=session)
+            (name,) = self.random.choices(list(MANAGER_WEIGHTS), list(MANAGER_WEIGHTS.values()))
+            mine = []
+            if name in ("decode", "finish", "fork", "crop", "hold"):
+                if self.idle:
+                    mine.append(self.idle.pop(self.random.randrange(len(self.idle))))
+                else:
+                    name = "start"
+            self.counts[name] += 1
+            self.busy += 1
+        try:
+            mine = getattr(self, name)(*mine)
+        except CacheFullError:
+            with self.lock:
+                self.full += 1
+        finally:
+            with self.lock:
+                self.busy -= 1
+                self.idle += mine
+
+    def choose(self, *arguments: int) -> int:
         with self.lock:
-            new = self.tokens[:, :, : len(prompt) - started.tokens]
-            self.cache.append(0, new, new, [started.sequence])
-            self.cache.append(0, self.tokens[:, :, :1], self.tokens[:, :, :1], [started.sequence])
-        self.manager.append_tokens([started.sequence], [7])
-        self.manager.finish(started.sequence, keep=keep)
+            return self.random.randrange(*arguments)
+
+    def prompt(self) -> list[int]:
+        parts = (
+            (self.choose(6), 130),
+            (self.choose(40), (20, 64, 130)[self.choose(3)]),
+            (self.choose(3), self.choose(1, 70)),
+        )
+        return [token for token, count in parts for _ in range(count)]
+
+    def compute(self, sequence: int, tokens: list[int]) -> None:
+        """Keys and values of these tokens."""
+        with self.lock:
+            ids = torch.tensor(tokens, device=self.cache.device).half()[:, None]
+            new = self.noise[:, :, : len(tokens)] + ids / 4
+            self.cache.append(0, new, new, [sequence])
+
+    def start(self) -> list[int]:
+        prompt = self.prompt()
+        session = f"new {self.choose(10**9)}" if self.choose(2) else f"known {self.choose(20)}"
+        salt = "tenant" if self.choose(10) == 0 else ""
+        started = self.manager.start(prompt, session=session, salt=salt)
+        try:
+            self.compute(started.sequence, prompt[started.tokens :])
+        except CacheFullError:
+            self.manager.finish(started.sequence, keep=bool(self.choose(2)))
+            raise
+        return [started.sequence]
+
+    def decode(self, sequence: int) -> list[int]:
+        token = self.choose(40)
+        with suppress(CacheFullError):
+            self.compute(sequence, [token])
+            self.manager.append_tokens([sequence], [token])
+        return [sequence]
+
+    def finish(self, sequence: int) -> list[int]:
+        self.manager.finish(sequence, keep=self.choose(20) > 0, priority=self.choose(3))
+        return []
+
+    def fork(self, sequence: int) -> list[int]:
+        made = [sequence]
+        with suppress(CacheFullError):
+            made.append(self.manager.fork(sequence))
+        return made
+
+    def crop(self, sequence: int) -> list[int]:
+        with suppress(CacheFullError):
+            self.manager.crop(sequence, self.choose(self.cache.length(0, sequence) + 1))
+        return [sequence]
+
+    def hold(self, sequence: int) -> list[int]:
+        with self.lock, suppress(CacheFullError):
+            if len(self.held) < MOST_HELD:
+                self.held.append(self.manager.cache_prefix(sequence, pin=self.random.random() < 0.3))
+        return [sequence]
+
+    def release(self) -> list[int]:
+        with self.lock:
+            prefix = self.held.pop(self.choose(len(self.held))) if self.held else None
+        if prefix is not None:
+            self.manager.release_prefix(prefix)
+        return []
+
+    def attach(self) -> list[int]:
+        return [self.manager.attach_prefix(self.manager.match(self.prompt())).sequence]
+
+    def reorder(self) -> list[int]:
+        """As a beam search does; while another thread works at a sequence, nothing."""
+        with self.lock:
+            if self.busy == 1 and self.idle:
+                rows = self.random.choices(self.idle, k=self.random.randint(1, len(self.idle)))
+                self.manager.reorder(rows)
+                self.idle = list(range(len(rows)))
+        return []
+
+    def evict(self) -> list[int]:
+        self.manager.store.evict()
+        return []
+
+    def found(self) -> dict[str, Any]:
+        """What else came of it."""
+        metrics = self.manager.metrics()
+        assert metrics.tiers is not None
+        return {
+            "policy": self.manager.store.policy.name,
+            "hit_rate": round(metrics.hit_rate, 4),
+            "evictions": metrics.evictions,
+            "pages_from_host_memory": metrics.tiers.host_hit_pages,
+            "compared_tokens": self.compared_tokens,
+        }
 
     def check(self) -> None:
-        """What prefixes take is within their limit, or running sequences stand on it."""
+        """What prefixes take is within their limit, or running sequences stand on it; and sequences have the values of
+        their tokens."""
         self.cache.check()
         metrics = self.manager.metrics()
-        assert metrics.prefix_bytes <= 180_000 or metrics.running_sequences
+        assert metrics.prefix_bytes <= self.prefix_bytes or metrics.running_sequences
+        assert metrics.running_sequences >= len(self.idle)
+        for sequence in self.idle:
+            tokens = self.manager.tokens(sequence)
+            values = self.cache.read(0, sequence, torch.float32)[1][0].mean(1)
+            assert len(values) == len(tokens)
+            self.compared_tokens += len(tokens)
+            assert (values - torch.tensor(tokens, device=values.device) / 4 - 0.05).abs().lt(0.1).all()
 
     def give_back(self) -> None:
-        """All prefixes go."""
+        """Nothing runs, and all prefixes go."""
+        for sequence in self.idle:
+            self.manager.finish(sequence, keep=False)
+        for prefix in self.held:
+            self.manager.release_prefix(prefix)
         self.manager.store.evict()
 
 
@@ -241,7 +396,7 @@ def soak(
     """So many operations, shared by threads, and what has become of the memory.
 
     Args:
-        policy: of a manager, whose requests they are; None: operations of a cache.
+        policy: of a manager, whose operations they are; None: of a cache.
         every: so often in each thread all is checked.
     """
     state = Soak(device, seed) if policy is None else ManagerSoak(policy, device, seed)
@@ -297,6 +452,7 @@ def soak(
         "operations_per_second": round(sum(state.counts.values()) / spent),
         "by_name": dict(state.counts),
         "refused": state.full,
+        **state.found(),
         "resident_bytes_by_tenth": resident,
         "heap_bytes_in_use_by_tenth": heap,
         "python_blocks_by_tenth": blocks,
@@ -309,7 +465,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, default=8)
-    parser.add_argument("--manager", metavar="POLICY", choices=sorted(POLICIES), help="requests to a KVManager")
+    parser.add_argument("--manager", metavar="POLICY", choices=sorted(POLICIES), help="operations of a KVManager")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
