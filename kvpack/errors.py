@@ -263,11 +263,17 @@ class FingerprintMismatchError(ModelMismatchError):
         self.of_file, self.of_model, self.differences = of_file, of_model, tuple(differences)
 
     def __str__(self) -> str:
+        told = {line.partition(": ")[0]: line for line in self.differences if not line.startswith("model: ")}
+        first = "the pages are of another model, to which alone they mean anything"
+        if "dtype" in told and told.keys() <= {"dtype", "weights"}:
+            # Weights in one dtype are never equal to those in another.
+            dtype = told["dtype"].split()[1]
+            first = f"the pages are of the model in another dtype: load it in {dtype} (--dtype {dtype})"
         lines = [
-            "the pages are of another model, to which alone they mean anything",
+            first,
             f"fingerprint of the file:  {self.of_file}",
             f"fingerprint of the model: {self.of_model}",
-            *(_shortened(line) for line in self.differences if not line.startswith("model: ")),
+            *map(_shortened, told.values()),
         ]
         return "\n  ".join(lines)
 

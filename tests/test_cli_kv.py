@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,118 @@ def test_what_generate_refuses_of_contexts(tmp_path: Path, model: Path) -> None:
         result = run(*generate, *given, code=USAGE)
         assert said in " ".join((result.stderr + result.stdout).replace("│", " ").split())
     assert "NotAContainerError" in run_json(*generate, "--load-context", model / "config.json", code=CORRUPT)["error"]
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is loaded fails the test."""
+    from kvpack.integrations.transformers import causal_models
+
+    monkeypatch.setattr(causal_models, "load_causal_model", lambda *_, **__: pytest.fail("the model was loaded"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A folder with a context, an archive of it, and other files."""
+    folder = tmp_path_factory.mktemp("saved")
+    run("generate", model, "--prompt", "rain", "--max-new-tokens", 2, "--save-context", folder / "context")
+    run("kv", "convert", folder / "context", "-o", folder / "archive", "--archive")
+    (folder / "text").write_text("It was: a dark night.")
+    (folder / "not UTF-8").write_bytes(b"\xff\xfe\xfd")
+    return folder
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--prompt-file", "SAVED/missing"), USAGE, "SAVED/missing does not exist"),
+        (("--prompt-file", "SAVED"), USAGE, "SAVED is a directory; a text file is wanted"),
+        (("--prompt-file", "SAVED/not UTF-8"), USAGE, "SAVED/not UTF-8 is not UTF-8 text"),
+        (("--prompt", "a", "--prompt-file", "SAVED/text"), USAGE, "--prompt and --prompt-file are both given"),
+        (("--prompt", ""), USAGE, "a prompt has no tokens: it is empty"),
+        (("--prompt", "a", "--max-new-tokens", "320"), USAGE, "are more than the 320 positions that the model has"),
+        (("--prompt", "a", "--top-p", "0"), USAGE, "0 leaves no token to draw from"),
+        (("--prompt", "a", "--kv-bits", "5"), USAGE, "--kv-bits is 5; there are 16, 8, 4, 3, 2"),
+        (("--prompt", "a", "--kv-bits", "4", "--kv-budget", "0.5"), USAGE, "either --kv-bits or --kv-budget is given"),
+        (("--prompt", "a", "--kv-budget", "0.01"), USAGE, "budget is 0.01; with head_dim"),
+        (("--prompt", "a", "--save-context", "SAVED"), USAGE, "SAVED is a directory: name a file in it"),
+        (("--prompt", "a", "--save-context", "SAVED/text"), USAGE, "SAVED/text is there, and no context"),
+        (("--prompt", "a", "--save-context", "/proc/context"), USAGE, "/proc/context cannot be written (No such file"),
+        (("--load-context", "SAVED/missing"), USAGE, "SAVED/missing does not exist"),
+        (("--load-context", "SAVED"), USAGE, "name one file; `kvpack kv inspect SAVED` lists its contexts"),
+        (
+            ("--load-context", "SAVED/text"),
+            CORRUPT,
+            "text ('It was: a dark night.'), no context: --prompt-file of `kvpack generate` reads texts, and its ",
+        ),
+        (("--load-context", "SAVED/archive"), CORRUPT, "SAVED/archive: an archive of a context: `kvpack kv convert "),
+        (("--load-context", "MODEL/model.safetensors"), CORRUPT, "a safetensors file, but no snapshot of a KV cache"),
+        (("--load-context", "SAVED/context", "--kv-bits", "4"), USAGE, "its pages have the bits that they were saved"),
+        (("--load-context", "SAVED/context", "--max-new-tokens", "319"), USAGE, "a context of 4 tokens, a prompt of 0"),
+    ],
+)
+def test_bad_inputs_are_refused_before_a_model_is_loaded(
+    arguments: tuple[str, ...], code: int, message: str, model: Path, saved: Path
+) -> None:
+    def named(text: str) -> str:
+        return text.replace("SAVED", str(saved)).replace("MODEL", str(model))
+
+    found = run_json("generate", model, *map(named, arguments), code=code)
+    assert named(message) in found["message"]
+    assert sorted(path.name for path in saved.iterdir()) == ["archive", "context", "not UTF-8", "text"]
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_contexts_of_others_are_refused_before_a_model_is_loaded(model: Path, saved: Path, tmp_path: Path) -> None:
+    """Where a configuration or a dtype tells; other weights are found out when they are there."""
+    go_on = ("--load-context", saved / "context", "--prompt", "a")
+    other = run_json("generate", write_model(tmp_path / "other", positions=400), *go_on, code=USAGE)
+    assert other["error"] == "FingerprintMismatchError"
+    first, _, of_model, *lines = other["message"].splitlines()
+    assert first == "the pages are of another model, to which alone they mean anything"
+    assert of_model == "  fingerprint of the model: not known, its weights were not loaded"
+    assert [line.split(":")[0] for line in lines] == ["  config"]
+    in_half = write_model(tmp_path / "half", dtype="bfloat16")
+    for found in (
+        run_json("generate", in_half, *go_on, code=USAGE),
+        run_json("generate", model, *go_on, "--dtype", "bfloat16", code=USAGE),
+    ):
+        first, *_, dtype = found["message"].splitlines()
+        assert first == "the pages are of the model in another dtype: load it in float32 (--dtype float32)"
+        assert dtype == "  dtype: float32 in the file, bfloat16 in the model"
+
+
+def test_a_context_goes_on_in_the_dtype_that_a_refusal_names(model: Path, saved: Path, tmp_path: Path) -> None:
+    in_half = write_model(tmp_path / "half", dtype="bfloat16")
+    context = tmp_path / "context"
+    run("generate", in_half, "--prompt", "a", "--dtype", "float16", "--max-new-tokens", 2, "--save-context", context)
+    go_on = ("generate", in_half, "--load-context", context, "--max-new-tokens", 2)
+    assert "load it in float16 (--dtype float16)" in run_json(*go_on, code=USAGE)["message"]
+    assert run_json(*go_on, "--dtype", "float16")["new_tokens"] == 2
+
+
+def test_files_that_are_refused_load_no_torch(model: Path, saved: Path) -> None:
+    """In a process of its own, since it is loaded here: loading it takes seconds."""
+    for arguments in (("--load-context", saved / "text"), ("--prompt", "a", "--save-context", saved)):
+        code = f"""
+import sys
+from kvpack.cli import app
+try:
+    app({["generate", str(model), *map(str, arguments)]!r})
+except SystemExit as ended:
+    assert ended.code, "refused"
+assert not sys.modules.keys() & {{"torch", "transformers"}}
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_what_is_no_context_says_what_it_is(saved: Path) -> None:
+    for name, said in {
+        "text": "text ('It was: a dark night.'), no context: --prompt-file",
+        "archive": "an archive of a context: `kvpack kv convert FILE -o OUT` makes a context of it",
+    }.items():
+        assert said in run_json("kv", "inspect", saved / name, code=CORRUPT)["message"]
 
 
 def test_prompts_of_a_batch_go_on_from_one_context(tmp_path: Path, model: Path) -> None:

@@ -53,11 +53,11 @@ def evaluate(
     with exit_codes(as_json):
         if plot is not None:
             require_matplotlib()
-        require_transformers("kvpack eval")
-        from kvpack.integrations.transformers.causal_models import CacheOptions
-        from kvpack.integrations.transformers.evaluation import evaluate as run
+        from kvpack.integrations.transformers.cache_options import CacheOptions
 
         cache = None if kv_bits is None and kv_budget is None else CacheOptions(kv_bits, kv_budget)
+        require_transformers("kvpack eval")
+        from kvpack.integrations.transformers.evaluation import evaluate as run
 
         with progress_bar("eval", unit="tokens") as progress:
             report = run(

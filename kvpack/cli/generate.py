@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +19,7 @@ from kvpack.errors import InputError, SnapshotError
 
 if TYPE_CHECKING:
     from kvpack.encode.progress import Progress
+    from kvpack.format.snapshot import SnapshotHeader
     from kvpack.integrations.transformers.text_generation import Generation
     from kvpack.runtime.kv.snapshot import OnCorrupt
 
@@ -78,21 +81,44 @@ def generate(
             raise typer.BadParameter("--drop-damaged is for --load-context", param_hint="--drop-damaged")
         if save_context is not None and len(prompts) > 1:
             raise typer.BadParameter("a context is of one prompt", param_hint="--save-context")
+        if top_p == 0:
+            raise typer.BadParameter("0 leaves no token to draw from", param_hint="--top-p")
+        from kvpack.integrations.transformers.cache_options import CacheOptions
+
+        # What can be refused is refused before torch is loaded, or else before the model is: both take long.
+        options = None if kv_bits is None and kv_budget is None else CacheOptions(kv_bits, kv_budget)
+        header = None if load_context is None else _context_header(load_context)
+        if save_context is not None:
+            _check_output(save_context)
         require_transformers("kvpack generate")
         from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache
-        from kvpack.integrations.transformers.causal_models import CacheOptions, load_causal_model, load_tokenizer
-        from kvpack.integrations.transformers.text_generation import chat_prompt, chat_turn, generate_text
+        from kvpack.integrations.transformers.causal_models import (
+            expected_dtype,
+            load_causal_model,
+            load_config,
+            load_tokenizer,
+        )
+        from kvpack.integrations.transformers.contexts import check_configuration
+        from kvpack.integrations.transformers.text_generation import chat_prompt, chat_turn, generate_text, tokenized
 
-        _check_contexts(load_context, save_context)
-        options = None if kv_bits is None and kv_budget is None else CacheOptions(kv_bits, kv_budget)
         if options is None and save_context is not None and load_context is None:
             options = CacheOptions(16)
         attention = None if options is None and load_context is None else ATTENTION_NAME
-        tokenizer = load_tokenizer(model)
+        config, tokenizer = load_config(model), load_tokenizer(model)
+        if options is not None:
+            options.check(config)
+        if header is not None:
+            check_configuration(header, config, expected_dtype(config, dtype.value))
         if chat and load_context is not None:
             prompts = [chat_turn(tokenizer, message) for message in prompts]
         elif chat:
             prompts = [chat_prompt(tokenizer, message, system) for message in prompts]
+        # Of a damaged context, how many tokens are left is not known yet.
+        context_tokens = 0 if header is None else 1 if drop_damaged else header.tokens
+        tokenized(
+            tokenizer, config, prompts, is_chat=chat, context_tokens=context_tokens, max_new_tokens=max_new_tokens
+        )
+        start = time.perf_counter()
         loaded = load_causal_model(model, device=device, dtype=dtype.value, attention=attention)
         cache, context = None if options is None else options.new(loaded, len(prompts)), []
         if load_context is not None:
@@ -103,6 +129,7 @@ def generate(
                 raise SnapshotError(f"{load_context}: the first tokens are damaged, and nothing is before them")
             if min(context) < 0:
                 raise InputError(f"{load_context} does not say what all of its tokens are: it can be read by KVCache")
+        load_seconds = time.perf_counter() - start
         with ExitStack() as opened:
             result = generate_text(
                 loaded,
@@ -119,6 +146,7 @@ def generate(
                 save_context=save_context,
                 progress=None if as_json or not sys.stderr.isatty() else _PromptBar(opened),
             )
+        result = replace(result, load_seconds=load_seconds)
     if as_json:
         print(json.dumps(result.as_dict(), allow_nan=False))
     else:
@@ -151,27 +179,46 @@ class _PromptBar:
             self._opened.close()
 
 
-def _check_contexts(load: Path | None, save: Path | None) -> None:
-    """Before the model is loaded, which may take long.
+def _context_header(path: Path) -> SnapshotHeader:
+    """
+    Raises:
+        InputError: a directory.
+        FormatError, OSError: no context, or a damaged one.
+    """
+    from kvpack.format.snapshot import SnapshotFile
+
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: name one file; `kvpack kv inspect {path}` lists its contexts")
+    with SnapshotFile(path) as file:
+        return file.header
+
+
+def _check_output(path: Path) -> None:
+    """Whether a context can be saved there.
 
     Raises:
-        FormatError, OSError: ``load`` is no snapshot.
-        InputError: ``save`` is a file of another kind, which is not replaced, or lies in no directory.
+        InputError: there is a file of another kind, which is not replaced, or a directory; it cannot be written to.
     """
     from kvpack.errors import FormatError
     from kvpack.format.snapshot import SnapshotFile
+    from kvpack.format.temporary_files import check_writable
 
-    if load is not None:
-        SnapshotFile(load).close()
-    if save is None:
-        return
-    if not save.parent.is_dir():
-        raise InputError(f"{save.parent} is no directory: the context cannot be saved there")
-    if save.exists():
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is no directory: the context cannot be saved there")
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: name a file in it, which the context is saved to")
+    if path.exists():
         try:
-            SnapshotFile(save).close()
+            SnapshotFile(path).close()
         except (FormatError, OSError):
-            raise InputError(f"{save} is there, and no context: it is not replaced; name another file") from None
+            raise InputError(f"{path} is there, and no context: it is not replaced; name another file") from None
+    try:
+        check_writable(path, "tmp")
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"{path} cannot be written ({reason}): name a file in a folder that can be written to"
+        ) from None
 
 
 def _prompts(prompt: list[str] | None, file: Path | None, *, is_needed: bool) -> list[str]:
@@ -185,6 +232,8 @@ def _prompts(prompt: list[str] | None, file: Path | None, *, is_needed: bool) ->
         raise typer.BadParameter("give a --prompt or a --prompt-file", param_hint="--prompt")
     try:
         return [sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")]
+    except IsADirectoryError:
+        raise typer.BadParameter(f"{file} is a directory; a text file is wanted", param_hint="--prompt-file") from None
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{file} is not UTF-8 text ({error})", param_hint="--prompt-file") from None
 
@@ -206,6 +255,7 @@ def _print(result: Generation) -> None:
         f"{result.new_tokens} new",
         f"prefill {shown_number(result.prefill_seconds)} s",
         f"{shown_number(result.tokens_per_second, 1)} tokens/s",
+        f"loaded in {shown_number(result.load_seconds)} s",
         f"weights {_mb(weights.bytes)}{dense}",
         f"KV {_mb(kv)}{whole}",
         f"peak memory {_mb(result.peak_memory_bytes)}",

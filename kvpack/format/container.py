@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,14 +180,22 @@ class Container(Closing):
     Args:
         path: of the file, to be opened.
         file: instead, what was opened already; ``path`` is its name alone.
+        describe: says what a file is that is no safetensors file, as :func:`kvpack.format.file_kinds.describe`.
 
     Raises:
         ContainerError: the file breaks a rule of FORMAT.md §9.
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], file: Readable | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        file: Readable | None = None,
+        *,
+        describe: Callable[[bytes, int], str | None] = describe,
+    ) -> None:
         self.path = Path(path)
+        self._describe = describe
         self.file: Readable = OpenFile(self.path) if file is None else file
         size = self.file.size_bytes
         if size < 8:
@@ -210,7 +218,7 @@ class Container(Closing):
     def _kind(self, introduction: str) -> str:
         """What the file is by its first bytes, if these tell."""
         size = self.file.size_bytes
-        kind = describe(bytes(self._read(0, min(size, HEAD_BYTES))), size)
+        kind = self._describe(bytes(self._read(0, min(size, HEAD_BYTES))), size)
         return "" if kind is None else introduction + kind
 
     def _parse(self, size: int) -> None:

@@ -63,8 +63,8 @@ def _lfs_pointer(head: bytes) -> str:
     )
 
 
-def _text(head: bytes) -> str | None:
-    """Of a page or a message in place of the file; None if it is no text."""
+def _as_text(head: bytes) -> str | None:
+    """None if it is no text."""
     head = head.removeprefix(b"\xef\xbb\xbf")
     try:
         text = head.decode()
@@ -74,6 +74,14 @@ def _text(head: bytes) -> str | None:
         text = head[: error.start].decode()
     if not text.strip() or not all(character.isprintable() or character in "\t\r\n\f" for character in text):
         return None
+    return text
+
+
+def _text(head: bytes) -> str | None:
+    """Of a page or a message in place of the file; None if it is no text."""
+    text = _as_text(head)
+    if text is None:
+        return None
     start = text.lstrip().lower()
     if start.startswith(("<!doctype html", "<html", "<head", "<body", "<!--")):
         return f"an HTML page in place of the file (a login or an error?): {_AGAIN}"
@@ -81,9 +89,13 @@ def _text(head: bytes) -> str | None:
         return f"an XML message in place of the file: {_AGAIN}"
     if start[:1] in ("{", "["):
         return "JSON text, not weights: is it the index or the configuration? The model's folder is what kvpack takes"
-    first = " ".join(text.split())
-    shown = first if len(first) <= _SHOWN_CHARACTERS else first[:_SHOWN_CHARACTERS] + "…"
-    return f"text ({shown!r}), not weights: {_AGAIN}"
+    return f"text ({_beginning(text)!r}), not weights: {_AGAIN}"
+
+
+def _beginning(text: str) -> str:
+    """The first words, on one line."""
+    words = " ".join(text.split())
+    return words if len(words) <= _SHOWN_CHARACTERS else words[:_SHOWN_CHARACTERS] + "…"
 
 
 def describe(head: bytes, size_bytes: int) -> str | None:
@@ -136,3 +148,11 @@ def describe(head: bytes, size_bytes: int) -> str | None:
     if _MSGPACK.match(head):
         return f"a MessagePack file (Flax): {_CONVERT}"
     return None
+
+
+def describe_for_context(head: bytes, size_bytes: int) -> str | None:
+    """The same where a file was to be a saved context: a text may be a prompt, and weights are none."""
+    if (text := _as_text(head)) is None or describe(head, size_bytes) != _text(head):
+        return describe(head, size_bytes)
+    advice = "--prompt-file of `kvpack generate` reads texts, and its --save-context makes contexts of them"
+    return f"text ({_beginning(text)!r}), no context: {advice}"

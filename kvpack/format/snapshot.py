@@ -24,6 +24,7 @@ import numpy.typing as npt
 from kvpack.errors import FormatError, LimitError, NotASnapshotError, PageError, SnapshotHeaderError
 from kvpack.format.closing import Closing
 from kvpack.format.container import CRC_KEY, Container
+from kvpack.format.file_kinds import describe_for_context
 from kvpack.format.json_limits import load_json
 from kvpack.format.layout import ElementKind, ceil_div
 from kvpack.format.pages import GROUP_DIMS, PAGE_TOKENS, PageFormat, PageLayout, Side
@@ -509,7 +510,7 @@ class SnapshotFile(Closing):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, max_elements: int | None = None) -> None:
-        self.container = Container(path)
+        self.container = Container(path, describe=describe_for_context)
         self._max_elements = max_elements
         try:
             self._open()
@@ -530,7 +531,10 @@ class SnapshotFile(Closing):
                 raise NotASnapshotError(
                     "an archive of a context: `kvpack kv convert FILE -o OUT` makes a context of it"
                 )
-            raise NotASnapshotError(f"no {SNAPSHOT_KEY} in __metadata__: no snapshot of a KV cache")
+            raise NotASnapshotError(
+                f"no {SNAPSHOT_KEY} in __metadata__: a safetensors file, but no snapshot of a KV cache (context), as "
+                "`kvpack generate --save-context` writes them"
+            )
         given, computed = metadata.get(SNAPSHOT_CRC_KEY), snapshot_crc32(text)
         if given != computed:
             raise SnapshotHeaderError(f"{SNAPSHOT_CRC_KEY} is {given!r}, computed {computed!r}: the header is damaged")

@@ -50,6 +50,13 @@ def create_file(path: Path) -> BinaryIO:
         file.close()
 
 
+def check_writable(path: Path, ending: str) -> None:
+    """Whether a file can be made at a path, told by making a hidden one beside it. Raises OSError."""
+    probe = path.with_name(hidden_name(path.name, ending))
+    create_file(probe).close()
+    probe.unlink()
+
+
 def create_directory(path: Path) -> int:
     """A new directory; returns the descriptor whose lock ends when it is closed. Raises OSError."""
     while True:

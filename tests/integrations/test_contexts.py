@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from integrations.generation import greedy, logits  # noqa: E402
 from integrations.models import ARCHITECTURES, VOCABULARY  # noqa: E402
 
+import kvpack  # noqa: E402
 from kvpack import KVCache, KVPackCache  # noqa: E402
 from kvpack.errors import (  # noqa: E402
     CacheFullError,
@@ -24,7 +26,12 @@ from kvpack.errors import (  # noqa: E402
     NotSupportedError,
     SnapshotHeaderError,
 )
-from kvpack.integrations.transformers.contexts import model_fingerprint  # noqa: E402
+from kvpack.integrations.transformers.causal_models import (  # noqa: E402
+    expected_dtype,
+    load_causal_model,
+    load_config,
+)
+from kvpack.integrations.transformers.contexts import check_configuration, model_fingerprint  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:KVPackCache. the model is in torch.float32:UserWarning"),
@@ -71,6 +78,21 @@ def test_a_model_that_was_saved_and_loaded_is_the_same(tmp_path: Path, model: An
     model.save_pretrained(tmp_path / "model")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="sdpa")
     assert model_fingerprint(again) == model_fingerprint(model)
+
+
+@pytest.mark.parametrize("name", ["llama tied", "mistral", "qwen3", "qwen3 moe", "gemma2", "gemma3", "phi3", "gpt oss"])
+def test_a_configuration_tells_what_the_loaded_model_does(tmp_path: Path, name: str) -> None:
+    """So no context is refused before a model is loaded that would be taken after it; coded models included."""
+    folder = ARCHITECTURES[name].save(tmp_path / "model", torch.bfloat16)
+    kvpack.compress(folder, tmp_path / "coded")
+    for directory, dtype in ((folder, "auto"), (folder, "float16"), (tmp_path / "coded", "auto")):
+        fingerprint = model_fingerprint(load_causal_model(directory, device="cpu", dtype=dtype))
+        config = load_config(directory)
+        found = expected_dtype(config, dtype)
+        assert str(found) == f"torch.{fingerprint.dtype}"
+        check_configuration(SimpleNamespace(fingerprint=fingerprint), config, found)
+        with pytest.raises(FingerprintMismatchError, match="not known, its weights were not loaded"):
+            check_configuration(SimpleNamespace(fingerprint=fingerprint), config, torch.float64)
 
 
 def _with_adapter(rank: int, scale: float = 1.0) -> Any:

@@ -16,7 +16,7 @@ from tiny_text_model import POSITIONS, VOCABULARY, text, write_model, write_nove
 from kvpack.encode.progress import Progress  # noqa: E402
 from kvpack.errors import InputError  # noqa: E402
 from kvpack.integrations.transformers import evaluation  # noqa: E402
-from kvpack.integrations.transformers.causal_models import CacheOptions  # noqa: E402
+from kvpack.integrations.transformers.cache_options import CacheOptions  # noqa: E402
 from kvpack.integrations.transformers.evaluation import (  # noqa: E402
     Logits,
     Mean,

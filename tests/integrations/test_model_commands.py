@@ -59,11 +59,13 @@ def test_generate(model: Path) -> None:
     report = run_json("generate", model, "--prompt", "the old house", "--max-new-tokens", 8)
     assert shown.stdout == report["texts"][0] + "\n"
     assert shown.stderr.startswith("kvpack: ")
+    assert re.search(r" tokens/s, loaded in \d+\.\d+ s, weights ", shown.stderr)
+    assert report["load_seconds"] > 0
     assert f"{report['prompt_tokens']} prompt tokens, {report['new_tokens']} new, prefill " in shown.stderr
     assert set(report) == {
         "ok", "texts", "prompt_tokens", "new_tokens", "prefill_seconds", "tokens_per_second", "weights", "kv_bytes",
         "kv_bytes_16_bit", "peak_memory_bytes", "interrupted", "context_tokens", "saved_tokens", "saved_bytes",
-        "shared_tokens",
+        "shared_tokens", "load_seconds",
     }  # fmt: skip
     assert set(report["weights"]) == {"weights", "bytes", "dense_bytes"}
 

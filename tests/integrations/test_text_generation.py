@@ -14,7 +14,8 @@ from tiny_text_model import POSITIONS, TEMPLATE, write_model, write_tokenizer  #
 
 from kvpack.errors import InputError  # noqa: E402
 from kvpack.integrations.transformers.cache import cache_keyword  # noqa: E402
-from kvpack.integrations.transformers.causal_models import CacheOptions, load_causal_model, load_tokenizer  # noqa: E402
+from kvpack.integrations.transformers.cache_options import CacheOptions  # noqa: E402
+from kvpack.integrations.transformers.causal_models import load_causal_model, load_tokenizer  # noqa: E402
 from kvpack.integrations.transformers.text_generation import chat_prompt, generate_text  # noqa: E402
 
 PROMPTS = ("the old house", "rain", "a young light walked into the night and then")

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from transformers.models import auto
 
 from kvpack.encode.listing import listed
+from kvpack.encode.model_config import METHOD
 from kvpack.errors import InputError, KvpackError
 from kvpack.integrations.transformers.cache import KVPackCache
 from kvpack.runtime.weights.linear import RansLinear
 
-CACHE_BITS = (16, 8, 4, 3, 2)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # How many names a message lists.
 _SHOWN = 3
@@ -40,41 +40,6 @@ class WeightMemory:
     weights: int
     bytes: int
     dense_bytes: int
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """Which pages a :class:`~kvpack.KVPackCache` has.
-
-    Attributes:
-        bits: of elements in pages that leave the recent window: one of ``CACHE_BITS``.
-        budget: instead of bits, the bytes of pages as a fraction of those in 16 bits.
-
-    Raises:
-        InputError: both or neither are given, or bits that no page has.
-    """
-
-    bits: int | None = None
-    budget: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.bits is None) == (self.budget is None):
-            raise InputError("either --kv-bits or --kv-budget is given, not both")
-        if self.bits is not None and self.bits not in CACHE_BITS:
-            raise InputError(f"--kv-bits is {self.bits}; there are {', '.join(map(str, CACHE_BITS))}")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise InputError(f"--kv-budget is {self.budget}; it is a fraction, more than 0 and at most 1")
-
-    def new(self, model: Any, rows: int | None = None) -> KVPackCache:
-        """An empty cache for that model, with room for so many rows (None: as come first); pages of 16 bits are fp16
-        where the model is in fp32.
-
-        Raises:
-            CacheInputError: pages cannot hold what the model's layers keep.
-        """
-        dtype = torch.float16 if model.dtype == torch.float32 else None
-        formats = None if self.bits in (None, 16) else f"INT{self.bits}"
-        return KVPackCache(model.config, formats=formats, budget=self.budget, dtype=dtype, max_sequences=rows)
 
 
 def kv_bytes(cache: Any) -> int:
@@ -242,6 +207,23 @@ def load_causal_model(
             "configuration has: they would be random"
         )
     return model.eval()
+
+
+def expected_dtype(config: Any, dtype: str) -> torch.dtype | None:
+    """What a model of this configuration will be in when :func:`load_causal_model` has loaded it; None: cannot be told.
+
+    >>> expected_dtype(transformers.LlamaConfig(dtype="bfloat16"), "auto")
+    torch.bfloat16
+    """
+    method = getattr(config, "quantization_config", None) or {}
+    method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
+    if method not in (None, METHOD):  # others choose themselves
+        return None
+    if dtype != "auto":
+        found: Any = getattr(torch, dtype)
+    else:
+        found = config.dtype if config.dtype == config.get_text_config(decoder=True).dtype else None
+    return found if isinstance(found, torch.dtype) else None
 
 
 def position_limit(config: Any) -> int | None:

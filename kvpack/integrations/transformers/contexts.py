@@ -8,16 +8,25 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpack.errors import CacheInputError, NotSupportedError, SnapshotHeaderError
+from kvpack.encode.model_config import GUARD_KEY
+from kvpack.errors import CacheInputError, FingerprintMismatchError, NotSupportedError, SnapshotHeaderError
 from kvpack.format.snapshot import Fingerprint, SnapshotFile, SnapshotHeader
 from kvpack.runtime.kv.cache import KVCache
-from kvpack.runtime.kv.fingerprint import check_fingerprint, json_digest, make_fingerprint, tensors_digest
+from kvpack.runtime.kv.fingerprint import (
+    check_fingerprint,
+    json_digest,
+    json_values,
+    known_fingerprint,
+    make_fingerprint,
+    tensors_digest,
+)
 from kvpack.runtime.kv.prefix_hash import token_bytes
 from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, OnCorrupt, cache_for, load_snapshot, save_snapshot
 
@@ -25,7 +34,7 @@ from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, OnCorrupt, cache_for, load
 _OTHER_KEYS = {
     "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "name_or_path",
     "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "quantization_config",
-    "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "return_dict", "torch_dtype", "transformers_version", "use_cache", GUARD_KEY,
 }  # fmt: skip
 
 Ids = npt.NDArray[np.int32]
@@ -52,17 +61,41 @@ def model_fingerprint(model: Any) -> Fingerprint:
         if model.active_peft_config.is_prompt_learning:
             raise NotSupportedError("contexts of prompt tuning cannot be saved: virtual tokens have no ids")
         model = model.get_base_model()
-    config = model.config.get_text_config(decoder=True)
-    told = {
-        key: value for key, value in config.to_diff_dict().items() if key not in _OTHER_KEYS and not key.startswith("_")
-    }
-    told["model_type"] = config.model_type
-    rope = getattr(config, "rope_parameters", None) or {}
+    told, rope = _told(model.config)
     adapter, of_adapters = _adapter(model)
     weights = (
         (name.replace(".base_layer", ""), tensor) for name, tensor in _tensors(model) if id(tensor) not in of_adapters
     )
     return make_fingerprint(told, weights, rope=rope, dtype=model.dtype, adapter=adapter)
+
+
+def _told(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What keys and values depend on of a configuration, and its ``rope_parameters``."""
+    text = config.get_text_config(decoder=True)
+    told = {
+        key: value for key, value in text.to_diff_dict().items() if key not in _OTHER_KEYS and not key.startswith("_")
+    }
+    told["model_type"] = text.model_type
+    return told, getattr(text, "rope_parameters", None) or {}
+
+
+def check_configuration(header: SnapshotHeader, config: Any, dtype: torch.dtype | None) -> None:
+    """Whether a context may be of a model, by what is known before its weights are loaded.
+
+    Args:
+        config: of the model.
+        dtype: that it will be in; None: not known yet.
+
+    Raises:
+        FingerprintMismatchError: it cannot be.
+        ModelMismatchError: the file does not say what model it is of.
+    """
+    ours = known_fingerprint(header)
+    told, rope = _told(config)
+    of_dtype = ours.dtype if dtype is None else str(dtype).removeprefix("torch.")
+    theirs = replace(ours, config=json_digest(told), rope=json_values(rope), dtype=of_dtype)
+    if differences := ours.differences(theirs):
+        raise FingerprintMismatchError(ours.model, "not known, its weights were not loaded", differences)
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

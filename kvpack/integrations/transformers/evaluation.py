@@ -29,8 +29,8 @@ from kvpack.encode.progress import Progress
 from kvpack.encode.report import describe
 from kvpack.errors import InputError
 from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache, cache_keyword
+from kvpack.integrations.transformers.cache_options import CacheOptions
 from kvpack.integrations.transformers.causal_models import (
-    CacheOptions,
     kv_bytes,
     kv_bytes_16_bit,
     load_causal_model,

@@ -46,6 +46,7 @@ class Generation:
         interrupted: whether Ctrl-C ended it.
         saved_tokens, saved_bytes: what ``save_context`` was written with; None: nothing was saved.
         shared_tokens: that all prompts begin with, and that were read once.
+        load_seconds: that loading the model took, and its context; None: it was there.
     """
 
     texts: tuple[str, ...]
@@ -62,6 +63,7 @@ class Generation:
     saved_tokens: int | None = None
     saved_bytes: int | None = None
     shared_tokens: int = 0
+    load_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What ``kvpack generate --json`` prints."""
@@ -148,6 +150,48 @@ def chat_turn(tokenizer: Any, message: str) -> str:
     return text.partition(_ANSWER)[2]
 
 
+def tokenized(
+    tokenizer: Any,
+    config: Any,
+    prompts: Sequence[str],
+    *,
+    is_chat: bool = False,
+    context_tokens: int = 0,
+    max_new_tokens: int | None = None,
+) -> tuple[list[list[int]], int]:
+    """Ids of prompts, and the most tokens that may follow them: what :func:`generate_text` begins with. It can be asked
+    before the model is loaded.
+
+    Args:
+        config: of the model.
+        context_tokens: that the cache holds in front of each prompt.
+        is_chat, max_new_tokens: as of :func:`generate_text`.
+
+    Raises:
+        InputError: no prompt, one without tokens, or one too long for the model.
+    """
+    if not prompts:
+        raise InputError("no prompt is given")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; at least one is needed")
+    begins = not is_chat and not context_tokens
+    rows = [tokenizer(prompt, add_special_tokens=begins).input_ids for prompt in prompts]
+    longest = max(map(len, rows))
+    if not context_tokens and not min(map(len, rows)):
+        raise InputError("a prompt has no tokens: it is empty")
+    limit = position_limit(config)
+    room = DEFAULT_NEW_TOKENS if limit is None else limit - longest - context_tokens
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+    if limit is not None and max_new_tokens > room:
+        raise InputError(
+            f"{f'a context of {context_tokens} tokens, ' * bool(context_tokens)}a prompt of {longest} tokens and "
+            f"{max_new_tokens} new ones are more than the {limit} positions that the model has: a shorter prompt or a "
+            "smaller --max-new-tokens is needed"
+        )
+    return rows, max_new_tokens
+
+
 def generate_text(
     model: Any,
     tokenizer: Any,
@@ -192,29 +236,15 @@ def generate_text(
     """
     if save_context is not None and (len(prompts) != 1 or not isinstance(cache, KVPackCache)):
         raise InputError("a context is saved of one prompt, and of a KVPackCache (--kv-bits or --kv-budget)")
-    if not prompts:
-        raise InputError("no prompt is given")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; at least one is needed")
     if temperature < 0 or not 0 < top_p <= 1:
         raise InputError(f"temperature is {temperature} and top_p {top_p}; they must be ≥ 0, and above 0 up to 1")
     ends = _end_tokens(model)
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if i is not None), 0)
     held = list(context)
-    rows = [tokenizer(prompt, add_special_tokens=not is_chat and not held).input_ids for prompt in prompts]
+    rows, max_new_tokens = tokenized(
+        tokenizer, model.config, prompts, is_chat=is_chat, context_tokens=len(held), max_new_tokens=max_new_tokens
+    )
     longest = max(map(len, rows))
-    if not held and not min(map(len, rows)):
-        raise InputError("a prompt has no tokens: it is empty")
-    limit = position_limit(model.config)
-    room = DEFAULT_NEW_TOKENS if limit is None else limit - longest - len(held)
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-    if limit is not None and max_new_tokens > room:
-        raise InputError(
-            f"{f'a context of {len(held)} tokens, ' * bool(held)}a prompt of {longest} tokens and {max_new_tokens} new "
-            f"ones are more than the {limit} positions that the model has: a shorter prompt or a smaller "
-            "--max-new-tokens is needed"
-        )
     start = time.perf_counter()
     prompt_tokens, context_tokens = sum(map(len, rows)), len(held)
     cache = transformers.DynamicCache(config=model.config) if cache is None else cache

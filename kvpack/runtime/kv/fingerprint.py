@@ -31,6 +31,11 @@ def json_digest(values: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def json_values(values: Any) -> Any:
+    """As a file's header has them."""
+    return json.loads(json.dumps(values, default=str))
+
+
 def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Hex SHA-256 of names, shapes, dtypes and sampled elements, whatever their order and device.
 
@@ -90,11 +95,25 @@ def make_fingerprint(
     fields = {
         "config": json_digest(config),
         "weights": tensors_digest(weights),
-        "rope": json.loads(json.dumps(rope, default=str)),
+        "rope": json_values(rope),
         "dtype": str(dtype).removeprefix("torch."),
         "adapter": adapter,
     }
     return Fingerprint(model=json_digest(fields), **fields)
+
+
+def known_fingerprint(header: SnapshotHeader) -> Fingerprint:
+    """Of the model that a snapshot's pages are of.
+
+    Raises:
+        ModelMismatchError: the file does not say it.
+    """
+    if header.fingerprint is None:
+        raise ModelMismatchError(
+            "the file does not say what model its pages are of, so that whether they are this model's cannot be told; "
+            "KVCache.load reads it without a model"
+        )
+    return header.fingerprint
 
 
 def check_fingerprint(header: SnapshotHeader, model: Fingerprint) -> None:
@@ -104,10 +123,6 @@ def check_fingerprint(header: SnapshotHeader, model: Fingerprint) -> None:
         FingerprintMismatchError: the message has both fingerprints, and each field in which they differ.
         ModelMismatchError: the file does not say what model its pages are of.
     """
-    if header.fingerprint is None:
-        raise ModelMismatchError(
-            "the file does not say what model its pages are of, so that whether they are this model's cannot be told; "
-            "KVCache.load reads it without a model"
-        )
-    if differences := header.fingerprint.differences(model):
-        raise FingerprintMismatchError(header.fingerprint.model, model.model, differences)
+    ours = known_fingerprint(header)
+    if differences := ours.differences(model):
+        raise FingerprintMismatchError(ours.model, model.model, differences)
