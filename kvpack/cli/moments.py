@@ -19,16 +19,19 @@ if TYPE_CHECKING:
 
 def moments(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory that is not compressed.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The moments file to write.")],
     text: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--text",
             metavar="FILE",
             help="What the model reads: text in UTF-8, .jsonl with a text a line, or token ids in .npy, .safetensors, "
             ".json.",
         ),
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The moments file to write.")],
+    ] = None,
+    own: Annotated[
+        bool, typer.Option("--self-samples", help="Instead of a text, what the model itself writes at temperature 1.")
+    ] = False,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens are read.")] = 131_072,
     window: Annotated[
         int | None,
@@ -36,7 +39,7 @@ def moments(
     ] = None,
     begin: Annotated[float, typer.Option("--from", metavar="F", help="Begin at this fraction of the text.")] = 0.0,
     end: Annotated[float, typer.Option("--to", metavar="F", help="End at this fraction of the text.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of labels that are sampled.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of labels and texts that are drawn.")] = 0,
     sensitivities: Annotated[
         bool,
         typer.Option("--sensitivities/--no-sensitivities", help="Find how much the model minds errors at outputs."),
@@ -55,6 +58,12 @@ def moments(
     """
     with exit_codes(as_json):
         require_transformers("kvpack moments")
+        from kvpack.errors import InputError
+
+        if own == (text is not None):
+            raise InputError("either --text or --self-samples is given, one of them")
+        if own and (begin, end) != (0.0, 1.0):
+            raise InputError("--from and --to are parts of a --text; with --self-samples there is none")
         from kvpack.integrations.transformers.calibration import calibrate
 
         with progress_bar("moments", unit="tokens") as progress:
@@ -88,6 +97,8 @@ def _print(report: CalibrationReport) -> None:
         f"{counted(report.tensors, 'tensor')}, {report.matrices} second moments; {report.tokens} tokens in "
         f"{counted(report.windows, 'window')} of {report.window_tokens}, in {report.dtype}"
     )
+    if report.whole_model is not None:
+        print(f"the whole model was on {report.device}: {printable(report.whole_model)}")
     if report.untouched:
         print(f"{report.untouched} of them are of experts that met no token: a longer text would reach more")
     reasons: dict[str, list[str]] = {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,10 @@ from tiny_text_model import write_novel, write_tokenizer
 
 from kvpack.encode.moments import Moments
 from kvpack.encode.progress import Progress
-from kvpack.integrations.transformers.calibration import _label_gradient, _uniform, calibrate
+from kvpack.integrations.transformers import calibration_run, layer_by_layer
+from kvpack.integrations.transformers.calibration import calibrate
+from kvpack.integrations.transformers.layer_by_layer import NotLayerByLayerError
+from kvpack.integrations.transformers.own_samples import label_gradient, uniform
 
 WINDOW = 48
 TOKENS = 4 * WINDOW
@@ -61,7 +67,7 @@ def plain_run(model: Any, ids: Any) -> dict[str, tuple[np.ndarray, np.ndarray, i
     for window, row in enumerate(ids):
         embedded = model.get_input_embeddings()(row[None]).requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits
-        logits.backward(_label_gradient(logits.detach(), _uniform(SEED, window, len(row))))
+        logits.backward(label_gradient(logits.detach()[0], uniform(len(row), "labels", SEED, window))[None])
     return {name: (h.numpy() / n, s.numpy() / n, n) for name, (h, s, n) in sums.items()}
 
 
@@ -158,3 +164,192 @@ def test_without_sensitivities(tmp_path: Path, novel: Path) -> None:
         for name in moments.names:
             assert moments.sensitivity(name) is None
             assert (moments.second_moment(name) == full.second_moment(name)).all()
+
+
+EXPERTS = ["mixtral", "qwen3 moe", "gpt oss", "deepseek v3"]
+
+
+def experts_by_hand(model: Any, ids: Any) -> dict[str, list[Any]]:
+    """Of each product that an expert's matrix is in: inputs and gradients at outputs, [tokens, …] in fp64, by windows.
+
+    Keys are of the model's tensor and the expert: ``model.layers.1.mlp.experts.down_proj/3``.
+    """
+    model = model.double().requires_grad_(False)
+    model.set_experts_implementation("eager")
+    names = {id(tensor): name for name, tensor in model.named_parameters() if tensor.ndim == 3}
+    found: dict[str, list[Any]] = {}
+
+    class Matrix:
+        def __init__(self, key: str, tensor: Any) -> None:
+            self.key, self.tensor = key, tensor
+
+        def product(self, x: Any, y: Any) -> Any:
+            found.setdefault(self.key, []).append([x.detach().clone(), None])
+            y.register_hook(lambda g: found[self.key][-1].__setitem__(1, g.clone()))
+            return y
+
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            x, matrix = args[:2]
+            return matrix.product(x, function(x, matrix.tensor))
+
+        def __rmatmul__(self, x: Any) -> Any:
+            return self.product(x, x @ self.tensor)
+
+    class Stack:
+        def __init__(self, name: str, tensor: Any) -> None:
+            self.name, self.tensor = name, tensor
+
+        def __getitem__(self, expert: Any) -> Matrix:
+            return Matrix(f"{self.name}/{int(expert)}", self.tensor[expert])
+
+    for module in model.modules():
+        for key, tensor in list(module._parameters.items()):
+            if id(tensor) in names:
+                del module._parameters[key]
+                module.__dict__[key] = Stack(names[id(tensor)], tensor)
+    for window, row in enumerate(ids):
+        embedded = model.get_input_embeddings()(row[None]).requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        at = uniform(len(row), "labels", SEED, window)
+        logits.backward(label_gradient(logits.detach()[0], at)[None])
+    return found
+
+
+# By a tensor of the checkpoint: the model's tensor and expert, and the rows of that; or all of the model's tensor.
+def places(architecture: str, layer: int, expert: int) -> dict[str, tuple[str, slice]]:
+    block = f"model.layers.{layer}"
+    if architecture == "mixtral":
+        stored, model, names = f"{block}.block_sparse_moe.experts.{expert}", f"{block}.mlp.experts", ("w1", "w3", "w2")
+        width = 128
+    else:
+        stored, model = f"{block}.mlp.experts.{expert}", f"{block}.mlp.experts"
+        names, width = ("gate_proj", "up_proj", "down_proj"), 64
+    rows = (slice(width), slice(width, 2 * width), slice(None))
+    of = (f"{model}.gate_up_proj/{expert}", f"{model}.gate_up_proj/{expert}", f"{model}.down_proj/{expert}")
+    return {f"{stored}.{name}.weight": place for name, place in zip(names, zip(of, rows, strict=True), strict=True)}
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_experts_have_moments_of_the_tokens_routed_to_them(architecture: str, tmp_path: Path, novel: Path) -> None:
+    directory = save(architecture, tmp_path / "model", attn_implementation="eager")
+    report = calibrate(
+        directory, novel, tmp_path / "m.safetensors", tokens=TOKENS, window=WINDOW, seed=SEED, dtype="float32"
+    )
+    assert report.whole_model is None
+    assert not report.left_out
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    found = experts_by_hand(model, windows_by_hand(directory, novel))
+    assert len(found) >= 8
+    routed = 0
+    with Moments(report.output) as moments:
+        for key, products in found.items():
+            x, g = (torch.cat([product[at] for product in products]) for at in (0, 1))
+            name, expert = key.rpartition("/")[::2]
+            if architecture == "gpt oss":
+                stored = {name: slice(None)}
+                matrix = int(expert)
+            else:
+                of = places(architecture, int(name.split(".")[2]), int(expert))
+                stored = {one: rows for one, (place, rows) in of.items() if place == key}
+                matrix = 0
+            assert stored
+            for one, rows in stored.items():
+                assert moments.tokens(one)[matrix] == len(x)
+                second_moment = (x.T @ x / len(x)).numpy()
+                error = np.abs(moments.second_moment(one, matrix) - second_moment).max()
+                assert error <= 2e-5 * np.abs(second_moment).max()
+                sensitivity = moments.sensitivity(one)
+                assert sensitivity is not None
+                squares = g.square().mean(0)[rows].numpy()
+                values = sensitivity[matrix] if architecture == "gpt oss" else sensitivity
+                assert values == pytest.approx(squares, rel=1e-3, abs=1e-4 * squares.max())
+            routed += len(x) if "down" in key else 0
+        layers = 1 if architecture == "deepseek v3" else 2
+        assert routed == layers * 2 * TOKENS  # each token to two experts a layer
+    assert report.untouched == 0
+
+
+def test_experts_that_meet_no_token(tmp_path: Path, novel: Path) -> None:
+    directory = save("qwen3 moe", tmp_path / "model", num_experts=32)
+    report = calibrate(directory, novel, tmp_path / "m.safetensors", tokens=8, window=8)
+    assert report.untouched > 0
+    with Moments(report.output) as moments:
+        names = [name for name in moments.names if "down_proj" in name]
+        assert len(names) == 2 * 32
+        none = [name for name in names if not moments.tokens(name)[0]]
+        assert none
+        assert all((moments.second_moment(name) == 0).all() for name in none)
+        assert sum(int(moments.tokens(name)[0]) for name in names) == 2 * 2 * 8
+
+
+@pytest.mark.parametrize("architecture", ["llama tied", "gpt2", "mixtral"])
+def test_the_whole_model_gives_what_its_layers_give(
+    architecture: str, tmp_path: Path, novel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = save(architecture, tmp_path / "model")
+    options: dict[str, Any] = {"tokens": TOKENS, "window": WINDOW, "seed": SEED}
+    one_by_one = calibrate(directory, novel, tmp_path / "layers.safetensors", **options)
+
+    def refuse(*_: object) -> None:
+        raise NotLayerByLayerError("its layers share a secret")
+
+    monkeypatch.setattr(calibration_run, "LayerByLayer", refuse)
+    whole = calibrate(directory, novel, tmp_path / "whole.safetensors", **options)
+    assert (one_by_one.whole_model, whole.whole_model) == (None, "its layers share a secret")
+    with Moments(whole.output) as moments, Moments(one_by_one.output) as other:
+        assert moments.names == other.names
+        assert moments.made["whole_model"] == "its layers share a secret"
+        for name in moments.names:
+            assert moments.tokens(name).tolist() == other.tokens(name).tolist()
+            second_moment = other.second_moment(name)
+            assert np.abs(moments.second_moment(name) - second_moment).max() <= 1e-5 * np.abs(second_moment).max()
+            a, b = moments.sensitivity(name), other.sensitivity(name)
+            assert a is not None
+            assert b is not None
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-4 * float(b.max()))
+
+
+def test_layers_that_share_state_are_found(tmp_path: Path, novel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second layer adds what the first one has kept: one by one, it would be that of another window."""
+    directory = save("llama", tmp_path / "model")
+    layer = transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    forward, kept = layer.forward, {}
+
+    def sharing(self: Any, hidden_states: Any, *args: Any, **keywords: Any) -> Any:
+        if self.self_attn.layer_idx == 0:
+            kept["hidden"] = hidden_states
+        return forward(self, hidden_states, *args, **keywords) + kept["hidden"]
+
+    monkeypatch.setattr(layer, "forward", sharing)
+    report = calibrate(directory, novel, tmp_path / "m.safetensors", tokens=TOKENS, window=WINDOW, seed=SEED)
+    assert report.whole_model == "one by one, its layers give other hidden states than its own forward pass"
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    plain = plain_run(model, windows_by_hand(directory, novel))
+    with Moments(report.output) as moments:
+        for name, (second_moment, squares, _) in plain.items():
+            found = moments.second_moment(name)
+            assert np.abs(found - second_moment).max() <= 1e-4 * np.abs(second_moment).max()
+            assert moments.sensitivity(name) == pytest.approx(squares, rel=1e-2, abs=1e-3 * squares.max())
+
+
+def test_one_layer_at_a_time_is_on_the_device(tmp_path: Path, novel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of layers, as on a GPU: they are let go of before the next one is made."""
+    directory = save("llama", tmp_path / "model", num_hidden_layers=4)
+    whole = calibrate(directory, novel, tmp_path / "layers.safetensors", tokens=TOKENS, window=WINDOW)
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    @contextmanager
+    def placed(layer: Any, device: Any) -> Iterator[Any]:
+        nonlocal most
+        copied = copy.deepcopy(layer)
+        alive.add(copied)
+        most = max(most, len(alive))
+        yield copied
+
+    monkeypatch.setattr(layer_by_layer, "placed", placed)
+    report = calibrate(directory, novel, tmp_path / "m.safetensors", tokens=TOKENS, window=WINDOW)
+    assert report.whole_model is None
+    assert most == 1
+    assert Path(report.output).read_bytes() == Path(whole.output).read_bytes()

@@ -65,6 +65,14 @@ def test_report(model: Path, novel: Path, tmp_path: Path) -> None:
         assert not any(str(tmp_path) in str(value) for value in moments.made.values())
 
 
+def test_text_of_its_own(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "m.safetensors"
+    shown = run(model, "--self-samples", "-o", output, "--tokens", 60, "--window", 20)
+    assert "60 tokens in 3 windows of 20" in shown.stdout
+    with Moments(output) as moments:
+        assert moments.made["text"] is None
+
+
 @pytest.fixture
 def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
@@ -132,6 +140,12 @@ class TestRefusals:
         for name in ("config.json", "model.safetensors"):
             (no_tokenizer / name).write_bytes((model / name).read_bytes())
         assert "transformers cannot load its tokenizer" in self.refused(no_tokenizer, *text)
+
+    def test_either_a_text_or_its_own(self, model: Path, novel: Path, tmp_path: Path) -> None:
+        output = ("-o", tmp_path / "m.safetensors")
+        assert "either --text or --self-samples" in self.refused(model, *output)
+        assert "either --text or --self-samples" in self.refused(model, "--text", novel, "--self-samples", *output)
+        assert "with --self-samples there is none" in self.refused(model, "--self-samples", "--from", 0.5, *output)
 
     def test_outputs(self, model: Path, novel: Path, tmp_path: Path) -> None:
         there = tmp_path / "there"

@@ -15,6 +15,7 @@ from kvpack.errors import ContainerError, InputError
 from kvpack.format.container import Container
 from kvpack.integrations.transformers.causal_models import load_config, load_tokenizer, position_limit
 from kvpack.integrations.transformers.evaluation import spread_windows, tokens_before_text
+from kvpack.integrations.transformers.own_samples import starts
 
 DEFAULT_TOKENS = 131_072
 _DEFAULT_WINDOW = 2048
@@ -27,14 +28,37 @@ class CalibrationText:
     """Windows that a model reads.
 
     Attributes:
-        ids: i64 [windows, tokens].
-        name: of the text, for messages.
-        made: what the windows were made of, as JSON values.
+        shape: windows, and tokens of each.
+        ids: i64 [windows, tokens]; None: the model has to write them first.
+        begins: of windows that the model writes, how they begin, in turn.
+        made: what the windows are made of, as JSON values.
     """
 
-    ids: torch.Tensor
-    name: str
+    shape: tuple[int, int]
+    ids: torch.Tensor | None
+    begins: tuple[tuple[int, ...], ...]
     made: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """Of all windows together."""
+        return self.shape[0] * self.shape[1]
+
+
+def own_text(directory: Path, *, tokens: int, window: int) -> CalibrationText:
+    """Windows that the model is to write itself (:mod:`kvpack.integrations.transformers.own_samples`).
+
+    Args:
+        tokens: of all windows together, at least.
+        window: tokens of a window.
+
+    Raises:
+        InputError: transformers cannot load the tokenizer.
+    """
+    begins = tuple(tuple(start[:window]) for start in starts(load_tokenizer(directory), load_config(directory)))
+    shape = (-(-tokens // window), window)
+    made = {"text": None, "tokens": shape[0] * window, "window_tokens": window, "begins_with": [*map(list, begins)]}
+    return CalibrationText(shape, None, begins, made)
 
 
 def window_tokens(directory: Path, window: int | None) -> int:
@@ -91,7 +115,7 @@ def read_text(
         "window_tokens": window,
         "begins_with": prefix,
     }
-    return CalibrationText(rows, str(text), made)
+    return CalibrationText((len(rows), window), rows, (), made)
 
 
 def _check_ids(text: Path, ids: torch.Tensor, directory: Path) -> None:

@@ -119,11 +119,11 @@ class WorkDirectory(Closing):
         if unfinished.exists():
             unfinished.replace(self.path / name)
 
-    def save(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """Keep tensors, and strings with them."""
         unfinished = self.path / (name + _UNFINISHED)
         # An empty file of tensors is none.
-        save_file({"": torch.zeros(0), **tensors}, unfinished, dict(metadata))
+        save_file({"": torch.zeros(0), **tensors}, unfinished, dict(metadata or {}))
         unfinished.replace(self.path / name)
 
     def open(self, name: str) -> Any:
@@ -135,12 +135,16 @@ class WorkDirectory(Closing):
         (self.path / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave everything for a run that goes on."""
-        if self._lock >= 0:
-            os.close(self._lock)
+        """Leave what is finished for a run that goes on."""
+        if self._lock < 0:
+            return
+        if not any(entry.name != _RUN and not entry.name.endswith(_UNFINISHED) for entry in self.path.iterdir()):
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
         self._lock = -1
 
     def delete(self) -> None:
         """Remove the directory: its output is made."""
         shutil.rmtree(self.path, ignore_errors=True)
-        self.close()
+        os.close(self._lock)
+        self._lock = -1

@@ -196,6 +196,7 @@ class LayerByLayer:
         for number in range(len(self.layers)):
             with self.layer(number) as run:
                 hidden = [run(states) for states in hidden]
+            del run  # before the next layer comes to the device
         difference = (hidden[0].float() - final.float()).square().mean().sqrt()
         if not difference <= _TOLERANCE * final.float().square().mean().sqrt():
             raise NotLayerByLayerError("one by one, its layers give other hidden states than its own forward pass")
@@ -203,6 +204,11 @@ class LayerByLayer:
     def layer_tensors(self, number: int, layer: nn.Module) -> dict[str, torch.Tensor]:
         """Parameters of a layer that is on the device, by their names in the model."""
         return {f"{self.names[number]}.{name}": tensor for name, tensor in layer.named_parameters()}
+
+    def other_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters that are in no layer, by their names in the model."""
+        inside = {id(tensor) for layer in self.layers for tensor in layer.parameters()}
+        return {name: tensor for name, tensor in self.model.named_parameters() if id(tensor) not in inside}
 
     @contextmanager
     def layer(self, number: int) -> Iterator[PlacedLayer]:

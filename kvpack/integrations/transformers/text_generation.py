@@ -127,7 +127,21 @@ def chat_prompt(tokenizer: Any, message: str, system: str | None = None) -> str:
     return text
 
 
-# Stands for what the model has answered, in what a template makes of a conversation.
+def opened_chat(tokenizer: Any) -> str | None:
+    """What the tokenizer's chat template puts before a user's message; None if there is none, or it takes none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        text: str = tokenizer.apply_chat_template([{"role": "user", "content": _ANSWER}], tokenize=False)
+    except ImportError:
+        raise
+    except Exception:  # templates raise what they like
+        return None
+    opened, mark, _ = text.partition(_ANSWER)
+    return opened if mark else None
+
+
+# Stands for what the model has answered, or a user has said, in what a template makes of a conversation.
 _ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
