@@ -31,8 +31,10 @@ from kvpack.runtime.device import kernels  # noqa: E402
 from kvpack.runtime.kv import cache as cache_module  # noqa: E402
 from kvpack.runtime.kv import page_kernels, page_table, shared_pages  # noqa: E402
 from kvpack.runtime.kv.attention import attention_with_kv_cache  # noqa: E402
+from kvpack.runtime.kv.budget import Room, room  # noqa: E402
 from kvpack.runtime.kv.cache import MASS_UNIT, KVCache  # noqa: E402
 from kvpack.runtime.kv.page_pools import PageInfo, PageOwner  # noqa: E402
+from kvpack.runtime.kv.shared_pages import DistinctPages  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYERS, HEADS, HEAD_DIM, SEQUENCES, MAX_TOKENS = 2, 2, 16, 4, 64 * 24
@@ -75,6 +77,17 @@ class Page:
 Column = list[Page]  # of a layer, side and sequence
 
 
+def room_by_all_pages(cache: KVCache, layer: int, lengths: Any, settled: Any) -> Room:
+    """What a cache says by what it has counted, by a look at all places."""
+    places = cache.table.all_places(range(layer, layer + 1), lengths)
+    pinned = cache.window.pinned(places, settled)
+    distinct = DistinctPages.of(cache.entries[places.where], pinned)
+    whole = room(lengths, settled, cache.window, cache.table.max_pages, cache._full_bytes)
+    again = len(places) - len(distinct.first)
+    pinned_again = int(pinned.sum()) - int(distinct.pinned.sum())
+    return Room(whole.all - again * cache._full_bytes, whole.pinned - pinned_again * cache._full_bytes, whole.coming)
+
+
 def check_pages(cache: KVCache, held: Counter[int] | None = None) -> None:
     """Tables agree, pages in use are those of the tables and of ``held``, how often others hold each, and who shares
     one does so at the same place."""
@@ -105,6 +118,9 @@ def check_pages(cache: KVCache, held: Counter[int] | None = None) -> None:
         for page_format in PageFormat:
             assert cache.pools.pages_in_use(side, page_format) == in_use[side, page_format]
     assert cache._used_bytes == used
+    assert cache._used_pages == [sum(place[0] == layer for (place,) in where.values()) for layer in range(len(used))]
+    for layer, (lengths, settled) in enumerate(zip(cache.table.lengths, cache.table.settled, strict=True)):
+        assert cache._room(layer, lengths, settled) == room_by_all_pages(cache, layer, lengths, settled)
     assert cache.held_bytes == held_bytes
     assert cache.pools.bytes_in_use == sum(used) + held_bytes
     if cache._is_plain:

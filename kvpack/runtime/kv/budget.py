@@ -53,6 +53,17 @@ class Window:
         is_recent = places.index >= self.open_ends(lengths)[places.sequence]
         return np.asarray((places.index < self.sink_pages) | is_recent)
 
+    def pinned_pages(self, lengths: _Lengths, settled: _Lengths) -> tuple[Ints, Ints]:
+        """(sequences, indices) of the pages of one side that are pinned in sequences of these lengths."""
+        pages = -(-lengths // PAGE_TOKENS)
+        sinks = np.minimum(self.sink_pages, pages)
+        recent = np.maximum(self.open_ends(settled), sinks)
+        counts = sinks + pages - recent
+        sequences = np.repeat(np.arange(len(counts)), counts)
+        indices = np.arange(len(sequences)) - np.repeat(np.cumsum(counts) - counts, counts)
+        skipped = (recent - sinks)[sequences]
+        return sequences, np.where(indices < sinks[sequences], indices, indices + skipped)
+
     def open_pages(self, lengths: _Lengths) -> int:
         """How many pages of one side are open."""
         return int(np.maximum(0, self.open_ends(lengths) - self.sink_pages).sum())

@@ -80,6 +80,7 @@ from kvpack.runtime.kv.shared_pages import (
     is_quantized,
     pages_lost,
     places_to_copy,
+    repeats,
 )
 from kvpack.runtime.kv.steps import CELL_TOKENS, Step, quiet_tokens
 
@@ -369,7 +370,8 @@ class KVCache:
             )
         self.window = Window(recent_tokens, sinks)
         self.table = PageTable(num_layers, max_sequences, ceil_div(max_tokens, PAGE_TOKENS), self.device)
-        self._used_bytes = [0] * num_layers  # of a layer's pages
+        # Of a layer's pages, each once however many sequences have it.
+        self._used_bytes, self._used_pages = [0] * num_layers, [0] * num_layers
         with torch.inference_mode(False):  # they may be changed outside of it
             shape = (num_layers, max_sequences, self.table.pages)
             self.mass = torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -788,7 +790,8 @@ class KVCache:
             raise CacheInputError(f"{count} of {self.num_layers} layers cannot be kept alone: others hold tokens")
         self.num_layers = count
         self._open_formats, self._possible_formats = self._open_formats[:count], self._possible_formats[:count]
-        self._used_bytes, self._is_unplanned = self._used_bytes[:count], self._is_unplanned[:count]
+        self._used_bytes, self._used_pages = self._used_bytes[:count], self._used_pages[:count]
+        self._is_unplanned = self._is_unplanned[:count]
         self._pairs, self._queries, self._quiet = self._pairs[:count], self._queries[:count], self._quiet[:count]
         self._owning = self._owning[:count]
         self.errors, self.shares = self.errors[:count], self.shares[:count]
@@ -1019,9 +1022,15 @@ class KVCache:
         if self.slots is not None:
             self.slots.forget(sequence, first)
 
+    def _has_come(self, layer: int, size_bytes: int) -> None:
+        """The table has a page that it did not have."""
+        self._used_bytes[layer] += size_bytes
+        self._used_pages[layer] += 1
+
     def _let_go(self, layer: int, entry: int) -> bool:
         """The table has a page no longer. Whether it is free: others may hold it."""
         self._used_bytes[layer] -= self.pools.bytes_of(entry)
+        self._used_pages[layer] -= 1
         if not self.pools.free(entry):
             return False
         self._forget_page(entry)
@@ -1133,7 +1142,7 @@ class KVCache:
             self._free_again(allocated)
             raise
         for place, entry, shared in zip(new, old, is_shared[is_new].tolist(), strict=True):
-            self._used_bytes[place[0]] += self._full_bytes
+            self._has_come(place[0], self._full_bytes)
             if not shared:
                 self._let_go(place[0], entry)
 
@@ -1357,6 +1366,7 @@ class KVCache:
         entries[present] = made[member]
         self.table.put_copies(rows, table, entries)
         self._used_bytes = np.bincount(infos.layer, infos.bytes, self.num_layers).astype(int).tolist()
+        self._used_pages = np.bincount(infos.layer, minlength=self.num_layers).tolist()
         self.mass[:, :count, : table.pages] = other.mass[:, rows].to(self.device)
         self.observed_steps[:, :count] = other.observed_steps[:, rows].to(self.device)
         self.importance = other.importance.selected(rows).grown(self.table.pages)
@@ -1579,8 +1589,8 @@ class KVCache:
         self._grow_tables(first_page + pages)
         uploaded = self._upload(entries.astype(np.int64))
         is_new = self.pools.enter(found)
-        used = np.bincount(infos.layer[is_new], infos.bytes[is_new], self.num_layers).astype(int).tolist()
-        self._used_bytes = [before + more for before, more in zip(self._used_bytes, used, strict=True)]
+        for layer, size_bytes in zip(infos.layer[is_new].tolist(), infos.bytes[is_new].tolist(), strict=True):
+            self._has_come(layer, size_bytes)
         self.table.put_pages(sequence, entries, uploaded, first_page, before + tokens)
         self.mass[:, sequence, first_page:] = 0
         if not first_page:
@@ -1691,7 +1701,7 @@ class KVCache:
             self._free_again(allocated)
             raise
         for layer, *_ in places:
-            self._used_bytes[layer] += self._full_bytes
+            self._has_come(layer, self._full_bytes)
             self._is_unplanned[layer] = True
         left = {entry: place for place, entry in zip(places, shared, strict=True) if entry in self._adopted_open}
         for entry, (layer, side, _, index) in left.items():
@@ -1797,13 +1807,13 @@ class KVCache:
                 self.pools.free(entry)
             return
         for layer, _, _, _ in begun.new:
-            self._used_bytes[layer] += self._full_bytes
+            self._has_come(layer, self._full_bytes)
         changes = []
         for (layer, _, _, index), (side, _, target), source, put in zip(
             begun.owners, begun.kinds, begun.sources, begun.targets, strict=True
         ):
             if put not in begun.twins or self.pools.enter(np.array([put]))[0]:
-                self._used_bytes[layer] += self.pools.page_bytes(_SIDES[side], _FORMATS[target])
+                self._has_come(layer, self.pools.page_bytes(_SIDES[side], _FORMATS[target]))
             if self._is_plain or not (self.entries[layer, side, :, index] == source).any():
                 if not self._let_go(layer, source):
                     changes.append((source, put))
@@ -2196,15 +2206,14 @@ class KVCache:
         return used <= int(np.where(distinct.pinned, as_they_are, self._page_bytes[pages_of.side, 0]).sum())
 
     def _room(self, layer: int, lengths: npt.NDArray[np.int32], settled: npt.NDArray[np.int32]) -> Room:
-        """Of a layer whose sequences have these numbers of tokens; pages that several hold are counted once."""
+        """Of a layer whose sequences have, or will have, these numbers of tokens; pages that several hold are counted
+        once. Looks at pinned pages alone."""
         found = room(lengths, settled, self.window, self.table.max_pages, self._full_bytes)
         if self._is_plain:
             return found
-        places = self.table.all_places(range(layer, layer + 1), lengths)
-        pinned = self.window.pinned(places, settled)
-        distinct = DistinctPages.of(self.entries[places.where], pinned)
-        again = len(places) - len(distinct.first)
-        pinned_again = int(pinned.sum()) - int(distinct.pinned.sum())
+        again = len(Side) * int((-(-self.table.lengths[layer] // PAGE_TOKENS)).sum()) - self._used_pages[layer]
+        sequences, indices = self.window.pinned_pages(lengths, settled)
+        pinned_again = repeats(self.entries[layer][:, sequences, indices])
         return Room(found.all - again * self._full_bytes, found.pinned - pinned_again * self._full_bytes, found.coming)
 
     def _is_over(self, layer: int) -> bool:

@@ -51,6 +51,12 @@ class DistinctPages:
         return np.bincount(self.member, values, len(self.first)).astype(np.float64)
 
 
+def repeats(entries: Ints) -> int:
+    """How many places of these name a page that one before them has named."""
+    held = np.sort(entries[entries != NO_PAGE])
+    return int(np.count_nonzero(held[1:] == held[:-1]))
+
+
 def held_by_others(entries: Ints, sequence: int) -> _Bools:
     """[layers, 2, pages], whether a page of a sequence is held by others; entries are [layers, 2, sequences, pages]."""
     of_sequence = entries[:, :, sequence]
