@@ -9,6 +9,7 @@ KVPackCache
 KVPackConfig
 PageFormat
 QuantConfig
+RansEmbedding
 RansLinear
 Reader
 __version__
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from kvpack.integrations.transformers_names import replace_linears
     from kvpack.runtime.kv.attention import attention_with_kv_cache
     from kvpack.runtime.kv.cache import KVCache
+    from kvpack.runtime.weights.embedding import RansEmbedding
     from kvpack.runtime.weights.linear import RansLinear
     from kvpack.runtime.weights.load import load
     from kvpack.runtime.weights.offload import run_concurrently, stream_modules
@@ -139,6 +141,7 @@ __all__ = [
     "PageFormat",
     "PayloadCrcError",
     "QuantConfig",
+    "RansEmbedding",
     "RansLinear",
     "Reader",
     "ReservedError",
@@ -178,6 +181,7 @@ _HOMES = {
     "KVPackConfig": ("kvpack.integrations.transformers.config", "KVPackConfig"),
     "PageFormat": ("kvpack.format.pages", "PageFormat"),
     "QuantConfig": ("kvpack.encode.quant_config", "QuantConfig"),
+    "RansEmbedding": ("kvpack.runtime.weights.embedding", "RansEmbedding"),
     "RansLinear": ("kvpack.runtime.weights.linear", "RansLinear"),
     "Reader": ("kvpack.encode.reader", "Reader"),
     "replace_linears": ("kvpack.integrations.transformers_names", "replace_linears"),

@@ -19,6 +19,8 @@ from kvpack.encode.verify import verify as verify_with
 from kvpack.errors import DeviceError, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 
@@ -52,6 +54,7 @@ def compress(
     force: bool = False,
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
+    token_counts: npt.NDArray[np.int64] | None = None,
     **settings: Any,
 ) -> CompressReport:
     """Compress a .safetensors file, a model directory, or tensors in memory.
@@ -74,11 +77,15 @@ def compress(
         dry_run: do everything but write.
         force: replace an existing output; a directory that holds anything else is refused.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
+        token_counts: integers [vocabulary]: how often each token stands in a text like those that the model will see.
+            Embeddings and output layers with so many rows, coded at a rate, are finer where tokens are frequent. A note
+            names those with another number of rows.
         settings: options of :class:`kvpack.QuantConfig` by name, in place of ``config``.
 
     Raises:
         TypeError: a setting is none of :class:`kvpack.QuantConfig`.
-        InputError: the input, the output or the number of threads cannot be used, or a pattern matches no tensor.
+        InputError: the input, the output, the counts or the number of threads cannot be used, or a pattern matches no
+            tensor.
         DeviceError: the device is not there, or something that it needs is not installed.
         NotInstalledError: a checkpoint of torch without torch, a GGUF file without the extra ``gguf``.
         FormatError: the input is damaged, or none of these.
@@ -101,6 +108,7 @@ def compress(
         "progress": progress,
         "coder": coder_of(device),
         "module_tree": kinds_by_module_tree,
+        "token_counts": token_counts,
     }
     if not isinstance(path, str | os.PathLike):
         if not isinstance(path, Mapping):

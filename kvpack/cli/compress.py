@@ -80,6 +80,13 @@ def _parse_tensor_bits(values: list[str] | None) -> dict[str, float | str]:
     return rates
 
 
+def _parse_embeddings(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 def compress(
     source: Source,
     output: Annotated[
@@ -123,6 +130,12 @@ def compress(
         list[str] | None,
         typer.Option("--tensor-bits", metavar="REGEX=BITS", help="A rate of their own, or lossless; repeatable."),
     ] = None,
+    embeddings: Annotated[
+        str,
+        typer.Option(
+            "--embeddings", metavar="keep|code|BITS", help="Token embeddings and output layers: kept, or coded."
+        ),
+    ] = "keep",
     threads: Threads = None,
     device: Annotated[
         DeviceOption, typer.Option("--device", help="Where weights are coded; the output is the same.")
@@ -134,9 +147,9 @@ def compress(
 ) -> None:
     """Compress a .safetensors file or a model directory; or a .bin, .pt, .pth or .gguf file.
 
-    Embeddings, output layers, norms, routers, biases, other parameters and
-    small tensors are kept as they are, and so are the scales of what is
-    quantized already (the report lists them). Of a directory every file comes
+    Embeddings and output layers (without --embeddings), norms, routers, biases,
+    other parameters and small tensors are kept as they are, and so are the
+    scales of what is quantized already (the report lists them). Of a directory every file comes
     along, subfolders too; hidden files and weights in other forms than
     safetensors do not, and are named.
     """
@@ -155,6 +168,7 @@ def compress(
             include=include,
             exclude=exclude,
             tensor_bits=_parse_tensor_bits(tensor_bits),
+            embeddings=_parse_embeddings(embeddings),
         )
         with progress_bar("compress") as progress:
             report = run(

@@ -40,9 +40,10 @@ from kvpack.encode.model_tree import ModelTree, WeightFile, folder_prefix
 from kvpack.encode.nearest import CommonPlan, EncodeOptions, encode_nearest
 from kvpack.encode.output_files import Crc32, Shard, added_indexes, check_target, pieces, write_indexes
 from kvpack.encode.progress import Progress
-from kvpack.encode.quant_config import QuantConfig
+from kvpack.encode.quant_config import CODE, KEEP, QuantConfig
 from kvpack.encode.rate import FineHistogram
 from kvpack.encode.rates import MIN_BITS
+from kvpack.encode.row_factors import row_factors
 from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
 from kvpack.encode.stack_encoder import encode_stack
 from kvpack.encode.stored_matrices import StoredMatrices
@@ -159,8 +160,12 @@ class _Model:
         module_tree: ModuleTree | None,
         column_scales: Mapping[str, npt.NDArray[np.float16]],
         row_offsets: Mapping[str, npt.NDArray[np.float32]],
+        token_counts: npt.NDArray[np.int64] | None,
     ) -> None:
         self.config, self.executor, self.coder = config, executor, coder
+        self.token_counts = token_counts
+        # Coded tensors with a row for each token, of which there are not so many as counts.
+        self.without_counts: set[str] = set()
         self.column_scales, self.row_offsets = column_scales, row_offsets
         self.tree = ModelTree(source, without=target, file=tensors)
         # How many stacks have common tables; others -> why they have not.
@@ -191,7 +196,8 @@ class _Model:
             # the directory.
             self.selections = {f.path: replace(selection, prefix=f.set_prefix) for f in self.tree.weight_files}
             # Where every bit stays, it does not matter what a tensor is.
-            modules = None if selection.lossless and not selection.tensor_bits else module_tree
+            all_is_exact = selection.lossless and not selection.tensor_bits and config.embeddings in (KEEP, CODE)
+            modules = None if all_is_exact else module_tree
             self.kinds = {
                 prefix: self._kinds_of(prefix, source, modules)
                 for prefix in dict.fromkeys(f.set_prefix for f in self.tree.weight_files)
@@ -288,7 +294,7 @@ class _Model:
             reason = "some are kept as they are"
         elif len({(member.dtype, member.shape[1:]) for member in members}) > 1:
             reason = "their dtypes or inputs differ"
-        elif len({selection.quality_of(member.name) for member in members}) > 1:
+        elif len({selection.quality_of(member, kinds) for member in members}) > 1:
             reason = "their rates differ"
         elif kinds.transposed & set(names):
             reason = "they are stored as inputs × outputs"
@@ -318,6 +324,7 @@ class _Model:
             if selection.reason_to_keep(tensor, kinds) is None
             and selection.is_lossy(tensor, kinds)
             and not selection.has_own_rate(tensor.name)
+            and not kinds.has_row_for_each_token(tensor)
         ]
 
     def encode(
@@ -335,9 +342,12 @@ class _Model:
         config, selection = self.config, self.selections[file.path]
         weights = self.matrices(file, tensor)
         weights.layout = layout
-        if not selection.is_lossy(tensor, self.kinds[file.set_prefix]):
+        kinds = self.kinds[file.set_prefix]
+        if not selection.is_lossy(tensor, kinds):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
-        quality = selection.quality_of(tensor.name)
+        quality = selection.quality_of(tensor, kinds)
+        if isinstance(quality, float) and plan is None and kinds.has_row_for_each_token(tensor):
+            self._set_row_factors(weights, file.names[tensor.name])
         if isinstance(quality, float) and less_bits:
             quality = max(MIN_BITS, quality - less_bits)
         return encode_nearest(
@@ -348,10 +358,27 @@ class _Model:
             EncodeOptions(config.layout, config.tile_cols, self.executor, self.coder),
         )
 
+    def _set_row_factors(self, weights: Matrices, name: str) -> None:
+        counts = self.token_counts
+        if counts is not None and len(counts) != weights.rows:
+            self.without_counts.add(name)
+            counts = None
+        factors = row_factors(weights, counts, self.executor)
+        weights.set_vectors(weights.column_scales, weights.row_offsets, factors)
+
+    def count_notes(self) -> list[str]:
+        """Which tensors have not as many rows as there are token counts."""
+        if self.token_counts is None or not self.without_counts:
+            return []
+        names = listed(sorted(self.without_counts), 3)
+        return [
+            f"token counts are of {len(self.token_counts)} tokens; coded without them, as it has other rows: {names}"
+        ]
+
     def encode_stack(self, file: WeightFile, members: list[StoredTensor]) -> dict[str, EncodedTensor]:
         """Tensors that will be stacked, as :func:`kvpack.encode.stack_encoder.encode_stack` gives them."""
         tensors = {member.name: member for member in members}
-        quality = self.selections[file.path].quality_of(members[0].name)
+        quality = self.selections[file.path].quality_of(members[0], self.kinds[file.set_prefix])
         encoded, reason = encode_stack(
             {name: math.prod(member.shape) for name, member in tensors.items()},
             lambda name, less_bits, layout: self.encode(file, tensors[name], None, less_bits, layout),
@@ -556,6 +583,16 @@ def _encode_file(
     return metadata, shard
 
 
+def _checked_counts(token_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    counts = np.asarray(token_counts)
+    if counts.ndim != 1 or counts.dtype.kind not in "iu" or not len(counts) or int(counts.min()) < 0:
+        raise InputError(
+            f"token_counts are {counts.dtype} {list(counts.shape)}: a row of integers is wanted, none below 0, one for "
+            "each token of the vocabulary"
+        )
+    return counts.astype(np.int64)
+
+
 def _rounded(decibels: float | None) -> float | None:
     return None if decibels is None else round(decibels, 4)
 
@@ -579,6 +616,7 @@ def compress(
     module_tree: ModuleTree | None = None,
     column_scales: Mapping[str, npt.NDArray[np.float16]] | None = None,
     row_offsets: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    token_counts: npt.NDArray[np.int64] | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
@@ -588,6 +626,7 @@ def compress(
         module_tree: who says what a directory's tensors are where their names leave doubt; None: names alone do.
         column_scales, row_offsets: tensor → vector, see :meth:`.tensor_encoder.Matrices.set_vectors`. A tensor that is
             not quantized after all goes without; a note says so.
+        token_counts: see :func:`kvpack.compress`.
 
     Raises:
         ScaleError: a vector that does not fit its tensor.
@@ -607,7 +646,16 @@ def compress(
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
         model = _Model(
-            source, target, config, executor, coder, file, module_tree, column_scales or {}, row_offsets or {}
+            source,
+            target,
+            config,
+            executor,
+            coder,
+            file,
+            module_tree,
+            column_scales or {},
+            row_offsets or {},
+            None if token_counts is None else _checked_counts(token_counts),
         )
         try:
             files = _file_reports(model, source)
@@ -648,6 +696,7 @@ def compress(
         [
             *model.notes(),
             *model.vector_notes(reports),
+            *model.count_notes(),
             *model.split_notes(reports),
             *model.stack_notes(),
             *quantization_notes(report.reason for report in reports),

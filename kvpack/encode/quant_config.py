@@ -17,6 +17,8 @@ from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS
 PRESETS = ("near-lossless", "int8-row", LOSSLESS)
 LAYOUTS = ("auto", *LAYOUT_NAMES)
 ALLOCATIONS = ("tensor", "model")
+# What becomes of embeddings and output layers, if they have no rate of their own.
+KEEP, CODE = "keep", "code"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,9 @@ class QuantConfig:
         exclude: the same for names to keep; it wins over all others.
         tensor_bits: regular expression → rate, or ``"lossless"``, of the tensors in whose names it is found; the last
             match counts.
+        embeddings: embeddings of tokens and output layers: ``keep`` stores them as they are, ``code`` codes them at the
+            rate of all, a number at a rate of their own. Coded at a rate, each row has a scale. Those of positions are
+            kept.
         dequantize_fp8: code the weights that fp8 numbers and their scales stand for, as bf16, and drop the scales;
             otherwise fp8 numbers are coded exactly. None: if ``bits`` is given, whatever it is.
 
@@ -70,6 +75,7 @@ class QuantConfig:
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
     tensor_bits: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+    embeddings: float | str = KEEP
     dequantize_fp8: bool | None = None
 
     def __post_init__(self) -> None:
@@ -97,6 +103,7 @@ class QuantConfig:
         object.__setattr__(self, "include", include)
         object.__setattr__(self, "exclude", exclude)
         object.__setattr__(self, "bits", None if rate is None else _rate(rate))
+        object.__setattr__(self, "embeddings", _embeddings(self.embeddings))
         object.__setattr__(self, "tile_cols", None if self.tile_cols is None else _columns(self.tile_cols))
         object.__setattr__(self, "tensor_parallel", _parts(self.tensor_parallel))
         object.__setattr__(
@@ -174,6 +181,17 @@ def _rate(bits: object) -> float:
     if isinstance(bits, bool) or not isinstance(bits, Real) or not MIN_BITS <= float(bits) <= MAX_ASKED_BITS:
         raise InputError(f"{bits} bits a weight: rates from {MIN_BITS} to {MAX_ASKED_BITS} are possible")
     return float(bits)
+
+
+def _embeddings(value: object) -> float | str:
+    if isinstance(value, str):
+        if value not in (KEEP, CODE):
+            raise InputError(f"embeddings {value!r}: there are {KEEP}, {CODE}, and a rate, as 4.25")
+        return value
+    try:
+        return _rate(value)
+    except InputError as error:
+        raise InputError(f"embeddings: {error}") from None
 
 
 def _columns(columns: object) -> int:

@@ -27,6 +27,7 @@ from kvpack.format.container import (
     NUMBER_DTYPES,
     PARALLEL_KEY,
     ROW_OFFSET_SUFFIX,
+    SCALE_SUFFIX,
     VARIANCE_NOISE_KEY,
     Container,
 )
@@ -42,7 +43,7 @@ class TensorInfo:
 
     ``noise_db`` is over the variance where the file says so, else over the power, as ``power_noise_db`` always is; None
     where nothing was lost. ``tensor_parallel`` is into how many parts the writer made sure that it can be cut, 1 if it
-    says nothing.
+    says nothing. ``num_scales`` is 0 for exact codings, else 1 or one for each row.
     """
 
     name: str
@@ -58,6 +59,7 @@ class TensorInfo:
     blob_bytes: int
     tensor_parallel: int
     header: BlobHeader
+    num_scales: int
     has_column_scales: bool
     has_row_offsets: bool
 
@@ -221,6 +223,7 @@ class Reader(Closing):
             blob_bytes=stored,
             tensor_parallel=int(number(PARALLEL_KEY, 1 << 16) or 1),
             header=header,
+            num_scales=0 if (scales := beside[SCALE_SUFFIX]) is None else scales.shape[0],
             has_column_scales=beside[COLUMN_SCALE_SUFFIX] is not None,
             has_row_offsets=beside[ROW_OFFSET_SUFFIX] is not None,
         )

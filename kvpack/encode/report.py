@@ -44,6 +44,7 @@ def _describe_tensor(reader: Reader, name: str) -> dict[str, Any]:
         "tables": info.header.num_tables,
         "transposed": info.header.transposed,
         "tensor_parallel": info.tensor_parallel,
+        "scales": info.num_scales,
         "column_scales": info.has_column_scales,
         "row_offsets": info.has_row_offsets,
     }

@@ -12,9 +12,9 @@ from typing import Any
 from kvpack.encode.dtypes import LOSSLESS_KINDS, LOSSY_DTYPES, NARROW_DTYPES
 from kvpack.encode.listing import listed
 from kvpack.encode.other_quantization import quantization_parts
-from kvpack.encode.quant_config import QuantConfig, pattern_list
+from kvpack.encode.quant_config import KEEP, QuantConfig, pattern_list
 from kvpack.encode.rates import LOSSLESS
-from kvpack.encode.tensor_kinds import Kind, ModuleTree, NoModuleTreeError, kind_of_name
+from kvpack.encode.tensor_kinds import Kind, ModuleTree, NoModuleTreeError, has_row_for_each_token, kind_of_name
 from kvpack.format.container import StoredTensor
 
 MIN_ELEMENTS = 4096
@@ -32,6 +32,7 @@ class Selection:
     ``bits`` is the rate, or None with a ``preset``. ``include`` codes what would
     be kept, ``exclude`` keeps what would be coded and wins; of several patterns each counts. ``tensor_bits`` gives
     names that match a rate of their own. Patterns see ``prefix`` and the tensor's name: where in a directory it is.
+    ``embeddings`` is what becomes of embeddings of tokens and output layers: see :class:`QuantConfig`.
     """
 
     bits: float | None = None
@@ -39,6 +40,7 @@ class Selection:
     include: tuple[re.Pattern[str], ...] = ()
     exclude: tuple[re.Pattern[str], ...] = ()
     tensor_bits: tuple[tuple[re.Pattern[str], float | str], ...] = field(default=())
+    embeddings: float | str = KEEP
     prefix: str = ""
 
     @classmethod
@@ -50,6 +52,7 @@ class Selection:
             include=tuple(map(re.compile, pattern_list(config.include))),
             exclude=tuple(map(re.compile, pattern_list(config.exclude))),
             tensor_bits=tuple((re.compile(pattern), bits) for pattern, bits in config.tensor_bits.items()),
+            embeddings=config.embeddings,
         )
 
     def patterns(self) -> list[tuple[str, re.Pattern[str]]]:
@@ -63,11 +66,13 @@ class Selection:
         """Whether all that has no rate of its own is coded exactly."""
         return self.preset == LOSSLESS
 
-    def quality_of(self, name: str) -> float | str:
-        """The rate of a tensor, or a preset's name; the last matching ``tensor_bits`` counts."""
+    def quality_of(self, tensor: StoredTensor, kinds: TensorKinds) -> float | str:
+        """The rate of a tensor, or a preset's name; the last matching ``tensor_bits`` counts, then ``embeddings``."""
         for pattern, bits in reversed(self.tensor_bits):
-            if pattern.search(self.prefix + name):
+            if pattern.search(self.prefix + tensor.name):
                 return bits
+        if not isinstance(self.embeddings, str) and kinds.has_row_for_each_token(tensor):
+            return self.embeddings
         quality = self.preset if self.bits is None else self.bits
         assert quality is not None
         return quality
@@ -99,7 +104,7 @@ class Selection:
         if self.lossless or tensor.dtype in NARROW_DTYPES:
             return None
         kind = kinds.kind_of(tensor)
-        if kind.is_coded:
+        if kind.is_coded or (self.embeddings != KEEP and kinds.has_row_for_each_token(tensor)):
             return None
         # Output layers count as embeddings: they share their sensitivity, and often their storage.
         return "embedding" if kind is Kind.OUTPUT else str(kind)
@@ -108,7 +113,7 @@ class Selection:
         """Whether a coded tensor is quantized; what is quantized already is recoded losslessly, whoever asks."""
         if tensor.dtype in NARROW_DTYPES or tensor.name in kinds.part_of:
             return False
-        return tensor.dtype in LOSSY_DTYPES and self.quality_of(tensor.name) != LOSSLESS
+        return tensor.dtype in LOSSY_DTYPES and self.quality_of(tensor, kinds) != LOSSLESS
 
 
 def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
@@ -132,6 +137,12 @@ class TensorKinds:
     def kind_of(self, tensor: StoredTensor) -> Kind:
         """What a tensor of two or more dimensions is."""
         return self.by_tree.get(tensor.name) or kind_of_name(tensor.name, tensor.shape).kind
+
+    def has_row_for_each_token(self, tensor: StoredTensor) -> bool:
+        """Whether it is a matrix with a row for each token of a vocabulary, as embeddings and output layers are."""
+        if len(tensor.shape) != 2 or tensor.name in self.transposed:
+            return False
+        return has_row_for_each_token(tensor.name, self.kind_of(tensor), tensor.shape)
 
     @classmethod
     def of(

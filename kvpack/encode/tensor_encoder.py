@@ -179,22 +179,28 @@ class Matrices:
         self.measured: FineHistogram | None = None
         self.column_scales: npt.NDArray[np.float16] | None = None
         self.row_offsets: npt.NDArray[np.float32] | None = None
+        self.row_factors: npt.NDArray[np.float32] | None = None
 
     def set_vectors(
         self,
         column_scales: npt.NDArray[np.float16] | None = None,
         row_offsets: npt.NDArray[np.float32] | None = None,
+        row_factors: npt.NDArray[np.float32] | None = None,
     ) -> None:
         """Quantize w / column scale − row offset, so that decoding gives w again (FORMAT.md §8).
+
+        With row factors a row's step is its factor times one step of all rows, and each row has a scale. They are for
+        rates that are asked for; INT8 rows have scales of their own.
 
         Rates are those of what is quantized, noise is that of w. Exact coding takes w as it is.
 
         Args:
             column_scales: f16 [matrices · cols], of the inputs.
             row_offsets: f32 [matrices · rows], of the outputs.
+            row_factors: f32 [matrices · rows], of the outputs, above zero: the larger, the coarser.
 
         Raises:
-            ScaleError: another number of them, or one that §8 calls illegal.
+            ScaleError: another number of them, or one that §8 calls illegal, or a factor that is not above zero.
         """
         for suffix, numbers, count in (
             (COLUMN_SCALE_SUFFIX, column_scales, self.matrices * self.cols),
@@ -211,8 +217,17 @@ class Matrices:
             at = first_illegal(suffix, numbers)
             if at is not None:
                 raise ScaleError(f"{shown} {at} is {numbers[at]}")
+        if row_factors is not None:
+            count = self.matrices * self.rows
+            if row_factors.shape != (count,) or row_factors.dtype != np.float32:
+                raise ScaleError(
+                    f"the row factors are {row_factors.dtype} {list(row_factors.shape)}; needed are float32 [{count}]"
+                )
+            if not (np.isfinite(row_factors) & (row_factors >= _TINY)).all():
+                at = int(np.argmin(np.isfinite(row_factors) & (row_factors >= _TINY)))
+                raise ScaleError(f"row factor {at} is {row_factors[at]}")
         self.measured = None
-        self.column_scales, self.row_offsets = column_scales, row_offsets
+        self.column_scales, self.row_offsets, self.row_factors = column_scales, row_offsets, row_factors
 
     @property
     def array(self) -> npt.NDArray[Any]:
@@ -232,8 +247,14 @@ class Matrices:
         """What column scales and row offsets take."""
         return sum(numbers.nbytes for numbers in (self.column_scales, self.row_offsets) if numbers is not None)
 
+    @property
+    def bits_beside(self) -> float:
+        """Bits a weight of what stands beside the blob, but for one scale: vectors, and the scales of further rows."""
+        scales = 0 if self.row_factors is None else self.row_factors.nbytes - 4
+        return 8 * (self.vector_bytes + scales) / self.size
+
     def values(self, index: int) -> npt.NDArray[np.float32]:
-        """What is quantized of a strip, [up to 256, cols]: the strip, or what makes it with the vectors."""
+        """What is divided by steps of a strip, [up to 256, cols]: the strip, or what makes it with the vectors."""
         values = as_float32(self.strip(index))
         with np.errstate(over="ignore"):  # what becomes infinite is not quantized: _moments finds it
             if self.column_scales is not None:
@@ -241,6 +262,29 @@ class Matrices:
             if self.row_offsets is not None:
                 values = values - self.row_offsets[self.strip_rows(index), None]
         return values
+
+    def one_step_values(self, index: int) -> npt.NDArray[np.float32]:
+        """The same as one step of all rows divides it: without their factors."""
+        values = self.values(index)
+        if self.row_factors is not None:
+            with np.errstate(over="ignore"):
+                values = values / self.row_factors[self.strip_rows(index), None]
+        return values
+
+    def row_steps(self, step: float) -> npt.NDArray[np.float32]:
+        """The steps of all rows, f32 [1] or [matrices · rows], of that one step.
+
+        Raises:
+            NotEncodableError: a row's is beyond the normal range of fp32.
+        """
+        steps = np.full(1, step, np.float32)
+        if self.row_factors is None:
+            return steps
+        with np.errstate(over="ignore", under="ignore"):
+            steps = steps * self.row_factors
+        if not (np.isfinite(steps) & (steps >= 4 * _TINY)).all():  # scales are a little smaller
+            raise NotEncodableError(f"a step of {step:.3g} times a row's factor is beyond the fp32 range")
+        return steps
 
     def strip_column_scales(self, index: int) -> npt.NDArray[np.float32]:
         """Those of a strip's matrix, [cols]; ones if there are none."""
@@ -298,6 +342,7 @@ class QuantizedStrips:
         rounding: Rounding,
     ) -> None:
         self.weights, self.rounding, self.element_bits = weights, rounding, element_bits
+        self.own_steps = steps  # f32 [1] or [matrices · rows]
         self.steps = np.broadcast_to(steps, weights.matrices * weights.rows)
         self._kept: dict[int, Quantized] = {}
 
@@ -493,12 +538,12 @@ def noise_db(sums: list[tuple[float, float]]) -> float | None:
 
 @dataclass(frozen=True)
 class _Counted:
-    """A pass over a tensor with one step: its strips, histograms, outliers, and the least-squares scale."""
+    """A pass over a tensor: its strips, histograms, outliers, and the least-squares scales over the steps."""
 
     strips: QuantizedStrips
     counts: npt.NDArray[np.int64]
     outliers: int
-    scale: float
+    scale_per_step: float
     size_bytes: float
 
 
@@ -508,11 +553,11 @@ def _count_quantized(
     executor: ThreadPoolExecutor | None,
 ) -> _Counted:
     counts = strips.count(header, executor)
-    step = float(strips.steps[0])
-    # The scale that minimises Σ (w − s·q)², from integer sums: the centroid idea at no cost to a decoder.
-    scale = step * (counts.dot / FIXED_POINT / counts.energy) if counts.energy else step
-    size = estimate_blob_bytes(header, counts.tiles, counts.outliers) + 4 + strips.weights.vector_bytes
-    return _Counted(strips, counts.tiles, counts.outliers, scale, size)
+    # The scale that minimises Σ (w/step − s·q)², from integer sums: the centroid idea at no cost to a decoder.
+    scale_per_step = counts.dot / FIXED_POINT / counts.energy if counts.energy else 1.0
+    size = estimate_blob_bytes(header, counts.tiles, counts.outliers)
+    size += strips.own_steps.nbytes + strips.weights.vector_bytes
+    return _Counted(strips, counts.tiles, counts.outliers, scale_per_step, size)
 
 
 class _Spread(NamedTuple):
@@ -533,7 +578,7 @@ def _moments(weights: Matrices, limit: float, executor: ThreadPoolExecutor | Non
     """
 
     def work(index: int) -> tuple[float, float, int, int, float, int]:
-        return strip_moments(weights.values(index), np.float32(limit))  # type: ignore[no-any-return]
+        return strip_moments(weights.one_step_values(index), np.float32(limit))  # type: ignore[no-any-return]
 
     energies, totals, within, nonzero, largest, strange = zip(
         *map_ordered(work, range(weights.num_strips), executor), strict=True
@@ -579,7 +624,7 @@ def _measure(weights: Matrices, executor: ThreadPoolExecutor | None) -> FineHist
         return FineHistogram(np.zeros(FINE_BINS, np.int64), 0.0, 0.0)
     if rms < _TINY * 2**24:
         raise NotEncodableError(f"values near the end of the fp32 range (rms {rms:.3g})")
-    few = distinct_values(weights.values(index) for index in range(weights.num_strips))
+    few = distinct_values(weights.one_step_values(index) for index in range(weights.num_strips))
     if few is not None:
         values, counts = few
         return FineHistogram(counts, rms, largest, mean, values.astype(np.float64), grid_step(values), 0.0)
@@ -587,7 +632,7 @@ def _measure(weights: Matrices, executor: ThreadPoolExecutor | None) -> FineHist
 
     def count(index: int) -> npt.NDArray[np.int64]:
         histogram = np.zeros(FINE_BINS, np.int64)
-        count_values(weights.values(index), per_width, histogram)
+        count_values(weights.one_step_values(index), per_width, histogram)
         return histogram
 
     counts = np.zeros(FINE_BINS, np.int64)
@@ -610,8 +655,7 @@ def _run_plan(
     most = outlier_delta_max(header.tile_cols)
     if fine.largest / plan.step > most:
         raise NotEncodableError(f"the largest value ({fine.largest:.3g}) is more than {most} steps of {plan.step:.3g}")
-    steps = np.full(1, plan.step, np.float32)
-    strips = coder.quantize(weights, steps, plan.layout.element_bits, plan.rounding)
+    strips = coder.quantize(weights, weights.row_steps(plan.step), plan.layout.element_bits, plan.rounding)
     return _count_quantized(header, strips, executor)
 
 
@@ -626,8 +670,8 @@ def _finish(
 ) -> EncodedTensor:
     header = weights.header(plan.layout, tile_cols)
     # Multiples of the grid's step are exact with that scale alone.
-    scale = plan.step if plan.step == fine.grid_step else counted.scale
-    scales = np.full(1, scale, np.float32)
+    scale_per_step = 1.0 if plan.step == fine.grid_step else counted.scale_per_step
+    scales = (counted.strips.own_steps.astype(np.float64) * scale_per_step).astype(np.float32)
     return _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor, coder)
 
 
@@ -647,9 +691,10 @@ def _check_noise(
     """
     if encoded.noise_db is None:
         return
-    _check_offset(fine, encoded, bits)
+    spread_db = _spread_db(weights, plan, encoded)
+    _check_offset(fine, encoded, bits, spread_db)
     achieved = 8 * encoded.size_bytes / weights.size
-    too_noisy = encoded.noise_db > _most_noise_db(bits)
+    too_noisy = encoded.noise_db - spread_db > _most_noise_db(bits)
     too_coarse = too_noisy or 10 * math.log10(plan.predicted.noise) > _most_noise_db(min(bits, achieved))
     most = outlier_delta_max(weights.header(plan.layout, tile_cols).tile_cols)
     if too_coarse and fine.largest >= _AT_THE_LIMIT * most * plan.step:
@@ -661,16 +706,23 @@ def _check_noise(
         raise RateOutOfReachError(f"overhead leaves too little of {bits} bits a weight")
 
 
-def _check_offset(fine: FineHistogram, encoded: EncodedTensor, bits: float) -> None:
+def _spread_db(weights: Matrices, plan: RatePlan, encoded: EncodedTensor) -> float:
+    """By how much row factors make a tensor noisier than what is quantized, which the plan knows: on purpose."""
+    if weights.row_factors is None or encoded.noise_db is None:
+        return 0.0
+    return max(0.0, encoded.noise_db - 10 * math.log10(plan.predicted.noise))
+
+
+def _check_offset(fine: FineHistogram, encoded: EncodedTensor, bits: float, spread_db: float) -> None:
     """Check that the means of the tensor, its rows or its columns have not eaten the rate.
 
-    An entropy-coded uniform quantizer around the mean has 1.53 − 6.02·bits dB. Rows and columns whose means are far
-    apart may cost two bits.
+    An entropy-coded uniform quantizer around the mean has 1.53 − 6.02·bits dB, and ``spread_db`` more where rows have
+    unlike steps. Rows and columns whose means are far apart may cost two bits.
 
     Raises:
         NotEncodableError: they have.
     """
-    plain_db = 1.53 - 6.02 * (bits - 0.2)
+    plain_db = 1.53 - 6.02 * (bits - 0.2) + spread_db
     for noise, tolerance_db in (
         (encoded.centred_noise_db, _PLAIN_TOLERANCE_DB),
         (encoded.variance_noise_db, _MEANS_TOLERANCE_DB),
@@ -725,20 +777,21 @@ def encode_at_bits(
     fine = measure(weights, executor)
     if fine.rms == 0:
         return _encode_zeros(weights, tile_cols, executor, coder)
-    layouts = weights.choice(candidate_layouts(layout_name, bits, fine))
+    blob_bits = bits - weights.bits_beside
+    layouts = weights.choice(candidate_layouts(layout_name, blob_bits, fine))
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     if not fine.is_smooth:
         return _encode_from_ladder(weights, fine, bits, worth_bits, headers, tile_cols, executor, coder)
     for layout in [
         *layouts_for_idle_lanes(headers),
-        *raw_layouts(layouts, bits, headers),
-        *layouts_that_lose_less(fine, bits, layouts, headers),
+        *raw_layouts(layouts, blob_bits, headers),
+        *layouts_that_lose_less(fine, blob_bits, layouts, headers),
     ]:
         headers.setdefault(layout, weights.header(layout, tile_cols))
     layouts = weights.choice(list(headers))
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     target_bits = bits - _RATE_TOLERANCE_BITS / 2
-    aim = target_bits
+    aim = target_bits - weights.bits_beside
     best: tuple[RatePlan, _Counted] | None = None
     below = above = None  # (aim, bits over the target) of the nearest trials
     for attempt in range(_MAX_CORRECTIONS):
@@ -789,7 +842,7 @@ def _encode_from_ladder(
 ) -> EncodedTensor:
     """:func:`encode_at_bits` where the rate is no smooth function of the step: the quietest plan that fits it."""
     tried = 0
-    excess = -_PREDICTION_IS_OFF_BY_BITS
+    excess = weights.bits_beside - _PREDICTION_IS_OFF_BY_BITS
     for plan in plan_ladder(fine, headers, headers):
         if plan.predicted.bits + excess > bits:
             continue
@@ -919,7 +972,7 @@ def encode_plan(
     """
     counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
     encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
-    _check_offset(fine, encoded, 8 * encoded.size_bytes / weights.size)
+    _check_offset(fine, encoded, 8 * encoded.size_bytes / weights.size, _spread_db(weights, plan, encoded))
     return encoded
 
 

@@ -131,6 +131,20 @@ _SURE_LINEARS = frozenset(
 )  # fmt: skip
 
 
+# Words of an embedding that has a row for something other than a token of a vocabulary.
+_OTHER_ROWS_WORDS = frozenset(
+    {"pos", "position", "positions", "positional", "wpe", "relative", "rotary", "type", "segment"}
+)
+
+
+def has_row_for_each_token(name: str, kind: Kind, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix with a row for each token: an embedding of them, or an output layer."""
+    if kind not in (Kind.EMBEDDING, Kind.OUTPUT) or len(shape) != 2:
+        return False
+    modules = [part for part in name.split(".") if not _WEIGHT.fullmatch(part)]
+    return kind is Kind.OUTPUT or _OTHER_ROWS_WORDS.isdisjoint(words(modules[-1]) if modules else [])
+
+
 def words(name: str) -> list[str]:
     """The words of one part of a name, in lower case: ``input_layerNorm2`` → input, layer, norm, 2."""
     return [word.lower() for word in _WORD.findall(name)]

@@ -24,12 +24,12 @@ from kvpack.errors import DirectoryIndexError, InputError
 DEFAULTS = {
     "bits": 4.85, "preset": None, "layout": "auto", "tile_cols": None, "allocation": "tensor", "include": None,
     "exclude": None, "tensor_bits": {}, "dequantize_fp8": False, "tensor_parallel": 1,
-    "stack": False,
+    "stack": False, "embeddings": "keep",
 }  # fmt: skip
 OTHERS = {
     "bits": 3.5, "preset": None, "layout": "fast", "tile_cols": 96, "allocation": "model", "include": "head",
     "exclude": r"^b\.", "tensor_bits": {"up": 2.5, "down": "lossless"}, "dequantize_fp8": True,
-    "tensor_parallel": 2, "stack": False,
+    "tensor_parallel": 2, "stack": False, "embeddings": 3.25,
 }  # fmt: skip
 
 
@@ -77,6 +77,9 @@ def test_it_does_not_change() -> None:
     ("options", "message"),
     [
         ({"bits": 4, "preset": "lossless"}, "bits and preset exclude each other"),
+        ({"embeddings": "drop"}, "embeddings 'drop': there are keep, code, and a rate, as 4.25"),
+        ({"embeddings": 1}, "embeddings: 1 bits a weight: rates from 1.5 to 32 are possible"),
+        ({"embeddings": None}, "embeddings: None bits a weight: rates from 1.5 to 32 are possible"),
         ({"bits": 1.49}, "1.49 bits a weight: rates from 1.5 to 32 are possible"),
         ({"bits": 32.1}, "32.1 bits a weight: rates from 1.5 to 32 are possible"),
         ({"bits": math.nan}, "nan bits a weight"),

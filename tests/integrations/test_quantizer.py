@@ -25,6 +25,7 @@ import kvpack  # noqa: E402
 from kvpack.encode.compress import compress  # noqa: E402
 from kvpack.encode.model_config import GUARD  # noqa: E402
 from kvpack.errors import FormatError, InputError, ModelMismatchError  # noqa: E402
+from kvpack.runtime.weights.embedding import RansEmbedding  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
 
 Load = Callable[..., Any]
@@ -285,12 +286,12 @@ def test_unexpected_keys_are_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "pattern"), [("llama tied", "embed_tokens"), ("llama", "embed_tokens|lm_head")])
 def test_coded_embeddings(tmp_path: Path, name: str, pattern: str) -> None:
-    """An embedding is decoded. A head that is tied to it multiplies with its numbers, any other stays coded."""
+    """An embedding stays coded, and so does the head; one that is tied to it has the same blob."""
     model_of = Directories(tmp_path, name, bits=4.25, tensor_bits={pattern: 6.0})
     model, dense = model_of.load(), model_of.load(model_of.dense)
-    assert len(coded_layers(model)) == (14 if "tied" in name else 15)
-    assert type(model.model.embed_tokens) is torch.nn.Embedding
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == ("tied" in name)
+    assert len(coded_layers(model)) == 15
+    assert type(model.model.embed_tokens) is RansEmbedding
+    assert (model.lm_head.prepare() is model.model.embed_tokens.prepare()) == ("tied" in name)
     assert torch.equal(model_of.logits(model), model_of.logits(dense))
     model.save_pretrained(tmp_path / "saved")
     kvpack.verify(tmp_path / "saved")

@@ -132,6 +132,12 @@ def decode_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
             yield weights.decode_kernel(layout, output, buffers, architecture, outliers=outliers, predicted=predicted)
 
 
+def rows_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
+    options = list(weights.OUTPUTS.values())
+    for layout, output in selected(SIGNED, options, everything, architecture):
+        yield weights.rows_kernel(layout, output)
+
+
 def vector_kernels(everything: bool, architecture: int) -> Iterator[Kernel]:
     """Products with column scales, and decoding with row offsets and column scales."""
     products_of = list(itertools.product(weights.ACTIVATIONS, (0, *weights.TOKEN_TILES), RESIDENT, BUFFERS))
@@ -278,6 +284,7 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "gemm_wgmma": wgmma_kernels,
     "gemm_mma": mma_kernels,
     "decode": decode_kernels,
+    "decode_rows": rows_kernels,
     "products and decode with vectors": vector_kernels,
     **{operation: encoder_kernels(operation) for operation in KINDLESS},
     "encode_place": lambda _everything, _architecture: [encoder._PLACE],

@@ -19,6 +19,7 @@ from torch import nn  # noqa: E402
 import kvpack  # noqa: E402
 from kvpack.errors import ContainerMetadataError, InputError, ModelMismatchError  # noqa: E402
 from kvpack.runtime.weights.device_blob import DeviceBlob  # noqa: E402
+from kvpack.runtime.weights.embedding import RansEmbedding  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
 from kvpack.runtime.weights.load import load  # noqa: E402
 from kvpack.runtime.weights.replace import Replacement, replace_linears  # noqa: E402
@@ -145,13 +146,15 @@ def test_untied_head(tmp_path: Path) -> None:
     report = replace_linears(model, path)
     torch.testing.assert_close(output(model), expected)
     assert isinstance(model.head, RansLinear)
-    assert report.dequantized == {"embed.weight": "Embedding needs plain numbers"}
+    assert isinstance(model.embed, RansEmbedding)
+    assert report.dequantized == {}
+    assert report.replaced["embed"] == "embed.weight"
     assert report.tied == {}
 
 
 @pytest.mark.parametrize("names", ["embed", "head"])
 def test_tied_and_coded(tmp_path: Path, names: str) -> None:
-    """One coded tensor for both: the embedding needs numbers, so the head shares these."""
+    """One coded tensor for both: the embedding looks up in it, and the head multiplies with it."""
     stored = {name: t.clone() for name, t in make().state_dict().items()}
     stored[f"{names}.weight"] = stored["embed.weight"]
     stored.pop("head.weight" if names == "embed" else "embed.weight")
@@ -161,13 +164,21 @@ def test_tied_and_coded(tmp_path: Path, names: str) -> None:
     )
     model = make(seed=1)
     report = replace_linears(model, tmp_path / "out.safetensors")
-    assert model.head.weight is model.embed.weight
+    assert model.head.prepare() is model.embed.prepare()
     with kvpack.open(tmp_path / "out.safetensors") as reader:
         assert reader.info(f"{names}.weight") is not None
         values = torch.from_numpy(reader.dequantize(f"{names}.weight"))
-    assert model.embed.weight.equal(values)
-    assert report.dequantized == {f"{names}.weight": "Embedding needs plain numbers"}
+    assert model.embed(torch.arange(len(values))).equal(values)
+    assert model.head.dequantize().equal(values)
+    assert report.dequantized == {}
+    assert {report.replaced["embed"], report.replaced["head"]} == {f"{names}.weight"}
     assert len(report.tied) == 1
+    # One of them left out leaves both out: they are tied.
+    plain = make(seed=1)
+    report = replace_linears(plain, tmp_path / "out.safetensors", exclude=names)
+    assert plain.head.weight is plain.embed.weight
+    assert plain.embed.weight.equal(values)
+    assert report.dequantized == {f"{names}.weight": "excluded"}
 
 
 def test_tied_in_any_order(tmp_path: Path) -> None:

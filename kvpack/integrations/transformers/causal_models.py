@@ -20,7 +20,7 @@ from kvpack.encode.listing import listed
 from kvpack.encode.model_config import METHOD
 from kvpack.errors import InputError, KvpackError
 from kvpack.integrations.transformers.cache import KVPackCache
-from kvpack.runtime.weights.linear import RansLinear
+from kvpack.runtime.weights.coded_matrix import CodedMatrix
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # How many names a message lists.
@@ -236,13 +236,18 @@ def weight_memory(model: Any) -> WeightMemory:
     """What the weights of a loaded model take."""
     weights = size = dense = 0
     width = torch.empty(0, dtype=model.dtype).element_size()
+    shared: set[int] = set()
     for module in model.modules():
-        if isinstance(module, RansLinear):
-            count = module.in_features * module.out_features
-            bias = 0 if module.bias is None else module.bias.numel()
-            weights += count + bias
-            size += module.memory_bytes
-            dense += (count + bias) * width
+        if not isinstance(module, CodedMatrix):
+            continue
+        blob = module._current()
+        is_new = blob is None or id(blob) not in shared  # an output layer may share an embedding's
+        shared.add(id(blob))
+        bias = getattr(module, "bias", None)
+        count = is_new * module.in_features * module.out_features + (0 if bias is None else bias.numel())
+        weights += count
+        size += module.memory_bytes - (0 if is_new or blob is None else blob.nbytes)
+        dense += count * width
     for parameter in model.parameters():  # each once, tied ones too
         weights += parameter.numel()
         size += parameter.nbytes

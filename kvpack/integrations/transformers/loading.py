@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,20 +30,22 @@ from transformers.integrations.accelerate import get_device
 from kvpack.encode.dtypes import NARROW_DTYPES
 from kvpack.encode.listing import listed
 from kvpack.encode.model_tree import is_index_name
-from kvpack.encode.reader import Reader
+from kvpack.encode.reader import Reader, TensorInfo
 from kvpack.errors import InputError, ModelMismatchError
 from kvpack.format.container import PART_SUFFIXES
-from kvpack.format.header import BlobHeader
 from kvpack.integrations.transformers_names import transformers_names
 from kvpack.runtime.weights.checkpoint_names import Conversion
+from kvpack.runtime.weights.coded_matrix import BLOB, PARTS, CodedMatrix, CodedWeight
 from kvpack.runtime.weights.device_blob import DeviceBlob
+from kvpack.runtime.weights.embedding import RansEmbedding
 from kvpack.runtime.weights.experts import keep_coded
-from kvpack.runtime.weights.linear import BLOB, PARTS, CodedWeight, RansLinear
+from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.load import CrcChecks, load_tensors, stored_name
 from kvpack.runtime.weights.replace import (
     Place,
     Replacement,
     Selection,
+    embedding_in_file,
     layer_in_file,
     name_in_expert,
     places_of,
@@ -59,6 +61,8 @@ _TAKEN = "kvpack-loads-this-itself"
 _DECODED = "kvpack-decodes-"
 # How many names a message lists.
 _SHOWN = 5
+
+_Layer = TypeVar("_Layer", bound=CodedMatrix)
 
 
 def open_files(files: Sequence[str]) -> Reader:
@@ -88,8 +92,8 @@ class _GivenWeight(CodedWeight):
     _is_hf_initialized = True
 
 
-class _LayerInFile(RansLinear):
-    """A RansLinear whose weights are still in the file; :func:`settle` makes it a plain one."""
+class _InFile(CodedMatrix):
+    """A layer whose weights are still in the file; :func:`settle` makes it an ordinary one."""
 
     @property
     def weight(self) -> CodedWeight:
@@ -103,11 +107,19 @@ class _LayerInFile(RansLinear):
         super().__setattr__(name, value)
 
 
-def settle(layer: RansLinear) -> None:
+class _LinearInFile(_InFile, RansLinear):
+    pass
+
+
+class _EmbeddingInFile(_InFile, RansEmbedding):
+    pass
+
+
+def settle(layer: CodedMatrix) -> None:
     """Make a layer in a file an ordinary one, without weights."""
     layer._buffers.update(dict.fromkeys(PARTS))
     layer._non_persistent_buffers_set -= set(PARTS)
-    layer.__class__ = RansLinear
+    layer.__class__ = RansEmbedding if isinstance(layer, RansEmbedding) else RansLinear
 
 
 @dataclass
@@ -140,8 +152,8 @@ class _ModuleSelection(Selection):
             )
         return cls(None, None, [module for module in found.values() if module is not None], nothing)
 
-    def reason_against(self, place: Place, name: str, header: BlobHeader) -> str | None:
-        return super().reason_against(place, name, header) or self._why_not(place.module_names)
+    def reason_against(self, place: Place, name: str, info: TensorInfo) -> str | None:
+        return super().reason_against(place, name, info) or self._why_not(place.module_names)
 
     def reason_against_experts(self, conversion: Conversion, reader: Reader) -> str | None:
         return super().reason_against_experts(conversion, reader) or self._why_not(list(conversion.shapes))
@@ -222,7 +234,7 @@ class CheckpointLoading:
     model: Any
     reader: Reader
     device_map: Any = None
-    layers: dict[str, RansLinear] = field(default_factory=dict)
+    layers: dict[str, CodedMatrix] = field(default_factory=dict)
     decoded_from: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
@@ -256,6 +268,7 @@ class CheckpointLoading:
         self._refuse_narrow()
         places = places_of(model, names)
         self.dtypes |= {name: place.dtype for place in places if place.fp32 for name in place.names}
+        self._tie(places, names.direct)
         groups = tied_groups(places)
         differences = plan_places(groups, reader, names, selection, self.report)
         # Transformers' own check of shapes is not made where there is a quantizer, before 5.23.
@@ -263,6 +276,7 @@ class CheckpointLoading:
             raise ModelMismatchError(
                 f"{reader.path}: {len(differences)} tensors are of another shape: {listed(differences, _SHOWN)}"
             )
+        self._tell_of_decoded_embeddings(places)
         for group in groups:
             for place in group:
                 self._plan_place(place, names.direct)
@@ -277,6 +291,31 @@ class CheckpointLoading:
         if self.decoded_from:
             own.append(_DecodingConverter(self))
         return [*own, *transforms]
+
+    def _tie(self, places: Sequence[Place], direct: dict[str, str]) -> None:
+        """Let places hold one tensor that transformers ties after loading, where the file has it under one name."""
+        by_name = {name: place for place in places for name in place.names}
+        for one, other in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            first, second = by_name.get(one), by_name.get(other)
+            if first is None or second is None or direct.keys().isdisjoint(second.names):
+                continue
+            if direct.keys().isdisjoint(first.names) and first.tensor.shape == second.tensor.shape:
+                first.tensor = second.tensor
+
+    def _tell_of_decoded_embeddings(self, places: Sequence[Place]) -> None:
+        """A model that was made small by coding its embedding is not to become large again without a word."""
+        for place in places:
+            if place.coded or not isinstance(place.module, nn.Embedding) or not place.source:
+                continue
+            info = self.reader.info(place.source)
+            reason = self.report.dequantized.get(place.source)
+            if info is not None and info.num_scales and reason == f"{type(place.module).__name__} needs plain numbers":
+                warnings.warn(
+                    f"{place.source} is coded, and decoded for the whole model: {reason}, so it takes "
+                    f"{place.tensor.numel() * place.dtype.itemsize / 1e6:.1f} MB in memory in place of "
+                    f"{info.blob_bytes / 1e6:.1f}",
+                    stacklevel=2,
+                )
 
     def _refuse_narrow(self) -> None:
         """fp8 and int8 weights have scales elsewhere, which a layer of another quantization would multiply with."""
@@ -330,16 +369,16 @@ class CheckpointLoading:
                         self.layers[f"{module_name}.{name}"] = layer
             self._mark_initialized(place.module, place.module_names[0])
             return
-        layer = self._layer(place.source, training)
-        bias = place.module.bias
+        coded = self._embedding(place, training) if place.is_embedding_weight else self._layer(place.source, training)
+        bias = getattr(place.module, "bias", None)
         if isinstance(bias, torch.Tensor):
-            layer._buffers["bias"] = bias.detach()
+            coded._buffers["bias"] = bias.detach()
         for name in place.module_names:
             if not name:
                 raise ModelMismatchError("the model itself is the linear layer: put it into a module")
-            put_module(self.model, name, layer)
-            self.layers[name] = layer
-        self._mark_initialized(layer, place.module_names[0])
+            put_module(self.model, name, coded)
+            self.layers[name] = coded
+        self._mark_initialized(coded, place.module_names[0])
 
     def _mark_initialized(self, module: nn.Module, name: str) -> None:
         """Keep transformers from drawing values for a module, which it does where it finds no weights."""
@@ -351,18 +390,26 @@ class CheckpointLoading:
         module._is_hf_initialized = True  # type: ignore[assignment]
 
     def _layer(self, name: str, training: bool) -> RansLinear:
+        layer = self._in_file(layer_in_file(self.reader, name), training)
+        layer.__class__ = _LinearInFile
+        return layer
+
+    def _embedding(self, place: Place, training: bool) -> CodedMatrix:
+        layer = self._in_file(embedding_in_file(self.reader, place), training)
+        layer.__class__ = _EmbeddingInFile
+        return layer
+
+    def _in_file(self, layer: _Layer, training: bool) -> _Layer:
         """A layer whose weights are still in the file. transformers does not look for them.
 
         It counts their bytes where it plans for several devices, and makes room for them.
         """
-        layer = layer_in_file(self.reader, name)
         if self.device_map is None or (list(self.device_map) == [""] and self._home("") != "disk"):
             layer._buffers.update(dict.fromkeys(PARTS))
             layer._buffers[BLOB] = torch.empty(0, dtype=torch.uint8, device="meta")
         # accelerate takes each of them for a tensor.
         layer._non_persistent_buffers_set |= {part for part in PARTS if layer._buffers[part] is not None}
         layer.training = training
-        layer.__class__ = _LayerInFile
         return layer
 
     def _untie(self) -> None:
@@ -417,7 +464,7 @@ class CheckpointLoading:
         Raises:
             FormatError: a tensor is damaged; the message names file and tensor.
         """
-        by_device: dict[torch.device, dict[str, list[RansLinear]]] = {}
+        by_device: dict[torch.device, dict[str, list[CodedMatrix]]] = {}
         on_disk = []
         names = {id(layer): name for name, layer in self.layers.items()}
         for layer in {id(layer): layer for layer in self.layers.values()}.values():
@@ -471,7 +518,7 @@ def _numbers(tensor: DeviceBlob | torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return tensor.dequantize(dtype) if isinstance(tensor, DeviceBlob) else tensor.to(dtype)
 
 
-def _offloading_hook(layer: RansLinear) -> Any:
+def _offloading_hook(layer: CodedMatrix) -> Any:
     """What accelerate, which not all have, has put on a layer of a module that the device map offloads."""
     if not hasattr(layer, "_hf_hook"):
         return None
@@ -480,7 +527,7 @@ def _offloading_hook(layer: RansLinear) -> Any:
     return offloading_hook(layer)
 
 
-def _lend_weights(layer: RansLinear, hook: Any, reader: Reader | None) -> None:
+def _lend_weights(layer: CodedMatrix, hook: Any, reader: Reader | None) -> None:
     from kvpack.integrations.transformers.offloading import lend_weights
 
     lend_weights(layer, hook, reader)

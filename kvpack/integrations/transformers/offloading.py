@@ -14,12 +14,12 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_ho
 from accelerate.utils import send_to_device
 
 from kvpack.encode.reader import Reader
+from kvpack.runtime.weights.coded_matrix import PARTS, CodedMatrix, padded
 from kvpack.runtime.weights.device_blob import DeviceBlob
-from kvpack.runtime.weights.linear import PARTS, RansLinear, padded
 from kvpack.runtime.weights.load import load_tensors
 
 
-def offloading_hook(layer: RansLinear) -> AlignDevicesHook | None:
+def offloading_hook(layer: CodedMatrix) -> AlignDevicesHook | None:
     """What accelerate has put on a layer of an offloaded module."""
     hook = getattr(layer, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
@@ -34,12 +34,12 @@ class LentWeights(ModelHook):  # type: ignore[misc]
         reader: of the file that the weights stay in; None: the layer has them, in the host's memory.
     """
 
-    def __init__(self, layer: RansLinear, device: torch.device, reader: Reader | None) -> None:
+    def __init__(self, layer: CodedMatrix, device: torch.device, reader: Reader | None) -> None:
         self.device = device
         self.reader = reader
         self.weights_map = _Stored(layer, self)
 
-    def blob(self, layer: RansLinear) -> DeviceBlob:
+    def blob(self, layer: CodedMatrix) -> DeviceBlob:
         """The weights on the device."""
         if self.reader is not None:
             assert layer.tensor_name is not None
@@ -61,12 +61,12 @@ class LentWeights(ModelHook):  # type: ignore[misc]
             row_offsets=home.row_offsets,
         )
 
-    def pre_forward(self, module: RansLinear, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def pre_forward(self, module: CodedMatrix, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.home = None if self.reader is not None else module.prepare()
         module._lend(self.blob(module))
         return send_to_device(args, self.device), send_to_device(kwargs, self.device)
 
-    def post_forward(self, module: RansLinear, output: Any) -> Any:
+    def post_forward(self, module: CodedMatrix, output: Any) -> Any:
         module._lend(self.home)
         return output
 
@@ -74,7 +74,7 @@ class LentWeights(ModelHook):  # type: ignore[misc]
 class _Stored:
     """What save_pretrained asks for tensors that are on the meta device."""
 
-    def __init__(self, layer: RansLinear, hook: LentWeights) -> None:
+    def __init__(self, layer: CodedMatrix, hook: LentWeights) -> None:
         self.layer, self.hook = layer, hook
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -85,14 +85,14 @@ class _Stored:
         return part.cpu()
 
 
-def lend_weights(layer: RansLinear, hook: AlignDevicesHook, reader: Reader | None) -> None:
+def lend_weights(layer: CodedMatrix, hook: AlignDevicesHook, reader: Reader | None) -> None:
     """Put a :class:`LentWeights` in the place of accelerate's hook.
 
     Args:
         reader: of the file, for a layer on "disk"; None for one on "cpu", whose weights are in its buffers.
     """
     device = torch.device(hook.execution_device)
-    bias = layer.bias
+    bias = getattr(layer, "bias", None)
     if bias is not None:
         bias = hook.weights_map["bias"] if bias.is_meta else bias
         layer._buffers["bias"] = bias.to(device)

@@ -17,9 +17,16 @@ from kvpack.encode.model_config import GUARD_KEY, METHOD, unguarded
 from kvpack.errors import InputError
 from kvpack.integrations.transformers.config import KVPackConfig
 from kvpack.integrations.transformers.loading import CheckpointLoading, open_files
-from kvpack.integrations.transformers.saving import SavedNames, SavePretrained, coded_layers, metadata_of
+from kvpack.integrations.transformers.saving import (
+    SavedNames,
+    SavePretrained,
+    coded_layers,
+    metadata_of,
+    saved_state_dict,
+)
+from kvpack.runtime.weights.coded_matrix import CodedMatrix
+from kvpack.runtime.weights.embedding import RansEmbedding
 from kvpack.runtime.weights.experts import decode_experts, is_coded
-from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.replace import put_module
 
 if TYPE_CHECKING:
@@ -124,13 +131,15 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         converters = [one for one in used if isinstance(one, WeightConverter)]
         model._weight_conversions = [SavedNames(model, renamings), *converters]
         model.save_pretrained = SavePretrained(model)
+        if any(isinstance(layer, RansEmbedding) for layer in coded_layers(model).values()):
+            model.resize_token_embeddings = _FixedVocabulary(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """What save_pretrained writes beside the tensors."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        return None, metadata_of(model, self._entries)
+        return saved_state_dict(model), metadata_of(model, self._entries)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         refuse_offloaded(
@@ -145,6 +154,7 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
             tie_equal(model, ties)
             setattr(model, attribute, ties)
         del model.save_pretrained
+        vars(model).pop("resize_token_embeddings", None)
         return model
 
     def is_serializable(self, *_args: Any, **_options: Any) -> bool:
@@ -160,18 +170,41 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def plain_layer(layer: RansLinear, dtype: torch.dtype | None) -> nn.Module:
+class _FixedVocabulary:
+    """``resize_token_embeddings`` of a model whose embedding is coded: an attribute in front of the class's method."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, new_num_tokens: int | None = None, *_args: Any, **_options: Any) -> Any:
+        """
+        Raises:
+            InputError: another number of tokens.
+        """
+        embedding = self.model.get_input_embeddings()
+        if new_num_tokens not in (None, embedding.num_embeddings):
+            raise InputError(
+                f"resize_token_embeddings to {new_num_tokens} tokens: the embedding is coded, with "
+                f"{embedding.num_embeddings}; model.dequantize() makes it a plain one, which can be resized"
+            )
+        return embedding
+
+
+def plain_layer(layer: CodedMatrix, dtype: torch.dtype | None) -> nn.Module:
     """The module that a coded layer stands for, with the hook that accelerate has put on it."""
     weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+    bias = getattr(layer, "bias", None)
     with torch.device("meta"):
         plain: nn.Module
-        if layer.prepare().header.transposed:
+        if isinstance(layer, RansEmbedding):
+            plain = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+        elif layer.prepare().header.transposed:
             plain = Conv1D(layer.out_features, layer.in_features)
         else:
-            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            plain = nn.Linear(layer.in_features, layer.out_features, bias is not None)
     plain.weight = weight
-    if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     if hasattr(layer, "_hf_hook"):
         from accelerate.hooks import add_hook_to_module
 
@@ -179,7 +212,7 @@ def plain_layer(layer: RansLinear, dtype: torch.dtype | None) -> nn.Module:
     return plain.train(layer.training)
 
 
-def refuse_offloaded(layers: Mapping[str, RansLinear], advice: str) -> None:
+def refuse_offloaded(layers: Mapping[str, CodedMatrix], advice: str) -> None:
     """Raises InputError where weights come to a layer for each forward pass alone."""
     away = []
     for name, layer in layers.items():

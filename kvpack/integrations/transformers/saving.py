@@ -28,7 +28,7 @@ from kvpack.format.container import (
     TENSORS_KEY,
     VERSION_KEY,
 )
-from kvpack.runtime.weights.linear import PARTS, RansLinear
+from kvpack.runtime.weights.coded_matrix import PARTS, CodedMatrix
 from kvpack.runtime.weights.load import TORCH_DTYPES
 
 _PIECE_BYTES = 16 << 20
@@ -85,14 +85,27 @@ def _remove_former(directory: Path, files: Sequence[Path]) -> None:
             (directory / single).unlink(missing_ok=True)
 
 
-def coded_layers(model: torch.nn.Module) -> dict[str, RansLinear]:
+def coded_layers(model: torch.nn.Module) -> dict[str, CodedMatrix]:
     """Name in the model → coded layer, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, RansLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, CodedMatrix)}
 
 
-def saved_name(name: str, layer: RansLinear) -> str:
+def saved_name(name: str, layer: CodedMatrix) -> str:
     """Of a layer's weight in a file: as in the file that it came from."""
     return layer.tensor_name or f"{name}.weight"
+
+
+def saved_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state dict with each coded weight once, be it that of an embedding and of an output layer."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    seen: set[str] = set()
+    for name, layer in coded_layers(model).items():
+        saved = saved_name(name, layer)
+        if saved in seen:
+            for part in PARTS:
+                state.pop(f"{name}.{part}", None)
+        seen.add(saved)
+    return state
 
 
 class SavedNames(WeightRenaming):  # type: ignore[misc]

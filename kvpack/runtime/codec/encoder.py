@@ -613,7 +613,7 @@ class _DeviceStrips(QuantizedStrips):
         rounding: Rounding,
     ) -> None:
         super().__init__(weights, steps, element_bits, rounding)
-        self._coder, self._own_steps = coder, steps
+        self._coder = coder
         self._lock = threading.Lock()
         self._elements: torch.Tensor | None = None
         self._host: npt.NDArray[np.uint8] | None = None
@@ -630,7 +630,7 @@ class _DeviceStrips(QuantizedStrips):
         rows, cols = weights.matrices * weights.rows, weights.cols
         values = self._coder.weights_on_device(weights)
         elements = torch.empty((weights.matrices, weights.rows, cols), dtype=torch.uint8, device=device)
-        steps = _to_device(np.ascontiguousarray(self._own_steps), device)
+        steps = _to_device(np.ascontiguousarray(self.own_steps), device)
         thresholds = _to_device(self.rounding.thresholds, device)
         kernel = _quantize_kernel(_WEIGHT_KINDS[weights.dtype.name])
         capacity = weights.size // 64 + 1024
@@ -642,7 +642,7 @@ class _DeviceStrips(QuantizedStrips):
                 min(_QUANTIZE_BLOCKS, ceil_div(rows, _QUANTIZE_THREADS // GROUP_LANES)),
                 _QUANTIZE_THREADS,
                 (
-                    values, _U32(rows), _U32(cols), steps, _U32(len(self._own_steps) > 1), thresholds,
+                    values, _U32(rows), _U32(cols), steps, _U32(len(self.own_steps) > 1), thresholds,
                     np.float32(self.rounding.clamp), np.int32(1 << (self.element_bits - 1)), elements, outliers,
                     _U32(capacity), sums,
                 ),

@@ -275,6 +275,24 @@ class DeviceBlob:
         arguments = (*self._arguments(), self._matrices, len(self.tables))
         return torch.ops.kvpack.grouped_linear(x, ids, *arguments)  # type: ignore[no-any-return]
 
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Some rows of a quantized matrix, as an embedding looks them up: only what they need is decoded.
+
+        The host does not look at the ids on CUDA: the call can be captured in a CUDA graph. No gradients.
+
+        Args:
+            ids: i64 or i32 [...], numbers of rows.
+            dtype: fp16, bf16 or fp32 (default: the original's).
+
+        Returns:
+            [..., columns]. On CUDA, rows of ids that name none are 0.
+
+        Raises:
+            InputError: ids of another type or device; on the CPU, an id that names no row.
+            TypeError: a tensor that is not quantized, or another dtype.
+        """
+        return torch.ops.kvpack.rows(ids, *self._arguments(), dtype or self.dtype)  # type: ignore[no-any-return]
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor as numbers, in its original shape.
 

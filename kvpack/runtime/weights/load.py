@@ -27,8 +27,9 @@ from kvpack.format.layout import align
 from kvpack.format.tile_crc import check_tiles
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Uploader
+from kvpack.runtime.weights.coded_matrix import padded_buffer
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
-from kvpack.runtime.weights.linear import RansLinear, padded_buffer
+from kvpack.runtime.weights.linear import RansLinear
 
 if TYPE_CHECKING:
     import os

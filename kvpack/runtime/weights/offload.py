@@ -36,8 +36,8 @@ from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.device.upload import Piece, Upload, Uploader, side_stream
+from kvpack.runtime.weights.coded_matrix import BLOB, NUMBERS, PARTS, CodedMatrix
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob
-from kvpack.runtime.weights.linear import BLOB, NUMBERS, PARTS, RansLinear
 from kvpack.runtime.weights.load import CrcChecks, NumberTensors, numbers_beside
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _SLOT_ALIGNMENT = 512
 class _Member:
     """One linear layer of a streamed layer: its bytes are ``offset … offset + blob_bytes`` of the slot, then slack."""
 
-    linear: RansLinear
+    linear: CodedMatrix
     offset: int
     blob_bytes: int
     piece: tuple[Readable, int] | None  # where the file has them: the one whose fronts and scales were read
@@ -132,7 +132,7 @@ def _unregister(hosts: list[torch.Tensor], device: torch.device) -> None:
 class _Before:
     """Layers and other tensors as they were, to be put back if what streams them cannot be set up."""
 
-    def __init__(self, linears: Iterable[RansLinear], others: Iterable[tuple[nn.Module, str]] = ()) -> None:
+    def __init__(self, linears: Iterable[CodedMatrix], others: Iterable[tuple[nn.Module, str]] = ()) -> None:
         self._linears = [(linear, dict(vars(linear)), dict(linear._buffers)) for linear in linears]
         self._parameters = [(m, key, p, p.data) for m, key in others if (p := m._parameters.get(key)) is not None]
         self._buffers = [(m, key, m._buffers[key]) for m, key in others if key in m._buffers]
@@ -181,7 +181,7 @@ class LayerStream:
 
     def __init__(
         self,
-        layers: Sequence[Sequence[RansLinear]],
+        layers: Sequence[Sequence[CodedMatrix]],
         *,
         device: torch.device | str | None = None,
         source: Source = "pinned",
@@ -224,7 +224,7 @@ class LayerStream:
 
     # Setting up --------------------------------------------------------------------------------------------------
 
-    def _set_up(self, layers: Sequence[Sequence[RansLinear]], path: Path | None, verify: bool) -> None:
+    def _set_up(self, layers: Sequence[Sequence[CodedMatrix]], path: Path | None, verify: bool) -> None:
         with nullcontext() if path is None else Reader(path, components=False) as reader:
             self._layers = [self._lay_out(layer, reader) for layer in layers]
             self._slots = self._make_slots(min(self.prefetch + 1, len(self._layers)))
@@ -242,7 +242,7 @@ class LayerStream:
         if self.source == "disk":
             self._uploader = Uploader(self.device, stream=self._copy_stream)
 
-    def _lay_out(self, linears: Sequence[RansLinear], reader: Reader | None) -> _Layer:
+    def _lay_out(self, linears: Sequence[CodedMatrix], reader: Reader | None) -> _Layer:
         """Where in a slot each linear layer's bytes lie."""
         members: list[_Member] = []
         at = 0
@@ -591,14 +591,14 @@ def stream_modules(
     for module in modules:
         if id(module) not in names:
             raise StreamingError(f"a {type(module).__name__} to be streamed is not part of the model")
-        layers.append([inner for inner in module.modules() if isinstance(inner, RansLinear)])
+        layers.append([inner for inner in module.modules() if isinstance(inner, CodedMatrix)])
         if not layers[-1]:
             raise StreamingError(f"{names[id(module)]!r} has no RansLinear: call kvpack.replace_linears before")
     streamed = {id(linear): linear for layer in layers for linear in layer}
     others: list[tuple[nn.Module, str]] = []
     for name, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            coded = isinstance(module, RansLinear) and key in PARTS and id(module) in streamed
+            coded = isinstance(module, CodedMatrix) and key in PARTS and id(module) in streamed
             if tensor is not None and tensor.is_meta and not coded:
                 raise StreamingError(f"{name}.{key} is on the meta device: load it with kvpack.replace_linears before")
             if id(module) not in streamed:
@@ -643,7 +643,7 @@ def run_concurrently(layers: Sequence[nn.Module], inputs: Sequence[torch.Tensor]
         return [layer(x) for layer, x in zip(layers, inputs, strict=True)]
     device = inputs[0].device
     for layer in layers:
-        if isinstance(layer, RansLinear):
+        if isinstance(layer, CodedMatrix):
             layer.prepare()  # on this stream, on which it will be used and freed later
     streams = _side_streams.setdefault(device, [])
     while len(streams) < len(layers):

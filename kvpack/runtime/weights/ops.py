@@ -21,6 +21,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpack.encode.blob_decoder import ParsedBlob, decode_integers
+from kvpack.encode.row_decoder import decode_rows
 from kvpack.encode.threads import ThreadPool
 from kvpack.errors import InputError
 from kvpack.format.header import BlobHeader
@@ -36,6 +37,7 @@ _LIBRARY.define(f"linear(Tensor x, {_CODED}, Tensor? bias) -> Tensor")
 _LIBRARY.define(f"grouped_linear(Tensor x, Tensor ids, {_CODED}, Tensor matrices, int max_tables) -> Tensor")
 _LIBRARY.define(f"dequantize({_CODED}, ScalarType dtype) -> Tensor")
 _LIBRARY.define(f"numbers({_CODED}) -> Tensor")
+_LIBRARY.define(f"rows(Tensor ids, {_CODED}, ScalarType dtype) -> Tensor")
 _LIBRARY.define("check_lanes(" + _CODED.replace("Tensor status", "Tensor(a!) status") + ") -> ()")
 
 
@@ -355,6 +357,62 @@ def _dequantize_cpu(
     return weights.to(_float_type(dtype))
 
 
+def _check_rows(ids: torch.Tensor, scales: torch.Tensor, geometry: list[int], dtype: torch.dtype) -> None:
+    _float_type(dtype)
+    if ElementKind(geometry[0]) != ElementKind.SIGNED or not len(scales) or geometry[7] != 1:
+        raise TypeError("rows are looked up in one quantized matrix")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"ids are {ids.dtype}; i64 or i32 are wanted")
+    if ids.device != scales.device:
+        raise InputError(f"ids are on {ids.device}, the weight on {scales.device}")
+
+
+def _rows_cpu(
+    ids: torch.Tensor,
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    _check_rows(ids, scales, geometry, dtype)
+    rows, cols = geometry[4], geometry[5]
+    flat = ids.flatten().long()
+    wrong = torch.nonzero((flat < 0) | (flat >= rows))[:, 0]
+    if len(wrong):
+        raise InputError(f"id {int(wrong[0])} of {len(flat)} is {int(flat[wrong[0]])}: there are rows 0 to {rows - 1}")
+    asked, places = torch.unique(flat, return_inverse=True)
+    parsed = _blob(blob, status, geometry)
+    values = torch.from_numpy(decode_rows(parsed, asked.numpy(), executor=_pool.executor)).to(torch.float32)
+    scales, row_offsets, column_scales = _vectors(scales, geometry)
+    values *= _by_row(scales, rows)[asked, None]
+    if row_offsets is not None:
+        values += row_offsets[asked, None]
+    if column_scales is not None:
+        values *= column_scales
+    return values.to(dtype)[places].reshape(*ids.shape, cols)
+
+
+def _rows_cuda(
+    ids: torch.Tensor,
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    _check_rows(ids, scales, geometry, dtype)
+    coded = _coded(blob, groups, tables, scales, status, geometry)
+    out = torch.empty((*ids.shape, geometry[5]), dtype=dtype, device=blob.device)
+    if ids.numel():
+        products.decode_rows(coded, ids.flatten().long(), out)
+    return out
+
+
 def _number_type(geometry: list[int]) -> torch.dtype:
     return NUMBER_TYPES[ElementKind(geometry[0])] if not geometry[11] else torch.int16
 
@@ -421,6 +479,8 @@ _LIBRARY.impl("dequantize", _dequantize_cuda, "CUDA")
 _LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
 _LIBRARY.impl("numbers", _numbers_cuda, "CUDA")
 _LIBRARY.impl("numbers", _numbers_cpu, "CPU")
+_LIBRARY.impl("rows", _rows_cuda, "CUDA")
+_LIBRARY.impl("rows", _rows_cpu, "CPU")
 _LIBRARY.impl("check_lanes", _check_lanes_cuda, "CUDA")
 _LIBRARY.impl("check_lanes", _check_lanes_cpu, "CPU")
 
@@ -480,6 +540,21 @@ def _numbers_shape(
     geometry: list[int],
 ) -> torch.Tensor:
     return blob.new_empty((geometry[7], geometry[4], geometry[5]), dtype=_number_type(geometry))
+
+
+@torch.library.register_fake("kvpack::rows", lib=_LIBRARY)
+def _rows_shape(
+    ids: torch.Tensor,
+    blob: torch.Tensor,
+    groups: torch.Tensor,
+    tables: torch.Tensor,
+    scales: torch.Tensor,
+    status: torch.Tensor,
+    geometry: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    _check_rows(ids, scales, geometry, dtype)
+    return blob.new_empty((*ids.shape, geometry[5]), dtype=dtype)
 
 
 @torch.library.register_fake("kvpack::check_lanes", lib=_LIBRARY)

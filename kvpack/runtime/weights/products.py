@@ -56,6 +56,9 @@ TOKEN_TILES, GROUPED_TOKEN_TILES = tuple(_GEMM_WARPS), tuple(_GROUPED_GEMM_WARPS
 MAX_FUSED_TOKENS = 8 * TOKEN_TILES[-1]
 PARTIALS_BYTES = 64 << 20
 
+# Of blocks that decode single rows: two of the widest tiles, of 14 KiB a warp, fit the 48 KiB that every GPU has.
+_ROWS_WARPS = 2
+
 OUTPUTS = {torch.float16: 3, torch.bfloat16: 4, torch.float32: 5}
 OUTPUT_NOTHING, OUTPUT_I8, OUTPUT_I16, OUTPUT_NUMBERS = 0, 1, 2, 6
 FLOAT_TYPES = tuple(ACTIVATIONS)
@@ -526,6 +529,47 @@ def decode(
             device=device,
             shared_bytes=fit.shared_bytes,
         )
+
+
+def rows_kernel(layout: Layout, output: int) -> Kernel:
+    """Some rows of a coded matrix; ``output`` is one of :data:`OUTPUTS`."""
+    defines = {"KVPACK_OUTPUT": output, "KVPACK_MAX_WARPS": _ROWS_WARPS, "KVPACK_BLOCKS_PER_SM": BLOCKS_PER_SM}
+    return Kernel.of("weights/decode_rows.cu", "decode_rows", layout, defines)
+
+
+def decode_rows(coded: Coded, ids: torch.Tensor, out: torch.Tensor) -> None:
+    """Decode rows of a quantized matrix into ``out``, contiguous [ids, cols] of a type of :data:`OUTPUTS`.
+
+    Args:
+        ids: contiguous i64 [ids]; rows of those that name none become zeros.
+    """
+    header = coded.header
+    steps = header.tile_cols // header.layout.codes_per_symbol
+    kernels.launch(
+        rows_kernel(coded.layout, OUTPUTS[out.dtype]),
+        ceil_div(len(ids) * header.num_tiles_col, _ROWS_WARPS),
+        _ROWS_WARPS * GROUP_LANES,
+        (
+            coded.blob,
+            coded.groups,
+            coded.tables if len(coded.tables) else None,
+            coded.scales,
+            np.uint32(coded.scale_stride),
+            coded.row_offsets,
+            coded.column_scales,
+            ids,
+            out,
+            coded.status,
+            np.uint32(len(ids)),
+            np.uint32(header.rows),
+            np.uint32(header.cols),
+            np.uint32(header.tile_cols),
+            np.uint32(header.num_tiles_col),
+            np.uint32(header.length_bytes),
+        ),
+        device=coded.blob.device,
+        shared_bytes=_ROWS_WARPS * (4 * header.tile_cols + 3 * steps),
+    )
 
 
 def _row_group(coded: Coded, row: int) -> int:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kvpack.encode.reader import Reader
+from kvpack.encode.dtypes import LOSSY_DTYPES
+from kvpack.encode.reader import Reader, TensorInfo
 from kvpack.errors import ModelMismatchError
-from kvpack.format.container import PART_SUFFIXES, SCALE_SUFFIX
-from kvpack.format.header import BlobHeader
+from kvpack.format.container import PART_SUFFIXES
+from kvpack.format.layout import ElementKind
 from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.weights.checkpoint_names import CheckpointNames, Conversion, names_for
+from kvpack.runtime.weights.coded_matrix import CodedMatrix
 from kvpack.runtime.weights.device_blob import DeviceBlob
+from kvpack.runtime.weights.embedding import RansEmbedding
 from kvpack.runtime.weights.experts import keep_coded
 from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.load import (
@@ -111,7 +114,7 @@ class Place:
     """One parameter or persistent buffer of one module; a module may have several names.
 
     The plan fills in ``source``, the tensor of the file ("": none), or else ``conversion``, of which it gets
-    ``converted``; and ``coded``, whether it becomes a RansLinear's, or those of experts.
+    ``converted``; and ``coded``, whether it becomes that of a RansLinear or RansEmbedding, or those of experts.
     """
 
     module: nn.Module
@@ -147,6 +150,13 @@ class Place:
         return plain and self.key == "weight" and self.tensor.ndim == 2
 
     @property
+    def is_embedding_weight(self) -> bool:
+        """Whether the module is one that RansEmbedding can stand for."""
+        if type(self.module) is not nn.Embedding or self.key != "weight":
+            return False
+        return self.module.max_norm is None  # which changes rows as they are looked up
+
+    @property
     def needs_transposed(self) -> bool:
         return type(self.module) is not nn.Linear
 
@@ -178,12 +188,17 @@ class Selection:
     include: re.Pattern[str] | None
     exclude: re.Pattern[str] | None
 
-    def reason_against(self, place: Place, name: str, header: BlobHeader) -> str | None:
+    def reason_against(self, place: Place, name: str, info: TensorInfo) -> str | None:
         """Why a coded tensor cannot, or shall not, stay coded in this place; None if it can."""
-        if not place.is_linear_weight:
+        header = info.header
+        if not place.is_linear_weight and not place.is_embedding_weight:
             return f"{type(place.module).__name__} needs plain numbers"
         if reason := self._not_chosen(name):
             return reason
+        if place.is_embedding_weight:
+            if header.layout.element_kind != ElementKind.SIGNED or info.dtype not in LOSSY_DTYPES:
+                return "Embedding needs plain numbers of what is coded exactly"
+            return "stored transposed, Embedding is not" if header.transposed else None
         if header.transposed != place.needs_transposed:
             stored = "inputs × outputs" if header.transposed else "outputs × inputs"
             return f"stored as {stored}, {type(place.module).__name__} is the other way round"
@@ -258,15 +273,18 @@ def plan_places(
     for group in groups:
         if group[0].conversion is not None:
             continue
-        # What is not a linear layer's decides for all that share it: it needs plain numbers, which the others can use.
-        group.sort(key=lambda place: place.is_linear_weight)
-        own = [next((names.direct[n] for n in place.names if n in names.direct), None) for place in group]
-        shared = next((name for name in own if name is not None), None)
+
+        def own_name(place: Place) -> str | None:
+            return next((names.direct[n] for n in place.names if n in names.direct), None)
+
+        shared = next((name for place in group if (name := own_name(place)) is not None), None)
         if shared is None:
             report.missing.append(group[0].names[0])
             continue
+        # What needs plain numbers decides for all that share them: the others can use these.
         dense: str | None = None
-        for place, name in zip(group, own, strict=True):
+        for place in sorted(group, key=lambda place: _stays_coded(place, own_name(place) or shared, reader, selection)):
+            name = own_name(place)
             source = name or shared
             info = reader.info(source)
             stored = info.shape if info is not None else kept_shape(reader.container(source).tensors[source])
@@ -274,7 +292,7 @@ def plan_places(
                 differences.append(f"{source} is {list(stored)} in the file, {list(place.tensor.shape)} in the model")
                 continue
             _refuse_other_type(source, TORCH_DTYPES.get(_stored_dtype(reader, source)), place.tensor.dtype)
-            reason = "is not coded" if info is None else selection.reason_against(place, source, info.header)
+            reason = "is not coded" if info is None else selection.reason_against(place, source, info)
             place.coded = reason is None and source != dense
             if not place.coded:
                 # All plain places of a group stay tied, to the numbers of the first.
@@ -287,6 +305,11 @@ def plan_places(
             if source != name:
                 report.tied[place.names[0]] = source
     return list(dict.fromkeys(differences))  # tied places may differ from one tensor in the same way
+
+
+def _stays_coded(place: Place, source: str, reader: Reader, selection: Selection) -> bool:
+    info = reader.info(source)
+    return info is not None and selection.reason_against(place, source, info) is None
 
 
 def _same_numbers(reader: Reader, one: str, other: str) -> bool:
@@ -326,7 +349,7 @@ def _refuse_coded_model(model: nn.Module, reader: Reader) -> None:
     coded = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, RansLinear) and (f"{name}.weight" in reader or module.tensor_name in reader)
+        if isinstance(module, CodedMatrix) and (f"{name}.weight" in reader or module.tensor_name in reader)
     ]
     if coded:
         raise ModelMismatchError(
@@ -495,11 +518,11 @@ def _size_bytes(model: nn.Module) -> int:
     """Parameters and buffers, each tensor once; of coded layers all that they keep on the device."""
     seen: dict[int, int] = {}
     for module in model.modules():
-        if isinstance(module, RansLinear):
+        if isinstance(module, CodedMatrix):
             blob = module._current()
             if blob is not None:
                 seen[id(blob)] = blob.nbytes
-            tensors: Iterable[torch.Tensor | None] = [module.bias]
+            tensors: Iterable[torch.Tensor | None] = [getattr(module, "bias", None)]
         else:
             tensors = [*module._parameters.values(), *module._buffers.values()]
         seen |= {id(t): t.numel() * t.element_size() for t in tensors if t is not None}
@@ -510,17 +533,35 @@ def layer_in_file(reader: Reader, name: str) -> RansLinear:
     """A layer whose weights stay in the file until a LayerStream takes it."""
     info = reader.info(name)
     assert info is not None
-    scales = reader.container(name).tensors.get(name + SCALE_SUFFIX)
     return RansLinear.empty(
         info.header.cols,
         info.header.rows,
         info.blob_bytes,
-        0 if scales is None else scales.shape[0],
+        info.num_scales,
         False,
         TORCH_DTYPES[info.dtype],
         "meta",
         tensor_name=name,
         transposed=info.header.transposed,
+        column_scales=info.has_column_scales,
+        row_offsets=info.has_row_offsets,
+    )
+
+
+def embedding_in_file(reader: Reader, place: Place) -> RansEmbedding:
+    """The same for an embedding."""
+    name, info = place.source, reader.info(place.source)
+    assert info is not None
+    assert isinstance(place.module, nn.Embedding)
+    return RansEmbedding.empty(
+        info.header.rows,
+        info.header.cols,
+        info.blob_bytes,
+        info.num_scales,
+        place.dtype,
+        weight_dtype=TORCH_DTYPES[info.dtype],
+        padding_idx=place.module.padding_idx,
+        tensor_name=name,
         column_scales=info.has_column_scales,
         row_offsets=info.has_row_offsets,
     )
@@ -611,9 +652,13 @@ class _Loading:
             if place.conversion is not None:
                 self._attach_experts(place, place.conversion, device)
                 continue
-            bias = place.module.bias
-            assert bias is None or isinstance(bias, torch.Tensor)
-            layer = self._layer(place.source, device, bias, place.module.training)
+            layer: CodedMatrix
+            if place.is_embedding_weight:
+                layer = self._embedding(place, device)
+            else:
+                bias = place.module.bias
+                assert bias is None or isinstance(bias, torch.Tensor)
+                layer = self._layer(place.source, device, bias, place.module.training)
             for name in place.module_names:
                 put_module(self.model, name, layer)
                 self.report.replaced[name] = place.source
@@ -627,6 +672,16 @@ class _Loading:
             assert isinstance(blob, DeviceBlob)
             layer = RansLinear(blob, None if bias is None else bias.to(device), tensor_name=name)
         return layer.train(training)
+
+    def _embedding(self, place: Place, device: torch.device) -> RansEmbedding:
+        assert isinstance(place.module, nn.Embedding)
+        blob, name = self.tensors.get((place.source, device)), place.source
+        if blob is None:
+            layer = embedding_in_file(self.reader, place)
+        else:
+            assert isinstance(blob, DeviceBlob)
+            layer = RansEmbedding(blob, place.dtype, place.module.padding_idx, tensor_name=name)
+        return layer.train(place.module.training)
 
     def _attach_experts(self, place: Place, conversion: Conversion, device: torch.device) -> None:
         assert conversion.experts is not None
@@ -643,7 +698,7 @@ class _Loading:
     def move_rest(self, home: torch.device) -> None:
         """What no file holds goes to the same device."""
         for module in self.model.modules():
-            if isinstance(module, RansLinear):
+            if isinstance(module, CodedMatrix):
                 continue
             for parameter in module._parameters.values():
                 if parameter is not None and not parameter.is_meta:
@@ -667,9 +722,10 @@ def replace_linears(
 ) -> Replacement:
     """Load a compressed file or directory into a model of plain modules, in place.
 
-    ``nn.Linear`` (and transformers' ``Conv1D``) whose weights are coded become :class:`RansLinear`. All other tensors
-    are loaded in the model's own dtypes; coded ones of other modules, as embeddings, are decoded. Weights that are tied
-    stay tied: a layer that shares an embedding's numbers multiplies with those. The model may be on the meta device.
+    ``nn.Linear`` (and transformers' ``Conv1D``) whose weights are coded become :class:`RansLinear`, ``nn.Embedding``
+    whose weights are quantized become :class:`RansEmbedding`. All other tensors are loaded in the model's own dtypes;
+    coded ones of other modules are decoded. Weights that are tied stay tied: an output layer that shares an embedding's
+    numbers multiplies with those, coded once where both can. The model may be on the meta device.
 
     Everything is compared before anything is changed; an error while loading leaves the model without weights,
     on the meta device and still tied, so that it can be tried again.
