@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,7 +68,7 @@ def moments(
             raise InputError("--from and --to are parts of a --text; with --self-samples there is none")
         from kvpack.integrations.transformers.calibration import calibrate
 
-        with progress_bar("moments", unit="tokens") as progress:
+        with progress_bar("moments", unit="tokens") as progress, _told_what_is_finished(output):
             report = calibrate(
                 model,
                 text,
@@ -88,6 +90,19 @@ def moments(
         print(json.dumps({**report.as_dict(), **made}, allow_nan=False))
         return
     _print(report)
+
+
+@contextmanager
+def _told_what_is_finished(output: Path) -> Iterator[None]:
+    from kvpack.integrations.transformers.calibration_work import work_path
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if work_path(output).is_dir():
+            where = printable(str(work_path(output)))
+            print(f"kvpack: what is finished lies in {where}: the same command goes on from there", file=sys.stderr)
+        raise
 
 
 def _print(report: CalibrationReport) -> None:

@@ -353,3 +353,21 @@ def test_one_layer_at_a_time_is_on_the_device(tmp_path: Path, novel: Path, monke
     assert report.whole_model is None
     assert most == 1
     assert Path(report.output).read_bytes() == Path(whole.output).read_bytes()
+
+
+def test_weights_that_are_multiplied_otherwise_are_named(
+    tmp_path: Path, novel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = save("llama", tmp_path / "model")
+
+    def forward(self: Any, x: Any) -> Any:
+        inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return torch.einsum("...k,rk->...r", inner, self.down_proj.weight)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", forward)
+    report = calibrate(directory, novel, tmp_path / "m.safetensors", tokens=WINDOW, window=WINDOW)
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
+    assert report.left_out == dict.fromkeys(names, "no product with it was seen")
+    with Moments(report.output) as moments:
+        assert not set(names) & set(moments.names)
+        assert moments.made["left_out"] == report.left_out

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ pytest.importorskip("transformers")
 
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch_file
 from tiny_text_model import write_model, write_novel, write_tokenizer
 from typer.testing import CliRunner
 
@@ -21,8 +27,9 @@ import kvpack
 from kvpack.cli import app
 from kvpack.encode.moments import Moments
 from kvpack.integrations.transformers import calibration
+from kvpack.integrations.transformers.calibration_work import WorkDirectory
 
-OK, USAGE = 0, 2
+OK, USAGE, INTERRUPTED = 0, 2, 130
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +196,73 @@ def test_torch_is_as_it_was(model: Path, novel: Path, tmp_path: Path) -> None:
     run(model, "--text", novel, "-o", tmp_path / "m", "--window", 24, "--tokens", 48)
     assert (torch.is_grad_enabled(), torch.get_num_threads()) == before[:2]
     assert torch.equal(torch.random.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_was_ended_goes_on(number: int, model: Path, novel: Path, tmp_path: Path) -> None:
+    """By a signal when its first layer is finished; the next run gives the bytes of one that was not ended."""
+    output = tmp_path / "m.safetensors"
+    options = ("--text", novel, "--tokens", 600, "--window", 20, "--seed", 3)
+    command = [sys.executable, "-m", "kvpack", "moments", str(model), "-o", str(output), *map(str, options)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    work = tmp_path / ".m.safetensors.work"
+    deadline = time.monotonic() + 300
+    while not (work / "forward-0").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    assert not output.exists()
+    assert (work / "forward-0").exists()
+    if number == signal.SIGINT:
+        assert process.returncode == INTERRUPTED
+        assert f"what is finished lies in {work}: the same command goes on from there" in errors
+    else:
+        assert process.returncode == -signal.SIGKILL
+    assert "went on from what an earlier run had left" in run(model, "-o", output, *options).stderr
+    run(model, "-o", tmp_path / "whole.safetensors", *options)
+    assert output.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not work.exists()
+
+
+def test_two_runs_of_one_output(model: Path, novel: Path, tmp_path: Path) -> None:
+    output = tmp_path / "m.safetensors"
+    with WorkDirectory(output, {}):
+        result = run(model, "--text", novel, "-o", output, "--window", 20, "--tokens", 20, code=USAGE)
+    assert "another process makes" in result.stderr
+    assert list(tmp_path.iterdir()) == []  # a work directory without anything finished goes
+
+
+def test_numbers_that_are_not_finite(novel: Path, tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "model", dtype="float16")
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 30_000
+    weights["model.layers.1.mlp.gate_proj.weight"] *= 1000
+    save_torch_file(weights, directory / "model.safetensors", {"format": "pt"})
+    text = ("--text", novel, "-o", tmp_path / "m.safetensors", "--window", 20, "--tokens", 40)
+    result = run(directory, *text, code=USAGE)
+    assert "inputs of model.layers.1.mlp.down_proj.weight are not finite: --dtype float32 may help" in result.stderr
+    run(directory, *text, "--dtype", "float32")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(model: Path, novel: Path, tmp_path: Path) -> None:
+    """In fp32 the numbers of the CPU but for rounding, twice the same bytes; on text of its own, too."""
+    for source in (("--text", novel), ("--self-samples",)):
+        options = (model, *source, "--window", 40, "--tokens", 200, "--dtype", "float32", "--force")
+        for name, device in (("cpu", "cpu"), ("gpu", "cuda"), ("again", "cuda")):
+            run(*options, "-o", tmp_path / name, "--device", device)
+        assert (tmp_path / "gpu").read_bytes() == (tmp_path / "again").read_bytes()
+        with Moments(tmp_path / "gpu") as ours, Moments(tmp_path / "cpu") as theirs:
+            assert ours.made["device"] == "cuda"
+            assert ours.made["whole_model"] is None
+            assert ours.names == theirs.names
+            if source == ("--self-samples",):
+                assert ours.token_counts.sum() == 200
+                continue  # a draw at the border of two tokens may go the other way
+            for name in ours.names:
+                expected = theirs.second_moment(name)
+                assert np.abs(ours.second_moment(name) - expected).max() <= 1e-4 * np.abs(expected).max()
+                found, wanted = ours.sensitivity(name), theirs.sensitivity(name)
+                assert found is not None
+                assert wanted is not None
+                assert found == pytest.approx(wanted, rel=0.02, abs=1e-2 * float(wanted.max()))

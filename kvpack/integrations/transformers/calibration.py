@@ -21,7 +21,7 @@ import transformers
 from kvpack._version import __version__
 from kvpack.encode.progress import Progress
 from kvpack.errors import DeviceError, InputError
-from kvpack.integrations.transformers.calibration_output import checkpoint_names, write_moments
+from kvpack.integrations.transformers.calibration_output import Checkpoint, checkpoint_shapes, write_moments
 from kvpack.integrations.transformers.calibration_run import Windows, plan_run
 from kvpack.integrations.transformers.calibration_text import (
     DEFAULT_TOKENS,
@@ -122,6 +122,7 @@ def calibrate(
     """
     progress, start = progress or Progress(), time.perf_counter()
     _check(directory, output, force)
+    shapes = checkpoint_shapes(directory)
     window = window_tokens(directory, window)
     if text is None:
         calibration = own_text(directory, tokens=tokens, window=window)
@@ -131,9 +132,9 @@ def calibrate(
     progress.tensor(f"loading {directory.name}")
     model = load_causal_model(directory, device="cpu", dtype=dtype)
     model.requires_grad_(False)
-    if model.config._experts_implementation not in (None, "eager"):
+    if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
         model.set_experts_implementation("eager")  # which takes one expert's matrix after the other
-    named = checkpoint_names(model, directory)
+    checkpoint = Checkpoint.of(model, shapes)
     fingerprint = model_fingerprint(model)
     made = {
         **calibration.made,
@@ -159,13 +160,16 @@ def calibrate(
             if ids is None:
                 progress.tensor("text of its own")
                 ids = _own_ids(model, calibration, place, seed, work, progress)
+                run.place()
             for stage in stages:
                 if work.has(stage):
                     progress.advance(calibration.tokens)
                 else:
                     run.do(stage, Windows(ids, seed, work, progress), sensitivities)
             progress.tensor("writing")
-            written = write_moments(output, model, work, stages, named, ids, made | {"whole_model": run.whole_model})
+            written = write_moments(
+                output, model, work, stages, checkpoint, ids, made | {"whole_model": run.whole_model}
+            )
             work.delete()
     return CalibrationReport(
         output=str(output),
@@ -213,8 +217,6 @@ def _own_ids(
             ids = write_windows(model, begins, tokens, f"{seed} {first}", progress.advance)
             work.save(name, {"ids": ids})
         found.append(work.open(name).get_tensor("ids"))
-    if device.type != "cpu":
-        model.to("cpu")
     return torch.cat(found)
 
 

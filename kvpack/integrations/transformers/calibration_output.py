@@ -13,10 +13,14 @@ import torch
 
 from kvpack.encode.moments import F32, MomentsWriter
 from kvpack.encode.reader import Reader
+from kvpack.integrations.module_tree import parameter_kinds
 from kvpack.integrations.transformers.calibration_work import WorkDirectory
 from kvpack.integrations.transformers_names import transformers_names
 from kvpack.runtime.weights.checkpoint_names import CheckpointNames
 from kvpack.runtime.weights.load import kept_shape
+
+# Kinds of tensors that a forward pass multiplies with.
+_MULTIPLIED = ("linear", "transposed linear", "output layer")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,13 @@ class Checkpoint:
 
     names: CheckpointNames
     shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+        """Those of :func:`checkpoint_shapes` in the directory's model of transformers."""
+        names = transformers_names(model, shapes)
+        assert names is not None, "a model of transformers"
+        return cls(names, shapes)
 
 
 @dataclass(frozen=True)
@@ -38,17 +49,15 @@ class Written:
     left_out: dict[str, str]
 
 
-def checkpoint_names(model: Any, directory: Path) -> Checkpoint:
-    """Where the tensors of a directory go in its model.
+def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a directory's model, by their names there.
 
     Raises:
         InputError: it has no safetensors file.
+        FormatError: one is damaged.
     """
     with Reader(directory, components=False) as reader:
-        shapes = {name: kept_shape(reader.container(name).tensors[name]) for name in reader.main_keys()}
-    names = transformers_names(model, shapes)
-    assert names is not None, "a model of transformers"
-    return Checkpoint(names, shapes)
+        return {name: kept_shape(reader.container(name).tensors[name]) for name in reader.main_keys()}
 
 
 def write_moments(
@@ -207,4 +216,8 @@ def _places(checkpoint: Checkpoint, model: Any, owners: Mapping[str, str]) -> _P
                     first_row += shapes[part][0]
         else:
             places.left_out[name] = "not in the checkpoint" if conversion is None else conversion.what
+    seen = {id(parameters[name]) for name in owners}
+    for name, kind in parameter_kinds(model).items():
+        if kind in _MULTIPLIED and id(parameters[name]) not in seen:
+            places.left_out[name] = "no product with it was seen"
     return places

@@ -67,6 +67,9 @@ class Run(Protocol):
     def whole_model(self) -> str | None:
         """Why it has the whole model on the device; None: it has one layer."""
 
+    def place(self) -> None:
+        """Put the model where the run has it."""
+
     def check_room(self, output: Path, windows: int, sensitivities: bool) -> None:
         """Raises InputError where files of the work directory have no room."""
 
@@ -97,6 +100,10 @@ class LayerRun:
 
     def __init__(self, layers: LayerByLayer) -> None:
         self._layers = layers
+
+    def place(self) -> None:
+        """Layers on the CPU, the rest on the device."""
+        self._layers.place()
 
     def check_room(self, output: Path, windows: int, sensitivities: bool) -> None:
         """Raises InputError where hidden states have no room beside the output."""
@@ -210,6 +217,11 @@ class WholeRun:
     def __init__(self, model: Any, device: torch.device, why: str) -> None:
         self.whole_model: str | None = why
         self._model, self._device = model, device
+        self.place()
+
+    def place(self) -> None:
+        """All on the device."""
+        self._model.to(self._device)
 
     def check_room(self, output: Path, windows: int, sensitivities: bool) -> None:
         """Nothing but results is kept."""
@@ -221,7 +233,7 @@ class WholeRun:
     def do(self, stage: str, windows: Windows, sensitivities: bool) -> None:
         """Do a stage."""
         windows.progress.tensor(f"whole model, {stage}")
-        model, back = self._model.to(self._device), stage == "backward"
+        model, back = self._model, stage == "backward"
         recorder = ProductRecorder(dict(model.named_parameters()), moments=not back, squares=back)
         for window, ids in windows:
             given = ids.to(self._device)
@@ -273,10 +285,17 @@ def _means(found: Mapping[str, Sums]) -> dict[str, torch.Tensor]:
         tensors[f"tokens/{name}"] = tokens
         for matrix, total in sums.second_moment.items():
             mean = completed(total) / max(1, sums.tokens[matrix])
-            tensors[f"second_moment/{name}/{matrix}"] = mean.float().cpu()
+            tensors[f"second_moment/{name}/{matrix}"] = _finite(mean, f"inputs of {name}").float().cpu()
         if sums.squares:
-            tensors[f"sensitivity/{name}"] = _mean_squares(sums, tokens).cpu()
+            squares = _finite(_mean_squares(sums, tokens), f"gradients at outputs of {name}")
+            tensors[f"sensitivity/{name}"] = squares.cpu()
     return tensors
+
+
+def _finite(values: torch.Tensor, what: str) -> torch.Tensor:
+    if not values.isfinite().all():
+        raise InputError(f"{what} are not finite: --dtype float32 may help, or the weights are at fault")
+    return values
 
 
 def _mean_squares(sums: Sums, tokens: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,11 @@ _RUN = "run.json"
 _UNFINISHED = ".part"
 
 
+def work_path(output: Path) -> Path:
+    """Where the work directory of an output is."""
+    return output.with_name(f".{output.name}.work")
+
+
 class WindowFile(Closing):
     """One tensor for each window of a text, in a file: the system keeps of it in memory what it has room for.
 
@@ -82,7 +87,7 @@ class WorkDirectory(Closing):
     """
 
     def __init__(self, output: Path, run: Mapping[str, Any]) -> None:
-        self.path = output.with_name(f".{output.name}.work")
+        self.path = work_path(output)
         self.path.mkdir(exist_ok=True)
         self._lock = os.open(self.path, os.O_RDONLY)
         try:

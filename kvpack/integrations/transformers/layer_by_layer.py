@@ -8,6 +8,7 @@ layers is there.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class LayerByLayer:
         hidden_shape, hidden_dtype: of a window's hidden states at the layers' borders.
 
     Args:
-        model: of transformers, on the CPU, in evaluation mode, its parameters without gradients.
+        model: of transformers, in evaluation mode, its parameters without gradients.
         windows: i64 [1, tokens] each, two of them, with which the layers' independence is checked.
         device: where it runs.
 
@@ -120,15 +121,18 @@ class LayerByLayer:
         self.model, self.device = model, device
         path, self.layers = decoder_layers(model)
         self.names = [f"{path}.{number}" for number in range(len(self.layers))]
-        inside = {id(tensor) for layer in self.layers for tensor in (*layer.parameters(), *layer.buffers())}
-        for module in model.modules():
-            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            if own and not any(id(tensor) in inside for tensor in own):
-                module._apply(lambda tensor: tensor.to(device), recurse=False)
+        self.place()
         self.calls: list[LayerCall] = []
         final = self._own_pass(windows[0])
         self._check_calls(windows[1])
         self._check_result(windows, final)
+
+    def place(self) -> None:
+        """Put what is no layer on the device, and layers on the CPU."""
+        inside = {id(module) for layer in self.layers for module in layer.modules()}
+        for module in self.model.modules():
+            device = torch.device("cpu") if id(module) in inside else self.device
+            module._apply(functools.partial(torch.Tensor.to, device=device), recurse=False)
 
     @contextmanager
     def _instead(self, forward: Callable[[int, tuple[Any, ...], Mapping[str, Any]], Any]) -> Iterator[None]:

@@ -62,7 +62,7 @@ def label_gradient(logits: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     for begin in range(0, len(logits), step):
         part = slice(begin, begin + step)
         labels, share = draw(logits[part], at[part])
-        share[torch.arange(len(share)), labels] -= 1
+        share.scatter_add_(-1, labels[:, None], torch.full_like(share[:, :1], -1.0))
         gradient[part] = share.to(gradient.dtype)
     return gradient
 
