@@ -55,6 +55,7 @@ def compress(
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
     token_counts: npt.NDArray[np.int64] | None = None,
+    moments: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> CompressReport:
     """Compress a .safetensors file, a model directory, or tensors in memory.
@@ -80,9 +81,12 @@ def compress(
         token_counts: integers [vocabulary]: how often each token stands in a text like those that the model will see.
             Embeddings and output layers with so many rows, coded at a rate, are finer where tokens are frequent. A note
             names those with another number of rows.
+        moments: a moments file of this model, which ``kvpack moments`` makes: what is quantized at a rate is quantized
+            with feedback between columns, and steps follow the sensitivity of outputs.
         settings: options of :class:`kvpack.QuantConfig` by name, in place of ``config``.
 
     Raises:
+        MomentsError: the moments are damaged, or another model's.
         TypeError: a setting is none of :class:`kvpack.QuantConfig`.
         InputError: the input, the output, the counts or the number of threads cannot be used, or a pattern matches no
             tensor.
@@ -109,6 +113,7 @@ def compress(
         "coder": coder_of(device),
         "module_tree": kinds_by_module_tree,
         "token_counts": token_counts,
+        "moments": moments,
     }
     if not isinstance(path, str | os.PathLike):
         if not isinstance(path, Mapping):

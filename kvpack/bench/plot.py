@@ -19,14 +19,19 @@ MAX_HEIGHT_INCHES = 500.0
 
 
 def plot_tensors(tensors: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draw bits a weight (achieved and entropy) and noise of each coded tensor into a PNG."""
+    """Draw bits a weight (achieved and entropy) and noise of each coded tensor into a PNG.
+
+    Beside them what the noise of each is expected to cost, where a calibration says so.
+    """
     coded = [tensor for tensor in tensors if tensor["method"] != "keep"]
     if not coded:
         raise ValueError("no tensor is coded, so there is nothing to draw")
     names = [tensor["name"] for tensor in coded]
     places = list(range(len(coded)))
-    figure = Figure(figsize=(11, min(MAX_HEIGHT_INCHES, max(3.0, 1.5 + 0.22 * len(coded)))), layout="constrained")
-    bits, noise = figure.subplots(1, 2, sharey=True)
+    expected = [(p, t["expected_kl"]) for p, t in zip(places, coded, strict=True) if t.get("expected_kl") is not None]
+    height = min(MAX_HEIGHT_INCHES, max(3.0, 1.5 + 0.22 * len(coded)))
+    figure = Figure(figsize=(15 if expected else 11, height), layout="constrained")
+    bits, noise, *cost = figure.subplots(1, 3 if expected else 2, sharey=True)
     bits.barh(places, [t["bits_per_weight"] for t in coded], color="#4878a8", label="achieved")
     entropy = [(p, t["entropy_bits"]) for p, t in zip(places, coded, strict=True) if t["entropy_bits"]]
     bits.plot([e for _, e in entropy], [p for p, _ in entropy], "k|", ms=9, label="entropy")
@@ -37,6 +42,9 @@ def plot_tensors(tensors: list[dict[str, Any]], path: Path, *, title: str) -> No
     measured = [(p, t["noise_db"]) for p, t in zip(places, coded, strict=True) if t["noise_db"] is not None]
     noise.barh([p for p, _ in measured], [n for _, n in measured], color="#b5651d")
     noise.set_xlabel("noise to signal, dB" if measured else "no noise: lossless")
+    for panel in cost:
+        panel.barh([p for p, _ in expected], [kl for _, kl in expected], color="#5a8f5a")
+        panel.set_xlabel("expected KL, nats a token")
     figure.suptitle(title)
     figure.savefig(path, dpi=120, format="png")
 

@@ -54,8 +54,10 @@ class DeviceOption(StrEnum):
 class AllocationOption(StrEnum):
     """Names for --allocation."""
 
+    AUTO = "auto"
     TENSOR = "tensor"
     MODEL = "model"
+    SENSITIVITY = "sensitivity"
 
 
 class DtypeOption(StrEnum):
@@ -118,8 +120,15 @@ def compress(
     ] = False,
     allocation: Annotated[
         AllocationOption,
-        typer.Option("--allocation", help="The rate for each tensor, or one step for the model."),
-    ] = AllocationOption.TENSOR,
+        typer.Option(
+            "--allocation",
+            help="The rate for each tensor, one step for the model, or steps by sensitivity: the default with moments.",
+        ),
+    ] = AllocationOption.AUTO,
+    moments: Annotated[
+        Path | None,
+        typer.Option("--moments", metavar="FILE", help="What kvpack moments found of this model: far less damage."),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option("--include", metavar="REGEX", help="Code these names too; repeatable.")
     ] = None,
@@ -180,6 +189,7 @@ def compress(
                 force=force,
                 progress=progress,
                 device=device.value,
+                moments=moments,
             )
     if as_json:
         print(json.dumps(report.as_dict(), allow_nan=False))

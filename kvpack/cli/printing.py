@@ -112,6 +112,11 @@ def shown_number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def shown_share(part: float | None, total: float) -> str:
+    """A part of a total as a percentage; a dash for none."""
+    return "–" if part is None else f"{100 * part / total:.2f} %"
+
+
 def data_console() -> Any:
     """Standard output; lines are not folded where it is a file or a pipe."""
     from rich.console import Console
@@ -152,8 +157,10 @@ def print_aligned(rows: Sequence[Sequence[str]], left: int) -> None:
 
 
 def print_tensors(tensors: list[dict[str, Any]], *, kept_singly: bool) -> None:
-    """A table of tensors."""
-    rows = [("tensor", "shape", "dtype", "method", "layout", "bits", "entropy", "noise dB", "outliers")]
+    """A table of tensors; with what a calibration expects their noise to cost, where a file says so."""
+    total = sum(tensor.get("expected_kl") or 0.0 for tensor in tensors)
+    shares = ("KL share",) * (total > 0)
+    rows = [("tensor", "shape", "dtype", "method", "layout", "bits", "entropy", "noise dB", "outliers", *shares)]
     rows += [
         (
             printable(tensor["name"]),
@@ -168,6 +175,7 @@ def print_tensors(tensors: list[dict[str, Any]], *, kept_singly: bool) -> None:
             shown_number(tensor["entropy_bits"], 3),
             shown_number(tensor["noise_db"]),
             str(tensor["outliers"]),
+            *(shown_share(tensor.get("expected_kl"), total) for _ in shares),
         )
         for tensor in tensors
         if kept_singly or tensor["method"] != "keep"

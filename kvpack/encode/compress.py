@@ -14,15 +14,17 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import element_limit
+from kvpack.encode.calibration import Calibration, calibrated_config
 from kvpack.encode.dtypes import NUMPY_DTYPES
 from kvpack.encode.fp8 import dequantize_tree, dequantized_config, find_fp8
 from kvpack.encode.listing import listed
@@ -37,12 +39,13 @@ from kvpack.encode.model_directory import (
     write_json,
 )
 from kvpack.encode.model_tree import ModelTree, WeightFile, folder_prefix
+from kvpack.encode.moments import Moments
 from kvpack.encode.nearest import CommonPlan, EncodeOptions, encode_nearest
 from kvpack.encode.output_files import Crc32, Shard, added_indexes, check_target, pieces, write_indexes
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import CODE, KEEP, QuantConfig
-from kvpack.encode.rate import FineHistogram
-from kvpack.encode.rates import MIN_BITS
+from kvpack.encode.rate import FineHistogram, step_at_bits
+from kvpack.encode.rates import MAX_BITS, MIN_BITS
 from kvpack.encode.row_factors import row_factors
 from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
 from kvpack.encode.stack_encoder import encode_stack
@@ -61,12 +64,13 @@ from kvpack.encode.tensor_encoder import (
 from kvpack.encode.tensor_kinds import ModuleTree
 from kvpack.encode.tensor_parallel import Split, reason_not_to_split, stack_of
 from kvpack.encode.threads import default_threads
-from kvpack.errors import InputError, ScaleError
+from kvpack.errors import InputError, MomentsError, ScaleError
 from kvpack.format.container import (
     BLOB_SUFFIX,
     COLUMN_SCALE_SUFFIX,
     CONTAINER_VERSION,
     CRC_KEY,
+    EXPECTED_KL_KEY,
     NUMBER_DTYPES,
     PARALLEL_KEY,
     ROW_OFFSET_SUFFIX,
@@ -82,6 +86,8 @@ from kvpack.format.layout import Layout
 
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
+# How far below and above the model's rate sensitivities may put a tensor's.
+_LESS_BITS, _MORE_BITS = 1.5, 3.0
 
 
 @dataclass
@@ -90,6 +96,7 @@ class TensorReport:
 
     ``reason`` says why it is kept, or why it is not coded as was asked for. Kept tensors: method ``keep``, and null for
     what does not apply. ``noise_db`` is over the variance where the mean matters, else over the power (FORMAT.md §9.3).
+    ``expected_kl``, with sensitivities alone, is what its noise costs, in nats a token to second order.
     """
 
     name: str
@@ -103,6 +110,7 @@ class TensorReport:
     outliers: int
     bytes: int
     reason: str | None = None
+    expected_kl: float | None = None
 
 
 @dataclass
@@ -161,11 +169,14 @@ class _Model:
         column_scales: Mapping[str, npt.NDArray[np.float16]],
         row_offsets: Mapping[str, npt.NDArray[np.float32]],
         token_counts: npt.NDArray[np.int64] | None,
+        calibration: Calibration | None,
     ) -> None:
-        self.config, self.executor, self.coder = config, executor, coder
+        self.config, self.executor, self.coder, self.calibration = config, executor, coder, calibration
         self.token_counts = token_counts
         # Coded tensors with a row for each token, of which there are not so many as counts.
         self.without_counts: set[str] = set()
+        # Quantized tensors -> whether there are moments of them.
+        self.calibrated: dict[str, bool] = {}
         self.column_scales, self.row_offsets = column_scales, row_offsets
         self.tree = ModelTree(source, without=target, file=tensors)
         # How many stacks have common tables; others -> why they have not.
@@ -249,6 +260,36 @@ class _Model:
         unused = sorted(exact & (self.column_scales.keys() | self.row_offsets.keys()))
         return [f"not quantized, so without column scales and row offsets: {listed(unused, 3)}"] * bool(unused)
 
+    def check_moments(self) -> None:
+        """Before anything long: whether the moments are of this model.
+
+        Raises:
+            MomentsError: they are of no tensor, or of tensors of other shapes.
+        """
+        if self.calibration is None:
+            return
+        for file in self.tree.weight_files:
+            kinds = self.kinds[file.set_prefix]
+            for tensor in file.container.tensors.values():
+                if self.selections[file.path].reason_to_keep(tensor, kinds) is None:
+                    self.matrices(file, tensor)
+        if not any(self.calibrated.values()):
+            raise MomentsError(
+                f"{self.calibration.moments.path} has moments of no tensor that is quantized at a rate: they are of "
+                "another model, or none is"
+            )
+
+    def calibration_notes(self) -> list[str]:
+        """How the moments were used, and which tensors that are quantized have none."""
+        if self.calibration is None:
+            return []
+        found = sum(self.calibrated.values())
+        steps = {"sensitivity": "steps by sensitivity", "model": "one step"}.get(self.config.allocation, "equal rates")
+        notes = [f"calibrated: {found} of {len(self.calibrated)} tensors with feedback, {steps}"]
+        if without := sorted(name for name, has in self.calibrated.items() if not has):
+            notes.append(f"no moments, so rounded each for itself: {listed(without, 3)}")
+        return notes
+
     def close(self) -> None:
         self.tree.close()
 
@@ -275,7 +316,18 @@ class _Model:
         except ScaleError as error:
             error.args = (f"tensor {name!r}: {error}",)
             raise
+        if self.calibration is not None and self.is_fed_back(file, tensor):
+            self.calibrated[name] = self.calibration.prepare(name, weights)
         return weights
+
+    def is_fed_back(self, file: WeightFile, tensor: StoredTensor) -> bool:
+        """Whether a coded tensor is quantized at a rate, and is the weight of a linear alone.
+
+        A tied embedding is an output layer, too, but what is looked up in it would be noisier for that.
+        """
+        selection, kinds = self.selections[file.path], self.kinds[file.set_prefix]
+        at_rate = isinstance(selection.quality_of(tensor, kinds), float)
+        return selection.is_lossy(tensor, kinds) and at_rate and not kinds.has_row_for_each_token(tensor)
 
     def stack_members(self, file: WeightFile, tensor: StoredTensor) -> list[StoredTensor]:
         """What a tensor is stacked with, itself included; none if not asked for, or if it cannot be: notes say why."""
@@ -392,11 +444,25 @@ class _Model:
         return encoded
 
 
-def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPlan]:
-    """One step for all tensors, such that together they take the rate (equal slope: least total squared error)."""
-    config, bits = model.config, model.config.bits
+class _Measured(NamedTuple):
+    """A tensor that shares a step with others: by what its own step is that step times, and the least and the most."""
+
+    weights: Matrices
+    fine: FineHistogram
+    factor: float
+    least: float
+    most: float
+
+
+def _measure_all(model: _Model, progress: Progress) -> dict[str, _Measured]:
+    """The tensors that have steps in common.
+
+    With sensitivities a step is that of the model over the root of the tensor's importance, and no tensor gets a rate
+    that is far from the model's: what is said of small errors holds for these alone.
+    """
+    bits = model.config.bits
     assert bits is not None
-    measured: list[tuple[str, Matrices, FineHistogram]] = []
+    found: dict[str, _Measured] = {}
     for file, tensor in model.common_step_tensors():
         name = file.names[tensor.name]
         progress.tensor(name)
@@ -405,23 +471,46 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
             fine = measure(weights, model.executor)
         except NotEncodableError:
             continue
-        if fine.rms > 0:
-            measured.append((name, weights, fine))
+        if fine.rms <= 0:
+            continue
+        if model.config.allocation == "model":
+            found[name] = _Measured(weights, fine, 1.0, 0.0, math.inf)
+            continue
+        assert model.calibration is not None
+        importance = model.calibration.importance(name, weights)
+        if importance is not None:
+            lowest, highest = max(MIN_BITS, bits - _LESS_BITS), min(MAX_BITS, bits + _MORE_BITS)
+            least, most = step_at_bits(fine, highest), step_at_bits(fine, lowest)
+            found[name] = _Measured(weights, fine, importance**-0.5, least, most)
+    return found
+
+
+def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPlan]:
+    """One step for all tensors, or one in proportion for each, such that together they take the rate.
+
+    One step is equal slope: the least total squared error. Steps by sensitivity: the least expected KL.
+    """
+    config, bits = model.config, model.config.bits
+    assert bits is not None
+    measured = _measure_all(model, progress)
     if not measured:
         return {}
-    total = sum(weights.size for _, weights, _ in measured)
+    total = sum(tensor.weights.size for tensor in measured.values())
+    # What tensors take beyond what their histograms predict, in bits a weight.
+    beyond = dict.fromkeys(measured, 0.0)
 
     def plans_at(step: float) -> tuple[float, dict[str, CommonPlan]]:
-        plans = {
-            name: (fine, plan_at_common_step(weights, fine, step, config.layout, config.tile_cols))
-            for name, weights, fine in measured
-        }
-        used = sum(plans[name][1].predicted.bits * weights.size for name, weights, _ in measured)
+        plans: dict[str, CommonPlan] = {}
+        used = 0.0
+        for name, (weights, fine, factor, least, most) in measured.items():
+            own = min(max(step * factor, least), most)
+            plans[name] = fine, plan_at_common_step(weights, fine, own, config.layout, config.tile_cols)
+            used += (plans[name][1].predicted.bits + beyond[name]) * weights.size
         return used / total, plans
 
-    smallest = min(fine.rms for _, _, fine in measured)
-    largest = max(fine.rms for _, _, fine in measured)
-    low, high = math.log2(smallest) - 8, math.log2(largest) + 3
+    # Bounds of the common step: that of the tensor which gets the finest, or the coarsest, for its spread.
+    units = [tensor.fine.rms / tensor.factor for tensor in measured.values()]
+    low, high = math.log2(min(units)) - 8, math.log2(max(units)) + 3
 
     def solve(target: float) -> dict[str, CommonPlan]:
         under, over = low, high
@@ -435,23 +524,25 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
                 over, plans = middle, trial
         return plans
 
-    aim = bits
+    aim = bits - _STEP_MARGIN_BITS
     best: tuple[float, dict[str, CommonPlan]] | None = None
     for _ in range(_STEP_CORRECTIONS):
         plans = solve(aim)
         # The histograms leave table rounding out; a pass over the weights counts what the tensors really take.
         counted = 0.0
-        for name, weights, _ in measured:
+        for name, (weights, *_) in measured.items():
+            progress.tensor(name)
             try:
-                counted += planned_bytes(weights, *plans[name], config.tile_cols, model.executor, model.coder)
+                size = planned_bytes(weights, *plans[name], config.tile_cols, model.executor, model.coder)
             except NotEncodableError:  # it will be kept; the others get their rate as if it were not
-                counted += bits * weights.size / 8
+                size = bits * weights.size / 8
+            beyond[name] = 8 * size / weights.size - plans[name][1].predicted.bits
+            counted += size
         achieved = 8 * counted / total
         if achieved <= bits and (best is None or achieved > best[0]):
             best = achieved, plans
         if bits - 2 * _STEP_MARGIN_BITS <= achieved <= bits:
             break
-        aim += bits - _STEP_MARGIN_BITS - achieved
     return plans if best is None else best[1]
 
 
@@ -528,6 +619,7 @@ def _encode_file(
             outliers=encoded.blob.outlier_count,
             bytes=encoded.size_bytes,
             reason=encoded.reason,
+            expected_kl=None if encoded.expected_kl is None else float(f"{encoded.expected_kl:.6g}"),
         )
         reports.append(report)
         entries[name] = {
@@ -541,6 +633,8 @@ def _encode_file(
             entries[name][VARIANCE_NOISE_KEY] = report.noise_db
         if model.config.tensor_parallel > 1 and model.split_reasons[file.names[name]] is None:
             entries[name][PARALLEL_KEY] = model.config.tensor_parallel
+        if report.expected_kl is not None:
+            entries[name][EXPECTED_KL_KEY] = report.expected_kl
         progress.advance(tensor.size_bytes)
 
     def add_beside(alignment: int) -> None:
@@ -617,6 +711,7 @@ def compress(
     column_scales: Mapping[str, npt.NDArray[np.float16]] | None = None,
     row_offsets: Mapping[str, npt.NDArray[np.float32]] | None = None,
     token_counts: npt.NDArray[np.int64] | None = None,
+    moments: str | os.PathLike[str] | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
@@ -626,9 +721,11 @@ def compress(
         module_tree: who says what a directory's tensors are where their names leave doubt; None: names alone do.
         column_scales, row_offsets: tensor → vector, see :meth:`.tensor_encoder.Matrices.set_vectors`. A tensor that is
             not quantized after all goes without; a note says so.
-        token_counts: see :func:`kvpack.compress`.
+        token_counts: see :func:`kvpack.compress`; those of ``moments`` by default.
+        moments: a moments file of this model (:mod:`.moments`): what is quantized at a rate is quantized with feedback.
 
     Raises:
+        MomentsError: the moments are damaged, or another model's.
         ScaleError: a vector that does not fit its tensor.
         InputError: the input, the output or the number of threads cannot be used.
         FormatError: the input is damaged.
@@ -638,13 +735,22 @@ def compress(
     progress = progress or Progress()
     source = Path(path)
     config = QuantConfig() if config is None else config
+    if moments is None and (config.allocation == "sensitivity" or config.calibration is not None):
+        what = "allocation 'sensitivity'" if config.calibration is None else "options of a calibrated compression"
+        raise InputError(f"{what} without moments: give a file of them, which kvpack moments makes")
     target = Path(out) if out is not None else default_output(source)
     check_target(source, target, force=force or dry_run, exists=file is None)
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads: at least 1 is needed")
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
-    try:
+    with ExitStack() as stack:
+        stack.callback(executor.shutdown, cancel_futures=True)
+        calibration = None
+        if moments is not None:
+            calibration = Calibration(stack.enter_context(Moments(moments)))
+            config = calibrated_config(config, calibration)
+            token_counts = calibration.moments.token_counts if token_counts is None else token_counts
         model = _Model(
             source,
             target,
@@ -656,6 +762,7 @@ def compress(
             column_scales or {},
             row_offsets or {},
             None if token_counts is None else _checked_counts(token_counts),
+            calibration,
         )
         try:
             files = _file_reports(model, source)
@@ -669,8 +776,9 @@ def compress(
                 written += [index.path for index in added_indexes(model.tree)]
                 written += [Path(CONFIG_NAME)] if _adds_config(model.tree) else []
                 refuse_other_files(target, written)
+            model.check_moments()
             plans = {}
-            if config.allocation == "model" and config.bits is not None:
+            if config.allocation in ("model", "sensitivity") and config.bits is not None:
                 plans = _common_step_plans(model, progress)
             if dry_run:
                 output_bytes = copied_bytes + sum(
@@ -683,8 +791,6 @@ def compress(
                 output_bytes = _compress_file(model, target, plans, progress, reports)
         finally:
             model.close()
-    finally:
-        executor.shutdown(cancel_futures=True)
     return _report(
         source,
         None if dry_run else target,
@@ -699,6 +805,7 @@ def compress(
             *model.count_notes(),
             *model.split_notes(reports),
             *model.stack_notes(),
+            *model.calibration_notes(),
             *quantization_notes(report.reason for report in reports),
         ],
         time.perf_counter() - began,

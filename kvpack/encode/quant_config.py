@@ -16,7 +16,7 @@ from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS
 
 PRESETS = ("near-lossless", "int8-row", LOSSLESS)
 LAYOUTS = ("auto", *LAYOUT_NAMES)
-ALLOCATIONS = ("tensor", "model")
+ALLOCATIONS = ("auto", "tensor", "model", "sensitivity")
 # What becomes of embeddings and output layers, if they have no rate of their own.
 KEEP, CODE = "keep", "code"
 
@@ -34,8 +34,7 @@ class QuantConfig:
     Traceback (most recent call last):
     kvpack.errors.InputError: 1 bits a weight: rates from 1.5 to 32 are possible
 
-    ``tensor_bits`` is the one place for what differs between tensors. A calibration, which kvpack does not have, would
-    give its result there; how it was made would be a field here, so that config.json says it.
+    ``tensor_bits`` is the one place where a user says what differs between tensors.
 
     Attributes:
         bits: bits a weight, 1.5 to 32, every overhead counted. Without a preset 4.85 by default; None with one.
@@ -49,7 +48,9 @@ class QuantConfig:
             by their inputs, so that a part needs no coding of its own. 1: tiles are chosen without.
         stack: give q, k and v, and gate and up, of a layer the same tiles and tables, so that one launch multiplies
             them when they are stacked. They are coded twice, and are a little noisier.
-        allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step.
+        allocation: ``tensor`` gives each tensor the rate, ``model`` all tensors one step, ``sensitivity`` each the step
+            that moments of the model's activations ask for. ``auto``: that with moments that have sensitivities, else
+            ``tensor``.
         include: a regular expression, or several; tensors that would be kept as they are, are coded if one of them is
             found in their names. One is held as text, several as a tuple (in JSON a list).
         exclude: the same for names to keep; it wins over all others.
@@ -60,6 +61,7 @@ class QuantConfig:
             kept.
         dequantize_fp8: code the weights that fp8 numbers and their scales stand for, as bf16, and drop the scales;
             otherwise fp8 numbers are coded exactly. None: if ``bits`` is given, whatever it is.
+        calibration: what the moments were made of that a compression had; it sets that itself.
 
     Raises:
         InputError: an option has no such value, or two exclude each other.
@@ -71,12 +73,13 @@ class QuantConfig:
     tile_cols: int | None = None
     tensor_parallel: int = 1
     stack: bool = False
-    allocation: str = "tensor"
+    allocation: str = "auto"
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
     tensor_bits: Mapping[str, float | str] = field(default_factory=dict, hash=False)
     embeddings: float | str = KEEP
     dequantize_fp8: bool | None = None
+    calibration: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.preset is not None:
@@ -94,8 +97,12 @@ class QuantConfig:
             raise InputError(f"dequantize_fp8 {self.dequantize_fp8!r}: there are true and false")
         if not isinstance(self.stack, bool):
             raise InputError(f"stack {self.stack!r}: there are true and false")
-        if self.stack and self.allocation == "model":
-            raise InputError("stack and allocation 'model' exclude each other: common tables change what tensors take")
+        if self.stack and self.allocation in ("model", "sensitivity"):
+            raise InputError(
+                f"stack and allocation {self.allocation!r} exclude each other: common tables change what tensors take"
+            )
+        if self.calibration is not None and not isinstance(self.calibration, Mapping):
+            raise InputError(f"calibration {self.calibration!r}: not a mapping of what moments were made of")
         if self.dequantize_fp8 is None:
             object.__setattr__(self, "dequantize_fp8", self.bits is not None)
         rate = DEFAULT_BITS if self.bits is None and self.preset is None else self.bits

@@ -25,10 +25,16 @@ DELTA_OFFSET = 1 << 14
 
 
 class Rounding(NamedTuple):
-    """``thresholds`` f32 [129]; ``clamp``: steps beyond the range that a value may lie without being an outlier."""
+    """``thresholds`` f32 [129]; ``clamp``: steps beyond the range that a value may lie without being an outlier.
+
+    What they come from: ``rate_weight``, squared steps that a bit is worth, and ``bits`` f32 [130], what each
+    magnitude's code takes. Rounding with feedback weighs them anew for each column.
+    """
 
     thresholds: npt.NDArray[np.float32]
     clamp: np.float32
+    rate_weight: float = 0.0
+    bits: npt.NDArray[np.float32] = np.zeros(NUM_THRESHOLDS + 1, np.float32)
 
 
 NEAREST = Rounding(_HALVES, F32(0.5))
@@ -38,13 +44,15 @@ class Quantized(NamedTuple):
     """A strip's elements and what was counted on the way.
 
     ``elements`` u8 [R, K]; ``outliers`` u32 [count, 3] (row, column, delta + 2^14); ``dot`` is Σ round(4096·w/step)·q
-    and ``energy`` Σ q², over all elements, outliers included.
+    and ``energy`` Σ q², over all elements, outliers included. ``row_errors`` f64 [R], with feedback alone: squared
+    errors at the outputs, see :mod:`.feedback`.
     """
 
     elements: npt.NDArray[np.uint8]
     outliers: npt.NDArray[np.uint32]
     dot: int
     energy: int
+    row_errors: npt.NDArray[np.float64] | None = None
 
 
 @kernel

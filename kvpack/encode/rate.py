@@ -215,7 +215,9 @@ def rounding_for(fine: FineHistogram, step: float, layout: Layout, rate_weight: 
         magnitude[1:half] = (magnitude[1:half] + of_value[1:half][::-1]) / 2
         change = np.nan_to_num(np.diff(magnitude))
         thresholds = np.clip(0.5 + rate_weight / 2 * change, 0.3, 0.95).astype(np.float32)
-        rounding = Rounding(thresholds, np.float32(max(0.5, (8 * OUTLIER_BYTES * rate_weight) ** 0.5)))
+        clamp = np.float32(max(0.5, (8 * OUTLIER_BYTES * rate_weight) ** 0.5))
+        bits = np.nan_to_num(magnitude, nan=np.nanmax(magnitude)).astype(np.float32)
+        rounding = Rounding(thresholds, clamp, rate_weight, bits)
     return rounding
 
 
@@ -274,6 +276,11 @@ def _bisect(
         else:
             wanted = middle
     return plan
+
+
+def step_at_bits(fine: FineHistogram, bits: float) -> float:
+    """About the step at which a tensor with this spread takes ``bits`` bits a weight."""
+    return float(fine.rms * 2.0 ** (_GAUSSIAN_BITS - bits))
 
 
 def plan_ladder(fine: FineHistogram, layouts: Iterable[Layout], header_of: dict[Layout, BlobHeader]) -> list[RatePlan]:
@@ -437,12 +444,15 @@ def plan_for_step(
     step: float,
     layouts: list[Layout],
     header_of: dict[Layout, BlobHeader],
+    rate_weight: float = LAMBDA,
 ) -> RatePlan:
     """The plan for a given step (one step for a whole model): the layout with the least rate plus error.
 
     ``layouts`` are tried with every element width, since a common step suits tensors of unlike spread.
     """
-    plans = [plan_at_step(fine, step, layout, fixed_bits_per_weight(header_of[layout]), LAMBDA) for layout in layouts]
+    plans = [
+        plan_at_step(fine, step, layout, fixed_bits_per_weight(header_of[layout]), rate_weight) for layout in layouts
+    ]
     plans = [plan for plan in plans if _is_allowed(plan)]
     unit = (step / fine.rms) ** 2 * LAMBDA  # relative squared error that a bit is worth at this step
     return min(plans, key=lambda plan: plan.predicted.noise + unit * plan.predicted.bits)

@@ -24,6 +24,7 @@ from kvpack.format.closing import Closing
 from kvpack.format.container import (
     BLOB_SUFFIX,
     COLUMN_SCALE_SUFFIX,
+    EXPECTED_KL_KEY,
     NUMBER_DTYPES,
     PARALLEL_KEY,
     ROW_OFFSET_SUFFIX,
@@ -43,7 +44,8 @@ class TensorInfo:
 
     ``noise_db`` is over the variance where the file says so, else over the power, as ``power_noise_db`` always is; None
     where nothing was lost. ``tensor_parallel`` is into how many parts the writer made sure that it can be cut, 1 if it
-    says nothing. ``num_scales`` is 0 for exact codings, else 1 or one for each row.
+    says nothing. ``num_scales`` is 0 for exact codings, else 1 or one for each row. ``expected_kl``: nats a token that
+    its noise costs, by the writer's calibration; None without one.
     """
 
     name: str
@@ -62,6 +64,7 @@ class TensorInfo:
     num_scales: int
     has_column_scales: bool
     has_row_offsets: bool
+    expected_kl: float | None = None
 
 
 class NumbersBeside(NamedTuple):
@@ -226,6 +229,7 @@ class Reader(Closing):
             num_scales=0 if (scales := beside[SCALE_SUFFIX]) is None else scales.shape[0],
             has_column_scales=beside[COLUMN_SCALE_SUFFIX] is not None,
             has_row_offsets=beside[ROW_OFFSET_SUFFIX] is not None,
+            expected_kl=number(EXPECTED_KL_KEY, 1000),
         )
 
     def blob(self, name: str) -> Blob:

@@ -47,6 +47,7 @@ def _describe_tensor(reader: Reader, name: str) -> dict[str, Any]:
         "scales": info.num_scales,
         "column_scales": info.has_column_scales,
         "row_offsets": info.has_row_offsets,
+        "expected_kl": info.expected_kl,
     }
 
 

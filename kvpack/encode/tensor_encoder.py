@@ -23,6 +23,7 @@ from kvpack.encode.blob_encoder import (
 )
 from kvpack.encode.distinct import distinct_values, grid_step
 from kvpack.encode.dtypes import BIT_PATTERNS, LOSSLESS_KINDS, as_float32
+from kvpack.encode.feedback import TensorFeedback, quantize_with_feedback
 from kvpack.encode.quantize import (
     FIXED_POINT,
     NEAREST,
@@ -115,7 +116,7 @@ class EncodedTensor:
 
     ``noise_db`` is over Σ w²; ``variance_noise_db`` over the variance, None where no mean matters (see
     :class:`Moments`), ``centred_noise_db`` over that around the tensor's mean. ``reason`` says why it is not coded as
-    was asked for.
+    was asked for. ``expected_kl``: nats a token that its noise costs to second order, where sensitivities say so.
     """
 
     blob: EncodedBlob
@@ -128,6 +129,7 @@ class EncodedTensor:
     reason: str | None = None
     column_scales: npt.NDArray[np.float16] | None = None
     row_offsets: npt.NDArray[np.float32] | None = None
+    expected_kl: float | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -159,6 +161,10 @@ class Matrices:
     layout: Layout | None = None
     # Rows of all that it will be stacked with, if it is: all have the same tiles.
     stacked_rows: int | None = None
+    # How the columns of each matrix make up for one another's errors; None: each weight is rounded for itself.
+    feedback: TensorFeedback | None = None
+    # Squared steps that a bit is worth.
+    rate_weight = LAMBDA
 
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
         self._set_geometry(array.shape, array.dtype, transposed=transposed)
@@ -345,16 +351,36 @@ class QuantizedStrips:
         self.own_steps = steps  # f32 [1] or [matrices · rows]
         self.steps = np.broadcast_to(steps, weights.matrices * weights.rows)
         self._kept: dict[int, Quantized] = {}
+        self._expected_kl: dict[int, float | None] = {}
+
+    @property
+    def expected_kl(self) -> float | None:
+        """Nats a token that the strips' errors cost to second order; None where nobody knows."""
+        parts = [self._expected_kl.get(index) for index in range(self.weights.num_strips)]
+        known = [part for part in parts if part is not None]
+        return math.fsum(known) if len(known) == len(parts) else None
+
+    def _kl_of(self, index: int, quantized: Quantized, steps: npt.NDArray[np.float32]) -> float | None:
+        assert self.weights.feedback is not None
+        assert quantized.row_errors is not None
+        matrix, tile_row = divmod(index, self.weights.tile_rows)
+        row_weights = self.weights.feedback.row_weights(matrix)
+        if row_weights is None:
+            return None
+        own = row_weights[tile_row * TILE_ROWS : tile_row * TILE_ROWS + len(steps)]
+        return float(np.sum(own * quantized.row_errors * np.square(steps, dtype=np.float64)))
 
     def _quantized(self, index: int) -> Quantized:
         if index in self._kept:
             return self._kept[index]
-        quantized = quantize(
-            self.weights.values(index),
-            np.ascontiguousarray(self.steps[self.weights.strip_rows(index)]),
-            self.element_bits,
-            self.rounding,
-        )
+        values = self.weights.values(index)
+        steps = np.ascontiguousarray(self.steps[self.weights.strip_rows(index)])
+        if self.weights.feedback is None:
+            quantized = quantize(values, steps, self.element_bits, self.rounding)
+        else:
+            matrix = self.weights.feedback.of_matrix(index // self.weights.tile_rows)
+            quantized = quantize_with_feedback(values, steps, self.element_bits, self.rounding, matrix)
+            self._expected_kl[index] = self._kl_of(index, quantized, steps)
         if self.weights.size <= _KEEP_ELEMENTS:
             self._kept[index] = quantized
         return quantized
@@ -525,6 +551,7 @@ def _encode_quantized(
         centred,
         column_scales=weights.column_scales,
         row_offsets=weights.row_offsets,
+        expected_kl=quantized.expected_kl,
     )
 
 
@@ -689,7 +716,7 @@ def _check_noise(
         NotEncodableError: into means, or into outliers: a step that holds these is too coarse for the others.
         RateOutOfReachError: into overhead.
     """
-    if encoded.noise_db is None:
+    if encoded.noise_db is None or weights.feedback is not None:  # whose errors are small at the outputs alone
         return
     spread_db = _spread_db(weights, plan, encoded)
     _check_offset(fine, encoded, bits, spread_db)
@@ -760,7 +787,6 @@ def encode_at_bits(
     worth_bits: float | None = None,
     layout_name: str = "auto",
     tile_cols: int | None = None,
-    rate_weight: float = LAMBDA,
     executor: ThreadPoolExecutor | None = None,
     coder: Coder = CPU_CODER,
 ) -> EncodedTensor:
@@ -795,7 +821,7 @@ def encode_at_bits(
     best: tuple[RatePlan, _Counted] | None = None
     below = above = None  # (aim, bits over the target) of the nearest trials
     for attempt in range(_MAX_CORRECTIONS):
-        plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
+        plan = plan_for_bits(fine, aim, layouts, headers, weights.rate_weight)
         counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
         achieved = 8 * counted.size_bytes / weights.size
         if achieved <= bits and (best is None or counted.size_bytes > best[1].size_bytes):
@@ -825,7 +851,7 @@ def encode_at_bits(
             excess = 0.02
         # The exact size is above the estimate, or no estimate was low enough: aim lower, by more each time.
         aim -= 2 * excess + attempt * _RATE_TOLERANCE_BITS / 2
-        plan = plan_for_bits(fine, aim, layouts, headers, rate_weight)
+        plan = plan_for_bits(fine, aim, layouts, headers, weights.rate_weight)
         best = plan, _run_plan(weights, fine, plan, tile_cols, executor, coder)
     raise RateOutOfReachError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
 
@@ -941,7 +967,7 @@ def plan_at_common_step(
     name = "balanced" if layout_name == "auto" else layout_name
     layouts = [layout for n in range(2, 9) for layout in layouts_at(name, n, 0.0)]
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
-    return plan_for_step(fine, step, layouts, headers)
+    return plan_for_step(fine, step, layouts, headers, weights.rate_weight)
 
 
 def planned_bytes(
@@ -972,7 +998,8 @@ def encode_plan(
     """
     counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
     encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
-    _check_offset(fine, encoded, 8 * encoded.size_bytes / weights.size, _spread_db(weights, plan, encoded))
+    if weights.feedback is None:
+        _check_offset(fine, encoded, 8 * encoded.size_bytes / weights.size, _spread_db(weights, plan, encoded))
     return encoded
 
 

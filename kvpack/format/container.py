@@ -45,6 +45,7 @@ CRC_KEY = "kvpack_crc32"
 # Of an entry of TENSORS_KEY: its noise over the variance, where that is not about the power.
 PARALLEL_KEY = "tensor_parallel"
 VARIANCE_NOISE_KEY = "noise_variance_db"
+EXPECTED_KL_KEY = "expected_kl"
 BLOB_SUFFIX = "_kvpack"
 SCALE_SUFFIX = "_kvpack_scale"
 COLUMN_SCALE_SUFFIX = "_kvpack_column_scale"

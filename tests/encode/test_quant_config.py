@@ -22,14 +22,14 @@ from kvpack.encode.rates import DEFAULT_BITS
 from kvpack.errors import DirectoryIndexError, InputError
 
 DEFAULTS = {
-    "bits": 4.85, "preset": None, "layout": "auto", "tile_cols": None, "allocation": "tensor", "include": None,
+    "bits": 4.85, "preset": None, "layout": "auto", "tile_cols": None, "allocation": "auto", "include": None,
     "exclude": None, "tensor_bits": {}, "dequantize_fp8": False, "tensor_parallel": 1,
-    "stack": False, "embeddings": "keep",
+    "stack": False, "embeddings": "keep", "calibration": None,
 }  # fmt: skip
 OTHERS = {
     "bits": 3.5, "preset": None, "layout": "fast", "tile_cols": 96, "allocation": "model", "include": "head",
     "exclude": r"^b\.", "tensor_bits": {"up": 2.5, "down": "lossless"}, "dequantize_fp8": True,
-    "tensor_parallel": 2, "stack": False, "embeddings": 3.25,
+    "tensor_parallel": 2, "stack": False, "embeddings": 3.25, "calibration": {"tokens": 4096},
 }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_it_does_not_change() -> None:
         ({"preset": "tiny"}, "preset 'tiny': there are near-lossless, int8-row, lossless"),
         ({"layout": "wide"}, "layout 'wide': there are auto, "),
         ({"layout": None}, "layout None: there are auto, "),
-        ({"allocation": 3}, "allocation 3: there are tensor, model"),
+        ({"allocation": 3}, "allocation 3: there are auto, tensor, model, sensitivity"),
         ({"stack": 1}, "stack 1: there are true and false"),
         ({"stack": True, "allocation": "model"}, "stack and allocation 'model' exclude each other"),
         ({"tile_cols": 0}, "tile_cols 0: multiples of 32 from 32 to 2048 are possible"),

@@ -185,7 +185,9 @@ def test_rounding_for_the_rate_pays() -> None:
     """Rate-distortion-optimised thresholds are worth noise at the same size, most at low rates."""
     weights = student_t((512, 768), 6)
     for rate, gain in ((2.0, 0.05), (3.0, 0.02)):
-        nearest = encode_at_bits(Matrices(weights), rate, rate_weight=0).noise_db
+        plain = Matrices(weights)
+        plain.rate_weight = 0
+        nearest = encode_at_bits(plain, rate).noise_db
         optimised = encode_at_bits(Matrices(weights), rate).noise_db
         assert nearest is not None
         assert optimised is not None

@@ -705,8 +705,9 @@ class _DeviceCoder:
     ) -> QuantizedStrips:
         """As :class:`kvpack.encode.tensor_encoder.QuantizedStrips`."""
         positive = steps[steps != 0]
-        # The kernel takes weights as they are stored.
-        if weights.vector_bytes or not (np.isfinite(positive) & (positive >= _SMALLEST_STEP)).all():
+        # The kernel takes weights as they are stored, and each for itself.
+        by_itself = weights.feedback is None and not weights.vector_bytes
+        if not by_itself or not (np.isfinite(positive) & (positive >= _SMALLEST_STEP)).all():
             return QuantizedStrips(weights, steps, element_bits, rounding)
         return _DeviceStrips(self, weights, steps, element_bits, rounding)
 

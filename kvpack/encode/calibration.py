@@ -1,0 +1,136 @@
+"""What moments of a model's activations say to the encoder: feedback within a tensor, and importance between tensors.
+
+A tensor's step Δ costs, to second order, KL = ½·Σ_r s_r·E[(e_r·x)²] nats a token, with e_r the error of row r and s_r
+the sensitivity of its output (FORMAT.md's integers know nothing of it). With feedback (see feedback.py) E[(e_r·x)²] is
+about K·mean(L_jj²)·Δ²/12. The least sum over tensors at a number of bits in all has the same derivative by bits
+everywhere: Δ² ∝ 1 / (mean s_r · mean L_jj²).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.encode.feedback import Feedback, feedback_of
+from kvpack.encode.moments import Moments
+from kvpack.encode.quant_config import QuantConfig
+from kvpack.encode.tensor_encoder import Matrices
+from kvpack.errors import InputError, MomentsError
+
+# Factors that are kept, in bytes: passes over the tensors ask for each again.
+_KEEP_BYTES = 1 << 30
+_OF_TENSORS = ("shapes", "left_out")
+# Squared steps that a bit is worth where errors are fed back, in units of the mean L_jj².
+FEEDBACK_RATE_WEIGHT = 0.06
+
+
+def calibrated_config(config: QuantConfig, calibration: Calibration) -> QuantConfig:
+    """The options of a compression with these moments: what made them, and steps by sensitivity if they say so."""
+    allocation = config.allocation
+    if allocation == "auto":
+        sensitive = calibration.has_sensitivities and config.bits is not None and not config.stack
+        allocation = "sensitivity" if sensitive else "tensor"
+    elif allocation == "sensitivity" and not calibration.has_sensitivities:
+        raise InputError(f"allocation 'sensitivity': {calibration.moments.path} has no sensitivities")
+    return replace(config, allocation=allocation, calibration=calibration.made)
+
+
+class _TensorFeedback:
+    """See :class:`.feedback.TensorFeedback`."""
+
+    def __init__(self, calibration: Calibration, name: str, weights: Matrices) -> None:
+        self._calibration, self._name, self._weights = calibration, name, weights
+
+    def of_matrix(self, matrix: int) -> Feedback:
+        return self._calibration.factor(self._name, matrix, self._weights)
+
+    def row_weights(self, matrix: int) -> npt.NDArray[np.float64] | None:
+        sensitivity = self._calibration.moments.sensitivity(self._name)
+        if sensitivity is None:
+            return None
+        rows: npt.NDArray[np.float64] = sensitivity.reshape(self._weights.matrices, -1)[matrix].astype(np.float64)
+        rows *= self.of_matrix(matrix).mean_variance / 2
+        return rows
+
+
+class Calibration:
+    """Moments as the encoder asks for them; one for all threads."""
+
+    def __init__(self, moments: Moments) -> None:
+        self.moments = moments
+        self._factors: OrderedDict[tuple[str, int], Feedback] = OrderedDict()
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What the moments were made of, less what they say of single tensors."""
+        return {key: value for key, value in self.moments.made.items() if key not in _OF_TENSORS}
+
+    @property
+    def has_sensitivities(self) -> bool:
+        """Whether it is known what an error at outputs costs."""
+        return any(self.moments.sensitivity(name) is not None for name in self.moments.names[:1])
+
+    def prepare(self, name: str, weights: Matrices) -> bool:
+        """Let a tensor be quantized with feedback; whether there are moments of it.
+
+        Raises:
+            MomentsError: they are those of a tensor of another shape.
+        """
+        if name not in self.moments.inputs:
+            return False
+        found = self.moments.matrices(name), self.moments.inputs_of(name)
+        if found != (weights.matrices, weights.cols):
+            raise MomentsError(
+                f"{self.moments.path} has moments of {found[0]} × {found[1]} inputs for {name!r}, which has "
+                f"{weights.matrices} × {weights.cols}: they are another model's; kvpack moments makes those of this one"
+            )
+        sensitivity = self.moments.sensitivity(name)
+        if sensitivity is not None and sensitivity.size != weights.matrices * weights.rows:
+            raise MomentsError(
+                f"{self.moments.path} has sensitivities of {sensitivity.size} outputs for {name!r}, which has "
+                f"{weights.matrices * weights.rows}: they are another model's; kvpack moments makes those of this one"
+            )
+        weights.feedback = _TensorFeedback(self, name, weights)
+        weights.rate_weight = FEEDBACK_RATE_WEIGHT
+        return True
+
+    def importance(self, name: str, weights: Matrices) -> float | None:
+        """What a squared step costs a weight, in nats: the mean over its matrices; None where nobody knows."""
+        if weights.feedback is None:
+            return None
+        found = []
+        for matrix in range(weights.matrices):
+            row_weights = weights.feedback.row_weights(matrix)
+            if row_weights is None:
+                return None
+            found.append(row_weights.mean())
+        mean = float(np.mean(found))
+        return mean if mean > 0 and math.isfinite(mean) else None
+
+    def factor(self, name: str, matrix: int, weights: Matrices) -> Feedback:
+        """The feedback of one of a tensor's matrices, made once for all that read the same inputs."""
+        scaled = weights.column_scales is not None
+        key = name if scaled else self.moments.inputs[name], matrix
+        with self._lock:
+            if key in self._factors:
+                self._factors.move_to_end(key)
+                return self._factors[key]
+            second_moment = self.moments.second_moment(name, matrix)
+            if scaled:
+                # An error in what is quantized is that times the column's scale in the weight.
+                scales = weights.strip_column_scales(matrix * weights.tile_rows)
+                second_moment = second_moment * scales[:, None] * scales
+            factor = self._factors[key] = feedback_of(second_moment)
+            self._kept_bytes += factor.coefficients.nbytes
+            while self._kept_bytes > _KEEP_BYTES and len(self._factors) > 1:
+                _, oldest = self._factors.popitem(last=False)
+                self._kept_bytes -= oldest.coefficients.nbytes
+            return factor

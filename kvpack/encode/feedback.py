@@ -1,0 +1,245 @@
+"""Quantizing with feedback: the error of a column is made up for by the columns that are quantized after it.
+
+With H = E[x·xᵀ] of a layer's inputs, a row's error e costs e·H·eᵀ at the layer's output. For H = L·Lᵀ that is
+Σ_j (e_j·L_jj + Σ_{i>j} e_i·L_ij)²: columns are quantized from the last to the first, each towards
+w_j + Σ_{i>j} e_i·L_ij/L_jj, so that what is left of a column is its own rounding times L_jj alone (optimal brain
+surgeon: Hassibi and Stork 1993; GPTQ: Frantar and others 2022; this form: LDLQ of QuIP, Chee and others 2023). The
+kinds of integers, the step and the file are those of plain rounding.
+
+The columns with the largest H_jj are quantized first, so that these have the most others to make up for them. The
+choice between integers minimises err²·L_jj² + λ·step²·bits, with λ in units of the mean L_jj²: columns that matter
+little take the cheap integers.
+
+All sums are made in one order and in IEEE single precision (the factor's in double), so that the same moments give the
+same integers on every machine and number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.encode.jit import kernel
+from kvpack.encode.quantize import DELTA_OFFSET, FIXED_POINT, Quantized, Rounding
+from kvpack.format.layout import MAX_TILE_COLS, OUTLIER_BYTES, outlier_delta_max
+
+F32 = np.float32
+# What is added to the diagonal, as part of its mean: moments of few tokens are no better known than that.
+DAMPING = 0.01
+# Columns whose corrections are summed side by side, so that errors pass through the cache once for all of them.
+_BLOCK_COLS = 16
+_PANEL = 64
+# Magnitudes that an outlier can have in tiles of any width.
+_MOST_STEPS = outlier_delta_max(MAX_TILE_COLS)
+
+
+class Feedback(NamedTuple):
+    """How the columns of a matrix make up for one another's errors.
+
+    Attributes:
+        order: i64 [K], the columns in the order of quantizing.
+        coefficients: f32 [K, K], strictly lower: what the error of the u-th column adds to the t-th, by that order.
+        variances: f32 [K], L_jj² of the t-th column over their mean.
+        mean_variance: that mean.
+    """
+
+    order: npt.NDArray[np.int64]
+    coefficients: npt.NDArray[np.float32]
+    variances: npt.NDArray[np.float32]
+    mean_variance: float
+
+
+class TensorFeedback(Protocol):
+    """What quantizing a tensor with feedback needs of its inputs and outputs."""
+
+    def of_matrix(self, matrix: int) -> Feedback:
+        """How the columns of one of its matrices make up for one another's errors."""
+
+    def row_weights(self, matrix: int) -> npt.NDArray[np.float64] | None:
+        """Nats that Σ_j err_j²·(L_jj² over their mean) = 1 costs in each row, f64 [rows]; None where nobody knows."""
+
+
+@kernel
+def _cholesky(a):  # type: ignore[no-untyped-def]
+    """L of a symmetric f64 ``a`` [K, K] in its lower triangle; False if it is not positive definite.
+
+    Panels of columns; all inner loops run over rows' contiguous parts without a reduction, so that vector units change
+    no sum.
+    """
+    size = a.shape[0]
+    transposed = np.empty((_PANEL, size))
+    for begin in range(0, size, _PANEL):
+        end = min(begin + _PANEL, size)
+        for j in range(begin, end):
+            if not a[j, j] > 0.0:
+                return False
+            root = np.sqrt(a[j, j])
+            a[j, j] = root
+            for i in range(j + 1, size):
+                a[i, j] /= root
+                transposed[j - begin, i] = a[i, j]
+            for i in range(j + 1, size):
+                factor = a[i, j]
+                for k in range(j + 1, min(i + 1, end)):
+                    a[i, k] -= factor * transposed[j - begin, k]
+        for i in range(end, size):
+            row = a[i]
+            for j in range(begin, end):
+                factor = row[j]
+                other = transposed[j - begin]
+                for k in range(end, i + 1):
+                    row[k] -= factor * other[k]
+    return True
+
+
+def feedback_of(second_moment: npt.NDArray[np.float32], damping: float = DAMPING) -> Feedback:
+    """The feedback for inputs with this second moment.
+
+    Args:
+        second_moment: f32 [K, K], E[x·xᵀ].
+        damping: part of the mean of its diagonal that is added to that.
+    """
+    diagonal = np.diag(second_moment).astype(np.float64)
+    mean = float(diagonal.mean())
+    order = np.argsort(-diagonal, kind="stable")
+    size = len(order)
+    if mean <= 0:
+        return Feedback(order, np.zeros((size, size), np.float32), np.ones(size, np.float32), 0.0)
+    # From the last to the first of the columns of L: these are the first to the last in ``order``.
+    last_first = order[::-1]
+    factor = second_moment[np.ix_(last_first, last_first)].astype(np.float64)
+    factor = (factor + factor.T) / 2
+    factor[np.diag_indices(size)] += damping * mean
+    if not _cholesky(factor):
+        raise ValueError("a second moment is not positive definite")
+    roots = np.diag(factor)[::-1]
+    coefficients = np.tril(factor[::-1, ::-1].T, -1) / roots[:, None]
+    variances = np.square(roots)
+    mean = float(variances.mean())
+    return Feedback(order, np.ascontiguousarray(coefficients, np.float32), (variances / mean).astype(np.float32), mean)
+
+
+@kernel
+def _nearest(value, rate, bits, half, clamp_bits):  # type: ignore[no-untyped-def]
+    """The integer with the least (value − q)² + rate·bits of f32 ``value``."""
+    magnitude = abs(value)
+    most = half if value < F32(0) else half - 1
+    above = np.int32(magnitude) + 1
+    if above > most:
+        edge = magnitude - F32(most)
+        if edge > F32(0) and edge * edge > rate * clamp_bits:
+            q = np.int32(magnitude + F32(0.5))
+            return -q if value < F32(0) else q
+        above = most
+    error = magnitude - F32(above)
+    best = error * error + rate * bits[above]
+    chosen = above
+    q = above - 1
+    while q >= 0:
+        error = magnitude - F32(q)
+        squared = error * error
+        if error > F32(0) and squared >= best:
+            break
+        cost = squared + rate * bits[q]
+        if cost < best:
+            best, chosen = cost, q
+        q -= 1
+    return -chosen if value < F32(0) else chosen
+
+
+@kernel
+def _quantize(values, coefficients, variances, rate_weight, bits, clamp_bits, half, most, integers, errors, row_errors):  # type: ignore[no-untyped-def]
+    """Quantize f32 ``values`` [K, R] (in steps, columns in order) to i32 ``integers`` [K, R].
+
+    Σ err²·L_jj², over the mean of these, is added to ``row_errors`` f64 [R].
+    """
+    columns, rows = values.shape
+    targets = np.empty((_BLOCK_COLS, rows), np.float32)
+    for begin in range(0, columns, _BLOCK_COLS):
+        count = min(_BLOCK_COLS, columns - begin)
+        targets[:count] = values[begin : begin + count]
+        for u in range(0, begin, 4):  # begin is a multiple of it
+            e0, e1, e2, e3 = errors[u], errors[u + 1], errors[u + 2], errors[u + 3]
+            for t in range(count):
+                c = coefficients[begin + t]
+                c0, c1, c2, c3 = c[u], c[u + 1], c[u + 2], c[u + 3]
+                target = targets[t]
+                for row in range(rows):
+                    target[row] += (c0 * e0[row] + c1 * e1[row]) + (c2 * e2[row] + c3 * e3[row])
+        for t in range(count):
+            target, at = targets[t], begin + t
+            for u in range(begin, at):
+                c0, e0 = coefficients[at, u], errors[u]
+                for row in range(rows):
+                    target[row] += c0 * e0[row]
+            rate = rate_weight / variances[at]
+            for row in range(rows):
+                value = min(max(target[row], -most), most)
+                q = _nearest(value, rate, bits, half, clamp_bits)
+                integers[at, row] = q
+                errors[at, row] = values[at, row] - F32(q)
+                error = np.float64(target[row] - F32(q))
+                row_errors[row] += error * error * np.float64(variances[at])
+
+
+@kernel
+def _as_elements(integers, half, elements):  # type: ignore[no-untyped-def]
+    """i32 ``integers`` [R, K] as unsigned elements; returns outliers (see :class:`.quantize.Quantized`)."""
+    outliers = np.empty((64, 3), np.uint32)
+    count = 0
+    for row in range(integers.shape[0]):
+        for col in range(integers.shape[1]):
+            q = integers[row, col]
+            edge = min(max(q, -half), half - 1)
+            elements[row, col] = edge + half
+            if q != edge:
+                if count == outliers.shape[0]:
+                    grown = np.empty((2 * count, 3), np.uint32)
+                    grown[:count] = outliers
+                    outliers = grown
+                outliers[count, 0] = row
+                outliers[count, 1] = col
+                outliers[count, 2] = q - edge + DELTA_OFFSET
+                count += 1
+    return outliers[:count].copy()
+
+
+def quantize_with_feedback(
+    weights: npt.NDArray[np.float32],
+    steps: npt.NDArray[np.float32],
+    element_bits: int,
+    rounding: Rounding,
+    feedback: Feedback,
+) -> Quantized:
+    """Quantize a strip: f32 ``weights`` [R, K], ``steps`` f32 [R], to ``element_bits`` bits.
+
+    Its sums say that the least-squares scale is the step: what rounding leaves has been made up for.
+    """
+    rows, cols = weights.shape
+    inverse = np.divide(F32(1), steps, out=np.zeros_like(steps), where=steps > 0)
+    values = np.ascontiguousarray((weights * inverse[:, None]).T[feedback.order])
+    integers = np.empty((cols, rows), np.int32)
+    errors = np.empty((cols, rows), np.float32)
+    row_errors = np.zeros(rows)
+    half = 1 << (element_bits - 1)
+    _quantize(
+        values,
+        feedback.coefficients,
+        feedback.variances,
+        np.float32(rounding.rate_weight),
+        rounding.bits,
+        np.float32(8 * OUTLIER_BYTES),
+        half,
+        F32(_MOST_STEPS),
+        integers,
+        errors,
+        row_errors,
+    )
+    by_column = np.empty((rows, cols), np.int32)
+    by_column[:, feedback.order] = integers.T
+    elements = np.empty((rows, cols), np.uint8)
+    outliers = _as_elements(by_column, half, elements)
+    energy = int(np.square(by_column, dtype=np.int64).sum())
+    return Quantized(elements, outliers, FIXED_POINT * energy, energy, row_errors)

@@ -1,0 +1,371 @@
+"""Quantizing with feedback: the algebra, against float64; what it gives; and how compress uses moments."""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors.numpy import save_file
+
+import kvpack
+from kvpack.encode.calibration import FEEDBACK_RATE_WEIGHT, Calibration
+from kvpack.encode.feedback import DAMPING, Feedback, _cholesky, feedback_of, quantize_with_feedback
+from kvpack.encode.moments import Moments, MomentsWriter
+from kvpack.encode.quantize import DELTA_OFFSET, NEAREST, Rounding, quantize
+from kvpack.encode.tensor_encoder import Matrices, encode_at_bits
+from kvpack.errors import InputError, MomentsError
+
+F32 = np.float32
+Array = npt.NDArray[Any]
+
+
+def inputs(tokens: int, k: int, seed: int = 0, rank: int = 24) -> Array:
+    """Correlated inputs with a few large channels, f32 [tokens, k]."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).standard_normal((min(rank, k), k)) / math.sqrt(rank)
+    scale = np.where(np.random.default_rng(98).random(k) < 0.05, 8.0, 1.0)
+    noise = 0.3 * rng.standard_normal((tokens, k))
+    return ((rng.standard_normal((tokens, min(rank, k))) @ mixing + noise) * scale).astype(F32)
+
+
+def moment(x: Array) -> Array:
+    found = x.astype(np.float64).T @ x / len(x)
+    return ((found + found.T) / 2).astype(F32)
+
+
+def weights(rows: int, k: int, seed: int = 1) -> Array:
+    return np.random.default_rng(seed).standard_normal((rows, k)).astype(F32)
+
+
+def integers_of(quantized: Any, element_bits: int) -> Array:
+    found = quantized.elements.astype(np.int64) - (1 << (element_bits - 1))
+    for row, col, delta in quantized.outliers.astype(np.int64):
+        found[row, col] += delta - DELTA_OFFSET
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 130, 200])
+def test_cholesky(size: int) -> None:
+    x = np.random.default_rng(size).standard_normal((2 * size + 1, size))
+    wanted = x.T @ x
+    found = wanted.copy()
+    assert _cholesky(found)
+    np.testing.assert_allclose(np.tril(found), np.linalg.cholesky(wanted), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("at", [0, 40, 70, 99])
+def test_what_is_not_positive_definite_has_no_factor(at: int) -> None:
+    matrix = np.eye(100)
+    matrix[at, at] = -1e-3
+    assert not _cholesky(matrix)
+    matrix[at, at] = math.nan
+    assert not _cholesky(matrix)
+
+
+@pytest.mark.parametrize("k", [1, 5, 64, 129])
+def test_the_factor_is_the_quadratic_form(k: int) -> None:
+    h = moment(inputs(4 * k, k))
+    feedback = feedback_of(h)
+    diagonal = np.diag(h)[feedback.order]
+    assert (np.diff(diagonal) <= 0).all()  # the largest first
+    damped = h.astype(np.float64) + DAMPING * np.diag(h).mean(dtype=np.float64) * np.eye(k)
+    e = np.random.default_rng(3).standard_normal((7, k))
+    by_order = e[:, feedback.order]
+    left = by_order + by_order @ feedback.coefficients.astype(np.float64).T
+    found = (left**2) @ (feedback.variances.astype(np.float64) * feedback.mean_variance)
+    np.testing.assert_allclose(found, ((e @ damped) * e).sum(1), rtol=2e-5)
+    assert feedback.variances.mean() == pytest.approx(1, rel=1e-5)
+
+
+def plainly(values: Array, feedback: Feedback, half: int) -> Array:
+    """Rounding one column after the other, in float64: integers [R, K] of values in steps."""
+    q = np.zeros(values.shape, np.int64)
+    errors = np.zeros(values.shape)
+    for t, column in enumerate(feedback.order):
+        target = values[:, column] + errors[:, :t] @ feedback.coefficients[t, :t].astype(np.float64)
+        q[:, column] = np.clip(np.rint(target), -half, half - 1)
+        errors[:, t] = values[:, column] - q[:, column]
+    return q
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 1), (3, 17), (256, 96), (40, 130)])
+def test_integers_are_those_of_rounding_column_after_column(rows: int, k: int) -> None:
+    w, feedback = weights(rows, k), feedback_of(moment(inputs(4 * k + 8, k)))
+    step = F32(0.4)
+    found = integers_of(quantize_with_feedback(w, np.full(rows, step), 8, NEAREST, feedback), 8)
+    wanted = plainly(w.astype(np.float64) / step, feedback, 128)
+    # A target that float32 sees on the other side of a half changes what follows in its row.
+    same_rows = (found == wanted).all(1)
+    assert same_rows.mean() >= 0.97
+    off = np.abs(found - wanted)[~same_rows]
+    assert off.size == 0 or off.max() <= 2
+
+
+@pytest.mark.parametrize("rate_weight", [0.0, FEEDBACK_RATE_WEIGHT, 0.5])
+@pytest.mark.parametrize("element_bits", [3, 5])
+def test_row_errors_are_those_of_the_integers(rate_weight: float, element_bits: int) -> None:
+    rows, k = 70, 150
+    h = moment(inputs(600, k))
+    w, feedback = weights(rows, k), feedback_of(h)
+    bits = np.arange(130, dtype=F32)
+    steps = np.full(rows, 0.5, F32)
+    quantized = quantize_with_feedback(
+        w, steps, element_bits, Rounding(NEAREST.thresholds, F32(0.5), rate_weight, bits), feedback
+    )
+    e = w.astype(np.float64) - 0.5 * integers_of(quantized, element_bits)
+    damped = h.astype(np.float64) + DAMPING * np.diag(h).mean(dtype=np.float64) * np.eye(k)
+    assert quantized.row_errors is not None
+    np.testing.assert_allclose(
+        quantized.row_errors * feedback.mean_variance * 0.25, ((e @ damped) * e).sum(1), rtol=1e-3
+    )
+
+
+def test_feedback_is_worth_decibels_on_tokens_that_it_has_not_seen() -> None:
+    k, rows = 192, 256
+    feedback, w = feedback_of(moment(inputs(4000, k))), weights(rows, k)
+    held_out = inputs(2000, k, seed=7)
+    steps = np.full(rows, 0.5, F32)
+
+    def noise(integers: Array) -> float:
+        return float((((w - 0.5 * integers) @ held_out.T) ** 2).mean())
+
+    plain = noise(integers_of(quantize(w, steps, 8), 8))
+    fed_back = noise(integers_of(quantize_with_feedback(w, steps, 8, NEAREST, feedback), 8))
+    assert 10 * math.log10(plain / fed_back) > 3.0  # 3.9 when this was written
+
+
+def test_values_beyond_the_range_become_outliers() -> None:
+    w = weights(20, 64)
+    w[3, 5], w[19, 63], w[0, 0] = 40.0, -37.5, 9.0
+    feedback = feedback_of(np.eye(64, dtype=F32))
+    quantized = quantize_with_feedback(w, np.full(20, 0.5, F32), 4, NEAREST, feedback)
+    found = integers_of(quantized, 4)
+    assert found[3, 5] == 80
+    assert found[19, 63] == -75
+    assert found[0, 0] == 18
+    assert [tuple(entry[:2]) for entry in quantized.outliers] == sorted(
+        tuple(entry[:2]) for entry in quantized.outliers
+    )
+    # Of no correlation nothing is fed back.
+    np.testing.assert_array_equal(found, np.rint(w / F32(0.5)))
+
+
+def test_inputs_that_are_always_zero() -> None:
+    x = inputs(500, 40)
+    x[:, [0, 7]] = 0
+    feedback = feedback_of(moment(x))
+    found = integers_of(quantize_with_feedback(weights(9, 40), np.full(9, 0.25, F32), 8, NEAREST, feedback), 8)
+    assert np.isfinite(feedback.coefficients).all()
+    assert np.abs(found).max() < 40
+    nothing = feedback_of(np.zeros((40, 40), F32))
+    found = integers_of(quantize_with_feedback(weights(9, 40), np.full(9, 0.25, F32), 8, NEAREST, nothing), 8)
+    np.testing.assert_array_equal(found, np.rint(weights(9, 40) / F32(0.25)))
+
+
+def write_moments(path: Path, shapes: dict[str, tuple[int, ...]], *, sensitivities: bool = True, **made: Any) -> Path:
+    """Moments of tensors of these shapes ([rows, K] or [E, rows, K]), the first of them the most sensitive."""
+    with MomentsWriter(path) as writer:
+        for index, (name, shape) in enumerate(shapes.items()):
+            *experts, rows, k = shape
+            count = math.prod(experts)
+            h = [moment(inputs(4 * k + 40, k, seed=e)) for e in range(count)]
+            writer.add_second_moment(name, (*experts, k, k), iter(h), np.full(count, 100))
+            if sensitivities:
+                writer.add_sensitivity(name, np.full((*experts, rows), 4.0**-index, F32))
+        writer.finish({name: name for name in shapes}, np.ones(16, np.int64), {"tokens": 100, "shapes": {}, **made})
+    return path
+
+
+SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (300, 160), "b.weight": (256, 96), "c.weight": (4, 96, 128)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save_file({name: np.random.default_rng(5).standard_normal(shape).astype(F32) for name, shape in SHAPES.items()},
+              tmp_path / "model.safetensors")  # fmt: skip
+    return tmp_path / "model.safetensors"
+
+
+def damped_noise(path: Path, name: str, original: Array, decoded: Array) -> float:
+    """½·Σ_r s_r·e_r·H·e_rᵀ in float64."""
+    total = 0.0
+    with Moments.open(path) as moments:
+        sensitivity = moments.sensitivity(name)
+        assert sensitivity is not None
+        error = (original.astype(np.float64) - decoded).reshape(moments.matrices(name), -1, original.shape[-1])
+        for matrix, e in enumerate(error):
+            h = moments.second_moment(name, matrix).astype(np.float64)
+            h += DAMPING * np.diag(h).mean() * np.eye(len(h))
+            total += float((sensitivity.reshape(len(error), -1)[matrix] * ((e @ h) * e).sum(1)).sum()) / 2
+    return total
+
+
+def test_compress_takes_the_rate_and_says_what_it_expects(model: Path, tmp_path: Path) -> None:
+    moments = write_moments(tmp_path / "moments.safetensors", SHAPES)
+    report = kvpack.compress(model, tmp_path / "out.safetensors", bits=4.0, moments=moments)
+    assert report.bits_per_weight is not None
+    assert 3.95 <= report.bits_per_weight <= 4.0
+    assert any("3 of 3 tensors with feedback, steps by sensitivity" in note for note in report.notes)
+    bits = {tensor.name: tensor.bits_per_weight for tensor in report.tensors}
+    assert bits["a.weight"] > bits["b.weight"] > bits["c.weight"]
+    with kvpack.open(model) as original, kvpack.open(tmp_path / "out.safetensors") as coded:
+        for tensor in report.tensors:
+            decoded = coded.dequantize(tensor.name)
+            wanted = damped_noise(moments, tensor.name, original.dequantize(tensor.name), decoded)
+            assert tensor.expected_kl == pytest.approx(wanted, rel=2e-3)
+            info = coded.info(tensor.name)
+            assert info is not None
+            assert info.expected_kl == tensor.expected_kl
+
+
+def test_steps_by_sensitivity_cost_less_than_equal_rates(model: Path, tmp_path: Path) -> None:
+    moments = write_moments(tmp_path / "moments.safetensors", SHAPES)
+    expected = {}
+    for allocation in ("tensor", "model", "sensitivity"):
+        report = kvpack.compress(model, tmp_path / "o", bits=4.0, moments=moments, allocation=allocation, force=True)
+        assert report.bits_per_weight is not None
+        assert report.bits_per_weight <= 4.0
+        expected[allocation] = sum(tensor.expected_kl or math.nan for tensor in report.tensors)
+    plain = kvpack.compress(model, tmp_path / "o", bits=4.0, force=True)
+    assert all(tensor.expected_kl is None for tensor in plain.tensors)
+    assert expected["sensitivity"] < 0.9 * min(expected["tensor"], expected["model"])
+
+
+@pytest.mark.parametrize("bits", [2.0, 3.0, 5.5])
+def test_held_out_errors_are_less_than_without_moments(bits: float, tmp_path: Path) -> None:
+    w = weights(512, 192)
+    save_file({"w": w}, tmp_path / "m.safetensors")
+    moments = write_moments(tmp_path / "moments.safetensors", {"w": (512, 192)})
+    held_out = inputs(2000, 192, seed=11)
+    noise = []
+    for given in (None, moments):
+        kvpack.compress(tmp_path / "m.safetensors", tmp_path / "o", bits=bits, moments=given, force=True)
+        with kvpack.open(tmp_path / "o") as coded:
+            noise.append(float((((w - coded.dequantize("w")) @ held_out.T) ** 2).mean()))
+    assert noise[1] < 0.7 * noise[0]
+
+
+def test_the_same_moments_give_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    moments = write_moments(tmp_path / "moments.safetensors", SHAPES)
+    files = []
+    for threads in (1, 2, 3):
+        kvpack.compress(model, tmp_path / "o", bits=3.5, moments=moments, threads=threads, force=True)
+        files.append((tmp_path / "o").read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_moments_without_sensitivities(model: Path, tmp_path: Path) -> None:
+    moments = write_moments(tmp_path / "moments.safetensors", SHAPES, sensitivities=False)
+    report = kvpack.compress(model, tmp_path / "o", bits=4.0, moments=moments)
+    assert any("3 of 3 tensors with feedback, equal rates" in note for note in report.notes)
+    assert all(3.9 < tensor.bits_per_weight <= 4.0 for tensor in report.tensors)
+    assert all(tensor.expected_kl is None for tensor in report.tensors)
+    with pytest.raises(InputError, match="has no sensitivities"):
+        kvpack.compress(model, tmp_path / "o", bits=4.0, moments=moments, allocation="sensitivity", force=True)
+
+
+def test_tensors_without_moments_are_named(model: Path, tmp_path: Path) -> None:
+    moments = write_moments(tmp_path / "moments.safetensors", {"a.weight": SHAPES["a.weight"]})
+    report = kvpack.compress(model, tmp_path / "o", bits=4.0, moments=moments)
+    assert any("1 of 3 tensors" in note for note in report.notes)
+    assert "no moments, so rounded each for itself: b.weight, c.weight" in report.notes
+    plain = kvpack.compress(model, tmp_path / "p", bits=4.0)
+    assert report.tensors[1] == plain.tensors[1]
+
+
+def test_rates_of_their_own_count(model: Path, tmp_path: Path) -> None:
+    moments = write_moments(tmp_path / "moments.safetensors", SHAPES)
+    report = kvpack.compress(
+        model, tmp_path / "o", bits=4.0, tensor_bits={"^b": 6.0, "^c": "lossless"}, moments=moments
+    )
+    by_name = {tensor.name: tensor for tensor in report.tensors}
+    assert 5.9 < by_name["b.weight"].bits_per_weight <= 6.0
+    assert by_name["b.weight"].expected_kl is not None
+    assert by_name["c.weight"].method == "lossless"
+    assert 3.9 < by_name["a.weight"].bits_per_weight <= 4.0
+
+
+def test_moments_of_another_model_are_refused(model: Path, tmp_path: Path) -> None:
+    moments = write_moments(tmp_path / "moments.safetensors", {"a.weight": (300, 128)})
+    with pytest.raises(MomentsError, match=r"1 × 128 inputs for 'a.weight', which has 1 × 160.*another model's"):
+        kvpack.compress(model, tmp_path / "o", bits=4.0, moments=moments)
+    assert not (tmp_path / "o").exists()
+    moments = write_moments(tmp_path / "others.safetensors", {"x.weight": (300, 160)})
+    with pytest.raises(MomentsError, match="of no tensor that is quantized"):
+        kvpack.compress(model, tmp_path / "o", bits=4.0, moments=moments)
+    moments = write_moments(tmp_path / "rows.safetensors", {"a.weight": (301, 160)})
+    with pytest.raises(MomentsError, match="301"):
+        kvpack.compress(model, tmp_path / "o", bits=4.0, moments=moments)
+    assert not (tmp_path / "o").exists()
+
+
+def test_options_of_a_calibrated_compression(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    save_file({"a.weight": weights(300, 160)}, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    moments = write_moments(tmp_path / "moments.safetensors", {"a.weight": (300, 160)}, text="t.txt")
+    kvpack.compress(source, tmp_path / "out", bits=4.0, moments=moments)
+    config = kvpack.QuantConfig.from_directory(tmp_path / "out")
+    assert config.allocation == "sensitivity"
+    assert config.calibration == {"tokens": 100, "text": "t.txt"}
+    assert json.loads(json.dumps(config.to_json()))["calibration"] == {"tokens": 100, "text": "t.txt"}
+    with pytest.raises(InputError, match="options of a calibrated compression without moments"):
+        kvpack.compress(source, tmp_path / "again", config)
+    again = kvpack.compress(source, tmp_path / "again", config, moments=moments)
+    assert again.bits_per_weight is not None
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+    with pytest.raises(InputError, match="exclude each other"):
+        kvpack.QuantConfig(bits=4, stack=True, allocation="sensitivity")
+    with pytest.raises(InputError, match="allocation 'sensitivity' without moments"):
+        kvpack.compress(source, tmp_path / "no", bits=4.0, allocation="sensitivity")
+
+
+def test_transposed_weights_and_column_scales(tmp_path: Path) -> None:
+    """GPT-2's are inputs × outputs; vectors change what is quantized, and so what an error costs."""
+    k, rows = 128, 192
+    w = weights(rows, k)
+    moments = write_moments(tmp_path / "moments.safetensors", {"w": (rows, k)})
+    with Moments.open(moments) as found, ThreadPoolExecutor(2) as executor:
+        calibration = Calibration(found)
+        errors = []
+        for scaled in (False, True):
+            matrices = Matrices(np.ascontiguousarray(w.T), transposed=True)
+            if scaled:
+                matrices.set_vectors(np.linspace(0.5, 2.0, k).astype(np.float16), None)
+            assert calibration.prepare("w", matrices)
+            encoded = encode_at_bits(matrices, 4.0, executor=executor)
+            save_file({"w": np.ascontiguousarray(w.T)}, tmp_path / "t.safetensors")
+            errors.append(encoded.expected_kl)
+        assert errors[0] is not None
+        assert errors[1] is not None
+        # Without the scales in the second moment this is 1.9 times as much.
+        assert errors[1] < 1.5 * errors[0]
+
+
+def test_inspect_shows_shares_of_the_expected_damage(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvpack.bench.plot import plot_tensors
+    from kvpack.cli.printing import print_tensors
+    from kvpack.encode.report import describe
+
+    moments = write_moments(tmp_path / "moments.safetensors", {"a.weight": SHAPES["a.weight"]})
+    kvpack.compress(model, tmp_path / "o.safetensors", bits=4.0, moments=moments)
+    tensors = describe(tmp_path / "o.safetensors")["tensors"]
+    print_tensors(tensors, kept_singly=True)
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.endswith("KL share")
+    assert lines[0].endswith("100.00 %")
+    assert lines[1].endswith("–")
+    pytest.importorskip("matplotlib")
+    plot_tensors(tensors, tmp_path / "drawn.png", title="calibrated")
+    assert (tmp_path / "drawn.png").stat().st_size > 10_000
