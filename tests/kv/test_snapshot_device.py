@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import blob_surgery as surgery
 import emulator
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from kvpack.encode import snapshot_coder  # noqa: E402
 from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.encode.page_runs import part_elements  # noqa: E402
 from kvpack.errors import CacheFullError, DamagedRunError, DeviceError  # noqa: E402
+from kvpack.format.blob import Blob, lane_table_bytes  # noqa: E402
 from kvpack.format.container import Container  # noqa: E402
-from kvpack.format.layout import ElementKind, Layout, Predictor  # noqa: E402
+from kvpack.format.layout import ElementKind, Layout, Predictor, TileMode  # noqa: E402
 from kvpack.format.snapshot import RunPart, SnapshotFile  # noqa: E402
 from kvpack.runtime.codec import encoder  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
@@ -232,6 +234,27 @@ def test_no_memory_for_decoding(coder: Coder, tmp_path: Path, monkeypatch: pytes
     assert (other.pools.bytes_in_use, other.held_bytes) == (0, 0)
 
 
+def test_no_memory_for_coding(coder: Coder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = coder.cache(formats=PageFormat.INT4)
+    fill(cache, 300, sequence=1)
+    cache.save(tmp_path / "context", sequence=1)
+    before, pages = (tmp_path / "context").read_bytes(), dump(cache, 1)
+
+    def encode(*_arguments: Any, **_options: Any) -> None:
+        raise torch.OutOfMemoryError("what the allocator says")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshot_device, "encode_on_device", encode)
+        with pytest.raises(CacheFullError, match=r"no memory for coding .*context, .* what the allocator says"):
+            cache.save(tmp_path / "context", sequence=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["context"]
+    assert (tmp_path / "context").read_bytes() == before
+    assert dump(cache, 1) == pages
+    coder.by_kernels = False
+    cache.copy([1], device="cpu").save(tmp_path / "copied")  # as the message says
+    assert dump(KVCache.load(tmp_path / "copied", device="cpu")) == pages
+
+
 def rewritten(path: Path, out: Path, encode: Any) -> None:
     """The same snapshot with other blobs: `encode(part, elements)` gives a part's."""
     with SnapshotFile(path) as file:
@@ -292,3 +315,30 @@ def test_what_is_behind_the_last_token_is_zero(coder: Coder, tmp_path: Path) -> 
     loaded = coder.load(tmp_path / "context")
     fill(other := coder.cache(), 90)
     assert dump(loaded) == dump(other)
+
+
+def test_padding_that_is_not_zero_is_refused(coder: Coder, tmp_path: Path) -> None:
+    """With right checksums: as the CPU does."""
+    cache = coder.cache(formats=PageFormat.INT4)
+    fill(cache, 300)
+    cache.save(tmp_path / "context")
+    spoiled = []
+
+    def spoil(part: RunPart, elements: np.ndarray) -> bytes:
+        blob = bytearray(other_layout(part, elements))
+        parsed = Blob(bytes(blob))
+        for number in range(parsed.header.num_tiles):
+            tile = parsed.tile(number)
+            words_end = lane_table_bytes(tile.geometry, parsed.header.length_bytes) + 2 * len(tile.words)
+            if tile.mode == TileMode.RANS and words_end % 16 and not spoiled:
+                spoiled.append(part.name)
+                blob[parsed.header.payload_offset + int(parsed.tiles["data_offset"][number]) + words_end] = 1
+                surgery.mend_crcs(blob)
+        return bytes(blob)
+
+    rewritten(tmp_path / "context", tmp_path / "spoiled", spoil)
+    assert len(spoiled) == 1
+    other = coder.cache(formats=PageFormat.INT4)
+    with pytest.raises(DamagedRunError, match="the bytes behind the words are not zero"):
+        snapshot.load_snapshot(other, tmp_path / "spoiled")
+    assert (other.pools.bytes_in_use, other.held_bytes) == (0, 0)

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import blob_surgery as surgery
 import emulator
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ torch = pytest.importorskip("torch")
 
 from emulated_device import emulated_launch  # noqa: E402
 
+from kvpack.encode.blob_decoder import decode_elements  # noqa: E402
 from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.encode.snapshot_coder import _LAYOUTS  # noqa: E402
-from kvpack.errors import TileBoundsError  # noqa: E402
+from kvpack.errors import LaneError, PaddingError, TileBoundsError, TileModeError  # noqa: E402
 from kvpack.format.blob import GROUP_OFFSETS_BYTES, Blob  # noqa: E402
 from kvpack.format.layout import GROUP_LANES, ElementKind, Layout, Predictor, TileMode, float_layouts, integer_layouts  # noqa: E402
 from kvpack.runtime.codec import encoder  # noqa: E402
@@ -140,6 +142,57 @@ def test_lengths_of_lanes_that_are_wrong_and_have_a_right_crc(decode: Any) -> No
         wrong.tiles = wrong.tiles.copy()
         wrong.tiles["payload_crc32"] = zlib.crc32(blob[begin : begin + int(parsed.tiles["data_size"][0])])
         assert decode([bytes(blob)], parse=lambda _blob, found=wrong: found).damaged()
+
+
+@pytest.mark.parametrize(
+    ("mode", "place", "error"),
+    [
+        (TileMode.RAW, "behind", PaddingError),
+        (TileMode.RANS, "words", PaddingError),
+        (TileMode.RAW, "end", PaddingError),
+        (TileMode.RAW, "behind the end", PaddingError),
+        (TileMode.CONSTANT, "second", PaddingError),
+        (TileMode.CONSTANT, "first", TileModeError),
+        (TileMode.RANS, "padding state", LaneError),
+        (TileMode.RANS, "padding length", LaneError),
+        (TileMode.RANS, "state", LaneError),
+    ],
+)
+def test_what_no_kernel_reads_is_checked(decode: Any, mode: TileMode, place: str, error: type[Exception]) -> None:
+    """The file is refused as the CPU's decoder does, its CRCs right or not."""
+    x = elements((3, 31, 93), 3, 1)
+    original = encode_elements(x, Layout(ElementKind.UNSIGNED, 3, 3, 2), tile_cols=96)
+    parsed = Blob(original)
+    assert parsed.tiles["mode"].tolist() == [TileMode.RANS, TileMode.CONSTANT, TileMode.RAW]
+    tile = parsed.tiles[parsed.tiles["mode"].tolist().index(mode)]
+    begin = parsed.header.payload_offset + int(tile["data_offset"])
+    states, lengths = GROUP_OFFSETS_BYTES, GROUP_OFFSETS_BYTES + 4 * GROUP_LANES
+    words = sum(original[begin + lengths : begin + lengths + GROUP_LANES])
+    words_end = lengths + GROUP_LANES + 2 * words
+    assert words_end % 16
+    assert int(tile["data_size"]) % 16 or mode != TileMode.RAW
+    inside = {
+        "behind": int(tile["data_size"]),
+        "words": words_end,
+        "end": (x[0].size * 3 + 7) // 8 - 1,
+        "behind the end": (x[0].size * 3 + 7) // 8,
+        "first": 0,
+        "second": 1,
+        "padding state": states + 4 * 31,
+        "padding length": lengths + 31,
+        "state": states + 2,
+    }[place]
+    blob = bytearray(original)
+    blob[begin + inside] = 0 if place == "state" else blob[begin + inside] | 0x80
+    if place == "state":
+        blob[begin + inside + 1] = 0
+    surgery.mend_crcs(blob)
+    with pytest.raises(error) as expected:
+        decode_elements(Blob(bytes(blob)))
+    with pytest.raises(error) as found:
+        decode([bytes(blob)])
+    assert str(expected.value).split(":")[0].split(",")[0] == str(found.value).split(":")[0]
+    check(decode([original]), [x])
 
 
 def test_a_payload_that_would_lead_out_of_the_blob_is_refused(decode: Any) -> None:

@@ -31,7 +31,7 @@ from kvpack.format.layout import (
 )
 from kvpack.format.tables import Frequencies
 from kvpack.runtime.codec.encoder import launch_crc32
-from kvpack.runtime.codec.group_table import group_table, row_groups
+from kvpack.runtime.codec.group_table import check_unread, group_table, row_groups
 from kvpack.runtime.device import kernels
 from kvpack.runtime.device.kernels import Kernel
 
@@ -135,7 +135,8 @@ def decode_blobs(blobs: Sequence[PlacedBlob], data: torch.Tensor) -> Decoded:
         data: u8, with the blobs' bytes, and :data:`SLACK_BYTES` more behind the last.
 
     Raises:
-        BlobError: a payload breaks a rule that would lead a kernel out of it. Other damage is found by the device.
+        BlobError: a payload breaks a rule that would lead a kernel out of it, or that no kernel looks at. Other damage
+            is found by the device.
     """
     device = data.device
     found: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8, device=device)] * len(blobs)
@@ -154,6 +155,8 @@ def decode_blobs(blobs: Sequence[PlacedBlob], data: torch.Tensor) -> Decoded:
     # A lane takes long, however few there are: launches of few blocks go beside those of many.
     jobs: list[Callable[[], None]] = [each.run for each in sorted(launches, key=lambda each: each.blocks)]
     _beside_each_other([*jobs, lambda: launch_crc32(data, computed, kernels.launch)], device)
+    for placed in blobs:  # while the device is at work
+        check_unread(placed.blob)
     damage = (computed != expected).sum()
     for each in launches:
         damage += each.status[0]

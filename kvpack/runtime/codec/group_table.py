@@ -2,6 +2,7 @@
 
 A kernel trusts it: what could lead a warp out of the blob is checked here, once, vectorized over all tiles; lane
 lengths and words are not (a kernel clamps the former, reads a bounded number of the latter and checks final states).
+Nor is what leads nowhere, as padding: :func:`check_unread` sees to that where the CPU's decoder would.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
-from kvpack.errors import GeometryError, LaneError, OutlierError, TileBoundsError
+from kvpack.errors import GeometryError, LaneError, OutlierError, PaddingError, TileBoundsError, TileModeError
 from kvpack.format.blob import (
     GROUP_OFFSETS_BYTES,
     GROUPS_PER_TILE,
@@ -24,6 +26,7 @@ from kvpack.format.layout import (
     GROUP_LANES,
     OUTLIER_BYTES,
     OUTLIER_ROW_SHIFT,
+    STATE_LOW,
     TILE_ROWS,
     Layout,
     TileMode,
@@ -57,7 +60,7 @@ class _Geometry:
     """What follows for all tiles from a header's numbers alone, i64 [num_tiles]; layers of one shape share it.
 
     Attributes:
-        rows, cols: of the tile; groups, lanes: in it.
+        rows, cols: of the tile; groups, lanes: in it; steps: of a lane.
         words_at: where a rans tile's words begin.
         planes, packed: bytes of its raw planes, and of its elements in mode raw.
         beyond: bool [num_tiles, 9]: the group lies behind the tile's last.
@@ -74,6 +77,7 @@ class _Geometry:
         self.groups = -(-self.rows // GROUP_LANES)
         self.lanes = self.groups * GROUP_LANES
         chunks = -(-self.cols // CHUNK_COLS)
+        self.steps = chunks * CHUNK_COLS // layout.codes_per_symbol
         self.words_at = GROUP_OFFSETS_BYTES + self.lanes * (4 + header.length_bytes)
         self.planes = self.lanes * chunks * (CHUNK_COLS // 8 * layout.raw_bits)
         self.packed = -(-(self.rows * self.cols * layout.element_bits) // 8)
@@ -169,7 +173,7 @@ def group_table(blob: Blob) -> npt.NDArray[np.uint32]:
     header, tiles = blob.header, blob.tiles
     if header.blob_bytes >= ALIGNMENT_BYTES << 32:
         raise GeometryError(f"a blob of {header.blob_bytes} bytes; the runtime addresses up to {ALIGNMENT_BYTES << 32}")
-    geometry = _geometry(header.layout, header.rows, header.cols, header.tile_cols, header.matrices)
+    geometry = _of(blob)
     firsts, num_words = _group_offsets(blob, geometry)
     _check_offsets(blob, geometry, firsts[:, -1])
     first_outlier, num_outliers = _outlier_ranges(blob, geometry)
@@ -192,6 +196,83 @@ def group_table(blob: Blob) -> npt.NDArray[np.uint32]:
     by_tile = entries.reshape(header.matrices, header.num_tiles_row, header.num_tiles_col, GROUPS_PER_TILE, 4)
     by_row = by_tile.swapaxes(2, 3).reshape(header.matrices, -1, header.num_tiles_col, 4)
     return np.ascontiguousarray(by_row[:, : row_groups(header)].reshape(-1, 4), np.uint32)
+
+
+def _of(blob: Blob) -> _Geometry:
+    header = blob.header
+    return _geometry(header.layout, header.rows, header.cols, header.tile_cols, header.matrices)
+
+
+def check_unread(blob: Blob) -> None:
+    """What no kernel reads, or takes as it is, against FORMAT.md §§7.1–7.5, of a blob that has a group table: zeros
+    between the parts of a tile and behind it, states and lengths of lanes, constant symbols.
+
+    Raises:
+        PaddingError, LaneError, TileModeError
+    """
+    geometry, tiles = _of(blob), blob.tiles
+    payload = np.frombuffer(blob.payload, np.uint8)
+    at, size, raw_offset, outlier_offset = (
+        tiles[name].astype(np.int64) for name in ("data_offset", "data_size", "raw_offset", "outlier_offset")
+    )
+    is_rans, is_constant, is_raw = (tiles["mode"] == mode for mode in (TileMode.RANS, TileMode.CONSTANT, TileMode.RAW))
+    firsts, words = _group_offsets(blob, geometry)
+    words_end = geometry.words_at + 2 * firsts[:, -1]
+    end = np.where(is_raw, geometry.packed, raw_offset + geometry.planes)
+    for what, stop, count, unit in (
+        (
+            "the bytes behind the tile",
+            _align(size, ALIGNMENT_BYTES),
+            _align(size, ALIGNMENT_BYTES) - size,
+            ALIGNMENT_BYTES,
+        ),
+        ("the bytes before the outliers", outlier_offset, outlier_offset - end, OUTLIER_BYTES),
+        ("the bytes behind the words", raw_offset, (raw_offset - words_end) * is_rans, ALIGNMENT_BYTES),
+        ("bytes 1 to 15 of a constant tile", ALIGNMENT_BYTES, (ALIGNMENT_BYTES - 1) * is_constant, ALIGNMENT_BYTES),
+    ):
+        # They are the last ones of a unit.
+        found = payload.reshape(-1, unit)[(at + stop) // unit - 1] * (np.arange(unit) >= unit - count[:, None])
+        _refuse(PaddingError, np.asarray(found.any(axis=1)), f"{what} are not zero")
+    spare = 8 * geometry.packed - geometry.rows * geometry.cols * blob.header.layout.element_bits
+    last = payload[at + np.where(is_raw, geometry.packed - 1, 0)] & (0xFF00 >> spare)
+    _refuse(PaddingError, np.asarray(is_raw & (last != 0)), "the bits behind the last element are not zero")
+    is_beyond = is_constant & (payload[at] >= blob.header.layout.alphabet_size)
+    _refuse(TileModeError, is_beyond, "a constant symbol that the layout does not have")
+    _check_lanes(blob, geometry, payload, at, words, np.flatnonzero(is_rans))
+
+
+def _check_lanes(
+    blob: Blob, geometry: _Geometry, payload: npt.NDArray[np.uint8], at: Index, words: Index, rans: Index
+) -> None:
+    """States and lengths of the lanes of all rans tiles.
+
+    Raises:
+        LaneError
+    """
+    length_bytes = blob.header.length_bytes
+    low, padding, long, unlike = wrong = np.zeros((4, len(at)), np.bool_)
+    for lanes in np.unique(geometry.lanes[rans]).tolist():
+        of = rans[geometry.lanes[rans] == lanes]
+        begin = at[of] + GROUP_OFFSETS_BYTES
+        states = sliding_window_view(payload, 4 * lanes)[begin].view("<u4")
+        lengths = sliding_window_view(payload, length_bytes * lanes)[begin + 4 * lanes].view(f"<u{length_bytes}")
+        is_padding = np.arange(lanes) >= geometry.rows[of][:, None]
+        low[of] = (states < STATE_LOW).any(axis=1)
+        padding[of] = (is_padding & ((states != STATE_LOW) | (lengths != 0))).any(axis=1)
+        long[of] = (lengths > geometry.steps[of][:, None]).any(axis=1)
+        in_groups = lengths.reshape(len(of), -1, GROUP_LANES).sum(axis=2, dtype=np.int64)
+        unlike[of] = (in_groups != words[of, : in_groups.shape[1]]).any(axis=1)
+    for bad, what in zip(
+        wrong,
+        (
+            f"an initial state below {STATE_LOW}",
+            f"a padding lane has words, or a state other than {STATE_LOW}",
+            "a lane with more words than steps",
+            "group_offset does not match the lanes' lengths",
+        ),
+        strict=True,
+    ):
+        _refuse(LaneError, bad, what)
 
 
 def max_group_words(table: npt.NDArray[np.uint32]) -> int:

@@ -103,6 +103,7 @@ def save_snapshot(
     Raises:
         CacheInputError: no such sequence, or an empty one; another number of tokens; pages that it does not have; the
             midst of a step, or of a CUDA graph's capture.
+        CacheFullError: the device has no memory for coding pages; the file of before is there still.
         OSError: the file cannot be written.
 
     >>> import tempfile, torch
@@ -152,7 +153,13 @@ def save_snapshot(
         coded: Iterable[Iterable[tuple[str, bytes]]] = (encode_run(run, blocks_of, executor) for run in parts)
         if runs_kernels(cache.device):
             coded = encode_runs(parts, cache.device, entries_of, cache.pools.pages)
-        return write_snapshot(path, header, arrays, coded)
+        try:
+            return write_snapshot(path, header, arrays, coded)
+        except torch.OutOfMemoryError as error:
+            raise CacheFullError(
+                f"{cache.device} has no memory for coding {os.fspath(path)}, beside the pages: free some, or save a "
+                f'copy in host memory, cache.copy([sequence], device="cpu").save(…): {error}'
+            ) from None
 
 
 def snapshot_header(
