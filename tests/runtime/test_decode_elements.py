@@ -77,7 +77,7 @@ def elements(shape: tuple[int, int, int], bits: int, seed: int) -> np.ndarray:
 
 
 def check(decoded: Decoded, expected: list[np.ndarray]) -> None:
-    assert not decoded.damaged()
+    assert not decoded.damage.item()
     for found, wanted in zip(decoded.elements, expected, strict=True):
         np.testing.assert_array_equal(found.cpu().numpy().view(wanted.dtype).reshape(wanted.shape), wanted)
 
@@ -124,8 +124,8 @@ def test_damage_is_counted(decode: Any, where: str) -> None:
     def damage(data: bytearray) -> None:
         data[at] ^= 1
 
-    assert decode([blob], damage).damaged()
-    assert not decode([blob]).damaged()
+    assert decode([blob], damage).damage.item()
+    assert not decode([blob]).damage.item()
 
 
 def test_lengths_of_lanes_that_are_wrong_and_have_a_right_crc(decode: Any) -> None:
@@ -141,7 +141,7 @@ def test_lengths_of_lanes_that_are_wrong_and_have_a_right_crc(decode: Any) -> No
         wrong = Blob(original)
         wrong.tiles = wrong.tiles.copy()
         wrong.tiles["payload_crc32"] = zlib.crc32(blob[begin : begin + int(parsed.tiles["data_size"][0])])
-        assert decode([bytes(blob)], parse=lambda _blob, found=wrong: found).damaged()
+        assert decode([bytes(blob)], parse=lambda _blob, found=wrong: found).damage.item()
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from kvpack.encode.progress import Progress
 from kvpack.encode.report import describe
 from kvpack.errors import InputError
+from kvpack.format.closing import Closing
 from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache, cache_keyword
 from kvpack.integrations.transformers.cache_options import CacheOptions
 from kvpack.integrations.transformers.causal_models import (
@@ -184,7 +185,7 @@ def step_by_step(model: Any, windows: TextWindows, new_cache: Callable[[], Any])
                 yield Logits(slice(begin, begin + len(ids)), slice(position, position + 1), logits)
 
 
-class ReferenceLogits:
+class ReferenceLogits(Closing):
     """A model's logits of all windows, in a temporary file that is mapped: memory holds one model at a time.
 
     Closing removes the file.
@@ -199,10 +200,7 @@ class ReferenceLogits:
         self._folder = tempfile.TemporaryDirectory(prefix="kvpack-eval-")
         self._logits: torch.Tensor | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._logits = None
         self._folder.cleanup()
 

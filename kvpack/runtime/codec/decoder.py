@@ -2,7 +2,7 @@
 
 A snapshot is read in hundreds of blobs of a few layouts (FORMAT.md §9.6). All blobs of a layout take one launch,
 whatever their tables are: the host deals their groups to blocks by table. CRCs are computed on the device, over what
-has arrived there. Nothing waits for the device but :meth:`Decoded.damaged`.
+has arrived there. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -69,10 +69,6 @@ class Decoded:
 
     elements: list[torch.Tensor]
     damage: torch.Tensor
-
-    def damaged(self) -> bool:
-        """Whether any of the blobs is damaged; waits for the device."""
-        return bool(self.damage.item())
 
 
 def decode_kernel(layout: Layout, *, predicted: bool) -> Kernel:

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 import torch
 
 from kvpack.encode.threads import ThreadPool, default_threads
 from kvpack.errors import StreamingError
+from kvpack.format.closing import Closing
 from kvpack.format.container import Readable
 
 CHUNK_BYTES = 8 << 20
@@ -200,7 +199,7 @@ class _Pinned:
         self.copied = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to one that reads
 
 
-class Uploader:
+class Uploader(Closing):
     """Threads, pinned buffers and a stream that bring files' bytes to one device, until closed.
 
     Targets belong to the caller: they must stay alive, and unread, until the upload is ready. Uploads are begun in the
@@ -325,14 +324,3 @@ class Uploader:
         if self.stream is not None:
             self.stream.synchronize()
         self._uploads.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -10,8 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ from kvpack.encode.coded_tensor import CodedTensor
 from kvpack.encode.reader import Reader
 from kvpack.errors import FormatError, InputError, TensorTableError
 from kvpack.format.blob import TILE_METADATA, Blob
+from kvpack.format.closing import Closing
 from kvpack.format.container import BLOB_SUFFIX, NUMBER_DTYPES, Container, StoredTensor
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
@@ -162,7 +162,7 @@ def _run_all(checks: Iterable[Callable[[], object]]) -> None:
         check()
 
 
-class CrcChecks:
+class CrcChecks(Closing):
     """All bytes of tensors against their CRCs, by the reader's threads while others do something else.
 
     Kept tensors, and scales, are checked where the file gives CRCs (§9.3).
@@ -270,15 +270,7 @@ class CrcChecks:
         while self._pending:
             self._wait_for_oldest()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Leave out what has not been begun: after an error, nobody asks for it any more."""
         for check, _ in self._pending:
             check.cancel()

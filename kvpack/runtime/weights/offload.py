@@ -23,14 +23,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from kvpack.encode.reader import Reader
 from kvpack.errors import StreamingError
+from kvpack.format.closing import Closing
 from kvpack.format.container import BLOB_SUFFIX, Readable
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import align
@@ -148,7 +148,7 @@ class _Before:
             module._buffers[key] = buffer
 
 
-class LayerStream:
+class LayerStream(Closing):
     """Streams the coded weights of a sequence of layers to a device, a few layers ahead of their use.
 
     A layer is a list of :class:`RansLinear`; :meth:`acquire` makes its weights usable by what the current stream does
@@ -539,17 +539,6 @@ class LayerStream:
         self._slots.clear()
         self._slot_of.clear()
         self._active.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def stream_modules(
