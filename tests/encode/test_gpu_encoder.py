@@ -273,12 +273,16 @@ def test_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("options", [{"preset": "lossless"}, {"preset": "near-lossless"}, {"bits": 4.25}])
+@pytest.mark.parametrize(
+    "options",
+    [{"preset": "lossless"}, {"preset": "near-lossless"}, {"bits": 4.25}, {"bits": 4.25, "embeddings": "code"}],
+)
 def test_whole_files(tmp_path: Path, options: dict[str, Any]) -> None:
     rng = np.random.default_rng(4)
     tensors = {
         "a.weight": rng.normal(0, 0.02, (300, 160)).astype(np.float32),
         "b.weight": rng.standard_t(3, (2, 70, 96)).astype(np.float16),
+        "embed_tokens.weight": rng.normal(0, 0.1, (500, 64)).astype(ml_dtypes.bfloat16),
         "c_fc.weight": rng.normal(0, 1, (64, 290)).astype(np.float16),
         "c_fc.bias": np.zeros(290, np.float16),
         "zeros.weight": np.zeros((64, 128), np.float32),
@@ -289,8 +293,9 @@ def test_whole_files(tmp_path: Path, options: dict[str, Any]) -> None:
     save_file(tensors, tmp_path / "in.safetensors")
     coder = encoder.device_coder("cpu", emulated_launch)
     config = kvpack.QuantConfig(tile_cols=64, stack=True, tensor_parallel=2, **options)
-    there = compress(tmp_path / "in.safetensors", tmp_path / "there.safetensors", config, coder=coder)
-    here = compress(tmp_path / "in.safetensors", tmp_path / "here.safetensors", config)
+    given = {"config": config, "token_counts": rng.integers(0, 999, 500)}
+    there = compress(tmp_path / "in.safetensors", tmp_path / "there.safetensors", coder=coder, **given)
+    here = compress(tmp_path / "in.safetensors", tmp_path / "here.safetensors", **given)
     assert (tmp_path / "there.safetensors").read_bytes() == (tmp_path / "here.safetensors").read_bytes()
     assert there.tensors == here.tensors
     assert any(tensor.method != "keep" for tensor in here.tensors)
@@ -408,11 +413,15 @@ def test_large_on_the_device() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"preset": "lossless"}, {"preset": "near-lossless"}, {"bits": 4.25}])
+@pytest.mark.parametrize(
+    "options",
+    [{"preset": "lossless"}, {"preset": "near-lossless"}, {"bits": 4.25}, {"bits": 4.25, "embeddings": "code"}],
+)
 def test_files_from_the_device(tmp_path: Path, options: dict[str, Any]) -> None:
     rng = np.random.default_rng(5)
     tensors = {
         "a.weight": rng.normal(0, 0.02, (1000, 1536)).astype(np.float16),
+        "embed_tokens.weight": rng.normal(0, 0.1, (3000, 512)).astype(np.float16),
         "c_fc.weight": rng.standard_t(4, (512, 1000)).astype(np.float32),
         "c_fc.bias": np.zeros(1000, np.float32),
     }

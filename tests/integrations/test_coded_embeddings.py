@@ -11,12 +11,15 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import sample_blobs as samples  # noqa: E402
 from models import ARCHITECTURES, VOCABULARY  # noqa: E402
 
 import kvpack  # noqa: E402
 from kvpack.errors import InputError  # noqa: E402
+from kvpack.format.layout import ElementKind, integer_layout  # noqa: E402
 from kvpack.integrations.transformers.causal_models import weight_memory  # noqa: E402
-from kvpack.runtime.weights.embedding import RansEmbedding  # noqa: E402
+from kvpack.runtime.weights.device_blob import DeviceBlob  # noqa: E402
+from kvpack.runtime.weights.embedding import PlainEmbedding, RansEmbedding  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
 
 # Model -> linear layers that are coded beside the output layer.
@@ -198,9 +201,59 @@ def test_report_of_rates(tmp_path: Path) -> None:
         assert (positions.method, positions.reason) == ("keep", "embedding")
 
 
-def test_decoded_embeddings_are_told_of(tmp_path: Path) -> None:
-    """Modules that do something else with what they look up have plain numbers, and a warning says so."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_scaled_embeddings(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """Classes that multiply what they look up: so does the coded one, and it is of that class again when decoded."""
+    model_of = Directories(tmp_path, name)
+    model, dense = model_of.load(dtype=dtype), model_of.load(model_of.dense, dtype=dtype)
+    embedding, plain = model.get_input_embeddings(), dense.get_input_embeddings()
+    ids = torch.arange(VOCABULARY)
+    assert type(embedding) is RansEmbedding
+    assert torch.equal(embedding(ids), plain(ids))
+    back = model.dequantize(dtype).get_input_embeddings()
+    assert type(back) is type(plain)
+    assert torch.equal(back(ids), plain(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_as_scales(dtype: torch.dtype) -> None:
+    """BART's class has a plain number, which is not rounded to the rows' type; others of the name are left alone."""
+    bart = transformers.models.bart.modeling_bart.BartScaledWordEmbedding(300, 64, 1, embed_scale=0.3)
+    data, scales = samples.quantized_blob(300, 64, integer_layout("balanced", ElementKind.SIGNED, 5), 64)
+    blob = DeviceBlob.from_bytes(data, scales, torch.float32, (300, 64), "cpu")
+    described = PlainEmbedding.of(bart)
+    assert described == PlainEmbedding(type(bart), 1, 0.3)
+    embedding = RansEmbedding(blob, dtype, described)
+    bart.weight.data = blob.dequantize(dtype)
+    ids = torch.arange(300)
+    assert torch.equal(embedding(ids), bart(ids))
+    assert torch.equal(described.module(bart.weight)(ids), bart(ids))
+    bart.embed_scale = torch.nn.Parameter(torch.ones(1))
+    assert PlainEmbedding.of(bart) is None
+    assert PlainEmbedding.of(torch.nn.Embedding(10, 4, max_norm=1.0)) is None
+    assert PlainEmbedding.of(torch.nn.Linear(4, 4)) is None
+
+
+def test_embeddings_of_three_modules(tmp_path: Path) -> None:
+    """T5's encoder, decoder and the model itself have one embedding, and its output layer is tied to it."""
+    model_of = Directories(tmp_path, "t5")
+    model = model_of.load()
+    blobs = {
+        id(m.prepare()) for m in model.modules() if isinstance(m, RansEmbedding) and m.num_embeddings == VOCABULARY
+    }
+    assert len(blobs) == 1
+    expected = model_of.logits(model_of.load(model_of.dense))
+    torch.testing.assert_close(model_of.logits(model), expected, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    assert kvpack.verify(tmp_path / "saved", model_of.plain).mismatches == {}
+    assert torch.equal(model_of.logits(model_of.load(tmp_path / "saved")), model_of.logits(model))
+
+
+def test_decoded_embeddings_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that may do something else with what they look up have plain numbers, and a warning says so."""
     model_of = Directories(tmp_path, "gemma3")
+    monkeypatch.setattr(PlainEmbedding, "of", staticmethod(lambda _module: None))
     with pytest.warns(UserWarning, match=r"embed_tokens.weight is coded, and decoded.*ScaledWordEmbedding needs plain"):
         model = model_of.load()
     assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)

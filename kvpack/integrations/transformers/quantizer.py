@@ -197,7 +197,7 @@ def plain_layer(layer: CodedMatrix, dtype: torch.dtype | None) -> nn.Module:
     with torch.device("meta"):
         plain: nn.Module
         if isinstance(layer, RansEmbedding):
-            plain = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+            plain = layer.plain.module(weight)
         elif layer.prepare().header.transposed:
             plain = Conv1D(layer.out_features, layer.in_features)
         else:

@@ -3,14 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
+from torch import nn
 
 from kvpack.errors import ModelMismatchError
 from kvpack.format.layout import ElementKind
 from kvpack.runtime.weights.coded_matrix import CodedMatrix, CodedWeight
 from kvpack.runtime.weights.device_blob import DeviceBlob
+
+
+@dataclass(frozen=True)
+class PlainEmbedding:
+    """What an embedding is when it is not coded: its class, and what that does with the rows.
+
+    Attributes:
+        padding_idx: as of ``nn.Embedding``.
+        scale: what rows are multiplied with, as transformers' ``…ScaledWordEmbedding`` do; None: they are not.
+        scale_is_tensor: the scale is rounded to the rows' dtype first.
+    """
+
+    kind: type[nn.Embedding] = nn.Embedding
+    padding_idx: int | None = None
+    scale: float | None = None
+    scale_is_tensor: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> PlainEmbedding | None:
+        """None for a module that does something else with its rows, or may do so."""
+        if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+            return None
+        kind = type(module)
+        if kind is nn.Embedding:
+            return cls(kind, module.padding_idx)
+        if not kind.__name__.endswith("ScaledWordEmbedding"):
+            return None
+        # Gemma's classes have the number beside a buffer of it, which may be on the meta device.
+        scale = getattr(module, "scalar_embed_scale", None)
+        is_tensor = scale is not None
+        scale = scale if is_tensor else getattr(module, "embed_scale", None)
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            return None
+        return cls(kind, module.padding_idx, float(scale), is_tensor)
+
+    def module(self, weight: nn.Parameter) -> nn.Embedding:
+        """Such a module of plain numbers."""
+        options: dict[str, Any] = {} if self.scale is None else {"embed_scale": self.scale}
+        with torch.device("meta"):
+            plain = self.kind(weight.shape[0], weight.shape[1], self.padding_idx, **options)
+        plain.weight = weight
+        if self.scale_is_tensor:
+            plain._buffers["embed_scale"] = torch.tensor(self.scale, dtype=weight.dtype, device=weight.device)
+        return plain
+
+    def factor(self, dtype: torch.dtype) -> float | None:
+        """What rows of ``dtype`` are multiplied with."""
+        if self.scale is None or not self.scale_is_tensor:
+            return self.scale
+        return float(torch.tensor(self.scale, dtype=dtype, device="cpu"))
 
 
 class RansEmbedding(CodedMatrix):
@@ -22,12 +74,12 @@ class RansEmbedding(CodedMatrix):
     Args:
         blob: the coded weight; a quantized matrix, a row for each token.
         dtype: of what is looked up; by default the original weight's. ``half``, ``to(dtype)`` and so on change it.
-        padding_idx: as of ``nn.Embedding``; it says nothing in inference.
+        plain: what stood, or would stand, in its place.
         tensor_name: of the weight in the file that it comes from; kept for streaming.
 
     Attributes:
         num_embeddings, embedding_dim, padding_idx: as of ``nn.Embedding``.
-        dtype: of what is looked up.
+        dtype: of what is looked up; plain: as given.
 
     Raises:
         ModelMismatchError: the blob holds something other than one quantized matrix of tokens × features.
@@ -37,14 +89,18 @@ class RansEmbedding(CodedMatrix):
         self,
         blob: DeviceBlob,
         dtype: torch.dtype | None = None,
-        padding_idx: int | None = None,
+        plain: PlainEmbedding = PlainEmbedding(),
         *,
         tensor_name: str | None = None,
     ) -> None:
         if blob.header.layout.element_kind != ElementKind.SIGNED or not len(blob.scales) or blob.header.transposed:
             raise ModelMismatchError("an embedding needs a quantized matrix of tokens × features, not transposed")
         super().__init__(blob, tensor_name=tensor_name)
-        self.dtype, self.padding_idx = dtype or blob.dtype, padding_idx
+        self.plain = plain
+        self._set_dtype(dtype or blob.dtype)
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        self.dtype, self._factor = dtype, self.plain.factor(dtype)
 
     @classmethod
     def empty(
@@ -57,7 +113,7 @@ class RansEmbedding(CodedMatrix):
         device: torch.device | str = "meta",
         *,
         weight_dtype: torch.dtype | None = None,
-        padding_idx: int | None = None,
+        plain: PlainEmbedding = PlainEmbedding(),
         tensor_name: str | None = None,
         column_scales: bool = False,
         row_offsets: bool = False,
@@ -80,8 +136,13 @@ class RansEmbedding(CodedMatrix):
             column_scales=column_scales,
             row_offsets=row_offsets,
         )
-        layer.dtype, layer.padding_idx = dtype, padding_idx
+        layer.plain = plain
+        layer._set_dtype(dtype)
         return layer
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.plain.padding_idx
 
     @property
     def num_embeddings(self) -> int:
@@ -92,7 +153,7 @@ class RansEmbedding(CodedMatrix):
         return self.in_features
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [...], i64 or i32 → their rows [..., embedding_dim].
+        """ids [...], i64 or i32 → their rows [..., embedding_dim], times the scale of ``plain`` if it has one.
 
         Raises:
             InputError: on the CPU, an id that names no row. On CUDA rows of such ids are zeros.
@@ -100,7 +161,8 @@ class RansEmbedding(CodedMatrix):
         blob = self._current()
         if blob is None:
             blob = self.prepare()
-        return blob.rows(ids, self.dtype)
+        rows = blob.rows(ids, self.dtype)
+        return rows if self._factor is None else rows * self._factor
 
     @property
     def weight(self) -> CodedWeight:
@@ -113,5 +175,5 @@ class RansEmbedding(CodedMatrix):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.dtype = fn(torch.zeros(1, dtype=self.dtype, device="cpu")).dtype
+        self._set_dtype(fn(torch.zeros(1, dtype=self.dtype, device="cpu")).dtype)
         return self

@@ -21,7 +21,7 @@ from kvpack.runtime.device.devices import resolve_device
 from kvpack.runtime.weights.checkpoint_names import CheckpointNames, Conversion, names_for
 from kvpack.runtime.weights.coded_matrix import CodedMatrix
 from kvpack.runtime.weights.device_blob import DeviceBlob
-from kvpack.runtime.weights.embedding import RansEmbedding
+from kvpack.runtime.weights.embedding import PlainEmbedding, RansEmbedding
 from kvpack.runtime.weights.experts import keep_coded
 from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.load import (
@@ -152,9 +152,7 @@ class Place:
     @property
     def is_embedding_weight(self) -> bool:
         """Whether the module is one that RansEmbedding can stand for."""
-        if type(self.module) is not nn.Embedding or self.key != "weight":
-            return False
-        return self.module.max_norm is None  # which changes rows as they are looked up
+        return self.key == "weight" and PlainEmbedding.of(self.module) is not None
 
     @property
     def needs_transposed(self) -> bool:
@@ -550,9 +548,9 @@ def layer_in_file(reader: Reader, name: str) -> RansLinear:
 
 def embedding_in_file(reader: Reader, place: Place) -> RansEmbedding:
     """The same for an embedding."""
-    name, info = place.source, reader.info(place.source)
+    name, info, plain = place.source, reader.info(place.source), PlainEmbedding.of(place.module)
     assert info is not None
-    assert isinstance(place.module, nn.Embedding)
+    assert plain is not None
     return RansEmbedding.empty(
         info.header.rows,
         info.header.cols,
@@ -560,7 +558,7 @@ def embedding_in_file(reader: Reader, place: Place) -> RansEmbedding:
         info.num_scales,
         place.dtype,
         weight_dtype=TORCH_DTYPES[info.dtype],
-        padding_idx=place.module.padding_idx,
+        plain=plain,
         tensor_name=name,
         column_scales=info.has_column_scales,
         row_offsets=info.has_row_offsets,
@@ -674,13 +672,13 @@ class _Loading:
         return layer.train(training)
 
     def _embedding(self, place: Place, device: torch.device) -> RansEmbedding:
-        assert isinstance(place.module, nn.Embedding)
-        blob, name = self.tensors.get((place.source, device)), place.source
+        blob, name, plain = self.tensors.get((place.source, device)), place.source, PlainEmbedding.of(place.module)
+        assert plain is not None
         if blob is None:
             layer = embedding_in_file(self.reader, place)
         else:
             assert isinstance(blob, DeviceBlob)
-            layer = RansEmbedding(blob, place.dtype, place.module.padding_idx, tensor_name=name)
+            layer = RansEmbedding(blob, place.dtype, plain, tensor_name=name)
         return layer.train(place.module.training)
 
     def _attach_experts(self, place: Place, conversion: Conversion, device: torch.device) -> None:
