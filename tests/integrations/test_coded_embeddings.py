@@ -258,3 +258,31 @@ def test_decoded_embeddings_are_told_of(tmp_path: Path, monkeypatch: pytest.Monk
         model = model_of.load()
     assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)
     assert torch.equal(model_of.logits(model), model_of.logits(model_of.load(model_of.dense)))
+
+
+def test_warmup_looks_a_row_up(tmp_path: Path) -> None:
+    assert kvpack.warmup(Directories(tmp_path, "llama tied").load().get_input_embeddings()) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama tied", "gpt2", "gemma3"])
+def test_on_the_device(tmp_path: Path, name: str) -> None:
+    """Coded there, the same file; rows are the decoded model's, to the bit, and so are greedy tokens."""
+    model_of = Directories(tmp_path, name)
+    kvpack.compress(model_of.plain, tmp_path / "there", bits=6.0, embeddings="code", device="cuda")
+    here, there = (path / "model.safetensors" for path in (model_of.coded, tmp_path / "there"))
+    assert here.read_bytes() == there.read_bytes()
+    model, dense = (model_of.load(path, device_map="cuda").eval() for path in (model_of.coded, model_of.dense))
+    embedding = model.get_input_embeddings()
+    assert type(embedding) is RansEmbedding
+    assert embedding.weight.device.type == "cuda"
+    ids = torch.arange(VOCABULARY, device="cuda")
+    assert torch.equal(embedding(ids), dense.get_input_embeddings()(ids))
+    example = {key: value.cuda() for key, value in ARCHITECTURES[name].example().items()}
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(example["input_ids"])}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**example).logits, dense(**example).logits, rtol=1e-2, atol=1e-2)
+    assert torch.equal(model.generate(**example, **options), dense.generate(**example, **options))
+    embedding.prepare().check()
+    model.save_pretrained(tmp_path / "saved")
+    assert kvpack.verify(tmp_path / "saved", model_of.plain).mismatches == {}

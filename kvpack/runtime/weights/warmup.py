@@ -9,6 +9,7 @@ from torch import nn
 
 from kvpack.runtime.device import semaphores
 from kvpack.runtime.weights.device_blob import DeviceBlob
+from kvpack.runtime.weights.embedding import RansEmbedding
 from kvpack.runtime.weights.experts import GroupedMatrices, grouped_products
 from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.load import State
@@ -28,6 +29,12 @@ def _blobs(target: nn.Module | State) -> Iterator[DeviceBlob]:
             yield module.prepare()
 
 
+def _embeddings(target: nn.Module | State) -> Iterator[RansEmbedding]:
+    for module in () if isinstance(target, State) else target.modules():
+        if isinstance(module, RansEmbedding) and not module.streamed and not module.weight_kvpack.is_meta:
+            yield module
+
+
 def _grouped(target: nn.Module | State) -> Iterator[tuple[GroupedMatrices, int]]:
     """Of each module of coded experts: its matrices, and how many experts a token has."""
     for module in () if isinstance(target, State) else target.modules():
@@ -41,12 +48,12 @@ def warmup(target: nn.Module | State, *, dtypes: Iterable[torch.dtype] = DTYPES,
     What has been compiled is kept on disk: the next process finds it. Streamed layers are left out.
 
     Args:
-        target: a model with :class:`RansLinear` layers, or what ``kvpack.load`` returned.
+        target: a model with :class:`RansLinear` and :class:`RansEmbedding` layers, or what ``kvpack.load`` returned.
         dtypes: of the activations to come.
         tokens: how many at a time; the defaults reach every kernel.
 
     Returns:
-        The number of products that were run.
+        The number of products and look-ups that were run.
     """
     done: set[tuple[object, ...]] = set()
     devices: set[torch.device] = set()
@@ -65,6 +72,10 @@ def warmup(target: nn.Module | State, *, dtypes: Iterable[torch.dtype] = DTYPES,
             for number in numbers:
                 blob.linear(torch.zeros(number, header.cols, dtype=dtype, device=blob.device))
                 count += 1
+    for embedding in _embeddings(target):
+        embedding(torch.zeros(1, dtype=torch.int64, device=embedding.weight_kvpack.device))
+        devices.add(embedding.weight_kvpack.device)
+        count += 1
     for matrices, top_k in _grouped(target):
         blob = matrices.blobs[0][0]
         kind = (*(tuple(arguments[5]) for arguments in matrices.kinds), len(matrices.blobs), top_k, blob.device)
