@@ -64,9 +64,9 @@ def plain_run(model: Any, ids: Any) -> dict[str, tuple[np.ndarray, np.ndarray, i
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
             module.register_forward_hook(hook(f"{name}.weight"))
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     for window, row in enumerate(ids):
-        embedded = model.get_input_embeddings()(row[None]).requires_grad_()
-        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        logits = model(input_ids=row[None], use_cache=False).logits
         logits.backward(label_gradient(logits.detach()[0], uniform(len(row), "labels", SEED, window))[None])
     return {name: (h.numpy() / n, s.numpy() / n, n) for name, (h, s, n) in sums.items()}
 
@@ -371,3 +371,42 @@ def test_weights_that_are_multiplied_otherwise_are_named(
     with Moments(report.output) as moments:
         assert not set(names) & set(moments.names)
         assert moments.made["left_out"] == report.left_out
+
+
+def test_a_model_whose_layers_share_keys_and_values(tmp_path: Path, novel: Path) -> None:
+    """Gemma 3n: two of four layers read keys and values of others, and each is given its own embedding of the text."""
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=160,
+        vocab_size_per_layer_input=160,
+        hidden_size=64,
+        hidden_size_per_layer_input=8,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        sliding_window=16,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+        max_position_embeddings=320,
+        attn_implementation="eager",
+    )
+    directory = tmp_path / "model"
+    torch.manual_seed(0)
+    transformers.Gemma3nForCausalLM(config).save_pretrained(directory)
+    write_tokenizer(directory)
+    options: dict[str, Any] = {"tokens": TOKENS, "window": WINDOW, "seed": SEED, "dtype": "float32"}
+    report = calibrate(directory, novel, tmp_path / "m.safetensors", **options)
+    assert report.whole_model is not None
+    assert not report.left_out
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    plain = plain_run(model, windows_by_hand(directory, novel))
+    with Moments(report.output) as moments, safe_open(directory / "model.safetensors", "np") as stored:
+        assert len(moments.names) == len(plain)
+        for name, (second_moment, squares, tokens) in plain.items():
+            name = name if name in stored.keys() else "model.embed_tokens.weight"  # noqa: SIM118
+            assert moments.tokens(name).tolist() == [tokens]
+            assert np.abs(moments.second_moment(name) - second_moment).max() <= 1e-4 * np.abs(second_moment).max(), name
+            assert moments.sensitivity(name) == pytest.approx(squares, rel=1e-2, abs=1e-3 * squares.max()), name

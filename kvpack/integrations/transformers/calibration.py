@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -150,7 +151,7 @@ def calibrate(
     }
     ids, shape = calibration.ids, calibration.shape
     sample = any_tokens(model, shape[1]) if ids is None else ids
-    with _enough_memory(place):
+    with _enough_memory(place), _reproducible(place):
         run = plan_run(model, sample, place)
         run.check_room(output, shape[0], sensitivities)
         stages = run.stages(sensitivities)
@@ -188,6 +189,23 @@ def calibrate(
         peak_memory_bytes=peak_memory_bytes(place),
         seconds=time.perf_counter() - start,
     )
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """The same sums each time, also of what GPUs add in the order in which it comes."""
+    if device.type != "cuda":
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*deterministic.*")  # of what has no other way, as running sums
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 @contextmanager

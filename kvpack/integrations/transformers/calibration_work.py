@@ -120,15 +120,20 @@ class WorkDirectory(Closing):
 
     def finish(self, name: str) -> None:
         """Give a file its name: it is whole."""
-        unfinished = self.path / (name + _UNFINISHED)
-        if unfinished.exists():
-            unfinished.replace(self.path / name)
+        if (self.path / (name + _UNFINISHED)).exists():
+            self._name(name)
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """Keep tensors, and strings with them."""
         unfinished = self.path / (name + _UNFINISHED)
         # An empty file of tensors is none.
         save_file({"": torch.zeros(0), **tensors}, unfinished, dict(metadata or {}))
+        self._name(name)
+
+    def _name(self, name: str) -> None:
+        unfinished = self.path / (name + _UNFINISHED)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())  # a machine may be taken away, too
         unfinished.replace(self.path / name)
 
     def open(self, name: str) -> Any:
