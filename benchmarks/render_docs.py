@@ -434,6 +434,48 @@ def prefill() -> str:
     return table(headings, rows) + gpu_origin(result)
 
 
+def context_files() -> str:
+    """Nothing until it has been measured."""
+    try:
+        result = newest("context-files-8k")
+    except NoResult:
+        return ""
+    rows = []
+    for row in result["rows"]:
+        assert row["same_pages"]
+        seconds = [_number(row[name], 3) for name in ("prefill_s", "save_s", "load_s")]
+        megabytes = [_number(row[name] / 1e6, 2) for name in ("file_bytes", "page_bytes", "fp16_bytes")]
+        rows.append([f"{row['tokens']:,}", row["format"], *seconds, *megabytes, f"{row['same_tokens']} of 64"])
+    headings = ["tokens", "pages", "prefill, s", "save, s", "load, s", "file, MB", "pages in memory, MB", "fp16, MB"]
+    return table([*headings, "same greedy tokens"], rows) + origin(result)
+
+
+def manager_soak() -> str:
+    """Memory at each tenth of the operations; nothing until it has been measured."""
+    try:
+        result = newest("kv-soak-manager")
+    except NoResult:
+        return ""
+    tenth = result["operations"] // 10
+    columns = (
+        result["resident_bytes_by_tenth"],
+        result["heap_bytes_in_use_by_tenth"],
+        result["python_blocks_by_tenth"],
+    )
+    rows = [
+        [f"{number * tenth:,}", f"{resident / 1e6:.1f}", f"{heap / 1e6:.3f}", f"{blocks:,}"]
+        for number, (resident, heap, blocks) in enumerate(zip(*columns, strict=True), 1)
+    ]
+    made = ", ".join(f"{count:,} × {name}" for name, count in result["by_name"].items())
+    text = table(["operations", "resident, MB", "heap in use, MB", "Python blocks"], rows)
+    text += f"\n{made}; {result['refused']:,} were refused (`CacheFullError`). "
+    text += (
+        f"{100 * result['hit_rate']:.1f} % of the pages asked for were there, {result['pages_from_host_memory']:,} of "
+    )
+    text += f"them in host memory. {result['compared_tokens']:,} tokens were compared.\n"
+    return text + origin({**result, "device": "cpu"})
+
+
 def offloaded_context() -> str:
     result = newest("offloaded-context")
     rows = [
@@ -916,6 +958,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "codec": codec,
     "memory": memory,
     "offloaded-context": offloaded_context,
+    "context-files-8k": context_files,
+    "manager-soak": manager_soak,
     "processes": processes,
     "linear-summary": linear_summary,
     "launch-costs": launch_costs,

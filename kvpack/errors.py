@@ -268,7 +268,7 @@ class FingerprintMismatchError(ModelMismatchError):
         if "dtype" in told and told.keys() <= {"dtype", "weights"}:
             # Weights in one dtype are never equal to those in another.
             dtype = told["dtype"].split()[1]
-            first = f"the pages are of the model in another dtype: load it in {dtype} (--dtype {dtype})"
+            first = f"the pages were made in another dtype than the model is in: load it in {dtype} (--dtype {dtype})"
         lines = [
             first,
             f"fingerprint of the file:  {self.of_file}",

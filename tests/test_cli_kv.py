@@ -314,7 +314,9 @@ def test_contexts_of_others_are_refused_before_a_model_is_loaded(model: Path, sa
         run_json("generate", model, *go_on, "--dtype", "bfloat16", code=USAGE),
     ):
         first, *_, dtype = found["message"].splitlines()
-        assert first == "the pages are of the model in another dtype: load it in float32 (--dtype float32)"
+        assert (
+            first == "the pages were made in another dtype than the model is in: load it in float32 (--dtype float32)"
+        )
         assert dtype == "  dtype: float32 in the file, bfloat16 in the model"
 
 
