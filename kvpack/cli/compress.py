@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvpack.cli.failures import exit_codes
+from kvpack.cli.failures import exit_codes, require_transformers
 from kvpack.cli.options import Force, Json, Source, Threads
 from kvpack.cli.printing import (
     counted,
@@ -25,6 +25,8 @@ from kvpack.encode.rates import DEFAULT_BITS, LOSSLESS, MAX_BITS, MIN_BITS
 
 if TYPE_CHECKING:
     from kvpack.encode.model_directory import FileReport
+    from kvpack.encode.quant_config import QuantConfig
+    from kvpack.integrations.transformers.calibrated_compression import CalibratedReport
 
 
 class LayoutOption(StrEnum):
@@ -89,6 +91,41 @@ def _parse_embeddings(value: str) -> float | str:
         return value
 
 
+def _calibrated(
+    source: Path,
+    output: Path | None,
+    config: QuantConfig,
+    text: Path,
+    tokens: int,
+    seed: int,
+    threads: int | None,
+    dry_run: bool,
+    force: bool,
+    moments: Path | None,
+) -> CalibratedReport:
+    """What ``--calibrate`` does; ``self`` is no file."""
+    from kvpack.errors import InputError
+
+    if moments is not None:
+        raise InputError("--moments and --calibrate exclude each other: one reads moments, the other finds them")
+    if dry_run:
+        raise InputError("--dry-run and --calibrate exclude each other: the check on tokens held back reads the output")
+    require_transformers("kvpack compress --calibrate")
+    from kvpack.integrations.transformers.calibrated_compression import compress_calibrated
+
+    return compress_calibrated(
+        source,
+        output,
+        config,
+        text=None if str(text) == "self" else text,
+        tokens=tokens,
+        seed=seed,
+        threads=threads,
+        force=force,
+        stage=progress_bar,
+    )
+
+
 def compress(
     source: Source,
     output: Annotated[
@@ -145,6 +182,18 @@ def compress(
             "--embeddings", metavar="keep|code|BITS", help="Token embeddings and output layers: kept, or coded."
         ),
     ] = "keep",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate",
+            metavar="TEXT",
+            help="Find such moments first, on a text, and check the result on its end. self: on text of the model's.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option("--calibration-tokens", min=1, metavar="N", help="How many tokens --calibrate reads.")
+    ] = 131_072,
+    seed: Annotated[int, typer.Option("--seed", help="Of what --calibrate draws.")] = 0,
     threads: Threads = None,
     device: Annotated[
         DeviceOption, typer.Option("--device", help="Where weights are coded; the output is the same.")
@@ -179,20 +228,27 @@ def compress(
             tensor_bits=_parse_tensor_bits(tensor_bits),
             embeddings=_parse_embeddings(embeddings),
         )
-        with progress_bar("compress") as progress:
-            report = run(
-                source,
-                output,
-                config,
-                threads=threads,
-                dry_run=dry_run,
-                force=force,
-                progress=progress,
-                device=device.value,
-                moments=moments,
+        calibrated = None
+        if calibrate is not None:
+            calibrated = _calibrated(
+                source, output, config, calibrate, calibration_tokens, seed, threads, dry_run, force, moments
             )
+            report = calibrated.compression
+        else:
+            with progress_bar("compress") as progress:
+                report = run(
+                    source,
+                    output,
+                    config,
+                    threads=threads,
+                    dry_run=dry_run,
+                    force=force,
+                    progress=progress,
+                    device=device.value,
+                    moments=moments,
+                )
     if as_json:
-        print(json.dumps(report.as_dict(), allow_nan=False))
+        print(json.dumps((calibrated or report).as_dict(), allow_nan=False))
         return
     console = data_console()
     if verbose:
@@ -218,6 +274,19 @@ def compress(
     if report.bits_per_weight is not None:
         coded = f"; coded tensors {report.bits_per_weight:.3f} bits a weight"
         coded += f", noise {shown_number(report.noise_db)} dB" if report.noise_db is not None else ", exact"
+    if calibrated is not None:
+        kept = calibrated.held_out_kl[calibrated.allocation]
+        said = {"sensitivity": "steps by sensitivity", "tensor": "equal rates", "model": "one step"}
+        others = [
+            f"; {kl.value:.5f} with {said[allocation]}"
+            for allocation, kl in calibrated.held_out_kl.items()
+            if allocation != calibrated.allocation
+        ]
+        console.print(
+            f"KL on {calibrated.held_out_tokens} tokens held back: {kept.value:.5f} nats a token with "
+            f"{said[calibrated.allocation]}, kept{''.join(others)}",
+            highlight=False,
+        )
     # A GGUF file has its embedding in few bits; it is kept in 16 here.
     ratio = f"{report.ratio:.2f} times smaller" if report.ratio >= 1 else f"{1 / report.ratio:.2f} times larger"
     console.print(
