@@ -945,6 +945,37 @@ def model_quality(name: str) -> Callable[[], str]:
     return shown
 
 
+def calibrated(name: str) -> Callable[[], str]:
+    """A result of benchmarks/calibrated_quality.py."""
+
+    def shown() -> str:
+        result = newest(f"calibrated-{name}")
+        many = len(result["moments"]) > 1
+        rows = [
+            [
+                f"{row['asked']:g}" if "GPTQ" not in row["method"] else "–",
+                row["method"],
+                *([row["moments"] or "–"] * many),
+                _number(row["bits"], 3),
+                f"{_number(row['kl'], 4)} ± {row['kl_standard_error']:.4f}",
+                _number(100 * row["same_top"], 1),
+                _number(row["output_bytes"] / 1e6, 2) if "output_bytes" in row else "–",
+            ]
+            for row in result["rows"]
+        ]
+        headings = ["`--bits`", "steps", *(["moments"] * many), "bits a weight", "KL, nats a token"]
+        text = table([*headings, "same top token, %", "whole file, MB"], rows)
+        read = "; ".join(
+            f"{label}: {made['tokens']:,} tokens of {made['text'] or 'its own'} in windows of {made['window_tokens']}"
+            for label, made in result["moments"].items()
+        )
+        windows = f"the first {result['windows']} windows of {result['window_tokens']} tokens"
+        text += f"\n{result['linears']} tensors; {windows}. Moments: {read}.\n"
+        return text + origin(result)
+
+    return shown
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "minilm-short": lambda: minilm_rates(short=True),
     "minilm-rates": lambda: minilm_rates(short=False),
@@ -1024,6 +1055,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "generation-launches": generation("launches"),
     "llama-shape": llama_shape,
     "grouped": grouped,
+    "calibrated-books": calibrated("books"),
+    "calibrated-books-tokens": calibrated("books-tokens"),
+    "calibrated-smollm2": calibrated("smollm2"),
     "equal-quality-books": equal_quality("books"),
     "equal-quality-minilm": equal_quality("minilm"),
     "equal-quality-smollm2": equal_quality("smollm2"),

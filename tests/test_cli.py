@@ -214,7 +214,7 @@ def test_compress_a_file(source: Path) -> None:
     assert 0 < report["seconds"] < 60
     assert [tensor["name"] for tensor in report["tensors"]] == sorted(model())
     for tensor in report["tensors"]:
-        assert set(tensor) == TENSOR_KEYS | {"bytes", "reason"}
+        assert set(tensor) == TENSOR_KEYS | {"bytes", "reason", "expected_kl"}
         original = model()[tensor["name"]]
         assert tensor["shape"] == list(original.shape)
         assert tensor["bits_per_weight"] == pytest.approx(8 * tensor["bytes"] / original.size, abs=1e-6)

@@ -12,7 +12,7 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +33,7 @@ from kvpack.encode.model_directory import (
     FileReport,
     copy_files,
     directory_in_place,
+    json_text,
     refuse_other_files,
     size_bytes,
     sort_files,
@@ -781,10 +782,7 @@ def compress(
             if config.allocation in ("model", "sensitivity") and config.bits is not None:
                 plans = _common_step_plans(model, progress)
             if dry_run:
-                output_bytes = copied_bytes + sum(
-                    _file_bytes(*_encode_file(model, file, plans, None, progress, reports))
-                    for file in model.tree.weight_files
-                )
+                output_bytes = copied_bytes + _dry_run(model, source, plans, progress, reports)
             elif source.is_dir():
                 output_bytes = _compress_directory(model, source, target, plans, progress, reports, carried)
             else:
@@ -887,6 +885,36 @@ def _compress_file(
         return writer.finish(metadata)
 
 
+def _dry_run(
+    model: _Model, source: Path, plans: dict[str, CommonPlan], progress: Progress, reports: list[TensorReport]
+) -> int:
+    """About what the files take that would be written."""
+    encoded = [_encode_file(model, file, plans, None, progress, reports) for file in model.tree.weight_files]
+    total = sum(_file_bytes(metadata, shard) for metadata, shard in encoded)
+    if source.is_dir():
+        configs = _configs(model, source, [shard for _, shard in encoded])
+        total += sum(len(json_text(config)) for _, config in configs)
+    return total
+
+
+def _configs(model: _Model, source: Path, shards: list[Shard]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folders of the output that have a config.json, and what stands in it."""
+    tree = model.tree
+    for folder in tree.folders:
+        exists = (source / folder / CONFIG_NAME).exists()
+        if not exists and not (folder == Path() and _adds_config(tree)):
+            continue
+        prefix = folder_prefix(folder)
+        blob_bytes = {
+            file.names[name].removeprefix(prefix): size
+            for file, shard in zip(tree.weight_files, shards, strict=True)
+            if file.folder == folder
+            for name, size in shard.blob_bytes.items()
+        }
+        config = model.config_of(folder) if exists else None
+        yield folder, compressed_config(config, model.config.to_json(), blob_bytes)
+
+
 def _compress_directory(
     model: _Model,
     source: Path,
@@ -906,19 +934,7 @@ def _compress_directory(
                 writer.finish(metadata)
             shards.append(shard)
         write_indexes(temporary, tree, shards, added_indexes(tree))
-        for folder in tree.folders:
-            exists = (source / folder / CONFIG_NAME).exists()
-            if not exists and not (folder == Path() and _adds_config(tree)):
-                continue
-            prefix = folder_prefix(folder)
-            blob_bytes = {
-                file.names[name].removeprefix(prefix): size
-                for file, shard in zip(tree.weight_files, shards, strict=True)
-                if file.folder == folder
-                for name, size in shard.blob_bytes.items()
-            }
-            config = model.config_of(folder) if exists else None
-            written = compressed_config(config, model.config.to_json(), blob_bytes)
+        for folder, written in _configs(model, source, shards):
             write_json(temporary / folder / CONFIG_NAME, written)
         copy_files(source, temporary, carried, progress.advance)
         return size_bytes(temporary)

@@ -46,13 +46,18 @@ _ANY_INDEX = re.compile(r"\.index(\.[^.]+)*\.json$")
 _SHOWN = 5
 
 
+def json_text(value: object) -> str:
+    """What an index or config.json is as text."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: object) -> None:
     """Write an index or config.json.
 
     Raises:
         InputError: a file's name in it is not UTF-8.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(value)
     try:
         text.encode()
     except UnicodeEncodeError as error:
