@@ -26,6 +26,7 @@ from bench_common import environment_path, print_table, provenance, require_inpu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvpack.encode.blob_decoder import decode_integers
+from kvpack.encode.quant_config import LAYOUTS
 from kvpack.encode.row_factors import row_factors
 from kvpack.encode.tensor_encoder import Matrices, encode_at_bits
 from kvpack.format.blob import Blob
@@ -79,11 +80,11 @@ class Evaluator:
         logarithms = frequency * np.log(self.counts + 1.0) + size * np.log(np.maximum(rms, rms.mean() / 64))
         return np.exp(logarithms - logarithms.mean()).astype(np.float32)
 
-    def setting(self, name: str, bits: float) -> dict[str, Any]:
+    def setting(self, name: str, bits: float, layout: str, tile_cols: int | None) -> dict[str, Any]:
         began = time.perf_counter()
         matrices = Matrices(self.original)
         matrices.set_vectors(row_factors=self.factors(name))
-        encoded = encode_at_bits(matrices, bits)
+        encoded = encode_at_bits(matrices, bits, layout_name=layout, tile_cols=tile_cols)
         blob = Blob(bytes(encoded.blob.front) + bytes(encoded.blob.payload))
         assert encoded.scales is not None
         kl, error = self.kl(decode_integers(blob)[0].astype(np.float32) * encoded.scales[:, None])
@@ -104,6 +105,8 @@ def main() -> None:
     parser.add_argument("text", type=Path, nargs="?", default=environment_path("KVPACK_BOOKS_TEXT"))
     parser.add_argument("--settings", default=SETTINGS, help=f"comma-separated; default: {SETTINGS}")
     parser.add_argument("--bits", type=float, default=4.25)
+    parser.add_argument("--layout", choices=LAYOUTS, default="auto")
+    parser.add_argument("--tile-cols", type=int)
     parser.add_argument("--windows", type=int, default=8, help="2 or more")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--json", type=Path)
@@ -120,7 +123,9 @@ def main() -> None:
     }
     evaluator = Evaluator(options.model, options.text, options.windows, options.context)
     result["counted_tokens"] = int(evaluator.counts.sum())
-    result["results"] = [evaluator.setting(name, options.bits) for name in options.settings.split(",")]
+    result["results"] = [
+        evaluator.setting(name, options.bits, options.layout, options.tile_cols) for name in options.settings.split(",")
+    ]
     print_table(
         ("setting", "bits", "noise dB", "KL", "± (s.e.)"),
         (

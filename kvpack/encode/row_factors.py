@@ -2,7 +2,7 @@
 
 A row is used as often as its token stands in a text, and its noise counts as often: rows of rare tokens may have larger
 steps. With high-rate theory alone the best steps go with frequency^(−1/2); what a text tells of rare tokens is
-uncertain, and half that exponent, with some of the row's own size, is best (docs/DESIGN-NOTES.md). Without a text the
+uncertain, and half that exponent, with some of the row's own size, was best (docs/DESIGN-NOTES.md). Without a text the
 rows' sizes alone say a little: tokens that are seldom seen in training end up with larger rows.
 """
 
@@ -19,7 +19,7 @@ from kvpack.encode.threads import map_ordered
 
 # Exponents of a row's frequency and rms, with token counts, and of its rms alone without them.
 _FREQUENCY, _RMS = -0.25, 0.5
-_RMS_ALONE = 1.5
+_RMS_ALONE = 2.0
 # Rows that are as good as zero count as rows of this part of the mean rms.
 _LEAST_RMS = 2.0**-6
 

@@ -260,6 +260,15 @@ def test_decoded_embeddings_are_told_of(tmp_path: Path, monkeypatch: pytest.Monk
     assert torch.equal(model_of.logits(model), model_of.logits(model_of.load(model_of.dense)))
 
 
+def test_quantization_while_loading(tmp_path: Path) -> None:
+    """The options are those of `compress`, and so are the bytes."""
+    model_of = Directories(tmp_path, "llama tied")
+    config = kvpack.KVPackConfig(bits=6.0, embeddings="code")
+    model = model_of.load(model_of.plain, quantization_config=config)
+    assert type(model.get_input_embeddings()) is RansEmbedding
+    assert bytes_of(model.state_dict()) == bytes_of(model_of.load().state_dict())
+
+
 def test_warmup_looks_a_row_up(tmp_path: Path) -> None:
     assert kvpack.warmup(Directories(tmp_path, "llama tied").load().get_input_embeddings()) == 1
 
