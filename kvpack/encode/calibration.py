@@ -1,9 +1,9 @@
 """What moments of a model's activations say to the encoder: feedback within a tensor, and importance between tensors.
 
 A tensor's step Δ costs, to second order, KL = ½·Σ_r s_r·E[(e_r·x)²] nats a token, with e_r the error of row r and s_r
-the sensitivity of its output (FORMAT.md's integers know nothing of it). With feedback (see feedback.py) E[(e_r·x)²] is
-about K·mean(L_jj²)·Δ²/12. The least sum over tensors at a number of bits in all has the same derivative by bits
-everywhere: Δ² ∝ 1 / (mean s_r · mean L_jj²).
+the sensitivity of its output (FORMAT.md's integers know nothing of it); that of an expert, times the part of the tokens
+that it meets. With feedback (see feedback.py) E[(e_r·x)²] is about K·mean(L_jj²)·Δ²/12. The least sum over tensors at
+a number of bits in all has the same derivative by bits everywhere: Δ² ∝ 1 / (mean s_r · mean L_jj²).
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class _TensorFeedback:
         if sensitivity is None:
             return None
         rows: npt.NDArray[np.float64] = sensitivity.reshape(self._weights.matrices, -1)[matrix].astype(np.float64)
-        rows *= self.of_matrix(matrix).mean_variance / 2
+        # Means are over the tokens that a matrix met, which of an expert are some of all.
+        rows *= self._calibration.part_of_tokens(self._name, matrix) * self.of_matrix(matrix).mean_variance / 2
         return rows
 
 
@@ -66,6 +67,7 @@ class Calibration:
         self.moments = moments
         self._factors: OrderedDict[tuple[str, int], Feedback] = OrderedDict()
         self._kept_bytes = 0
+        self._text_tokens = float(moments.token_counts.sum(dtype=np.float64))
         self._lock = threading.Lock()
 
     @property
@@ -115,8 +117,16 @@ class Calibration:
         mean = float(np.mean(found))
         return mean if mean > 0 and math.isfinite(mean) else None
 
+    def part_of_tokens(self, name: str, matrix: int) -> float:
+        """How many tokens one of a tensor's matrices met, for each one of the text; 1.0 of a text without tokens."""
+        return int(self.moments.tokens(name)[matrix]) / self._text_tokens if self._text_tokens else 1.0
+
     def factor(self, name: str, matrix: int, weights: Matrices) -> Feedback:
-        """The feedback of one of a tensor's matrices, made once for all that read the same inputs."""
+        """The feedback of one of a tensor's matrices, made once for all that read the same inputs.
+
+        Raises:
+            MomentsError: the moments are none of any inputs.
+        """
         scaled = weights.column_scales is not None
         key = name if scaled else self.moments.inputs[name], matrix
         with self._lock:
@@ -128,7 +138,12 @@ class Calibration:
                 # An error in what is quantized is that times the column's scale in the weight.
                 scales = weights.strip_column_scales(matrix * weights.tile_rows)
                 second_moment = second_moment * scales[:, None] * scales
-            factor = self._factors[key] = feedback_of(second_moment)
+            try:
+                factor = self._factors[key] = feedback_of(second_moment)
+            except ValueError as error:
+                raise MomentsError(
+                    f"{self.moments.path}, inputs of {name!r}: {error}; make it anew with kvpack moments"
+                ) from None
             self._kept_bytes += factor.coefficients.nbytes
             while self._kept_bytes > _KEEP_BYTES and len(self._factors) > 1:
                 _, oldest = self._factors.popitem(last=False)

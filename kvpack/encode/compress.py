@@ -472,7 +472,7 @@ def _measure_all(model: _Model, progress: Progress) -> dict[str, _Measured]:
             fine = measure(weights, model.executor)
         except NotEncodableError:
             continue
-        if fine.rms <= 0:
+        if fine.rms <= 0 or (weights.feedback is not None and fine.tells_values_apart(bits)):
             continue
         if model.config.allocation == "model":
             found[name] = _Measured(weights, fine, 1.0, 0.0, math.inf)

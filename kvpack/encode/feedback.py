@@ -31,7 +31,7 @@ DAMPING = 0.01
 # Columns whose corrections are summed side by side, so that errors pass through the cache once for all of them.
 _BLOCK_COLS = 16
 _PANEL = 64
-# Magnitudes that an outlier can have in tiles of any width.
+# Magnitudes that an outlier can have in tiles of any width; a weight of more is in tiles that have its own.
 _MOST_STEPS = outlier_delta_max(MAX_TILE_COLS)
 
 
@@ -176,7 +176,8 @@ def _quantize(values, coefficients, variances, rate_weight, bits, clamp_bits, ha
                     target[row] += c0 * e0[row]
             rate = rate_weight / variances[at]
             for row in range(rows):
-                value = min(max(target[row], -most), most)
+                limit = max(most, abs(values[at, row]))
+                value = min(max(target[row], -limit), limit)
                 q = _nearest(value, rate, bits, half, clamp_bits)
                 integers[at, row] = q
                 errors[at, row] = values[at, row] - F32(q)

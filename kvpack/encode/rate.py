@@ -54,6 +54,8 @@ _LADDER_STEPS_PER_OCTAVE = 16
 # A tensor of no more elements is mostly overhead: it is planned in milliseconds, by fewer steps.
 SMALL_ELEMENTS = 4096
 _SMALL_STEPS_PER_OCTAVE = 4
+# Bits that the entropy of few distinct values may be above a rate.
+_VALUES_NEARLY_FIT = 0.25
 # A rate that a layout leaves so much of is not what limits it; noises of this ratio are equal.
 _RATE_IS_SLACK_AT = 0.05
 _EQUAL_NOISE = 1.01
@@ -108,6 +110,10 @@ class FineHistogram:
     def is_smooth(self) -> bool:
         """Whether there is enough of it, and finer steps cost more bits and give less noise, all the way."""
         return not self.is_small and self.values is None and self.deviation == self.rms and not self.uneven
+
+    def tells_values_apart(self, bits: float) -> bool:
+        """Whether values are so few that about this rate has room for which of them each weight is."""
+        return self.values is not None and entropy_bits(self.counts) <= bits + _VALUES_NEARLY_FIT
 
     @property
     def bin_width(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -716,13 +717,13 @@ def _check_noise(
         NotEncodableError: into means, or into outliers: a step that holds these is too coarse for the others.
         RateOutOfReachError: into overhead.
     """
-    if encoded.noise_db is None or weights.feedback is not None:  # whose errors are small at the outputs alone
+    if encoded.noise_db is None:
         return
     spread_db = _spread_db(weights, plan, encoded)
     _check_offset(fine, encoded, bits, spread_db)
     achieved = 8 * encoded.size_bytes / weights.size
     too_noisy = encoded.noise_db - spread_db > _most_noise_db(bits)
-    too_coarse = too_noisy or 10 * math.log10(plan.predicted.noise) > _most_noise_db(min(bits, achieved))
+    too_coarse = too_noisy or _planned_db(plan) > _most_noise_db(min(bits, achieved))
     most = outlier_delta_max(weights.header(plan.layout, tile_cols).tile_cols)
     if too_coarse and fine.largest >= _AT_THE_LIMIT * most * plan.step:
         raise NotEncodableError(
@@ -734,27 +735,34 @@ def _check_noise(
 
 
 def _spread_db(weights: Matrices, plan: RatePlan, encoded: EncodedTensor) -> float:
-    """By how much row factors make a tensor noisier than what is quantized, which the plan knows: on purpose."""
-    if weights.row_factors is None or encoded.noise_db is None:
+    """By how much row factors or feedback make a tensor noisier than the plan knows: on purpose.
+
+    With feedback errors are small at the outputs, and the larger in weights.
+    """
+    if (weights.row_factors is None and weights.feedback is None) or encoded.noise_db is None:
         return 0.0
-    return max(0.0, encoded.noise_db - 10 * math.log10(plan.predicted.noise))
+    return max(0.0, encoded.noise_db - _planned_db(plan))
+
+
+def _planned_db(plan: RatePlan) -> float:
+    return 10 * math.log10(max(plan.predicted.noise, _TINY))
 
 
 def _check_offset(fine: FineHistogram, encoded: EncodedTensor, bits: float, spread_db: float) -> None:
     """Check that the means of the tensor, its rows or its columns have not eaten the rate.
 
     An entropy-coded uniform quantizer around the mean has 1.53 − 6.02·bits dB, and ``spread_db`` more where rows have
-    unlike steps. Rows and columns whose means are far apart may cost two bits.
+    unlike steps, or errors are fed back. Rows and columns whose means are far apart may cost two bits.
 
     Raises:
         NotEncodableError: they have.
     """
-    plain_db = 1.53 - 6.02 * (bits - 0.2) + spread_db
+    plain_db = 1.53 - 6.02 * (bits - 0.2)
     for noise, tolerance_db in (
         (encoded.centred_noise_db, _PLAIN_TOLERANCE_DB),
         (encoded.variance_noise_db, _MEANS_TOLERANCE_DB),
     ):
-        if noise is not None and noise > min(-1.0, plain_db + tolerance_db):
+        if noise is not None and noise - spread_db > min(-1.0, plain_db + tolerance_db):
             raise NotEncodableError(
                 f"far from zero for their spread (mean {fine.mean:.3g}, deviation {fine.deviation:.3g}): "
                 f"noise would be {noise:.1f} dB of the variance"
@@ -803,6 +811,9 @@ def encode_at_bits(
     fine = measure(weights, executor)
     if fine.rms == 0:
         return _encode_zeros(weights, tile_cols, executor, coder)
+    if fine.tells_values_apart(worth_bits):
+        # What was quantized before is coded nearly as it is; errors fed back would put weights between its values.
+        weights.feedback, weights.rate_weight = None, LAMBDA
     blob_bits = bits - weights.bits_beside
     layouts = weights.choice(candidate_layouts(layout_name, blob_bits, fine))
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
@@ -869,7 +880,11 @@ def _encode_from_ladder(
     """:func:`encode_at_bits` where the rate is no smooth function of the step: the quietest plan that fits it."""
     tried = 0
     excess = weights.bits_beside - _PREDICTION_IS_OFF_BY_BITS
-    for plan in plan_ladder(fine, headers, headers):
+    plans = plan_ladder(fine, headers, headers)
+    if weights.feedback is not None:
+        plans = _from_about_the_rate(weights, plans, bits, tile_cols, fine, executor, coder)
+        excess = -math.inf  # it has been counted
+    for plan in plans:
         if plan.predicted.bits + excess > bits:
             continue
         counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
@@ -878,12 +893,43 @@ def _encode_from_ladder(
             if 8 * encoded.size_bytes <= bits * weights.size:
                 _check_noise(weights, fine, plan, encoded, worth_bits, tile_cols)
                 return encoded
-        # What a prediction is off by is nearly the same for the next plan.
-        excess = 0.9 * (8 * counted.size_bytes / weights.size - plan.predicted.bits)
+        if weights.feedback is None:
+            # What a prediction is off by is nearly the same for the next plan.
+            excess = 0.9 * (8 * counted.size_bytes / weights.size - plan.predicted.bits)
         tried += 1
         if tried == _MAX_TRIED:
             break
     raise RateOutOfReachError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
+
+
+def _from_about_the_rate(
+    weights: Matrices,
+    plans: list[RatePlan],
+    bits: float,
+    tile_cols: int | None,
+    fine: FineHistogram,
+    executor: ThreadPoolExecutor | None,
+    coder: Coder,
+) -> list[RatePlan]:
+    """A plan for each step of a ladder, from about the first one that fits a rate on.
+
+    With feedback weights are rounded towards values that lie between the few that they have themselves. So what their
+    histogram predicts is too low by up to a bit, by more for some steps than for others; what counts of symbols say
+    falls with the step.
+    """
+    of_step: dict[float, list[RatePlan]] = {}
+    for plan in plans:
+        of_step.setdefault(plan.step, []).append(plan)
+
+    def cost(plan: RatePlan) -> float:
+        return plan.predicted.noise + LAMBDA * (plan.step / fine.rms) ** 2 * plan.predicted.bits
+
+    def fits(plan: RatePlan) -> bool:
+        counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
+        return 8 * counted.size_bytes <= (bits + _RATE_TOLERANCE_BITS) * weights.size
+
+    by_step = [min(of_step[step], key=cost) for step in sorted(of_step)]
+    return by_step[bisect.bisect_left(by_step, True, key=fits) :]
 
 
 def _eight_bit_layouts(layout_name: str) -> list[Layout]:
@@ -998,8 +1044,7 @@ def encode_plan(
     """
     counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
     encoded = _finish(weights, fine, plan, counted, tile_cols, executor, coder)
-    if weights.feedback is None:
-        _check_offset(fine, encoded, 8 * encoded.size_bytes / weights.size, _spread_db(weights, plan, encoded))
+    _check_offset(fine, encoded, 8 * encoded.size_bytes / weights.size, _spread_db(weights, plan, encoded))
     return encoded
 
 

@@ -168,8 +168,13 @@ def test_inputs_that_are_always_zero() -> None:
     np.testing.assert_array_equal(found, np.rint(weights(9, 40) / F32(0.25)))
 
 
-def write_moments(path: Path, shapes: dict[str, tuple[int, ...]], *, sensitivities: bool = True, **made: Any) -> Path:
-    """Moments of tensors of these shapes ([rows, K] or [E, rows, K]), the first of them the most sensitive."""
+def write_moments(
+    path: Path, shapes: dict[str, tuple[int, ...]], *, sensitivities: bool = True, text_tokens: int = 100, **made: Any
+) -> Path:
+    """Moments of tensors of these shapes ([rows, K] or [E, rows, K]), the first of them the most sensitive.
+
+    All matrices met 100 tokens, of ``text_tokens``.
+    """
     with MomentsWriter(path) as writer:
         for index, (name, shape) in enumerate(shapes.items()):
             *experts, rows, k = shape
@@ -178,7 +183,7 @@ def write_moments(path: Path, shapes: dict[str, tuple[int, ...]], *, sensitiviti
             writer.add_second_moment(name, (*experts, k, k), iter(h), np.full(count, 100))
             if sensitivities:
                 writer.add_sensitivity(name, np.full((*experts, rows), 4.0**-index, F32))
-        writer.finish({name: name for name in shapes}, np.ones(16, np.int64), {"tokens": 100, "shapes": {}, **made})
+        writer.finish({name: name for name in shapes}, np.array([text_tokens]), {"tokens": 100, "shapes": {}, **made})
     return path
 
 
@@ -258,6 +263,100 @@ def test_the_same_moments_give_the_same_bytes(model: Path, tmp_path: Path) -> No
         kvpack.compress(model, tmp_path / "o", bits=3.5, moments=moments, threads=threads, force=True)
         files.append((tmp_path / "o").read_bytes())
     assert files[0] == files[1] == files[2]
+
+
+def test_what_few_tokens_meet_costs_as_little(model: Path, tmp_path: Path) -> None:
+    """An expert's moments are means over its own tokens; nats are those of a token of the text."""
+    expected = {}
+    for text_tokens in (100, 800):
+        moments = write_moments(tmp_path / f"{text_tokens}.safetensors", SHAPES, text_tokens=text_tokens)
+        report = kvpack.compress(model, tmp_path / "o", bits=4.0, moments=moments, allocation="tensor", force=True)
+        expected[text_tokens] = [tensor.expected_kl for tensor in report.tensors]
+        with Moments.open(moments) as found:
+            matrices = Matrices(np.zeros(SHAPES["c.weight"], F32))
+            calibration = Calibration(found)
+            assert calibration.prepare("c.weight", matrices)
+            importance = calibration.importance("c.weight", matrices)
+            expected[text_tokens].append(importance)
+    for rare, common in zip(expected[800], expected[100], strict=True):
+        assert rare is not None
+        assert common is not None
+        assert rare == pytest.approx(common / 8, rel=1e-5)
+
+
+def noise_of(model: Path, out: Path, **options: Any) -> tuple[Any, float]:
+    """The report on the only tensor w, and its noise over its power."""
+    report = kvpack.compress(model, out, force=True, **options)
+    with kvpack.open(model) as original, kvpack.open(out) as coded:
+        w = original.dequantize("w").astype(np.float64)
+        return report.tensors[0], float(((coded.dequantize("w") - w) ** 2).sum() / (w**2).sum())
+
+
+def test_a_value_of_more_steps_than_wide_tiles_can_have_stays_what_it_is(tmp_path: Path) -> None:
+    w = weights(256, 128)
+    w[3, 5] = 3000.0  # 10,000 steps; outliers of tiles of 2,048 columns have 4,095
+    save_file({"w": w}, tmp_path / "m.safetensors")
+    moments = write_moments(tmp_path / "moments.safetensors", {"w": w.shape})
+    _, noise = noise_of(tmp_path / "m.safetensors", tmp_path / "o", bits=4.0, moments=moments, allocation="tensor")
+    assert noise < 1e-3  # 0.35 with that value cut
+
+
+def test_what_a_value_far_from_the_others_would_ruin_is_coded_exactly(tmp_path: Path) -> None:
+    w = weights(256, 128)
+    w[3, 5] = 150_000.0  # with a step that holds it all others are 0
+    save_file({"w": w}, tmp_path / "m.safetensors")
+    moments = write_moments(tmp_path / "moments.safetensors", {"w": w.shape})
+    tensor, noise = noise_of(tmp_path / "m.safetensors", tmp_path / "o", bits=4.0, moments=moments, allocation="tensor")
+    assert noise == 0
+    assert "the largest value" in tensor.reason
+
+
+@pytest.mark.parametrize("shape", [(4096, 1), (1, 1024)])
+def test_what_is_nearly_all_overhead_gets_the_rate_that_is_enough(shape: tuple[int, int], tmp_path: Path) -> None:
+    save_file({"w": weights(*shape)}, tmp_path / "m.safetensors")
+    moments = write_moments(tmp_path / "moments.safetensors", {"w": shape})
+    options = {"bits": 4.0, "include": "w", "allocation": "tensor"}
+    plain, plain_noise = noise_of(tmp_path / "m.safetensors", tmp_path / "o", **options)
+    tensor, noise = noise_of(tmp_path / "m.safetensors", tmp_path / "o", moments=moments, **options)
+    assert "overhead" in plain.reason
+    assert tensor.reason == plain.reason
+    assert tensor.bits_per_weight == pytest.approx(plain.bits_per_weight, abs=0.51)
+    assert noise < 5 * plain_noise
+
+
+@pytest.mark.parametrize("allocation", ["tensor", "sensitivity"])
+def test_of_few_values_each_stays_what_it_is(allocation: str, tmp_path: Path) -> None:
+    levels = np.sort(np.random.default_rng(3).standard_normal(16)).astype(F32)
+    save_file({"w": levels[np.random.default_rng(4).integers(0, 16, (256, 256))]}, tmp_path / "m.safetensors")
+    moments = write_moments(tmp_path / "moments.safetensors", {"w": (256, 256)})
+    options = {"bits": 4.0, "allocation": allocation}
+    plain, _ = noise_of(tmp_path / "m.safetensors", tmp_path / "o", bits=4.0)
+    tensor, _ = noise_of(tmp_path / "m.safetensors", tmp_path / "o", moments=moments, **options)
+    assert tensor.noise_db == plain.noise_db
+    assert tensor.bits_per_weight == plain.bits_per_weight
+
+
+def test_a_rate_that_few_values_do_not_fit_is_used(tmp_path: Path) -> None:
+    bits = 3.0
+    w = (np.random.default_rng(4).integers(-8, 8, (256, 256)) * 0.125).astype(F32)
+    save_file({"w": w}, tmp_path / "m.safetensors")
+    moments = write_moments(tmp_path / "moments.safetensors", {"w": w.shape})
+    tensor, _ = noise_of(tmp_path / "m.safetensors", tmp_path / "o", bits=bits, moments=moments, allocation="tensor")
+    assert bits - 0.25 <= tensor.bits_per_weight <= bits
+    assert tensor.reason is None
+
+
+def test_moments_of_no_inputs_are_named(model: Path, tmp_path: Path) -> None:
+    with MomentsWriter(tmp_path / "moments.safetensors") as writer:
+        h = np.full((160, 160), -1.0, F32)
+        np.fill_diagonal(h, 1.0)
+        writer.add_second_moment("key", h.shape, iter([h]), np.full(1, 100))
+        writer.finish({"a.weight": "key"}, np.array([100]), {})
+    with pytest.raises(
+        MomentsError, match=r"moments\.safetensors, inputs of 'a\.weight': .*not positive definite.*anew"
+    ):
+        kvpack.compress(model, tmp_path / "o", bits=4.0, moments=tmp_path / "moments.safetensors")
+    assert not (tmp_path / "o").exists()
 
 
 def test_moments_without_sensitivities(model: Path, tmp_path: Path) -> None:
