@@ -41,7 +41,7 @@ class KVPackConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: names of modules whose weights are no coded ones, with all that is below them:
             ``["lm_head", "model.layers.0"]``. When a model is quantized they are kept as they are, else decoded.
         dequantize: decode all weights when the model is loaded; it is a plain model then.
-        calibrate: texts or tokens by which the rates would be chosen; not in this version.
+        calibrate: refused: models are calibrated by ``kvpack compress --calibrate``, and loaded then.
         format_version: of a compressed model's blobs (docs/FORMAT.md).
         blob_bytes: coded tensor → length of its blob.
         options: with which the model was compressed, as :meth:`kvpack.QuantConfig.to_json` has them.
@@ -70,7 +70,8 @@ class KVPackConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD  # type: ignore[assignment]  # any string serves
         if calibrate is not None:
             raise NotSupportedError(
-                "calibrate: kvpack cannot choose rates by calibration yet. bits gives all tensors one rate, "
+                "calibrate: a model is not calibrated while it is loaded: kvpack compress MODEL --calibrate TEXT makes a "
+                "directory that from_pretrained loads. Without, bits gives all tensors one rate, "
                 "allocation='model' one step (the least squared error), tensor_bits={pattern: bits} rates of your own"
             )
         _check_type("modules_to_not_convert", modules_to_not_convert, "a list of names", _is_names)
