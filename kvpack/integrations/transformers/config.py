@@ -70,7 +70,7 @@ class KVPackConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD  # type: ignore[assignment]  # any string serves
         if calibrate is not None:
             raise NotSupportedError(
-                "calibrate: a model is not calibrated while it is loaded: kvpack compress MODEL --calibrate TEXT makes a "
+                "calibrate: no model is calibrated while it is loaded. kvpack compress MODEL --calibrate TEXT makes a "
                 "directory that from_pretrained loads. Without, bits gives all tensors one rate, "
                 "allocation='model' one step (the least squared error), tensor_bits={pattern: bits} rates of your own"
             )
