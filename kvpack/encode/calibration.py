@@ -78,15 +78,15 @@ class Calibration:
     @property
     def has_sensitivities(self) -> bool:
         """Whether it is known what an error at outputs costs."""
-        return any(self.moments.sensitivity(name) is not None for name in self.moments.names[:1])
+        return any(self.moments.sensitivity(name) is not None for name in self.moments.names)
 
     def prepare(self, name: str, weights: Matrices) -> bool:
-        """Let a tensor be quantized with feedback; whether there are moments of it.
+        """Let a tensor be quantized with feedback; whether there are moments of it that can be used.
 
         Raises:
             MomentsError: they are those of a tensor of another shape.
         """
-        if name not in self.moments.inputs:
+        if name not in self.moments.inputs or self._is_by_inputs(name, weights):
             return False
         found = self.moments.matrices(name), self.moments.inputs_of(name)
         if found != (weights.matrices, weights.cols):
@@ -103,6 +103,22 @@ class Calibration:
         weights.feedback = _TensorFeedback(self, name, weights)
         weights.rate_weight = FEEDBACK_RATE_WEIGHT
         return True
+
+    def _is_by_inputs(self, name: str, weights: Matrices) -> bool:
+        """Whether experts in one tensor are stored inputs × outputs, and so read as outputs × inputs.
+
+        Their shape says so, or, if they are square, that of others of their module.
+        """
+        if weights.matrices == 1:
+            return False
+        module, shapes = name.rpartition(".")[0], self.moments.made.get("shapes")
+        known = shapes if isinstance(shapes, dict) else {}
+        stored = [(name, [weights.matrices, weights.rows, weights.cols])]
+        stored += [(n, known[n]) for n in self.moments.inputs if n.rpartition(".")[0] == module and n in known]
+        return any(
+            isinstance(shape, list) and len(shape) == 3 and shape[1] == self.moments.inputs_of(n) != shape[2]
+            for n, shape in stored
+        )
 
     def importance(self, name: str, weights: Matrices) -> float | None:
         """What a squared step costs a weight, in nats: the mean over its matrices; None where nobody knows."""

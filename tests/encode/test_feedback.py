@@ -346,6 +346,35 @@ def test_a_rate_that_few_values_do_not_fit_is_used(tmp_path: Path) -> None:
     assert tensor.reason is None
 
 
+def test_experts_that_are_stored_by_inputs_are_not_fed_back(tmp_path: Path) -> None:
+    """As gpt-oss's are: a square one looks as if it were stored by outputs."""
+    stored = {"up": (3, 64, 128), "down": (3, 64, 64)}
+    save_file({f"experts.{n}": weights(s[0] * s[1], s[2]).reshape(s) for n, s in stored.items()}, tmp_path / "m")
+    moments = tmp_path / "moments.safetensors"
+    with MomentsWriter(moments) as writer:
+        for name, (count, k, rows) in stored.items():
+            writer.add_second_moment(name, (count, k, k), iter([moment(inputs(300, k))] * count), np.full(count, 100))
+            writer.add_sensitivity(f"experts.{name}", np.ones((count, rows), F32))
+        shapes = {f"experts.{name}": list(shape) for name, shape in stored.items()}
+        writer.finish({f"experts.{name}": name for name in stored}, np.array([300]), {"shapes": shapes})
+    with Moments.open(moments) as found:
+        calibration = Calibration(found)
+        for name, shape in stored.items():
+            assert not calibration.prepare(f"experts.{name}", Matrices(np.zeros(shape, F32)))
+
+
+def test_some_tensors_without_sensitivities_leave_those_of_others(model: Path, tmp_path: Path) -> None:
+    with MomentsWriter(tmp_path / "moments.safetensors") as writer:
+        for name in ("a.weight", "b.weight"):
+            k = SHAPES[name][-1]
+            writer.add_second_moment(name, (k, k), iter([moment(inputs(300, k))]), np.full(1, 100))
+        writer.add_sensitivity("b.weight", np.ones(256, F32))
+        writer.finish({"a.weight": "a.weight", "b.weight": "b.weight"}, np.array([100]), {})
+    report = kvpack.compress(model, tmp_path / "o", bits=4.0, moments=tmp_path / "moments.safetensors")
+    assert any("steps by sensitivity" in note for note in report.notes)
+    assert [tensor.expected_kl is None for tensor in report.tensors] == [True, False, True]
+
+
 def test_moments_of_no_inputs_are_named(model: Path, tmp_path: Path) -> None:
     with MomentsWriter(tmp_path / "moments.safetensors") as writer:
         h = np.full((160, 160), -1.0, F32)
