@@ -1056,7 +1056,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "llama-shape": llama_shape,
     "grouped": grouped,
     "calibrated-books": calibrated("books"),
-    "calibrated-books-tokens": calibrated("books-tokens"),
     "calibrated-smollm2": calibrated("smollm2"),
     "equal-quality-books": equal_quality("books"),
     "equal-quality-minilm": equal_quality("minilm"),
