@@ -87,6 +87,8 @@ from kvpack.format.layout import Layout
 
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
+# By how much a count of symbols may be below what coding them takes: bits a weight, and bytes a tensor.
+_COUNT_MARGIN_BITS, _COUNT_MARGIN_BYTES = 0.002, 24
 # How far below and above the model's rate sensitivities may put a tensor's.
 _LESS_BITS, _MORE_BITS = 1.5, 3.0
 
@@ -525,7 +527,8 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
                 over, plans = middle, trial
         return plans
 
-    aim = bits - _STEP_MARGIN_BITS
+    most = bits - _COUNT_MARGIN_BITS - 8 * _COUNT_MARGIN_BYTES * len(measured) / total
+    aim = most - _STEP_MARGIN_BITS / 2
     best: tuple[float, dict[str, CommonPlan]] | None = None
     for _ in range(_STEP_CORRECTIONS):
         plans = solve(aim)
@@ -540,9 +543,9 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
             beyond[name] = 8 * size / weights.size - plans[name][1].predicted.bits
             counted += size
         achieved = 8 * counted / total
-        if achieved <= bits and (best is None or achieved > best[0]):
+        if achieved <= most and (best is None or achieved > best[0]):
             best = achieved, plans
-        if bits - 2 * _STEP_MARGIN_BITS <= achieved <= bits:
+        if most - 2 * _STEP_MARGIN_BITS <= achieved <= most:
             break
     return plans if best is None else best[1]
 
