@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -204,7 +205,9 @@ def test_a_process_that_was_ended_goes_on(number: int, model: Path, novel: Path,
     output = tmp_path / "m.safetensors"
     options = ("--text", novel, "--tokens", 600, "--window", 20, "--seed", 3)
     command = [sys.executable, "-m", "kvpack", "moments", str(model), "-o", str(output), *map(str, options)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background may have SIGINT ignored, and so would the process.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     work = tmp_path / ".m.safetensors.work"
     deadline = time.monotonic() + 300
     while not (work / "forward-0").exists() and time.monotonic() < deadline:
