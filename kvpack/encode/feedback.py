@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.jit import kernel
-from kvpack.encode.quantize import DELTA_OFFSET, FIXED_POINT, Quantized, Rounding
+from kvpack.encode.quantize import DELTA_OFFSET, Quantized, Rounding
 from kvpack.format.layout import MAX_TILE_COLS, OUTLIER_BYTES, outlier_delta_max
 
 F32 = np.float32
@@ -185,28 +185,6 @@ def _quantize(values, coefficients, variances, rate_weight, bits, clamp_bits, ha
                 row_errors[row] += error * error * np.float64(variances[at])
 
 
-@kernel
-def _as_elements(integers, half, elements):  # type: ignore[no-untyped-def]
-    """i32 ``integers`` [R, K] as unsigned elements; returns outliers (see :class:`.quantize.Quantized`)."""
-    outliers = np.empty((64, 3), np.uint32)
-    count = 0
-    for row in range(integers.shape[0]):
-        for col in range(integers.shape[1]):
-            q = integers[row, col]
-            edge = min(max(q, -half), half - 1)
-            elements[row, col] = edge + half
-            if q != edge:
-                if count == outliers.shape[0]:
-                    grown = np.empty((2 * count, 3), np.uint32)
-                    grown[:count] = outliers
-                    outliers = grown
-                outliers[count, 0] = row
-                outliers[count, 1] = col
-                outliers[count, 2] = q - edge + DELTA_OFFSET
-                count += 1
-    return outliers[:count].copy()
-
-
 def quantize_with_feedback(
     weights: npt.NDArray[np.float32],
     steps: npt.NDArray[np.float32],
@@ -216,7 +194,7 @@ def quantize_with_feedback(
 ) -> Quantized:
     """Quantize a strip: f32 ``weights`` [R, K], ``steps`` f32 [R], to ``element_bits`` bits.
 
-    Its sums say that the least-squares scale is the step: what rounding leaves has been made up for.
+    Its sums for a least-squares scale are 0, which leaves the step: what rounding leaves has been made up for.
     """
     rows, cols = weights.shape
     inverse = np.divide(F32(1), steps, out=np.zeros_like(steps), where=steps > 0)
@@ -240,7 +218,8 @@ def quantize_with_feedback(
     )
     by_column = np.empty((rows, cols), np.int32)
     by_column[:, feedback.order] = integers.T
-    elements = np.empty((rows, cols), np.uint8)
-    outliers = _as_elements(by_column, half, elements)
-    energy = int(np.square(by_column, dtype=np.int64).sum())
-    return Quantized(elements, outliers, FIXED_POINT * energy, energy, row_errors)
+    edges = np.clip(by_column, -half, half - 1)
+    beyond = by_column - edges
+    places = np.nonzero(beyond)
+    outliers = np.column_stack((*places, beyond[places] + DELTA_OFFSET)).astype(np.uint32)
+    return Quantized((edges + half).astype(np.uint8), outliers, 0, 0, row_errors)

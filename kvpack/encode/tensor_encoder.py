@@ -352,24 +352,23 @@ class QuantizedStrips:
         self.own_steps = steps  # f32 [1] or [matrices · rows]
         self.steps = np.broadcast_to(steps, weights.matrices * weights.rows)
         self._kept: dict[int, Quantized] = {}
-        self._expected_kl: dict[int, float | None] = {}
+        self._row_errors: dict[int, npt.NDArray[np.float64]] = {}  # with feedback: strip -> see Quantized
 
-    @property
     def expected_kl(self) -> float | None:
-        """Nats a token that the strips' errors cost to second order; None where nobody knows."""
-        parts = [self._expected_kl.get(index) for index in range(self.weights.num_strips)]
-        known = [part for part in parts if part is not None]
-        return math.fsum(known) if len(known) == len(parts) else None
-
-    def _kl_of(self, index: int, quantized: Quantized, steps: npt.NDArray[np.float32]) -> float | None:
-        assert self.weights.feedback is not None
-        assert quantized.row_errors is not None
-        matrix, tile_row = divmod(index, self.weights.tile_rows)
-        row_weights = self.weights.feedback.row_weights(matrix)
-        if row_weights is None:
+        """Nats a token that the errors of all strips, quantized before, cost to second order; None if nobody knows."""
+        weights, found = self.weights, []
+        if weights.feedback is None:
             return None
-        own = row_weights[tile_row * TILE_ROWS : tile_row * TILE_ROWS + len(steps)]
-        return float(np.sum(own * quantized.row_errors * np.square(steps, dtype=np.float64)))
+        for matrix in range(weights.matrices):
+            row_weights = weights.feedback.row_weights(matrix)
+            if row_weights is None:
+                return None
+            for tile_row in range(weights.tile_rows):
+                index = matrix * weights.tile_rows + tile_row
+                errors, steps = self._row_errors[index], self.steps[weights.strip_rows(index)]
+                own = row_weights[tile_row * TILE_ROWS : tile_row * TILE_ROWS + len(errors)]
+                found.append(float(np.sum(own * errors * np.square(steps, dtype=np.float64))))
+        return math.fsum(found)
 
     def _quantized(self, index: int) -> Quantized:
         if index in self._kept:
@@ -381,7 +380,8 @@ class QuantizedStrips:
         else:
             matrix = self.weights.feedback.of_matrix(index // self.weights.tile_rows)
             quantized = quantize_with_feedback(values, steps, self.element_bits, self.rounding, matrix)
-            self._expected_kl[index] = self._kl_of(index, quantized, steps)
+            assert quantized.row_errors is not None
+            self._row_errors[index] = quantized.row_errors
         if self.weights.size <= _KEEP_ELEMENTS:
             self._kept[index] = quantized
         return quantized
@@ -552,7 +552,7 @@ def _encode_quantized(
         centred,
         column_scales=weights.column_scales,
         row_offsets=weights.row_offsets,
-        expected_kl=quantized.expected_kl,
+        expected_kl=quantized.expected_kl(),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -103,7 +103,7 @@ def compress_calibrated(
     target = default_output(directory) if out is None else out
     check_target(directory, target, force=force)
     refuse_other_files(target, [path.relative_to(directory) for path in directory.rglob("*")])
-    begun = stage or (lambda *_: _Untold())
+    begun = stage or (lambda *_: nullcontext(Progress()))
     held_out = end - (end - begin) * _HELD_OUT if text is not None else end
     length = min(_HELD_OUT_WINDOW_TOKENS, window_tokens(directory, window))
     windows = None
@@ -154,21 +154,12 @@ def compress_calibrated(
     return CalibratedReport(report, kept, kl, len(windows.ids) * windows.scored, run.tokens)
 
 
-class _Untold(AbstractContextManager[Progress]):
-    def __enter__(self) -> Progress:
-        return Progress()
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
 def _own_windows(directory: Path, length: int, seed: int, device: str) -> TextWindows:
     """Windows that the model writes, other ones than those that the moments are of."""
     text = own_text(directory, tokens=_HELD_OUT_WINDOWS * length, window=length)
     model = load_causal_model(directory, device=device)
-    begins = [text.begins[row % len(text.begins)] if text.begins else () for row in range(text.shape[0])]
     with torch.inference_mode():
-        ids = write_windows(model, begins, length, f"held out {seed}", lambda _: None)
+        ids = write_windows(model, text.beginnings(range(text.shape[0])), length, f"held out {seed}", lambda _: None)
     return TextWindows(ids, len(ids), ids.numel(), ())
 
 

@@ -231,7 +231,7 @@ def _own_ids(
             progress.advance(rows * tokens)
         else:
             model.to(device)
-            begins = [text.begins[row % len(text.begins)] if text.begins else () for row in range(first, first + rows)]
+            begins = text.beginnings(range(first, first + rows))
             ids = write_windows(model, begins, tokens, f"{seed} {first}", progress.advance)
             work.save(name, {"ids": ids})
         found.append(work.open(name).get_tensor("ids"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ class CalibrationText:
     def tokens(self) -> int:
         """Of all windows together."""
         return self.shape[0] * self.shape[1]
+
+    def beginnings(self, windows: Iterable[int]) -> list[tuple[int, ...]]:
+        """How these windows begin, of those that the model writes."""
+        return [self.begins[window % len(self.begins)] if self.begins else () for window in windows]
 
 
 def own_text(directory: Path, *, tokens: int, window: int) -> CalibrationText:
