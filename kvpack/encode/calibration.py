@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.encode.feedback import Feedback, feedback_of
+from kvpack.encode.feedback import MatrixFeedback
 from kvpack.encode.moments import Moments
 from kvpack.encode.quant_config import QuantConfig
-from kvpack.encode.tensor_encoder import Matrices
+from kvpack.encode.tensor_encoder import CPU_CODER, Coder, Matrices
 from kvpack.errors import InputError, MomentsError
 
-# Factors that are kept, in bytes: passes over the tensors ask for each again.
-_KEEP_BYTES = 1 << 30
 _OF_TENSORS = ("shapes", "left_out")
+# What quantized with feedback, where that is not the CPU: another device gives other integers.
+_DEVICE_KEY = "feedback_device"
 # Squared steps that a bit is worth where errors are fed back, in units of the mean L_jj².
 FEEDBACK_RATE_WEIGHT = 0.06
+# Inputs by their name, and which of a tensor's matrices reads them.
+_Key = tuple[str, int]
 
 
 def calibrated_config(config: QuantConfig, calibration: Calibration) -> QuantConfig:
@@ -38,7 +40,10 @@ def calibrated_config(config: QuantConfig, calibration: Calibration) -> QuantCon
         allocation = "sensitivity" if sensitive else "tensor"
     elif allocation == "sensitivity" and not calibration.has_sensitivities:
         raise InputError(f"allocation 'sensitivity': {calibration.moments.path} has no sensitivities")
-    return replace(config, allocation=allocation, calibration=calibration.made)
+    made = calibration.made
+    if calibration.coder.feedback_device is not None:
+        made[_DEVICE_KEY] = calibration.coder.feedback_device
+    return replace(config, allocation=allocation, calibration=made)
 
 
 class _TensorFeedback:
@@ -47,7 +52,7 @@ class _TensorFeedback:
     def __init__(self, calibration: Calibration, name: str, weights: Matrices) -> None:
         self._calibration, self._name, self._weights = calibration, name, weights
 
-    def of_matrix(self, matrix: int) -> Feedback:
+    def of_matrix(self, matrix: int) -> MatrixFeedback:
         return self._calibration.factor(self._name, matrix, self._weights)
 
     def row_weights(self, matrix: int) -> npt.NDArray[np.float64] | None:
@@ -56,19 +61,28 @@ class _TensorFeedback:
             return None
         rows: npt.NDArray[np.float64] = sensitivity.reshape(self._weights.matrices, -1)[matrix].astype(np.float64)
         # Means are over the tokens that a matrix met, which of an expert are some of all.
-        rows *= self._calibration.part_of_tokens(self._name, matrix) * self.of_matrix(matrix).mean_variance / 2
+        mean_variance = self._calibration.mean_variance(self._name, matrix, self._weights)
+        rows *= self._calibration.part_of_tokens(self._name, matrix) * mean_variance / 2
         return rows
 
 
 class Calibration:
-    """Moments as the encoder asks for them; one for all threads."""
+    """Moments as the encoder asks for them; one for all threads.
 
-    def __init__(self, moments: Moments) -> None:
-        self.moments = moments
-        self._factors: OrderedDict[tuple[str, int], Feedback] = OrderedDict()
+    A factor is made once for all tensors and threads that ask for it while it is kept. Kept are those that were used
+    last, ``coder.keep_bytes`` of them in all, or one that is larger; each thread that works with another one holds that
+    as well. For K inputs a factor takes 4·K² bytes, and 24·K² while it is made.
+    """
+
+    def __init__(self, moments: Moments, coder: Coder = CPU_CODER) -> None:
+        self.moments, self.coder = moments, coder
+        self._factors: OrderedDict[_Key, MatrixFeedback] = OrderedDict()
+        self._mean_variances: dict[_Key, float] = {}
         self._kept_bytes = 0
         self._text_tokens = float(moments.token_counts.sum(dtype=np.float64))
+        # Who makes a factor holds its key's lock, and the other lock for moments alone.
         self._lock = threading.Lock()
+        self._locks: dict[_Key, threading.Lock] = {}
 
     @property
     def made(self) -> dict[str, Any]:
@@ -137,31 +151,52 @@ class Calibration:
         """How many tokens one of a tensor's matrices met, for each one of the text; 1.0 of a text without tokens."""
         return int(self.moments.tokens(name)[matrix]) / self._text_tokens if self._text_tokens else 1.0
 
-    def factor(self, name: str, matrix: int, weights: Matrices) -> Feedback:
+    def mean_variance(self, name: str, matrix: int, weights: Matrices) -> float:
+        """The mean of L_jj² of one of a tensor's matrices; it is kept when the factor is not.
+
+        Raises:
+            MomentsError: the moments are none of any inputs.
+        """
+        with self._lock:
+            known = self._mean_variances.get(self._key(name, matrix, weights))
+        return self.factor(name, matrix, weights).mean_variance if known is None else known
+
+    def factor(self, name: str, matrix: int, weights: Matrices) -> MatrixFeedback:
         """The feedback of one of a tensor's matrices, made once for all that read the same inputs.
 
         Raises:
             MomentsError: the moments are none of any inputs.
         """
-        scaled = weights.column_scales is not None
-        key = name if scaled else self.moments.inputs[name], matrix
+        key = self._key(name, matrix, weights)
         with self._lock:
-            if key in self._factors:
-                self._factors.move_to_end(key)
-                return self._factors[key]
-            second_moment = self.moments.second_moment(name, matrix)
-            if scaled:
-                # An error in what is quantized is that times the column's scale in the weight.
-                scales = weights.strip_column_scales(matrix * weights.tile_rows)
-                second_moment = second_moment * scales[:, None] * scales
-            try:
-                factor = self._factors[key] = feedback_of(second_moment)
-            except ValueError as error:
-                raise MomentsError(
-                    f"{self.moments.path}, inputs of {name!r}: {error}; make it anew with kvpack moments"
-                ) from None
-            self._kept_bytes += factor.coefficients.nbytes
-            while self._kept_bytes > _KEEP_BYTES and len(self._factors) > 1:
-                _, oldest = self._factors.popitem(last=False)
-                self._kept_bytes -= oldest.coefficients.nbytes
+            own_lock = self._locks.setdefault(key, threading.Lock())
+        with own_lock:
+            with self._lock:
+                if key in self._factors:
+                    self._factors.move_to_end(key)
+                    return self._factors[key]
+            factor = self._make(name, matrix, weights)
+            with self._lock:
+                self._factors[key] = factor
+                self._mean_variances[key] = factor.mean_variance
+                self._kept_bytes += factor.size_bytes
+                while self._kept_bytes > self.coder.keep_bytes and len(self._factors) > 1:
+                    _, oldest = self._factors.popitem(last=False)
+                    self._kept_bytes -= oldest.size_bytes
             return factor
+
+    def _key(self, name: str, matrix: int, weights: Matrices) -> _Key:
+        return name if weights.column_scales is not None else self.moments.inputs[name], matrix
+
+    def _make(self, name: str, matrix: int, weights: Matrices) -> MatrixFeedback:
+        second_moment = self.moments.second_moment(name, matrix)
+        if weights.column_scales is not None:
+            # An error in what is quantized is that times the column's scale in the weight.
+            scales = weights.strip_column_scales(matrix * weights.tile_rows)
+            second_moment = second_moment * scales[:, None] * scales
+        try:
+            return self.coder.feedback_of(second_moment)
+        except ValueError as error:
+            raise MomentsError(
+                f"{self.moments.path}, inputs of {name!r}: {error}; make it anew with kvpack moments"
+            ) from None

@@ -45,7 +45,7 @@ from kvpack.encode.nearest import CommonPlan, EncodeOptions, encode_nearest
 from kvpack.encode.output_files import Crc32, Shard, added_indexes, check_target, pieces, write_indexes
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import CODE, KEEP, QuantConfig
-from kvpack.encode.rate import FineHistogram, step_at_bits
+from kvpack.encode.rate import FineHistogram, RatePlan, step_at_bits
 from kvpack.encode.rates import MAX_BITS, MIN_BITS
 from kvpack.encode.row_factors import row_factors
 from kvpack.encode.selection import Selection, TensorKinds, quantization_notes
@@ -502,12 +502,17 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
     # What tensors take beyond what their histograms predict, in bits a weight.
     beyond = dict.fromkeys(measured, 0.0)
 
+    # By tensor and step: solutions begin alike, and steps that are too fine, or too coarse, are all one.
+    known: dict[tuple[str, float], RatePlan] = {}
+
     def plans_at(step: float) -> tuple[float, dict[str, CommonPlan]]:
         plans: dict[str, CommonPlan] = {}
         used = 0.0
         for name, (weights, fine, factor, least, most) in measured.items():
             own = min(max(step * factor, least), most)
-            plans[name] = fine, plan_at_common_step(weights, fine, own, config.layout, config.tile_cols)
+            if (name, own) not in known:
+                known[name, own] = plan_at_common_step(weights, fine, own, config.layout, config.tile_cols)
+            plans[name] = fine, known[name, own]
             used += (plans[name][1].predicted.bits + beyond[name]) * weights.size
         return used / total, plans
 
@@ -531,6 +536,7 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
     aim = most - _STEP_MARGIN_BITS / 2
     best: tuple[float, dict[str, CommonPlan]] | None = None
     for _ in range(_STEP_CORRECTIONS):
+        progress.tensor("steps")
         plans = solve(aim)
         # The histograms leave table rounding out; a pass over the weights counts what the tensors really take.
         counted = 0.0
@@ -752,7 +758,7 @@ def compress(
         stack.callback(executor.shutdown, cancel_futures=True)
         calibration = None
         if moments is not None:
-            calibration = Calibration(stack.enter_context(Moments(moments)))
+            calibration = Calibration(stack.enter_context(Moments(moments)), coder)
             config = calibrated_config(config, calibration)
             token_counts = calibration.moments.token_counts if token_counts is None else token_counts
         model = _Model(

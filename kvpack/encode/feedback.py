@@ -32,7 +32,9 @@ DAMPING = 0.01
 _BLOCK_COLS = 16
 _PANEL = 64
 # Magnitudes that an outlier can have in tiles of any width; a weight of more is in tiles that have its own.
-_MOST_STEPS = outlier_delta_max(MAX_TILE_COLS)
+MOST_STEPS = outlier_delta_max(MAX_TILE_COLS)
+# What an outlier takes beside its element.
+CLAMP_BITS = 8 * OUTLIER_BYTES
 
 
 class Feedback(NamedTuple):
@@ -50,11 +52,28 @@ class Feedback(NamedTuple):
     variances: npt.NDArray[np.float32]
     mean_variance: float
 
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of memory, nearly."""
+        return self.coefficients.nbytes
+
+
+class MatrixFeedback(Protocol):
+    """A :class:`Feedback`, or the same on a device: whoever quantizes knows its own."""
+
+    @property
+    def mean_variance(self) -> float:
+        """The mean of L_jj²."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of memory, nearly."""
+
 
 class TensorFeedback(Protocol):
     """What quantizing a tensor with feedback needs of its inputs and outputs."""
 
-    def of_matrix(self, matrix: int) -> Feedback:
+    def of_matrix(self, matrix: int) -> MatrixFeedback:
         """How the columns of one of its matrices make up for one another's errors."""
 
     def row_weights(self, matrix: int) -> npt.NDArray[np.float64] | None:
@@ -94,16 +113,23 @@ def _cholesky(a):  # type: ignore[no-untyped-def]
     return True
 
 
+def order_of(second_moment: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], float]:
+    """The columns in the order of quantizing, i64 [K], the largest H_jj first; and the mean of these."""
+    diagonal = np.diag(second_moment).astype(np.float64)
+    return np.argsort(-diagonal, kind="stable"), float(diagonal.mean())
+
+
 def feedback_of(second_moment: npt.NDArray[np.float32], damping: float = DAMPING) -> Feedback:
     """The feedback for inputs with this second moment.
 
     Args:
         second_moment: f32 [K, K], E[x·xᵀ].
         damping: part of the mean of its diagonal that is added to that.
+
+    Raises:
+        ValueError: it is not positive definite.
     """
-    diagonal = np.diag(second_moment).astype(np.float64)
-    mean = float(diagonal.mean())
-    order = np.argsort(-diagonal, kind="stable")
+    order, mean = order_of(second_moment)
     size = len(order)
     if mean <= 0:
         return Feedback(order, np.zeros((size, size), np.float32), np.ones(size, np.float32), 0.0)
@@ -209,9 +235,9 @@ def quantize_with_feedback(
         feedback.variances,
         np.float32(rounding.rate_weight),
         rounding.bits,
-        np.float32(8 * OUTLIER_BYTES),
+        np.float32(CLAMP_BITS),
         half,
-        F32(_MOST_STEPS),
+        F32(MOST_STEPS),
         integers,
         errors,
         row_errors,

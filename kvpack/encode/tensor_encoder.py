@@ -24,7 +24,7 @@ from kvpack.encode.blob_encoder import (
 )
 from kvpack.encode.distinct import distinct_values, grid_step
 from kvpack.encode.dtypes import BIT_PATTERNS, LOSSLESS_KINDS, as_float32
-from kvpack.encode.feedback import TensorFeedback, quantize_with_feedback
+from kvpack.encode.feedback import Feedback, MatrixFeedback, TensorFeedback, feedback_of, quantize_with_feedback
 from kvpack.encode.quantize import (
     FIXED_POINT,
     NEAREST,
@@ -379,6 +379,7 @@ class QuantizedStrips:
             quantized = quantize(values, steps, self.element_bits, self.rounding)
         else:
             matrix = self.weights.feedback.of_matrix(index // self.weights.tile_rows)
+            assert isinstance(matrix, Feedback)  # of the coder that these strips are of
             quantized = quantize_with_feedback(values, steps, self.element_bits, self.rounding, matrix)
             assert quantized.row_errors is not None
             self._row_errors[index] = quantized.row_errors
@@ -404,11 +405,19 @@ class QuantizedStrips:
 
 
 class Coder(NamedTuple):
-    """Who quantizes strips, counts symbols and codes tiles: the CPU's, or others that give the same bytes."""
+    """Who quantizes strips, counts symbols and codes tiles: the CPU's, or others that give the same bytes.
+
+    With feedback they give the same bytes on the same device alone. ``feedback_of`` makes of a second moment, f32
+    [K, K], what ``quantize`` takes for a matrix; ``keep_bytes`` is how much of that may be kept. ``feedback_device``
+    says what made it; None: the CPU, where it is the same on all machines.
+    """
 
     quantize: Callable[..., QuantizedStrips] = QuantizedStrips
     count_tiles: Callable[..., npt.NDArray[np.int64]] = count_tiles
     encode_strips: Callable[..., EncodedBlob] = encode_strips
+    feedback_of: Callable[[npt.NDArray[np.float32]], MatrixFeedback] = feedback_of
+    keep_bytes: int = 1 << 30
+    feedback_device: str | None = None
 
 
 CPU_CODER = Coder()

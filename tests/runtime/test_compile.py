@@ -28,7 +28,7 @@ from kvpack.bench.matrix_quantizer_reference import FORMATS, Axis  # noqa: E402
 from kvpack.encode.snapshot_coder import _LAYOUTS  # noqa: E402
 from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layouts  # noqa: E402
 from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
-from kvpack.runtime.codec import encoder  # noqa: E402
+from kvpack.runtime.codec import encoder, feedback  # noqa: E402
 from kvpack.runtime.codec.decoder import decode_kernel  # noqa: E402
 from kvpack.runtime.device.kernels import Kernel, layout_defines  # noqa: E402
 from kvpack.runtime.kv import attention_kernels as attention  # noqa: E402
@@ -59,6 +59,7 @@ _ENCODER_BLOCKS = {
     "encode_pack": (256, 4),
     "encode_place": (1024, 1),
     "encode_quantize": (256, 6),
+    "encode_feedback": (64, 8),
     "crc32": (256, 5),
     "arrange_activations": (256, 2),
 }
@@ -291,6 +292,7 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "encode_quantize": lambda _everything, _architecture: [
         encoder._quantize_kernel(kind) for kind in encoder._WEIGHT_KINDS.values()
     ],
+    "encode_feedback": lambda _everything, _architecture: [feedback.KERNEL],
     "crc32": lambda _everything, _architecture: [encoder._CRC],
     "attention_prefill": prefill_kernels,
     "attention_prefill with softcap or sink logits": prefill_variant_kernels,

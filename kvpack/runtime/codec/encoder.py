@@ -18,7 +18,8 @@ Most tensors have one table. Where the sum and the bound do not prove it, the de
 same, while the host chooses from all histograms as the CPU does; if more are worth while, the lanes are coded again.
 Only where some tile has one symbol alone, the device waits for that choice.
 
-Quantizing (``encode_quantize``) runs on the device too, with integer sums. What ``kvpack.encode`` sums in floating
+Quantizing (``encode_quantize``) runs on the device too, with integer sums; with feedback other sums are made there than
+on the CPU, and other integers come of it (:mod:`.feedback`). What ``kvpack.encode`` sums in floating
 point stays with the CPU, since the bytes depend on the order of such sums: the moments that a step is chosen by, and
 the noise that is reported. So do the fine histogram, the rows' largest magnitudes, and steps near the end of fp32's
 range, where kernels (compiled to flush denormal numbers) would round otherwise.
@@ -49,10 +50,11 @@ from kvpack.encode.blob_encoder import (
     even_tile_cols,
     pack_outliers,
 )
+from kvpack.encode.feedback import TensorFeedback
 from kvpack.encode.jit import kernel
 from kvpack.encode.quantize import DELTA_OFFSET, FIXED_POINT, NUM_THRESHOLDS, Rounding
 from kvpack.encode.table_clusters import CONSTANT, CommonTable, cluster_coded, cluster_tables
-from kvpack.encode.tensor_encoder import Coder, Matrices, QuantizedCounts, QuantizedStrips
+from kvpack.encode.tensor_encoder import CPU_CODER, Coder, Matrices, QuantizedCounts, QuantizedStrips
 from kvpack.encode.threads import map_ordered
 from kvpack.errors import DeviceError
 from kvpack.format.blob import TILE_METADATA, pack_front
@@ -75,6 +77,7 @@ from kvpack.format.layout import (
     ceil_div,
 )
 from kvpack.format.tables import Frequencies
+from kvpack.runtime.codec.feedback import DeviceFeedback, device_feedback, quantize_with_feedback
 from kvpack.runtime.device.kernels import Kernel, launch, require_device
 
 Launch = Callable[..., None]  # kernels.launch, or one that runs kernels elsewhere
@@ -627,6 +630,8 @@ class _DeviceStrips(QuantizedStrips):
 
     def _quantize(self) -> torch.Tensor:
         weights, device = self.weights, self._coder.device
+        if weights.feedback is not None:
+            return self._quantize_with_feedback(weights.feedback)
         rows, cols = weights.matrices * weights.rows, weights.cols
         values = self._coder.weights_on_device(weights)
         elements = torch.empty((weights.matrices, weights.rows, cols), dtype=torch.uint8, device=device)
@@ -656,6 +661,35 @@ class _DeviceStrips(QuantizedStrips):
         places = _from_device(outliers[:count].sort().values)
         row, col = np.divmod(places >> 16, cols)
         self._outliers = np.stack((row, col, places & 0xFFFF), axis=1).astype(np.uint32)
+        return elements
+
+    def _quantize_with_feedback(self, feedback: TensorFeedback) -> torch.Tensor:
+        """Matrix by matrix; vectors are taken out of the weights as :meth:`.tensor_encoder.Matrices.values` does."""
+        weights, device = self.weights, self._coder.device
+        bits = self._coder.weights_on_device(weights)
+        elements = torch.empty(bits.shape, dtype=torch.uint8, device=device)
+        steps = torch.from_numpy(np.ascontiguousarray(self.steps)).to(device).view(weights.matrices, weights.rows)
+        outliers = []
+        for matrix in range(weights.matrices):
+            first = matrix * weights.tile_rows
+            values = bits[matrix].view(getattr(torch, weights.dtype.name)).float()
+            if weights.column_scales is not None:
+                values /= torch.from_numpy(weights.strip_column_scales(first)).to(device)
+            if weights.row_offsets is not None:
+                own = weights.row_offsets[matrix * weights.rows :][: weights.rows]
+                values -= torch.from_numpy(own).to(device)[:, None]
+            of_matrix = feedback.of_matrix(matrix)
+            assert isinstance(of_matrix, DeviceFeedback)  # of the coder that these strips are of
+            fed_back = quantize_with_feedback(
+                values, steps[matrix], self.element_bits, self.rounding, of_matrix, self._coder.launcher
+            )
+            elements[matrix] = fed_back.elements
+            from_place = np.array([matrix * weights.rows, 0, DELTA_OFFSET])
+            outliers.append((_from_device(fed_back.outliers) + from_place).astype(np.uint32))
+            row_errors = _from_device(fed_back.row_errors)
+            for tile_row in range(weights.tile_rows):
+                self._row_errors[first + tile_row] = row_errors[tile_row * TILE_ROWS : (tile_row + 1) * TILE_ROWS]
+        self._outliers = np.concatenate(outliers)
         return elements
 
     def strip(self, index: int) -> Strip:
@@ -705,9 +739,9 @@ class _DeviceCoder:
     ) -> QuantizedStrips:
         """As :class:`kvpack.encode.tensor_encoder.QuantizedStrips`."""
         positive = steps[steps != 0]
-        # The kernel takes weights as they are stored, and each for itself.
-        by_itself = weights.feedback is None and not weights.vector_bytes
-        if not by_itself or not (np.isfinite(positive) & (positive >= _SMALLEST_STEP)).all():
+        far_from_denormal = (np.isfinite(positive) & (positive >= _SMALLEST_STEP)).all()
+        # The kernel that rounds each weight for itself takes weights as they are stored.
+        if weights.feedback is None and (weights.vector_bytes or not far_from_denormal):
             return QuantizedStrips(weights, steps, element_bits, rounding)
         return _DeviceStrips(self, weights, steps, element_bits, rounding)
 
@@ -787,4 +821,16 @@ def device_coder(device: torch.device | str, launcher: Launch = launch) -> Coder
         # With its index, or the threads that encode would take what is current to them.
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     coder = _DeviceCoder(device, launcher)
-    return Coder(coder.quantize, coder.count_tiles, coder.encode_strips)
+    if device.type == "cuda":
+        keep_bytes = torch.cuda.mem_get_info(device)[0] // 2
+        made_by = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        keep_bytes, made_by = CPU_CODER.keep_bytes, str(device)
+    return Coder(
+        coder.quantize,
+        coder.count_tiles,
+        coder.encode_strips,
+        lambda second_moment: device_feedback(second_moment, device),
+        keep_bytes,
+        made_by,
+    )
