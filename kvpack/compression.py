@@ -66,7 +66,9 @@ def compress(
     such an input had that the output has not.
 
     The same file comes from every device: on a GPU weights are quantized, counted and coded there, while what is
-    summed in floating point to choose a step, or to measure the noise, stays with the CPU.
+    summed in floating point to choose a step, or to measure the noise, stays with the CPU. With moments the file of the
+    CPU is the same on every machine; that of a GPU is another one, of the same quality, the same on GPUs of a model
+    with a CUDA version. It says what made it.
 
     Args:
         path: the input, or a mapping of names to tensors of torch (of any device and strides) or arrays of NumPy, as

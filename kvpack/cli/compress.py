@@ -196,7 +196,8 @@ def compress(
     seed: Annotated[int, typer.Option("--seed", help="Of what --calibrate draws.")] = 0,
     threads: Threads = None,
     device: Annotated[
-        DeviceOption, typer.Option("--device", help="Where weights are coded; the output is the same.")
+        DeviceOption,
+        typer.Option("--device", help="Where weights are coded; the output is the same, but with moments."),
     ] = DeviceOption.CPU,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, but write nothing.")] = False,
     force: Force = False,

@@ -22,10 +22,9 @@ from kvpack.encode.moments import Moments
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.tensor_encoder import CPU_CODER, Coder, Matrices
 from kvpack.errors import InputError, MomentsError
+from kvpack.format.container import FEEDBACK_DEVICE_KEY
 
 _OF_TENSORS = ("shapes", "left_out")
-# What quantized with feedback, where that is not the CPU: another device gives other integers.
-_DEVICE_KEY = "feedback_device"
 # Squared steps that a bit is worth where errors are fed back, in units of the mean L_jj².
 FEEDBACK_RATE_WEIGHT = 0.06
 # Inputs by their name, and which of a tensor's matrices reads them.
@@ -42,7 +41,7 @@ def calibrated_config(config: QuantConfig, calibration: Calibration) -> QuantCon
         raise InputError(f"allocation 'sensitivity': {calibration.moments.path} has no sensitivities")
     made = calibration.made
     if calibration.coder.feedback_device is not None:
-        made[_DEVICE_KEY] = calibration.coder.feedback_device
+        made[FEEDBACK_DEVICE_KEY] = calibration.coder.feedback_device
     return replace(config, allocation=allocation, calibration=made)
 
 

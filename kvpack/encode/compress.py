@@ -72,6 +72,7 @@ from kvpack.format.container import (
     CONTAINER_VERSION,
     CRC_KEY,
     EXPECTED_KL_KEY,
+    FEEDBACK_DEVICE_KEY,
     NUMBER_DTYPES,
     PARALLEL_KEY,
     ROW_OFFSET_SUFFIX,
@@ -645,6 +646,8 @@ def _encode_file(
             entries[name][PARALLEL_KEY] = model.config.tensor_parallel
         if report.expected_kl is not None:
             entries[name][EXPECTED_KL_KEY] = report.expected_kl
+        if encoded.feedback_device is not None:
+            entries[name][FEEDBACK_DEVICE_KEY] = encoded.feedback_device
         progress.advance(tensor.size_bytes)
 
     def add_beside(alignment: int) -> None:
@@ -726,7 +729,7 @@ def compress(
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
     Args:
-        coder: who counts and codes; whoever it is, the bytes are the same.
+        coder: who quantizes, counts and codes; whoever it is, the bytes are the same, but with moments.
         file: what is read in place of a file at ``path``, which is a name alone then.
         module_tree: who says what a directory's tensors are where their names leave doubt; None: names alone do.
         column_scales, row_offsets: tensor → vector, see :meth:`.tensor_encoder.Matrices.set_vectors`. A tensor that is

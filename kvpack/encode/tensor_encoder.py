@@ -118,6 +118,7 @@ class EncodedTensor:
     ``noise_db`` is over Σ w²; ``variance_noise_db`` over the variance, None where no mean matters (see
     :class:`Moments`), ``centred_noise_db`` over that around the tensor's mean. ``reason`` says why it is not coded as
     was asked for. ``expected_kl``: nats a token that its noise costs to second order, where sensitivities say so.
+    ``feedback_device``: see :class:`Coder`; None without feedback, too.
     """
 
     blob: EncodedBlob
@@ -131,6 +132,7 @@ class EncodedTensor:
     column_scales: npt.NDArray[np.float16] | None = None
     row_offsets: npt.NDArray[np.float32] | None = None
     expected_kl: float | None = None
+    feedback_device: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -562,6 +564,7 @@ def _encode_quantized(
         column_scales=weights.column_scales,
         row_offsets=weights.row_offsets,
         expected_kl=quantized.expected_kl(),
+        feedback_device=None if weights.feedback is None else coder.feedback_device,
     )
 
 

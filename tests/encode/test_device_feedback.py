@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kvpack.encode.compress import compress
 from kvpack.encode.moments import MomentsWriter
 from kvpack.encode.quantize import DELTA_OFFSET, Quantized, Rounding
 from kvpack.encode.tensor_encoder import Matrices
+from kvpack.format.container import Container
 
 torch = pytest.importorskip("torch")
 
@@ -191,6 +193,10 @@ def check_compression(tmp_path: Path, coder: Any, device: str) -> None:
     calibration = kvpack.QuantConfig.from_directory(tmp_path / "one").calibration
     assert calibration == {"tokens": 100, "feedback_device": device}
     assert kvpack.QuantConfig.from_directory(tmp_path / "cpu").calibration == {"tokens": 100}
+    for folder, wanted in (("one", device), ("cpu", None)):
+        with Container(tmp_path / folder / "model.safetensors") as container:
+            entries = json.loads(container.metadata["kvpack_tensors"])
+            assert {entry.get("feedback_device") for entry in entries.values()} == {wanted}
     assert reports[0].bits_per_weight is not None
     assert 3.45 <= reports[0].bits_per_weight <= 3.5
     expected = [sum(tensor.expected_kl or math.nan for tensor in report.tensors) for report in (by_cpu, reports[0])]
