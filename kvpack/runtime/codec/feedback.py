@@ -25,7 +25,7 @@ from kvpack.format.layout import ceil_div
 from kvpack.runtime.device.kernels import Kernel
 
 # Rows are quantized so many at a time that these are their weights, or a row.
-CHUNK_ELEMENTS = 1 << 28
+CHUNK_ELEMENTS = 1 << 27
 _COLUMNS = 32
 _THREADS = 64
 
