@@ -19,6 +19,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,9 +188,9 @@ class TimedCoder:
     def coder(self) -> Coder:
         return self._coder._replace(feedback_of=self._feedback_of)
 
-    def _feedback_of(self, second_moment: F32) -> MatrixFeedback:
+    def _feedback_of(self, second_moment: F32, executor: ThreadPoolExecutor | None) -> MatrixFeedback:
         begin = time.perf_counter()
-        found = self._coder.feedback_of(second_moment)
+        found = self._coder.feedback_of(second_moment, executor=executor)
         synchronize(self._device)
         self.factors.setdefault(len(second_moment), []).append(round(time.perf_counter() - begin, 3))
         return found

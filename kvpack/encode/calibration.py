@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -70,11 +71,15 @@ class Calibration:
 
     A factor is made once for all tensors and threads that ask for it while it is kept. Kept are those that were used
     last, ``coder.keep_bytes`` of them in all, or one that is larger; each thread that works with another one holds that
-    as well. For K inputs a factor takes 4·K² bytes, and 24·K² while it is made.
+    as well. For K inputs a factor takes 4·K² bytes; with the moment 16·K² while the CPU makes it, and 28·K² for a GPU.
+
+    Args:
+        coder: who quantizes.
+        executor: threads that share the making of a factor; none of those that ask for one.
     """
 
-    def __init__(self, moments: Moments, coder: Coder = CPU_CODER) -> None:
-        self.moments, self.coder = moments, coder
+    def __init__(self, moments: Moments, coder: Coder = CPU_CODER, executor: ThreadPoolExecutor | None = None) -> None:
+        self.moments, self.coder, self._executor = moments, coder, executor
         self._factors: OrderedDict[_Key, MatrixFeedback] = OrderedDict()
         self._mean_variances: dict[_Key, float] = {}
         self._kept_bytes = 0
@@ -194,7 +199,7 @@ class Calibration:
             scales = weights.strip_column_scales(matrix * weights.tile_rows)
             second_moment = second_moment * scales[:, None] * scales
         try:
-            return self.coder.feedback_of(second_moment)
+            return self.coder.feedback_of(second_moment, executor=self._executor)
         except ValueError as error:
             raise MomentsError(
                 f"{self.moments.path}, inputs of {name!r}: {error}; make it anew with kvpack moments"

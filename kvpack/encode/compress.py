@@ -761,7 +761,9 @@ def compress(
         stack.callback(executor.shutdown, cancel_futures=True)
         calibration = None
         if moments is not None:
-            calibration = Calibration(stack.enter_context(Moments(moments)), coder)
+            factor_executor = ThreadPoolExecutor(threads or default_threads())
+            stack.callback(factor_executor.shutdown, cancel_futures=True)
+            calibration = Calibration(stack.enter_context(Moments(moments)), coder, factor_executor)
             config = calibrated_config(config, calibration)
             token_counts = calibration.moments.token_counts if token_counts is None else token_counts
         model = _Model(

@@ -16,6 +16,9 @@ same integers on every machine and number of threads.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +26,7 @@ import numpy.typing as npt
 
 from kvpack.encode.jit import kernel
 from kvpack.encode.quantize import DELTA_OFFSET, Quantized, Rounding
+from kvpack.encode.threads import map_ordered
 from kvpack.format.layout import MAX_TILE_COLS, OUTLIER_BYTES, outlier_delta_max
 
 F32 = np.float32
@@ -30,7 +34,10 @@ F32 = np.float32
 DAMPING = 0.01
 # Columns whose corrections are summed side by side, so that errors pass through the cache once for all of them.
 _BLOCK_COLS = 16
-_PANEL = 64
+# Cholesky: columns of a panel, rows of a thread, and columns of a panel's rows that stay in a cache.
+_PANEL, _BLOCK_ROWS, _TILE_COLS = 128, 256, 256
+# Up to so many columns sharing out the work takes longer than the work.
+_ALONE_COLS = 768
 # Magnitudes that an outlier can have in tiles of any width; a weight of more is in tiles that have its own.
 MOST_STEPS = outlier_delta_max(MAX_TILE_COLS)
 # What an outlier takes beside its element.
@@ -81,35 +88,83 @@ class TensorFeedback(Protocol):
 
 
 @kernel
-def _cholesky(a):  # type: ignore[no-untyped-def]
-    """L of a symmetric f64 ``a`` [K, K] in its lower triangle; False if it is not positive definite.
+def _factor_diagonal(a, begin, end):  # type: ignore[no-untyped-def]
+    """L of a block on the diagonal of f64 ``a``, from which all columns before it are taken out; False if it has none.
 
-    Panels of columns; all inner loops run over rows' contiguous parts without a reduction, so that vector units change
-    no sum.
+    Like all loops here it makes no sum of its own: each product is taken from an element by itself, in the order of the
+    columns, so that neither vector units nor threads change a number.
     """
-    size = a.shape[0]
-    transposed = np.empty((_PANEL, size))
+    for j in range(begin, end):
+        if not a[j, j] > 0.0:
+            return False
+        root = np.sqrt(a[j, j])
+        a[j, j] = root
+        for i in range(j + 1, end):
+            a[i, j] /= root
+        for i in range(j + 1, end):
+            factor = a[i, j]
+            for k in range(j + 1, i + 1):
+                a[i, k] -= factor * a[k, j]
+    return True
+
+
+@kernel
+def _solve_rows(a, begin, end, first, last, transposed):  # type: ignore[no-untyped-def]
+    """Columns ``begin … end`` of L in rows below the block on the diagonal, and in ``transposed`` f64 [columns, K]."""
+    size = end - begin
+    block = np.empty((size, size))
+    for j in range(size):
+        for k in range(j, size):
+            block[j, k] = a[begin + k, begin + j]
+    for i in range(first, last):
+        row = a[i, begin:end]
+        for j in range(size):
+            row[j] /= block[j, j]
+            factor, other = row[j], block[j]
+            for k in range(j + 1, size):
+                row[k] -= factor * other[k]
+        for j in range(size):
+            transposed[j, i] = row[j]
+
+
+@kernel
+def _update_rows(a, begin, end, first, last, transposed):  # type: ignore[no-untyped-def]
+    """Take the products of columns ``begin … end`` out of what is right of them in some rows."""
+    fours = (end - begin) // 4 * 4
+    for left in range(end, last, _TILE_COLS):
+        for i in range(max(first, left), last):
+            right = min(left + _TILE_COLS, i + 1)
+            row, target = a[i, begin:end], a[i, left:right]
+            for j in range(0, fours, 4):
+                f0, f1, f2, f3 = row[j], row[j + 1], row[j + 2], row[j + 3]
+                o0, o1 = transposed[j, left:right], transposed[j + 1, left:right]
+                o2, o3 = transposed[j + 2, left:right], transposed[j + 3, left:right]
+                for k in range(right - left):
+                    target[k] = (((target[k] - f0 * o0[k]) - f1 * o1[k]) - f2 * o2[k]) - f3 * o3[k]
+            for j in range(fours, end - begin):
+                f0, o0 = row[j], transposed[j, left:right]
+                for k in range(right - left):
+                    target[k] -= f0 * o0[k]
+
+
+def _cholesky(a: npt.NDArray[np.float64], executor: ThreadPoolExecutor | None = None) -> bool:
+    """L of a symmetric ``a`` [K, K] in its lower triangle; False if it is not positive definite.
+
+    Panels of columns; rows below them are independent of one another, and shared out to threads.
+    """
+    size = len(a)
+    transposed = np.empty((min(_PANEL, size), size))
     for begin in range(0, size, _PANEL):
         end = min(begin + _PANEL, size)
-        for j in range(begin, end):
-            if not a[j, j] > 0.0:
-                return False
-            root = np.sqrt(a[j, j])
-            a[j, j] = root
-            for i in range(j + 1, size):
-                a[i, j] /= root
-                transposed[j - begin, i] = a[i, j]
-            for i in range(j + 1, size):
-                factor = a[i, j]
-                for k in range(j + 1, min(i + 1, end)):
-                    a[i, k] -= factor * transposed[j - begin, k]
-        for i in range(end, size):
-            row = a[i]
-            for j in range(begin, end):
-                factor = row[j]
-                other = transposed[j - begin]
-                for k in range(end, i + 1):
-                    row[k] -= factor * other[k]
+        if not _factor_diagonal(a, begin, end):
+            return False
+        blocks = range(end, size, _BLOCK_ROWS)
+        for kernel_of_rows in (_solve_rows, _update_rows):
+
+            def work(first: int, kernel_of_rows: Callable[..., None] = kernel_of_rows) -> None:
+                kernel_of_rows(a, begin, end, first, min(first + _BLOCK_ROWS, size), transposed)  # noqa: B023
+
+            deque(map_ordered(work, blocks, executor if len(blocks) > 1 else None), maxlen=0)
     return True
 
 
@@ -119,12 +174,17 @@ def order_of(second_moment: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int
     return np.argsort(-diagonal, kind="stable"), float(diagonal.mean())
 
 
-def feedback_of(second_moment: npt.NDArray[np.float32], damping: float = DAMPING) -> Feedback:
+def feedback_of(
+    second_moment: npt.NDArray[np.float32], damping: float = DAMPING, executor: ThreadPoolExecutor | None = None
+) -> Feedback:
     """The feedback for inputs with this second moment.
+
+    It takes 4·K² bytes, and 12·K² while it is made, beside the moment.
 
     Args:
         second_moment: f32 [K, K], E[x·xᵀ].
         damping: part of the mean of its diagonal that is added to that.
+        executor: threads to share the work; what comes of it does not depend on them.
 
     Raises:
         ValueError: it is not positive definite.
@@ -133,18 +193,39 @@ def feedback_of(second_moment: npt.NDArray[np.float32], damping: float = DAMPING
     size = len(order)
     if mean <= 0:
         return Feedback(order, np.zeros((size, size), np.float32), np.ones(size, np.float32), 0.0)
+    if size <= _ALONE_COLS:
+        executor = None
     # From the last to the first of the columns of L: these are the first to the last in ``order``.
     last_first = order[::-1]
-    factor = second_moment[np.ix_(last_first, last_first)].astype(np.float64)
-    factor = (factor + factor.T) / 2
+    factor = np.empty((size, size))
+    strips = [slice(first, min(first + _BLOCK_ROWS, size)) for first in range(0, size, _BLOCK_ROWS)]
+
+    def permute(rows: slice) -> None:
+        factor[rows] = second_moment[last_first[rows]][:, last_first]
+
+    def symmetrise(rows: slice) -> None:
+        """The lower triangle; the upper one is left as it is for other rows."""
+        factor[rows, : rows.start] += factor[: rows.start, rows].T
+        factor[rows, : rows.start] /= 2
+        factor[rows, rows] = (factor[rows, rows] + factor[rows, rows].T) / 2
+
+    def divide(rows: slice) -> None:
+        coefficients[rows, : rows.stop] = (
+            np.tril(reversed_factor[rows, : rows.stop], rows.start - 1) / roots[rows, None]
+        )
+
+    deque(map_ordered(permute, strips, executor), maxlen=0)
+    deque(map_ordered(symmetrise, strips, executor), maxlen=0)
     factor[np.diag_indices(size)] += damping * mean
-    if not _cholesky(factor):
+    if not _cholesky(factor, executor):
         raise ValueError("a second moment is not positive definite")
-    roots = np.diag(factor)[::-1]
-    coefficients = np.tril(factor[::-1, ::-1].T, -1) / roots[:, None]
+    reversed_factor = factor[::-1, ::-1].T
+    roots = np.diag(reversed_factor)
+    coefficients = np.zeros((size, size), np.float32)
+    deque(map_ordered(divide, strips, executor), maxlen=0)
     variances = np.square(roots)
     mean = float(variances.mean())
-    return Feedback(order, np.ascontiguousarray(coefficients, np.float32), (variances / mean).astype(np.float32), mean)
+    return Feedback(order, coefficients, (variances / mean).astype(np.float32), mean)
 
 
 @kernel

@@ -23,6 +23,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from kvpack.encode.jit import kernel
 from kvpack.errors import MomentsError
 from kvpack.format.closing import Closing
 from kvpack.format.container import Container, ContainerWriter, StoredTensor
@@ -38,8 +39,34 @@ TOKEN_COUNTS = "token_counts"
 _ASYMMETRY = 1e-3
 _REMEDY = "make it anew with kvpack moments"
 
+_NOT_FINITE, _NOT_SYMMETRIC = 1, 2
+# Rows and columns of a square that is compared with its mirror image while both lie in a cache.
+_SQUARE = 64
+
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
+
+
+@kernel
+def _what_is_wrong(found, roots):  # type: ignore[no-untyped-def]
+    """Whether f32 ``found`` [K, K] is not finite, or not symmetric; ``roots`` f64 [K] of its diagonal. 0: neither."""
+    size = found.shape[0]
+    mirrored = np.empty((_SQUARE, _SQUARE), np.float32)
+    strange = unlike = 0
+    for above in range(0, size, _SQUARE):
+        below = min(above + _SQUARE, size)
+        for left in range(0, above + 1, _SQUARE):
+            right = min(left + _SQUARE, size)
+            for j in range(left, right):  # row by row: columns of rows that are a power of two apart share few lines
+                for i in range(above, below):
+                    mirrored[i - above, j - left] = found[j, i]
+            for i in range(above, below):
+                row, other, limit = found[i, left:right], mirrored[i - above], _ASYMMETRY * roots[i]
+                for j in range(right - left):
+                    apart = abs(np.float64(row[j]) - np.float64(other[j]))
+                    strange += not apart < np.inf
+                    unlike += apart > limit * roots[left + j]
+    return _NOT_FINITE if strange else _NOT_SYMMETRIC if unlike else 0
 
 
 class Moments(Closing):
@@ -166,22 +193,14 @@ class Moments(Closing):
         return data.reshape(self._container.tensors[name].shape).astype(dtype, copy=False)
 
     def _check_second_moment(self, name: str, found: F32) -> None:
-        # In strips of rows: no second matrix in memory.
-        strip = max(1, (1 << 24) // (4 * len(found)))
         diagonal = np.diagonal(found)
         if not np.isfinite(diagonal).all() or (diagonal < 0).any():
             at = int(np.argmin(np.isfinite(diagonal) & (diagonal >= 0)))
             raise self._error(name, f"element [{at}, {at}] of the diagonal is {diagonal[at]}")
         roots = np.sqrt(diagonal.astype(np.float64))
-        for first in range(0, len(found), strip):
-            rows = slice(first, first + strip)
-            values = found[rows]
-            if not np.isfinite(values).all():
-                raise self._error(name, "elements are not finite")
-            # NaN-safe: all are finite here.
-            limit = _ASYMMETRY * roots[rows, None] * roots[None, :]
-            if (np.abs(values.astype(np.float64) - found[:, rows].T) > limit).any():
-                raise self._error(name, "it is not symmetric")
+        what = _what_is_wrong(found, roots)
+        if what:
+            raise self._error(name, "elements are not finite" if what == _NOT_FINITE else "it is not symmetric")
 
     def _parse(self) -> None:
         text = self._container.metadata.get(METADATA_KEY)

@@ -410,14 +410,14 @@ class Coder(NamedTuple):
     """Who quantizes strips, counts symbols and codes tiles: the CPU's, or others that give the same bytes.
 
     With feedback they give the same bytes on the same device alone. ``feedback_of`` makes of a second moment, f32
-    [K, K], what ``quantize`` takes for a matrix; ``keep_bytes`` is how much of that may be kept. ``feedback_device``
-    says what made it; None: the CPU, where it is the same on all machines.
+    [K, K], and of threads that share the work (``executor=``) what ``quantize`` takes for a matrix; ``keep_bytes`` is
+    how much of that may be kept. ``feedback_device`` says what made it; None: the CPU, where it is the same everywhere.
     """
 
     quantize: Callable[..., QuantizedStrips] = QuantizedStrips
     count_tiles: Callable[..., npt.NDArray[np.int64]] = count_tiles
     encode_strips: Callable[..., EncodedBlob] = encode_strips
-    feedback_of: Callable[[npt.NDArray[np.float32]], MatrixFeedback] = feedback_of
+    feedback_of: Callable[..., MatrixFeedback] = feedback_of
     keep_bytes: int = 1 << 30
     feedback_device: str | None = None
 

@@ -231,7 +231,7 @@ def test_vectors_are_taken_out_of_the_weights() -> None:
 
             class Known:
                 def of_matrix(self, matrix: int) -> Any:
-                    return coder.feedback_of(np.eye(64, dtype=F32) * (1 + matrix))  # noqa: B023
+                    return coder.feedback_of(np.eye(64, dtype=F32) * (1 + matrix), executor=None)  # noqa: B023
 
                 def row_weights(self, matrix: int) -> Array:
                     return np.ones(40)

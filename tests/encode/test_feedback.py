@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from kvpack.encode.calibration import FEEDBACK_RATE_WEIGHT, Calibration
 from kvpack.encode.feedback import DAMPING, Feedback, _cholesky, feedback_of, quantize_with_feedback
 from kvpack.encode.moments import Moments, MomentsWriter
 from kvpack.encode.quantize import DELTA_OFFSET, NEAREST, Rounding, quantize
-from kvpack.encode.tensor_encoder import Matrices, encode_at_bits
+from kvpack.encode.tensor_encoder import CPU_CODER, Matrices, encode_at_bits
 from kvpack.errors import InputError, MomentsError
 
 F32 = np.float32
@@ -57,6 +58,45 @@ def test_cholesky(size: int) -> None:
     found = wanted.copy()
     assert _cholesky(found)
     np.testing.assert_allclose(np.tril(found), np.linalg.cholesky(wanted), rtol=1e-9, atol=1e-9)
+
+
+def column_after_column(a: Array) -> Array:
+    """L of f64 ``a`` by its definition: each product is taken out by itself, in the order of the columns."""
+    left, size = a.copy(), len(a)
+    for j in range(size):
+        left[j, j] = np.sqrt(left[j, j])
+        left[j + 1 :, j] /= left[j, j]
+        left[j + 1 :, j + 1 :] -= left[j + 1 :, j, None] * left[None, j + 1 :, j]
+    return np.tril(left)
+
+
+@pytest.mark.parametrize("size", [5, 127, 128, 130, 259, 700])
+def test_cholesky_takes_out_products_in_one_order_whoever_does_it(size: int) -> None:
+    x = np.random.default_rng(size).standard_normal((size + 9, size))
+    wanted = column_after_column(x.T @ x)
+    for threads in (None, 1, 3):
+        found = x.T @ x
+        with ThreadPoolExecutor(threads or 1) as executor:
+            assert _cholesky(found, None if threads is None else executor)
+        np.testing.assert_array_equal(np.tril(found), wanted)
+
+
+@pytest.mark.parametrize("k", [300, 900])
+def test_a_factor_does_not_depend_on_threads(k: int) -> None:
+    h = moment(inputs(k, k))
+    h[0, -1] *= F32(1.00001)  # nearly symmetric, as sums of products in fp32 are
+    alone = feedback_of(h)
+    with ThreadPoolExecutor(3) as executor:
+        together = feedback_of(h, executor=executor)
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+    diagonal = np.diag(h).astype(np.float64)
+    order = np.argsort(-diagonal, kind="stable")[::-1]
+    symmetric = (h[np.ix_(order, order)].astype(np.float64) + h[np.ix_(order, order)].T.astype(np.float64)) / 2
+    symmetric[np.diag_indices(k)] += DAMPING * diagonal.mean()
+    lower = column_after_column(symmetric)[::-1, ::-1].T
+    roots = np.diag(lower)
+    np.testing.assert_array_equal(alone.coefficients, (np.tril(lower, -1) / roots[:, None]).astype(F32))
 
 
 @pytest.mark.parametrize("at", [0, 40, 70, 99])
@@ -361,6 +401,43 @@ def test_experts_that_are_stored_by_inputs_are_not_fed_back(tmp_path: Path) -> N
         calibration = Calibration(found)
         for name, shape in stored.items():
             assert not calibration.prepare(f"experts.{name}", Matrices(np.zeros(shape, F32)))
+
+
+def test_a_factor_is_made_once_for_all_who_ask_and_kept_within_bytes(tmp_path: Path) -> None:
+    """Two tensors that read the same inputs share one; its mean is known when it is not kept any more."""
+    made: list[int] = []
+    both = threading.Barrier(2, timeout=60)
+
+    def feedback_of_counted(h: Array, executor: Any) -> Feedback:
+        made.append(len(h))
+        if len(h) >= 60:
+            both.wait()  # another one is made at the same time, or this fails
+        return feedback_of(h, executor=executor)
+
+    sizes = {"a": 40, "b": 60, "c": 64}
+    with MomentsWriter(tmp_path / "m") as writer:
+        for name, k in sizes.items():
+            writer.add_second_moment(name, (k, k), iter([moment(inputs(300, k))]), np.full(1, 100))
+        writer.finish({"a": "a", "also a": "a", "b": "b", "c": "c"}, np.array([100]), {})
+    coder = CPU_CODER._replace(feedback_of=feedback_of_counted, keep_bytes=4 * (60 * 60 + 64 * 64))
+    with Moments.open(tmp_path / "m") as moments, ThreadPoolExecutor(8) as executor:
+        calibration = Calibration(moments, coder)
+
+        def ask(name: str) -> Any:
+            return calibration.factor(name, 0, Matrices(np.zeros((8, sizes[name[-1]]), F32)))
+
+        first = list(executor.map(ask, ["a", "also a"] * 10))
+        assert made == [40]
+        assert all(found is first[0] for found in first)
+        list(executor.map(ask, ["b", "c"]))
+        assert sorted(made) == [40, 60, 64]
+        known = calibration.mean_variance("a", 0, Matrices(np.zeros((8, 40), F32)))
+        assert known == first[0].mean_variance
+        assert len(made) == 3
+        ask("c")
+        assert len(made) == 3
+        ask("also a")  # was let go for the other two
+        assert made[3:] == [40]
 
 
 def test_some_tensors_without_sensitivities_leave_those_of_others(model: Path, tmp_path: Path) -> None:

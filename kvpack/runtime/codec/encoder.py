@@ -830,7 +830,7 @@ def device_coder(device: torch.device | str, launcher: Launch = launch) -> Coder
         coder.quantize,
         coder.count_tiles,
         coder.encode_strips,
-        lambda second_moment: device_feedback(second_moment, device),
+        lambda second_moment, executor: device_feedback(second_moment, device),
         keep_bytes,
         made_by,
     )
