@@ -99,6 +99,7 @@ def _calibrated(
     tokens: int,
     seed: int,
     threads: int | None,
+    device: DeviceOption,
     dry_run: bool,
     force: bool,
     moments: Path | None,
@@ -121,6 +122,7 @@ def _calibrated(
         tokens=tokens,
         seed=seed,
         threads=threads,
+        coding_device=device.value,
         force=force,
         stage=progress_bar,
     )
@@ -232,7 +234,7 @@ def compress(
         calibrated = None
         if calibrate is not None:
             calibrated = _calibrated(
-                source, output, config, calibrate, calibration_tokens, seed, threads, dry_run, force, moments
+                source, output, config, calibrate, calibration_tokens, seed, threads, device, dry_run, force, moments
             )
             report = calibrated.compression
         else:

@@ -9,17 +9,20 @@ a number of bits in all has the same derivative by bits everywhere: Δ² ∝ 1 /
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.encode.feedback import MatrixFeedback
-from kvpack.encode.moments import Moments
+from kvpack.encode.feedback import Feedback, MatrixFeedback
+from kvpack.encode.moments import F32, Moments
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.tensor_encoder import CPU_CODER, Coder, Matrices
 from kvpack.errors import InputError, MomentsError
@@ -44,6 +47,17 @@ def calibrated_config(config: QuantConfig, calibration: Calibration) -> QuantCon
     if calibration.coder.feedback_device is not None:
         made[FEEDBACK_DEVICE_KEY] = calibration.coder.feedback_device
     return replace(config, allocation=allocation, calibration=made)
+
+
+def _in_file(numbers: F32, folder: Path) -> F32:
+    """The same numbers, in memory while the system has room; as they are where the folder cannot be written to."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            numbers.tofile(file)
+            file.flush()
+            return np.memmap(file, np.float32, "r", shape=numbers.shape)
+    except OSError:
+        return numbers
 
 
 class _TensorFeedback:
@@ -73,13 +87,24 @@ class Calibration:
     last, ``coder.keep_bytes`` of them in all, or one that is larger; each thread that works with another one holds that
     as well. For K inputs a factor takes 4·K² bytes; with the moment 16·K² while the CPU makes it, and 28·K² for a GPU.
 
+    Where that is too little for all, and a folder has room for them (as much as the moments take), the CPU's factors
+    are kept in files without a name there, which end with the process: passes over the tensors ask for each again.
+
     Args:
         coder: who quantizes.
         executor: threads that share the making of a factor; none of those that ask for one.
+        folder: where such files may be.
     """
 
-    def __init__(self, moments: Moments, coder: Coder = CPU_CODER, executor: ThreadPoolExecutor | None = None) -> None:
+    def __init__(
+        self,
+        moments: Moments,
+        coder: Coder = CPU_CODER,
+        executor: ThreadPoolExecutor | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self.moments, self.coder, self._executor = moments, coder, executor
+        self._folder = folder if folder is not None and self._is_better_in(folder) else None
         self._factors: OrderedDict[_Key, MatrixFeedback] = OrderedDict()
         self._mean_variances: dict[_Key, float] = {}
         self._kept_bytes = 0
@@ -180,6 +205,8 @@ class Calibration:
                     self._factors.move_to_end(key)
                     return self._factors[key]
             factor = self._make(name, matrix, weights)
+            if self._folder is not None and isinstance(factor, Feedback):
+                factor = factor._replace(coefficients=_in_file(factor.coefficients, self._folder))
             with self._lock:
                 self._factors[key] = factor
                 self._mean_variances[key] = factor.mean_variance
@@ -188,6 +215,15 @@ class Calibration:
                     _, oldest = self._factors.popitem(last=False)
                     self._kept_bytes -= oldest.size_bytes
             return factor
+
+    def _is_better_in(self, folder: Path) -> bool:
+        """Whether memory is too small for all factors, and a folder large enough, with half of it left."""
+        sizes = {
+            key: 4 * self.moments.inputs_of(name) ** 2 * self.moments.matrices(name)
+            for name, key in self.moments.inputs.items()
+        }
+        total = sum(sizes.values())
+        return total > self.coder.keep_bytes and folder.is_dir() and 2 * total < shutil.disk_usage(folder).free
 
     def _key(self, name: str, matrix: int, weights: Matrices) -> _Key:
         return name if weights.column_scales is not None else self.moments.inputs[name], matrix

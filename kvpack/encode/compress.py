@@ -763,7 +763,7 @@ def compress(
         if moments is not None:
             factor_executor = ThreadPoolExecutor(threads or default_threads())
             stack.callback(factor_executor.shutdown, cancel_futures=True)
-            calibration = Calibration(stack.enter_context(Moments(moments)), coder, factor_executor)
+            calibration = Calibration(stack.enter_context(Moments(moments)), coder, factor_executor, target.parent)
             config = calibrated_config(config, calibration)
             token_counts = calibration.moments.token_counts if token_counts is None else token_counts
         model = _Model(

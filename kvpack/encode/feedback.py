@@ -61,8 +61,8 @@ class Feedback(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """What it takes of memory, nearly."""
-        return self.coefficients.nbytes
+        """What it takes of memory, nearly: coefficients in a file take none that others could not have."""
+        return 0 if isinstance(self.coefficients, np.memmap) else self.coefficients.nbytes
 
 
 class MatrixFeedback(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 
 import kvpack
 from kvpack.encode.calibration import FEEDBACK_RATE_WEIGHT, Calibration
+from kvpack.encode.compress import compress
 from kvpack.encode.feedback import DAMPING, Feedback, _cholesky, feedback_of, quantize_with_feedback
 from kvpack.encode.moments import Moments, MomentsWriter
 from kvpack.encode.quantize import DELTA_OFFSET, NEAREST, Rounding, quantize
@@ -438,6 +440,33 @@ def test_a_factor_is_made_once_for_all_who_ask_and_kept_within_bytes(tmp_path: P
         assert len(made) == 3
         ask("also a")  # was let go for the other two
         assert made[3:] == [40]
+
+
+def test_factors_that_memory_is_too_small_for_are_kept_in_files(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is made once for all passes, the bytes are the same, and nothing is left behind."""
+    moments = write_moments(tmp_path / "moments.safetensors", SHAPES)
+    made: list[int] = []
+
+    def feedback_of_counted(h: Array, executor: Any) -> Feedback:
+        made.append(len(h))
+        return feedback_of(h, executor=executor)
+
+    (tmp_path / "out").mkdir()
+    of_run: dict[str, list[int]] = {}
+    for name, keep_bytes, free in (("kept", 1 << 30, 1 << 40), ("files", 1 << 10, 1 << 40), ("none", 1 << 10, 1 << 10)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr("kvpack.encode.calibration.shutil.disk_usage", lambda _, usage=usage: usage)
+        coder = CPU_CODER._replace(feedback_of=feedback_of_counted, keep_bytes=keep_bytes)
+        made.clear()
+        compress(model, tmp_path / "out" / name, kvpack.QuantConfig(bits=3.5), moments=moments, coder=coder)
+        of_run[name] = sorted(made)
+    assert of_run["kept"] == of_run["files"] == [96, 128, 128, 128, 128, 160]
+    assert len(of_run["none"]) > 12  # once for each pass
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert files.keys() == of_run.keys()
+    assert len(set(files.values())) == 1
 
 
 def test_some_tensors_without_sensitivities_leave_those_of_others(model: Path, tmp_path: Path) -> None:

@@ -114,6 +114,24 @@ def test_equal_rates_are_kept_where_steps_by_sensitivity_do_worse(
     assert all(3.5 < found.bits_per_weight <= 4 for found in report.compression.tensors if found.method == "uniform")
 
 
+def test_weights_are_coded_where_the_caller_says(
+    model: Path, novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that the device is there is checked before the model reads anything."""
+    asked: list[str] = []
+    compress = calibrated_compression.compress
+
+    def noted(*args: Any, device: str, **options: Any) -> Any:
+        asked.append(device)
+        return compress(*args, **options)
+
+    monkeypatch.setattr(calibrated_compression, "compress", noted)
+    monkeypatch.setattr(calibrated_compression, "coder_of", lambda device: asked.append(f"checked {device}"))
+    arguments = (model, "-o", tmp_path / "o", "--bits", 4, "--calibrate", novel, "--calibration-tokens", 1024)
+    run(*arguments, "--device", "cuda")
+    assert asked == ["checked cuda", "cuda", "cuda"]
+
+
 def test_text_of_its_own(model: Path, tmp_path: Path) -> None:
     report = json.loads(
         run(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from kvpack.compression import compress
+from kvpack.compression import coder_of, compress
 from kvpack.encode.compress import CompressReport, default_output
 from kvpack.encode.model_directory import directory_in_place, refuse_other_files
 from kvpack.encode.output_files import check_target
@@ -72,6 +72,7 @@ def compress_calibrated(
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
+    coding_device: str = "cpu",
     force: bool = False,
     stage: Stage | None = None,
 ) -> CalibratedReport:
@@ -86,11 +87,13 @@ def compress_calibrated(
         config: options with a rate. An allocation other than ``auto`` is taken as it is, and nothing is compared.
         text: see :func:`.calibration.calibrate`; None: text of the model's own. Its last eighth is held back.
         tokens, window, part, seed, device: as there.
+        coding_device: where weights are coded, see :func:`kvpack.compress`.
         force: replace an existing output.
         stage: makes the progress of each part of the work from its title and unit.
 
     Raises:
         InputError: the directory, the text, the options or the output cannot be used.
+        DeviceError: a device is not there, or something that it needs is not installed.
         FormatError: the input is damaged.
         OSError: reading or writing failed; an output that was there before is still there, or the new one is.
     """
@@ -103,6 +106,7 @@ def compress_calibrated(
     target = default_output(directory) if out is None else out
     check_target(directory, target, force=force)
     refuse_other_files(target, [path.relative_to(directory) for path in directory.rglob("*")])
+    coder_of(coding_device)  # before anything long
     begun = stage or (lambda *_: nullcontext(Progress()))
     held_out = end - (end - begin) * _HELD_OUT if text is not None else end
     length = min(_HELD_OUT_WINDOW_TOKENS, window_tokens(directory, window))
@@ -139,6 +143,7 @@ def compress_calibrated(
                     replace(config, allocation=allocation),
                     threads=threads,
                     progress=progress,
+                    device=coding_device,
                     moments=moments,
                 )
         with begun("held-out tokens", "tokens") as progress:
