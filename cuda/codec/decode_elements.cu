@@ -153,6 +153,29 @@ struct RowWriter {
     }
   }
 
+  // A chunk of a tile in mode raw whose rows have whole chunks: as many words as an element has bits.
+  __device__ __forceinline__ void put_raw(const u32* words) {
+    constexpr u32 each = 4 / sizeof(Element), width = 8 * sizeof(Element);
+    u32 w[kElementBits + 1];
+    w[kElementBits] = 0;
+#pragma unroll
+    for (u32 i = 0; i < kElementBits; ++i) w[i] = cols > 0 ? load_once_u32(words + i) : 0;
+#pragma unroll
+    for (u32 unit = 0; unit < kChunkCols / (4 * each); ++unit) {
+      u32 four[4];
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) {
+        four[i] = 0;
+#pragma unroll
+        for (u32 k = 0; k < each; ++k) {
+          const u32 bit = ((unit * 4 + i) * each + k) * kElementBits;
+          four[i] |= (__funnelshift_r(w[bit / 32], w[bit / 32 + 1], bit % 32) & kElementMask) << width * k;
+        }
+      }
+      store_shared_v4(own + 16 * unit, make_uint4(four[0], four[1], four[2], four[3]));
+    }
+  }
+
   __device__ __forceinline__ void begin_chunk(u32 chunk, u32 lane) {
     own = stage + kRowStrideBytes * lane + chunk % kRowChunks * (kChunkCols * sizeof(Element));
   }
@@ -230,9 +253,9 @@ decode_elements(const u8* data, const uint4* units, const uint4* blocks, const u
   Element* const first = out + work.first_element;
   writer.row = first + static_cast<u64>(lane) * work.row_stride;
   writer.stage = stages + kRowStrideBytes * kLanes * warp;
-  // What a raw tile holds is not put together in chunks.
+  const bool raw_in_words = group.mode == KVPACK_MODE_RAW && place.tile_cols % kChunkCols == 0;
   writer.staged = (reinterpret_cast<u64>(first) | work.row_stride * sizeof(Element) | place.tile_cols * sizeof(Element)) % 16 == 0 &&
-                  group.mode != KVPACK_MODE_RAW;
+                  (group.mode != KVPACK_MODE_RAW || raw_in_words);
   const u32 planes = raw_planes_unit(group, place);
   const u32 raw_mode_row = place.group * kLanes + lane;
 
@@ -265,6 +288,9 @@ decode_elements(const u8* data, const uint4* units, const uint4* blocks, const u
       } else {
         decode_chunk(decoder, table, raw, writer);
       }
+    } else if (raw_in_words && writer.staged) {
+      const u32 before = raw_mode_row * (place.tile_cols / kChunkCols) + chunk;
+      writer.put_raw(reinterpret_cast<const u32*>(group.tile) + before * kElementBits);
     } else if (group.mode == KVPACK_MODE_RAW) {
       for (u32 i = 0; i < writer.cols; ++i) {
         writer.row[i] = static_cast<Element>(raw_mode_element(group, place, raw_mode_row, chunk * kChunkCols + i));
