@@ -60,10 +60,8 @@ __device__ __forceinline__ u32 fold(u32 elements) {
   return turned ^ (turned & top) * up;
 }
 
-// Chunk `chunk` of a row that begins (in this tile) at `row`; columns behind the tile's last repeat it. With `previous`
-// the elements are replaced by their differences (§5.3, integers alone); codes are folded if the layout has them so.
-__device__ __forceinline__ void load_chunk(const TileView& view, const Element* row, u32 chunk, bool previous,
-                                           u32 (&words)[kChunkWords]) {
+// The elements of chunk `chunk` of a row that begins (in this tile) at `row`; columns behind the tile's last repeat it.
+__device__ __forceinline__ void load_elements(const TileView& view, const Element* row, u32 chunk, u32 (&words)[kChunkWords]) {
   const u32 first_col = chunk * kChunkCols;
   if (view.vectors && first_col + kChunkCols <= view.cols) {
     const uint4* from = reinterpret_cast<const uint4*>(row + first_col);
@@ -88,10 +86,17 @@ __device__ __forceinline__ void load_chunk(const TileView& view, const Element* 
       words[i] = word;
     }
   }
+}
+
+// As load_elements; with `previous` they are replaced by their differences (§5.3, integers alone); codes are folded if the
+// layout has them so.
+__device__ __forceinline__ void load_chunk(const TileView& view, const Element* row, u32 chunk, bool previous,
+                                           u32 (&words)[kChunkWords]) {
+  load_elements(view, row, chunk, words);
   if constexpr (kElementBytes == 1) {
     if (previous) {
       const u32 first = words[0] & 0xFF;
-      u32 before = chunk ? row[first_col - 1] : 0;
+      u32 before = chunk ? row[chunk * kChunkCols - 1] : 0;
 #pragma unroll
       for (u32 i = 0; i < kChunkWords; ++i) {
         const u32 word = words[i];

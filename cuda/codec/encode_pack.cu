@@ -83,8 +83,25 @@ __device__ __forceinline__ void pack_lanes(const TileView& view, u32 length_byte
   if (out + total + thread < end) out[total + thread] = 0;
 }
 
-// Mode raw: a thread gathers whole u32 of the bit string.
+// Mode raw: a thread takes chunks, if these are whole u32 of the bit string, or gathers a u32 from elements.
 __device__ __forceinline__ void pack_raw(const TileView& view, u8* tile) {
+  if (view.cols % kChunkCols == 0) {
+    for (u32 unit = threadIdx.x; unit < view.rows * view.chunks; unit += blockDim.x) {
+      constexpr u32 mask = kElementBytes == 4 ? ~0u : (1u << 8 * kElementBytes % 32) - 1;
+      u32 elements[kChunkWords], packed[kElementBits] = {};
+      load_elements(view, view.first + unit / view.chunks * view.row_stride, unit % view.chunks, elements);
+#pragma unroll
+      for (u32 i = 0; i < kChunkCols; ++i) {
+        const u32 element = elements[i * kElementBytes / 4] >> 8 * (i * kElementBytes % 4) & mask, bit = i * kElementBits;
+        packed[bit / 32] |= element << bit % 32;
+        if (bit % 32 + kElementBits > 32) packed[bit / 32 + 1] |= element >> (32 - bit % 32);
+      }
+      u32* const words = reinterpret_cast<u32*>(tile) + unit * kElementBits;
+#pragma unroll
+      for (u32 i = 0; i < kElementBits; ++i) words[i] = packed[i];
+    }
+    return;
+  }
   const u32 elements = view.rows * view.cols, words = ceil_div(elements * kElementBits, 32);
   for (u32 word = threadIdx.x; word < words; word += blockDim.x) {
     u32 element = word * 32 / kElementBits;

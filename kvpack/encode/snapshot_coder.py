@@ -240,7 +240,7 @@ def write_snapshot(
     path: str | os.PathLike[str],
     header: SnapshotHeader,
     arrays: Mapping[str, npt.NDArray[Any]],
-    runs: Iterable[Iterable[tuple[str, bytes]]],
+    runs: Iterable[Iterable[tuple[str, bytes | memoryview]]],
 ) -> int:
     """Write a snapshot, and put it in place at once; whatever fails leaves what was there before.
 

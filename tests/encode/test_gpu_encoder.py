@@ -210,6 +210,17 @@ def test_raw_tiles(bits: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("cols", [96, 69])  # rows at multiples of 16 bytes, and others
+@pytest.mark.parametrize("kind", [UNSIGNED, ElementKind.FP16, ElementKind.FP32], ids=lambda kind: kind.name)
+def test_raw_tiles_of_whole_chunks(kind: ElementKind, cols: int) -> None:
+    """Tiles of 64 columns, whose chunks are whole words, and of 32 or 5."""
+    layout = integer_layout("compact", UNSIGNED, 5) if kind.is_integer else float_layouts(kind)[0]
+    dtype = {5: np.uint8, 16: np.uint16, 32: np.uint32}[layout.element_bits]
+    elements = np.random.default_rng(cols).integers(0, 1 << layout.element_bits, (259, cols)).astype(dtype)
+    assert modes(check(elements, layout, tile_cols=64)) == {TileMode.RAW}
+
+
+@needs_compiler
 def test_constant_tiles_with_and_without_planes() -> None:
     rng = np.random.default_rng(0)
     noisy = (5 << 4 | rng.integers(0, 16, (300, 96))).astype(np.uint8)

@@ -49,9 +49,9 @@ class Coder:
         self.device, self.by_kernels = device, True
         if device == "cpu":
             monkeypatch.setattr(kernels, "launch", emulated_launch)
-            encode = encoder.encode_on_device
+            encode = encoder.encode_beside_each_other
             emulated = lambda *args, **options: encode(*args, launcher=emulated_launch, **options)  # noqa: E731
-            monkeypatch.setattr(snapshot_device, "encode_on_device", emulated)
+            monkeypatch.setattr(snapshot_device, "encode_beside_each_other", emulated)
             monkeypatch.setattr(snapshot, "runs_kernels", lambda _device: self.by_kernels)
 
     def cache(self, **options: Any) -> Any:
@@ -244,7 +244,7 @@ def test_no_memory_for_coding(coder: Coder, tmp_path: Path, monkeypatch: pytest.
         raise torch.OutOfMemoryError("what the allocator says")
 
     with monkeypatch.context() as patched:
-        patched.setattr(snapshot_device, "encode_on_device", encode)
+        patched.setattr(snapshot_device, "encode_beside_each_other", encode)
         with pytest.raises(CacheFullError, match=r"no memory for coding .*context, .* what the allocator says"):
             cache.save(tmp_path / "context", sequence=1)
     assert [path.name for path in tmp_path.iterdir()] == ["context"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from kvpack.runtime.codec.encoder import launch_crc32
 from kvpack.runtime.codec.group_table import check_unread, group_table, row_groups
 from kvpack.runtime.device import kernels
 from kvpack.runtime.device.kernels import Kernel
+from kvpack.runtime.device.streams import forked
 
 # Zeros behind the last blob: an element of a raw tile is read with up to 7 bytes behind it, words 16 bytes at a time.
 SLACK_BYTES = 32
@@ -159,30 +160,12 @@ def decode_blobs(blobs: Sequence[PlacedBlob], data: torch.Tensor) -> Decoded:
     return Decoded(found, damage)
 
 
-@cache
-def side_streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    """Streams of a device for work that is forked off and joined again."""
-    return tuple(torch.cuda.Stream(device) for _ in range(count))
-
-
 def _beside_each_other(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
     """Run what enqueues work so that the device may do it all at once; what comes next waits for it."""
-    if device.type == "cpu":
-        for job in jobs:
-            job()
-        return
-    current = torch.cuda.current_stream(device)
-    streams = side_streams(device, _STREAMS)
-    try:
-        for number, job in enumerate(jobs):
-            stream = streams[number % _STREAMS]
-            if number < _STREAMS:
-                stream.wait_stream(current)
+    with forked(device, min(_STREAMS, len(jobs))) as streams:
+        for job, stream in zip(jobs, cycle(streams)):
             with torch.cuda.stream(stream):
                 job()
-    finally:
-        for stream in streams[: len(jobs)]:
-            current.wait_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -212,6 +195,7 @@ class _Launch:
             frequencies += placed.blob.tables
         table = np.concatenate(tables)
         order = np.argsort(table, kind="stable")
+        order = np.roll(order, np.count_nonzero(table == _NO_TABLE))  # raw tiles take longest: they begin first
         blocks = _blocks(table[order])
         known = np.stack(frequencies or [np.zeros(NUM_SYMBOLS, np.uint16)]).astype("<u2")
         status = torch.zeros(2, dtype=torch.int32, device=device)

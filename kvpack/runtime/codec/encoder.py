@@ -32,7 +32,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -79,6 +79,7 @@ from kvpack.format.layout import (
 from kvpack.format.tables import Frequencies
 from kvpack.runtime.codec.feedback import DeviceFeedback, device_feedback, quantize_with_feedback
 from kvpack.runtime.device.kernels import Kernel, launch, require_device
+from kvpack.runtime.device.streams import forked
 
 Launch = Callable[..., None]  # kernels.launch, or one that runs kernels elsewhere
 
@@ -232,10 +233,6 @@ class DeviceEncoding:
     def payload(self) -> torch.Tensor:
         """u8: the blob without its front."""
         return self.blob[len(self.front) :]
-
-    def to_bytes(self) -> bytes:
-        """The blob in the host's memory; waits for the device."""
-        return _from_device(self.blob).tobytes()
 
 
 class _Stages:
@@ -410,7 +407,8 @@ def _encode(
     outlier_first: npt.NDArray[np.uint32] | None,
     scratch_bytes: int,
     stages: _Stages,
-) -> DeviceEncoding:
+) -> Generator[None, None, DeviceEncoding]:
+    """Encode a job's elements; yields before the host waits for the device, so that it may see to another blob."""
     header, device = job.header, job.device
     tiles = header.num_tiles
     zeros, (summary, first_end, second_end, no_plan, no_outliers) = _parts(
@@ -472,6 +470,7 @@ def _encode(
     tables: list[Frequencies] = []
     placed = None
     if counts is not None and sums is not None:
+        yield
         summed = sums.wait().view(np.int64)
         total, (least_units, constant_tiles) = summed[:NUM_SYMBOLS], summed[NUM_SYMBOLS:].tolist()
         if constant_tiles:
@@ -483,6 +482,7 @@ def _encode(
             copy = None if settled else _Copy(counts)
             placed = code(tables, None, first_end)
             if copy is not None:
+                yield
                 tables, assignment = cluster_coded(copy.wait(), common, least_bits)
                 if len(tables) > 1:
                     placed = code(tables, assignment.astype(np.int32), second_end)
@@ -494,6 +494,7 @@ def _encode(
 
     packed = [pack_table(table, header.layout.alphabet_size) for table in tables]
     entropy = element_entropy_bits(header.layout, total[None])
+    yield
     written = placed.wait().view(TILE_METADATA)
     last = written[-1]
     payload_bytes = align(int(last["data_offset"]) + int(last["data_size"]), ALIGNMENT_BYTES)
@@ -509,6 +510,43 @@ def _encode(
         outlier_count=outlier_count,
         stage_seconds=stages.seconds,
     )
+
+
+def _at_once(steps: Generator[None, None, DeviceEncoding]) -> DeviceEncoding:
+    """What :func:`_encode` returns, waited for where it has to be."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            encoding: DeviceEncoding = done.value
+            return encoding
+
+
+def encode_beside_each_other(
+    blobs: Sequence[tuple[torch.Tensor, BlobHeader]], *, launcher: Launch = launch
+) -> list[memoryview]:
+    """Encode several blobs, of which each alone would leave most of a GPU idle: the bytes of each, in host memory.
+
+    Args:
+        blobs: elements on one device, [num_elements] as of :func:`encode_on_device`, and their shape and layout; the
+            header's tables are not looked at.
+    """
+    device = blobs[0][0].device
+    coded: list[_Copy | None] = [None] * len(blobs)
+    with forked(device, len(blobs)) as streams:
+        waiting = {}
+        for index, (elements, header) in enumerate(blobs):
+            job = _Job(elements.view(header.matrices, header.rows, header.cols), header, Predictor.NONE, launcher)
+            waiting[index] = _encode(job, None, None, None, SCRATCH_BYTES, _Stages(device, wanted=False))
+        while waiting:
+            for index in list(waiting):
+                with torch.cuda.stream(streams[index]):
+                    try:
+                        next(waiting[index])
+                    except StopIteration as done:
+                        coded[index] = _Copy(done.value.blob)
+                        del waiting[index]
+    return [copy.wait().data for copy in coded if copy is not None]
 
 
 def launch_crc32(payload: torch.Tensor, metadata: torch.Tensor, launcher: Launch) -> None:
@@ -573,7 +611,7 @@ def encode_on_device(
     )
     stages = _Stages(elements.device, time_stages)
     job = _Job(elements.contiguous(), header, predictor, launcher)
-    return _encode(job, None, None, None, scratch_bytes, stages)
+    return _at_once(_encode(job, None, None, None, scratch_bytes, stages))
 
 
 def _check_predictor(layout: Layout, predictor: Predictor) -> None:
@@ -796,7 +834,7 @@ class _DeviceCoder:
         elements, outliers, first = self._send(header, source, executor)
         job = _Job(elements, header, predictor, self.launcher)
         stages = _Stages(self.device, wanted=False)
-        encoding = _encode(job, tile_counts, outliers, first, SCRATCH_BYTES, stages)
+        encoding = _at_once(_encode(job, tile_counts, outliers, first, SCRATCH_BYTES, stages))
         self._sent = None
         return EncodedBlob(
             front=encoding.front,

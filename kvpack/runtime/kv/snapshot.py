@@ -150,9 +150,11 @@ def save_snapshot(
 
     with _executor(threads) as executor:
         parts = (run_pages(header, page_formats, run) for run in range(header.runs))
-        coded: Iterable[Iterable[tuple[str, bytes]]] = (encode_run(run, blocks_of, executor) for run in parts)
+        coded: Iterable[Iterable[tuple[str, bytes | memoryview]]]
         if runs_kernels(cache.device):
             coded = encode_runs(parts, cache.device, entries_of, cache.pools.pages)
+        else:
+            coded = (encode_run(run, blocks_of, executor) for run in parts)
         try:
             return write_snapshot(path, header, arrays, coded)
         except torch.OutOfMemoryError as error:

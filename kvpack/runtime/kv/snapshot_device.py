@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -22,8 +21,9 @@ from kvpack.errors import FormatError
 from kvpack.format.layout import ALIGNMENT_BYTES, align
 from kvpack.format.pages import PAGE_TOKENS
 from kvpack.format.snapshot import RunPages, RunPart, SnapshotFile
-from kvpack.runtime.codec.decoder import SLACK_BYTES, PlacedBlob, decode_blobs, side_streams
-from kvpack.runtime.codec.encoder import encode_on_device
+from kvpack.runtime.codec.decoder import SLACK_BYTES, PlacedBlob, decode_blobs
+from kvpack.runtime.codec.encoder import encode_beside_each_other
+from kvpack.runtime.device.streams import forked
 from kvpack.runtime.kv.page_elements import code_dtype, join_pages, split_pages
 from kvpack.runtime.kv.page_table import Ints
 
@@ -138,14 +138,15 @@ def load_runs(
             return None if found is None else _Batch(file, *found, device, executor)
 
         # One batch's pages are put together while the next one is decoded.
-        with _turns(device) as turn:
+        with forked(device, 2) as streams:
+            turns = cycle(streams)
             batch = begin()
             while batch is not None:
                 following = begin()
                 batch.wait()
                 numbers = [run.run for run in batch.runs]
                 try:
-                    with turn():
+                    with torch.cuda.stream(next(turns)):
                         damage = _decode_batch(batch, file, device, entries_of, pages_base)
                 except FormatError:
                     refused = numbers
@@ -189,29 +190,12 @@ def _decode_batch(
     return damage
 
 
-@contextmanager
-def _turns(device: torch.device) -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """Gives contexts in which work is enqueued, on one of two streams in turn; both are joined at the end."""
-    if device.type == "cpu":
-        yield nullcontext
-        return
-    current, streams = torch.cuda.current_stream(device), side_streams(device, 2)
-    order = cycle(streams)
-    for stream in streams:
-        stream.wait_stream(current)
-    try:
-        yield lambda: torch.cuda.stream(next(order))
-    finally:
-        for stream in streams:
-            current.wait_stream(stream)
-
-
 def encode_runs(
     runs: Iterable[Sequence[RunPages]],
     device: torch.device,
     entries_of: Callable[[RunPages], Ints],
     pages_base: torch.Tensor | None,
-) -> Iterator[list[tuple[str, bytes]]]:
+) -> Iterator[list[tuple[str, memoryview]]]:
     """:func:`kvpack.encode.snapshot_coder.encode_run` of pages on a device: the same bytes.
 
     A thread encodes while what it has encoded is written. More of them are slower: they wait for each other's Python.
@@ -228,7 +212,7 @@ def encode_runs(
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(device))
 
-    def work(pages: RunPages) -> list[tuple[str, bytes]]:
+    def work(pages: RunPages) -> list[tuple[str, memoryview]]:
         with torch.cuda.stream(stream):  # no stream: as it is
             return _encoded(pages, device, entries_of(pages), pages_base)
 
@@ -238,18 +222,15 @@ def encode_runs(
 
 def _encoded(
     pages: RunPages, device: torch.device, entries: Ints, pages_base: torch.Tensor | None
-) -> list[tuple[str, bytes]]:
+) -> list[tuple[str, memoryview]]:
     headers = {part.part: blob_header(part) for part in pages.parts}
     parts = {}
     for part in pages.parts:
         dtype = code_dtype(pages.format) if part.is_codes else torch.int16
         parts[part.part] = torch.empty(headers[part.part].num_elements, dtype=dtype, device=device)
     split_pages(pages, entries, parts, device, pages_base=pages_base)
-    blobs = []
     for part in pages.parts:
-        header, elements = headers[part.part], parts.pop(part.part)
+        elements = parts[part.part]
         elements[part.elements :] = elements[part.elements - 1].clone()
-        shaped = elements.view(header.matrices, header.rows, header.cols)
-        encoding = encode_on_device(shaped, header.layout, tile_cols=header.tile_cols)
-        blobs.append((part.name, encoding.to_bytes()))
-    return blobs
+    coded = encode_beside_each_other([(parts[part.part], headers[part.part]) for part in pages.parts])
+    return [(part.name, blob) for part, blob in zip(pages.parts, coded, strict=True)]
