@@ -407,8 +407,14 @@ def _encode(
     outlier_first: npt.NDArray[np.uint32] | None,
     scratch_bytes: int,
     stages: _Stages,
+    *,
+    guess: bool = True,
 ) -> Generator[None, None, DeviceEncoding]:
-    """Encode a job's elements; yields before the host waits for the device, so that it may see to another blob."""
+    """Encode a job's elements; yields before the host waits for the device, so that it may see to another blob.
+
+    Args:
+        guess: code with one table while the host finds out whether more are worth while.
+    """
     header, device = job.header, job.device
     tiles = header.num_tiles
     zeros, (summary, first_end, second_end, no_plan, no_outliers) = _parts(
@@ -480,12 +486,15 @@ def _encode(
             tables, least_bits = [common.table], least_units / _UNITS_PER_BIT
             settled = common.suffices(least_bits)
             copy = None if settled else _Copy(counts)
-            placed = code(tables, None, first_end)
+            if settled or guess:
+                placed = code(tables, None, first_end)
             if copy is not None:
                 yield
                 tables, assignment = cluster_coded(copy.wait(), common, least_bits)
                 if len(tables) > 1:
                     placed = code(tables, assignment.astype(np.int32), second_end)
+                elif placed is None:
+                    placed = code(tables, None, first_end)
     if placed is None:
         assert tile_counts is not None
         total = tile_counts.sum(axis=0)
@@ -527,6 +536,9 @@ def encode_beside_each_other(
 ) -> list[memoryview]:
     """Encode several blobs, of which each alone would leave most of a GPU idle: the bytes of each, in host memory.
 
+    Those of snapshots often have several tables, and the device has other work while the host chooses them, so that
+    nothing is coded by a guess.
+
     Args:
         blobs: elements on one device, [num_elements] as of :func:`encode_on_device`, and their shape and layout; the
             header's tables are not looked at.
@@ -537,7 +549,7 @@ def encode_beside_each_other(
         waiting = {}
         for index, (elements, header) in enumerate(blobs):
             job = _Job(elements.view(header.matrices, header.rows, header.cols), header, Predictor.NONE, launcher)
-            waiting[index] = _encode(job, None, None, None, SCRATCH_BYTES, _Stages(device, wanted=False))
+            waiting[index] = _encode(job, None, None, None, SCRATCH_BYTES, _Stages(device, wanted=False), guess=False)
         while waiting:
             for index in list(waiting):
                 with torch.cuda.stream(streams[index]):
