@@ -14,8 +14,6 @@ typedef u16 Element;
 typedef u8 Element;
 #endif
 
-// A chunk of a raw tile is loaded while the one before it is taken apart; wider elements would take more registers than there are.
-constexpr bool kRawAhead = kElementBits <= 8;
 constexpr bool kPredicted = KVPACK_PREDICTED != 0 && kElementBits <= 8;
 constexpr u32 kRingBytes = 128;
 // The most words that a chunk's steps read, and one that is kept ahead.
@@ -155,9 +153,13 @@ struct RowWriter {
     }
   }
 
-  // A chunk of a tile in mode raw whose rows have whole chunks, from its words and one behind them.
-  __device__ __forceinline__ void put_raw(const u32 (&w)[kElementBits + 1]) {
+  // A chunk of a tile in mode raw whose rows have whole chunks: as many words as an element has bits.
+  __device__ __forceinline__ void put_raw(const u32* words) {
     constexpr u32 each = 4 / sizeof(Element), width = 8 * sizeof(Element);
+    u32 w[kElementBits + 1];
+    w[kElementBits] = 0;
+#pragma unroll
+    for (u32 i = 0; i < kElementBits; ++i) w[i] = cols > 0 ? load_once_u32(words + i) : 0;
 #pragma unroll
     for (u32 unit = 0; unit < kChunkCols / (4 * each); ++unit) {
       u32 four[4];
@@ -263,15 +265,6 @@ decode_elements(const u8* data, const uint4* units, const uint4* blocks, const u
   if (group.mode == KVPACK_MODE_RANS) end = decoder.begin(group, load_lane_start(group, place, work.length_bytes, lane), lane);
   if (group.mode == KVPACK_MODE_CONSTANT) symbol = __ldg(reinterpret_cast<const u32*>(group.tile)) & 0xFF;
 
-  // Of a tile in mode raw.
-  const u32* const row_words = reinterpret_cast<const u32*>(group.tile) + raw_mode_row * place.chunks() * kElementBits;
-  const auto load_raw_words = [&](u32 chunk, u32(&words)[kElementBits + 1]) {
-    if (!inside || chunk >= place.chunks()) return;
-#pragma unroll
-    for (u32 i = 0; i < kElementBits; ++i) words[i] = load_once_u32(row_words + chunk * kElementBits + i);
-  };
-  u32 ahead[kElementBits + 1] = {};
-  if (kRawAhead && raw_in_words) load_raw_words(0, ahead);
   RawChunk next;
   if (raw_chunks(group, place) > 0) load_raw(chunk_planes(data, planes, 0), lane, next);
 #pragma unroll 1
@@ -296,14 +289,8 @@ decode_elements(const u8* data, const uint4* units, const uint4* blocks, const u
         decode_chunk(decoder, table, raw, writer);
       }
     } else if (raw_in_words && writer.staged) {
-      if constexpr (kRawAhead) {
-        writer.put_raw(ahead);
-        load_raw_words(chunk + 1, ahead);
-      } else {
-        u32 words[kElementBits + 1] = {};
-        load_raw_words(chunk, words);
-        writer.put_raw(words);
-      }
+      const u32 before = raw_mode_row * (place.tile_cols / kChunkCols) + chunk;
+      writer.put_raw(reinterpret_cast<const u32*>(group.tile) + before * kElementBits);
     } else if (group.mode == KVPACK_MODE_RAW) {
       for (u32 i = 0; i < writer.cols; ++i) {
         writer.row[i] = static_cast<Element>(raw_mode_element(group, place, raw_mode_row, chunk * kChunkCols + i));

@@ -195,7 +195,6 @@ class _Launch:
             frequencies += placed.blob.tables
         table = np.concatenate(tables)
         order = np.argsort(table, kind="stable")
-        order = np.roll(order, np.count_nonzero(table == _NO_TABLE))  # raw tiles take longest: they begin first
         blocks = _blocks(table[order])
         known = np.stack(frequencies or [np.zeros(NUM_SYMBOLS, np.uint16)]).astype("<u2")
         status = torch.zeros(2, dtype=torch.int32, device=device)
