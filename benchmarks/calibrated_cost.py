@@ -3,6 +3,7 @@
     python benchmarks/calibrated_cost.py --device cuda --layers 3 --json benchmarks/results/DATE-calibrated-cost.json
     python benchmarks/calibrated_cost.py --device cuda --layers 3 --random-moments   # no forward passes
     python benchmarks/calibrated_cost.py --shape tiny --layers 2 --tokens 4096       # tries it out on the CPU
+    python benchmarks/calibrated_cost.py --factor 8192                               # one factor alone
 
 A model of some layers with random weights is written, ``kvpack moments`` reads random tokens with it, and it is
 compressed with what that finds: the factors, all passes for the rate, coding and writing. Quality means nothing here.
@@ -13,7 +14,6 @@ and for each other layer the mean of those behind the first, which pays for comp
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import resource
 import tempfile
@@ -37,6 +37,7 @@ from kvpack.encode.feedback import MatrixFeedback
 from kvpack.encode.moments import Moments, MomentsWriter
 from kvpack.encode.progress import Progress
 from kvpack.encode.tensor_encoder import Coder
+from kvpack.encode.threads import default_threads
 from kvpack.integrations.transformers.calibration import calibrate
 
 F32 = npt.NDArray[np.float32]
@@ -107,17 +108,18 @@ def write_model(directory: Path, shape: Shape, layers: int, device: torch.device
     config.save_pretrained(directory)
 
 
+def random_moment(size: int, device: torch.device, generator: torch.Generator) -> F32:
+    """Of correlated inputs with some large channels, f32 [size, size]."""
+    mixing = torch.randn(size, max(1, size // 16), device=device, generator=generator)
+    mixing *= torch.exp(torch.randn(size, 1, device=device, generator=generator))
+    found = mixing @ mixing.T / mixing.shape[1]
+    found.diagonal().add_(0.1)
+    return ((found + found.T) / 2).cpu().numpy()
+
+
 def write_random_moments(path: Path, shape: Shape, layers: int, device: torch.device) -> None:
-    """Moments of correlated inputs with some large channels, and sensitivities."""
+    """See :func:`random_moment`; and sensitivities."""
     generator = torch.Generator(device).manual_seed(1)
-
-    def moment(size: int) -> F32:
-        mixing = torch.randn(size, max(1, size // 16), device=device, generator=generator)
-        mixing *= torch.exp(torch.randn(size, 1, device=device, generator=generator))
-        found = mixing @ mixing.T / mixing.shape[1]
-        found.diagonal().add_(0.1)
-        return ((found + found.T) / 2).cpu().numpy()
-
     inputs: dict[str, str] = {}
     with MomentsWriter(path) as writer:
         for layer in range(layers):
@@ -126,7 +128,9 @@ def write_random_moments(path: Path, shape: Shape, layers: int, device: torch.de
                 module, _, last = name.rpartition(".")
                 inputs[own] = f"model.layers.{layer}.{module}.{_READS.get(last, last)}.weight"
                 if own == inputs[own]:
-                    writer.add_second_moment(own, (cols, cols), iter([moment(cols)]), np.array([4096]))
+                    writer.add_second_moment(
+                        own, (cols, cols), iter([random_moment(cols, device, generator)]), np.array([4096])
+                    )
                 writer.add_sensitivity(own, np.full(rows, 2.0 ** -(layer + len(name) % 5), np.float32))
         writer.finish(inputs, np.full(shape.vocabulary, 1, np.int64), {"tokens": 4096})
 
@@ -211,6 +215,27 @@ class Peak:
         return {"peak_device_bytes": on_device, "peak_resident_bytes_so_far": resident}
 
 
+def factor(size: int, device: torch.device) -> dict[str, Any]:
+    """What one factor costs, beside its moment."""
+    coder = coder_of(device)
+    generator = torch.Generator(device).manual_seed(1)
+    executor = ThreadPoolExecutor(default_threads())
+    coder.feedback_of(random_moment(1024, device, generator), executor=executor)  # compiles
+    moment = random_moment(size, device, generator)
+    peak, cpu_begin, begin = Peak(device), time.process_time(), time.perf_counter()
+    coder.feedback_of(moment, executor=executor)
+    synchronize(device)
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    return {
+        "inputs": size,
+        "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu_seconds, 3),
+        "gigaflops": round(size**3 / 3 / seconds / 1e9, 2),
+        "gigaflops_of_a_core": round(size**3 / 3 / cpu_seconds / 1e9, 2) if device.type == "cpu" else None,
+        **peak.report(),
+    }
+
+
 def bench(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The parts of the run, each with what it cost."""
     device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
@@ -269,6 +294,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3, help="how many the model is made with")
     parser.add_argument("--tokens", type=int, default=131_072, help="that the calibration run reads")
     parser.add_argument("--random-moments", action="store_true", help="in place of a calibration run's")
+    parser.add_argument("--factor", type=int, metavar="K", help="time one factor of K inputs, and nothing else")
     parser.add_argument("--bits", type=float, default=4.25)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -279,9 +305,15 @@ def main() -> None:
     result: dict[str, Any] = {
         **provenance({}, ("torch", "transformers")),
         "device": device_record(torch.device(arguments.device)),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": default_threads(),
         "shape": {**SHAPES[arguments.shape]._asdict(), "layers_made": arguments.layers},
     }
+    if arguments.factor is not None:
+        result["factor"] = factor(arguments.factor, torch.device(arguments.device))
+        print(result["factor"])
+        if arguments.json is not None:
+            write_result(arguments.json, result)
+        return
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         for part, found in bench(arguments, Path(folder)):
             result[part] = found

@@ -132,6 +132,8 @@ class Calibration:
         if name not in self.moments.inputs or self._is_by_inputs(name, weights):
             return False
         found = self.moments.matrices(name), self.moments.inputs_of(name)
+        if weights.matrices == 1 < found[0] == weights.rows and weights.cols % found[1] == 0:
+            return False  # experts of so few outputs that they are coded as one matrix, a row for each
         if found != (weights.matrices, weights.cols):
             raise MomentsError(
                 f"{self.moments.path} has moments of {found[0]} × {found[1]} inputs for {name!r}, which has "

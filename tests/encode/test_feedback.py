@@ -405,6 +405,20 @@ def test_experts_that_are_stored_by_inputs_are_not_fed_back(tmp_path: Path) -> N
             assert not calibration.prepare(f"experts.{name}", Matrices(np.zeros(shape, F32)))
 
 
+def test_experts_of_few_outputs_are_coded_without_moments(tmp_path: Path) -> None:
+    """They are one matrix, with a row for each expert, and a column has many inputs or none."""
+    shapes = {"few": (8, 16, 64), "many": (8, 40, 64)}
+    save_file({n: weights(s[0] * s[1], s[2]).reshape(s) for n, s in shapes.items()}, tmp_path / "m.safetensors")
+    moments = write_moments(tmp_path / "moments.safetensors", shapes)
+    report = kvpack.compress(tmp_path / "m.safetensors", tmp_path / "o", bits=4.0, moments=moments, include="few|many")
+    assert report.bits_per_weight is not None
+    assert 3.5 < report.bits_per_weight <= 4
+    assert any("1 of 2 tensors with feedback" in note for note in report.notes)
+    assert any("no moments, so rounded each for itself: few" in note for note in report.notes)
+    with Moments.open(moments) as found, pytest.raises(MomentsError, match="8 × 64 inputs"):
+        Calibration(found).prepare("few", Matrices(np.zeros((9, 16 * 64), F32)))
+
+
 def test_a_factor_is_made_once_for_all_who_ask_and_kept_within_bytes(tmp_path: Path) -> None:
     """Two tensors that read the same inputs share one; its mean is known when it is not kept any more."""
     made: list[int] = []

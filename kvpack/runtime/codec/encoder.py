@@ -718,16 +718,16 @@ class _DeviceStrips(QuantizedStrips):
         weights, device = self.weights, self._coder.device
         bits = self._coder.weights_on_device(weights)
         elements = torch.empty(bits.shape, dtype=torch.uint8, device=device)
-        steps = torch.from_numpy(np.ascontiguousarray(self.steps)).to(device).view(weights.matrices, weights.rows)
+        steps = torch.tensor(self.steps, device=device).view(weights.matrices, weights.rows)
         outliers = []
         for matrix in range(weights.matrices):
             first = matrix * weights.tile_rows
             values = bits[matrix].view(getattr(torch, weights.dtype.name)).float()
             if weights.column_scales is not None:
-                values /= torch.from_numpy(weights.strip_column_scales(first)).to(device)
+                values /= torch.tensor(weights.strip_column_scales(first), device=device)
             if weights.row_offsets is not None:
                 own = weights.row_offsets[matrix * weights.rows :][: weights.rows]
-                values -= torch.from_numpy(own).to(device)[:, None]
+                values -= torch.tensor(own, device=device)[:, None]
             of_matrix = feedback.of_matrix(matrix)
             assert isinstance(of_matrix, DeviceFeedback)  # of the coder that these strips are of
             fed_back = quantize_with_feedback(
