@@ -20,6 +20,7 @@ from kvpack.encode.compress import compress
 from kvpack.encode.moments import MomentsWriter
 from kvpack.encode.quantize import DELTA_OFFSET, Quantized, Rounding
 from kvpack.encode.tensor_encoder import Matrices
+from kvpack.errors import DeviceError
 from kvpack.format.container import Container
 
 torch = pytest.importorskip("torch")
@@ -107,6 +108,15 @@ def test_what_is_not_positive_definite_has_no_factor(bad: float) -> None:
     h[7, 9] = h[9, 7] = 3.0 * bad
     with pytest.raises(ValueError, match="not positive definite"):
         feedback.device_feedback(h, torch.device("cpu"))
+
+
+def test_a_device_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", full)
+    with pytest.raises(DeviceError, match=r"feedback between 500 inputs, which takes 0\.0 GB.*device='cpu'"):
+        feedback.device_feedback(moment(500), torch.device("cpu"))
 
 
 @needs_compiler

@@ -21,6 +21,7 @@ import torch
 
 from kvpack.encode.feedback import CLAMP_BITS, DAMPING, MOST_STEPS, order_of
 from kvpack.encode.quantize import NUM_THRESHOLDS, Rounding
+from kvpack.errors import DeviceError
 from kvpack.format.layout import ceil_div
 from kvpack.runtime.device.kernels import Kernel
 
@@ -87,7 +88,19 @@ def device_feedback(
 
     Raises:
         ValueError: it is not positive definite.
+        DeviceError: the device's memory is too small.
     """
+    try:
+        return _device_feedback(second_moment, device, damping)
+    except torch.OutOfMemoryError:
+        size = len(second_moment)
+        raise DeviceError(
+            f"{device} has no memory for feedback between {size} inputs, which takes {24e-9 * size**2:.1f} GB of it "
+            "while it is made: use device='cpu', or a device with more that is free"
+        ) from None
+
+
+def _device_feedback(second_moment: npt.NDArray[np.float32], device: torch.device, damping: float) -> DeviceFeedback:
     order, mean = order_of(second_moment)
     size = len(order)
     order_there = torch.from_numpy(order).to(device)
