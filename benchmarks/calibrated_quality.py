@@ -132,7 +132,13 @@ def main() -> int:
     parser.add_argument("--moments", nargs="+", required=True, metavar="LABEL=FILE")
     parser.add_argument("--allocations", nargs="+", default=["sensitivity"])
     parser.add_argument("--without", action="store_true", help="without moments, too")
-    parser.add_argument("--embeddings", type=float, help="once more at the first rate, with embeddings at this one")
+    parser.add_argument(
+        "--embeddings",
+        nargs="*",
+        default=[],
+        metavar="code|BITS",
+        help="once more at the first rate, embeddings coded so",
+    )
     parser.add_argument("--gptq", nargs="*", default=[], metavar="BITS:GROUP")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -152,9 +158,10 @@ def main() -> int:
             for allocation in arguments.allocations:
                 add(allocation, label, bench.coded(bits, file, allocation=allocation))
     for label, file in files.items():
-        if arguments.embeddings:
-            options = {"allocation": "sensitivity", "embeddings": arguments.embeddings}
-            add(f"embeddings {arguments.embeddings:g}", label, bench.coded(arguments.bits[0], file, **options))
+        for embeddings in arguments.embeddings:
+            rate = "code" if embeddings == "code" else float(embeddings)
+            options = {"allocation": "sensitivity", "embeddings": rate}
+            add(f"embeddings {embeddings}", label, bench.coded(arguments.bits[0], file, **options))
         for given in arguments.gptq:
             width, group = map(int, given.split(":"))
             add(f"GPTQ INT{width} g{group}", label, bench.gptq(width, group, file))

@@ -74,7 +74,7 @@ class Evaluator:
         if setting == "plain":
             return None
         if setting in ("default", "counts"):
-            return row_factors(Matrices(self.original), self.counts if setting == "counts" else None)
+            return row_factors(Matrices(self.original), self.counts + 1.0 if setting == "counts" else None)
         frequency, size = map(float, setting.split(":"))
         rms = np.sqrt(np.square(self.original, dtype=np.float64).mean(1))
         logarithms = frequency * np.log(self.counts + 1.0) + size * np.log(np.maximum(rms, rms.mean() / 64))

@@ -84,7 +84,8 @@ def compress(
             Embeddings and output layers with so many rows, coded at a rate, are finer where tokens are frequent. A note
             names those with another number of rows.
         moments: a moments file of this model, which ``kvpack moments`` makes: what is quantized at a rate is quantized
-            with feedback between columns, and steps follow the sensitivity of outputs.
+            with feedback between columns, and steps follow the sensitivity of outputs. Embeddings and output layers of
+            ``embeddings="code"`` share the rate by theirs.
         settings: options of :class:`kvpack.QuantConfig` by name, in place of ``config``.
 
     Raises:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from kvpack.encode.feedback import Feedback, MatrixFeedback
 from kvpack.encode.moments import F32, Moments
 from kvpack.encode.quant_config import QuantConfig
+from kvpack.encode.table_moments import TableMoments, table_moments
 from kvpack.encode.tensor_encoder import CPU_CODER, Coder, Matrices
 from kvpack.errors import InputError, MomentsError
 from kvpack.format.container import FEEDBACK_DEVICE_KEY
@@ -31,8 +32,8 @@ from kvpack.format.container import FEEDBACK_DEVICE_KEY
 _OF_TENSORS = ("shapes", "left_out")
 # Squared steps that a bit is worth where errors are fed back, in units of the mean L_jj².
 FEEDBACK_RATE_WEIGHT = 0.06
-# Inputs by their name, and which of a tensor's matrices reads them.
-_Key = tuple[str, int]
+# Inputs by their name, which of a tensor's matrices reads them, and whether they are as that tensor alone has them.
+_Key = tuple[str, int, bool]
 
 
 def calibrated_config(config: QuantConfig, calibration: Calibration) -> QuantConfig:
@@ -70,6 +71,9 @@ class _TensorFeedback:
         return self._calibration.factor(self._name, matrix, self._weights)
 
     def row_weights(self, matrix: int) -> npt.NDArray[np.float64] | None:
+        table = self._calibration.table(self._name)
+        if table is not None:
+            return table.use * (self._calibration.mean_variance(self._name, matrix, self._weights) / 2)
         sensitivity = self._calibration.moments.sensitivity(self._name)
         if sensitivity is None:
             return None
@@ -94,6 +98,7 @@ class Calibration:
         coder: who quantizes.
         executor: threads that share the making of a factor; none of those that ask for one.
         folder: where such files may be.
+        token_counts: i64 [vocabulary], in place of those of the moments.
     """
 
     def __init__(
@@ -102,9 +107,12 @@ class Calibration:
         coder: Coder = CPU_CODER,
         executor: ThreadPoolExecutor | None = None,
         folder: Path | None = None,
+        token_counts: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self.moments, self.coder, self._executor = moments, coder, executor
         self._folder = folder if folder is not None and self._is_better_in(folder) else None
+        self.token_counts = moments.token_counts if token_counts is None else token_counts
+        self._tables: dict[str, TableMoments] = {}
         self._factors: OrderedDict[_Key, MatrixFeedback] = OrderedDict()
         self._mean_variances: dict[_Key, float] = {}
         self._kept_bytes = 0
@@ -131,9 +139,47 @@ class Calibration:
         """
         if name not in self.moments.inputs or self._is_by_inputs(name, weights):
             return False
-        found = self.moments.matrices(name), self.moments.inputs_of(name)
-        if weights.matrices == 1 < found[0] == weights.rows and weights.cols % found[1] == 0:
+        matrices, inputs = self.moments.matrices(name), self.moments.inputs_of(name)
+        if weights.matrices == 1 < matrices == weights.rows and weights.cols % inputs == 0:
             return False  # experts of so few outputs that they are coded as one matrix, a row for each
+        self._check_inputs(name, weights)
+        self._feed_back(name, weights)
+        return True
+
+    def prepare_table(self, name: str, weights: Matrices, *, looked_up: bool) -> bool:
+        """The same of a matrix with a row for each token.
+
+        Args:
+            looked_up: whether it is an embedding, be it an output layer as well or not.
+
+        Raises:
+            MomentsError: they are those of a tensor of another shape.
+        """
+        if name not in self._tables:
+            if name in self.moments.inputs:
+                self._check_inputs(name, weights)
+            found = table_moments(self.moments, name, self.token_counts, looked_up=looked_up)
+            if found is None or len(found.use) != weights.rows:
+                return False
+            if len(found.metric) != weights.cols:
+                raise MomentsError(
+                    f"{self.moments.path} has moments of rows of {len(found.metric)} for {name!r}, which has rows of "
+                    f"{weights.cols}: they are another model's; kvpack moments makes those of this one"
+                )
+            self._tables[name] = found
+        self._feed_back(name, weights)
+        return True
+
+    def table(self, name: str) -> TableMoments | None:
+        """What is known of a matrix with a row for each token that is quantized with feedback."""
+        return self._tables.get(name)
+
+    def _feed_back(self, name: str, weights: Matrices) -> None:
+        weights.feedback = _TensorFeedback(self, name, weights)
+        weights.rate_weight = FEEDBACK_RATE_WEIGHT
+
+    def _check_inputs(self, name: str, weights: Matrices) -> None:
+        found = self.moments.matrices(name), self.moments.inputs_of(name)
         if found != (weights.matrices, weights.cols):
             raise MomentsError(
                 f"{self.moments.path} has moments of {found[0]} × {found[1]} inputs for {name!r}, which has "
@@ -145,9 +191,6 @@ class Calibration:
                 f"{self.moments.path} has sensitivities of {sensitivity.size} outputs for {name!r}, which has "
                 f"{weights.matrices * weights.rows}: they are another model's; kvpack moments makes those of this one"
             )
-        weights.feedback = _TensorFeedback(self, name, weights)
-        weights.rate_weight = FEEDBACK_RATE_WEIGHT
-        return True
 
     def _is_by_inputs(self, name: str, weights: Matrices) -> bool:
         """Whether experts in one tensor are stored inputs × outputs, and so read as outputs × inputs.
@@ -174,6 +217,8 @@ class Calibration:
             row_weights = weights.feedback.row_weights(matrix)
             if row_weights is None:
                 return None
+            if weights.row_factors is not None:
+                row_weights = row_weights * np.square(weights.row_factors.reshape(weights.matrices, -1)[matrix])
             found.append(row_weights.mean())
         mean = float(np.mean(found))
         return mean if mean > 0 and math.isfinite(mean) else None
@@ -228,10 +273,13 @@ class Calibration:
         return total > self.coder.keep_bytes and folder.is_dir() and 2 * total < shutil.disk_usage(folder).free
 
     def _key(self, name: str, matrix: int, weights: Matrices) -> _Key:
-        return name if weights.column_scales is not None else self.moments.inputs[name], matrix
+        # A tensor's own, with vectors or as a table, is none of all that read these inputs, one of which names them.
+        alone = weights.column_scales is not None or name in self._tables
+        return name if alone else self.moments.inputs[name], matrix, alone
 
     def _make(self, name: str, matrix: int, weights: Matrices) -> MatrixFeedback:
-        second_moment = self.moments.second_moment(name, matrix)
+        table = self._tables.get(name)
+        second_moment = self.moments.second_moment(name, matrix) if table is None else table.metric
         if weights.column_scales is not None:
             # An error in what is quantized is that times the column's scale in the weight.
             scales = weights.strip_column_scales(matrix * weights.tile_rows)

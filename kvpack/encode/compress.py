@@ -62,7 +62,7 @@ from kvpack.encode.tensor_encoder import (
     plan_at_common_step,
     planned_bytes,
 )
-from kvpack.encode.tensor_kinds import ModuleTree
+from kvpack.encode.tensor_kinds import Kind, ModuleTree
 from kvpack.encode.tensor_parallel import Split, reason_not_to_split, stack_of
 from kvpack.encode.threads import default_threads
 from kvpack.errors import InputError, MomentsError, ScaleError
@@ -320,18 +320,19 @@ class _Model:
         except ScaleError as error:
             error.args = (f"tensor {name!r}: {error}",)
             raise
-        if self.calibration is not None and self.is_fed_back(file, tensor):
-            self.calibrated[name] = self.calibration.prepare(name, weights)
+        if self.calibration is not None and self.is_at_rate(file, tensor):
+            kinds = self.kinds[file.set_prefix]
+            if kinds.has_row_for_each_token(tensor):
+                looked_up = kinds.kind_of(tensor) is Kind.EMBEDDING
+                self.calibrated[name] = self.calibration.prepare_table(name, weights, looked_up=looked_up)
+            else:
+                self.calibrated[name] = self.calibration.prepare(name, weights)
         return weights
 
-    def is_fed_back(self, file: WeightFile, tensor: StoredTensor) -> bool:
-        """Whether a coded tensor is quantized at a rate, and is the weight of a linear alone.
-
-        A tied embedding is an output layer, too, but what is looked up in it would be noisier for that.
-        """
+    def is_at_rate(self, file: WeightFile, tensor: StoredTensor) -> bool:
+        """Whether a coded tensor is quantized at a rate."""
         selection, kinds = self.selections[file.path], self.kinds[file.set_prefix]
-        at_rate = isinstance(selection.quality_of(tensor, kinds), float)
-        return selection.is_lossy(tensor, kinds) and at_rate and not kinds.has_row_for_each_token(tensor)
+        return selection.is_lossy(tensor, kinds) and isinstance(selection.quality_of(tensor, kinds), float)
 
     def stack_members(self, file: WeightFile, tensor: StoredTensor) -> list[StoredTensor]:
         """What a tensor is stacked with, itself included; none if not asked for, or if it cannot be: notes say why."""
@@ -372,6 +373,8 @@ class _Model:
         ]
 
     def common_step_tensors(self) -> list[tuple[WeightFile, StoredTensor]]:
+        """Those that share the rate; tables of tokens do if none is theirs, and it is known what errors cost there."""
+        with_tables = self.config.allocation == "sensitivity" and self.config.embeddings == CODE
         return [
             (file, tensor)
             for file in self.tree.weight_files
@@ -380,7 +383,7 @@ class _Model:
             if selection.reason_to_keep(tensor, kinds) is None
             and selection.is_lossy(tensor, kinds)
             and not selection.has_own_rate(tensor.name)
-            and not kinds.has_row_for_each_token(tensor)
+            and (with_tables or not kinds.has_row_for_each_token(tensor))
         ]
 
     def encode(
@@ -402,8 +405,8 @@ class _Model:
         if not selection.is_lossy(tensor, kinds):
             return encode_lossless(weights, tensor.dtype, config.tile_cols, config.layout, self.executor, self.coder)
         quality = selection.quality_of(tensor, kinds)
-        if isinstance(quality, float) and plan is None and kinds.has_row_for_each_token(tensor):
-            self._set_row_factors(weights, file.names[tensor.name])
+        if isinstance(quality, float):
+            self.set_row_factors(file, tensor, weights)
         if isinstance(quality, float) and less_bits:
             quality = max(MIN_BITS, quality - less_bits)
         return encode_nearest(
@@ -414,12 +417,20 @@ class _Model:
             EncodeOptions(config.layout, config.tile_cols, self.executor, self.coder),
         )
 
-    def _set_row_factors(self, weights: Matrices, name: str) -> None:
-        counts = self.token_counts
-        if counts is not None and len(counts) != weights.rows:
+    def set_row_factors(self, file: WeightFile, tensor: StoredTensor, weights: Matrices) -> None:
+        """Let rows have unlike steps where a tensor has a row for each token."""
+        if not self.kinds[file.set_prefix].has_row_for_each_token(tensor):
+            return
+        name, counts = file.names[tensor.name], self.token_counts
+        table = None if self.calibration is None else self.calibration.table(name)
+        frequencies = None
+        if table is not None:
+            frequencies = table.frequencies
+        elif counts is not None and len(counts) != weights.rows:
             self.without_counts.add(name)
-            counts = None
-        factors = row_factors(weights, counts, self.executor)
+        elif counts is not None:
+            frequencies = counts.astype(np.float64) + 1
+        factors = row_factors(weights, frequencies, self.executor)
         weights.set_vectors(weights.column_scales, weights.row_offsets, factors)
 
     def count_notes(self) -> list[str]:
@@ -471,6 +482,7 @@ def _measure_all(model: _Model, progress: Progress) -> dict[str, _Measured]:
         name = file.names[tensor.name]
         progress.tensor(name)
         weights = model.matrices(file, tensor)
+        model.set_row_factors(file, tensor, weights)
         try:
             fine = measure(weights, model.executor)
         except NotEncodableError:
@@ -763,9 +775,11 @@ def compress(
         if moments is not None:
             factor_executor = ThreadPoolExecutor(threads or default_threads())
             stack.callback(factor_executor.shutdown, cancel_futures=True)
-            calibration = Calibration(stack.enter_context(Moments(moments)), coder, factor_executor, target.parent)
+            given = None if token_counts is None else _checked_counts(token_counts)
+            found = stack.enter_context(Moments(moments))
+            calibration = Calibration(found, coder, factor_executor, target.parent, given)
             config = calibrated_config(config, calibration)
-            token_counts = calibration.moments.token_counts if token_counts is None else token_counts
+            token_counts = calibration.token_counts
         model = _Model(
             source,
             target,

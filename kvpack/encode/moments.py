@@ -7,6 +7,8 @@ The file is an ordinary safetensors file. For a linear of ``rows`` outputs y = W
 - ``KEY.tokens`` I64 [1] or [E]: over how many tokens that mean is. A matrix that met none has zeros.
 - ``TENSOR.sensitivity`` F32 [rows] or [E, rows]: the mean of (d loss / d y)² over the same tokens, where loss is the
   sum of −log p(label) over a window's tokens and labels are sampled from the model itself. A file may have none.
+- ``EMBEDDING.gradient_moment`` F32 [K, K], with sensitivities, of the embedding of tokens: the mean of g gᵀ over the
+  same tokens, with g = d loss / d row of the row that was looked up.
 - ``token_counts`` I64 [vocabulary]: how often each token stood in the text.
 
 ``__metadata__`` has ``kvpack_moments``, the JSON text of ``{"version": 1, "inputs": {TENSOR: KEY}, "made": {…}}``.
@@ -34,6 +36,7 @@ VERSION = 1
 SECOND_MOMENT = ".second_moment"
 TOKENS = ".tokens"
 SENSITIVITY = ".sensitivity"
+GRADIENT_MOMENT = ".gradient_moment"
 TOKEN_COUNTS = "token_counts"
 # |H_ij − H_ji| over the geometric mean of the diagonal's two elements.
 _ASYMMETRY = 1e-3
@@ -139,15 +142,17 @@ class Moments(Closing):
             KeyError: the tensor has no moments.
             IndexError: it has no such matrix.
         """
-        stored = self._container.tensors[self._key(name) + SECOND_MOMENT]
         if not 0 <= matrix < self.matrices(name):
             raise IndexError(f"{self.path}: {name!r} has {self.matrices(name)} matrices, and no {matrix}")
-        k = stored.shape[-1]
-        size = 4 * k * k
-        data = self._container.read(stored.name, matrix * size, (matrix + 1) * size)
-        found = np.frombuffer(data, "<f4").reshape(k, k).astype(np.float32, copy=False)
-        self._check_second_moment(stored.name, found)
-        return found
+        return self._square(self._key(name) + SECOND_MOMENT, matrix)
+
+    def gradient_moment(self, name: str) -> F32 | None:
+        """The mean of g gᵀ, g = d loss / d row, of an embedding's looked-up rows: f32 [K, K]; None if there is none.
+
+        Raises:
+            MomentsError: as of :meth:`second_moment`.
+        """
+        return self._square(name + GRADIENT_MOMENT, 0) if name + GRADIENT_MOMENT in self._container.tensors else None
 
     def sensitivity(self, name: str) -> F32 | None:
         """The mean of (d loss / d y)² at each output: f32 [rows], or [matrices, rows]; None if the file has none.
@@ -187,6 +192,15 @@ class Moments(Closing):
             return self.inputs[name]
         except KeyError:
             raise KeyError(f"{self.path} has no moments of {name!r}") from None
+
+    def _square(self, name: str, matrix: int) -> F32:
+        """One of the [K, K] of a stored tensor, checked."""
+        k = self._container.tensors[name].shape[-1]
+        size = 4 * k * k
+        data = self._container.read(name, matrix * size, (matrix + 1) * size)
+        found = np.frombuffer(data, "<f4").reshape(k, k).astype(np.float32, copy=False)
+        self._check_second_moment(name, found)
+        return found
 
     def _numbers(self, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         data = np.frombuffer(self._container.data(name), dtype.newbyteorder("<"))
@@ -243,6 +257,11 @@ class Moments(Closing):
             found = self._stored(name + SENSITIVITY, "F32", (len(moment.shape) - 1,))
             if 0 in found.shape or found.shape[:-1] != moment.shape[:-2]:
                 raise self._error(found.name, f"its shape is {list(found.shape)}, the inputs' {list(moment.shape)}")
+        for name in [name for name in self._container.tensors if name.endswith(GRADIENT_MOMENT)]:
+            known.add(name)
+            found = self._stored(name, "F32", (2,))
+            if found.shape[0] != found.shape[1] or 0 in found.shape:
+                raise self._error(name, f"its shape is {list(found.shape)}, which is not square")
         if extra := sorted(self._container.tensors.keys() - known):
             raise self._error(extra[0], "it is of no tensor that the file names")
 
@@ -283,6 +302,11 @@ class MomentsWriter:
         """f32 [rows] or [E, rows]."""
         data = np.ascontiguousarray(values, "<f4").data.cast("B")
         self._writer.add(tensor + SENSITIVITY, "F32", values.shape, [data])
+
+    def add_gradient_moment(self, embedding: str, matrix: F32) -> None:
+        """f32 [K, K]."""
+        data = np.ascontiguousarray(matrix, "<f4").data.cast("B")
+        self._writer.add(embedding + GRADIENT_MOMENT, "F32", matrix.shape, [data])
 
     def finish(self, inputs: Mapping[str, str], token_counts: I64, made: Mapping[str, Any]) -> int:
         """Put the file in place; returns its size in bytes.

@@ -57,8 +57,8 @@ class QuantConfig:
         tensor_bits: regular expression → rate, or ``"lossless"``, of the tensors in whose names it is found; the last
             match counts.
         embeddings: embeddings of tokens and output layers: ``keep`` stores them as they are, ``code`` codes them at the
-            rate of all, a number at a rate of their own. Coded at a rate, each row has a scale. Those of positions are
-            kept.
+            rate of all (with steps by sensitivity: they share that of all), a number at a rate of their own. Coded at a
+            rate, each row has a scale. Those of positions are kept.
         dequantize_fp8: code the weights that fp8 numbers and their scales stand for, as bf16, and drop the scales;
             otherwise fp8 numbers are coded exactly. None: if ``bits`` is given, whatever it is.
         calibration: what the moments were made of that a compression had; it sets that itself.

@@ -31,6 +31,7 @@ def write(path: Path) -> Path:
         several = iter([second_moment(5, 1), second_moment(5, 2)])
         writer.add_second_moment("experts", (2, 5, 5), several, np.array([60, 36]))
         writer.add_sensitivity("experts", np.ones((2, 4), np.float32))
+        writer.add_gradient_moment("embedding", second_moment(6, 3))
         size = writer.finish(INPUTS, np.array([90, 0, 6]), MADE)
     assert path.stat().st_size == size
     return path
@@ -51,6 +52,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         sensitivity = moments.sensitivity("experts")
         assert sensitivity is not None
         assert sensitivity.shape == (2, 4)
+        gradients = moments.gradient_moment("embedding")
+        assert gradients is not None
+        assert (gradients == second_moment(6, 3)).all()
+        assert moments.gradient_moment("a.weight") is None
         with pytest.raises(KeyError, match="has no moments of 'c'"):
             moments.second_moment("c")
         with pytest.raises(IndexError, match="2 matrices, and no 2"):
@@ -114,6 +119,8 @@ def says(**changes: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
         (other("experts.tokens", lambda t: t[:1]), "1.* numbers for 2 matrices"),
         (other("experts.sensitivity", lambda s: s[0]), "of 2 dimensions is wanted"),
         (other("experts.sensitivity", lambda s: s[:1]), r"its shape is \[1, 4\]"),
+        (other("embedding.gradient_moment", lambda m: m[:5]), r"\[5, 6\], which is not square"),
+        (other("embedding.gradient_moment", lambda m: m.astype(np.float64)), "it is F64"),
     ],
 )
 def test_files_that_contradict_themselves(change: Callable[..., None], message: str, tmp_path: Path) -> None:
@@ -136,6 +143,7 @@ def read_all(moments: Moments, name: str) -> None:
     moments.second_moment(name)
     moments.tokens(name)
     moments.sensitivity(name)
+    moments.gradient_moment("embedding")
     assert moments.token_counts.dtype == np.int64
 
 
@@ -146,6 +154,8 @@ def read_all(moments: Moments, name: str) -> None:
         ("a.weight.second_moment", with_element(2, 2, np.nan), r"\[2, 2\] of the diagonal is nan"),
         ("a.weight.second_moment", with_element(6, 1, np.inf), "not finite"),
         ("a.weight.second_moment", with_element(6, 1, 0.9), "not symmetric"),
+        ("embedding.gradient_moment", with_element(1, 1, -1.0), r"\[1, 1\] of the diagonal is -1"),
+        ("embedding.gradient_moment", with_element(5, 1, np.inf), "not finite"),
         ("a.weight.tokens", lambda t: -t, "-96 tokens"),
         ("a.weight.sensitivity", lambda s: -1 - s, "negative or not finite"),
         ("a.weight.sensitivity", lambda s: s + np.nan, "negative or not finite"),

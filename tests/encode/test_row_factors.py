@@ -129,7 +129,7 @@ def test_counts_and_sizes() -> None:
     weights = table()
     weights[5] = 0
     counts = zipf_counts()
-    with_counts = row_factors(Matrices(weights), counts)
+    with_counts = row_factors(Matrices(weights), counts + 1.0)
     alone = row_factors(Matrices(weights), None)
     assert with_counts is not None
     assert alone is not None
@@ -140,7 +140,7 @@ def test_counts_and_sizes() -> None:
     expected = (counts[rows] + 1.0) ** -0.25 * rms[rows] ** 0.5
     np.testing.assert_allclose(with_counts[rows] / with_counts[0], expected / expected[0], rtol=1e-5)
     np.testing.assert_allclose(alone[rows] / alone[0], rms[rows] ** 2 / rms[0] ** 2, rtol=1e-5)
-    assert row_factors(Matrices(np.zeros((300, 64), np.float32)), counts[:300]) is None
+    assert row_factors(Matrices(np.zeros((300, 64), np.float32)), counts[:300] + 1.0) is None
     assert row_factors(Matrices(np.full((300, 64), np.nan, np.float32)), None) is None
 
 

@@ -71,6 +71,28 @@ def plain_run(model: Any, ids: Any) -> dict[str, tuple[np.ndarray, np.ndarray, i
     return {name: (h.numpy() / n, s.numpy() / n, n) for name, (h, s, n) in sums.items()}
 
 
+def row_gradients(model: Any, ids: Any) -> np.ndarray:
+    """fp64 mean of g gᵀ, g = d loss / d row that was looked up, by plain runs: its table gets a row for each place."""
+    model = model.double().requires_grad_(False)
+    embedding = model.get_input_embeddings()
+    table, total = embedding.weight, 0
+    for window, row in enumerate(ids):
+        rows = table[row].clone().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            original = torch.nn.functional.embedding
+            patch.setattr(
+                torch.nn.functional,
+                "embedding",
+                lambda given, weight, *rest, rows=rows, original=original, **options: (
+                    rows[None] if weight is table else original(given, weight, *rest, **options)
+                ),
+            )
+            logits = model(input_ids=row[None], use_cache=False).logits
+        logits.backward(label_gradient(logits.detach()[0], uniform(len(row), "labels", SEED, window))[None])
+        total = total + rows.grad.T @ rows.grad
+    return total.numpy() / ids.numel()
+
+
 def save(architecture: str, directory: Path, **options: Any) -> Path:
     ARCHITECTURES[architecture].save(directory, **options)
     write_tokenizer(directory)
@@ -101,6 +123,12 @@ def test_moments_and_sensitivities_are_those_of_a_plain_run(architecture: str, t
             assert sensitivity is not None
             assert sensitivity == pytest.approx(squares, rel=1e-3, abs=1e-4 * squares.max()), name
         assert len(moments.names) == len(plain)
+        table = "transformer.wte.weight" if architecture == "gpt2" else "model.embed_tokens.weight"
+        gradients = moments.gradient_moment(table)
+        assert gradients is not None
+        expected = row_gradients(model, windows_by_hand(directory, novel))
+        assert np.abs(gradients - expected).max() <= 1e-3 * np.abs(expected).max()
+        assert all(moments.gradient_moment(name) is None for name in moments.names if name != table)
 
 
 TIED = {"llama tied": "model.embed_tokens.weight", "qwen3": "model.embed_tokens.weight"}
@@ -164,6 +192,7 @@ def test_without_sensitivities(tmp_path: Path, novel: Path) -> None:
         assert moments.names == full.names
         for name in moments.names:
             assert moments.sensitivity(name) is None
+            assert moments.gradient_moment("model.embed_tokens.weight") is None
             assert (moments.second_moment(name) == full.second_moment(name)).all()
 
 
@@ -309,6 +338,11 @@ def test_the_whole_model_gives_what_its_layers_give(
             assert a is not None
             assert b is not None
             assert a == pytest.approx(b, rel=1e-3, abs=1e-4 * float(b.max()))
+        table = "transformer.wte.weight" if architecture == "gpt2" else "model.embed_tokens.weight"
+        gradients, others = moments.gradient_moment(table), other.gradient_moment(table)
+        assert gradients is not None
+        assert others is not None
+        assert np.abs(gradients - others).max() <= 1e-3 * np.abs(others).max()
 
 
 def test_layers_that_share_state_are_found(tmp_path: Path, novel: Path, monkeypatch: pytest.MonkeyPatch) -> None:

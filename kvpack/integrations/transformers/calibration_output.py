@@ -109,6 +109,10 @@ def write_moments(
             if place.tensor in gradients:
                 values = gradients[place.tensor].sensitivity(place.tensor)
                 writer.add_sensitivity(place.name, values if place.matrix is None else place.rows_of(values))
+        for name, of_file in _tables(checkpoint, model):
+            for file in files:
+                if (matrix := file.gradient_moment(name)) is not None:
+                    writer.add_gradient_moment(of_file, matrix)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         counts = np.bincount(ids.numpy().reshape(-1), minlength=vocabulary).astype(np.int64)
         shapes = {place.name: list(place.shape) for place in places.found}
@@ -153,6 +157,11 @@ class _StageFile:
         found: F32 = self._file.get_tensor(f"sensitivity/{name}").numpy()
         return found
 
+    def gradient_moment(self, name: str) -> F32 | None:
+        """f32 [K, K], of the stage that has found it."""
+        key = f"gradient_moment/{name}"
+        return self._file.get_tensor(key).numpy() if key in self._keys else None
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -193,6 +202,15 @@ class _Places:
     def key(self, place: _Place) -> str:
         """Of the inputs of a tensor: the name of the first one that has them."""
         return self._keys.setdefault((self.owners[place.tensor], place.matrix), place.name)
+
+
+def _tables(checkpoint: Checkpoint, model: Any) -> Iterator[tuple[str, str]]:
+    """The table in which the model looks tokens up, by its name in the model, and its names in the checkpoint."""
+    table = model.get_input_embeddings().weight
+    aliases = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is table]
+    direct = checkpoint.names.direct
+    for of_file in dict.fromkeys(direct[alias] for alias in aliases if alias in direct):
+        yield aliases[0], of_file
 
 
 def _places(checkpoint: Checkpoint, model: Any, owners: Mapping[str, str]) -> _Places:

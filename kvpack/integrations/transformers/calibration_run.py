@@ -56,6 +56,9 @@ class Windows:
     def finish(self, stage: str, recorder: ProductRecorder) -> None:
         """Keep what a stage has found: means as they go to the moments file, and whose inputs are whose."""
         tensors = _means(recorder.found)
+        for name, rows in recorder.looked_up.items():
+            mean = completed(rows.gradient_moment) / rows.tokens
+            tensors[f"gradient_moment/{name}"] = _finite(mean, f"gradients at rows of {name}").float().cpu()
         owners = {name: sums.owner for name, sums in recorder.found.items()}
         self.work.save(stage, tensors, {"owners": json.dumps(owners)})
 
@@ -139,7 +142,8 @@ class LayerRun:
     def _embed(self, windows: Windows) -> None:
         with self._file(windows, "hidden-0") as hidden:
             for window, ids in enumerate(windows.ids.split(1)):
-                hidden.write(window, self._layers.first_hidden(ids))
+                with torch.no_grad():
+                    hidden.write(window, self._layers.first_hidden(ids))
         windows.work.finish("hidden-0")
 
     def _forward(self, number: int, windows: Windows, sensitivities: bool) -> None:
@@ -192,8 +196,9 @@ class LayerRun:
             layers.layer(number) as layer,
         ):
             tensors = layers.layer_tensors(number, layer.module)
-            recorder = ProductRecorder(tensors, moments=False, squares=True)
-            for window, _ in windows:
+            embeddings = embedding_of(layers.model)
+            recorder = ProductRecorder(tensors, moments=False, squares=True, embeddings=embeddings)
+            for window, ids in windows:
                 hidden = given.read(window).to(layers.device).requires_grad_()
                 with torch.enable_grad(), recorder:
                     result = layer(hidden)
@@ -201,6 +206,10 @@ class LayerRun:
                 result.backward(gradients.read(window).to(layers.device))
                 assert hidden.grad is not None
                 made.write(window, hidden.grad)
+                if number == 0:
+                    with torch.enable_grad(), recorder:
+                        first = layers.first_hidden(ids)
+                    _back(first, hidden.grad)
         work.finish(before)
         windows.finish(f"backward-{number}", recorder)
         work.remove(behind)
@@ -234,7 +243,9 @@ class WholeRun:
         """Do a stage."""
         windows.progress.tensor(f"whole model, {stage}")
         model, back = self._model, stage == "backward"
-        recorder = ProductRecorder(dict(model.named_parameters()), moments=not back, squares=back)
+        recorder = ProductRecorder(
+            dict(model.named_parameters()), moments=not back, squares=back, embeddings=embedding_of(model)
+        )
         for window, ids in windows:
             given = ids.to(self._device)
             with torch.set_grad_enabled(back), self._checkpointed() if back else ExitStack():
@@ -244,6 +255,9 @@ class WholeRun:
                 recorder.end_of_pass()
                 if back:
                     logits.backward(windows.label_gradient(window, logits.detach()))
+                    with recorder:
+                        rows = model.get_input_embeddings()(given)
+                    _back(rows, embedded.grad)
         windows.finish(stage, recorder)
 
     @contextmanager
@@ -260,6 +274,18 @@ class WholeRun:
         finally:
             for layer in layers:
                 layer.__dict__.pop("forward", None)
+
+
+def embedding_of(model: Any) -> dict[str, torch.Tensor]:
+    """The table in which a model looks tokens up, by its name in the model."""
+    table = model.get_input_embeddings().weight
+    return {name: tensor for name, tensor in model.named_parameters() if tensor is table}
+
+
+def _back(result: torch.Tensor, gradient: torch.Tensor) -> None:
+    """On to the rows that a result was made of, if these were looked up in a way that is known."""
+    if result.requires_grad:
+        result.backward(gradient)
 
 
 def _twice(forward: Any) -> Any:

@@ -221,13 +221,13 @@ class LayerByLayer:
             yield PlacedLayer(module, self.calls[number])
 
     def first_hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the first layer gets for a window [1, tokens]."""
+        """What the first layer gets for a window [1, tokens]; with gradients if enabled."""
 
         def forward(number: int, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
             raise _ReachedError(_split(args, keywords)[0])
 
         try:
-            with self._instead(forward), torch.no_grad():
+            with self._instead(forward):
                 self._run_model(ids)
         except _ReachedError as reached:
             return reached.hidden

@@ -73,24 +73,48 @@ class Sums:
         return self.tensor.shape[0] if self.tensor.ndim == 3 else 1
 
 
+@dataclass
+class LookUps:
+    """Of an embedding: fp64 sum over the rows that were looked up.
+
+    Attributes:
+        gradient_moment: of g gᵀ, on and above the diagonal's blocks: [K, K].
+        tokens: how many rows.
+    """
+
+    gradient_moment: torch.Tensor
+    tokens: int = 0
+
+
 class ProductRecorder(TorchFunctionMode):
-    """Records products with some weights while it is entered.
+    """Records products with some weights while it is entered, and gradients at rows of embeddings.
 
     One forward pass after the other is recorded, each ended by :meth:`end_of_pass`.
 
     Attributes:
         found: name of a weight → its sums.
+        looked_up: name of an embedding → its sums.
 
     Args:
         tensors: name → weight, of 2 dimensions or 3 (the first of them over matrices).
         moments: whether second moments are summed.
         squares: whether squares of gradients are, as they come in a backward pass.
+        embeddings: name → table. While gradients are enabled, they begin at the rows that are looked up in it.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], *, moments: bool = True, squares: bool = False) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        moments: bool = True,
+        squares: bool = False,
+        embeddings: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.found: dict[str, Sums] = {}
+        self.looked_up: dict[str, LookUps] = {}
         self._moments, self._squares = moments, squares
+        self._embeddings = {table.untyped_storage().data_ptr(): name for name, table in (embeddings or {}).items()}
         self._names = {
             tensor.untyped_storage().data_ptr(): (name, tensor)
             for name, tensor in tensors.items()
@@ -111,6 +135,11 @@ class ProductRecorder(TorchFunctionMode):
                 known = self._names.get(weight.untyped_storage().data_ptr())
                 if known is not None:
                     self._note(*known, x, weight, result)
+        elif function is torch.nn.functional.embedding and self._embeddings:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            name = self._embeddings.get(weight.untyped_storage().data_ptr())
+            if name is not None and torch.is_grad_enabled():
+                self._note_rows(name, result.requires_grad_())
         return result
 
     def end_of_pass(self) -> None:
@@ -156,3 +185,17 @@ class ProductRecorder(TorchFunctionMode):
                 sums.squares[matrix] = squares if held is None else held + squares
 
             y.register_hook(add)
+
+    def _note_rows(self, name: str, rows: torch.Tensor) -> None:
+        """Let the gradients at rows [..., K] that were looked up be summed."""
+        size = rows.shape[-1]
+
+        def add(gradient: torch.Tensor) -> None:
+            if name not in self.looked_up:
+                zeros = torch.zeros((size, size), dtype=torch.float64, device=gradient.device)
+                self.looked_up[name] = LookUps(zeros)
+            sums = self.looked_up[name]
+            symmetric_sum(gradient.detach().reshape(-1, size), sums.gradient_moment)
+            sums.tokens += gradient.numel() // size
+
+        rows.register_hook(add)
