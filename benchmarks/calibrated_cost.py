@@ -141,7 +141,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.by_name: dict[str, list[float]] = {}
-        self._name, self._begin = "start", time.perf_counter()
+        self._name, self._begin, self._cpu_begin = "start", time.perf_counter(), time.process_time()
 
     def tell(self, name: str) -> None:
         synchronize(self.device)
@@ -170,6 +170,7 @@ class Clock:
         most = sorted(others.items(), key=lambda item: -item[1])[:6]
         return {
             "seconds": round(total, 3),
+            "cpu_seconds": round(time.process_time() - self._cpu_begin, 3),
             "seconds_by_layer": [round(seconds, 3) for seconds in by_layer],
             "seconds_beside_layers": {name: round(seconds, 3) for name, seconds in most if seconds >= 0.001},
             "seconds_a_layer": round(per_layer, 3),
