@@ -976,6 +976,39 @@ def calibrated(name: str) -> Callable[[], str]:
     return shown
 
 
+def calibrated_peers(name: str) -> Callable[[], str]:
+    """A result of benchmarks/calibrated_peers.py, beside kvpack's rows of the same windows, by bits."""
+
+    def shown() -> str:
+        result = newest(f"calibrated-peers-{name}")
+        own = newest(f"calibrated-{name}")
+        if any(result[key] != own[key] for key in ("windows", "window_tokens", "linears")):
+            raise NoResult(f"calibrated-peers-{name} is of other windows than calibrated-{name}")
+        rows = [(row["peer"], row["with_data"], row.get("tokens"), row) for row in result["rows"]]
+        rows += [
+            ("**kvpack**", row["method"] == "sensitivity", None, row)
+            for row in own["rows"]
+            if row["method"] in ("sensitivity", "without moments") and row["moments"] in (None, "text")
+        ]
+        shown_rows = [
+            [
+                peer,
+                "–" if not with_data else "yes" if tokens is None else f"{tokens:,} tokens",
+                _number(row["bits"], 3),
+                f"{_number(row['kl'], 4)} ± {row['kl_standard_error']:.4f}",
+                _number(100 * row["same_top"], 1),
+            ]
+            for peer, with_data, tokens, row in sorted(rows, key=lambda entry: (-entry[3]["bits"], entry[3]["kl"]))
+        ]
+        text = table(["quantizer", "data", "bits a weight", "KL, nats a token", "same top token, %"], shown_rows)
+        windows = f"the first {result['windows']} windows of {result['window_tokens']} tokens"
+        text += f"\n{result['linears']} tensors; {windows}. Data: {result['moments']['tokens']:,} tokens of "
+        text += f"{result['moments']['text']}, where no other number stands.\n"
+        return text + origin(result)
+
+    return shown
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "minilm-short": lambda: minilm_rates(short=True),
     "minilm-rates": lambda: minilm_rates(short=False),
@@ -1057,6 +1090,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "grouped": grouped,
     "calibrated-books": calibrated("books"),
     "calibrated-smollm2": calibrated("smollm2"),
+    "calibrated-peers-books": calibrated_peers("books"),
     "equal-quality-books": equal_quality("books"),
     "equal-quality-minilm": equal_quality("minilm"),
     "equal-quality-smollm2": equal_quality("smollm2"),
