@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 
+from kvpack.encode.jit import kernel
 from kvpack.errors import GeometryError, LaneError, OutlierError, PaddingError, TileBoundsError, TileModeError
 from kvpack.format.blob import (
     GROUP_OFFSETS_BYTES,
@@ -64,6 +64,7 @@ class _Geometry:
         words_at: where a rans tile's words begin.
         planes, packed: bytes of its raw planes, and of its elements in mode raw.
         beyond: bool [num_tiles, 9]: the group lies behind the tile's last.
+        numbers: rows, cols, groups, steps, words_at, planes and packed beside each other, [num_tiles, 7].
     """
 
     def __init__(self, layout: Layout, rows: int, cols: int, tile_cols: int, matrices: int) -> None:
@@ -82,6 +83,8 @@ class _Geometry:
         self.planes = self.lanes * chunks * (CHUNK_COLS // 8 * layout.raw_bits)
         self.packed = -(-(self.rows * self.cols * layout.element_bits) // 8)
         self.beyond = np.arange(GROUPS_PER_TILE + 1) >= self.groups[:, None]
+        numbers = self.rows, self.cols, self.groups, self.steps, self.words_at, self.planes, self.packed
+        self.numbers = np.stack(numbers, axis=1)
 
 
 _geometry = lru_cache(maxsize=8)(_Geometry)
@@ -203,6 +206,75 @@ def _of(blob: Blob) -> _Geometry:
     return _geometry(header.layout, header.rows, header.cols, header.tile_cols, header.matrices)
 
 
+_UNREAD: tuple[tuple[type[Exception], str], ...] = (
+    (PaddingError, "the bytes behind the tile are not zero"),
+    (PaddingError, "the bytes before the outliers are not zero"),
+    (PaddingError, "the bytes behind the words are not zero"),
+    (PaddingError, "bytes 1 to 15 of a constant tile are not zero"),
+    (PaddingError, "the bits behind the last element are not zero"),
+    (TileModeError, "a constant symbol that the layout does not have"),
+    (LaneError, f"an initial state below {STATE_LOW}"),
+    (LaneError, f"a padding lane has words, or a state other than {STATE_LOW}"),
+    (LaneError, "a lane with more words than steps"),
+    (LaneError, "group_offset does not match the lanes' lengths"),
+)
+_RANS, _CONSTANT, _RAW = int(TileMode.RANS), int(TileMode.CONSTANT), int(TileMode.RAW)
+
+
+@kernel
+def _is_zero(payload, begin, end):  # type: ignore[no-untyped-def]
+    found = 0
+    for i in range(begin, end):
+        found |= payload[i]
+    return found == 0
+
+
+@kernel
+def _number(payload, at, size):  # type: ignore[no-untyped-def]
+    """The little-endian number of ``size`` bytes."""
+    value = np.int64(0)
+    for i in range(size):
+        value |= np.int64(payload[at + i]) << 8 * i
+    return value
+
+
+@kernel
+def _find_unread(payload, tiles, geometry, element_bits, alphabet_size, length_bytes, bad):  # type: ignore[no-untyped-def]
+    """Fill bool ``bad`` [len(_UNREAD), num_tiles], of i64 ``tiles`` [num_tiles, 5] and ``geometry`` [num_tiles, 7]."""
+    for tile in range(len(tiles)):
+        mode, at, size, raw_offset, outlier_offset = tiles[tile]
+        rows, cols, groups, steps, words_at, planes, packed = geometry[tile]
+        end = packed if mode == _RAW else raw_offset + planes
+        bad[0, tile] = not _is_zero(payload, at + size, at - (-size // ALIGNMENT_BYTES * ALIGNMENT_BYTES))
+        bad[1, tile] = not _is_zero(payload, at + end, at + outlier_offset)
+        if mode == _RAW:
+            spare = 8 * packed - rows * cols * element_bits
+            bad[4, tile] = (payload[at + packed - 1] & (0xFF00 >> spare) & 0xFF) != 0
+        elif mode == _CONSTANT:
+            bad[3, tile] = not _is_zero(payload, at + 1, at + ALIGNMENT_BYTES)
+            bad[5, tile] = payload[at] >= alphabet_size
+        elif mode == _RANS:
+            states_at = at + GROUP_OFFSETS_BYTES
+            lengths_at = states_at + 4 * GROUP_LANES * groups
+            words = of_group = 0
+            for lane in range(GROUP_LANES * groups):
+                state = _number(payload, states_at + 4 * lane, 4)
+                length = _number(payload, lengths_at + length_bytes * lane, length_bytes)
+                bad[6, tile] |= state < STATE_LOW
+                bad[7, tile] |= lane >= rows and (state != STATE_LOW or length != 0)
+                bad[8, tile] |= length > steps
+                of_group += length
+                if lane % GROUP_LANES == GROUP_LANES - 1:
+                    words += of_group
+                    group = lane // GROUP_LANES + 1
+                    if group < GROUPS_PER_TILE:  # behind the last one is no offset
+                        offset = _number(payload, at + 4 * group, 4)
+                        bad[9, tile] |= words != offset
+                        words = offset
+                    of_group = 0
+            bad[2, tile] = not _is_zero(payload, at + words_at + 2 * words, at + raw_offset)
+
+
 def check_unread(blob: Blob) -> None:
     """What no kernel reads, or takes as it is, against FORMAT.md §§7.1–7.5, of a blob that has a group table: zeros
     between the parts of a tile and behind it, states and lengths of lanes, constant symbols.
@@ -210,69 +282,22 @@ def check_unread(blob: Blob) -> None:
     Raises:
         PaddingError, LaneError, TileModeError
     """
-    geometry, tiles = _of(blob), blob.tiles
+    header, geometry = blob.header, _of(blob)
+    names = "mode", "data_offset", "data_size", "raw_offset", "outlier_offset"
+    tiles = np.stack([blob.tiles[name].astype(np.int64) for name in names], axis=1)
+    bad = np.zeros((len(_UNREAD), header.num_tiles), np.bool_)
     payload = np.frombuffer(blob.payload, np.uint8)
-    at, size, raw_offset, outlier_offset = (
-        tiles[name].astype(np.int64) for name in ("data_offset", "data_size", "raw_offset", "outlier_offset")
+    _find_unread(
+        payload,
+        tiles,
+        geometry.numbers,
+        header.layout.element_bits,
+        header.layout.alphabet_size,
+        header.length_bytes,
+        bad,
     )
-    is_rans, is_constant, is_raw = (tiles["mode"] == mode for mode in (TileMode.RANS, TileMode.CONSTANT, TileMode.RAW))
-    firsts, words = _group_offsets(blob, geometry)
-    words_end = geometry.words_at + 2 * firsts[:, -1]
-    end = np.where(is_raw, geometry.packed, raw_offset + geometry.planes)
-    for what, stop, count, unit in (
-        (
-            "the bytes behind the tile",
-            _align(size, ALIGNMENT_BYTES),
-            _align(size, ALIGNMENT_BYTES) - size,
-            ALIGNMENT_BYTES,
-        ),
-        ("the bytes before the outliers", outlier_offset, outlier_offset - end, OUTLIER_BYTES),
-        ("the bytes behind the words", raw_offset, (raw_offset - words_end) * is_rans, ALIGNMENT_BYTES),
-        ("bytes 1 to 15 of a constant tile", ALIGNMENT_BYTES, (ALIGNMENT_BYTES - 1) * is_constant, ALIGNMENT_BYTES),
-    ):
-        # They are the last ones of a unit.
-        found = payload.reshape(-1, unit)[(at + stop) // unit - 1] * (np.arange(unit) >= unit - count[:, None])
-        _refuse(PaddingError, np.asarray(found.any(axis=1)), f"{what} are not zero")
-    spare = 8 * geometry.packed - geometry.rows * geometry.cols * blob.header.layout.element_bits
-    last = payload[at + np.where(is_raw, geometry.packed - 1, 0)] & (0xFF00 >> spare)
-    _refuse(PaddingError, np.asarray(is_raw & (last != 0)), "the bits behind the last element are not zero")
-    is_beyond = is_constant & (payload[at] >= blob.header.layout.alphabet_size)
-    _refuse(TileModeError, is_beyond, "a constant symbol that the layout does not have")
-    _check_lanes(blob, geometry, payload, at, words, np.flatnonzero(is_rans))
-
-
-def _check_lanes(
-    blob: Blob, geometry: _Geometry, payload: npt.NDArray[np.uint8], at: Index, words: Index, rans: Index
-) -> None:
-    """States and lengths of the lanes of all rans tiles.
-
-    Raises:
-        LaneError
-    """
-    length_bytes = blob.header.length_bytes
-    low, padding, long, unlike = wrong = np.zeros((4, len(at)), np.bool_)
-    for lanes in np.unique(geometry.lanes[rans]).tolist():
-        of = rans[geometry.lanes[rans] == lanes]
-        begin = at[of] + GROUP_OFFSETS_BYTES
-        states = sliding_window_view(payload, 4 * lanes)[begin].view("<u4")
-        lengths = sliding_window_view(payload, length_bytes * lanes)[begin + 4 * lanes].view(f"<u{length_bytes}")
-        is_padding = np.arange(lanes) >= geometry.rows[of][:, None]
-        low[of] = (states < STATE_LOW).any(axis=1)
-        padding[of] = (is_padding & ((states != STATE_LOW) | (lengths != 0))).any(axis=1)
-        long[of] = (lengths > geometry.steps[of][:, None]).any(axis=1)
-        in_groups = lengths.reshape(len(of), -1, GROUP_LANES).sum(axis=2, dtype=np.int64)
-        unlike[of] = (in_groups != words[of, : in_groups.shape[1]]).any(axis=1)
-    for bad, what in zip(
-        wrong,
-        (
-            f"an initial state below {STATE_LOW}",
-            f"a padding lane has words, or a state other than {STATE_LOW}",
-            "a lane with more words than steps",
-            "group_offset does not match the lanes' lengths",
-        ),
-        strict=True,
-    ):
-        _refuse(LaneError, bad, what)
+    for found, (error, what) in zip(bad, _UNREAD, strict=True):
+        _refuse(error, found, what)
 
 
 def max_group_words(table: npt.NDArray[np.uint32]) -> int:
