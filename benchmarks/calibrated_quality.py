@@ -131,6 +131,7 @@ def main() -> int:
     parser.add_argument("--bits", type=float, nargs="+", required=True)
     parser.add_argument("--moments", nargs="+", required=True, metavar="LABEL=FILE")
     parser.add_argument("--allocations", nargs="+", default=["sensitivity"])
+    parser.add_argument("--quantizers", nargs="+", default=["scalar"], choices=["scalar", "trellis"])
     parser.add_argument("--without", action="store_true", help="without moments, too")
     parser.add_argument(
         "--embeddings",
@@ -152,11 +153,14 @@ def main() -> int:
         print(f"{method:24} {moments or '':10} {row['bits']:.3f} bits, KL {row['kl']:.5f}", file=sys.stderr)
 
     for bits in arguments.bits:
-        if arguments.without:
-            add("without moments", None, bench.coded(bits, None))
-        for label, file in files.items():
-            for allocation in arguments.allocations:
-                add(allocation, label, bench.coded(bits, file, allocation=allocation))
+        for quantizer in arguments.quantizers:
+            said = "" if quantizer == "scalar" else f", {quantizer}"
+            if arguments.without:
+                add(f"without moments{said}", None, bench.coded(bits, None, quantizer=quantizer))
+            for label, file in files.items():
+                for allocation in arguments.allocations:
+                    row = bench.coded(bits, file, allocation=allocation, quantizer=quantizer)
+                    add(f"{allocation}{said}", label, row)
     for label, file in files.items():
         for embeddings in arguments.embeddings:
             rate = "code" if embeddings == "code" else float(embeddings)

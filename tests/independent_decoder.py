@@ -21,6 +21,7 @@ L = 1 << 16  # §5.2: the lower bound of a state, and the state after a lane's l
 UNSIGNED, SIGNED = 0, 1  # the integer kinds (§4)
 RANS, RAW, CONSTANT = 0, 1, 2  # modes (§6)
 TRANSPOSED, FOLDED = 1, 4  # flags (§3)
+TRELLIS = 1  # quantizer (§3)
 KIND_BITS = {0: range(2, 9), 1: range(2, 9), 2: (16,), 3: (16,), 4: (32,), 5: (8,), 6: (8,)}  # §4
 FLOAT_KIND = {"BF16": 2, "F16": 3, "F32": 4, "F8_E4M3": 5, "F8_E5M2": 6}  # §4, §9.3
 NUMPY_DTYPE = {  # safetensors dtypes; those that NumPy lacks become bit patterns
@@ -65,7 +66,11 @@ def _parse_header(data: bytes) -> tuple[Header, int, int]:
     _check(flags=h.kind == SIGNED or not h.flags & FOLDED)
     _check(code_bits=low <= h.c <= high, raw_bits=h.b == h.n - h.c and h.b <= 24)
     _check(codes_per_symbol=h.g in (1, 2, 4, 8) and h.g * h.c <= 8 and (h.g == 1 or h.n <= 8))
-    _check(probability_bits=h.probability_bits == 12, quantizer=h.quantizer == 0)
+    _check(
+        probability_bits=h.probability_bits == 12,
+        quantizer=h.quantizer == 0 or (h.quantizer == TRELLIS and h.flags & FOLDED),
+    )
+    _check(element_bits=h.quantizer == 0 or h.n <= 6)
     _check(table_encoding=h.table_encoding in (0, 1), num_tables=h.num_tables <= 16)
     _check(table_bytes=h.table_bytes % 16 == 0 and (h.table_bytes > 0) == (h.num_tables > 0))
     num_tiles = h.matrices * h.num_tiles_row * h.num_tiles_col
@@ -200,12 +205,23 @@ def _coded_mode(h: Header, tile: Tile, tables: list[Table], body: bytes, r: int,
     return u, end
 
 
+def _on_grids(k: Array) -> Array:
+    """§4.1: the integers of a tile [rows, columns] from its k, by the four states of each column and group."""
+    q, state = np.empty_like(k), np.zeros(k.shape[1], np.int64)
+    following = np.array([[0, 2], [2, 0], [1, 3], [3, 1]])  # of state and parity
+    for row in range(len(k)):
+        state = np.zeros_like(state) if row % 32 == 0 else state
+        q[row] = 4 * k[row] + 2 * (state // 2) + 1
+        state = following[state, k[row] % 2]
+    return q
+
+
 def _decode_tile(h: Header, tile: Tile, tables: list[Table], body: bytes, r: int, k: int) -> Array:
     """§7: the integers or bit patterns [r, k] of one tile."""
     integer, rans = h.kind in (UNSIGNED, SIGNED), tile.mode == RANS
     _check(payload_crc32=zlib.crc32(body) == tile.payload_crc32)
     _check(mode=tile.mode in (RANS, RAW, CONSTANT))
-    _check(predictor=tile.predictor <= (integer and rans))
+    _check(predictor=tile.predictor <= (integer and rans and h.quantizer == 0))
     _check(table_index=tile.table_index < (h.num_tables if rans else 1))
     _check(outlier_count=tile.outlier_count <= (r * k if h.kind == SIGNED else 0))
     if tile.mode == RAW:
@@ -219,6 +235,8 @@ def _decode_tile(h: Header, tile: Tile, tables: list[Table], body: bytes, r: int
     if not integer:  # §4: undo the rotation
         return u >> np.uint32(1) | (u & np.uint32(1)) << np.uint32(h.n - 1)
     q: Array = u.astype(np.int32) - (1 << (h.n - 1) if h.kind == SIGNED else 0)
+    if h.quantizer == TRELLIS:
+        q = _on_grids(q)
     v = np.frombuffer(body, "<u4", tile.outlier_count, tile.outlier_offset).astype(np.int64)
     bits = 15 if h.tile_cols <= 512 else 14 if h.tile_cols <= 1024 else 13  # §7.5, of δ
     row, col, delta = v >> 24, (v & 0xFFFFFF) >> bits, v & (1 << bits) - 1

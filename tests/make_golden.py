@@ -1,6 +1,6 @@
 """Write the golden files of format version 1: tests/data/v1/*.blob with manifest.json, *.safetensors with
-containers.json, and tests/data/v1-snapshots. Run once for each revision of the format that changes what files mean: the
-one of docs/FORMAT.md §12, before anything was published, is the last.
+containers.json, tests/data/v1-trellis (since revision 2.2) and tests/data/v1-snapshots. Run once for each revision of
+the format that changes what files mean: the one of docs/FORMAT.md §12, before anything was published, is the last.
 
 Golden files never change: a reader of any later release must decode them to the same numbers. This script
 therefore refuses to touch a folder that has some. It is kept to show where they come from, and to be run by
@@ -36,8 +36,10 @@ from kvpack.format.layout import (  # noqa: E402
     ElementKind,
     Layout,
     Predictor,
+    Quantizer,
     float_layouts,
     integer_layout,
+    integer_layouts,
 )
 from kvpack.format.pages import PageFormat  # noqa: E402
 from kvpack.format.snapshot import run_pages  # noqa: E402
@@ -170,6 +172,46 @@ def golden_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
         yield f"outliers-{mode}", blob, integers
 
 
+def golden_trellis_blobs() -> Iterator[tuple[str, bytes, np.ndarray]]:
+    """As golden_blobs, of §4.1: each named layout; tiles of each mode, with outliers; borders of groups, of tiles."""
+    trellis = Quantizer.TRELLIS
+    seen = set()
+    for name in samples.LAYOUT_NAMES:
+        for bits in (2, 3, 4, 5, 6):
+            for layout in integer_layouts(name, SIGNED, bits, trellis):
+                if layout not in seen:
+                    seen.add(layout)
+                    elements = samples.gaussian_elements((1, 63, 93), bits, 0.6 * (1 << bits) / 8, 2200 + len(seen))
+                    blob = encode_elements(elements, layout)
+                    codes = f"{layout.code_bits}x{layout.codes_per_symbol}"
+                    yield f"trellis{bits}-{codes}", blob, trellis_integers(elements, bits)
+
+    layout = integer_layouts("balanced", SIGNED, 4, trellis)[0]
+    elements = samples.gaussian_elements((2, 300, 70), 4, 1.2, 2231)
+    yield "trellis-stack", encode_elements(elements, layout, tile_cols=32), trellis_integers(elements, 4)
+    elements = samples.gaussian_elements((1, 40, 90), 4, 0.6, 2232)
+    yield "trellis-transposed", encode_elements(elements, layout, transposed=True), trellis_integers(elements, 4)
+    rng = np.random.default_rng(2233)
+    for mode, base in (
+        ("rans", samples.gaussian_elements((1, 70, 130), 4, 0.7, 2234)),
+        ("raw", rng.integers(0, 16, (1, 43, 33)).astype(np.uint8)),
+        ("constant", 6 + rng.integers(0, 4, (1, 64, 70)).astype(np.uint8)),  # of code 0
+    ):
+        outliers = [(0, 0, 0, -16384), (0, 31, 7, 1), (0, 32, 7, -1), (0, 39, 32, 16383)]
+        blob = samples.encode_with_outliers(base, outliers, layout, tile_cols=96)
+        yield f"trellis-outliers-{mode}", blob, samples.with_deltas(trellis_integers(base, 4), outliers)
+
+
+def trellis_integers(elements: np.ndarray, bits: int) -> np.ndarray:
+    """What §4.1 says elements [matrices, rows, cols] of ``bits`` bits stand for, by the sums of parities above."""
+    k = elements.astype(np.int32) - (1 << (bits - 1))
+    grids = np.zeros_like(k)
+    for row in range(k.shape[1]):
+        for above in range(row - 1, row // 32 * 32 - 1, -2):
+            grids[:, row] ^= k[:, above] & 1
+    return 4 * k + 2 * grids + 1
+
+
 def golden_containers() -> Iterator[tuple[str, dict[str, tuple[str, np.ndarray]], dict[str, list[int]], dict]]:
     """(name, stored tensors, shapes of coded ones, what these must decode to): integers with all that §8 has."""
     rng = np.random.default_rng(2090)
@@ -289,9 +331,22 @@ def main(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: golden files are never written again")
     folder.mkdir(parents=True, exist_ok=True)
+    write_blobs(folder, golden_blobs())
+    write_containers(folder)
+    write_trellis(folder.with_name(f"{folder.name}-trellis"))
+    write_snapshots(folder.with_name(f"{folder.name}-snapshots"))
+
+
+def write_trellis(folder: Path) -> None:
+    """Into a folder of their own."""
+    folder.mkdir()
+    write_blobs(folder, golden_trellis_blobs())
+
+
+def write_blobs(folder: Path, blobs: Iterator[tuple[str, bytes, np.ndarray]]) -> None:
     manifest = {}
     total = 0
-    for name, blob, values in golden_blobs():
+    for name, blob, values in blobs:
         Blob(blob)
         if name in manifest:
             raise SystemExit(f"two files named {name}")
@@ -304,8 +359,6 @@ def main(folder: Path) -> None:
             "shape": list(values.shape),
         }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    write_containers(folder)
-    write_snapshots(folder.with_name(f"{folder.name}-snapshots"))
     print(f"{len(manifest)} files, {total} bytes")
 
 

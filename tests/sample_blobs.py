@@ -19,8 +19,10 @@ from kvpack.format.layout import (
     ElementKind,
     Layout,
     Predictor,
+    Quantizer,
     float_layouts,
     integer_layout,
+    integer_layouts,
 )
 
 SIGNED, UNSIGNED = ElementKind.SIGNED, ElementKind.UNSIGNED
@@ -123,6 +125,13 @@ def rans_blob() -> bytes:
 def folded_blob() -> bytes:
     """One tile: 40 × 350, signed 5 bits, folded codes (c = 1, g = 8, b = 4): 64 lanes, 44 steps."""
     return encode_elements(gaussian_elements((40, 350), 5, 2.5, 32), integer_layout("fast", SIGNED, 5), tile_cols=352)
+
+
+def trellis_blob() -> bytes:
+    """One tile: 40 × 350, signed 4 bits of a trellis (c = 2, g = 4, b = 2), with outliers: 64 lanes, 88 steps."""
+    layout = integer_layouts("balanced", SIGNED, 4, Quantizer.TRELLIS)[0]
+    outliers = [(0, 0, 5, 300), (0, 31, 0, -16384), (0, 39, 349, 16383)]
+    return encode_with_outliers(gaussian_elements((1, 40, 350), 4, 0.8, 34), outliers, layout, tile_cols=352)
 
 
 def longest_blob() -> bytes:
@@ -242,6 +251,7 @@ def float_blob(kind: ElementKind = ElementKind.BF16, choice: int = 0) -> bytes:
 BASES = {
     "rans": rans_blob,
     "folded": folded_blob,
+    "trellis": trellis_blob,
     "longest": longest_blob,
     "wide-rans": wide_rans_blob,
     "raw": raw_blob,

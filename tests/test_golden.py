@@ -25,9 +25,11 @@ from kvpack.format.layout import (
     ElementKind,
     Layout,
     Predictor,
+    Quantizer,
     TableEncoding,
     TileMode,
     integer_layout,
+    integer_layouts,
     outlier_delta_max,
 )
 from kvpack.format.pages import PageFormat, Side
@@ -36,6 +38,8 @@ from kvpack.format.snapshot import RunPages, SnapshotFile, run_pages
 FOLDER = Path(__file__).parent / "data" / "v1"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text())
 CONTAINERS: dict[str, dict[str, Any]] = json.loads((FOLDER / "containers.json").read_text())
+TRELLIS_FOLDER = FOLDER.with_name("v1-trellis")
+TRELLIS: dict[str, dict[str, Any]] = json.loads((TRELLIS_FOLDER / "manifest.json").read_text())
 SNAPSHOT_FOLDER = FOLDER.with_name("v1-snapshots")
 SNAPSHOTS: dict[str, dict[str, Any]] = json.loads((SNAPSHOT_FOLDER / "manifest.json").read_text())
 
@@ -131,6 +135,31 @@ def test_golden_files_cover_the_format() -> None:
     assert any(h.num_tiles_row > 1 and h.num_tiles_col > 1 and h.matrices > 1 for h in headers)
 
 
+@pytest.mark.parametrize("name", TRELLIS)
+def test_golden_trellis(name: str) -> None:
+    entry, data = TRELLIS[name], (TRELLIS_FOLDER / f"{name}.blob").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == entry["file_sha256"]
+    for decoded in (decode_integers(Blob(data)).astype(np.int32), independent_decoder.decode_blob(data)):
+        assert list(decoded.shape) == entry["shape"]
+        assert make_golden.digest(decoded) == entry["decoded_sha256"]
+
+
+def test_golden_trellis_files_cover_what_there_is() -> None:
+    files = sorted(TRELLIS_FOLDER.glob("*.blob"))
+    assert [path.stem for path in files] == sorted(TRELLIS)
+    assert sum(path.stat().st_size for path in files) < 90_000
+    blobs = [Blob(path.read_bytes()) for path in files]
+    assert {blob.header.layout.quantizer for blob in blobs} == {Quantizer.TRELLIS}
+    coded = {b.header.layout for b in blobs if (b.tiles["mode"] == TileMode.RANS).any()}
+    for bits, name in itertools.product(range(2, 7), ("compact", "balanced", "fast")):
+        assert {*integer_layouts(name, ElementKind.SIGNED, bits, Quantizer.TRELLIS)} <= coded
+    with_outliers = [b.tiles[b.tiles["outlier_count"] > 0] for b in blobs]
+    assert set(np.concatenate([tiles["mode"] for tiles in with_outliers]).tolist()) == set(TileMode)
+    headers = [blob.header for blob in blobs]
+    assert any(h.num_tiles_row > 1 and h.num_tiles_col > 1 and h.matrices > 1 for h in headers)
+    assert {h.transposed for h in headers} == {True, False}
+
+
 def test_the_script_refuses_to_overwrite(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(SystemExit, match="never written again"):
@@ -152,6 +181,8 @@ def test_the_script_still_makes_them(tmp_path: Path) -> None:
         n: e["decoded_sha256"] for n, e in CONTAINERS.items()
     }
     assert {n: e["shape"] for n, e in made.items()} == {n: e["shape"] for n, e in MANIFEST.items()}
+    trellis = json.loads((tmp_path / "v1-trellis" / "manifest.json").read_text())
+    assert {n: e["decoded_sha256"] for n, e in trellis.items()} == {n: e["decoded_sha256"] for n, e in TRELLIS.items()}
     for name, entry in made.items():
         decoded = independent_decoder.decode_blob((tmp_path / "v1" / f"{name}.blob").read_bytes())
         assert make_golden.digest(decoded) == entry["decoded_sha256"]

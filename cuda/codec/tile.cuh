@@ -28,7 +28,11 @@ constexpr u32 kBytes = 0x01010101u;
 constexpr u32 kRawRegisters = kRawBits == 0 ? 1 : kRawBits;  // u32 of one lane and chunk
 constexpr u32 kRawChunkBytes = 4 * kRawBits * kLanes;        // of a group
 constexpr u32 kElementMask = kElementBits == 32 ? 0xFFFFFFFFu : (1u << (kElementBits & 31)) - 1;
-constexpr u32 kHalf = 1u << (kElementBits - 1);
+// Integers of a trellis have two bits more than their elements: the grid, and 1 (§4.1).
+constexpr bool kTrellis = KVPACK_TRELLIS != 0;
+constexpr u32 kExtraBits = kTrellis ? KVPACK_TRELLIS_EXTRA_BITS : 0;
+constexpr u32 kIntegerBits = kElementBits + kExtraBits;
+constexpr u32 kHalf = 1u << (kIntegerBits - 1);
 constexpr bool kSigned = KVPACK_ELEMENT_KIND == KVPACK_KIND_SIGNED;
 
 struct Group {
@@ -297,38 +301,65 @@ __device__ __forceinline__ u32 shifted(u32 value) {
   return value >> (shift < 0 ? -shift : 0);
 }
 
+// Of rows above the lane's: the xor of every other one's, from the next on (§4.1).
+__device__ __forceinline__ u32 grids_of(u32 parities) {
+  static_assert(kLanes == 32, "the distances");
+  u32 grids = of_lane_before<1>(parities);
+  xor_of_lane_before<2>(grids);
+  xor_of_lane_before<4>(grids);
+  xor_of_lane_before<8>(grids);
+  xor_of_lane_before<16>(grids);
+  return grids;
+}
+
+// Grids of a lane's elements of a chunk, packed: those of slot k in bits grid_place(k) of the bytes. The parities are the lowest raw bits, in
+// each u32 of the narrowest plane.
+constexpr u32 kLowestPlane = (kRawBits & 1) != 0 ? 1 : (kRawBits & 2) != 0 ? 2 : 4;
+__device__ __forceinline__ constexpr u32 grid_place(u32 slot) { return slot * kLowestPlane % 8 + slot * kLowestPlane / 8; }
+__device__ __forceinline__ u32 chunk_grids(const RawChunk& raw) {
+  u32 parities = 0;
+  if constexpr (kTrellis) {
+    constexpr u32 every = kLowestPlane == 1 ? 0xFFFFFFFFu : kLowestPlane == 2 ? 0x55555555u : 0x11111111u;
+#pragma unroll
+    for (u32 i = 0; i < kLowestPlane; ++i) parities |= (raw.words[kRawBits - kLowestPlane + i] & every) << i;
+    return grids_of(parities);
+  }
+  return parities;
+}
+
 // Bits of the narrow planes of slot k, one byte an element.
 template <u32 slot>
 __device__ __forceinline__ u32 narrow_bits(const RawChunk& raw) {
   u32 bits = 0;
   constexpr u32 wide = 8 * kWidePlanes;
   if constexpr ((kNarrowRawBits & 4) != 0) {
-    constexpr u32 to = kNarrowRawBits & 3;
+    constexpr u32 to = (kNarrowRawBits & 3) + kExtraBits;
     bits |= shifted<static_cast<int>(to) - static_cast<int>(slot * 4 % 8)>(raw.words[wide + slot * 4 / 8]) &
             (kBytes * (15u << to));
   }
   if constexpr ((kNarrowRawBits & 2) != 0) {
-    constexpr u32 at = wide + (kNarrowRawBits & 4), to = kNarrowRawBits & 1;
+    constexpr u32 at = wide + (kNarrowRawBits & 4), to = (kNarrowRawBits & 1) + kExtraBits;
     bits |= shifted<static_cast<int>(to) - static_cast<int>(slot * 2 % 8)>(raw.words[at + slot * 2 / 8]) &
             (kBytes * (3u << to));
   }
   if constexpr ((kNarrowRawBits & 1) != 0) {
     constexpr u32 at = wide + (kNarrowRawBits & 6);
-    bits |= shifted<-static_cast<int>(slot)>(raw.words[at]) & kBytes;
+    bits |= shifted<static_cast<int>(kExtraBits) - static_cast<int>(slot)>(raw.words[at]) & (kBytes << kExtraBits);
   }
   return bits;
 }
 
 // Four elements whose codes are folded (§4), as unsigned elements: the codes are xor-ed with the highest raw bit, the sign is turned.
-// No product of a byte leaves it.
+// No product of a byte leaves it. Those of a trellis come with their grids, and get their lowest bit.
 __device__ __forceinline__ u32 unfold(u32 folded) {
-  constexpr u32 top = kBytes << (kRawBits - 1) % 8, up = 2 * ((1u << kCodeBits) - 1), half = kBytes * (kHalf & 0xFF);
-  return folded ^ half ^ (folded & top) * up;
+  constexpr u32 top = kBytes << (kRawBits + kExtraBits - 1) % 8, up = 2 * ((1u << kCodeBits) - 1);
+  constexpr u32 turned = kBytes * ((kHalf & 0xFF) | (kTrellis ? 1 : 0));
+  return folded ^ turned ^ (folded & top) * up;
 }
 
 // Shifts down and logic share a pipe that is the busiest of all, shifts up do not. So codes that would be shifted down by different numbers are
 // shifted down once, by the most, and then up.
-constexpr u32 kElementShift = kElementBits <= 8 ? kRawBits : 0;
+constexpr u32 kElementShift = kElementBits <= 8 ? kRawBits + kExtraBits : 0;
 constexpr u32 kHighestCode = kCodeBits * (kCodesPerSymbol - 1);
 constexpr u32 kDown = kHighestCode > kElementShift ? kHighestCode - kElementShift : 0;
 
@@ -340,14 +371,16 @@ struct FourSymbols {
   }
 };
 
-// Codes number `code` of four symbols, above the raw bits of slot `slot`: four elements of up to 8 bits.
+// Codes number `code` of four symbols, above the raw bits of slot `slot`: four elements of up to 8 bits, or what is said of them in
+// `grids` makes of those of a trellis: integers + kHalf.
 template <u32 slot, u32 code>
-__device__ __forceinline__ u32 join_slot(const FourSymbols& symbols, const RawChunk& raw) {
+__device__ __forceinline__ u32 join_slot(const FourSymbols& symbols, const RawChunk& raw, u32 grids) {
   constexpr u32 mask = kBytes * (((1u << kCodeBits) - 1) << kElementShift), at = kCodeBits * code;
   u32 codes = shifted<static_cast<int>(kElementShift) - static_cast<int>(at)>(symbols.as_they_are);
   if constexpr (at > kElementShift && at >= kDown) codes = symbols.down << (kElementShift + kDown - at);
   codes &= mask;
   if constexpr (kElementBits <= 8 && kRawBits > 0) codes |= narrow_bits<slot>(raw);
+  if constexpr (kTrellis) codes |= shifted<1 - static_cast<int>(grid_place(slot))>(grids) & (kBytes << 1);
   if constexpr (kFolded) {
     forget(codes);  // else the sign is taken from the planes, by a shift down
     codes = unfold(codes);
@@ -357,31 +390,41 @@ __device__ __forceinline__ u32 join_slot(const FourSymbols& symbols, const RawCh
 
 // Calls emit.template operator()<slot>(elements) for the g slots of four symbols.
 template <u32 quad, u32 code, class Emit>
-__device__ __forceinline__ void emit_quad(const FourSymbols& symbols, const RawChunk& raw, Emit& emit) {
+__device__ __forceinline__ void emit_quad(const FourSymbols& symbols, const RawChunk& raw, u32 grids, Emit& emit) {
   if constexpr (code < kCodesPerSymbol) {
-    emit.template slot<quad * kCodesPerSymbol + code>(join_slot<quad * kCodesPerSymbol + code, code>(symbols, raw));
-    emit_quad<quad, code + 1>(symbols, raw, emit);
+    emit.template slot<quad * kCodesPerSymbol + code>(join_slot<quad * kCodesPerSymbol + code, code>(symbols, raw, grids));
+    emit_quad<quad, code + 1>(symbols, raw, grids, emit);
+  }
+}
+
+template <u32 quad, class Decoder, class Emit>
+__device__ __forceinline__ void decode_quads(Decoder& decoder, u32 table, const RawChunk& raw, u32 grids, Emit& emit) {
+  if constexpr (quad < kSlots / kCodesPerSymbol) {
+    const FourSymbols symbols(decode_four(decoder, table));
+    emit_quad<quad, 0>(symbols, raw, grids, emit);
+    decode_quads<quad + 1>(decoder, table, raw, grids, emit);
   }
 }
 
 // Decodes one chunk of a rans tile: emit.slot<k>(four elements) for k = 0 … 7. For elements of more than 8 bits these are the
-// codes alone.
-template <u32 quad = 0, class Decoder, class Emit>
+// codes alone. Called by all lanes of a group, as the next two are.
+template <class Decoder, class Emit>
 __device__ __forceinline__ void decode_chunk(Decoder& decoder, u32 table, const RawChunk& raw, Emit& emit) {
+  decode_quads<0>(decoder, table, raw, chunk_grids(raw), emit);
+}
+
+template <u32 quad, class Emit>
+__device__ __forceinline__ void constant_quads(u32 symbol, const RawChunk& raw, u32 grids, Emit& emit) {
   if constexpr (quad < kSlots / kCodesPerSymbol) {
-    const FourSymbols symbols(decode_four(decoder, table));
-    emit_quad<quad, 0>(symbols, raw, emit);
-    decode_chunk<quad + 1>(decoder, table, raw, emit);
+    emit_quad<quad, 0>(FourSymbols(symbol * kBytes), raw, grids, emit);
+    constant_quads<quad + 1>(symbol, raw, grids, emit);
   }
 }
 
 // The same for a constant tile.
-template <u32 quad = 0, class Emit>
+template <class Emit>
 __device__ __forceinline__ void constant_chunk(u32 symbol, const RawChunk& raw, Emit& emit) {
-  if constexpr (quad < kSlots / kCodesPerSymbol) {
-    emit_quad<quad, 0>(FourSymbols(symbol * kBytes), raw, emit);
-    constant_chunk<quad + 1>(symbol, raw, emit);
-  }
+  constant_quads<0>(symbol, raw, chunk_grids(raw), emit);
 }
 
 // Where a column of a chunk lies: in which slot, and in which of its bytes (§7.4).
@@ -422,7 +465,7 @@ __device__ __forceinline__ u32 raw_mode_element(const Group& group, const Place&
   return __funnelshift_r(words[0], words[1], bit & 31) & kElementMask;
 }
 
-// Slot `slot` of a chunk of a tile in mode raw, for elements of up to 8 bits; padding is 0.
+// Slot `slot` of a chunk of a tile in mode raw, for elements of up to 8 bits; padding is an element of 0.
 __device__ __forceinline__ u32 raw_mode_slot(const Group& group, const Place& place, u32 row, u32 chunk, u32 slot) {
   u32 elements = 0;
 #pragma unroll
@@ -432,6 +475,7 @@ __device__ __forceinline__ u32 raw_mode_slot(const Group& group, const Place& pl
       elements |= raw_mode_element(group, place, row, col) << (8 * byte);
     }
   }
+  if constexpr (kTrellis) return elements << 2 | grids_of(elements & kBytes) << 1 | kBytes;
   return elements;
 }
 

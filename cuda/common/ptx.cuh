@@ -370,5 +370,21 @@ KVPACK_HALVES(max_nan_bf16x2, "max.NaN.bf16x2")
 
 // What is computed from a value behind this is computed again, not kept from before it.
 __device__ __forceinline__ void forget(u32& value) { asm volatile("" : "+r"(value)); }
+// Of the lane `distance` in front, or 0 if there is none; called by all lanes. What shfl itself says of that takes no register.
+template <u32 distance>
+__device__ __forceinline__ u32 of_lane_before(u32 value) {
+  u32 other;
+  asm volatile("{\n.reg .pred there;\nshfl.sync.up.b32 %0|there, %1, %2, 0, 0xffffffff;\n@!there mov.b32 %0, 0;\n}\n"
+               : "=r"(other)
+               : "r"(value), "n"(distance));
+  return other;
+}
+template <u32 distance>
+__device__ __forceinline__ void xor_of_lane_before(u32& value) {
+  asm volatile(
+      "{\n.reg .pred there;\n.reg .b32 other;\nshfl.sync.up.b32 other|there, %0, %1, 0, 0xffffffff;\n@there xor.b32 %0, %0, other;\n}\n"
+      : "+r"(value)
+      : "n"(distance));
+}
 
 #endif

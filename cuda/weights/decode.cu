@@ -30,7 +30,7 @@ __device__ __forceinline__ u32 unit_address(u32 rows, u32 row, u32 unit) {
 // Four elements of a kind → four numbers of a byte.
 __device__ __forceinline__ u32 byte_numbers(u32 elements) {
   if constexpr (kSigned) {
-    if constexpr (kElementBits == 8) return elements ^ 0x80808080u;
+    if constexpr (kIntegerBits == 8) return elements ^ 0x80808080u;
     return ((elements | 0x80808080u) - kBytes * kHalf) ^ 0x80808080u;  // no borrow passes between bytes
   } else if constexpr (KVPACK_ELEMENT_KIND == KVPACK_KIND_UNSIGNED) {
     return elements;

@@ -30,12 +30,26 @@ __device__ __forceinline__ u32 raw_bits_of(const u8* planes, u32 lane, u32 col) 
   return bits;
 }
 
+// The grid of an element of a trellis (§4.1), from the parities of every other row above it.
+__device__ __forceinline__ u32 grid_of(const Group& group, const Place& place, const u8* planes, u32 own, u32 col) {
+  u32 grid = 0;
+  for (u32 distance = 1; distance <= own; distance += 2) {
+    const u32 lane = own - distance;
+    if (group.mode != KVPACK_MODE_RAW) {
+      grid ^= raw_bits_of(planes, lane, col % kChunkCols);
+    } else if (col < place.tile_cols) {
+      grid ^= raw_mode_element(group, place, place.group * kLanes + lane, col);
+    }
+  }
+  return grid & 1;
+}
+
 // An element of a symbol and raw bits (§4).
 __device__ __forceinline__ u32 joined(u32 symbol, u32 raw, u32 col) {
   u32 code = (symbol >> (kCodeBits * (col % kCodesPerSymbol))) & kCodeMask;
   if constexpr (kFolded) {
     if ((raw >> (kRawBits - 1)) & 1) code ^= kCodeMask;
-    return (code << kRawBits | raw) ^ kHalf;
+    return (code << kRawBits | raw) ^ 1u << (kElementBits - 1);
   }
   return code << kRawBits | raw;
 }
@@ -127,6 +141,7 @@ decode_rows(const u8* blob, const uint4* groups, const u32* tables, const float*
       const u32 symbol = group.mode == KVPACK_MODE_RANS ? load_shared_u8(symbols + col / kCodesPerSymbol) : constant;
       element = joined(symbol, raw_bits_of(planes + chunk * kRawChunkBytes, own, lane), lane);
     }
+    if constexpr (kTrellis) element = element << 2 | grid_of(group, place, planes + chunk * kRawChunkBytes, own, col) << 1 | 1;
     if (group.predictor != 0) {
       u32 sum = col == 0 ? element : element - kHalf;
 #pragma unroll

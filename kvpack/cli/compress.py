@@ -46,6 +46,13 @@ class PresetOption(StrEnum):
     LOSSLESS = "lossless"
 
 
+class QuantizerOption(StrEnum):
+    """Names for --quantizer."""
+
+    SCALAR = "scalar"
+    TRELLIS = "trellis"
+
+
 class DeviceOption(StrEnum):
     """Names for --device."""
 
@@ -144,6 +151,10 @@ def compress(
     ] = None,
     preset: Annotated[PresetOption | None, typer.Option("--preset", help="Instead of a rate.")] = None,
     layout: Annotated[LayoutOption, typer.Option("--layout", help="How weights become symbols.")] = (LayoutOption.AUTO),
+    quantizer: Annotated[
+        QuantizerOption,
+        typer.Option("--quantizer", help="Round each weight, or choose a column's together: a sixth less noise."),
+    ] = QuantizerOption.SCALAR,
     tile_cols: Annotated[
         int | None,
         typer.Option("--tile-cols", help="Columns of a tile: a multiple of 32 up to 2048."),
@@ -222,6 +233,7 @@ def compress(
             bits=bits,
             preset=preset,
             layout=layout,
+            quantizer=quantizer,
             tile_cols=tile_cols,
             tensor_parallel=tensor_parallel,
             stack=stack,

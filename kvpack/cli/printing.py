@@ -167,7 +167,7 @@ def print_tensors(tensors: list[dict[str, Any]], *, kept_singly: bool) -> None:
             "×".join(map(str, tensor["shape"])),
             tensor["dtype"],
             tensor["method"]
-            + " + row scales" * (tensor["method"] == "uniform" and tensor.get("scales", 0) > 1)
+            + " + row scales" * (tensor["method"] in ("uniform", "trellis") and tensor.get("scales", 0) > 1)
             + " + column scales" * tensor.get("column_scales", False)
             + " + row offsets" * tensor.get("row_offsets", False),
             tensor["layout"] or "–",

@@ -17,6 +17,7 @@ from kvpack.encode.planes import unpack_bits
 from kvpack.encode.rans import decoder_table
 from kvpack.encode.threads import map_ordered
 from kvpack.encode.tile_coder import decode_constant_tile, decode_rans_tile
+from kvpack.encode.trellis import put_integers
 from kvpack.errors import LaneStateError, LimitError
 from kvpack.format.blob import Blob, Tile
 from kvpack.format.container import BLOB_SUFFIX, Container
@@ -25,6 +26,7 @@ from kvpack.format.layout import (
     GROUP_LANES,
     ElementKind,
     Predictor,
+    Quantizer,
     TileMode,
 )
 
@@ -210,9 +212,12 @@ def decode_integers(
     if layout.element_kind == ElementKind.UNSIGNED:
         return elements
     if layout.element_kind == ElementKind.SIGNED:
-        half = 1 << (layout.element_bits - 1)
-        np.subtract(elements, elements.dtype.type(half), out=elements)
-        signed = elements.view(np.int8)
+        if layout.quantizer == Quantizer.TRELLIS:
+            signed: npt.NDArray[Any] = put_integers(elements, layout.element_bits, executor)
+        else:
+            half = 1 << (layout.element_bits - 1)
+            np.subtract(elements, elements.dtype.type(half), out=elements)
+            signed = elements.view(np.int8)
         if not blob.tiles["outlier_count"].any():
             return signed
         integers = signed.astype(np.int16)

@@ -43,6 +43,7 @@ from kvpack.format.layout import (
     TILE_ROWS,
     Layout,
     Predictor,
+    Quantizer,
     TileMode,
     align,
     ceil_div,
@@ -285,10 +286,12 @@ def encode_strips(
     the blob, and a few strips for each thread.
 
     Raises:
-        ValueError: a predictor for a float kind.
+        ValueError: a predictor for a float kind, or for a trellis.
     """
     if predictor != Predictor.NONE and not header.layout.element_kind.is_integer:
         raise ValueError(f"{header.layout.element_kind.name} elements have no predictor")
+    if predictor != Predictor.NONE and header.layout.quantizer == Quantizer.TRELLIS:
+        raise ValueError("elements of a trellis have no predictor")
     strips = range(header.matrices * header.num_tiles_row)
     if tile_counts is None:
         tile_counts = count_tiles(header, source, predictor, executor)

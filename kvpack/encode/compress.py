@@ -84,7 +84,7 @@ from kvpack.format.container import (
     Readable,
     StoredTensor,
 )
-from kvpack.format.layout import Layout
+from kvpack.format.layout import Layout, Quantizer
 
 _STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
@@ -294,6 +294,14 @@ class _Model:
             notes.append(f"no moments, so rounded each for itself: {listed(without, 3)}")
         return notes
 
+    def trellis_notes(self, reports: list[TensorReport]) -> list[str]:
+        """Which tensors have no trellis though it was asked for."""
+        if self.config.quantizer != "trellis":
+            return []
+        rounded = sorted(report.name for report in reports if report.method == "uniform")
+        others = f"; each weight for itself: {listed(rounded, 3)}" if rounded else ""
+        return [f"trellis: {sum(report.method == 'trellis' for report in reports)} tensors{others}"]
+
     def close(self) -> None:
         self.tree.close()
 
@@ -314,6 +322,8 @@ class _Model:
                 weights.column_parts = parts
         if members := self.stack_members(file, tensor):
             weights.stacked_rows = sum(member.shape[0] for member in members)
+        if self.config.quantizer == "trellis":
+            weights.quantizer = Quantizer.TRELLIS
         name = file.names[tensor.name]
         try:
             weights.set_vectors(self.column_scales.get(name), self.row_offsets.get(name))
@@ -767,6 +777,8 @@ def compress(
     check_target(source, target, force=force or dry_run, exists=file is None)
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads: at least 1 is needed")
+    if config.quantizer == "trellis":
+        coder = coder.with_trellis()
     reports: list[TensorReport] = []
     executor = ThreadPoolExecutor(threads or default_threads())
     with ExitStack() as stack:
@@ -832,6 +844,7 @@ def compress(
             *model.split_notes(reports),
             *model.stack_notes(),
             *model.calibration_notes(),
+            *model.trellis_notes(reports),
             *quantization_notes(report.reason for report in reports),
         ],
         time.perf_counter() - began,

@@ -257,6 +257,21 @@ def _nearest(value, rate, bits, half, clamp_bits):  # type: ignore[no-untyped-de
 
 
 @kernel
+def add_feedback(coefficients, errors, begin, count, targets):  # type: ignore[no-untyped-def]
+    """Add what the errors of columns before ``begin`` f32 [K, R], a multiple of 4, ask of the next ``count`` columns to
+    their ``targets`` f32 [count, R]."""
+    rows = targets.shape[1]
+    for u in range(0, begin, 4):
+        e0, e1, e2, e3 = errors[u], errors[u + 1], errors[u + 2], errors[u + 3]
+        for t in range(count):
+            c = coefficients[begin + t]
+            c0, c1, c2, c3 = c[u], c[u + 1], c[u + 2], c[u + 3]
+            target = targets[t]
+            for row in range(rows):
+                target[row] += (c0 * e0[row] + c1 * e1[row]) + (c2 * e2[row] + c3 * e3[row])
+
+
+@kernel
 def _quantize(values, coefficients, variances, rate_weight, bits, clamp_bits, half, most, integers, errors, row_errors):  # type: ignore[no-untyped-def]
     """Quantize f32 ``values`` [K, R] (in steps, columns in order) to i32 ``integers`` [K, R].
 
@@ -267,14 +282,7 @@ def _quantize(values, coefficients, variances, rate_weight, bits, clamp_bits, ha
     for begin in range(0, columns, _BLOCK_COLS):
         count = min(_BLOCK_COLS, columns - begin)
         targets[:count] = values[begin : begin + count]
-        for u in range(0, begin, 4):  # begin is a multiple of it
-            e0, e1, e2, e3 = errors[u], errors[u + 1], errors[u + 2], errors[u + 3]
-            for t in range(count):
-                c = coefficients[begin + t]
-                c0, c1, c2, c3 = c[u], c[u + 1], c[u + 2], c[u + 3]
-                target = targets[t]
-                for row in range(rows):
-                    target[row] += (c0 * e0[row] + c1 * e1[row]) + (c2 * e2[row] + c3 * e3[row])
+        add_feedback(coefficients, errors, begin, count, targets)
         for t in range(count):
             target, at = targets[t], begin + t
             for u in range(begin, at):

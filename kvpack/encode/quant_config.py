@@ -16,6 +16,7 @@ from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS
 
 PRESETS = ("near-lossless", "int8-row", LOSSLESS)
 LAYOUTS = ("auto", *LAYOUT_NAMES)
+QUANTIZERS = ("scalar", "trellis")
 ALLOCATIONS = ("auto", "tensor", "model", "sensitivity")
 # What becomes of embeddings and output layers, if they have no rate of their own.
 KEEP, CODE = "keep", "code"
@@ -43,6 +44,9 @@ class QuantConfig:
         preset: instead of a rate ``near-lossless`` (a noise of −41.5 dB of the variance), ``int8-row`` (INT8 with a
             scale for each row) or ``lossless``.
         layout: how weights become symbols: ``auto``, ``balanced``, ``fast`` or ``compact`` (FORMAT.md §4).
+        quantizer: ``scalar`` rounds each weight; ``trellis`` chooses those of a column together (FORMAT.md §4.1), for a
+            sixth less noise at the same rate. It takes a rate, of up to 5.25 bits, and without moments from 2.25 bits
+            on; what is coded otherwise is rounded.
         tile_cols: columns of a tile, a multiple of 32 up to 2048; None: equal parts, longer ones in larger matrices.
         tensor_parallel: how many devices will share the weights: tiles end where the parts of layers do that are split
             by their inputs, so that a part needs no coding of its own. 1: tiles are chosen without.
@@ -70,6 +74,7 @@ class QuantConfig:
     bits: float | None = None
     preset: str | None = None
     layout: str = "auto"
+    quantizer: str = "scalar"
     tile_cols: int | None = None
     tensor_parallel: int = 1
     stack: bool = False
@@ -87,6 +92,9 @@ class QuantConfig:
         if self.preset is not None:
             _check_name("preset", self.preset, PRESETS)
         _check_name("layout", self.layout, LAYOUTS)
+        _check_name("quantizer", self.quantizer, QUANTIZERS)
+        if self.quantizer == "trellis" and self.preset is not None:
+            raise InputError(f"quantizer 'trellis' and preset {self.preset!r} exclude each other: it takes a rate")
         _check_name("allocation", self.allocation, ALLOCATIONS)
         include, exclude = _patterns("include", self.include), _patterns("exclude", self.exclude)
         if not isinstance(self.tensor_bits, Mapping):

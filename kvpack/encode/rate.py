@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +30,12 @@ from kvpack.format.layout import (
     CHUNK_COLS,
     LAYOUT_NAMES,
     OUTLIER_BYTES,
+    TRELLIS_MAX_ELEMENT_BITS,
     ElementKind,
     Layout,
+    Quantizer,
     integer_layout,
     integer_layouts,
-    outlier_delta_max,
 )
 
 LAMBDA = 0.1155
@@ -43,6 +44,14 @@ FINE_BINS_PER_RMS = 256
 # An entropy-coded Gaussian of this many bits has about rms/step = 2^(bits − 2.05).
 _GAUSSIAN_BITS = 2.05
 _TYPICAL_TABLE_BYTES = 150
+# Of a trellis (FORMAT.md §4.1): where its grids lie between neighbouring elements, how much less noise it leaves than
+# rounding to one of them, and up to which rate its elements are wide enough. It has no zero: at low rates the weights
+# near it are noisier than if they were rounded, which columns of small weights and large inputs mind unless errors are
+# fed back.
+_GRID_OFFSETS = (0.25, 0.75)
+_TRELLIS_NOISE = 10**-0.08
+_TRELLIS_UP_TO_BITS = 5.25
+_TRELLIS_WITHOUT_FEEDBACK_FROM_BITS = 2.25
 _MAX_INTEGER = float(1 << 40)  # tensors of one model may be so far apart that a common step means nothing to one
 # Lanes that cost more bits a weight than this may lose to tiles in mode raw.
 _RAW_MAY_WIN_AT = 0.2
@@ -171,11 +180,35 @@ def fixed_bits_per_weight(header: BlobHeader) -> Overhead:
     return Overhead(
         total / header.num_elements + padding * header.layout.raw_bits,
         raw_bits / header.num_elements,
-        outlier_delta_max(header.tile_cols),
+        header.max_outlier_steps,
         padding,
         last.rows / header.rows if idle else 0.0,
         (1 + padding) * idle * header.layout.raw_bits,
     )
+
+
+class _Placed(NamedTuple):
+    """Where rounding puts a part of the weights: integers i64 [bins], which stand for themselves plus an offset."""
+
+    part: float
+    integers: npt.NDArray[np.int64]
+    offset: float = 0.0
+
+
+def _placed(fine: FineHistogram, step: float, layout: Layout, rounding: Rounding) -> list[_Placed]:
+    if layout.quantizer == Quantizer.SCALAR:
+        return [_Placed(1.0, _integers(fine, step, rounding))]
+    v = np.clip(fine.centres / step, -_MAX_INTEGER, _MAX_INTEGER)
+    return [_Placed(0.5, np.rint(v - offset).astype(np.int64), offset) for offset in _GRID_OFFSETS]
+
+
+def _code_counts(fine: FineHistogram, placed: list[_Placed], layout: Layout) -> npt.NDArray[Any]:
+    half = 1 << (layout.element_bits - 1)
+    counts = np.zeros(1 << layout.code_bits)
+    for part, integers, _ in placed:
+        codes = layout.codes(np.clip(integers, -half, half - 1) + half)
+        counts += part * np.bincount(codes, fine.counts, minlength=len(counts))
+    return counts
 
 
 def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArray[np.int64]:
@@ -187,19 +220,22 @@ def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArr
 
 def estimate(fine: FineHistogram, step: float, layout: Layout, overhead: Overhead, rounding: Rounding) -> Estimate:
     """Rate and noise of a step, from the fine histogram."""
-    q = _integers(fine, step, rounding)
+    placed = _placed(fine, step, layout, rounding)
     half = 1 << (layout.element_bits - 1)
-    clipped = np.clip(q, -half, half - 1)
-    beyond = np.abs(fine.centres) / step - np.abs(clipped)
-    outlier = (q != clipped) & (beyond >= rounding.clamp)
-    codes = np.bincount(layout.codes(clipped + half), fine.counts, minlength=1 << layout.code_bits)
     total = fine.counts.sum()
-    rans = entropy_bits(codes) * (1 + overhead.padding) + layout.raw_bits + overhead.rans
+    rans = entropy_bits(_code_counts(fine, placed, layout)) * (1 + overhead.padding) + layout.raw_bits + overhead.rans
     raw = layout.element_bits + overhead.raw
     bits = (1 - overhead.edge) * min(rans, raw) + overhead.edge * min(rans + overhead.edge_planes, raw)
-    bits += 8 * OUTLIER_BYTES * float(fine.counts[outlier].sum()) / total
-    error = fine.centres - step * np.where(outlier, q, clipped)
-    noise = float(fine.counts @ (error * error)) / total
+    noise = 0.0
+    for part, q, offset in placed:
+        clipped = np.clip(q, -half, half - 1)
+        beyond = np.abs(fine.centres) / step - np.abs(clipped + offset)
+        outlier = (q != clipped) & (beyond >= rounding.clamp)
+        bits += part * 8 * OUTLIER_BYTES * float(fine.counts[outlier].sum()) / total
+        error = fine.centres - step * (np.where(outlier, q, clipped) + offset)
+        noise += part * float(fine.counts @ (error * error)) / total
+    if layout.quantizer == Quantizer.TRELLIS:
+        noise *= _TRELLIS_NOISE
     # Inside a bin the weights are spread evenly.
     noise += fine.bin_width**2 / 12
     return Estimate(float(bits), noise / fine.rms**2)
@@ -212,10 +248,12 @@ def rounding_for(fine: FineHistogram, step: float, layout: Layout, rate_weight: 
     half = 1 << (layout.element_bits - 1)
     rounding = NEAREST
     for _ in range(2):
-        q = np.clip(_integers(fine, step, rounding), -half, half - 1)
-        codes = np.bincount(layout.codes(q + half), fine.counts, minlength=1 << layout.code_bits)
+        codes = _code_counts(fine, _placed(fine, step, layout, rounding), layout)
         lengths = -np.log2((codes + 0.5) / (codes.sum() + 0.5 * len(codes)))
         of_value = lengths[layout.codes(np.arange(2 * half))]  # code length of q = −half … half − 1
+        if layout.quantizer == Quantizer.TRELLIS:
+            clamp = np.float32(max(1.0, (8 * OUTLIER_BYTES * rate_weight) ** 0.5))
+            return Rounding(NEAREST.thresholds, clamp, rate_weight, of_value.astype(np.float32))
         magnitude = np.full(NUM_THRESHOLDS + 1, np.nan)
         magnitude[:half] = of_value[half:]
         magnitude[1:half] = (magnitude[1:half] + of_value[1:half][::-1]) / 2
@@ -322,7 +360,15 @@ def _ladder(fine: FineHistogram, layouts: Iterable[tuple[Layout, Overhead]]) -> 
     return sorted(plans, key=lambda plan: (plan.predicted.noise, plan.predicted.bits))
 
 
-def candidate_layouts(layout_name: str, bits: float, fine: FineHistogram | None = None) -> list[Layout]:
+def quantizer_at(asked: Quantizer, bits: float, *, fed_back: bool) -> Quantizer:
+    """The quantizer at a rate: the one asked for where it is the better one."""
+    least = 0.0 if fed_back else _TRELLIS_WITHOUT_FEEDBACK_FROM_BITS
+    return asked if least <= bits <= _TRELLIS_UP_TO_BITS else Quantizer.SCALAR
+
+
+def candidate_layouts(
+    layout_name: str, bits: float, fine: FineHistogram | None = None, quantizer: Quantizer = Quantizer.SCALAR
+) -> list[Layout]:
     """Layouts worth trying for a rate: element_bits around what a Gaussian's range of ±3.5 rms needs.
 
     If ``fine`` is not smooth: every width, and ``compact`` beside ``balanced``: far from zero the high bits of an
@@ -339,17 +385,22 @@ def candidate_layouts(layout_name: str, bits: float, fine: FineHistogram | None 
         names = ("balanced", "compact") if layout_name == "auto" and not fine.is_small else names
         widths = list(range(2, 9))
         return [integer_layout(name, ElementKind.SIGNED, n) for name in names for n in widths]  # the same at every rate
-    return [layout for name in names for n in widths for layout in layouts_at(name, n, bits)]
+    if quantizer == Quantizer.TRELLIS:
+        widths = sorted({min(TRELLIS_MAX_ELEMENT_BITS, n) for n in widths})
+    return [layout for name in names for n in widths for layout in layouts_at(name, n, bits, quantizer)]
 
 
-def layouts_at(layout_name: str, element_bits: int, bits: float) -> tuple[Layout, ...]:
+def layouts_at(
+    layout_name: str, element_bits: int, bits: float, quantizer: Quantizer = Quantizer.SCALAR
+) -> tuple[Layout, ...]:
     """The layouts of a name that may be chosen at a rate: the usual one, and at low rates the ones that lose less."""
-    layouts = integer_layouts(layout_name, ElementKind.SIGNED, element_bits)
+    layouts = integer_layouts(layout_name, ElementKind.SIGNED, element_bits, quantizer)
     return layouts if bits <= _FOLDED_LOSES_UP_TO_BITS and element_bits == _FOLDED_LOSES_AT else layouts[:1]
 
 
 def _is_allowed(plan: RatePlan) -> bool:
-    return plan.layout in layouts_at(plan.layout.name, plan.layout.element_bits, plan.predicted.bits)
+    layout = plan.layout
+    return layout in layouts_at(layout.name, layout.element_bits, plan.predicted.bits, layout.quantizer)
 
 
 def layouts_for_idle_lanes(header_of: dict[Layout, BlobHeader]) -> list[Layout]:
@@ -358,7 +409,7 @@ def layouts_for_idle_lanes(header_of: dict[Layout, BlobHeader]) -> list[Layout]:
         other
         for layout, header in header_of.items()
         if fixed_bits_per_weight(header).idle_planes >= _IDLE_PLANES_MATTER_AT
-        for other in integer_layouts(layout.name, layout.element_kind, layout.element_bits)[1:]
+        for other in integer_layouts(layout.name, layout.element_kind, layout.element_bits, layout.quantizer)[1:]
     ]
 
 
@@ -374,7 +425,7 @@ def layouts_that_lose_less(
     other_headers = {
         other: replace(header_of[layout], layout=other)
         for layout in layouts
-        for other in layouts_at(layout.name, layout.element_bits, _FOLDED_LOSES_UP_TO_BITS)[1:]
+        for other in layouts_at(layout.name, layout.element_bits, _FOLDED_LOSES_UP_TO_BITS, layout.quantizer)[1:]
     }
     if not other_headers:
         return []
@@ -390,9 +441,11 @@ def raw_layouts(layouts: list[Layout], bits: float, header_of: dict[Layout, Blob
     overhead = fixed_bits_per_weight(header_of[layout])
     if overhead.rans + overhead.idle_planes - overhead.raw < _RAW_MAY_WIN_AT:
         return []
-    widest = min(8, int(bits - overhead.raw))
+    most = TRELLIS_MAX_ELEMENT_BITS if layout.quantizer == Quantizer.TRELLIS else 8
+    widest = min(most, int(bits - overhead.raw))
     name = layout.name if layout.name in LAYOUT_NAMES else "balanced"
-    return [integer_layout(name, ElementKind.SIGNED, n) for n in range(max(2, widest - 1), widest + 1)]
+    widths = range(max(2, widest - 1), widest + 1)
+    return [integer_layouts(name, ElementKind.SIGNED, n, layout.quantizer)[0] for n in widths]
 
 
 def plan_for_bits(

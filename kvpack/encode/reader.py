@@ -35,7 +35,7 @@ from kvpack.format.container import (
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import ElementKind
 
-METHODS = ("lossless", "uniform", "int8-row")
+METHODS = ("lossless", "uniform", "trellis", "int8-row")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from kvpack.encode.blob_decoder import ParsedBlob, decode_integers, decode_tile
 from kvpack.encode.threads import map_ordered
+from kvpack.encode.trellis import put_integers
 from kvpack.format.blob import Tile
-from kvpack.format.layout import GROUP_LANES, TILE_ROWS, ElementKind, TileMode, ceil_div
+from kvpack.format.layout import GROUP_LANES, TILE_ROWS, ElementKind, Quantizer, TileMode, ceil_div
 
 # From this part of all groups on, decoding whole tiles, many at a time, takes no longer.
 _WHOLE_FROM = 0.25
@@ -69,7 +70,11 @@ def decode_rows(
             part = group_of_tile(tile, group, layout.element_bits, layout.raw_bits)
             elements = np.empty((part.geometry.rows, part.geometry.cols), np.uint8)
             decode_tile(blob, part, blob.decoder_tables, elements)
-            integers = elements[in_tile - group * GROUP_LANES].astype(np.int16) - (1 << (layout.element_bits - 1))
+            if layout.quantizer == Quantizer.TRELLIS:
+                of_group = put_integers(elements[None], layout.element_bits)[0]
+            else:
+                of_group = elements - np.int16(1 << (layout.element_bits - 1))
+            integers = of_group[in_tile - group * GROUP_LANES].astype(np.int16)
             outliers = tile.outliers
             for row, line in zip(in_tile.tolist(), integers, strict=True):
                 begin, end = np.searchsorted(outliers.rows, (row, row + 1))

@@ -25,7 +25,7 @@ from kvpack.encode.tile_coder import count_symbols
 from kvpack.errors import GeometryError, TableError
 from kvpack.format.blob import Blob
 from kvpack.format.header import BlobHeader, TileGeometry
-from kvpack.format.layout import GROUP_LANES, MAX_TABLES, NUM_SYMBOLS, TILE_ROWS, Layout, Predictor, TileMode
+from kvpack.format.layout import GROUP_LANES, MAX_TABLES, NUM_SYMBOLS, TILE_ROWS, Layout, Predictor, Quantizer, TileMode
 from kvpack.format.tables import Frequencies
 from kvpack.format.tile_parts import TileBytes, TilePart, copied_tile, joined_outliers, joined_tile
 
@@ -122,7 +122,8 @@ def _parsed(blob: Blob | bytes | memoryview) -> ParsedBlob:
 def _shown(layout: Layout) -> str:
     codes = f"{layout.codes_per_symbol} × {layout.code_bits} bits a symbol"
     folded = ", folded" if layout.folded else ""
-    return f"{layout.element_kind.name.lower()} elements of {layout.element_bits} bits ({codes}{folded})"
+    trellis = ", of a trellis" if layout.quantizer == Quantizer.TRELLIS else ""
+    return f"{layout.element_kind.name.lower()} elements of {layout.element_bits} bits ({codes}{folded}{trellis})"
 
 
 def _check_range(what: str, first: int, stop: int, size: int, unit: int, why: str) -> None:

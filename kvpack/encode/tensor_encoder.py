@@ -52,10 +52,13 @@ from kvpack.encode.rate import (
     plan_for_noise,
     plan_for_step,
     plan_ladder,
+    quantizer_at,
     raw_layouts,
 )
 from kvpack.encode.tensor_parallel import dividing_tile_cols
 from kvpack.encode.threads import map_ordered
+from kvpack.encode.trellis import unsigned_integers
+from kvpack.encode.trellis_quantizer import quantize_with_trellis
 from kvpack.errors import ScaleError
 from kvpack.format.container import COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX, first_illegal, shown_numbers
 from kvpack.format.header import BlobHeader
@@ -63,13 +66,15 @@ from kvpack.format.layout import (
     FLOAT_ELEMENT_BITS,
     OUTLIER_LEAST_COL_BITS,
     TILE_ROWS,
+    TRELLIS_EXTRA_BITS,
+    TRELLIS_MAX_ELEMENT_BITS,
     ElementKind,
     Layout,
+    Quantizer,
     ceil_div,
     float_layouts,
     integer_layout,
     integer_layouts,
-    outlier_delta_max,
 )
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -168,6 +173,8 @@ class Matrices:
     feedback: TensorFeedback | None = None
     # Squared steps that a bit is worth.
     rate_weight = LAMBDA
+    # How its weights are quantized at a rate, where they are many and spread evenly enough.
+    quantizer = Quantizer.SCALAR
 
     def __init__(self, array: npt.NDArray[Any], *, transposed: bool = False) -> None:
         self._set_geometry(array.shape, array.dtype, transposed=transposed)
@@ -347,10 +354,10 @@ class QuantizedStrips:
         self,
         weights: Matrices,
         steps: npt.NDArray[np.float32],
-        element_bits: int,
+        layout: Layout,
         rounding: Rounding,
     ) -> None:
-        self.weights, self.rounding, self.element_bits = weights, rounding, element_bits
+        self.weights, self.rounding, self.layout = weights, rounding, layout
         self.own_steps = steps  # f32 [1] or [matrices · rows]
         self.steps = np.broadcast_to(steps, weights.matrices * weights.rows)
         self._kept: dict[int, Quantized] = {}
@@ -377,13 +384,16 @@ class QuantizedStrips:
             return self._kept[index]
         values = self.weights.values(index)
         steps = np.ascontiguousarray(self.steps[self.weights.strip_rows(index)])
-        if self.weights.feedback is None:
-            quantized = quantize(values, steps, self.element_bits, self.rounding)
+        feedback, element_bits = self.weights.feedback, self.layout.element_bits
+        matrix = None if feedback is None else feedback.of_matrix(index // self.weights.tile_rows)
+        assert matrix is None or isinstance(matrix, Feedback)  # of the coder that these strips are of
+        if self.layout.quantizer == Quantizer.TRELLIS:
+            quantized = quantize_with_trellis(values, steps, element_bits, self.rounding, matrix)
+        elif matrix is None:
+            quantized = quantize(values, steps, element_bits, self.rounding)
         else:
-            matrix = self.weights.feedback.of_matrix(index // self.weights.tile_rows)
-            assert isinstance(matrix, Feedback)  # of the coder that these strips are of
-            quantized = quantize_with_feedback(values, steps, self.element_bits, self.rounding, matrix)
-            assert quantized.row_errors is not None
+            quantized = quantize_with_feedback(values, steps, element_bits, self.rounding, matrix)
+        if quantized.row_errors is not None:
             self._row_errors[index] = quantized.row_errors
         if self.weights.size <= _KEEP_ELEMENTS:
             self._kept[index] = quantized
@@ -420,6 +430,11 @@ class Coder(NamedTuple):
     feedback_of: Callable[..., MatrixFeedback] = feedback_of
     keep_bytes: int = 1 << 30
     feedback_device: str | None = None
+
+    def with_trellis(self) -> Coder:
+        """The same, but that the CPU quantizes: no other has the trellis."""
+        cpu = Coder()
+        return cpu._replace(count_tiles=self.count_tiles, encode_strips=self.encode_strips)
 
 
 CPU_CODER = Coder()
@@ -517,18 +532,19 @@ def _encode_quantized(
     Raises:
         NotEncodableError: a finite weight would decode to infinity.
     """
-    half = 1 << (header.layout.element_bits - 1)
+    half = 1 << (header.layout.integer_bits - 1)
     sums: list[tuple[float, float]] = [(0.0, 0.0)] * weights.num_strips
     row_energies = [0.0] * weights.num_strips
     column_sums = np.zeros((weights.num_strips, weights.cols))
     largest = np.zeros(weights.num_strips, np.float32)
     by_row = np.broadcast_to(scales, weights.matrices * weights.rows)
+    is_trellis = header.layout.quantizer == Quantizer.TRELLIS
 
     def source(index: int) -> Strip:
         strip = quantized.strip(index)
         *pair, row_energies[index], largest[index] = strip_noise(
             as_float32(weights.strip(index)),
-            strip.elements,
+            unsigned_integers(strip.elements) if is_trellis else strip.elements,
             half,
             np.ascontiguousarray(by_row[weights.strip_rows(index)]),
             weights.strip_row_offsets(index),
@@ -692,10 +708,10 @@ def _run_plan(
     coder: Coder,
 ) -> _Counted:
     header = weights.header(plan.layout, tile_cols)
-    most = outlier_delta_max(header.tile_cols)
+    most = header.max_outlier_steps
     if fine.largest / plan.step > most:
         raise NotEncodableError(f"the largest value ({fine.largest:.3g}) is more than {most} steps of {plan.step:.3g}")
-    strips = coder.quantize(weights, weights.row_steps(plan.step), plan.layout.element_bits, plan.rounding)
+    strips = coder.quantize(weights, weights.row_steps(plan.step), plan.layout, plan.rounding)
     return _count_quantized(header, strips, executor)
 
 
@@ -711,8 +727,12 @@ def _finish(
     header = weights.header(plan.layout, tile_cols)
     # Multiples of the grid's step are exact with that scale alone.
     scale_per_step = 1.0 if plan.step == fine.grid_step else counted.scale_per_step
-    scales = (counted.strips.own_steps.astype(np.float64) * scale_per_step).astype(np.float32)
-    return _encode_quantized(weights, header, counted.counts, counted.strips, scales, "uniform", executor, coder)
+    steps = counted.strips.own_steps.astype(np.float64) * scale_per_step
+    method = "uniform"
+    if plan.layout.quantizer == Quantizer.TRELLIS:
+        steps, method = steps / (1 << TRELLIS_EXTRA_BITS), "trellis"
+    scales = steps.astype(np.float32)
+    return _encode_quantized(weights, header, counted.counts, counted.strips, scales, method, executor, coder)
 
 
 def _check_noise(
@@ -736,7 +756,7 @@ def _check_noise(
     achieved = 8 * encoded.size_bytes / weights.size
     too_noisy = encoded.noise_db - spread_db > _most_noise_db(bits)
     too_coarse = too_noisy or _planned_db(plan) > _most_noise_db(min(bits, achieved))
-    most = outlier_delta_max(weights.header(plan.layout, tile_cols).tile_cols)
+    most = weights.header(plan.layout, tile_cols).max_outlier_steps
     if too_coarse and fine.largest >= _AT_THE_LIMIT * most * plan.step:
         raise NotEncodableError(
             f"the largest value ({fine.largest:.3g}) is more than {most} steps of any that suits the others "
@@ -785,7 +805,7 @@ def _encode_zeros(
     weights: Matrices, tile_cols: int | None, executor: ThreadPoolExecutor | None, coder: Coder
 ) -> EncodedTensor:
     layout = integer_layout("balanced", ElementKind.SIGNED, 2)  # of which nothing is raw
-    strips = coder.quantize(weights, np.zeros(1, np.float32), layout.element_bits, NEAREST)
+    strips = coder.quantize(weights, np.zeros(1, np.float32), layout, NEAREST)
     header = weights.header(layout, tile_cols)
     counted = _count_quantized(header, strips, executor)
     scales = np.zeros(1, np.float32)
@@ -827,7 +847,8 @@ def encode_at_bits(
         # What was quantized before is coded nearly as it is; errors fed back would put weights between its values.
         weights.feedback, weights.rate_weight = None, LAMBDA
     blob_bits = bits - weights.bits_beside
-    layouts = weights.choice(candidate_layouts(layout_name, blob_bits, fine))
+    quantizer = quantizer_at(weights.quantizer, blob_bits, fed_back=weights.feedback is not None)
+    layouts = weights.choice(candidate_layouts(layout_name, blob_bits, fine, quantizer))
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     if not fine.is_smooth:
         return _encode_from_ladder(weights, fine, bits, worth_bits, headers, tile_cols, executor, coder)
@@ -1000,7 +1021,7 @@ def _encode_near_lossless(
             quicker = (
                 plan_at_step(fine, plan.step, layout, fixed_bits_per_weight(headers[layout]), LAMBDA)
                 for layout in layouts[: layouts.index(plan.layout)]
-                if fine.largest <= outlier_delta_max(headers[layout].tile_cols) * plan.step
+                if fine.largest <= headers[layout].max_outlier_steps * plan.step
             )
             plan = next((trial for trial in quicker if trial.predicted.bits <= most), plan)
         counted = _run_plan(weights, fine, plan, tile_cols, executor, coder)
@@ -1008,7 +1029,7 @@ def _encode_near_lossless(
         noise = encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db
         if noise is None or noise <= NEAR_LOSSLESS_DB + _NOISE_TOLERANCE_DB:
             # Where the largest value sets the step, the others' noise is beyond what all of them have on average.
-            most_steps = outlier_delta_max(headers[plan.layout].tile_cols)
+            most_steps = headers[plan.layout].max_outlier_steps
             if fine.largest < _AT_THE_LIMIT * most_steps * plan.step:
                 return encoded
             if 10 * math.log10(plan.predicted.noise) <= aim_db + _NOISE_TOLERANCE_DB:
@@ -1024,6 +1045,10 @@ def plan_at_common_step(
     """How to store this tensor if the whole model has one step."""
     name = "balanced" if layout_name == "auto" else layout_name
     layouts = [layout for n in range(2, 9) for layout in layouts_at(name, n, 0.0)]
+    if weights.quantizer == Quantizer.TRELLIS and fine.is_smooth:
+        widths = range(2, TRELLIS_MAX_ELEMENT_BITS + 1)
+        wider = [layout for layout in layouts if layout.element_bits > TRELLIS_MAX_ELEMENT_BITS]
+        layouts = [layout for n in widths for layout in layouts_at(name, n, 0.0, weights.quantizer)] + wider
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     return plan_for_step(fine, step, layouts, headers, weights.rate_weight)
 
@@ -1085,8 +1110,9 @@ def encode_int8_rows(
     tiny = int(np.count_nonzero((absmax > 0) & (scales < _TINY)))
     if tiny:
         raise NotEncodableError(f"{tiny} rows have values near the end of the fp32 range")
-    strips = coder.quantize(weights, scales, 8, NEAREST)
-    headers = [weights.header(layout, tile_cols) for layout in weights.choice(_eight_bit_layouts(layout_name))]
+    layouts = weights.choice(_eight_bit_layouts(layout_name))
+    strips = coder.quantize(weights, scales, layouts[0], NEAREST)
+    headers = [weights.header(layout, tile_cols) for layout in layouts]
     trials = [(header, _count_quantized(header, strips, executor)) for header in headers]
     most = min(trial.size_bytes for _, trial in trials) * (1 + QUICKER_COSTS_AT_MOST)
     header, counted = next(pair for pair in trials if pair[1].size_bytes <= most)

@@ -40,6 +40,7 @@ from kvpack.format.layout import (
     TILE_ROWS,
     ElementKind,
     Predictor,
+    Quantizer,
     TileMode,
     align,
     outlier_delta_bits,
@@ -188,6 +189,8 @@ class Blob:
             (tiles["predictor"] != Predictor.NONE) & ~may_predict,
             "a predictor outside mode rans or for a float kind",
         )
+        if header.layout.quantizer == Quantizer.TRELLIS:
+            refuse(TileModeError, tiles["predictor"] != Predictor.NONE, "a predictor in a blob with a trellis")
         tables = np.where(rans, header.num_tables, 1)
         refuse(TileModeError, tiles["table_index"] >= tables, "table_index names no table")
         if header.layout.element_kind != ElementKind.SIGNED:

@@ -30,9 +30,11 @@ from kvpack.format.layout import (
     VERSION,
     ElementKind,
     Layout,
+    Quantizer,
     TableEncoding,
     align,
     ceil_div,
+    outlier_delta_max,
 )
 
 HEADER_BYTES = 64
@@ -121,6 +123,12 @@ class BlobHeader:
         """Bytes of one lane length: 1 if no lane of this blob can have more than 255 words, else 2."""
         return 1 if self.tile_cols // self.layout.codes_per_symbol <= MAX_STEPS_U8_LENGTHS else 2
 
+    @property
+    def max_outlier_steps(self) -> int:
+        """The largest magnitude, in steps between neighbouring elements, that is sure to be one an outlier can have."""
+        extra_bits = self.layout.integer_bits - self.layout.element_bits
+        return outlier_delta_max(self.tile_cols) >> extra_bits
+
     def tile_geometry(self, tile: int) -> TileGeometry:
         """Geometry of tile number ``tile`` (matrix, then tile row, then tile column)."""
         matrix, in_matrix = divmod(tile, self.num_tiles_row * self.num_tiles_col)
@@ -154,7 +162,7 @@ class BlobHeader:
             layout.raw_bits,
             PROBABILITY_BITS,
             layout.element_kind,
-            0,
+            layout.quantizer,
             self.table_encoding,
             self.num_tables,
             self.table_bytes,
@@ -202,8 +210,8 @@ class BlobHeader:
             raise VersionError(f"version is {version}, this reader knows version {VERSION}")
         if flags & ~KNOWN_FLAGS:
             raise ReservedError(f"flags are 0x{flags:04X}, known are 0x{KNOWN_FLAGS:04X}")
-        if quantizer != 0:
-            raise ReservedError(f"quantizer is {quantizer}, this reader knows 0 (scalar)")
+        if quantizer not in Quantizer.__members__.values():
+            raise ReservedError(f"quantizer is {quantizer}, this reader knows 0 (scalar) and 1 (trellis)")
         if table_encoding not in (TableEncoding.PLAIN, TableEncoding.PACKED):
             raise ReservedError(f"table_encoding is {table_encoding}, known are 0 and 1")
         if probability_bits != PROBABILITY_BITS:
@@ -211,7 +219,10 @@ class BlobHeader:
         if element_kind not in ElementKind.__members__.values():
             raise ReservedError(f"element_kind is {element_kind}, known are 0 to {max(ElementKind)}")
         folded = bool(flags & FLAG_FOLDED)
-        layout = Layout(ElementKind(element_kind), element_bits, code_bits, codes_per_symbol, folded)
+        if quantizer == Quantizer.TRELLIS and not folded:
+            raise ReservedError("quantizer is 1 (trellis), which blobs with folded codes alone have")
+        kind = ElementKind(element_kind)
+        layout = Layout(kind, element_bits, code_bits, codes_per_symbol, folded, Quantizer(quantizer))
         if raw_bits != layout.raw_bits:
             raise LayoutError(f"raw_bits is {raw_bits}, but element_bits − code_bits is {layout.raw_bits}")
         for name, value in (("rows", rows), ("cols", cols), ("matrices", matrices)):

@@ -40,6 +40,10 @@ FLAG_TRANSPOSED = 1 << 0
 FLAG_FOLDED = 1 << 2  # bit 1 is reserved for seeded states
 KNOWN_FLAGS = FLAG_TRANSPOSED | FLAG_FOLDED
 
+# Elements of a trellis (FORMAT.md §4.1): integers of two bits more must fit a signed byte.
+TRELLIS_MAX_ELEMENT_BITS = 6
+TRELLIS_EXTRA_BITS = 2
+
 
 class ElementKind(IntEnum):
     """What number an element stands for (FORMAT.md §4)."""
@@ -81,6 +85,13 @@ class Predictor(IntEnum):
     PREVIOUS = 1
 
 
+class Quantizer(IntEnum):
+    """How elements become integers (FORMAT.md §§4, 4.1)."""
+
+    SCALAR = 0
+    TRELLIS = 1
+
+
 class TableEncoding(IntEnum):
     """How frequency tables are written (FORMAT.md §5.1)."""
 
@@ -94,7 +105,8 @@ class Layout:
 
     The high ``code_bits`` are the code; ``codes_per_symbol`` codes make a symbol; the rest is stored raw. A ``folded``
     code is 0 where the raw bits alone say what the integer is, and the same for an integer and its complement: the sign
-    is among the raw bits, where it costs what it is worth.
+    is among the raw bits, where it costs what it is worth. With the ``quantizer`` TRELLIS an element stands for one of
+    two integers; those above it in its column say which (FORMAT.md §4.1).
 
     Raises:
         LayoutError: for a combination that FORMAT.md §§3–4 calls illegal.
@@ -105,6 +117,7 @@ class Layout:
     code_bits: int
     codes_per_symbol: int
     folded: bool = False
+    quantizer: Quantizer = Quantizer.SCALAR
 
     def __post_init__(self) -> None:
         if self.element_kind.is_integer:
@@ -117,6 +130,12 @@ class Layout:
             )
         if self.folded and self.element_kind != ElementKind.SIGNED:
             raise LayoutError(f"codes of {self.element_kind.name} elements are folded; those of SIGNED ones can be")
+        if self.quantizer == Quantizer.TRELLIS and not self.folded:
+            raise LayoutError("elements of a trellis have folded codes")
+        if self.quantizer == Quantizer.TRELLIS and self.element_bits > TRELLIS_MAX_ELEMENT_BITS:
+            raise LayoutError(
+                f"element_bits is {self.element_bits}; elements of a trellis have 2 to {TRELLIS_MAX_ELEMENT_BITS}"
+            )
         # A folded code needs a raw bit to be folded by.
         low, high = (1, self.element_bits - 1) if self.folded else (2, min(8, self.element_bits))
         if not low <= self.code_bits <= high:
@@ -138,6 +157,11 @@ class Layout:
     @property
     def raw_bits(self) -> int:
         return self.element_bits - self.code_bits
+
+    @property
+    def integer_bits(self) -> int:
+        """Bits of the integers that elements of an integer kind stand for, outliers aside."""
+        return self.element_bits + (TRELLIS_EXTRA_BITS if self.quantizer == Quantizer.TRELLIS else 0)
 
     @property
     def parameters(self) -> tuple[int, int, int, bool]:
@@ -167,7 +191,7 @@ class Layout:
         if not self.element_kind.is_integer:
             return "lossless"
         for name in LAYOUT_NAMES:
-            if self in integer_layouts(name, self.element_kind, self.element_bits):
+            if self in integer_layouts(name, self.element_kind, self.element_bits, self.quantizer):
                 return name
         return "custom"
 
@@ -179,7 +203,8 @@ def integer_layout(name: str, element_kind: ElementKind, element_bits: int) -> L
     """The named layout (``compact``, ``balanced`` or ``fast``) for integers of ``element_bits`` bits (FORMAT.md §4).
 
     >>> integer_layout("balanced", ElementKind.SIGNED, 5)
-    Layout(element_kind=<ElementKind.SIGNED: 1>, element_bits=5, code_bits=2, codes_per_symbol=4, folded=True)
+    Layout(element_kind=<ElementKind.SIGNED: 1>, element_bits=5, code_bits=2, codes_per_symbol=4, folded=True, \
+quantizer=<Quantizer.SCALAR: 0>)
     """
     signed = element_kind == ElementKind.SIGNED
     match name:
@@ -196,16 +221,37 @@ def integer_layout(name: str, element_kind: ElementKind, element_bits: int) -> L
     raise ValueError(f"unknown layout {name!r}; there are {', '.join(LAYOUT_NAMES)}")
 
 
-def integer_layouts(name: str, element_kind: ElementKind, element_bits: int) -> tuple[Layout, ...]:
+def integer_layouts(
+    name: str, element_kind: ElementKind, element_bits: int, quantizer: Quantizer = Quantizer.SCALAR
+) -> tuple[Layout, ...]:
     """All layouts of a name, the quickest (and usual) one first.
 
     ``balanced`` has a second one, for integers whose range is given and much wider than most of them: a folded code
-    would be 0 for nearly all, and their raw bits far from even.
+    would be 0 for nearly all, and their raw bits far from even. That of a trellis has codes of three bits, for low
+    rates.
     """
+    if quantizer == Quantizer.TRELLIS:
+        return _trellis_layouts(name, element_kind, element_bits)
     first = integer_layout(name, element_kind, element_bits)
     if name == "balanced" and first.folded:
         return first, Layout(element_kind, element_bits, 4, 2)
     return (first,)
+
+
+def _trellis_layouts(name: str, element_kind: ElementKind, element_bits: int) -> tuple[Layout, ...]:
+    def layout(code_bits: int, codes_per_symbol: int) -> Layout:
+        return Layout(element_kind, element_bits, code_bits, codes_per_symbol, True, Quantizer.TRELLIS)
+
+    match name:
+        case "compact":
+            return (layout(element_bits - 1, 1),)
+        case "balanced" if element_bits == 4:
+            return layout(2, 4), layout(3, 2)
+        case "balanced" if element_bits >= 3:
+            return (layout(2, 4),)
+        case "balanced" | "fast":
+            return (layout(1, 8),)
+    raise ValueError(f"unknown layout {name!r}; there are {', '.join(LAYOUT_NAMES)}")
 
 
 def float_layouts(element_kind: ElementKind) -> tuple[Layout, ...]:

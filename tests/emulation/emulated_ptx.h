@@ -625,6 +625,15 @@ KVPACK_EMULATED_HALVES(min_nan_bf16x2, min_nan, bf16_value, bf16_bits)
 KVPACK_EMULATED_HALVES(max_nan_bf16x2, max_nan, bf16_value, bf16_bits)
 #undef KVPACK_EMULATED_HALVES
 inline void forget(unsigned int&) {}
+template <unsigned int distance>
+inline unsigned int of_lane_before(unsigned int value) {
+  const unsigned int other = __shfl_up_sync(emulated::kAllLanes, value, distance);
+  return emulated::current->lane < distance ? 0 : other;
+}
+template <unsigned int distance>
+inline void xor_of_lane_before(unsigned int& value) {
+  value ^= of_lane_before<distance>(value);
+}
 
 // A difference of fp16 is exact in fp32 up to one rounding, which does not change the second one (24 >= 2 * 11 + 2).
 inline unsigned int sub_f16x2(unsigned int a, unsigned int b) {

@@ -75,6 +75,7 @@ def modes(blob: Blob) -> set[int]:
 
 
 FOURS = Layout(SIGNED, 8, 4, 2)
+FOUR_BITS = integer_layout("balanced", SIGNED, 4)
 INTEGER_LAYOUTS = [
     integer_layout("balanced", SIGNED, 8),  # b = 4
     integer_layout("balanced", UNSIGNED, 7),  # b = 2 + 1
@@ -286,7 +287,13 @@ def test_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_compiler
 @pytest.mark.parametrize(
     "options",
-    [{"preset": "lossless"}, {"preset": "near-lossless"}, {"bits": 4.25}, {"bits": 4.25, "embeddings": "code"}],
+    [
+        {"preset": "lossless"},
+        {"preset": "near-lossless"},
+        {"bits": 4.25},
+        {"bits": 4.25, "embeddings": "code"},
+        {"bits": 3.5, "embeddings": "code", "quantizer": "trellis"},
+    ],
 )
 def test_whole_files(tmp_path: Path, options: dict[str, Any]) -> None:
     rng = np.random.default_rng(4)
@@ -329,7 +336,7 @@ def test_quantized_strips(dtype: Any, by_row: bool) -> None:
     rounding = Rounding(rng.uniform(0.3, 0.95, 129).astype(np.float32), np.float32(1.9))
     coder = encoder.device_coder("cpu", emulated_launch)
     header = weights.header(integer_layout("balanced", SIGNED, 5), 64)
-    for options in ((steps, 5, rounding), (steps, 5, NEAREST)):
+    for options in ((steps, header.layout, rounding), (steps, header.layout, NEAREST)):
         here, there = QuantizedStrips(weights, *options), coder.quantize(weights, *options)
         assert type(there) is not QuantizedStrips
         expected, found = here.count(header, None), there.count(header, None)
@@ -345,10 +352,10 @@ def test_quantized_strips(dtype: Any, by_row: bool) -> None:
 def test_more_outliers_than_expected() -> None:
     weights = Matrices(np.full((100, 100), -300, np.float32))
     coder = encoder.device_coder("cpu", emulated_launch)
-    strips = coder.quantize(weights, np.ones(1, np.float32), 4, NEAREST)
+    strips = coder.quantize(weights, np.ones(1, np.float32), FOUR_BITS, NEAREST)
     strip = strips.strip(0)
     assert np.array_equal(
-        strip.outliers, QuantizedStrips(weights, np.ones(1, np.float32), 4, NEAREST).strip(0).outliers
+        strip.outliers, QuantizedStrips(weights, np.ones(1, np.float32), FOUR_BITS, NEAREST).strip(0).outliers
     )
     assert len(strip.outliers) == 10000
 
@@ -356,7 +363,7 @@ def test_more_outliers_than_expected() -> None:
 def test_tiny_steps_stay_with_the_cpu() -> None:
     coder = encoder.device_coder("cpu", emulated_launch)
     weights = Matrices(np.full((4, 4), 1e-38, np.float32))
-    assert type(coder.quantize(weights, np.full(1, 1e-38, np.float32), 8, NEAREST)) is QuantizedStrips
+    assert type(coder.quantize(weights, np.full(1, 1e-38, np.float32), FOUR_BITS, NEAREST)) is QuantizedStrips
 
 
 def test_quotients_are_exact() -> None:

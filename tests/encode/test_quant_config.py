@@ -16,20 +16,21 @@ from typer.testing import CliRunner
 import kvpack
 from kvpack import QuantConfig
 from kvpack.cli import app
-from kvpack.cli.compress import AllocationOption, LayoutOption, PresetOption
-from kvpack.encode.quant_config import ALLOCATIONS, LAYOUTS, PRESETS
+from kvpack.cli.compress import AllocationOption, LayoutOption, PresetOption, QuantizerOption
+from kvpack.encode.quant_config import ALLOCATIONS, LAYOUTS, PRESETS, QUANTIZERS
 from kvpack.encode.rates import DEFAULT_BITS
 from kvpack.errors import DirectoryIndexError, InputError
 
 DEFAULTS = {
     "bits": 4.85, "preset": None, "layout": "auto", "tile_cols": None, "allocation": "auto", "include": None,
     "exclude": None, "tensor_bits": {}, "dequantize_fp8": False, "tensor_parallel": 1,
-    "stack": False, "embeddings": "keep", "calibration": None,
+    "stack": False, "embeddings": "keep", "calibration": None, "quantizer": "scalar",
 }  # fmt: skip
 OTHERS = {
     "bits": 3.5, "preset": None, "layout": "fast", "tile_cols": 96, "allocation": "model", "include": "head",
     "exclude": r"^b\.", "tensor_bits": {"up": 2.5, "down": "lossless"}, "dequantize_fp8": True,
     "tensor_parallel": 2, "stack": False, "embeddings": 3.25, "calibration": {"tokens": 4096},
+    "quantizer": "scalar",
 }  # fmt: skip
 
 
@@ -137,7 +138,8 @@ def test_options_by_name_are_a_config(tmp_path: Path) -> None:
 
 
 def test_the_command_has_the_same_names() -> None:
-    for names, option in ((LAYOUTS, LayoutOption), (PRESETS, PresetOption), (ALLOCATIONS, AllocationOption)):
+    for names, option in ((LAYOUTS, LayoutOption), (PRESETS, PresetOption), (ALLOCATIONS, AllocationOption),
+                          (QUANTIZERS, QuantizerOption)):  # fmt: skip
         assert sorted(names) == sorted(option)
 
 

@@ -26,6 +26,7 @@ from kvpack.format.layout import (
     ElementKind,
     Layout,
     Predictor,
+    Quantizer,
     TileMode,
     float_layouts,
     integer_layout,
@@ -39,6 +40,13 @@ NAMED_LAYOUTS = [
     for kind in (ElementKind.SIGNED, ElementKind.UNSIGNED)
     for bits in range(2, 9)
     for name in samples.LAYOUT_NAMES
+]
+TRELLIS_LAYOUTS = [
+    Layout(ElementKind.SIGNED, n, c, g, True, Quantizer.TRELLIS)
+    for n in range(2, 7)
+    for c in range(1, n)
+    for g in (1, 2, 4, 8)
+    if g * c <= 8
 ]
 FLOAT_LAYOUTS = [layout for kind in samples.FLOAT_KINDS for layout in float_layouts(kind)]
 # What a reader must also take (FORMAT.md §§3–4): any n, c, g.

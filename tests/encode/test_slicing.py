@@ -12,7 +12,7 @@ import pytest
 import sample_blobs as samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_round_trip import DISTRIBUTIONS, FLOAT_LAYOUTS, NAMED_LAYOUTS, OTHER_LAYOUTS, draw_elements
+from test_round_trip import DISTRIBUTIONS, FLOAT_LAYOUTS, NAMED_LAYOUTS, OTHER_LAYOUTS, TRELLIS_LAYOUTS, draw_elements
 
 from kvpack.encode import slicing
 from kvpack.encode.blob_decoder import decode_integers
@@ -20,7 +20,7 @@ from kvpack.encode.blob_encoder import encode_elements
 from kvpack.encode.slicing import slice_columns, slice_matrices, slice_rows, stack_rows
 from kvpack.errors import GeometryError, PayloadCrcError, TableError
 from kvpack.format.blob import Blob
-from kvpack.format.layout import ElementKind, Layout, Predictor, TileMode, integer_layout
+from kvpack.format.layout import ElementKind, Layout, Predictor, Quantizer, TileMode, integer_layout
 from kvpack.runtime.codec.group_table import group_table
 
 Numbers = npt.NDArray[Any]
@@ -45,12 +45,12 @@ def cut(draw: st.DrawFn, size: int, unit: int) -> tuple[int, int]:
 @st.composite
 def blobs(draw: st.DrawFn) -> tuple[bytes, Numbers]:
     """A blob of any layout, with tiles of several modes, and its numbers."""
-    layout = draw(st.sampled_from(NAMED_LAYOUTS + FLOAT_LAYOUTS + OTHER_LAYOUTS))
+    layout = draw(st.sampled_from(NAMED_LAYOUTS + TRELLIS_LAYOUTS + FLOAT_LAYOUTS + OTHER_LAYOUTS))
     rows = draw(st.one_of(st.integers(1, 600), st.sampled_from([1, 32, 33, 256, 288, 512, 545])))
     cols, tile_cols = draw(st.integers(1, 150)), 32 * draw(st.integers(1, 3))
     distribution = draw(st.sampled_from(DISTRIBUTIONS))
     elements = draw_elements(distribution, (draw(st.integers(1, 2)), rows, cols), layout.element_bits, tile_cols, rows)
-    integer = layout.element_kind.is_integer
+    integer = layout.element_kind.is_integer and layout.quantizer == Quantizer.SCALAR
     predictor = draw(st.sampled_from(Predictor)) if integer else Predictor.NONE
     if layout.element_kind != ElementKind.SIGNED:
         data = encode_elements(elements, layout, tile_cols=tile_cols, predictor=predictor)

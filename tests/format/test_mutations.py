@@ -21,7 +21,7 @@ from kvpack.encode.blob_decoder import decode_integers
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.errors import FormatError, LimitError
 from kvpack.format.blob import Blob
-from kvpack.format.layout import ElementKind, Predictor, float_layouts, integer_layout
+from kvpack.format.layout import ElementKind, Predictor, Quantizer, float_layouts, integer_layout, integer_layouts
 
 MAX_ELEMENTS = 1 << 14
 MUTANTS_PER_BASE = 3000
@@ -30,7 +30,7 @@ EXTREMES += (2**31 - 1, 2**31, 2**32 - 16, 2**32 - 1, 2**63, 2**64 - 16, 2**64 -
 
 
 def small_bases() -> dict[str, bytes]:
-    """Sixteen blobs of 112 to 22,000 bytes."""
+    """Seventeen blobs of 112 to 22,000 bytes."""
     gaussian = samples.gaussian_elements
     signed, unsigned = ElementKind.SIGNED, ElementKind.UNSIGNED
     blobs = {}
@@ -47,6 +47,12 @@ def small_bases() -> dict[str, bytes]:
         gaussian((1, 20, 200), 4, 0.8, 23),
         [(0, row, (row * 37) % 200, 1000 - 99 * row) for row in range(20)],
         integer_layout("balanced", signed, 4),
+        tile_cols=224,
+    )
+    blobs["trellis"] = samples.encode_with_outliers(
+        gaussian((1, 40, 200), 4, 0.8, 31),
+        [(0, row, (row * 37) % 200, 1000 - 99 * row) for row in range(20)],
+        integer_layouts("balanced", signed, 4, Quantizer.TRELLIS)[0],
         tile_cols=224,
     )
     three_d = gaussian((2, 20, 180), 6, 1.0, 24)
@@ -84,6 +90,7 @@ NAMES = (
     *samples.LAYOUT_NAMES,
     "predicted",
     "outliers",
+    "trellis",
     "3-d mixed",
     "tables",
     "plain",

@@ -26,7 +26,7 @@ from nvrtc import compile_for  # noqa: E402
 from kvpack.bench import matrix_quantizer as matrices  # noqa: E402
 from kvpack.bench.matrix_quantizer_reference import FORMATS, Axis  # noqa: E402
 from kvpack.encode.snapshot_coder import _LAYOUTS  # noqa: E402
-from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, float_layouts, integer_layouts  # noqa: E402
+from kvpack.format.layout import LAYOUT_NAMES, ElementKind, Layout, Quantizer, float_layouts, integer_layouts  # noqa: E402
 from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
 from kvpack.runtime.codec import encoder, feedback  # noqa: E402
 from kvpack.runtime.codec.decoder import decode_kernel  # noqa: E402
@@ -73,6 +73,16 @@ SIGNED, UNSIGNED = (
         )
     )
     for kind in (ElementKind.SIGNED, ElementKind.UNSIGNED)
+)
+# Kernels of products and decoding ask for a trellis, those that encode do not.
+SCALAR = SIGNED
+SIGNED += tuple(
+    dict.fromkeys(
+        layout
+        for bits in range(2, 7)
+        for name in ("balanced", "fast")
+        for layout in integer_layouts(name, ElementKind.SIGNED, bits, Quantizer.TRELLIS)
+    )
 )
 FLOATS = tuple(layout for kind in ElementKind if not kind.is_integer for layout in float_layouts(kind))
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -207,7 +217,7 @@ def encoder_kernels(operation: str) -> Callable[[bool, int], Iterator[Kernel]]:
     """The kernels of each layout, which have no options; the selection has one for all kinds of the same numbers."""
 
     def of_all(everything: bool, architecture: int) -> Iterator[Kernel]:
-        kernels = (encoder._kernel(operation, layout) for layout in (*SIGNED, *UNSIGNED, *FLOATS))
+        kernels = (encoder._kernel(operation, layout) for layout in (*SCALAR, *UNSIGNED, *FLOATS))
         return (
             kernels
             if everything or architecture not in COVERED

@@ -36,7 +36,8 @@ from kvpack.runtime.device.devices import Limits  # noqa: E402
 from kvpack.runtime.weights import expansion, products  # noqa: E402
 from kvpack.runtime.weights.launch_model import fit_gemm, fit_gemv, gemm_launches, gemv_launches  # noqa: E402
 
-GOLDEN = sorted((Path(__file__).parents[1] / "data" / "v1").glob("*.blob"))
+_DATA = Path(__file__).parents[1] / "data"
+GOLDEN = sorted(path for folder in ("v1", "v1-trellis") for path in (_DATA / folder).glob("*.blob"))
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
 

@@ -71,6 +71,7 @@ from kvpack.format.layout import (
     ElementKind,
     Layout,
     Predictor,
+    Quantizer,
     TableEncoding,
     TileMode,
     align,
@@ -105,7 +106,9 @@ _UNITS_PER_BIT = 256
 
 @cache
 def _kernel(operation: str, layout: Layout | None, defines: tuple[tuple[str, int], ...] = ()) -> Kernel:
-    """The kernel of the source file of its name."""
+    """The kernel of the source file of its name, which knows of elements, not of what these stand for."""
+    if layout is not None:
+        layout = replace(layout, quantizer=Quantizer.SCALAR)
     return Kernel.of(f"codec/{operation}.cu", operation, layout, dict(defines))
 
 
@@ -662,10 +665,10 @@ class _DeviceStrips(QuantizedStrips):
         coder: _DeviceCoder,
         weights: Matrices,
         steps: npt.NDArray[np.float32],
-        element_bits: int,
+        layout: Layout,
         rounding: Rounding,
     ) -> None:
-        super().__init__(weights, steps, element_bits, rounding)
+        super().__init__(weights, steps, layout, rounding)
         self._coder = coder
         self._lock = threading.Lock()
         self._elements: torch.Tensor | None = None
@@ -698,7 +701,7 @@ class _DeviceStrips(QuantizedStrips):
                 _QUANTIZE_THREADS,
                 (
                     values, _U32(rows), _U32(cols), steps, _U32(len(self.own_steps) > 1), thresholds,
-                    np.float32(self.rounding.clamp), np.int32(1 << (self.element_bits - 1)), elements, outliers,
+                    np.float32(self.rounding.clamp), np.int32(1 << (self.layout.element_bits - 1)), elements, outliers,
                     _U32(capacity), sums,
                 ),
                 device=device,
@@ -731,7 +734,7 @@ class _DeviceStrips(QuantizedStrips):
             of_matrix = feedback.of_matrix(matrix)
             assert isinstance(of_matrix, DeviceFeedback)  # of the coder that these strips are of
             fed_back = quantize_with_feedback(
-                values, steps[matrix], self.element_bits, self.rounding, of_matrix, self._coder.launcher
+                values, steps[matrix], self.layout.element_bits, self.rounding, of_matrix, self._coder.launcher
             )
             elements[matrix] = fed_back.elements
             from_place = np.array([matrix * weights.rows, 0, DELTA_OFFSET])
@@ -785,15 +788,15 @@ class _DeviceCoder:
         return values
 
     def quantize(
-        self, weights: Matrices, steps: npt.NDArray[np.float32], element_bits: int, rounding: Rounding
+        self, weights: Matrices, steps: npt.NDArray[np.float32], layout: Layout, rounding: Rounding
     ) -> QuantizedStrips:
         """As :class:`kvpack.encode.tensor_encoder.QuantizedStrips`."""
         positive = steps[steps != 0]
         far_from_denormal = (np.isfinite(positive) & (positive >= _SMALLEST_STEP)).all()
         # The kernel that rounds each weight for itself takes weights as they are stored.
         if weights.feedback is None and (weights.vector_bytes or not far_from_denormal):
-            return QuantizedStrips(weights, steps, element_bits, rounding)
-        return _DeviceStrips(self, weights, steps, element_bits, rounding)
+            return QuantizedStrips(weights, steps, layout, rounding)
+        return _DeviceStrips(self, weights, steps, layout, rounding)
 
     def _send(
         self, header: BlobHeader, source: StripSource, executor: ThreadPoolExecutor | None

@@ -22,7 +22,7 @@ import torch
 from kvpack.errors import DeviceError
 from kvpack.format import layout as constants
 from kvpack.format import pages
-from kvpack.format.layout import ElementKind, Layout, Predictor, TileMode
+from kvpack.format.layout import ElementKind, Layout, Predictor, Quantizer, TileMode
 from kvpack.format.pages import PageFormat, Side
 from kvpack.runtime.device.sources import cuda_source_dir
 
@@ -42,6 +42,7 @@ _NAMES = (
     "MAX_STEPS_U8_LENGTHS",
     "OUTLIER_ROW_SHIFT",
     "OUTLIER_LEAST_COL_BITS",
+    "TRELLIS_EXTRA_BITS",
 )
 
 
@@ -78,6 +79,7 @@ def layout_defines(layout: Layout) -> dict[str, int]:
         "KVPACK_CODES_PER_SYMBOL": layout.codes_per_symbol,
         "KVPACK_RAW_BITS": layout.raw_bits,
         "KVPACK_FOLDED": int(layout.folded),
+        "KVPACK_TRELLIS": int(layout.quantizer == Quantizer.TRELLIS),
     }
 
 

@@ -25,7 +25,7 @@ from kvpack.encode.row_decoder import decode_rows
 from kvpack.encode.threads import ThreadPool
 from kvpack.errors import InputError
 from kvpack.format.header import BlobHeader
-from kvpack.format.layout import TILE_ROWS, ElementKind, Layout
+from kvpack.format.layout import TILE_ROWS, ElementKind, Layout, Quantizer
 from kvpack.runtime.device.devices import device_limits
 from kvpack.runtime.weights import expansion, grouped, mma_product, products, wgmma_product
 from kvpack.runtime.weights.products import FLOAT_TYPES, LOSSLESS_TYPES, NUMBER_TYPES, Coded
@@ -68,6 +68,7 @@ def pack_geometry(
         int(layout.folded),
         int(has_row_offsets),
         int(has_column_scales),
+        int(layout.quantizer),
     ]
 
 
@@ -84,7 +85,7 @@ def _vectors(
 @lru_cache(maxsize=4096)
 def _header(geometry: tuple[int, ...]) -> BlobHeader:
     kind, bits, code_bits, codes_per_symbol, rows, cols, tile_cols, matrices = geometry[:8]
-    layout = Layout(ElementKind(kind), bits, code_bits, codes_per_symbol, bool(geometry[12]))
+    layout = Layout(ElementKind(kind), bits, code_bits, codes_per_symbol, bool(geometry[12]), Quantizer(geometry[15]))
     return BlobHeader(layout=layout, rows=rows, cols=cols, tile_cols=tile_cols, matrices=matrices)
 
 

@@ -22,6 +22,7 @@ from kvpack.format.layout import (
     GROUP_LANES,
     ElementKind,
     Layout,
+    Quantizer,
     align,
     ceil_div,
 )
@@ -168,6 +169,8 @@ def gemv_warps(layout: Layout, architecture: int, *, grouped: bool = False) -> i
     """At most how many warps a block for one vector has, if two share a multiprocessor."""
     if architecture >= _NEWER:
         return 10
+    if grouped and layout.codes_per_symbol == 8 and layout.quantizer == Quantizer.TRELLIS:
+        return min(12, gemv_warps(layout, architecture))
     if layout.codes_per_symbol == 8 and layout.raw_bits % 4 == 3:  # planes of two bits and of one
         return (12 if grouped else 14) if layout.raw_bits == 3 else 10
     if layout.raw_bits > _MANY_RAW_BITS:
@@ -202,7 +205,7 @@ def decode_warps(
     if many or fp32 or outliers or predicted:
         return widest if eight or (fp32 and many) else wide
     spills = layout.codes_per_symbol == 2 and layout.raw_bits == _MANY_RAW_BITS - 1 and output in OUTPUTS.values()
-    if eight or spills:
+    if eight or spills or layout.quantizer == Quantizer.TRELLIS:
         return wide
     return of_four if layout.codes_per_symbol > 2 else narrow
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from kvpack.format.layout import CHUNK_COLS, FREQUENCY_SUM, GROUP_LANES, Layout, ceil_div
+from kvpack.format.layout import CHUNK_COLS, FREQUENCY_SUM, GROUP_LANES, Layout, Quantizer, ceil_div
 from kvpack.runtime.device import kernels, semaphores
 from kvpack.runtime.device.devices import ACTIVATIONS, Limits
 from kvpack.runtime.device.kernels import Kernel
@@ -40,7 +40,7 @@ class _Block:
     product_tokens: int
 
 
-# By the number of vectors, padded; many raw bits take more registers. With these no kernel spills.
+# By the number of vectors, padded; many raw bits, and grids of a trellis, take more registers. So no kernel spills.
 _BLOCKS = {64: _Block(5, 64, 64), 128: _Block(3, 72, 128), 256: _Block(2, 72, 128)}
 _BLOCKS_OF_MANY_RAW_BITS = {64: _Block(4, 80, 64), 128: _Block(2, 128, 128), 256: _Block(2, 96, 128)}
 _MANY_RAW_BITS = 5
@@ -50,6 +50,7 @@ MIN_TOKENS, MAX_TOKENS = 33, max(_BLOCKS)  # fewer are faster without it
 def block_of(layout: Layout, tokens: int) -> _Block:
     """The block for ``tokens`` vectors, padded."""
     many = layout.raw_bits >= (_MANY_RAW_BITS - 1 if layout.codes_per_symbol == 4 else _MANY_RAW_BITS)
+    many |= layout.quantizer == Quantizer.TRELLIS
     return (_BLOCKS_OF_MANY_RAW_BITS if many else _BLOCKS)[tokens]
 
 
