@@ -22,6 +22,7 @@ from kvpack.encode.quantize import DELTA_OFFSET, Quantized, Rounding
 from kvpack.encode.tensor_encoder import Matrices
 from kvpack.errors import DeviceError
 from kvpack.format.container import Container
+from kvpack.format.layout import ElementKind, integer_layout
 
 torch = pytest.importorskip("torch")
 
@@ -247,10 +248,9 @@ def test_vectors_are_taken_out_of_the_weights() -> None:
                     return np.ones(40)
 
             matrices.feedback = Known()
-            quantized = coder.quantize(matrices, np.full(1, 0.3, F32), 4, rounding())
-            header = matrices.header(
-                kvpack.format.layout.integer_layout("balanced", encoder.ElementKind.SIGNED, 4), None
-            )
+            layout = integer_layout("balanced", ElementKind.SIGNED, 4)
+            quantized = coder.quantize(matrices, np.full(1, 0.3, F32), layout, rounding())
+            header = matrices.header(layout, None)
             counted = quantized.count(header, None)
             parts = [quantized.strip(index) for index in range(2)]
             found.append((parts, counted, quantized.expected_kl()))
