@@ -228,6 +228,17 @@ def test_compress(tmp_path: Path) -> None:
 
 
 @needs_compiler
+def test_the_trellis_is_the_cpus(tmp_path: Path) -> None:
+    """A device codes it, with the CPU's factors: the bytes are the same, and name no device."""
+    source, moments = write_model(tmp_path)
+    config = kvpack.QuantConfig(bits=3.5, quantizer="trellis")
+    for name, coder in (("cpu", encoder.CPU_CODER), ("device", encoder.device_coder("cpu", emulated_launch))):
+        compress(source, tmp_path / name, config, moments=moments, coder=coder)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "device" / file).read_bytes() == (tmp_path / "cpu" / file).read_bytes()
+
+
+@needs_compiler
 def test_vectors_are_taken_out_of_the_weights() -> None:
     """Column scales and row offsets, of each of two matrices, stored transposed or not: as the CPU takes them out."""
     rng = np.random.default_rng(4)
