@@ -1009,6 +1009,50 @@ def calibrated_peers(name: str) -> Callable[[], str]:
     return shown
 
 
+def calibration_tokens(name: str) -> Callable[[], str]:
+    """A result of benchmarks/calibration_tokens.py: tokens and labels, on the text that moments are of."""
+
+    def shown() -> str:
+        result = newest(f"calibration-tokens-{name}")
+        rates = sorted({row["asked"] for row in result["rows"]}, reverse=True)
+        found: dict[tuple[int, int], dict[float, str]] = {}
+        for row in result["rows"]:
+            if row["evaluated_on"] == result["text"] and row["calibrated_on"] in (None, result["text"]):
+                of_run = found.setdefault((row["tokens"], row["seed"]), {})
+                of_run[row["asked"]] = f"{_number(row['kl'], 4)} ± {row['kl_standard_error']:.4f}"
+        rows = [
+            [f"{tokens:,}" if tokens else "none", str(seed) if tokens else "–", *(of_run[rate] for rate in rates)]
+            for (tokens, seed), of_run in sorted(found.items())
+        ]
+        text = table(["tokens", "seed of labels", *(f"KL at {rate:g} bits" for rate in rates)], rows)
+        text += f"\nThe first {result['windows']} windows of {result['window_tokens']} tokens of {result['text']}; "
+        text += "moments of its last quarter.\n"
+        return text + origin(result)
+
+    return shown
+
+
+def calibration_texts() -> str:
+    """What a result of benchmarks/calibration_tokens.py says of two texts."""
+    result = newest("calibration-tokens-books")
+    texts = list(dict.fromkeys(row["evaluated_on"] for row in result["rows"]))
+    of_texts = {row["tokens"] for row in result["rows"] if row["calibrated_on"] == texts[-1]}
+    rows = []
+    for asked in sorted({row["asked"] for row in result["rows"]}, reverse=True):
+        for calibrated_on in (None, *texts):
+            kl = {
+                row["evaluated_on"]: f"{_number(row['kl'], 4)} ± {row['kl_standard_error']:.4f}"
+                for row in result["rows"]
+                if (row["asked"], row["calibrated_on"], row["seed"]) == (asked, calibrated_on, 0)
+                and row["tokens"] in of_texts | {0}
+            }
+            rows.append([f"{asked:g}", calibrated_on or "nothing", *(kl[text] for text in texts)])
+    text = table(["`--bits`", "calibrated on", *(f"KL on {text}" for text in texts)], rows)
+    tokens = ", ".join(f"{number:,}" for number in sorted(of_texts))
+    text += f"\n{tokens} tokens of the last quarter; the first {result['windows']} windows of "
+    return text + f"{result['window_tokens']} tokens of each.\n" + origin(result)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "minilm-short": lambda: minilm_rates(short=True),
     "minilm-rates": lambda: minilm_rates(short=False),
@@ -1091,6 +1135,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "calibrated-books": calibrated("books"),
     "calibrated-smollm2": calibrated("smollm2"),
     "calibrated-peers-books": calibrated_peers("books"),
+    "calibrated-peers-smollm2": calibrated_peers("smollm2"),
+    "calibration-tokens-books": calibration_tokens("books"),
+    "calibration-tokens-smollm2": calibration_tokens("smollm2"),
+    "calibration-texts": calibration_texts,
     "equal-quality-books": equal_quality("books"),
     "equal-quality-minilm": equal_quality("minilm"),
     "equal-quality-smollm2": equal_quality("smollm2"),
