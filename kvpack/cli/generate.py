@@ -199,19 +199,12 @@ def _check_output(path: Path) -> None:
     Raises:
         InputError: there is a file of another kind, which is not replaced, or a directory; it cannot be written to.
     """
-    from kvpack.errors import FormatError
-    from kvpack.format.snapshot import SnapshotFile
+    from kvpack.format.snapshot import check_replaceable
     from kvpack.format.temporary_files import check_writable
 
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is no directory: the context cannot be saved there")
-    if path.is_dir():
-        raise InputError(f"{path} is a directory: name a file in it, which the context is saved to")
-    if path.exists():
-        try:
-            SnapshotFile(path).close()
-        except (FormatError, OSError):
-            raise InputError(f"{path} is there, and no context: it is not replaced; name another file") from None
+    check_replaceable(path)
     try:
         check_writable(path, "tmp")
     except OSError as error:

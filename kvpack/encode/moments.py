@@ -20,13 +20,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.jit import kernel
-from kvpack.errors import MomentsError
+from kvpack.errors import FormatError, InputError, MomentsError
 from kvpack.format.closing import Closing
 from kvpack.format.container import Container, ContainerWriter, StoredTensor
 from kvpack.format.json_limits import load_json
@@ -275,6 +276,32 @@ class Moments(Closing):
                 name, f"it is {stored.dtype} {list(stored.shape)}, {dtype} of {shown} dimensions is wanted"
             )
         return stored
+
+
+def check_moments_output(output: Path, text: Path | None, *, force: bool) -> None:
+    """Whether a moments file can be written there: in place of another one at most, and of none without ``force``.
+
+    Args:
+        text: what the moments are found on, which is never replaced; None: no file.
+
+    Raises:
+        InputError: there is a file that must stay, or a directory, or no directory that it would be in.
+    """
+    if output.is_dir():
+        raise InputError(f"{output} is a directory; the moments are one file")
+    if output.exists():
+        if text is not None and text.exists() and output.samefile(text):
+            raise InputError(f"{output} is the text that is read: name another output with -o")
+        if not force:
+            raise InputError(f"{output} exists already; --force (force=True) replaces it")
+        try:
+            Moments(output).close()
+        except (FormatError, OSError):
+            raise InputError(
+                f"{output} is there, and no moments file: it is not replaced; name another output with -o"
+            ) from None
+    if not output.resolve().parent.is_dir():
+        raise InputError(f"the directory {output.parent} does not exist")
 
 
 class MomentsWriter:

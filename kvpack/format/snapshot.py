@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.errors import FormatError, LimitError, NotASnapshotError, PageError, SnapshotHeaderError
+from kvpack.errors import FormatError, InputError, LimitError, NotASnapshotError, PageError, SnapshotHeaderError
 from kvpack.format.closing import Closing
 from kvpack.format.container import CRC_KEY, Container
 from kvpack.format.file_kinds import describe_for_context
@@ -615,6 +615,22 @@ class SnapshotFile(Closing):
     def close(self) -> None:
         """Let go of the file."""
         self.container.close()
+
+
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Whether a snapshot can be written there: in place of another snapshot at most.
+
+    Raises:
+        InputError: there is a file of another kind, which is not replaced, or a directory.
+    """
+    shown = os.fspath(path)
+    if os.path.isdir(path):
+        raise InputError(f"{shown} is a directory: name a file in it, which the context is saved to")
+    if os.path.exists(path):
+        try:
+            SnapshotFile(path).close()
+        except (FormatError, OSError):
+            raise InputError(f"{shown} is there, and no context: it is not replaced; name another file") from None
 
 
 def snapshot_crc32(text: str) -> str:

@@ -22,6 +22,7 @@ from kvpack.errors import (  # noqa: E402
     CacheInputError,
     DamagedRunError,
     FingerprintMismatchError,
+    InputError,
     ModelMismatchError,
     NotSupportedError,
     SnapshotHeaderError,
@@ -313,6 +314,35 @@ def test_what_cannot_be_saved(tmp_path: Path, model: Any) -> None:
     cache.kv.save(tmp_path / "of no model")
     with pytest.raises(ModelMismatchError, match="does not say what model"):
         KVPackCache.load(tmp_path / "of no model", model)
+
+
+def test_ids_that_are_not_the_caches_are_refused(tmp_path: Path, model: Any) -> None:
+    ids = prompt(50)
+    cache = KVPackCache(model.config)
+    cache.reuse(ids)
+    logits(model, ids, cache)
+    others = ids.clone()
+    others[0, 17] = (ids[0, 17] + 1) % VOCABULARY
+    with pytest.raises(CacheInputError, match=f"token {int(others[0, 17])} in row 0, column 17, where the cache holds"):
+        cache.save(tmp_path / "context", model, others)
+    assert not list(tmp_path.iterdir())
+    assert cache.ids.tolist() == ids.tolist()
+    # A token that was told and not fed may be another one later.
+    cache.save(tmp_path / "context", model, torch.cat([ids, ids[:, :1]], 1))
+    logits(model, ids[:, 1:2], cache)
+    cache.save(tmp_path / "context", model, torch.cat([ids, ids[:, 1:2]], 1))
+    assert cache.ids[0, 50] == ids[0, 1]
+
+
+def test_a_file_that_is_no_context_is_not_replaced(tmp_path: Path, model: Any) -> None:
+    cache, ids, notes = KVPackCache(model.config), prompt(50), tmp_path / "notes.txt"
+    logits(model, ids, cache)
+    notes.write_text("mine")
+    with pytest.raises(InputError, match="is there, and no context: it is not replaced"):
+        cache.save(notes, model, ids)
+    with pytest.raises(InputError, match="is a directory: name a file in it"):
+        cache.save(tmp_path, model, ids)
+    assert notes.read_text() == "mine"
 
 
 def test_ids_that_the_model_does_not_have(tmp_path: Path, model: Any) -> None:

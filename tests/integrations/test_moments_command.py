@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,10 +156,26 @@ class TestRefusals:
         assert "either --text or --self-samples" in self.refused(model, "--text", novel, "--self-samples", *output)
         assert "with --self-samples there is none" in self.refused(model, "--self-samples", "--from", 0.5, *output)
 
+    def test_inputs_are_never_replaced(self, model: Path, novel: Path, tmp_path: Path) -> None:
+        directory, text = tmp_path / "model", tmp_path / "text.txt"
+        shutil.copytree(model, directory)
+        shutil.copy(novel, text)
+        weights = directory / "model.safetensors"
+        before = weights.read_bytes()
+        told = self.refused(directory, "--text", text, "-o", weights, "--force")
+        assert "model.safetensors is there, and no moments file: it is not replaced; name another output" in told
+        for force in ((), ("--force",)):
+            told = self.refused(directory, "--text", text, "-o", text, *force)
+            assert "text.txt is the text that is read: name another output with -o" in told
+        assert weights.read_bytes() == before
+        assert text.read_bytes() == novel.read_bytes()
+
     def test_outputs(self, model: Path, novel: Path, tmp_path: Path) -> None:
         there = tmp_path / "there"
-        there.write_bytes(b"")
+        there.write_bytes(b"mine")
         assert "exists already; --force" in self.refused(model, "--text", novel, "-o", there)
+        assert "no moments file: it is not replaced" in self.refused(model, "--text", novel, "-o", there, "--force")
+        assert there.read_bytes() == b"mine"
         assert "is a directory" in self.refused(model, "--text", novel, "-o", tmp_path, "--force")
         missing = tmp_path / "missing" / "m.safetensors"
         assert f"the directory {missing.parent} does not exist" in self.refused(model, "--text", novel, "-o", missing)

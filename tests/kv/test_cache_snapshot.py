@@ -32,7 +32,7 @@ from kvpack.errors import (  # noqa: E402
 from kvpack.format.container import Container  # noqa: E402
 from kvpack.format.snapshot import Fingerprint, SnapshotFile, SnapshotHeader  # noqa: E402
 from kvpack.runtime.kv.allocator import PageImportance  # noqa: E402
-from kvpack.runtime.kv.snapshot import load_snapshot  # noqa: E402
+from kvpack.runtime.kv.snapshot import load_snapshot, save_snapshot  # noqa: E402
 from kvpack.runtime.kv.snapshot_convert import convert_snapshot  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -485,6 +485,20 @@ def test_a_full_disk(tmp_path: Path, limit: int) -> None:
     assert "OSError: [Errno 27] File too large" in said
     assert path.read_bytes() == before
     assert [found.name for found in tmp_path.iterdir()] == ["context"]
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    cache = new_cache(formats=PageFormat.INT4)
+    fill(cache, 300)
+    save_file({"a": np.ones(3, np.float32)}, tmp_path / "tensors")
+    before = (tmp_path / "tensors").read_bytes()
+    for save in (cache.save, functools.partial(save_snapshot, cache)):
+        with pytest.raises(InputError, match="tensors is there, and no context: it is not replaced"):
+            save(tmp_path / "tensors")
+        with pytest.raises(InputError, match="is a directory"):
+            save(tmp_path)
+    assert (tmp_path / "tensors").read_bytes() == before
+    assert cache.save(tmp_path / "context") == cache.save(tmp_path / "context") > 0
 
 
 def test_truncated_missing_and_other_files(tmp_path: Path) -> None:

@@ -516,6 +516,23 @@ class KVPackCache(Cache):  # type: ignore[misc]
             raise CacheInputError(f"ids have {len(given)} rows, and the cache holds {self.rows}")
         self._ids = given
 
+    def _check_ids(self, given: Ids) -> None:
+        """
+        Raises:
+            CacheInputError: another token than one that the cache knows; ``given`` i32 [rows, columns held].
+        """
+        known = self._known_ids()
+        if given.shape != known.shape:
+            return
+        others = np.argwhere((known != UNKNOWN_TOKEN) & (given != known))
+        if len(others):
+            row, column = others[0].tolist()
+            raise CacheInputError(
+                f"ids have token {given[row, column]} in row {row}, column {column}, where the cache holds "
+                f"{known[row, column]} by what load, reuse or save were told: give the ids that the model was fed, or "
+                "none"
+            )
+
     def save(
         self,
         path: str | os.PathLike[str],
@@ -543,8 +560,10 @@ class KVPackCache(Cache):  # type: ignore[misc]
             The bytes of the file, which is there whole, or not at all.
 
         Raises:
-            CacheInputError: the cache is empty, or has no such row; fewer ids than it holds columns.
+            CacheInputError: the cache is empty, or has no such row; fewer ids than it holds columns, or others
+                than those of :attr:`ids` that are known.
             NotSupportedError: the model lies on several devices.
+            InputError: there is a file that is no context, which is not replaced, or a directory.
             OSError: the file cannot be written.
         """
         kv, columns = self.kv, self.get_seq_length()
@@ -558,6 +577,8 @@ class KVPackCache(Cache):  # type: ignore[misc]
                 raise CacheInputError(
                     f"ids have {given.shape[1]} columns, and the cache holds {columns}: some are missing"
                 )
+            given = given[:, :columns]  # behind them others may come than these
+            self._check_ids(given)
             self._take_ids(given)
         sequence = row if self.sequences is None else self.sequences[row]
         kv.settle([sequence])

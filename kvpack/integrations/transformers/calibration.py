@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from kvpack._version import __version__
+from kvpack.encode.moments import check_moments_output
 from kvpack.encode.progress import Progress
 from kvpack.errors import DeviceError, InputError
 from kvpack.integrations.transformers.calibration_output import Checkpoint, checkpoint_shapes, write_moments
@@ -109,7 +110,7 @@ def calibrate(
         sensitivities: whether gradients are found too.
         device: ``auto``, or a name of torch's.
         dtype: what is computed in; ``auto`` is what the directory names. Second moments are summed in fp32 and fp64.
-        force: replace an existing output.
+        force: replace an existing output, which has to be a moments file.
         progress: told tokens, once for each pass through a layer.
 
     Raises:
@@ -122,7 +123,7 @@ def calibrate(
         225
     """
     progress, start = progress or Progress(), time.perf_counter()
-    _check(directory, output, force)
+    _check(directory, text, output, force)
     shapes = checkpoint_shapes(directory)
     window = window_tokens(directory, window)
     if text is None:
@@ -238,7 +239,7 @@ def _own_ids(
     return torch.cat(found)
 
 
-def _check(directory: Path, output: Path, force: bool) -> None:
+def _check(directory: Path, text: Path | None, output: Path, force: bool) -> None:
     """What can be said without the model's weights.
 
     Raises:
@@ -253,9 +254,4 @@ def _check(directory: Path, output: Path, force: bool) -> None:
                 f"{directory} is compressed, and moments are of the original: kvpack decompress makes an ordinary model"
             )
         raise InputError(f"{directory} has quantized weights ({method}): moments are of a model with plain numbers")
-    if output.is_dir():
-        raise InputError(f"{output} is a directory; the moments are one file")
-    if output.exists() and not force:
-        raise InputError(f"{output} exists already; --force (force=True) replaces it")
-    if not output.resolve().parent.is_dir():
-        raise InputError(f"the directory {output.parent} does not exist")
+    check_moments_output(output, text, force=force)

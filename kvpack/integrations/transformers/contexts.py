@@ -159,7 +159,7 @@ def save_row(
     """Write a row that has these ids; returns the bytes of the file.
 
     Raises:
-        CacheInputError, NotSupportedError, OSError
+        CacheInputError, NotSupportedError, InputError, OSError
     """
     device_of_model(model)
     fingerprint = model_fingerprint(model)

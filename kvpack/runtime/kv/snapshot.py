@@ -33,7 +33,16 @@ from kvpack.format.pages import (
     join_block,
     split_block,
 )
-from kvpack.format.snapshot import PAGE_RULES, Dtype, Fingerprint, RunPages, SnapshotFile, SnapshotHeader, run_pages
+from kvpack.format.snapshot import (
+    PAGE_RULES,
+    Dtype,
+    Fingerprint,
+    RunPages,
+    SnapshotFile,
+    SnapshotHeader,
+    check_replaceable,
+    run_pages,
+)
 from kvpack.runtime.kv.allocator import PageImportance
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.fingerprint import check_fingerprint
@@ -104,6 +113,7 @@ def save_snapshot(
         CacheInputError: no such sequence, or an empty one; another number of tokens; pages that it does not have; the
             midst of a step, or of a CUDA graph's capture.
         CacheFullError: the device has no memory for coding pages; the file of before is there still.
+        InputError: there is a file that is no context, which is not replaced, or a directory.
         OSError: the file cannot be written.
 
     >>> import tempfile, torch
@@ -116,6 +126,7 @@ def save_snapshot(
     >>> torch.equal(loaded.read(0, 0)[0], cache.read(0, 0)[0])
     True
     """
+    check_replaceable(path)
     importance = cache.importance_of(sequence)  # says what is wrong with the sequence, and the moment
     length = cache.length(0, sequence)
     first, end = (0, ceil_div(length, PAGE_TOKENS)) if pages is None else pages
