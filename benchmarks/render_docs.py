@@ -1053,7 +1053,40 @@ def calibration_texts() -> str:
     return text + f"{result['window_tokens']} tokens of each.\n" + origin(result)
 
 
+def calibrated_cost() -> str:
+    result = newest("calibrated-cost")
+    shape, moments, coded = result["shape"], result["moments"], result["compress"]
+    rows = [
+        [
+            name,
+            _number(part["seconds"], 1),
+            _number(part["seconds_a_layer"], 1),
+            _number(part["extrapolated_seconds"], 0),
+            _number(part["peak_device_bytes"] / 1e9, 1),
+            _number(part["peak_resident_bytes_so_far"] / 1e9, 1),
+        ]
+        for name, part in (
+            (f"moments of {moments['tokens']:,} tokens", moments),
+            (f"compression, {_number(coded['bits_per_weight'], 3)} bits", coded),
+        )
+    ]
+    headings = [
+        "step",
+        f"{shape['layers_made']} layers, s",
+        "a layer more, s",
+        f"{shape['layers']} layers, s",
+        "GPU memory, GB",
+        "host memory, GB",
+    ]
+    text = (
+        table(headings, rows)
+        + f"\nTogether {_number(result['extrapolated_minutes'], 1)} minutes for {shape['layers']} layers.\n"
+    )
+    return text + gpu_origin(result)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
+    "calibrated-cost": calibrated_cost,
     "minilm-short": lambda: minilm_rates(short=True),
     "minilm-rates": lambda: minilm_rates(short=False),
     "minilm-layouts": minilm_layouts,
