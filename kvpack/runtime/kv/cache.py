@@ -1458,12 +1458,14 @@ class KVCache:
         """
         found = _flat(entries)
         pages, counts = np.unique(found, return_counts=True)
-        held = self.pools.infos(pages).held
-        if len(few := np.flatnonzero(held < counts)):
+        infos = self.pools.infos(pages)
+        if len(few := np.flatnonzero(infos.held < counts)):
             raise PageEntryError(
-                f"{pages[few[0]]:#x} is released {counts[few[0]]} times; it is retained {held[few[0]]} times"
+                f"{pages[few[0]]:#x} is released {counts[few[0]]} times; it is retained {infos.held[few[0]]} times"
             )
-        return sum(self._release(entry) for entry in found.tolist())
+        stays = infos.references > counts
+        self.pools.drop_holds(pages[stays], counts[stays])
+        return sum(self._release(entry) for entry in found[np.isin(found, pages[~stays])].tolist())
 
     def new_pages(self, formats: npt.NDArray[np.uint8], *, first_page: int = 0) -> Ints:
         """Pages to be filled by the caller (:meth:`read_pages`), who holds them as by :meth:`retain`.

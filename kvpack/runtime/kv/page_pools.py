@@ -430,6 +430,16 @@ class PagePools:
         slab.held[number] -= 1
         return self._drop(entry, slab, number)
 
+    def drop_holds(self, entries: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:
+        """:meth:`release` these pages, [n], each named once, so many times each: others hold them still.
+
+        Raises:
+            PageEntryError: no page in use. Nothing has changed.
+        """
+        for slab, members, numbers in list(self._located(entries)):
+            slab.many_references[numbers] -= counts[members]
+            slab.many_held[numbers] -= counts[members]
+
     def is_held(self, entry: int) -> bool:
         """Whether someone other than the page table holds a page; False of one that is not in use."""
         slab, number = self._find(entry)
