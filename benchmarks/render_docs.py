@@ -1167,6 +1167,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "grouped": grouped,
     "calibrated-books": calibrated("books"),
     "calibrated-smollm2": calibrated("smollm2"),
+    "calibrated-smollm2-tables": calibrated("smollm2-tables"),
     "calibrated-peers-books": calibrated_peers("books"),
     "calibrated-peers-smollm2": calibrated_peers("smollm2"),
     "calibration-tokens-books": calibration_tokens("books"),
