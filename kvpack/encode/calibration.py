@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.feedback import Feedback, MatrixFeedback
-from kvpack.encode.moments import F32, Moments
+from kvpack.encode.moments import F32, SAMPLES, Moments, sampled_crc32
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.table_moments import TableMoments, table_moments
 from kvpack.encode.tensor_encoder import CPU_CODER, Coder, Matrices
 from kvpack.errors import InputError, MomentsError
-from kvpack.format.container import FEEDBACK_DEVICE_KEY
+from kvpack.format.container import FEEDBACK_DEVICE_KEY, Container
 
-_OF_TENSORS = ("shapes", "left_out")
+_OF_TENSORS = ("shapes", "left_out", SAMPLES)
 # Squared steps that a bit is worth where errors are fed back, in units of the mean L_jj².
 FEEDBACK_RATE_WEIGHT = 0.06
 # Inputs by their name, which of a tensor's matrices reads them, and whether they are as that tensor alone has them.
@@ -116,6 +116,8 @@ class Calibration:
         self._factors: OrderedDict[_Key, MatrixFeedback] = OrderedDict()
         self._mean_variances: dict[_Key, float] = {}
         self._kept_bytes = 0
+        # Tensors that were compared with what the moments are of -> whether they have the same weights.
+        self.same_weights: dict[str, bool] = {}
         self._text_tokens = float(moments.token_counts.sum(dtype=np.float64))
         # Who makes a factor holds its key's lock, and the other lock for moments alone.
         self._lock = threading.Lock()
@@ -130,6 +132,12 @@ class Calibration:
     def has_sensitivities(self) -> bool:
         """Whether it is known what an error at outputs costs."""
         return any(self.moments.sensitivity(name) is not None for name in self.moments.names)
+
+    def compare(self, name: str, container: Container, stored: str) -> None:
+        """Note whether a tensor is the one that the moments are of, where they say it and as far as samples tell."""
+        samples = self.moments.made.get(SAMPLES)
+        if isinstance(samples, dict) and name in samples:
+            self.same_weights[name] = sampled_crc32(container, stored) == samples[name]
 
     def prepare(self, name: str, weights: Matrices) -> bool:
         """Let a tensor be quantized with feedback; whether there are moments of it that can be used.

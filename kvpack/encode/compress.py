@@ -277,13 +277,14 @@ class _Model:
             for tensor in file.container.tensors.values():
                 if self.selections[file.path].reason_to_keep(tensor, kinds) is None:
                     self.matrices(file, tensor)
+                    self.calibration.compare(file.names[tensor.name], file.container, tensor.name)
         if not any(self.calibrated.values()):
             raise MomentsError(
                 f"{self.calibration.moments.path} has moments of no tensor that is quantized at a rate: they are of "
                 "another model, or none is"
             )
 
-    def calibration_notes(self) -> list[str]:
+    def calibration_notes(self, source: Path) -> list[str]:
         """How the moments were used, and which tensors that are quantized have none."""
         if self.calibration is None:
             return []
@@ -292,6 +293,13 @@ class _Model:
         notes = [f"calibrated: {found} of {len(self.calibrated)} tensors with feedback, {steps}"]
         if without := sorted(name for name, has in self.calibrated.items() if not has):
             notes.append(f"no moments, so rounded each for itself: {listed(without, 3)}")
+        compared = self.calibration.same_weights
+        if others := sorted(name for name, is_same in compared.items() if not is_same):
+            notes.append(
+                f"{self.calibration.moments.path} has moments of other weights than {source}: {len(others)} of "
+                f"{len(compared)} tensors differ ({listed(others, 3)}); of a fine-tune's base they serve, of another "
+                "model they do not: kvpack moments makes those of this one"
+            )
         return notes
 
     def trellis_notes(self, reports: list[TensorReport]) -> list[str]:
@@ -843,7 +851,7 @@ def compress(
             *model.count_notes(),
             *model.split_notes(reports),
             *model.stack_notes(),
-            *model.calibration_notes(),
+            *model.calibration_notes(source),
             *model.trellis_notes(reports),
             *quantization_notes(report.reason for report in reports),
         ],

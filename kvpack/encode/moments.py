@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +40,9 @@ TOKENS = ".tokens"
 SENSITIVITY = ".sensitivity"
 GRADIENT_MOMENT = ".gradient_moment"
 TOKEN_COUNTS = "token_counts"
+# In ``made``: tensor → its ``sampled_crc32``, by which moments of another model of the same shapes are known.
+SAMPLES = "sampled_crc32"
+_SAMPLES, _SAMPLE_BYTES = 64, 16
 # |H_ij − H_ji| over the geometric mean of the diagonal's two elements.
 _ASYMMETRY = 1e-3
 _REMEDY = "make it anew with kvpack moments"
@@ -276,6 +280,19 @@ class Moments(Closing):
                 name, f"it is {stored.dtype} {list(stored.shape)}, {dtype} of {shown} dimensions is wanted"
             )
         return stored
+
+
+def sampled_crc32(container: Container, name: str) -> str:
+    """What tells a stored tensor from another model's: eight hex digits, of its dtype, its shape and 1 KiB of it.
+
+    That is 16 bytes at each of 64 equal distances. Reading all of a model takes as long as a pass over its weights.
+    """
+    tensor = container.tensors[name]
+    found = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    places = dict.fromkeys(tensor.size_bytes * sample // _SAMPLES for sample in range(_SAMPLES))
+    for begin in places:
+        found = zlib.crc32(container.read(name, begin, min(begin + _SAMPLE_BYTES, tensor.size_bytes)), found)
+    return f"{found:08x}"
 
 
 def check_moments_output(output: Path, text: Path | None, *, force: bool) -> None:

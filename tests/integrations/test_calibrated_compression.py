@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +181,38 @@ def test_what_cannot_be_calibrated_is_refused_before_a_model_is_loaded(
         done = run(model, "-o", tmp_path / "there", "--bits", 4, "--calibrate", novel, *options, code=USAGE)
         assert message in done.output.replace("\n", " ")
     run(model, "-o", tmp_path / "o", "--bits", 4, "--calibrate", tmp_path / "none.txt", code=USAGE)
+
+
+def test_what_a_killed_process_left_is_removed(
+    model: Path, novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while that process runs."""
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from kvpack.integrations.transformers import calibrated_compression as here\n"
+        "here._held_out_kl = lambda *_: (print('ready', flush=True), sys.stdin.read())\n"
+        "here.compress_calibrated(Path(sys.argv[1]), Path(sys.argv[3]), text=Path(sys.argv[2]), tokens=512)\n"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", code, str(model), str(novel), str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        (left,) = tmp_path.iterdir()
+        assert re.fullmatch(r"\.out\.[0-9a-f]{8}\.tmp", left.name)
+        kvpack.compress(model, out, bits=6)
+        assert sorted(os.listdir(tmp_path)) == sorted([left.name, "out"])
+        process.kill()
+    monkeypatch.setattr(
+        calibrated_compression,
+        "_held_out_kl",
+        lambda *_: {"sensitivity": Mean(0.1, None), "tensor": Mean(0.2, None)},
+    )
+    began = time.perf_counter()
+    report = calibrated_compression.compress_calibrated(model, out, text=novel, tokens=512, force=True)
+    taken = time.perf_counter() - began
+    assert os.listdir(tmp_path) == ["out"]
+    assert 0.8 * taken < report.compression.seconds <= taken  # of all of it
 
 
 def test_an_old_output_stays_where_something_fails(

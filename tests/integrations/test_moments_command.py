@@ -82,6 +82,28 @@ def test_text_of_its_own(model: Path, tmp_path: Path) -> None:
         assert moments.made["text"] is None
 
 
+def test_moments_of_another_model_are_named(model: Path, novel: Path, tmp_path: Path) -> None:
+    """Of the same shapes; those of a fine-tune's base are taken all the same."""
+    moments = tmp_path / "m.safetensors"
+    run(model, "--text", novel, "-o", moments, "--tokens", 60, "--window", 20)
+    own = kvpack.compress(model, tmp_path / "own", bits=4, moments=moments)
+    assert not any("other weights" in note for note in own.notes)
+    tuned = tmp_path / "tuned"
+    shutil.copytree(model, tuned)
+    weights = load_file(tuned / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    save_torch_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    arguments = ["compress", str(tuned), "--bits", "4", "--moments", str(moments), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    (note,) = [note for note in json.loads(result.stdout)["notes"] if "other weights" in note]
+    coded = sum(tensor.method == "uniform" for tensor in own.tensors)
+    assert f"{moments} has moments of other weights than {tuned}: 1 of {coded} tensors differ" in note
+    assert "(model.layers.1.mlp.down_proj.weight)" in note
+    config = kvpack.QuantConfig.from_directory(tmp_path / "own").calibration
+    assert config is not None
+    assert "sampled_crc32" not in config
+
+
 @pytest.fixture
 def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:

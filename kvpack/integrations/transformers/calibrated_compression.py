@@ -6,9 +6,11 @@ read tokens that the moments are not of, and the one with the less KL is kept.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,7 @@ from kvpack.encode.output_files import check_target
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.errors import InputError
+from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
 from kvpack.integrations.transformers.calibration import calibrate
 from kvpack.integrations.transformers.calibration_text import DEFAULT_TOKENS, own_text, read_text, window_tokens
 from kvpack.integrations.transformers.causal_models import load_causal_model
@@ -41,7 +44,7 @@ class CalibratedReport:
     """What a calibrated compression gave.
 
     Attributes:
-        compression: of the output that was kept.
+        compression: of the output that was kept; its ``seconds`` are those of all: moments, codings and the check.
         allocation: of these the one that was kept.
         held_out_kl: allocation → KL(original ‖ coded) in nats a token, over tokens that the moments are not of.
         held_out_tokens: how many tokens were scored.
@@ -97,6 +100,7 @@ def compress_calibrated(
         FormatError: the input is damaged.
         OSError: reading or writing failed; an output that was there before is still there, or the new one is.
     """
+    start = time.perf_counter()
     config = QuantConfig() if config is None else config
     begin, end = part
     if not directory.is_dir():
@@ -115,8 +119,8 @@ def compress_calibrated(
         rest = read_text(directory, text, tokens=_HELD_OUT_WINDOWS * length, window=length, part=(held_out, end))
         assert rest.ids is not None
         windows = TextWindows(rest.ids, len(rest.ids), rest.tokens, tuple(rest.made["begins_with"]))
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as hidden:
-        moments = Path(hidden) / "moments.safetensors"
+    with _hidden_directory(target) as hidden:
+        moments = hidden / "moments.safetensors"
         with begun("moments", "tokens") as progress:
             run = calibrate(
                 directory,
@@ -139,7 +143,7 @@ def compress_calibrated(
             with begun("compress", "bytes") as progress:
                 reports[allocation] = compress(
                     directory,
-                    Path(hidden) / allocation,
+                    hidden / allocation,
                     replace(config, allocation=allocation),
                     threads=threads,
                     progress=progress,
@@ -149,14 +153,28 @@ def compress_calibrated(
         with begun("held-out tokens", "tokens") as progress:
             if windows is None:
                 windows = _own_windows(directory, length, seed, device)
-            coded = {allocation: Path(hidden) / allocation for allocation in allocations}
+            coded = {allocation: hidden / allocation for allocation in allocations}
             kl = _held_out_kl(directory, coded, windows, device, progress)
         kept = min(allocations, key=lambda allocation: kl[allocation].value)
         with directory_in_place(target) as temporary:
             for path in coded[kept].iterdir():
                 path.rename(temporary / path.name)
-    report = replace(reports[kept], output=str(target))
+    report = replace(reports[kept], output=str(target), seconds=round(time.perf_counter() - start, 3))
     return CalibratedReport(report, kept, kl, len(windows.ids) * windows.scored, run.tokens)
+
+
+@contextmanager
+def _hidden_directory(target: Path) -> Iterator[Path]:
+    """A directory beside an output, gone at the end; what a killed process left of one goes at the beginning."""
+    target = Path(os.path.abspath(target))  # "." has no name
+    remove_abandoned(target, "tmp")
+    path = target.with_name(hidden_name(target.name, "tmp"))
+    lock = create_directory(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
 
 
 def _own_windows(directory: Path, length: int, seed: int, device: str) -> TextWindows:

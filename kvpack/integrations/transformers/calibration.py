@@ -170,7 +170,7 @@ def calibrate(
                     run.do(stage, Windows(ids, seed, work, progress), sensitivities)
             progress.tensor("writing")
             written = write_moments(
-                output, model, work, stages, checkpoint, ids, made | {"whole_model": run.whole_model}
+                output, directory, model, work, stages, checkpoint, ids, made | {"whole_model": run.whole_model}
             )
             work.delete()
     return CalibrationReport(

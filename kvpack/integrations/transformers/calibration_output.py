@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack.encode.moments import F32, MomentsWriter
+from kvpack.encode.moments import F32, SAMPLES, MomentsWriter, sampled_crc32
 from kvpack.encode.reader import Reader
 from kvpack.integrations.module_tree import parameter_kinds
 from kvpack.integrations.transformers.calibration_work import WorkDirectory
@@ -60,8 +60,14 @@ def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
         return {name: kept_shape(reader.container(name).tensors[name]) for name in reader.main_keys()}
 
 
+def _samples(directory: Path, names: Sequence[str]) -> dict[str, str]:
+    with Reader(directory, components=False) as reader:
+        return {name: sampled_crc32(reader.container(name), name) for name in names}
+
+
 def write_moments(
     output: Path,
+    directory: Path,
     model: Any,
     work: WorkDirectory,
     stages: Sequence[str],
@@ -72,8 +78,9 @@ def write_moments(
     """Put the moments file together from what the stages have left.
 
     Args:
+        directory: of the checkpoint.
         ids: i64 [windows, tokens] that were read.
-        made: what the file is made of; shapes, and what has no moments, come to it here.
+        made: what the file is made of; shapes and samples, and what has no moments, come to it here.
     """
     files = [_StageFile(work, stage) for stage in stages]
     found: dict[str, _StageFile] = {}
@@ -116,7 +123,8 @@ def write_moments(
         vocabulary = model.get_input_embeddings().weight.shape[0]
         counts = np.bincount(ids.numpy().reshape(-1), minlength=vocabulary).astype(np.int64)
         shapes = {place.name: list(place.shape) for place in places.found}
-        size_bytes = writer.finish(inputs, counts, {**made, "shapes": shapes, "left_out": places.left_out})
+        of_tensors = {"shapes": shapes, SAMPLES: _samples(directory, list(shapes)), "left_out": places.left_out}
+        size_bytes = writer.finish(inputs, counts, {**made, **of_tensors})
     return Written(size_bytes, len(inputs), matrices, untouched, places.left_out)
 
 
