@@ -169,8 +169,9 @@ def gemv_warps(layout: Layout, architecture: int, *, grouped: bool = False) -> i
     """At most how many warps a block for one vector has, if two share a multiprocessor."""
     if architecture >= _NEWER:
         return 10
-    if grouped and layout.codes_per_symbol == 8 and layout.quantizer == Quantizer.TRELLIS:
-        return min(12, gemv_warps(layout, architecture))
+    if layout.quantizer == Quantizer.TRELLIS:  # grids take a register
+        scalar = gemv_warps(replace(layout, quantizer=Quantizer.SCALAR), architecture, grouped=grouped)
+        return min(12 if grouped else 14, scalar)
     if layout.codes_per_symbol == 8 and layout.raw_bits % 4 == 3:  # planes of two bits and of one
         return (12 if grouped else 14) if layout.raw_bits == 3 else 10
     if layout.raw_bits > _MANY_RAW_BITS:
