@@ -206,7 +206,9 @@ def decode_warps(
     if many or fp32 or outliers or predicted:
         return widest if eight or (fp32 and many) else wide
     spills = layout.codes_per_symbol == 2 and layout.raw_bits == _MANY_RAW_BITS - 1 and output in OUTPUTS.values()
-    if eight or spills or layout.quantizer == Quantizer.TRELLIS:
+    if layout.quantizer == Quantizer.TRELLIS:
+        return widest if eight else wide
+    if eight or spills:
         return wide
     return of_four if layout.codes_per_symbol > 2 else narrow
 
