@@ -153,7 +153,7 @@ def compress(
     layout: Annotated[LayoutOption, typer.Option("--layout", help="How weights become symbols.")] = (LayoutOption.AUTO),
     quantizer: Annotated[
         QuantizerOption,
-        typer.Option("--quantizer", help="Round each weight, or choose a column's together: a sixth less noise."),
+        typer.Option("--quantizer", help="Round weights one by one, or choose a column's together: mostly less noise."),
     ] = QuantizerOption.SCALAR,
     tile_cols: Annotated[
         int | None,

@@ -48,6 +48,7 @@ from kvpack.format.layout import (
     align,
     ceil_div,
     outlier_delta_bits,
+    outlier_delta_max,
 )
 from kvpack.format.tables import Frequencies, pack_tables
 from kvpack.format.tile_parts import TileBytes
@@ -194,8 +195,14 @@ def estimate_blob_bytes(header: BlobHeader, tile_counts: npt.NDArray[np.int64], 
 def pack_outliers(
     row: npt.NDArray[np.uint32], col: npt.NDArray[np.uint32], delta: npt.NDArray[np.uint32], tile_cols: int
 ) -> npt.NDArray[np.uint32]:
-    """Outliers as FORMAT.md §7.5 says, from row and column in the tile and delta + 2^14, u32 [count] each."""
+    """Outliers as FORMAT.md §7.5 says, from row and column in the tile and delta + 2^14, u32 [count] each.
+
+    Raises:
+        ValueError: a delta that tiles of this width have no room for; who quantizes sees to that.
+    """
     delta_bits = outlier_delta_bits(tile_cols)
+    if len(delta) and np.abs(delta.astype(np.int64) - DELTA_OFFSET).max() > outlier_delta_max(tile_cols):
+        raise ValueError(f"an outlier is more than {outlier_delta_max(tile_cols)} beyond the range")
     low = (delta - np.uint32(DELTA_OFFSET)) & np.uint32((1 << delta_bits) - 1)
     return np.asarray(row << OUTLIER_ROW_SHIFT | col << delta_bits | low, np.uint32)
 

@@ -87,6 +87,8 @@ from kvpack.format.container import (
 from kvpack.format.layout import Layout, Quantizer
 
 _STEP_CORRECTIONS = 4
+# As many again where none of them came out below the rate.
+_MORE_STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
 # By how much a count of symbols may be below what coding them takes: bits a weight, and bytes a tensor.
 _COUNT_MARGIN_BITS, _COUNT_MARGIN_BYTES = 0.002, 24
@@ -566,7 +568,9 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
     most = bits - _COUNT_MARGIN_BITS - 8 * _COUNT_MARGIN_BYTES * len(measured) / total
     aim = most - _STEP_MARGIN_BITS / 2
     best: tuple[float, dict[str, CommonPlan]] | None = None
-    for _ in range(_STEP_CORRECTIONS):
+    for attempt in range(_STEP_CORRECTIONS + _MORE_STEP_CORRECTIONS):
+        if attempt >= _STEP_CORRECTIONS and best is not None:
+            break
         progress.tensor("steps")
         plans = solve(aim)
         # The histograms leave table rounding out; a pass over the weights counts what the tensors really take.
@@ -582,6 +586,8 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
         achieved = 8 * counted / total
         if achieved <= most and (best is None or achieved > best[0]):
             best = achieved, plans
+        if achieved > most and attempt >= _STEP_CORRECTIONS - 1:
+            aim -= achieved - most  # small tensors take a byte more or less, whatever was counted before
         if most - 2 * _STEP_MARGIN_BITS <= achieved <= most:
             break
     return plans if best is None else best[1]

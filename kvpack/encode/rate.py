@@ -360,10 +360,17 @@ def _ladder(fine: FineHistogram, layouts: Iterable[tuple[Layout, Overhead]]) -> 
     return sorted(plans, key=lambda plan: (plan.predicted.noise, plan.predicted.bits))
 
 
-def quantizer_at(asked: Quantizer, bits: float, *, fed_back: bool) -> Quantizer:
-    """The quantizer at a rate: the one asked for where it is the better one."""
-    least = 0.0 if fed_back else _TRELLIS_WITHOUT_FEEDBACK_FROM_BITS
-    return asked if least <= bits <= _TRELLIS_UP_TO_BITS else Quantizer.SCALAR
+def quantizers_at(asked: Quantizer, bits: float, *, fed_back: bool) -> tuple[Quantizer, ...]:
+    """The quantizers to choose from at a rate.
+
+    A trellis is not better for all matrices: it has raw planes where lanes are idle, and reaches a quarter as far. At
+    low rates feedback makes it better than can be told beforehand.
+    """
+    if asked == Quantizer.SCALAR or bits > _TRELLIS_UP_TO_BITS:
+        return (Quantizer.SCALAR,)
+    if bits < _TRELLIS_WITHOUT_FEEDBACK_FROM_BITS:
+        return (Quantizer.TRELLIS if fed_back else Quantizer.SCALAR,)
+    return (Quantizer.TRELLIS, Quantizer.SCALAR)
 
 
 def candidate_layouts(

@@ -52,7 +52,7 @@ from kvpack.encode.rate import (
     plan_for_noise,
     plan_for_step,
     plan_ladder,
-    quantizer_at,
+    quantizers_at,
     raw_layouts,
 )
 from kvpack.encode.tensor_parallel import dividing_tile_cols
@@ -847,8 +847,9 @@ def encode_at_bits(
         # What was quantized before is coded nearly as it is; errors fed back would put weights between its values.
         weights.feedback, weights.rate_weight = None, LAMBDA
     blob_bits = bits - weights.bits_beside
-    quantizer = quantizer_at(weights.quantizer, blob_bits, fed_back=weights.feedback is not None)
-    layouts = weights.choice(candidate_layouts(layout_name, blob_bits, fine, quantizer))
+    quantizers = quantizers_at(weights.quantizer, blob_bits, fed_back=weights.feedback is not None)
+    candidates = (candidate_layouts(layout_name, blob_bits, fine, quantizer) for quantizer in quantizers)
+    layouts = weights.choice(list(dict.fromkeys(layout for own in candidates for layout in own)))
     headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     if not fine.is_smooth:
         return _encode_from_ladder(weights, fine, bits, worth_bits, headers, tile_cols, executor, coder)
@@ -1044,13 +1045,19 @@ def plan_at_common_step(
 ) -> RatePlan:
     """How to store this tensor if the whole model has one step."""
     name = "balanced" if layout_name == "auto" else layout_name
-    layouts = [layout for n in range(2, 9) for layout in layouts_at(name, n, 0.0)]
-    if weights.quantizer == Quantizer.TRELLIS and fine.is_smooth:
-        widths = range(2, TRELLIS_MAX_ELEMENT_BITS + 1)
-        wider = [layout for layout in layouts if layout.element_bits > TRELLIS_MAX_ELEMENT_BITS]
-        layouts = [layout for n in widths for layout in layouts_at(name, n, 0.0, weights.quantizer)] + wider
-    headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
-    return plan_for_step(fine, step, layouts, headers, weights.rate_weight)
+    scalar = [layout for n in range(2, 9) for layout in layouts_at(name, n, 0.0)]
+
+    def best(layouts: list[Layout]) -> RatePlan:
+        headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
+        return plan_for_step(fine, step, layouts, headers, weights.rate_weight)
+
+    if weights.quantizer == Quantizer.SCALAR or not fine.is_smooth:
+        return best(scalar)
+    widths = range(2, TRELLIS_MAX_ELEMENT_BITS + 1)
+    trellis = [layout for n in widths for layout in layouts_at(name, n, 0.0, weights.quantizer)]
+    plan = best(trellis + [layout for layout in scalar if layout.element_bits > TRELLIS_MAX_ELEMENT_BITS])
+    quantizers = quantizers_at(weights.quantizer, plan.predicted.bits, fed_back=weights.feedback is not None)
+    return best(trellis + scalar) if Quantizer.SCALAR in quantizers else plan
 
 
 def planned_bytes(

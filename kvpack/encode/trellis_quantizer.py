@@ -24,13 +24,14 @@ from kvpack.format.layout import (
     MAX_TILE_COLS,
     OUTLIER_BYTES,
     TRELLIS_EXTRA_BITS,
+    TRELLIS_REACH_STEPS,
     ceil_div,
     outlier_delta_max,
 )
 
 F32 = np.float32
 # Steps that an outlier can lie beyond the range in tiles of any width.
-_MOST_STEPS = outlier_delta_max(MAX_TILE_COLS) >> TRELLIS_EXTRA_BITS
+_MOST_STEPS = (outlier_delta_max(MAX_TILE_COLS) >> TRELLIS_EXTRA_BITS) - TRELLIS_REACH_STEPS
 _BLOCK_COLS = 16
 _UNREACHED = F32(1e30)
 

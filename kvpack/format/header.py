@@ -27,6 +27,7 @@ from kvpack.format.layout import (
     NUM_SYMBOLS,
     PROBABILITY_BITS,
     TILE_ROWS,
+    TRELLIS_REACH_STEPS,
     VERSION,
     ElementKind,
     Layout,
@@ -127,7 +128,9 @@ class BlobHeader:
     def max_outlier_steps(self) -> int:
         """The largest magnitude, in steps between neighbouring elements, that is sure to be one an outlier can have."""
         extra_bits = self.layout.integer_bits - self.layout.element_bits
-        return outlier_delta_max(self.tile_cols) >> extra_bits
+        # With a trellis the element may lie on the other side of zero, up to 1.75 steps away (n = 2).
+        beside = 0 if self.layout.quantizer == Quantizer.SCALAR else TRELLIS_REACH_STEPS
+        return (outlier_delta_max(self.tile_cols) >> extra_bits) - beside
 
     def tile_geometry(self, tile: int) -> TileGeometry:
         """Geometry of tile number ``tile`` (matrix, then tile row, then tile column)."""

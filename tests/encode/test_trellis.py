@@ -16,15 +16,23 @@ from test_feedback import inputs, moment, write_moments
 
 import kvpack
 from kvpack.encode.blob_decoder import ParsedBlob, decode_integers
-from kvpack.encode.blob_encoder import encode_elements
+from kvpack.encode.blob_encoder import encode_elements, pack_outliers
 from kvpack.encode.coded_tensor import CodedTensor
 from kvpack.encode.feedback import feedback_of, quantize_with_feedback
 from kvpack.encode.quantize import DELTA_OFFSET, NEAREST, Rounding
+from kvpack.encode.rate import plan_for_step
 from kvpack.encode.report import describe
 from kvpack.encode.retiling import retile
 from kvpack.encode.row_decoder import decode_rows
 from kvpack.encode.slicing import slice_columns, slice_rows, stack_rows
-from kvpack.encode.tensor_encoder import Matrices, encode_at_bits
+from kvpack.encode.tensor_encoder import (
+    EncodedTensor,
+    Matrices,
+    NotEncodableError,
+    encode_at_bits,
+    encode_plan,
+    measure,
+)
 from kvpack.encode.trellis import put_integers, unsigned_integers
 from kvpack.encode.trellis_quantizer import quantize_with_trellis
 from kvpack.errors import GeometryError, InputError, LayoutError
@@ -227,3 +235,63 @@ def test_a_preset_has_no_trellis() -> None:
         kvpack.QuantConfig(preset="int8-row", quantizer="trellis")
     with pytest.raises(InputError, match="there are scalar, trellis"):
         kvpack.QuantConfig(quantizer="vector")
+
+
+@pytest.mark.parametrize("value", [4092.9, -4092.9])
+def test_outliers_at_the_limit_keep_their_sign(value: float) -> None:
+    """Of two bits, elements lie on both sides of zero, and an outlier may begin at either."""
+    rng = np.random.default_rng(0)
+    weights = (rng.choice([-1, 1], (512, 512)) * 1.45 + rng.normal(0, 0.2, (512, 512))).astype(F32)
+    weights[(np.arange(100) * 5 + 3) % 512, 4 * np.arange(100)] = value
+    matrices = Matrices(weights)
+    matrices.quantizer = Quantizer.TRELLIS
+    fine = measure(matrices, None)
+    layout = integer_layouts("compact", SIGNED, 2, TRELLIS)[0]
+    plan = plan_for_step(fine, 1.0, [layout], {layout: matrices.header(layout, None)})
+    encoded = encode_plan(matrices, fine, plan)
+    decoded = decode_integers(Blob(encoded.blob.data))[0] * encoded.scales[0]
+    assert np.abs(decoded - weights).max() < 2
+    weights[0, 0] = 4094.9
+    farther = Matrices(weights)
+    with pytest.raises(NotEncodableError, match="more than 4093 steps"):
+        encode_plan(farther, measure(farther, None), plan)
+
+
+def test_a_delta_without_room_is_no_other_one() -> None:
+    place = np.zeros(1, np.uint32)
+    with pytest.raises(ValueError, match="more than 16383 beyond"):
+        pack_outliers(place, place, np.array([16384 + 16384], np.uint32), 512)
+
+
+@pytest.mark.parametrize("shape", [(33, 512), (65, 2048)])
+def test_rounding_where_idle_lanes_or_far_outliers_make_it_better(shape: tuple[int, int]) -> None:
+    def encoded(weights: Array, quantizer: Quantizer) -> EncodedTensor:
+        matrices = Matrices(weights)
+        matrices.quantizer = quantizer
+        return encode_at_bits(matrices, 4.0)
+
+    weights = np.random.default_rng(1).normal(0, 0.05, shape).astype(F32)
+    own = encoded(weights, Quantizer.TRELLIS)
+    assert own.method == "uniform"
+    assert own.noise_db is not None
+    assert own.noise_db == encoded(weights, Quantizer.SCALAR).noise_db
+    large = np.random.default_rng(1).normal(0, 0.05, (512, 512)).astype(F32)
+    assert encoded(large, Quantizer.TRELLIS).method == "trellis"
+    large[3, 3] = -200
+    assert encoded(large, Quantizer.TRELLIS).method == "uniform"
+
+
+@pytest.mark.parametrize("bits", [4.25, 2.0])
+def test_common_steps_stay_below_the_rate(tmp_path: Path, bits: float) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"layers.{i}.{name}.weight": rng.normal(0, 0.05 * (i + 1), (200, 96)).astype(F32)
+        for i in range(2)
+        for name in "ab"
+    }
+    tensors["layers.0.c.weight"] = (rng.standard_t(3, (300, 640)) * 0.02).astype(F32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    report = kvpack.compress(
+        tmp_path / "model.safetensors", tmp_path / "out.safetensors", bits=bits, quantizer="trellis", allocation="model"
+    )
+    assert bits - 0.03 < report.bits_per_weight <= bits
