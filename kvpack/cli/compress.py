@@ -119,13 +119,17 @@ def _calibrated(
     if dry_run:
         raise InputError("--dry-run and --calibrate exclude each other: the check on tokens held back reads the output")
     require_transformers("kvpack compress --calibrate")
+    from kvpack.integrations.transformers.calibration_inputs import check_calibrated_compression
+
+    text_file = None if str(text) == "self" else text
+    check_calibrated_compression(source, output, config, text_file, force=force)
     from kvpack.integrations.transformers.calibrated_compression import compress_calibrated
 
     return compress_calibrated(
         source,
         output,
         config,
-        text=None if str(text) == "self" else text,
+        text=text_file,
         tokens=tokens,
         seed=seed,
         threads=threads,
@@ -231,13 +235,13 @@ def compress(
 
         config = QuantConfig(
             bits=bits,
-            preset=preset,
-            layout=layout,
-            quantizer=quantizer,
+            preset=None if preset is None else preset.value,
+            layout=layout.value,
+            quantizer=quantizer.value,
             tile_cols=tile_cols,
             tensor_parallel=tensor_parallel,
             stack=stack,
-            allocation=allocation,
+            allocation=allocation.value,
             include=include,
             exclude=exclude,
             tensor_bits=_parse_tensor_bits(tensor_bits),

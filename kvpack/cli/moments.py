@@ -66,6 +66,9 @@ def moments(
             raise InputError("either --text or --self-samples is given, one of them")
         if own and (begin, end) != (0.0, 1.0):
             raise InputError("--from and --to are parts of a --text; with --self-samples there is none")
+        from kvpack.integrations.transformers.calibration_inputs import check_moments_run
+
+        check_moments_run(model, text, output, (begin, end), force=force)
         from kvpack.integrations.transformers.calibration import calibrate
 
         with progress_bar("moments", unit="tokens") as progress, _told_what_is_finished(output):
@@ -112,6 +115,8 @@ def _print(report: CalibrationReport) -> None:
         f"{counted(report.tensors, 'tensor')}, {report.matrices} second moments; {report.tokens} tokens in "
         f"{counted(report.windows, 'window')} of {report.window_tokens}, in {report.dtype}"
     )
+    if report.note:
+        print(report.note)
     if report.whole_model is not None:
         print(f"the whole model was on {report.device}: {printable(report.whole_model)}")
     if report.untouched:

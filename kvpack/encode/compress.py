@@ -787,6 +787,8 @@ def compress(
     if moments is None and (config.allocation == "sensitivity" or config.calibration is not None):
         what = "allocation 'sensitivity'" if config.calibration is None else "options of a calibrated compression"
         raise InputError(f"{what} without moments: give a file of them, which kvpack moments makes")
+    if moments is not None and config.bits is None and not _has_rates(config):
+        raise InputError(f"preset {config.preset!r} and moments exclude each other: moments serve a rate, as bits=4.25")
     target = Path(out) if out is not None else default_output(source)
     check_target(source, target, force=force or dry_run, exists=file is None)
     if threads is not None and threads < 1:
@@ -863,6 +865,11 @@ def compress(
         ],
         time.perf_counter() - began,
     )
+
+
+def _has_rates(config: QuantConfig) -> bool:
+    """Whether some tensors have a rate beside the preset of all others."""
+    return any(isinstance(rate, float) for rate in (*config.tensor_bits.values(), config.embeddings))
 
 
 def _file_reports(model: _Model, source: Path) -> list[FileReport]:

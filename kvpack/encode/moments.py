@@ -31,6 +31,7 @@ from kvpack.encode.jit import kernel
 from kvpack.errors import FormatError, InputError, MomentsError
 from kvpack.format.closing import Closing
 from kvpack.format.container import Container, ContainerWriter, StoredTensor
+from kvpack.format.file_kinds import describe_for_moments
 from kvpack.format.json_limits import load_json
 
 METADATA_KEY = "kvpack_moments"
@@ -97,7 +98,7 @@ class Moments(Closing):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._container = Container(path)
+        self._container = Container(path, describe=describe_for_moments)
         self.path = self._container.path
         try:
             self._parse()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.encode.model_config import CONFIG_NAME, written_options
-from kvpack.encode.rates import DEFAULT_BITS, LOSSLESS, MAX_ASKED_BITS, MIN_BITS
+from kvpack.encode.rates import DEFAULT_BITS, LOSSLESS, MAX_ASKED_BITS, MAX_BITS, MIN_BITS
 from kvpack.errors import InputError
 from kvpack.format.layout import CHUNK_COLS, LAYOUT_NAMES, MAX_TILE_COLS
 
@@ -33,7 +33,7 @@ class QuantConfig:
     True
     >>> QuantConfig(bits=1)
     Traceback (most recent call last):
-    kvpack.errors.InputError: 1 bits a weight: rates from 1.5 to 32 are possible
+    kvpack.errors.InputError: 1 bits a weight: rates from 1.5 to 32 are possible, above 7.5 exactly where that fits
 
     ``tensor_bits`` is the one place where a user says what differs between tensors.
 
@@ -194,7 +194,10 @@ def pattern_list(value: str | Sequence[str] | None) -> list[str]:
 
 def _rate(bits: object) -> float:
     if isinstance(bits, bool) or not isinstance(bits, Real) or not MIN_BITS <= float(bits) <= MAX_ASKED_BITS:
-        raise InputError(f"{bits} bits a weight: rates from {MIN_BITS} to {MAX_ASKED_BITS} are possible")
+        raise InputError(
+            f"{bits} bits a weight: rates from {MIN_BITS} to {MAX_ASKED_BITS} are possible, above {MAX_BITS} "
+            "exactly where that fits"
+        )
     return float(bits)
 
 

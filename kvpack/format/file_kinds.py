@@ -152,7 +152,17 @@ def describe(head: bytes, size_bytes: int) -> str | None:
 
 def describe_for_context(head: bytes, size_bytes: int) -> str | None:
     """The same where a file was to be a saved context: a text may be a prompt, and weights are none."""
+    advice = "--prompt-file of `kvpack generate` reads texts, and its --save-context makes contexts of them"
+    return _described_as_text(head, size_bytes, f"no context: {advice}")
+
+
+def describe_for_moments(head: bytes, size_bytes: int) -> str | None:
+    """The same where a file was to be of moments: a text may be what they are to be found on."""
+    advice = "`kvpack moments MODEL --text FILE -o OUT` finds moments on a text, and --calibrate does it on the way"
+    return _described_as_text(head, size_bytes, f"no moments: {advice}")
+
+
+def _described_as_text(head: bytes, size_bytes: int, otherwise: str) -> str | None:
     if (text := _as_text(head)) is None or describe(head, size_bytes) != _text(head):
         return describe(head, size_bytes)
-    advice = "--prompt-file of `kvpack generate` reads texts, and its --save-context makes contexts of them"
-    return f"text ({_beginning(text)!r}), no context: {advice}"
+    return f"text ({_beginning(text)!r}), {otherwise}"

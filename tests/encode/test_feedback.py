@@ -23,7 +23,7 @@ from kvpack.encode.feedback import DAMPING, Feedback, _cholesky, feedback_of, qu
 from kvpack.encode.moments import Moments, MomentsWriter
 from kvpack.encode.quantize import DELTA_OFFSET, NEAREST, Rounding, quantize
 from kvpack.encode.tensor_encoder import CPU_CODER, Matrices, encode_at_bits
-from kvpack.errors import InputError, MomentsError
+from kvpack.errors import FormatError, InputError, MomentsError
 
 F32 = np.float32
 Array = npt.NDArray[Any]
@@ -538,6 +538,21 @@ def test_rates_of_their_own_count(model: Path, tmp_path: Path) -> None:
     assert by_name["b.weight"].expected_kl is not None
     assert by_name["c.weight"].method == "lossless"
     assert 3.9 < by_name["a.weight"].bits_per_weight <= 4.0
+
+
+def test_moments_serve_a_rate(model: Path, tmp_path: Path) -> None:
+    moments = write_moments(tmp_path / "moments.safetensors", SHAPES)
+    for preset in ("lossless", "near-lossless", "int8-row"):
+        with pytest.raises(InputError, match=f"preset '{preset}' and moments exclude each other"):
+            kvpack.compress(model, tmp_path / "o", preset=preset, moments=moments)
+    report = kvpack.compress(model, tmp_path / "o", preset="lossless", tensor_bits={r"a\.weight": 4}, moments=moments)
+    assert any("1 of 1 tensors with feedback" in note for note in report.notes)
+
+
+def test_a_text_in_place_of_moments_is_named(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "novel.txt").write_text("It was a dark night.")
+    with pytest.raises(FormatError, match=r"text \('It was a dark night.'\), no moments: `kvpack moments MODEL --text"):
+        kvpack.compress(model, tmp_path / "o", bits=4, moments=tmp_path / "novel.txt")
 
 
 def test_moments_of_another_model_are_refused(model: Path, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def test_one_command_from_a_text(model: Path, novel: Path, tmp_path: Path) -> No
     calibration = report["calibration"]
     assert set(calibration["held_out_kl"]) == {"sensitivity", "tensor"}
     assert calibration["calibration_tokens"] >= 2048
+    asked = f"{calibration['calibration_tokens']} tokens were read, not 2048: windows of 320 are whole"
+    assert asked in report["notes"]
     best = min(calibration["held_out_kl"], key=lambda name: calibration["held_out_kl"][name]["value"])
     assert calibration["allocation"] == best
     assert kvpack.QuantConfig.from_directory(tmp_path / "out").allocation == best
@@ -175,6 +177,9 @@ def test_what_cannot_be_calibrated_is_refused_before_a_model_is_loaded(
     short.write_text("the old house")
     done = run(model, "-o", tmp_path / "o", "--bits", 4, "--calibrate", short, code=USAGE)
     assert "fewer than" in done.output.replace("\n", " ")
+    # The last eighth has to have a window, of the model's 320 positions here.
+    assert "fewer than the 2560 of which the part from 0.875 to 1 has a window of 320" in " ".join(done.output.split())
+    assert "--window" not in done.output
     kvpack.compress(model, tmp_path / "there", bits=6)
     (tmp_path / "there" / "thesis.tex").write_text("")
     for options, message in (((), "exists already"), (("--force",), "thesis.tex")):

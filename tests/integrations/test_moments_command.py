@@ -74,6 +74,49 @@ def test_report(model: Path, novel: Path, tmp_path: Path) -> None:
         assert not any(str(tmp_path) in str(value) for value in moments.made.values())
 
 
+def test_other_numbers_of_tokens_than_asked_for_are_said(model: Path, novel: Path, tmp_path: Path) -> None:
+    options = ("--text", novel, "-o", tmp_path / "m.safetensors", "--no-sensitivities", "--window", 300, "--force")
+    assert "600 tokens were read, not 400: windows of 300 are whole\n" in run(model, *options, "--tokens", 400).stdout
+    assert "were read" not in run(model, *options, "--tokens", 300).stdout
+    report = json.loads(run(model, *options, "--tokens", 10**6, "--json").stdout)
+    assert report["asked_tokens"] == 10**6
+    shown = run(model, *options, "--tokens", 10**6).stdout
+    assert f"{report['tokens']} tokens were read, not 1000000: the text has no more whole windows\n" in shown
+
+
+_WITHOUT_TORCH = """
+import sys
+from kvpack.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    print(end.code, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("moments MODEL --text NONE -o OUT", "NONE does not exist"),
+        ("moments MODEL --text TEXT -o TEXT --force", "is the text that is read"),
+        ("moments MODEL --text TEXT -o OUT --from 0.5 --to 0.4", "name no part of a text"),
+        ("moments NONE --text TEXT -o OUT", "NONE is no directory"),
+        ("compress MODEL --calibrate NONE -o OUT", "NONE does not exist"),
+        ("compress NONE --calibrate TEXT -o OUT", "NONE does not exist"),
+        ("compress MODEL --calibrate TEXT -o TEXT", "exists already"),
+        ("compress MODEL --calibrate TEXT -o OUT --preset lossless", "preset 'lossless' and calibration exclude"),
+    ],
+)
+def test_bad_arguments_are_refused_before_torch_is_loaded(
+    arguments: str, message: str, model: Path, novel: Path, tmp_path: Path
+) -> None:
+    names = {"MODEL": model, "TEXT": novel, "OUT": tmp_path / "out", "NONE": tmp_path / "NONE"}
+    given = [str(names.get(word, word)) for word in arguments.split()]
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, *given], capture_output=True, text=True, check=False)
+    assert message in " ".join(done.stderr.split())
+    assert done.stdout == f"{USAGE} False\n"
+
+
 def test_text_of_its_own(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "m.safetensors"
     shown = run(model, "--self-samples", "-o", output, "--tokens", 60, "--window", 20)
@@ -123,6 +166,14 @@ class TestRefusals:
         output = ("-o", tmp_path / "m.safetensors")
         assert "missing.txt does not exist" in self.refused(model, "--text", tmp_path / "missing.txt", *output)
         short = tmp_path / "short.txt"
+        short.write_text("", encoding="utf-8")
+        told = self.refused(model, "--text", short, *output)
+        assert "0 tokens, fewer than one window of 320: a longer text is needed" in told
+        assert "--window" not in told
+        assert "is a directory: the text is one file" in self.refused(model, "--text", tmp_path, *output)
+        latin = tmp_path / "latin.txt"
+        latin.write_text("caf\u00e9", encoding="latin-1")
+        assert "iconv -f LATIN1 -t UTF-8" in self.refused(model, "--text", latin, *output)
         short.write_text("the river", encoding="utf-8")
         assert "fewer than one window of 320: a longer text is needed, or --window of at most" in self.refused(
             model, "--text", short, *output
@@ -162,6 +213,7 @@ class TestRefusals:
         assert "is no directory" in self.refused(tmp_path / "missing", *text)
         compressed = Path(kvpack.compress(model, tmp_path / "coded").output or "")
         assert "is compressed, and moments are of the original" in self.refused(compressed, *text)
+        assert "name the directory that it was made of" in self.refused(compressed, *text)
         bert = tmp_path / "bert"
         bert.mkdir()
         (bert / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")

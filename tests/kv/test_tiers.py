@@ -459,6 +459,30 @@ def test_a_directory_that_is_gone_is_a_miss(tmp_path: Path) -> None:
     assert (tiers(manager).disk_bytes, tiers(manager).damaged_files) == (0, 0)
 
 
+@pytest.mark.parametrize("where", ["a file", "in a file", "/proc/kvpack", "/proc"])
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    disk = {"a file": tmp_path / "file", "in a file": tmp_path / "file" / "x"}.get(where, Path(where))
+    if where.startswith("/proc") and not os.path.isdir("/proc"):
+        pytest.skip("no /proc")
+    with pytest.raises(CacheInputError, match=f"disk='{disk}' cannot be used"):
+        make(disk=disk)
+    assert make(disk=tmp_path / "made").tiers.disk.directory.is_dir()
+    assert os.listdir(tmp_path / "made") == []
+
+
+def test_the_first_file_that_cannot_be_written_is_warned_of(tmp_path: Path) -> None:
+    manager = make(disk=tmp_path / "gone", host_bytes=20 << 10)
+    shutil.rmtree(tmp_path / "gone")
+    run(manager, prompt(12, 700))
+    with pytest.warns(RuntimeWarning, match=r"could not be written to .*gone") as seen:
+        manager.store.evict()
+    assert len(seen) == 1
+    failed = tiers(manager).failed_writes
+    assert manager.tiers.flush() > 0
+    assert tiers(manager).failed_writes > failed
+
+
 def test_a_file_that_cannot_be_written_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = make(disk=tmp_path, host_bytes=20 << 10)
 

@@ -19,13 +19,12 @@ import torch
 
 from kvpack.compression import coder_of, compress
 from kvpack.encode.compress import CompressReport, default_output
-from kvpack.encode.model_directory import directory_in_place, refuse_other_files
-from kvpack.encode.output_files import check_target
+from kvpack.encode.model_directory import directory_in_place
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
-from kvpack.errors import InputError
 from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
 from kvpack.integrations.transformers.calibration import calibrate
+from kvpack.integrations.transformers.calibration_inputs import check_calibrated_compression
 from kvpack.integrations.transformers.calibration_text import DEFAULT_TOKENS, own_text, read_text, window_tokens
 from kvpack.integrations.transformers.causal_models import load_causal_model
 from kvpack.integrations.transformers.evaluation import Mean, ReferenceLogits, TextWindows, full_forward, measure
@@ -103,20 +102,16 @@ def compress_calibrated(
     start = time.perf_counter()
     config = QuantConfig() if config is None else config
     begin, end = part
-    if not directory.is_dir():
-        raise InputError(f"{directory}: calibration runs a model, so it needs its directory, with config.json and all")
-    if config.bits is None:
-        raise InputError(f"preset {config.preset!r} and calibration exclude each other: moments serve a rate")
+    check_calibrated_compression(directory, out, config, text, part, force=force)
     target = default_output(directory) if out is None else out
-    check_target(directory, target, force=force)
-    refuse_other_files(target, [path.relative_to(directory) for path in directory.rglob("*")])
     coder_of(coding_device)  # before anything long
     begun = stage or (lambda *_: nullcontext(Progress()))
     held_out = end - (end - begin) * _HELD_OUT if text is not None else end
     length = min(_HELD_OUT_WINDOW_TOKENS, window_tokens(directory, window))
     windows = None
     if text is not None:  # before anything long: whether the text is long enough
-        rest = read_text(directory, text, tokens=_HELD_OUT_WINDOWS * length, window=length, part=(held_out, end))
+        held_back = (held_out, end)
+        rest = read_text(directory, text, tokens=_HELD_OUT_WINDOWS * length, window=length, part=held_back, option=None)
         assert rest.ids is not None
         windows = TextWindows(rest.ids, len(rest.ids), rest.tokens, tuple(rest.made["begins_with"]))
     with _hidden_directory(target) as hidden:
@@ -132,6 +127,7 @@ def compress_calibrated(
                 seed=seed,
                 device=device,
                 progress=progress,
+                option=None,
             )
         allocations = ["sensitivity", "tensor"]
         if config.allocation != "auto":
@@ -159,7 +155,8 @@ def compress_calibrated(
         with directory_in_place(target) as temporary:
             for path in coded[kept].iterdir():
                 path.rename(temporary / path.name)
-    report = replace(reports[kept], output=str(target), seconds=round(time.perf_counter() - start, 3))
+    notes = [*reports[kept].notes, *([run.note] if run.note else [])]
+    report = replace(reports[kept], output=str(target), notes=notes, seconds=round(time.perf_counter() - start, 3))
     return CalibratedReport(report, kept, kl, len(windows.ids) * windows.scored, run.tokens)
 
 

@@ -7,7 +7,6 @@ What it reads is of :mod:`kvpack.integrations.transformers.calibration_text`, ho
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ import torch
 import transformers
 
 from kvpack._version import __version__
-from kvpack.encode.moments import check_moments_output
 from kvpack.encode.progress import Progress
-from kvpack.errors import DeviceError, InputError
+from kvpack.errors import DeviceError
+from kvpack.integrations.transformers.calibration_inputs import check_moments_run
 from kvpack.integrations.transformers.calibration_output import Checkpoint, checkpoint_shapes, write_moments
 from kvpack.integrations.transformers.calibration_run import Windows, plan_run
 from kvpack.integrations.transformers.calibration_text import (
@@ -51,6 +50,7 @@ class CalibrationReport:
         tensors: how many tensors of the checkpoint have moments.
         matrices: how many second moments the file has.
         tokens: that were read.
+        asked_tokens: how many were asked for.
         untouched: matrices of experts that met no token.
         left_out: tensor of the model → why it has no moments.
         whole_model: why the whole model was on the device; None: the layer in hand alone was.
@@ -64,6 +64,7 @@ class CalibrationReport:
     tensors: int
     matrices: int
     tokens: int
+    asked_tokens: int
     windows: int
     window_tokens: int
     untouched: int
@@ -74,6 +75,15 @@ class CalibrationReport:
     dtype: str
     peak_memory_bytes: int
     seconds: float
+
+    @property
+    def note(self) -> str | None:
+        """What is to be said where other than the tokens that were asked for were read."""
+        if self.tokens < self.asked_tokens:
+            return f"{self.tokens} tokens were read, not {self.asked_tokens}: the text has no more whole windows"
+        if self.tokens > self.asked_tokens:
+            return f"{self.tokens} tokens were read, not {self.asked_tokens}: windows of {self.window_tokens} are whole"
+        return None
 
     def as_dict(self) -> dict[str, Any]:
         """What ``kvpack moments --json`` prints, less when and with what it was made."""
@@ -94,6 +104,7 @@ def calibrate(
     dtype: str = "auto",
     force: bool = False,
     progress: Progress | None = None,
+    option: str | None = "--window",
 ) -> CalibrationReport:
     """Have a model read a text, and write the moments of what its linears get.
 
@@ -112,6 +123,7 @@ def calibrate(
         dtype: what is computed in; ``auto`` is what the directory names. Second moments are summed in fp32 and fp64.
         force: replace an existing output, which has to be a moments file.
         progress: told tokens, once for each pass through a layer.
+        option: what messages call ``window``; None: the caller has no such option.
 
     Raises:
         InputError: the directory, the text or the output cannot be used.
@@ -123,13 +135,14 @@ def calibrate(
         225
     """
     progress, start = progress or Progress(), time.perf_counter()
-    _check(directory, text, output, force)
+    check_moments_run(directory, text, output, part, force=force)
+    check_directory(directory)
     shapes = checkpoint_shapes(directory)
     window = window_tokens(directory, window)
     if text is None:
         calibration = own_text(directory, tokens=tokens, window=window)
     else:
-        calibration = read_text(directory, text, tokens=tokens, window=window, part=part)
+        calibration = read_text(directory, text, tokens=tokens, window=window, part=part, option=option)
     place = chosen_device(device)
     progress.tensor(f"loading {directory.name}")
     model = load_causal_model(directory, device="cpu", dtype=dtype)
@@ -179,6 +192,7 @@ def calibrate(
         tensors=written.tensors,
         matrices=written.matrices,
         tokens=calibration.tokens,
+        asked_tokens=tokens,
         windows=shape[0],
         window_tokens=shape[1],
         untouched=written.untouched,
@@ -237,21 +251,3 @@ def _own_ids(
             work.save(name, {"ids": ids})
         found.append(work.open(name).get_tensor("ids"))
     return torch.cat(found)
-
-
-def _check(directory: Path, text: Path | None, output: Path, force: bool) -> None:
-    """What can be said without the model's weights.
-
-    Raises:
-        InputError
-    """
-    check_directory(directory)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if method == "kvpack":
-            raise InputError(
-                f"{directory} is compressed, and moments are of the original: kvpack decompress makes an ordinary model"
-            )
-        raise InputError(f"{directory} has quantized weights ({method}): moments are of a model with plain numbers")
-    check_moments_output(output, text, force=force)

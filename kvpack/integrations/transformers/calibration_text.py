@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,13 @@ def window_tokens(directory: Path, window: int | None) -> int:
 
 
 def read_text(
-    directory: Path, text: Path, *, tokens: int, window: int, part: tuple[float, float] = (0.0, 1.0)
+    directory: Path,
+    text: Path,
+    *,
+    tokens: int,
+    window: int,
+    part: tuple[float, float] = (0.0, 1.0),
+    option: str | None = "--window",
 ) -> CalibrationText:
     """Windows at equal distances over a part of a text.
 
@@ -93,14 +100,13 @@ def read_text(
         tokens: of all windows together, at least; as many whole windows as that takes, if the text has them.
         window: tokens of a window, with the token that the tokenizer puts before a text.
         part: of the text's tokens, from and to fractions of it.
+        option: what messages call ``window``; None: the caller has no such option.
 
     Raises:
         InputError: the file cannot be read as that, or the part has fewer tokens than a window, or ids that the
             model does not have.
     """
     begin, end = part
-    if not 0 <= begin < end <= 1:
-        raise InputError(f"--from {begin} and --to {end} name no part of a text: 0 ≤ from < to ≤ 1")
     content = text.read_bytes()
     prefix: list[int] = []
     if text.suffix in _ID_FILES:
@@ -110,7 +116,14 @@ def read_text(
         prefix = tokens_before_text(tokenizer)
         ids = _tokenized(text, content, tokenizer)
     first, last = (round(fraction * len(ids)) for fraction in part)
-    rows = spread_windows(ids[first:last], prefix, window, -(-tokens // window), option="--window")
+    own = window - len(prefix)
+    if option is None and last - first < own:
+        needed = math.ceil(own / (end - begin))
+        raise InputError(
+            f"{text} has {len(ids)} tokens, fewer than the {needed} of which the part from {begin:g} to {end:g} has a "
+            f"window of {own}: a longer text is needed"
+        )
+    rows = spread_windows(ids[first:last], prefix, window, -(-tokens // window), option=option)
     _check_ids(text, rows, directory)
     made = {
         "text": text.name,
@@ -136,7 +149,8 @@ def _tokenized(text: Path, content: bytes, tokenizer: Any) -> torch.Tensor:
     try:
         decoded = content.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{text} is not UTF-8 text ({error})") from None
+        advice = "iconv -f LATIN1 -t UTF-8 FILE > NEW converts one in Latin-1"
+        raise InputError(f"{text} is not UTF-8 text ({error}): {advice}") from None
     if text.suffix != ".jsonl":
         found = tokenizer(decoded, add_special_tokens=False, verbose=False).input_ids
         return torch.tensor(found, dtype=torch.int64)

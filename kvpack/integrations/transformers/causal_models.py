@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from kvpack.encode.listing import listed
 from kvpack.encode.model_config import METHOD
 from kvpack.errors import InputError, KvpackError
 from kvpack.integrations.transformers.cache import KVPackCache
+from kvpack.integrations.transformers.calibration_inputs import model_configuration
 from kvpack.runtime.weights.coded_matrix import CodedMatrix
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -83,24 +83,8 @@ def check_directory(path: Path) -> None:
     Raises:
         InputError: it is none; the message says how to get one.
     """
-    if path.suffix == ".gguf":
-        advice = f"kvpack compress {path} -o DIRECTORY makes a model directory of it (--preset lossless: exactly)"
-        raise InputError(f"{path} is a GGUF file, not a model directory: {advice}")
-    if path.is_file():
-        advice = "name the directory that holds it, with config.json and the tokenizer"
-        raise InputError(f"{path} is one file, not a model directory: {advice}")
-    if not path.is_dir():
-        advice = f"a model of the Hub becomes one with: hf download {path} --local-dir DIRECTORY"
-        raise InputError(f"{path} is no directory; {advice}")
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} has no config.json: it is no model directory of transformers")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path / 'config.json'} is no JSON ({error})") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(kind, str):
-        raise InputError(f"{path / 'config.json'} has no model_type: it is no configuration of a model of transformers")
+    config = model_configuration(path)
+    kind = config["model_type"]
     if "auto_map" in config:  # a model of its own code
         return
     if kind not in auto.CONFIG_MAPPING:

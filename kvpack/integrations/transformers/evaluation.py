@@ -130,24 +130,27 @@ def tokens_before_text(tokenizer: Any) -> list[int]:
     return list(itertools.takewhile(special.__contains__, tokenizer("a").input_ids))
 
 
-def spread_windows(ids: torch.Tensor, prefix: list[int], context: int, windows: int, *, option: str) -> torch.Tensor:
+def spread_windows(
+    ids: torch.Tensor, prefix: list[int], context: int, windows: int, *, option: str | None
+) -> torch.Tensor:
     """Windows of a text at equal distances over it, i64 [windows, context].
 
     Args:
         ids: i64 [tokens] of the text.
         prefix: what stands before each window, as part of it.
         windows: how many at most.
-        option: what messages call ``context``.
+        option: what messages call ``context``; None: who asked has no such option.
 
     Raises:
         InputError: ``context`` leaves no token to score, or there are fewer tokens than a window has.
     """
     own = context - len(prefix)
     if own < (1 if prefix else 2):
-        raise InputError(f"a window of {context} tokens has none to score; {option} takes at least 2")
+        raise InputError(f"a window of {context} tokens has none to score; {option or 'it'} takes at least 2")
     available = len(ids) // own
     if not available:
-        advice = f"a longer text is needed, or {option} of at most {len(ids) + len(prefix)}"
+        most = len(ids) + len(prefix)
+        advice = "a longer text is needed" + (f", or {option} of at most {most}" if option and most >= 2 else "")
         raise InputError(f"the text has {len(ids)} tokens, fewer than one window of {own}: {advice}")
     taken = min(windows, available)
     chosen = [i * available // taken for i in range(taken)]

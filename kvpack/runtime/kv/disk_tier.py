@@ -17,6 +17,7 @@ import re
 import stat
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from kvpack.encode.snapshot_coder import Blocks, decode_run, encode_run, write_s
 from kvpack.errors import CacheInputError, FileChangedError, KvpackError, SnapshotHeaderError
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
 from kvpack.format.snapshot import RUN_PAGES, Fingerprint, RunPages, SnapshotFile, SnapshotHeader, run_pages
-from kvpack.format.temporary_files import remove_abandoned
+from kvpack.format.temporary_files import check_writable, remove_abandoned
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.host_tier import BlockBytes
 from kvpack.runtime.kv.prefix_hash import HASH_BYTES, chained, token_pages
@@ -70,10 +71,10 @@ class DiskTier:
     Attributes:
         damaged_files, foreign_files: that were met since the start: those that cannot be read, and snapshots that are
             no blocks, or of another shape of cache.
-        failed_writes: files that could not be written.
+        failed_writes: files that could not be written. The first one is a ``RuntimeWarning``, too.
 
     Raises:
-        OSError: the directory cannot be made or read.
+        CacheInputError: the directory cannot be made, read or written to.
     """
 
     def __init__(
@@ -93,11 +94,19 @@ class DiskTier:
         self._files: dict[str, _File] = {}
         # Files that have a block, and which of theirs it is: writers that do not know of each other write some twice.
         self._index: dict[bytes, list[tuple[_File, int]]] = {}
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for name in {found[1] for one in os.listdir(self.directory) if (found := _ABANDONED.fullmatch(one))}:
-            remove_abandoned(self.directory / name, "data", "tmp")
         self._scanned_s = -_SCAN_INTERVAL_S
-        self.scan()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for name in {found[1] for one in os.listdir(self.directory) if (found := _ABANDONED.fullmatch(one))}:
+                remove_abandoned(self.directory / name, "data", "tmp")
+            # Under the name of a file, so that what is left of it where the process is killed goes with the others.
+            check_writable(self.directory / ("0" * (2 * HASH_BYTES) + ENDING), "tmp")
+            self.scan()
+        except OSError as error:
+            raise CacheInputError(
+                f"disk={os.fspath(directory)!r} cannot be used ({error.strerror or error}): name a directory that can "
+                "be read and written to, or one that can be made"
+            ) from None
 
     # What there is ---------------------------------------------------------------------------------------------------
 
@@ -324,8 +333,16 @@ class DiskTier:
         """
         try:
             return self._write(blocks)
-        except (KvpackError, OSError, MemoryError):
+        except (KvpackError, OSError, MemoryError) as error:
             self.failed_writes += 1
+            if self.failed_writes == 1:
+                with suppress(Warning):  # where warnings are errors: who evicts must not be stopped midway
+                    warnings.warn(
+                        f"a file of blocks could not be written to {self.directory} ({error!r}): such blocks are "
+                        "dropped, and computed anew; failed_writes of the tiers' metrics counts on",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
             return False
 
     def _write(self, blocks: Sequence[BlockBytes]) -> bool:

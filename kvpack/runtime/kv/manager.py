@@ -141,9 +141,8 @@ class KVManager(Closing):
 
     Raises:
         CacheInputError: the cache has tokens, or device_pages; no such policy; fewer bytes than none; a disk without
-            host memory.
+            host memory, or a directory that cannot be made, read or written to.
         CacheFullError: the host does not provide ``host_bytes``.
-        OSError: the directory cannot be made or read.
 
     >>> import torch
     >>> from kvpack import KVCache

@@ -49,9 +49,8 @@ class Tiers:
         fingerprint: of the model, for the files' headers.
 
     Raises:
-        CacheInputError: no host memory, or fewer bytes than none.
+        CacheInputError: no host memory, or fewer bytes than none; the directory cannot be made, read or written to.
         CacheFullError: the host does not provide it.
-        OSError: the directory cannot be made or read.
     """
 
     def __init__(
