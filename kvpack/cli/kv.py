@@ -120,7 +120,7 @@ def verify_context(context: Path, threads: int | None, as_json: bool) -> None:
         from kvpack.encode.threads import default_threads
 
         with (
-            progress_bar("verify", "cases") as progress,
+            progress_bar("verify", "runs") as progress,
             ThreadPoolExecutor(threads or default_threads()) as executor,
         ):
 

@@ -71,7 +71,7 @@ def moments(
         check_moments_run(model, text, output, (begin, end), force=force)
         from kvpack.integrations.transformers.calibration import calibrate
 
-        with progress_bar("moments", unit="tokens") as progress, _told_what_is_finished(output):
+        with progress_bar("moments", unit="tokens through layers") as progress, _told_what_is_finished(output):
             report = calibrate(
                 model,
                 text,

@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class _ProgressLines:
-    """How many tokens, or cases, a command has done, in lines on stderr."""
+    """How many tokens, cases or runs a command has done, in lines on stderr."""
 
     def __init__(self, title: str, unit: str) -> None:
         self._title, self._unit = title, unit
@@ -38,12 +38,15 @@ class _ProgressLines:
         if now - self._last < _SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        line = f"kvpack: {self._title}: {self._done:,} of {self._all:,} {self._unit} ({printable(self._name)}) …"
+        named = f" ({printable(self._name)})" if self._name else ""
+        line = f"kvpack: {self._title}: {self._done:,} of {self._all:,} {self._unit}{named} …"
         print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def progress_bar(title: str, unit: Literal["bytes", "tokens", "cases"] = "bytes") -> Iterator[Progress]:
+def progress_bar(
+    title: str, unit: Literal["bytes", "tokens", "tokens through layers", "cases", "runs"] = "bytes"
+) -> Iterator[Progress]:
     """A bar on stderr with rate and time left. Where stderr is no terminal, nothing of bytes, which are soon done, and
     of the others a line every ten seconds."""
     from rich.console import Console

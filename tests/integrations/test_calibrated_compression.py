@@ -120,6 +120,13 @@ def test_equal_rates_are_kept_where_steps_by_sensitivity_do_worse(
     assert all(3.5 < found.bits_per_weight <= 4 for found in report.compression.tensors if found.method == "uniform")
 
 
+def test_an_allocation_that_was_asked_for_is_checked_too(model: Path, novel: Path, tmp_path: Path) -> None:
+    options = ("--bits", 4, "--calibrate", novel, "--calibration-tokens", 320, "--allocation", "tensor")
+    shown = " ".join(run(model, "-o", tmp_path / "out", *options).stdout.split())
+    assert re.search(r"KL on \d+ tokens held back: 0\.\d{5} nats a token with equal rates, kept", shown)
+    assert "steps by sensitivity" not in shown
+
+
 def test_weights_are_coded_where_the_caller_says(
     model: Path, novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from tiny_text_model import write_model, write_novel, write_tokenizer
 from typer.testing import CliRunner
 
 import kvpack
-from kvpack.cli import app
+from kvpack.cli import app, printing
 from kvpack.encode.moments import Moments
 from kvpack.integrations.transformers import calibration
 from kvpack.integrations.transformers.calibration_work import WorkDirectory
@@ -115,6 +115,17 @@ def test_bad_arguments_are_refused_before_torch_is_loaded(
     done = subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, *given], capture_output=True, text=True, check=False)
     assert message in " ".join(done.stderr.split())
     assert done.stdout == f"{USAGE} False\n"
+
+
+def test_progress_where_stderr_is_no_terminal(
+    model: Path, novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(printing, "_SECONDS_BETWEEN_LINES", 0.0)
+    options = ("--text", novel, "-o", tmp_path / "m.safetensors", "--window", 20, "--tokens", 20)
+    said = ("layer 1 of 2", "layer 2 of 2", "output layer", "layer 2 of 2, back", "layer 1 of 2, back")
+    assert run(model, *options).stderr.splitlines() == [
+        f"kvpack: moments: {20 * place} of 100 tokens through layers ({name}) …" for place, name in enumerate(said, 1)
+    ]
 
 
 def test_text_of_its_own(model: Path, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ class LayerRun:
 
     def _forward(self, number: int, windows: Windows, sensitivities: bool) -> None:
         layers, work = self._layers, windows.work
-        windows.progress.tensor(layers.names[number])
+        windows.progress.tensor(f"layer {number + 1} of {len(layers.names)}")
         if number == 0 and not work.has("hidden-0"):
             self._embed(windows)
         before, after = f"hidden-{number}", f"hidden-{number + 1}"
@@ -187,7 +187,7 @@ class LayerRun:
 
     def _backward(self, number: int, windows: Windows) -> None:
         layers, work = self._layers, windows.work
-        windows.progress.tensor(f"{layers.names[number]}, back")
+        windows.progress.tensor(f"layer {number + 1} of {len(layers.names)}, back")
         behind, before = f"gradient-{number + 1}", f"gradient-{number}"
         with (
             self._file(windows, f"hidden-{number}") as given,
