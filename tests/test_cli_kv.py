@@ -140,6 +140,15 @@ def test_a_directory_of_contexts(tmp_path: Path, model: Path) -> None:
     assert "1 context, " in run("kv", "inspect", tmp_path).stdout
     assert "2 contexts, " in shown.stdout
     assert "kvpack: notes is none: NotAContainerError" in shown.stderr
+    # Of several files of other kinds their count; one that is damaged is still told.
+    for number in range(9):
+        (tmp_path / f"text{number}").write_text("no context")
+    (tmp_path / "cut").write_bytes((tmp_path / "a").read_bytes()[:-100])
+    told = run("kv", "inspect", tmp_path).stderr.splitlines()
+    assert told[0] == "kvpack: 10 other files are none: notes, text0, text1, text2 and 6 more"
+    assert len(told) == 2
+    assert told[1].startswith("kvpack: cut is none: ")
+    assert len(run_json("kv", "inspect", tmp_path)["others"]) == 11
 
 
 def test_convert(tmp_path: Path, model: Path) -> None:

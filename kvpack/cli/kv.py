@@ -12,7 +12,7 @@ import typer
 from kvpack.cli.bench import bench_snapshot
 from kvpack.cli.failures import ExitCode, exit_codes
 from kvpack.cli.options import Force, Json, Threads
-from kvpack.cli.printing import counted, print_aligned, printable, progress_bar, shown_number, shown_size
+from kvpack.cli.printing import counted, print_aligned, printable, progress_bar, shown_names, shown_number, shown_size
 
 kv_app = typer.Typer(
     name="kv",
@@ -22,6 +22,8 @@ kv_app = typer.Typer(
 )
 
 _LINE = 120
+# Errors of what was never a context.
+_OTHER_KINDS = ("NotAContainerError", "NotASnapshotError")
 kv_app.command("bench")(bench_snapshot)
 Context = Annotated[Path, typer.Argument(metavar="FILE", help="A context, as kvpack generate --save-context has it.")]
 ContextOrDirectory = Annotated[Path, typer.Argument(metavar="PATH", help="A context, or a directory of some.")]
@@ -31,7 +33,7 @@ ContextOrDirectory = Annotated[Path, typer.Argument(metavar="PATH", help="A cont
 def inspect(context: ContextOrDirectory, as_json: Json = False) -> None:
     """Say what a context is of: model, tokens, pages by format, sizes. Reads headers alone.
 
-    Of a directory, a line for each context in it, and on stderr one for each other file.
+    Of a directory, a line for each context in it, and on stderr one for each that is damaged, and for other files.
     """
     with exit_codes(as_json):
         from kvpack.format.snapshot_summary import describe_snapshot
@@ -79,7 +81,14 @@ def _print_all(report: dict[str, Any]) -> None:
         print_aligned(rows, left=3)
     size = shown_size(sum(of["file_bytes"] for of in report["contexts"]))
     print(f"{counted(len(report['contexts']), 'context')}, {size}")
-    for other in report["others"]:
+    # Files of other kinds are many in most directories; --json has the reason of each.
+    kinds = [other for other in report["others"] if other["reason"].split(":")[0] in _OTHER_KINDS]
+    told = report["others"]
+    if len(kinds) > 1:
+        told = [other for other in told if other not in kinds]
+        names = shown_names([other["file"] for other in kinds])
+        print(f"kvpack: {len(kinds)} other files are none: {names}", file=sys.stderr)
+    for other in told:
         line = f"kvpack: {printable(other['file'])} is none: {printable(other['reason'])}"
         print(line if len(line) <= _LINE else line[: _LINE - 1] + "…", file=sys.stderr)
 
