@@ -185,7 +185,9 @@ def test_what_cannot_be_calibrated_is_refused_before_a_model_is_loaded(
     done = run(model, "-o", tmp_path / "o", "--bits", 4, "--calibrate", short, code=USAGE)
     assert "fewer than" in done.output.replace("\n", " ")
     # The last eighth has to have a window, of the model's 320 positions here.
-    assert "fewer than the 2560 of which the part from 0.875 to 1 has a window of 320" in " ".join(done.output.split())
+    assert "fewer than the 2560 that it takes for one window of 320 in its part from 0.875 to 1" in " ".join(
+        done.output.split()
+    )
     assert "--window" not in done.output
     kvpack.compress(model, tmp_path / "there", bits=6)
     (tmp_path / "there" / "thesis.tex").write_text("")

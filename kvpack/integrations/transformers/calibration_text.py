@@ -120,8 +120,8 @@ def read_text(
     if option is None and last - first < own:
         needed = math.ceil(own / (end - begin))
         raise InputError(
-            f"{text} has {len(ids)} tokens, fewer than the {needed} of which the part from {begin:g} to {end:g} has a "
-            f"window of {own}: a longer text is needed"
+            f"{text} has {len(ids)} tokens, fewer than the {needed} that it takes for one window of {own} in its part "
+            f"from {begin:g} to {end:g}: a longer text is needed"
         )
     rows = spread_windows(ids[first:last], prefix, window, -(-tokens // window), option=option)
     _check_ids(text, rows, directory)
