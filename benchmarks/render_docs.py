@@ -1085,7 +1085,23 @@ def calibrated_cost() -> str:
     return text + gpu_origin(result)
 
 
+def trellis_speed() -> str:
+    result = newest("trellis-speed")
+    batches = sorted({row["m"] for row in result["rows"]})
+    found: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        matrix = f"{row['outputs']}×{row['inputs']}", row["layout"], str(row["element_bits"])
+        found.setdefault(matrix, {})[row["m"]] = row
+    rows = []
+    for matrix, of in found.items():
+        pairs = [(of[m]["scalar"], of[m]["trellis"]) for m in batches]
+        rows.append([*matrix, *(f"{_number(a, 1)} → {_number(b, 1)} (× {_number(b / a, 2)})" for a, b in pairs)])
+    vectors = [f"{m} vector{'s' * (m > 1)}, µs" for m in batches]
+    return table(["matrix", "layout", "bits of elements", *vectors], rows) + gpu_origin(result)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
+    "trellis-speed": trellis_speed,
     "calibrated-cost": calibrated_cost,
     "minilm-short": lambda: minilm_rates(short=True),
     "minilm-rates": lambda: minilm_rates(short=False),
@@ -1166,6 +1182,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "llama-shape": llama_shape,
     "grouped": grouped,
     "calibrated-books": calibrated("books"),
+    "calibrated-books-trellis": calibrated("books-trellis"),
     "calibrated-smollm2": calibrated("smollm2"),
     "calibrated-smollm2-tables": calibrated("smollm2-tables"),
     "calibrated-peers-books": calibrated_peers("books"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_common import provenance, write_result
+from bench_common import device_record, provenance, write_result
 
 from kvpack.encode.blob_encoder import encode_elements
 from kvpack.format.layout import ElementKind, Quantizer, integer_layouts
@@ -86,7 +86,9 @@ def main() -> int:
                 print(f"{said}: {row['scalar']:.1f} → {row['trellis']:.1f} µs", file=sys.stderr)
             del layers
     if arguments.json is not None:
-        write_result(arguments.json, {"benchmark": "trellis-speed", "rows": rows, **provenance({}, ("torch",))})
+        made = provenance({}, ("torch", "cupy-cuda13x", "cupy-cuda12x"))
+        device = device_record(torch.device("cuda"))
+        write_result(arguments.json, {"benchmark": "trellis-speed", "rows": rows, "device": device, **made})
     return 0
 
 
