@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvpack.encode.moments import F32, SAMPLES, MomentsWriter, sampled_crc32
@@ -128,6 +129,10 @@ def write_moments(
     return Written(size_bytes, len(inputs), matrices, untouched, places.left_out)
 
 
+# How many tokens of the whole layer an expert's moments are given, for each of its inputs (docs/DESIGN-NOTES.md).
+_LENT_TOKENS = 0.5
+
+
 class _StageFile:
     """What a stage has left; tensors are read when they are asked for.
 
@@ -140,6 +145,7 @@ class _StageFile:
         self._file = work.open(stage)
         self._keys = set(self._file.keys())
         self.owners: dict[str, str] = json.loads(self._file.metadata()["owners"])
+        self._of_all: tuple[str, npt.NDArray[np.float64]] | None = None
 
     def tokens(self, name: str) -> Any:
         """i64 [matrices]."""
@@ -151,11 +157,37 @@ class _StageFile:
         return int(self._file.get_slice(some).get_shape()[0])
 
     def second_moments(self, name: str, matrices: Sequence[int]) -> Iterator[F32]:
-        """f32 [K, K] each; zeros of a matrix that met no token."""
-        size = self.inputs(name)
+        """f32 [K, K] each; zeros of a matrix that met no token.
+
+        Those of an expert are shrunk towards the mean over all tokens of all experts of the layer, as if it had met
+        K/2 of these as well: of few tokens, feedback would believe what chance has left.
+        """
+        tokens, size = self.tokens(name), self.inputs(name)
+        lent = _LENT_TOKENS * size if len(self._experts(name)) > 1 else 0.0
         for matrix in matrices:
-            key = f"second_moment/{name}/{matrix}"
-            yield self._file.get_tensor(key).numpy() if key in self._keys else np.zeros((size, size), np.float32)
+            key = self._experts(name).get(matrix)
+            if key is None:
+                yield np.zeros((size, size), np.float32)
+                continue
+            found: F32 = self._file.get_tensor(key).numpy()
+            if lent:
+                total = tokens[matrix] * found + lent * self._of_all_experts(name)
+                found = (total / (tokens[matrix] + lent)).astype(np.float32)
+            yield found
+
+    def _experts(self, name: str) -> dict[int, str]:
+        """Matrices that met a token, and their second moments."""
+        keys = ((matrix, f"second_moment/{name}/{matrix}") for matrix in range(len(self.tokens(name))))
+        return {matrix: key for matrix, key in keys if key in self._keys}
+
+    def _of_all_experts(self, name: str) -> npt.NDArray[np.float64]:
+        """The mean over all tokens of all matrices, f64 [K, K]; that of the last tensor asked for is kept."""
+        if self._of_all is None or self._of_all[0] != name:
+            tokens, mean = self.tokens(name), np.zeros((self.inputs(name),) * 2)
+            for matrix, key in self._experts(name).items():
+                mean += tokens[matrix] / tokens.sum() * self._file.get_tensor(key).numpy()
+            self._of_all = name, mean
+        return self._of_all[1]
 
     def has_sensitivity(self, name: str) -> bool:
         return f"sensitivity/{name}" in self._keys
