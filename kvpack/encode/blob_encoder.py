@@ -201,8 +201,9 @@ def pack_outliers(
         ValueError: a delta that tiles of this width have no room for; who quantizes sees to that.
     """
     delta_bits = outlier_delta_bits(tile_cols)
-    if len(delta) and np.abs(delta.astype(np.int64) - DELTA_OFFSET).max() > outlier_delta_max(tile_cols):
-        raise ValueError(f"an outlier is more than {outlier_delta_max(tile_cols)} beyond the range")
+    most = outlier_delta_max(tile_cols)
+    if (np.abs(2 * (delta.astype(np.int64) - DELTA_OFFSET) + 1) > 2 * most + 1).any():  # -1 - most to most
+        raise ValueError(f"an outlier is more than {most} beyond the range")
     low = (delta - np.uint32(DELTA_OFFSET)) & np.uint32((1 << delta_bits) - 1)
     return np.asarray(row << OUTLIER_ROW_SHIFT | col << delta_bits | low, np.uint32)
 

@@ -259,8 +259,10 @@ def test_outliers_at_the_limit_keep_their_sign(value: float) -> None:
 
 def test_a_delta_without_room_is_no_other_one() -> None:
     place = np.zeros(1, np.uint32)
-    with pytest.raises(ValueError, match="more than 16383 beyond"):
-        pack_outliers(place, place, np.array([16384 + 16384], np.uint32), 512)
+    assert pack_outliers(place, place, np.array([0], np.uint32), 512) == [1 << 14]  # -16384
+    for delta in (16384, -16385):
+        with pytest.raises(ValueError, match="more than 16383 beyond"):
+            pack_outliers(place, place, np.array([delta + DELTA_OFFSET]).astype(np.uint32), 512)
 
 
 @pytest.mark.parametrize("shape", [(33, 512), (65, 2048)])
