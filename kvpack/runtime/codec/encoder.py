@@ -721,16 +721,16 @@ class _DeviceStrips(QuantizedStrips):
         weights, device = self.weights, self._coder.device
         bits = self._coder.weights_on_device(weights)
         elements = torch.empty(bits.shape, dtype=torch.uint8, device=device)
-        steps = torch.tensor(self.steps, device=device).view(weights.matrices, weights.rows)
+        steps = torch.tensor(self.steps, dtype=torch.float32, device=device).view(weights.matrices, weights.rows)
         outliers = []
         for matrix in range(weights.matrices):
             first = matrix * weights.tile_rows
             values = bits[matrix].view(getattr(torch, weights.dtype.name)).float()
             if weights.column_scales is not None:
-                values /= torch.tensor(weights.strip_column_scales(first), device=device)
+                values /= torch.tensor(weights.strip_column_scales(first), dtype=torch.float32, device=device)
             if weights.row_offsets is not None:
                 own = weights.row_offsets[matrix * weights.rows :][: weights.rows]
-                values -= torch.tensor(own, device=device)[:, None]
+                values -= torch.tensor(own, dtype=torch.float32, device=device)[:, None]
             of_matrix = feedback.of_matrix(matrix)
             assert isinstance(of_matrix, DeviceFeedback)  # of the coder that these strips are of
             fed_back = quantize_with_feedback(

@@ -106,8 +106,8 @@ def _device_feedback(second_moment: npt.NDArray[np.float32], device: torch.devic
     order_there = torch.from_numpy(order).to(device)
     places = torch.empty_like(order_there).scatter_(0, order_there, torch.arange(size, device=device))
     if mean <= 0:
-        nothing = torch.zeros((size, size), device=device)
-        return DeviceFeedback(order_there, places, nothing, torch.ones(size, device=device), 0.0)
+        nothing = torch.zeros((size, size), dtype=torch.float32, device=device)
+        return DeviceFeedback(order_there, places, nothing, torch.ones(size, dtype=torch.float32, device=device), 0.0)
     host = torch.empty((size, size), dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
     np.copyto(host.numpy(), second_moment)
     moment = host.to(device)
@@ -183,7 +183,7 @@ def _integers(
     cols, rows = values.shape
     integers = torch.empty((cols, rows), dtype=torch.int32, device=values.device)
     errors = torch.empty_like(values)
-    corrections = torch.empty((_COLUMNS, rows), device=values.device)
+    corrections = torch.empty((_COLUMNS, rows), dtype=torch.float32, device=values.device)
     with _single_precision():
         for begin in range(0, cols, _COLUMNS):
             end = min(begin + _COLUMNS, cols)
