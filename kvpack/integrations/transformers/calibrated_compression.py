@@ -156,7 +156,7 @@ def compress_calibrated(
             for path in coded[kept].iterdir():
                 path.rename(temporary / path.name)
     notes = [*reports[kept].notes, *([run.note] if run.note else [])]
-    report = replace(reports[kept], output=str(target), notes=notes, seconds=round(time.perf_counter() - start, 3))
+    report = replace(reports[kept], output=str(target), notes=notes, seconds=time.perf_counter() - start)
     return CalibratedReport(report, kept, kl, len(windows.ids) * windows.scored, run.tokens)
 
 
