@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import transformers
 from bench_common import provenance, require_inputs, require_plotting, write_result
-from calibrated_quality import Array, Bench, gptq
+from calibrated_quality import Array, Bench, add_bench_arguments, gptq
 from equal_quality import from_groups, in_groups
 
 from kvpack.encode.moments import Moments
@@ -307,11 +307,7 @@ def peers_of(arguments: argparse.Namespace, heads_a_value: int) -> dict[str, tup
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--variable", help="what the result calls the model's path")
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--window-tokens", type=int, default=1024)
+    add_bench_arguments(parser, required=False)
     parser.add_argument("--moments", type=Path)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--ggml", type=Path, help="llama.cpp's libggml-base.so")

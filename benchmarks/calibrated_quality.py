@@ -121,13 +121,18 @@ class Bench:
         return {"asked": bits, "bits": used / total, **self.quality(done.__getitem__, list(done))}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--variable", required=True, help="what the result calls the model's path")
-    parser.add_argument("--text", type=Path, required=True)
+def add_bench_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """What a :class:`Bench` is made of, and what results call it."""
+    parser.add_argument("--model", type=Path, required=required)
+    parser.add_argument("--variable", required=required, help="what the result calls the model's path")
+    parser.add_argument("--text", type=Path, required=required)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window-tokens", type=int, default=1024)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_bench_arguments(parser, required=True)
     parser.add_argument("--bits", type=float, nargs="+", required=True)
     parser.add_argument("--moments", nargs="+", required=True, metavar="LABEL=FILE")
     parser.add_argument("--allocations", nargs="+", default=["sensitivity"])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import provenance, require_inputs, require_plotting, write_result
-from calibrated_quality import Bench
+from calibrated_quality import Bench, add_bench_arguments
 
 import kvpack
 from kvpack.encode.moments import Moments
@@ -77,11 +77,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--variable", help="what the result calls the model's path")
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--window-tokens", type=int, default=1024)
+    add_bench_arguments(parser, required=False)
     parser.add_argument("--bits", type=float, nargs="+", default=[4.25, 3.0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--seeds", type=int, nargs="*", default=[], help="of labels, beside 0")

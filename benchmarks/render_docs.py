@@ -63,6 +63,10 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
+def _shown_kl(row: dict[str, Any]) -> str:
+    return f"{_number(row['kl'], 4)} ± {row['kl_standard_error']:.4f}"
+
+
 def origin(result: dict[str, Any]) -> str:
     device = result.get("device", "cpu")
     model = f"; model on {device}" if device != "cpu" else ""
@@ -957,7 +961,7 @@ def calibrated(name: str) -> Callable[[], str]:
                 row["method"],
                 *([row["moments"] or "–"] * many),
                 _number(row["bits"], 3),
-                f"{_number(row['kl'], 4)} ± {row['kl_standard_error']:.4f}",
+                _shown_kl(row),
                 _number(100 * row["same_top"], 1),
                 _number(row["output_bytes"] / 1e6, 2) if "output_bytes" in row else "–",
             ]
@@ -995,7 +999,7 @@ def calibrated_peers(name: str) -> Callable[[], str]:
                 peer,
                 "–" if not with_data else "yes" if tokens is None else f"{tokens:,} tokens",
                 _number(row["bits"], 3),
-                f"{_number(row['kl'], 4)} ± {row['kl_standard_error']:.4f}",
+                _shown_kl(row),
                 _number(100 * row["same_top"], 1),
             ]
             for peer, with_data, tokens, row in sorted(rows, key=lambda entry: (-entry[3]["bits"], entry[3]["kl"]))
@@ -1019,7 +1023,7 @@ def calibration_tokens(name: str) -> Callable[[], str]:
         for row in result["rows"]:
             if row["evaluated_on"] == result["text"] and row["calibrated_on"] in (None, result["text"]):
                 of_run = found.setdefault((row["tokens"], row["seed"]), {})
-                of_run[row["asked"]] = f"{_number(row['kl'], 4)} ± {row['kl_standard_error']:.4f}"
+                of_run[row["asked"]] = _shown_kl(row)
         rows = [
             [f"{tokens:,}" if tokens else "none", str(seed) if tokens else "–", *(of_run[rate] for rate in rates)]
             for (tokens, seed), of_run in sorted(found.items())
@@ -1041,7 +1045,7 @@ def calibration_texts() -> str:
     for asked in sorted({row["asked"] for row in result["rows"]}, reverse=True):
         for calibrated_on in (None, *texts):
             kl = {
-                row["evaluated_on"]: f"{_number(row['kl'], 4)} ± {row['kl_standard_error']:.4f}"
+                row["evaluated_on"]: _shown_kl(row)
                 for row in result["rows"]
                 if (row["asked"], row["calibrated_on"], row["seed"]) == (asked, calibrated_on, 0)
                 and row["tokens"] in of_texts | {0}

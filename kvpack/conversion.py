@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +23,7 @@ from kvpack.errors import DirectoryIndexError, InputError, NotAContainerError, N
 from kvpack.format.container import Container, ContainerWriter
 from kvpack.format.file_kinds import HEAD_BYTES, describe, is_gguf, is_pickle
 from kvpack.format.serialized import SerializedTensors, TensorSource
-from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
+from kvpack.format.temporary_files import hidden_directory
 
 if TYPE_CHECKING:
     from kvpack.runtime.weights.checkpoints import Checkpoint
@@ -199,7 +198,7 @@ def staged(source: Path, target: Path) -> Iterator[tuple[Path, list[str]]]:
     Raises:
         InputError, FormatError, NotInstalledError: ``source`` cannot be read.
     """
-    with _hidden_directory(target) as directory:
+    with _beside(target) as directory:
         if source.is_dir():
             notes = _stage_checkpoints(source, target, directory)
         else:
@@ -209,20 +208,12 @@ def staged(source: Path, target: Path) -> Iterator[tuple[Path, list[str]]]:
         yield directory, notes
 
 
-@contextmanager
-def _hidden_directory(target: Path) -> Iterator[Path]:
-    """A directory beside ``target`` that goes away at the end; if the process is killed, with the next one."""
-    target = Path(os.path.abspath(target))
-    if not target.parent.is_dir():
-        raise InputError(f"the directory {target.parent} does not exist")
-    remove_abandoned(target, "tmp")
-    directory = target.with_name(hidden_name(target.name, "tmp"))
-    lock = create_directory(directory)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.close(lock)
+def _beside(target: Path) -> AbstractContextManager[Path]:
+    """A hidden directory beside ``target``. Raises InputError where there is none that it would be in."""
+    parent = Path(os.path.abspath(target)).parent
+    if not parent.is_dir():
+        raise InputError(f"the directory {parent} does not exist")
+    return hidden_directory(target)
 
 
 @contextmanager
@@ -236,7 +227,7 @@ def as_safetensors(source: Path, beside: Path) -> Iterator[Path]:
     """
     if is_checkpoint(source):
         file, _ = serialized_checkpoint(source)
-        with _hidden_directory(beside) as directory:
+        with _beside(beside) as directory:
             _write(file, directory / f"{source.stem}{SUFFIX}")
             yield directory / f"{source.stem}{SUFFIX}"
     elif has_checkpoints_alone(source, beside) or is_gguf_file(source):

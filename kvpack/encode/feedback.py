@@ -272,6 +272,15 @@ def add_feedback(coefficients, errors, begin, count, targets):  # type: ignore[n
 
 
 @kernel
+def add_feedback_of_block(coefficients, errors, begin, at, target):  # type: ignore[no-untyped-def]
+    """The same of columns ``begin … at`` to the target f32 [R] of column ``at``."""
+    for u in range(begin, at):
+        c0, e0 = coefficients[at, u], errors[u]
+        for row in range(len(target)):
+            target[row] += c0 * e0[row]
+
+
+@kernel
 def _quantize(values, coefficients, variances, rate_weight, bits, clamp_bits, half, most, integers, errors, row_errors):  # type: ignore[no-untyped-def]
     """Quantize f32 ``values`` [K, R] (in steps, columns in order) to i32 ``integers`` [K, R].
 
@@ -285,10 +294,7 @@ def _quantize(values, coefficients, variances, rate_weight, bits, clamp_bits, ha
         add_feedback(coefficients, errors, begin, count, targets)
         for t in range(count):
             target, at = targets[t], begin + t
-            for u in range(begin, at):
-                c0, e0 = coefficients[at, u], errors[u]
-                for row in range(rows):
-                    target[row] += c0 * e0[row]
+            add_feedback_of_block(coefficients, errors, begin, at, target)
             rate = rate_weight / variances[at]
             for row in range(rows):
                 limit = max(most, abs(values[at, row]))

@@ -16,7 +16,7 @@ from kvpack.encode.model_config import CONFIG_NAME
 from kvpack.encode.model_tree import ModelTree, is_index_name
 from kvpack.errors import InputError, OtherFilesError
 from kvpack.format.container import VERSION_KEY, Container
-from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
+from kvpack.format.temporary_files import hidden_directory, hidden_name
 
 # Weights in other forms than safetensors, by the names that tools give them. What has any other name is copied: an
 # optimizer's state, a voice or a training state is nobody's copy.
@@ -233,10 +233,7 @@ def directory_in_place(target: Path) -> Iterator[Path]:
         OtherFilesError: ``target`` holds something that is no part of an output; it stays as it is.
     """
     target = Path(os.path.abspath(target))  # "." has no name
-    remove_abandoned(target, "tmp")
-    temporary = target.with_name(hidden_name(target.name, "tmp"))
-    lock = create_directory(temporary)
-    try:
+    with hidden_directory(target) as temporary:
         yield temporary
         if not target.exists():
             temporary.rename(target)
@@ -255,8 +252,3 @@ def directory_in_place(target: Path) -> Iterator[Path]:
             previous.unlink()
         else:
             shutil.rmtree(previous)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)

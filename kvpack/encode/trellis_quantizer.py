@@ -15,14 +15,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.encode.feedback import Feedback, add_feedback
+from kvpack.encode.feedback import CLAMP_BITS, Feedback, add_feedback, add_feedback_of_block
 from kvpack.encode.jit import kernel
 from kvpack.encode.quantize import DELTA_OFFSET, FIXED_POINT, Quantized, Rounding
 from kvpack.encode.trellis import unsigned_integers
 from kvpack.format.layout import (
     GROUP_LANES,
     MAX_TILE_COLS,
-    OUTLIER_BYTES,
     TRELLIS_EXTRA_BITS,
     TRELLIS_REACH_STEPS,
     ceil_div,
@@ -103,7 +102,7 @@ def _quantize(  # type: ignore[no-untyped-def]
     flat = values.reshape(columns, rows * groups)
     flat_errors = errors.reshape(columns, rows * groups)
     targets = np.empty((_BLOCK_COLS, rows * groups), np.float32)
-    outlier_bits, most = F32(8 * OUTLIER_BYTES), F32(_MOST_STEPS)
+    outlier_bits, most = F32(CLAMP_BITS), F32(_MOST_STEPS)
     ks = np.empty((rows, groups, 4), np.int8)
     choices = np.empty((rows, groups), np.uint8)
     costs = np.empty((groups, 4), np.float32)
@@ -114,12 +113,9 @@ def _quantize(  # type: ignore[no-untyped-def]
             add_feedback(coefficients, flat_errors, begin, count, targets)
         for t in range(count):
             at = begin + t
-            if coefficients.shape[0]:
-                for u in range(begin, at):
-                    c0, e0, target = coefficients[at, u], flat_errors[u], targets[t]
-                    for row in range(rows * groups):
-                        target[row] += c0 * e0[row]
             own = targets[t]
+            if coefficients.shape[0]:
+                add_feedback_of_block(coefficients, flat_errors, begin, at, own)
             for row in range(rows * groups):
                 limit = max(most, abs(flat[at, row]))
                 own[row] = min(max(own[row], -limit), limit)

@@ -128,7 +128,6 @@ class BlobHeader:
     def max_outlier_steps(self) -> int:
         """The largest magnitude, in steps between neighbouring elements, that is sure to be one an outlier can have."""
         extra_bits = self.layout.integer_bits - self.layout.element_bits
-        # With a trellis the element may lie on the other side of zero, up to 1.75 steps away (n = 2).
         beside = 0 if self.layout.quantizer == Quantizer.SCALAR else TRELLIS_REACH_STEPS
         return (outlier_delta_max(self.tile_cols) >> extra_bits) - beside
 

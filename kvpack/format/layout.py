@@ -43,7 +43,7 @@ KNOWN_FLAGS = FLAG_TRANSPOSED | FLAG_FOLDED
 # Elements of a trellis (FORMAT.md §4.1): integers of two bits more must fit a signed byte.
 TRELLIS_MAX_ELEMENT_BITS = 6
 TRELLIS_EXTRA_BITS = 2
-# How far from zero, at least, an element's integer lies that is of the other sign than its value (n = 2), rounded up.
+# An element of two bits may be across zero from its value, up to 1.75 steps off: outliers keep room for it.
 TRELLIS_REACH_STEPS = 2
 
 

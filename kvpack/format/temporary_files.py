@@ -11,7 +11,8 @@ import os
 import re
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,3 +87,21 @@ def remove_abandoned(target: Path, *endings: str) -> list[Path]:
                 finally:
                     os.close(descriptor)
     return removed
+
+
+@contextmanager
+def hidden_directory(target: Path) -> Iterator[Path]:
+    """A directory beside ``target``, gone at the end, or, if the process is killed, with the next one; or renamed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    target = Path(os.path.abspath(target))  # "." has no name
+    remove_abandoned(target, "tmp")
+    path = target.with_name(hidden_name(target.name, "tmp"))
+    lock = create_directory(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)

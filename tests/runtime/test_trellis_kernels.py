@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import emulator
 import numpy as np
@@ -64,43 +65,36 @@ def modes_blob() -> bytes:
     return data
 
 
+def check_products(data: bytes, scales: np.ndarray, few: Sequence[int], many: int) -> None:
+    """By gemv, gemm, and the kernels for many vectors."""
+    coded, weights = coded_tensor(data, scales), dequantized(data, scales)
+    header = coded.header
+    for tokens in few:
+        x = activations(tokens, header.cols, HALF)
+        check_product(products.multiply(coded, x, None, LIMITS), coded, weights, x, None)
+    x = activations(many, header.cols, HALF)
+    fit = mma_product.fit_of(coded, many, limits_of(2), ((4, 1),))
+    assert fit is not None
+    check_product(mma_product.multiply(coded, x, None, fit), coded, weights, x, None)
+    units = ceil_div(header.rows, 128) * header.num_tiles_col
+    wide = wgmma_product.fit_wgmma(header.layout, many, units, coded.word_buffer_bytes, limits_of(2))
+    assert wide is not None
+    check_product(wgmma_product.multiply(coded, x, None, wide), coded, weights, x, None)
+
+
 @needs_emulator
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("layout", NAMED, ids=layout_id)
 def test_products_of_each_layout(layout: Layout) -> None:
-    """By gemv, gemm, and the kernels for many vectors, with rows and columns short of a group and a chunk."""
-    data, scales = samples.quantized_blob(140, 100, layout, 64)
-    coded, weights = coded_tensor(data, scales), dequantized(data, scales)
-    for tokens in (1, 5):
-        x = activations(tokens, 100, HALF)
-        check_product(products.multiply(coded, x, None, LIMITS), coded, weights, x, None)
-    x = activations(40, 100, HALF)
-    fit = mma_product.fit_of(coded, 40, limits_of(2), ((4, 1),))
-    assert fit is not None
-    check_product(mma_product.multiply(coded, x, None, fit), coded, weights, x, None)
-    units = ceil_div(140, 128) * coded.header.num_tiles_col
-    wide = wgmma_product.fit_wgmma(layout, 40, units, coded.word_buffer_bytes, limits_of(2))
-    assert wide is not None
-    check_product(wgmma_product.multiply(coded, x, None, wide), coded, weights, x, None)
+    """With rows and columns short of a group and a chunk."""
+    check_products(*samples.quantized_blob(140, 100, layout, 64), few=(1, 5), many=40)
 
 
 @needs_emulator
 @pytest.mark.parametrize("shuffle_seed", [None, 1])
 def test_products_of_each_mode(monkeypatch: pytest.MonkeyPatch, shuffle_seed: int | None) -> None:
     monkeypatch.setattr(kernels, "launch", functools.partial(emulated_launch, shuffle_seed=shuffle_seed))
-    data, scales = modes_blob(), np.full(1, 0.02, np.float32)
-    coded, weights = coded_tensor(data, scales), dequantized(data, scales)
-    for tokens in (1, 9):
-        x = activations(tokens, 200, HALF)
-        check_product(products.multiply(coded, x, None, LIMITS), coded, weights, x, None)
-    x = activations(48, 200, HALF)
-    fit = mma_product.fit_of(coded, 48, limits_of(2), ((4, 1),))
-    assert fit is not None
-    check_product(mma_product.multiply(coded, x, None, fit), coded, weights, x, None)
-    units = coded.header.num_tiles_col
-    wide = wgmma_product.fit_wgmma(FOUR_BITS, 48, units, coded.word_buffer_bytes, limits_of(2))
-    assert wide is not None
-    check_product(wgmma_product.multiply(coded, x, None, wide), coded, weights, x, None)
+    check_products(modes_blob(), np.full(1, 0.02, np.float32), few=(1, 9), many=48)
 
 
 @needs_emulator

@@ -6,11 +6,9 @@ read tokens that the moments are not of, and the one with the less KL is kept.
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,7 @@ from kvpack.encode.compress import CompressReport, default_output
 from kvpack.encode.model_directory import directory_in_place
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
-from kvpack.format.temporary_files import create_directory, hidden_name, remove_abandoned
+from kvpack.format.temporary_files import hidden_directory
 from kvpack.integrations.transformers.calibration import calibrate
 from kvpack.integrations.transformers.calibration_inputs import check_calibrated_compression
 from kvpack.integrations.transformers.calibration_text import DEFAULT_TOKENS, own_text, read_text, window_tokens
@@ -114,7 +112,7 @@ def compress_calibrated(
         rest = read_text(directory, text, tokens=_HELD_OUT_WINDOWS * length, window=length, part=held_back, option=None)
         assert rest.ids is not None
         windows = TextWindows(rest.ids, len(rest.ids), rest.tokens, tuple(rest.made["begins_with"]))
-    with _hidden_directory(target) as hidden:
+    with hidden_directory(target) as hidden:
         moments = hidden / "moments.safetensors"
         with begun("moments", "tokens") as progress:
             run = calibrate(
@@ -158,20 +156,6 @@ def compress_calibrated(
     notes = [*reports[kept].notes, *([run.note] if run.note else [])]
     report = replace(reports[kept], output=str(target), notes=notes, seconds=time.perf_counter() - start)
     return CalibratedReport(report, kept, kl, len(windows.ids) * windows.scored, run.tokens)
-
-
-@contextmanager
-def _hidden_directory(target: Path) -> Iterator[Path]:
-    """A directory beside an output, gone at the end; what a killed process left of one goes at the beginning."""
-    target = Path(os.path.abspath(target))  # "." has no name
-    remove_abandoned(target, "tmp")
-    path = target.with_name(hidden_name(target.name, "tmp"))
-    lock = create_directory(path)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
 
 
 def _own_windows(directory: Path, length: int, seed: int, device: str) -> TextWindows:

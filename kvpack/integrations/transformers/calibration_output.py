@@ -163,9 +163,10 @@ class _StageFile:
         K/2 of these as well: of few tokens, feedback would believe what chance has left.
         """
         tokens, size = self.tokens(name), self.inputs(name)
-        lent = _LENT_TOKENS * size if len(self._experts(name)) > 1 else 0.0
+        experts = self._experts(name)
+        lent = _LENT_TOKENS * size if len(experts) > 1 else 0.0
         for matrix in matrices:
-            key = self._experts(name).get(matrix)
+            key = experts.get(matrix)
             if key is None:
                 yield np.zeros((size, size), np.float32)
                 continue

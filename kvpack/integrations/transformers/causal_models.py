@@ -19,7 +19,7 @@ from kvpack.encode.listing import listed
 from kvpack.encode.model_config import METHOD
 from kvpack.errors import InputError, KvpackError
 from kvpack.integrations.transformers.cache import KVPackCache
-from kvpack.integrations.transformers.calibration_inputs import model_configuration
+from kvpack.integrations.transformers.model_configuration import model_configuration
 from kvpack.runtime.weights.coded_matrix import CodedMatrix
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
