@@ -56,6 +56,7 @@ def compress(
     device: str | torch.device = "cpu",
     token_counts: npt.NDArray[np.int64] | None = None,
     moments: str | os.PathLike[str] | None = None,
+    shards: tuple[int, int] | None = None,
     **settings: Any,
 ) -> CompressReport:
     """Compress a .safetensors file, a model directory, or tensors in memory.
@@ -86,10 +87,16 @@ def compress(
         moments: a moments file of this model, which ``kvpack moments`` makes: what is quantized at a rate is quantized
             with feedback between columns, and steps follow the sensitivity of outputs. Embeddings and output layers of
             ``embeddings="code"`` share the rate by theirs.
+        shards: ``(i, n)``: make part i, from 1 to n, of a model directory's output, whose whole files are divided among
+            n processes, of one machine or of several that see the directory. The bytes are those of one run. Finished
+            files wait in ``NAME.parts`` beside the output; the part that is ready last completes it. A part that was
+            killed goes on when it is run again. All parts need the same source and options.
         settings: options of :class:`kvpack.QuantConfig` by name, in place of ``config``.
 
     Raises:
         MomentsError: the moments are damaged, or another model's.
+        PartsMismatchError: a part has other options, or another source, than those made before.
+        DamagedPartError: what another part has made is damaged; says which part makes it anew.
         TypeError: a setting is none of :class:`kvpack.QuantConfig`.
         InputError: the input, the output, the counts or the number of threads cannot be used, or a pattern matches no
             tensor.
@@ -117,6 +124,7 @@ def compress(
         "module_tree": kinds_by_module_tree,
         "token_counts": token_counts,
         "moments": moments,
+        "shards": shards,
     }
     if not isinstance(path, str | os.PathLike):
         if not isinstance(path, Mapping):
@@ -133,6 +141,11 @@ def compress(
         return replace(report, notes=[*notes, *report.notes])
     target = default_output(source) if out is None else Path(out)
     if conversion.has_checkpoints_alone(source, target) or conversion.is_gguf_file(source):
+        if shards is not None:
+            raise InputError(
+                f"shards: {source} is converted as a whole first, by each part: make safetensors files of it, with "
+                "save_pretrained of transformers, and give these"
+            )
         if target.exists() and not (force or dry_run):
             raise InputError(f"{target} exists already; --force (force=True) replaces it")
         with conversion.staged(source, target) as (directory, notes):

@@ -32,11 +32,13 @@
     │   │   ├── NotASnapshotError          a container, but not of a cache's pages
     │   │   ├── SnapshotHeaderError        what it says of its pages is malformed, or contradicts the tensors
     │   │   └── DamagedRunError            pages that cannot be decoded; names the run and its tokens
+    │   ├── DamagedPartError               what one part of a compression has made is not as it was written
     │   ├── MomentsError                   a file of a calibration run's moments contradicts itself, or is none
     │   ├── LimitError                     legal, but more than this reader agreed to allocate
     │   └── PageError                      a page of a KV cache cannot have that shape or size
     ├── InputError (ValueError)            an input, an output or an option cannot be used
-    │   └── OtherFilesError                a directory holds what is no part of an output
+    │   ├── OtherFilesError                a directory holds what is no part of an output
+    │   └── PartsMismatchError             a part of a compression has other options, or another source, than others
     ├── ModelMismatchError (ValueError)    the tensors of a file are not those of the model
     │   └── FingerprintMismatchError       a snapshot's pages are of another model; says in what it differs
     ├── AllocationError (ValueError)       formats of pages cannot be chosen from what was given
@@ -210,6 +212,10 @@ class DamagedRunError(SnapshotError):
         return "; ".join(filter(None, [f"{where}: {self.cause}", self.advice]))
 
 
+class DamagedPartError(FormatError):
+    """What one part of a compression has made is not as it was written. The message says which part makes it anew."""
+
+
 class MomentsError(FormatError):
     """A file of moments is none, contradicts itself, or holds numbers that no calibration run finds."""
 
@@ -236,6 +242,10 @@ class NotSupportedError(KvpackError, NotImplementedError):
 
 class OtherFilesError(InputError):
     """A directory is not replaced, since it holds what is no part of an output. The message lists it."""
+
+
+class PartsMismatchError(InputError):
+    """A part of a compression has other options, or another source, than the parts made before. Says which."""
 
 
 class DeviceError(KvpackError, RuntimeError):

@@ -24,6 +24,7 @@ from kvpack.cli.printing import (
 from kvpack.encode.rates import DEFAULT_BITS, LOSSLESS, MAX_BITS, MIN_BITS
 
 if TYPE_CHECKING:
+    from kvpack.encode.compress import CompressReport
     from kvpack.encode.model_directory import FileReport
     from kvpack.encode.quant_config import QuantConfig
     from kvpack.integrations.transformers.calibrated_compression import CalibratedReport
@@ -98,6 +99,15 @@ def _parse_embeddings(value: str) -> float | str:
         return value
 
 
+def _parse_shards(value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    number, separator, parts = value.partition("/")
+    if not (separator and number.isdecimal() and parts.isdecimal()):
+        raise typer.BadParameter(f"{value!r} is not I/N, a part of N, as 1/4", param_hint="--shards")
+    return int(number), int(parts)
+
+
 def _calibrated(
     source: Path,
     output: Path | None,
@@ -110,10 +120,16 @@ def _calibrated(
     dry_run: bool,
     force: bool,
     moments: Path | None,
+    shards: tuple[int, int] | None,
 ) -> CalibratedReport:
     """What ``--calibrate`` does; ``self`` is no file."""
     from kvpack.errors import InputError
 
+    if shards is not None:
+        raise InputError(
+            "--shards and --calibrate exclude each other, as each part would find moments of its own: kvpack moments "
+            "makes a file of them once, and --moments gives it to each part"
+        )
     if moments is not None:
         raise InputError("--moments and --calibrate exclude each other: one reads moments, the other finds them")
     if dry_run:
@@ -137,6 +153,19 @@ def _calibrated(
         force=force,
         stage=progress_bar,
     )
+
+
+def _outcome(report: CompressReport) -> str:
+    """What there is now."""
+    if report.part is None:
+        return "dry run: nothing was written" if report.output is None else f"wrote {report.output}"
+    part = report.part
+    found = f", {len(part.found)} of them made before" if part.found else ""
+    done = f"part {part.number}/{part.of}: {counted(len(part.files), 'file')}{found}"
+    if part.joined:
+        return f"{done}; all parts are there: wrote {report.output}"
+    missing = ", ".join(f"{number}/{part.of}" for number in part.missing_parts)
+    return f"{done}; {counted(len(part.missing), 'file')} still missing, of parts {missing}"
 
 
 def compress(
@@ -211,6 +240,12 @@ def compress(
         int, typer.Option("--calibration-tokens", min=1, metavar="N", help="How many tokens --calibrate reads.")
     ] = 131_072,
     seed: Annotated[int, typer.Option("--seed", help="Of what --calibrate draws.")] = 0,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            "--shards", metavar="I/N", help="Part I of N of a directory's files; the last one completes the output."
+        ),
+    ] = None,
     threads: Threads = None,
     device: Annotated[
         DeviceOption,
@@ -247,10 +282,22 @@ def compress(
             tensor_bits=_parse_tensor_bits(tensor_bits),
             embeddings=_parse_embeddings(embeddings),
         )
+        part_of = _parse_shards(shards)
         calibrated = None
         if calibrate is not None:
             calibrated = _calibrated(
-                source, output, config, calibrate, calibration_tokens, seed, threads, device, dry_run, force, moments
+                source,
+                output,
+                config,
+                calibrate,
+                calibration_tokens,
+                seed,
+                threads,
+                device,
+                dry_run,
+                force,
+                moments,
+                part_of,
             )
             report = calibrated.compression
         else:
@@ -265,6 +312,7 @@ def compress(
                     progress=progress,
                     device=device.value,
                     moments=moments,
+                    shards=part_of,
                 )
     if as_json:
         print(json.dumps((calibrated or report).as_dict(), allow_nan=False))
@@ -312,11 +360,7 @@ def compress(
         f"{shown_size(report.input_bytes)} → {shown_size(report.output_bytes)}, {ratio}{coded}; {report.seconds:.1f} s",
         highlight=False,
     )
-    console.print(
-        "dry run: nothing was written" if report.output is None else f"wrote {report.output}",
-        markup=False,
-        highlight=False,
-    )
+    console.print(_outcome(report), markup=False, highlight=False)
 
 
 def decompress(

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvpack._version import __version__
 from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.calibration import Calibration, calibrated_config
 from kvpack.encode.dtypes import NUMPY_DTYPES
@@ -43,6 +44,7 @@ from kvpack.encode.model_tree import ModelTree, WeightFile, folder_prefix
 from kvpack.encode.moments import Moments
 from kvpack.encode.nearest import CommonPlan, EncodeOptions, encode_nearest
 from kvpack.encode.output_files import Crc32, Shard, added_indexes, check_target, pieces, write_indexes
+from kvpack.encode.parts import PartReport, Parts, check_shards, container_crc32, divide, file_crc32
 from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import CODE, KEEP, QuantConfig
 from kvpack.encode.rate import FineHistogram, RatePlan, step_at_bits
@@ -80,6 +82,7 @@ from kvpack.format.container import (
     TENSORS_KEY,
     VARIANCE_NOISE_KEY,
     VERSION_KEY,
+    Container,
     ContainerWriter,
     Readable,
     StoredTensor,
@@ -127,6 +130,9 @@ class CompressReport:
     ratios, weighted by size). ``files`` says of each file of a directory what became of it; ``left_out`` names those
     with weights in other forms that were not carried over; ``notes`` are sentences on an input that was converted
     first, on how it was found out what the tensors are, and on other quantizations, fp8 among them.
+
+    With ``shards``, ``part`` says what this part did. Until the output is complete, all else is of the part's own
+    files, and ``output`` is null.
     """
 
     input: str
@@ -141,9 +147,11 @@ class CompressReport:
     files: list[FileReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tensors: list[TensorReport] = field(default_factory=list)
+    part: PartReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"ok": True, **asdict(self)}
+        """As JSON has it; ``part`` only with ``shards``."""
+        return {"ok": True, **{key: value for key, value in asdict(self).items() if key != "part" or value is not None}}
 
 
 def default_output(source: Path) -> Path:
@@ -286,7 +294,7 @@ class _Model:
                 "another model, or none is"
             )
 
-    def calibration_notes(self, source: Path) -> list[str]:
+    def calibration_notes(self) -> list[str]:
         """How the moments were used, and which tensors that are quantized have none."""
         if self.calibration is None:
             return []
@@ -298,7 +306,7 @@ class _Model:
         compared = self.calibration.same_weights
         if others := sorted(name for name, is_same in compared.items() if not is_same):
             notes.append(
-                f"{self.calibration.moments.path} has moments of other weights than {source}: {len(others)} of "
+                f"{self.calibration.moments.path} has moments of other weights than {self.tree.path}: {len(others)} of "
                 f"{len(compared)} tensors differ ({listed(others, 3)}); of a fine-tune's base they serve, of another "
                 "model they do not: kvpack moments makes those of this one"
             )
@@ -312,12 +320,59 @@ class _Model:
         others = f"; each weight for itself: {listed(rounded, 3)}" if rounded else ""
         return [f"trellis: {sum(report.method == 'trellis' for report in reports)} tensors{others}"]
 
+    def all_notes(self, reports: list[TensorReport]) -> list[str]:
+        """All that there is to say of the tensors that are reported."""
+        return [
+            *self.notes(),
+            *self.vector_notes(reports),
+            *self.count_notes(),
+            *self.split_notes(reports),
+            *self.stack_notes(),
+            *self.calibration_notes(),
+            *self.trellis_notes(reports),
+            *quantization_notes(report.reason for report in reports),
+        ]
+
+    def decisions_crc32(self, file: WeightFile) -> str:
+        """What the tensors of a file were found to be, eight digits."""
+        selection, kinds = self.selections[file.path], self.kinds[file.set_prefix]
+        found = [
+            (
+                tensor.name,
+                selection.reason_to_keep(tensor, kinds),
+                tensor.name in kinds.transposed,
+                kinds.has_row_for_each_token(tensor),
+            )
+            for tensor in file.container.tensors.values()
+        ]
+        return f"{zlib.crc32(json.dumps(found).encode()):08x}"
+
+    def findings_of(self, file: WeightFile, stacks_before: int) -> dict[str, Any]:
+        """What coding a file found that notes tell, as JSON has it."""
+        names = set(file.names.values())
+        return {
+            "stacks": self.stacks - stacks_before,
+            "stack_reasons": [
+                [list(stack), reason] for stack, reason in self.stack_reasons.items() if not names.isdisjoint(stack)
+            ],
+            "split_reasons": {name: reason for name, reason in self.split_reasons.items() if name in names},
+            "without_counts": sorted(self.without_counts & names),
+        }
+
+    def take_findings(self, findings: Mapping[str, Any]) -> None:
+        """Take over what :meth:`findings_of` gave in another process."""
+        self.stacks += findings["stacks"]
+        self.stack_reasons |= {tuple(stack): reason for stack, reason in findings["stack_reasons"]}
+        self.split_reasons |= findings["split_reasons"]
+        self.without_counts |= set(findings["without_counts"])
+
     def close(self) -> None:
         self.tree.close()
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(t.size_bytes for file in self.tree.weight_files for t in file.container.tensors.values())
+    @staticmethod
+    def bytes_of(files: Iterable[WeightFile]) -> int:
+        """What the tensors of some files take in the input."""
+        return sum(tensor.size_bytes for file in files for tensor in file.container.tensors.values())
 
     def matrices(self, file: WeightFile, tensor: StoredTensor) -> Matrices:
         transposed = tensor.name in self.kinds[file.set_prefix].transposed
@@ -761,6 +816,7 @@ def compress(
     row_offsets: Mapping[str, npt.NDArray[np.float32]] | None = None,
     token_counts: npt.NDArray[np.int64] | None = None,
     moments: str | os.PathLike[str] | None = None,
+    shards: tuple[int, int] | None = None,
 ) -> CompressReport:
     """Compress a .safetensors file or a model directory: see :func:`kvpack.compress`.
 
@@ -772,8 +828,11 @@ def compress(
             not quantized after all goes without; a note says so.
         token_counts: see :func:`kvpack.compress`; those of ``moments`` by default.
         moments: a moments file of this model (:mod:`.moments`): what is quantized at a rate is quantized with feedback.
+        shards: which part of the output to make, of how many: see :mod:`.parts`.
 
     Raises:
+        PartsMismatchError: other parts have other options or another source.
+        DamagedPartError: another part's file is damaged, and so the output cannot be completed.
         MomentsError: the moments are damaged, or another model's.
         ScaleError: a vector that does not fit its tensor.
         InputError: the input, the output or the number of threads cannot be used.
@@ -790,7 +849,9 @@ def compress(
     if moments is not None and config.bits is None and not _has_rates(config):
         raise InputError(f"preset {config.preset!r} and moments exclude each other: moments serve a rate, as bits=4.25")
     target = Path(out) if out is not None else default_output(source)
-    check_target(source, target, force=force or dry_run, exists=file is None)
+    check_target(source, target, force=force or dry_run or shards is not None, exists=file is None)
+    if shards is not None:
+        _check_part(source, target, shards, force=force, dry_run=dry_run)
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads: at least 1 is needed")
     if config.quantizer == "trellis":
@@ -827,17 +888,26 @@ def compress(
             input_bytes = sum(file.size_bytes for file in files if file.action != "left out")
             carried = [Path(file.path) for file in files if file.action == "copied"]
             copied_bytes = sum(file.size_bytes for file in files if file.action == "copied")
-            progress.total(model.total_bytes + (0 if dry_run else copied_bytes))
-            if source.is_dir() and not dry_run:
+            if shards is None:
+                progress.total(model.bytes_of(model.tree.weight_files) + (0 if dry_run else copied_bytes))
+            if source.is_dir() and not dry_run and shards is None:
                 written = [Path(file.path) for file in files if file.action != "left out"]
                 written += [index.path for index in added_indexes(model.tree)]
                 written += [Path(CONFIG_NAME)] if _adds_config(model.tree) else []
                 refuse_other_files(target, written)
             model.check_moments()
-            plans = {}
-            if config.allocation in ("model", "sensitivity") and config.bits is not None:
+            plans: dict[str, CommonPlan] = {}
+            part: PartReport | None = None
+            if shards is None and _has_common_steps(config):
                 plans = _common_step_plans(model, progress)
-            if dry_run:
+            if shards is not None:
+                parts = Parts(target, _job(model, files, moments))
+                part, records, output_bytes = _compress_part(model, source, parts, shards, progress, carried)
+                reports += [TensorReport(**tensor) for record in records.values() for tensor in record["tensors"]]
+                if len(records) < len(model.tree.weight_files):
+                    files = [file for file in files if Path(file.path) in records]
+                    input_bytes = sum(file.size_bytes for file in files)
+            elif dry_run:
                 output_bytes = copied_bytes + _dry_run(model, source, plans, progress, reports)
             elif source.is_dir():
                 output_bytes = _compress_directory(model, source, target, plans, progress, reports, carried)
@@ -847,23 +917,15 @@ def compress(
             model.close()
     return _report(
         source,
-        None if dry_run else target,
+        None if dry_run or (part is not None and not part.joined) else target,
         input_bytes,
         output_bytes,
         reports,
         files if source.is_dir() else [],
         [str(file) for file in model.tree.passed_over],
-        [
-            *model.notes(),
-            *model.vector_notes(reports),
-            *model.count_notes(),
-            *model.split_notes(reports),
-            *model.stack_notes(),
-            *model.calibration_notes(source),
-            *model.trellis_notes(reports),
-            *quantization_notes(report.reason for report in reports),
-        ],
+        model.all_notes(reports),
         time.perf_counter() - began,
+        part,
     )
 
 
@@ -911,6 +973,7 @@ def _report(
     passed_over: list[str],
     notes: list[str],
     seconds: float,
+    part: PartReport | None,
 ) -> CompressReport:
     coded = [report for report in reports if report.method != "keep"]
     weights = sum(math.prod(report.shape) for report in coded)
@@ -921,7 +984,7 @@ def _report(
         output=None if target is None else str(target),
         input_bytes=input_bytes,
         output_bytes=output_bytes,
-        ratio=round(input_bytes / output_bytes, 6),
+        ratio=round(input_bytes / output_bytes, 6) if output_bytes else 1.0,  # a part may have no files
         bits_per_weight=round(8 * sum(r.bytes for r in coded) / weights, 6) if weights else None,
         noise_db=(round(10 * math.log10(sum(size * ratio for size, ratio in noise) / noisy), 4) if noise else None),
         seconds=round(seconds, 3),
@@ -929,6 +992,7 @@ def _report(
         files=files,
         notes=notes,
         tensors=sorted(reports, key=lambda report: report.name),
+        part=part,
     )
 
 
@@ -987,16 +1051,213 @@ def _compress_directory(
     carried: list[Path],
 ) -> int:
     """Write the output of a model directory; returns its size."""
-    tree, shards = model.tree, []
+    shards = []
     with directory_in_place(target) as temporary:
-        for file in tree.weight_files:
+        for file in model.tree.weight_files:
             (temporary / file.folder).mkdir(parents=True, exist_ok=True)
-            with ContainerWriter(temporary / file.path) as writer:
-                metadata, shard = _encode_file(model, file, plans, writer, progress, reports)
-                writer.finish(metadata)
-            shards.append(shard)
-        write_indexes(temporary, tree, shards, added_indexes(tree))
-        for folder, written in _configs(model, source, shards):
-            write_json(temporary / folder / CONFIG_NAME, written)
-        copy_files(source, temporary, carried, progress.advance)
+            shards.append(_write_file(model, file, temporary / file.path, plans, progress, reports))
+        _write_other_files(model, source, temporary, shards, progress, carried)
         return size_bytes(temporary)
+
+
+def _write_file(
+    model: _Model,
+    file: WeightFile,
+    path: Path,
+    plans: dict[str, CommonPlan],
+    progress: Progress,
+    reports: list[TensorReport],
+) -> Shard:
+    """Write the output of one file of weights; returns what it holds."""
+    with ContainerWriter(path) as writer:
+        metadata, shard = _encode_file(model, file, plans, writer, progress, reports)
+        writer.finish(metadata)
+    return shard
+
+
+def _write_other_files(
+    model: _Model, source: Path, directory: Path, shards: list[Shard], progress: Progress, carried: list[Path]
+) -> None:
+    """Write all files of an output but those of the weights."""
+    for folder in model.tree.folders:
+        (directory / folder).mkdir(parents=True, exist_ok=True)
+    write_indexes(directory, model.tree, shards, added_indexes(model.tree))
+    for folder, written in _configs(model, source, shards):
+        write_json(directory / folder / CONFIG_NAME, written)
+    copy_files(source, directory, carried, progress.advance)
+
+
+def _has_common_steps(config: QuantConfig) -> bool:
+    """Whether tensors' steps depend on those of all others."""
+    return config.allocation in ("model", "sensitivity") and config.bits is not None
+
+
+# Compression in parts
+
+
+def _check_part(source: Path, target: Path, shards: tuple[int, int], *, force: bool, dry_run: bool) -> None:
+    """Refuse what cannot be done in parts, before any work. Raises InputError."""
+    check_shards(shards)
+    if not source.is_dir():
+        raise InputError(f"shards: {source} is one file, and parts are made of whole files: give a model directory")
+    if force:
+        raise InputError(
+            f"shards and force exclude each other: each part would remove what others made. Move {target} away first"
+        )
+    if dry_run:
+        raise InputError("shards and dry_run exclude each other: a dry run is of the whole")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise InputError(
+            f"shards: the output {target} is in the input, which it would be part of: -o names another one"
+        )
+
+
+def _job(model: _Model, files: list[FileReport], moments: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """What the parts of an output must agree on for its bytes to be those of one run: see :class:`.parts.Parts`."""
+    tree, counts = model.tree, model.token_counts
+    vectors: dict[str, int | str] = {
+        f"{what} of {name}": zlib.crc32(np.ascontiguousarray(vector).data)
+        for what, given in (("column scales", model.column_scales), ("row offsets", model.row_offsets))
+        for name, vector in given.items()
+    }
+    if counts is not None:
+        vectors["token counts"] = zlib.crc32(np.ascontiguousarray(counts).data)
+    if moments is not None:
+        with Container(moments) as container:
+            vectors["moments"] = container_crc32(container)
+    return {
+        "kvpack": __version__,
+        "options": model.config.to_json(),
+        "weights": {str(file.path): container_crc32(file.container) for file in tree.weight_files},
+        "rewritten files": {f.path: file_crc32(tree.path / f.path) for f in files if f.action == "rewritten"},
+        "copied files": {file.path: file.size_bytes for file in files if file.action == "copied"},
+        # Where names leave doubt, transformers says what tensors are: the one that each machine has.
+        "what tensors are": {str(file.path): model.decisions_crc32(file) for file in tree.weight_files},
+        "vectors": vectors,
+    }
+
+
+class _PartResult(NamedTuple):
+    """What a part did, and ``records`` of what is to be reported: of its own files, or of a complete output's."""
+
+    report: PartReport
+    records: dict[Path, dict[str, Any]]
+    output_bytes: int
+
+
+def _compress_part(
+    model: _Model, source: Path, parts: Parts, shards: tuple[int, int], progress: Progress, carried: list[Path]
+) -> _PartResult:
+    """Make the files of one part that are not whole, and complete the output if no other is missing."""
+    files = {file.path: file for file in model.tree.weight_files}
+    divided = divide([model.bytes_of([file]) for file in files.values()], shards[1])
+    paths_of = [[list(files)[number] for number in numbers] for numbers in divided]
+    own = paths_of[shards[0] - 1]
+    records: dict[Path, dict[str, Any]] = {}
+    found: list[Path] = []
+    made: list[Path] = []
+    try:
+        if not parts.is_joined:
+            records = {path: record for path in own if (record := parts.finished(path)) is not None}
+            found = list(records)
+            to_make = [files[path] for path in own if path not in records]
+            progress.total(model.bytes_of(to_make))
+            plans = _plans_of_part(model, parts, to_make, progress)
+            for file in to_make:
+                records[file.path] = _make_file(model, parts, file, shards, plans, progress)
+                made.append(file.path)
+            others = {path: parts.record_of(path) for path in files if path not in records}
+            if all(record is not None for record in others.values()):
+                _join(model, source, parts, records | others, list(others), carried)
+    except FileNotFoundError:
+        if not parts.is_joined:
+            raise
+    joined = parts.is_joined  # by this process or by another
+    known = {path: record for path in files if (record := records.get(path) or parts.record_of(path)) is not None}
+    if joined:
+        parts.remove()
+    missing = [] if joined else [path for path in files if path not in known]
+    report = PartReport(
+        number=shards[0],
+        of=shards[1],
+        files=list(map(str, own)),
+        found=list(map(str, found)),
+        missing=list(map(str, missing)),
+        missing_parts=[number for number, paths in enumerate(paths_of, 1) if not set(missing).isdisjoint(paths)],
+        joined=joined,
+    )
+    is_complete = joined and len(known) == len(files)
+    told = known if is_complete else {path: known[path] for path in own if path in known}
+    for path, record in told.items():
+        if path not in made:
+            model.take_findings(record["findings"])
+    size = size_bytes(parts.target) if is_complete else sum(record["bytes"] for record in told.values())
+    return _PartResult(report, told, size)
+
+
+def _plans_of_part(model: _Model, parts: Parts, files: list[WeightFile], progress: Progress) -> dict[str, CommonPlan]:
+    """The plans of some files' tensors where steps are the model's: by those that are known, or by all weights."""
+    if not files or not _has_common_steps(model.config):
+        return {}
+    steps = parts.read_steps()
+    if steps is None:
+        plans = _common_step_plans(model, progress)
+        parts.write_steps({name: plan.step for name, (_, plan) in plans.items()})
+        return plans
+    config, known = model.config, {}
+    wanted = {file.path for file in files}
+    for file, tensor in model.common_step_tensors():
+        name = file.names[tensor.name]
+        if file.path not in wanted or name not in steps:
+            continue
+        progress.tensor(name)
+        weights = model.matrices(file, tensor)
+        model.set_row_factors(file, tensor, weights)
+        fine = measure(weights, model.executor)
+        known[name] = fine, plan_at_common_step(weights, fine, steps[name], config.layout, config.tile_cols)
+    return known
+
+
+def _make_file(
+    model: _Model,
+    parts: Parts,
+    file: WeightFile,
+    shards: tuple[int, int],
+    plans: dict[str, CommonPlan],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Make one file of weights and its record; returns that."""
+    stacks = model.stacks
+    reports: list[TensorReport] = []
+    with parts.making(file.path) as path:
+        shard = _write_file(model, file, path, plans, progress, reports)
+    contents = asdict(shard)
+    del contents["path"]
+    about = {
+        "shard": contents,
+        "tensors": [asdict(report) for report in reports],
+        "findings": model.findings_of(file, stacks),
+    }
+    return parts.write_record(file.path, shards, about)
+
+
+def _join(
+    model: _Model,
+    source: Path,
+    parts: Parts,
+    records: Mapping[Path, dict[str, Any] | None],
+    unchecked: list[Path],
+    carried: list[Path],
+) -> None:
+    """Check what others made, write all that is not weights, and put the output in its place.
+
+    Raises:
+        FileNotFoundError: another process did it meanwhile.
+    """
+    for _ in model.executor.map(parts.check_whole, unchecked):
+        pass
+    paths = [file.path for file in model.tree.weight_files]
+    shards = [Shard(path, **record["shard"]) for path in paths if (record := records[path]) is not None]
+    with parts.joining() as folder:
+        _write_other_files(model, source, folder, shards, Progress(), carried)
+        parts.put_in_place(folder, paths)
