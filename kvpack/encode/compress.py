@@ -63,6 +63,7 @@ from kvpack.encode.tensor_encoder import (
     measure,
     plan_at_common_step,
     planned_bytes,
+    try_plan,
 )
 from kvpack.encode.tensor_kinds import Kind, ModuleTree
 from kvpack.encode.tensor_parallel import Split, reason_not_to_split, stack_of
@@ -620,8 +621,28 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
                 over, plans = middle, trial
         return plans
 
+    def round_where_better(plans: dict[str, CommonPlan]) -> None:
+        """Let tensors have no trellis that have less noise then, at equal bits."""
+        for name, (weights, fine, *_) in measured.items():
+            plan = plans[name][1]
+            if plan.layout.quantizer == Quantizer.SCALAR:
+                continue
+            progress.tensor(name)
+            asked, weights.quantizer = weights.quantizer, Quantizer.SCALAR
+            rounded = plan_at_common_step(weights, fine, plan.step, config.layout, config.tile_cols)
+            noise, noise_rounded = (
+                try_plan(weights, fine, tried, config.tile_cols, model.executor).noise_at_equal_bits
+                for tried in (plan, rounded)
+            )
+            if noise <= noise_rounded:
+                weights.quantizer = asked
+            else:
+                known.clear()
+
     most = bits - _COUNT_MARGIN_BITS - 8 * _COUNT_MARGIN_BYTES * len(measured) / total
     aim = most - _STEP_MARGIN_BITS / 2
+    if config.quantizer == "trellis":
+        round_where_better(solve(aim))
     best: tuple[float, dict[str, CommonPlan]] | None = None
     for attempt in range(_STEP_CORRECTIONS + _MORE_STEP_CORRECTIONS):
         if attempt >= _STEP_CORRECTIONS and best is not None:

@@ -57,6 +57,8 @@ _MAX_INTEGER = float(1 << 40)  # tensors of one model may be so far apart that a
 _RAW_MAY_WIN_AT = 0.2
 # Squared mean over variance from which on a tensor counts as far from zero.
 _OFFSET_MATTERS_AT = 0.25
+# By how much coarser steps are tried where a layout's range is too narrow for finer ones.
+_COARSER = 2.0 ** (1 / 16)
 # Steps tried where the rate is no smooth function of them: from four deviations downwards, 16 an octave.
 _LADDER_OCTAVES = (2.0, -8.5)
 _LADDER_STEPS_PER_OCTAVE = 16
@@ -140,10 +142,15 @@ class FineHistogram:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a histogram predicts for a step: bits a weight, everything counted, and the relative squared error."""
+    """What a step leads to: bits a weight, everything counted, and the squared error; predicted: the relative one."""
 
     bits: float
     noise: float
+
+    @property
+    def noise_at_equal_bits(self) -> float:
+        """To compare noise at rates that are close to each other: a bit is worth 6 dB."""
+        return float(self.noise * 4.0**self.bits)
 
 
 class Overhead(NamedTuple):
@@ -218,26 +225,37 @@ def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArr
     return np.where(fine.centres < 0, -k, k)
 
 
+def estimated_bits(codes: npt.NDArray[Any], outliers: float, layout: Layout, overhead: Overhead) -> float:
+    """Bits a weight, everything counted.
+
+    Args:
+        codes: how often each code of ``layout`` is there, [2^code_bits].
+        outliers: their part of the weights.
+    """
+    rans = entropy_bits(codes) * (1 + overhead.padding) + layout.raw_bits + overhead.rans
+    raw = layout.element_bits + overhead.raw
+    bits = (1 - overhead.edge) * min(rans, raw) + overhead.edge * min(rans + overhead.edge_planes, raw)
+    return bits + 8 * OUTLIER_BYTES * outliers
+
+
 def estimate(fine: FineHistogram, step: float, layout: Layout, overhead: Overhead, rounding: Rounding) -> Estimate:
     """Rate and noise of a step, from the fine histogram."""
     placed = _placed(fine, step, layout, rounding)
     half = 1 << (layout.element_bits - 1)
     total = fine.counts.sum()
-    rans = entropy_bits(_code_counts(fine, placed, layout)) * (1 + overhead.padding) + layout.raw_bits + overhead.rans
-    raw = layout.element_bits + overhead.raw
-    bits = (1 - overhead.edge) * min(rans, raw) + overhead.edge * min(rans + overhead.edge_planes, raw)
-    noise = 0.0
+    noise = outliers = 0.0
     for part, q, offset in placed:
         clipped = np.clip(q, -half, half - 1)
         beyond = np.abs(fine.centres) / step - np.abs(clipped + offset)
         outlier = (q != clipped) & (beyond >= rounding.clamp)
-        bits += part * 8 * OUTLIER_BYTES * float(fine.counts[outlier].sum()) / total
+        outliers += part * float(fine.counts[outlier].sum()) / total
         error = fine.centres - step * (np.where(outlier, q, clipped) + offset)
         noise += part * float(fine.counts @ (error * error)) / total
     if layout.quantizer == Quantizer.TRELLIS:
         noise *= _TRELLIS_NOISE
     # Inside a bin the weights are spread evenly.
     noise += fine.bin_width**2 / 12
+    bits = estimated_bits(_code_counts(fine, placed, layout), outliers, layout, overhead)
     return Estimate(float(bits), noise / fine.rms**2)
 
 
@@ -293,18 +311,23 @@ def _least_exponent(fine: FineHistogram, overhead: Overhead) -> float:
 
 
 def _solve(fine: FineHistogram, bits: float, layout: Layout, overhead: Overhead, rate_weight: float) -> RatePlan:
-    """The smallest step whose predicted rate does not exceed ``bits`` (bisection on its logarithm)."""
+    """The smallest step whose predicted rate does not exceed ``bits`` (bisection on its logarithm), or a coarser one
+    if that leaves less noise: where a range is too narrow for finer steps, these take hardly more bits, and clip more.
+    """
     low = np.log2(fine.rms) - (bits - _GAUSSIAN_BITS) - 2.5
     high = low + 7.0
     low = max(low, _least_exponent(fine, overhead))
     high = max(high, low)
-    return _bisect(
-        lambda step: plan_at_step(fine, step, layout, overhead, rate_weight),
-        high,
-        low,
-        13,
-        lambda plan: plan.predicted.bits <= bits,
-    )
+
+    def plan_at(step: float) -> RatePlan:
+        return plan_at_step(fine, step, layout, overhead, rate_weight)
+
+    plan = _bisect(plan_at, high, low, 13, lambda plan: plan.predicted.bits <= bits)
+    while (coarser := plan_at(plan.step * _COARSER)).predicted.noise * _EQUAL_NOISE < plan.predicted.noise:
+        if coarser.predicted.bits > bits:
+            break
+        plan = coarser
+    return plan
 
 
 def _bisect(
@@ -363,13 +386,13 @@ def _ladder(fine: FineHistogram, layouts: Iterable[tuple[Layout, Overhead]]) -> 
 def quantizers_at(asked: Quantizer, bits: float, *, fed_back: bool) -> tuple[Quantizer, ...]:
     """The quantizers to choose from at a rate.
 
-    A trellis is not better for all matrices: it has raw planes where lanes are idle, and reaches a quarter as far. At
-    low rates feedback makes it better than can be told beforehand.
+    A trellis is not better for all matrices: it has raw planes where lanes are idle, reaches a quarter as far, and puts
+    no weight between two of its values at zero, or at whatever the weights crowd about.
     """
     if asked == Quantizer.SCALAR or bits > _TRELLIS_UP_TO_BITS:
         return (Quantizer.SCALAR,)
-    if bits < _TRELLIS_WITHOUT_FEEDBACK_FROM_BITS:
-        return (Quantizer.TRELLIS if fed_back else Quantizer.SCALAR,)
+    if bits < _TRELLIS_WITHOUT_FEEDBACK_FROM_BITS and not fed_back:
+        return (Quantizer.SCALAR,)
     return (Quantizer.TRELLIS, Quantizer.SCALAR)
 
 

@@ -6,7 +6,7 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,9 +40,11 @@ from kvpack.encode.rate import (
     FINE_BINS,
     FINE_BINS_PER_RMS,
     LAMBDA,
+    Estimate,
     FineHistogram,
     RatePlan,
     candidate_layouts,
+    estimated_bits,
     fixed_bits_per_weight,
     layouts_at,
     layouts_for_idle_lanes,
@@ -64,6 +66,7 @@ from kvpack.format.container import COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX, firs
 from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     FLOAT_ELEMENT_BITS,
+    GROUP_LANES,
     OUTLIER_LEAST_COL_BITS,
     TILE_ROWS,
     TRELLIS_EXTRA_BITS,
@@ -86,6 +89,11 @@ _MAX_CORRECTIONS = 6
 # How far a histogram's prediction may be above what a tensor takes, and how many predictions may be wrong.
 _PREDICTION_IS_OFF_BY_BITS = 0.1
 _MAX_TRIED = 24
+# Rows that plans of a trellis and of rounding are tried on: at least so many groups of 32, and so many weights.
+_SAMPLED_GROUPS = 2
+_SAMPLED_WEIGHTS = 1 << 15
+_MAX_TRIALS = 3
+_TRIAL_IS_OFF_BY_BITS = 0.05
 # Elements that are kept between passes rather than quantized again.
 _KEEP_ELEMENTS = 1 << 26
 _TRIM_AT_RMS = 16
@@ -379,20 +387,23 @@ class QuantizedStrips:
                 found.append(float(np.sum(own * errors * np.square(steps, dtype=np.float64))))
         return math.fsum(found)
 
-    def _quantized(self, index: int) -> Quantized:
-        if index in self._kept:
-            return self._kept[index]
-        values = self.weights.values(index)
-        steps = np.ascontiguousarray(self.steps[self.weights.strip_rows(index)])
+    def quantized_rows(self, index: int, rows: slice = slice(None)) -> Quantized:
+        """A strip, or some of its groups of 32 rows."""
+        values = np.ascontiguousarray(self.weights.values(index)[rows])
+        steps = np.ascontiguousarray(self.steps[self.weights.strip_rows(index)][rows])
         feedback, element_bits = self.weights.feedback, self.layout.element_bits
         matrix = None if feedback is None else feedback.of_matrix(index // self.weights.tile_rows)
         assert matrix is None or isinstance(matrix, Feedback)  # of the coder that these strips are of
         if self.layout.quantizer == Quantizer.TRELLIS:
-            quantized = quantize_with_trellis(values, steps, element_bits, self.rounding, matrix)
-        elif matrix is None:
-            quantized = quantize(values, steps, element_bits, self.rounding)
-        else:
-            quantized = quantize_with_feedback(values, steps, element_bits, self.rounding, matrix)
+            return quantize_with_trellis(values, steps, element_bits, self.rounding, matrix)
+        if matrix is None:
+            return quantize(values, steps, element_bits, self.rounding)
+        return quantize_with_feedback(values, steps, element_bits, self.rounding, matrix)
+
+    def _quantized(self, index: int) -> Quantized:
+        if index in self._kept:
+            return self._kept[index]
+        quantized = self.quantized_rows(index)
         if quantized.row_errors is not None:
             self._row_errors[index] = quantized.row_errors
         if self.weights.size <= _KEEP_ELEMENTS:
@@ -699,6 +710,12 @@ def _measure(weights: Matrices, executor: ThreadPoolExecutor | None) -> FineHist
     return FineHistogram(counts, rms, largest, mean, uneven=sparse or bool(spiked))
 
 
+def _check_reach(header: BlobHeader, fine: FineHistogram, plan: RatePlan) -> None:
+    most = header.max_outlier_steps
+    if fine.largest / plan.step > most:
+        raise NotEncodableError(f"the largest value ({fine.largest:.3g}) is more than {most} steps of {plan.step:.3g}")
+
+
 def _run_plan(
     weights: Matrices,
     fine: FineHistogram,
@@ -708,11 +725,67 @@ def _run_plan(
     coder: Coder,
 ) -> _Counted:
     header = weights.header(plan.layout, tile_cols)
-    most = header.max_outlier_steps
-    if fine.largest / plan.step > most:
-        raise NotEncodableError(f"the largest value ({fine.largest:.3g}) is more than {most} steps of {plan.step:.3g}")
+    _check_reach(header, fine, plan)
     strips = coder.quantize(weights, weights.row_steps(plan.step), plan.layout, plan.rounding)
     return _count_quantized(header, strips, executor)
+
+
+def _sampled_groups(weights: Matrices) -> list[tuple[int, slice]]:
+    """Groups of 32 rows, each by its strip and its rows there, evenly spread; all of a small tensor."""
+    per_strip = ceil_div(TILE_ROWS, GROUP_LANES)
+    last = ceil_div(weights.rows - (weights.tile_rows - 1) * TILE_ROWS, GROUP_LANES)
+    per_matrix = (weights.tile_rows - 1) * per_strip + last
+    groups = weights.matrices * per_matrix
+    count = min(groups, max(_SAMPLED_GROUPS, ceil_div(_SAMPLED_WEIGHTS, GROUP_LANES * weights.cols)))
+    found = []
+    for sample in range(count):
+        matrix, group = divmod((2 * sample + 1) * groups // (2 * count), per_matrix)
+        tile_row, own = divmod(group, per_strip)
+        rows = slice(own * GROUP_LANES, (own + 1) * GROUP_LANES)
+        found.append((matrix * weights.tile_rows + tile_row, rows))
+    return found
+
+
+def try_plan(
+    weights: Matrices, fine: FineHistogram, plan: RatePlan, tile_cols: int | None, executor: ThreadPoolExecutor | None
+) -> Estimate:
+    """What a plan takes and leaves, by a sample of the rows: infinities where a value is too far from the others.
+
+    What a trellis leaves depends on its paths, and what feedback adds on the inputs: histograms know neither. Noise is
+    in a unit of the tensor; with feedback it is that at the outputs.
+    """
+    layout = plan.layout
+    header = weights.header(layout, tile_cols)
+    try:
+        _check_reach(header, fine, plan)
+        steps_of_all = weights.row_steps(plan.step)
+    except NotEncodableError:
+        return Estimate(math.inf, math.inf)
+    strips = QuantizedStrips(weights, steps_of_all, layout, plan.rounding)
+    groups = _sampled_groups(weights)
+    found = list(map_ordered(lambda group: strips.quantized_rows(*group), groups, executor))
+    elements = np.concatenate([own.elements.reshape(-1) for own in found])
+    codes = np.bincount(layout.codes(elements), minlength=1 << layout.code_bits)
+    outliers = sum(len(own.outliers) for own in found) / len(elements)
+    bits = estimated_bits(codes, outliers, layout, fixed_bits_per_weight(header))
+    noise = 0.0
+    for (index, rows), own in zip(groups, found, strict=True):
+        steps = strips.steps[weights.strip_rows(index)][rows].astype(np.float64)
+        if weights.feedback is None:
+            noise += plan.step**2 * float(np.square(weights.values(index)[rows] / steps[:, None]).sum())
+            continue
+        matrix, tile_row = divmod(index, weights.tile_rows)
+        row_weights = weights.feedback.row_weights(matrix)
+        costs = own.row_errors * np.square(steps)
+        if row_weights is not None:
+            costs *= row_weights[tile_row * TILE_ROWS :][rows]
+        noise += float(costs.sum())
+    energy = sum(own.energy for own in found)
+    if energy:  # that was the power: the least-squares scale leaves so much less
+        integer_parts = 1 << (TRELLIS_EXTRA_BITS if layout.quantizer == Quantizer.TRELLIS else 0)
+        dot = sum(own.dot for own in found) / FIXED_POINT / integer_parts
+        noise -= plan.step**2 * dot * dot / energy
+    return Estimate(bits, noise)
 
 
 def _finish(
@@ -848,21 +921,19 @@ def encode_at_bits(
         weights.feedback, weights.rate_weight = None, LAMBDA
     blob_bits = bits - weights.bits_beside
     quantizers = quantizers_at(weights.quantizer, blob_bits, fed_back=weights.feedback is not None)
-    candidates = (candidate_layouts(layout_name, blob_bits, fine, quantizer) for quantizer in quantizers)
-    layouts = weights.choice(list(dict.fromkeys(layout for own in candidates for layout in own)))
-    headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
     if not fine.is_smooth:
+        layouts = weights.choice(candidate_layouts(layout_name, blob_bits, fine))
+        headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
         return _encode_from_ladder(weights, fine, bits, worth_bits, headers, tile_cols, executor, coder)
-    for layout in [
-        *layouts_for_idle_lanes(headers),
-        *raw_layouts(layouts, blob_bits, headers),
-        *layouts_that_lose_less(fine, blob_bits, layouts, headers),
-    ]:
-        headers.setdefault(layout, weights.header(layout, tile_cols))
-    layouts = weights.choice(list(headers))
-    headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
+    of_quantizer = [
+        _headers_of(weights, fine, blob_bits, layout_name, quantizer, tile_cols) for quantizer in quantizers
+    ]
     target_bits = bits - _RATE_TOLERANCE_BITS / 2
     aim = target_bits - weights.bits_beside
+    headers = of_quantizer[0]
+    if len(of_quantizer) > 1:
+        headers = min(of_quantizer, key=lambda own: _noise_at_bits(weights, fine, aim, own, tile_cols, executor))
+    layouts = list(headers)
     best: tuple[RatePlan, _Counted] | None = None
     below = above = None  # (aim, bits over the target) of the nearest trials
     for attempt in range(_MAX_CORRECTIONS):
@@ -899,6 +970,45 @@ def encode_at_bits(
         plan = plan_for_bits(fine, aim, layouts, headers, weights.rate_weight)
         best = plan, _run_plan(weights, fine, plan, tile_cols, executor, coder)
     raise RateOutOfReachError(f"{bits} bits a weight are not reached: the tensor's overhead is too large")
+
+
+def _headers_of(
+    weights: Matrices, fine: FineHistogram, bits: float, layout_name: str, quantizer: Quantizer, tile_cols: int | None
+) -> dict[Layout, BlobHeader]:
+    """The layouts of a quantizer that a smooth tensor may have at a rate, with their headers."""
+
+    def headers_of(layouts: Sequence[Layout]) -> dict[Layout, BlobHeader]:
+        return {layout: weights.header(layout, tile_cols) for layout in weights.choice(layouts)}
+
+    headers = headers_of(candidate_layouts(layout_name, bits, fine, quantizer))
+    layouts = list(headers)
+    others = [
+        *layouts_for_idle_lanes(headers),
+        *raw_layouts(layouts, bits, headers),
+        *layouts_that_lose_less(fine, bits, layouts, headers),
+    ]
+    return headers_of(list(dict.fromkeys(layouts + others)))
+
+
+def _noise_at_bits(
+    weights: Matrices,
+    fine: FineHistogram,
+    bits: float,
+    headers: dict[Layout, BlobHeader],
+    tile_cols: int | None,
+    executor: ThreadPoolExecutor | None,
+) -> float:
+    """What a quantizer's plan for a rate leaves at it, by a sample of the rows: see :func:`try_plan`."""
+    aim = bits
+    for trial in range(_MAX_TRIALS):
+        plan = plan_for_bits(fine, aim, list(headers), headers, weights.rate_weight)
+        tried = try_plan(weights, fine, plan, tile_cols, executor)
+        excess = tried.bits - bits
+        if abs(excess) <= _TRIAL_IS_OFF_BY_BITS or math.isinf(excess) or trial == _MAX_TRIALS - 1:
+            break
+        aim -= excess
+    # Bits that no plan makes use of gain nothing.
+    return replace(tried, bits=max(tried.bits, bits - _TRIAL_IS_OFF_BY_BITS)).noise_at_equal_bits
 
 
 def _encode_from_ladder(
@@ -1045,19 +1155,19 @@ def plan_at_common_step(
 ) -> RatePlan:
     """How to store this tensor if the whole model has one step."""
     name = "balanced" if layout_name == "auto" else layout_name
-    scalar = [layout for n in range(2, 9) for layout in layouts_at(name, n, 0.0)]
 
     def best(layouts: list[Layout]) -> RatePlan:
         headers = {layout: weights.header(layout, tile_cols) for layout in layouts}
         return plan_for_step(fine, step, layouts, headers, weights.rate_weight)
 
+    scalar = [layout for n in range(2, 9) for layout in layouts_at(name, n, 0.0)]
     if weights.quantizer == Quantizer.SCALAR or not fine.is_smooth:
         return best(scalar)
     widths = range(2, TRELLIS_MAX_ELEMENT_BITS + 1)
     trellis = [layout for n in widths for layout in layouts_at(name, n, 0.0, weights.quantizer)]
     plan = best(trellis + [layout for layout in scalar if layout.element_bits > TRELLIS_MAX_ELEMENT_BITS])
     quantizers = quantizers_at(weights.quantizer, plan.predicted.bits, fed_back=weights.feedback is not None)
-    return best(trellis + scalar) if Quantizer.SCALAR in quantizers else plan
+    return plan if Quantizer.TRELLIS in quantizers else best(trellis + scalar)
 
 
 def planned_bytes(

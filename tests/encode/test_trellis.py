@@ -17,8 +17,9 @@ from test_feedback import inputs, moment, write_moments
 import kvpack
 from kvpack.encode.blob_decoder import ParsedBlob, decode_integers
 from kvpack.encode.blob_encoder import encode_elements, pack_outliers
+from kvpack.encode.calibration import FEEDBACK_RATE_WEIGHT
 from kvpack.encode.coded_tensor import CodedTensor
-from kvpack.encode.feedback import feedback_of, quantize_with_feedback
+from kvpack.encode.feedback import Feedback, feedback_of, quantize_with_feedback
 from kvpack.encode.quantize import DELTA_OFFSET, NEAREST, Rounding
 from kvpack.encode.rate import plan_for_step
 from kvpack.encode.report import describe
@@ -281,6 +282,76 @@ def test_rounding_where_idle_lanes_or_far_outliers_make_it_better(shape: tuple[i
     assert encoded(large, Quantizer.TRELLIS).method == "trellis"
     large[3, 3] = -200
     assert encoded(large, Quantizer.TRELLIS).method == "uniform"
+
+
+def shaped(values: str, shape: tuple[int, int]) -> Array:
+    rng = np.random.default_rng(0)
+    if values == "uniform":
+        return rng.uniform(-1, 1, shape).astype(F32)
+    if values == "two clusters":
+        return (rng.choice([-1, 1], shape) + rng.normal(0, 0.2, shape)).astype(F32)
+    return (rng.choice([-1, 1], shape) * rng.exponential(1, shape) ** 1.5).astype(F32)
+
+
+class OneMoment:
+    """Feedback of one second moment, whatever the matrix."""
+
+    def __init__(self, k: int) -> None:
+        self.moment = moment(inputs(4000, k))
+        self.factor = feedback_of(self.moment)
+
+    def of_matrix(self, matrix: int) -> Feedback:
+        return self.factor
+
+    def row_weights(self, matrix: int) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "fed_back"),
+    [
+        ("uniform", 3.0, False),  # a range of eight steps is all there is
+        ("uniform", 3.0, True),
+        ("long tails", 3.5, False),
+        ("long tails", 2.0, True),
+        ("long tails", 3.5, True),
+        ("two clusters", 2.0, True),
+        ("two clusters", 3.5, False),
+    ],
+)
+def test_no_more_noise_than_rounding_at_equal_bits(values: str, bits: float, fed_back: bool) -> None:
+    array = shaped(values, (256, 512))
+    feedback = OneMoment(512)
+    metric = feedback.moment.astype(np.float64) if fed_back else np.eye(512)
+
+    def noise_db(quantizer: Quantizer) -> float:
+        weights = Matrices(array)
+        weights.quantizer = quantizer
+        if fed_back:
+            weights.feedback, weights.rate_weight = feedback, FEEDBACK_RATE_WEIGHT
+        coded = encode_at_bits(weights, bits)
+        assert coded.scales is not None
+        errors = array - decode_integers(Blob(coded.blob.data))[0] * coded.scales[0]
+        found = float(np.einsum("ri,ij,rj->", errors, metric, errors))
+        return 10 * float(np.log10(found)) + 6.02 * 8 * coded.size_bytes / weights.size
+
+    assert noise_db(TRELLIS) < noise_db(Quantizer.SCALAR) + 0.02
+
+
+@pytest.mark.parametrize("by_sensitivity", [False, True])
+def test_of_steps_in_common_too_each_tensor_is_quantized_as_suits_it(tmp_path: Path, by_sensitivity: bool) -> None:
+    shape = (256, 512)
+    tensors = {"layers.0.a.weight": shaped("long tails", shape) / F32(2.5)}
+    tensors["layers.0.b.weight"] = np.random.default_rng(1).normal(0, 1, shape).astype(F32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    options: dict[str, Any] = {"allocation": "model"}
+    if by_sensitivity:
+        options = {"moments": write_moments(tmp_path / "m", dict.fromkeys(tensors, shape))}
+    report = kvpack.compress(
+        tmp_path / "model.safetensors", tmp_path / "out.safetensors", bits=3.0, quantizer="trellis", **options
+    )
+    assert [tensor.method for tensor in report.tensors] == ["uniform", "trellis"]
+    assert report.bits_per_weight <= 3.0
 
 
 @pytest.mark.parametrize("bits", [4.25, 2.0])
