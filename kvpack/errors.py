@@ -32,6 +32,7 @@
     │   │   ├── NotASnapshotError          a container, but not of a cache's pages
     │   │   ├── SnapshotHeaderError        what it says of its pages is malformed, or contradicts the tensors
     │   │   └── DamagedRunError            pages that cannot be decoded; names the run and its tokens
+    │   ├── ChunkError                     bytes of a chunk of KV in a store are damaged, or of other options
     │   ├── DamagedPartError               what one part of a compression has made is not as it was written
     │   ├── MomentsError                   a file of a calibration run's moments contradicts itself, or is none
     │   ├── LimitError                     legal, but more than this reader agreed to allocate
@@ -210,6 +211,10 @@ class DamagedRunError(SnapshotError):
         if kind := " ".join(name for name in (self.side, self.page_format) if name):
             where += f", {kind}"
         return "; ".join(filter(None, [f"{where}: {self.cause}", self.advice]))
+
+
+class ChunkError(FormatError):
+    """Bytes of a chunk of KV, as a store keeps them, are damaged, or were coded with other options. Nothing is read."""
 
 
 class DamagedPartError(FormatError):
