@@ -22,7 +22,7 @@ from kvpack.errors import DamagedRunError, FormatError, GeometryError, LimitErro
 from kvpack.format.blob import Blob
 from kvpack.format.container import CONTAINER_VERSION, CRC_KEY, MAX_TENSORS, TENSORS_KEY, VERSION_KEY, ContainerWriter
 from kvpack.format.header import BlobHeader
-from kvpack.format.layout import CHUNK_COLS, GROUP_LANES, MAX_TILE_COLS, ElementKind, Layout, Quantizer, align, ceil_div
+from kvpack.format.layout import CHUNK_COLS, GROUP_LANES, MAX_TILE_COLS, ElementKind, Layout, align, ceil_div
 from kvpack.format.snapshot import (
     SNAPSHOT_CRC_KEY,
     SNAPSHOT_KEY,
@@ -118,10 +118,8 @@ def parse_part(data: memoryview, part: RunPart) -> Blob:
     """
     blob = Blob(data)
     header, layout = blob.header, blob.header.layout
-    scalar = layout.quantizer == Quantizer.SCALAR
-    if (layout.element_kind, layout.element_bits) != (part.kind, part.element_bits) or header.transposed or not scalar:
+    if (layout.element_kind, layout.element_bits) != (part.kind, part.element_bits) or header.transposed:
         found = f"{layout.element_kind.name} of {layout.element_bits} bits{', transposed' * header.transposed}"
-        found += ", of a trellis" * (not scalar)
         raise GeometryError(f"the blob holds {found}; {part.kind.name} of {part.element_bits} bits are needed")
     surplus = header.num_elements - part.elements
     if not 0 <= surplus < MAX_SURPLUS:

@@ -11,9 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import kvpack
+from kvpack.encode.calibration import Calibration
 from kvpack.encode.feedback import DAMPING
 from kvpack.encode.moments import Moments, MomentsWriter
 from kvpack.encode.table_moments import table_moments
+from kvpack.encode.tensor_encoder import Matrices
 from kvpack.errors import MomentsError
 
 F32 = np.float32
@@ -153,17 +155,33 @@ def test_damage_is_less_than_by_counts_alone(tied: bool, model: Path, tmp_path: 
     assert f"calibrated: {1 + len(names)} of 3 tensors with feedback" in " ".join(report.notes)
 
 
-def test_rows_of_frequent_tokens_are_finer(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [None, counts()[::-1].astype(np.int32)])
+def test_rows_of_frequent_tokens_are_finer(given: Array | None, model: Path, tmp_path: Path) -> None:
+    """By the moments' counts, or by those given in their place."""
     moments = write_moments(tmp_path / "m.safetensors")
-    coded(model, tmp_path / "o.safetensors", embeddings=5, moments=moments)
+    coded(model, tmp_path / "o.safetensors", embeddings=5, moments=moments, token_counts=given)
+    used = counts() if given is None else given
     with kvpack.open(tmp_path / "o.safetensors") as reader:
         scales = reader.coded(EMBEDDING).scales
     assert scales is not None
     rms = np.sqrt(np.square(table(0).astype(np.float64)).mean(1))
     with Moments(moments) as found:
-        frequencies = table_moments(found, EMBEDDING, counts(), looked_up=True).frequencies  # type: ignore[union-attr]
+        frequencies = table_moments(found, EMBEDDING, used, looked_up=True).frequencies  # type: ignore[union-attr]
     expected = frequencies**-0.25 * rms**0.5
     np.testing.assert_allclose(scales / scales[0], expected / expected[0], rtol=1e-4)
+
+
+def test_a_step_costs_rows_by_the_squares_of_their_factors(tmp_path: Path) -> None:
+    factors = np.random.default_rng(8).uniform(0.25, 4, ROWS).astype(F32)
+    with Moments(write_moments(tmp_path / "m.safetensors")) as moments:
+        calibration, weights = Calibration(moments), Matrices(table(0))
+        assert calibration.prepare_table(EMBEDDING, weights, looked_up=True)
+        of_one_step = calibration.importance(EMBEDDING, weights)
+        weights.set_vectors(row_factors=factors)
+        by_row = calibration.importance(EMBEDDING, weights)
+        use = table_moments(moments, EMBEDDING, counts(), looked_up=True).use  # type: ignore[union-attr]
+    assert of_one_step is not None
+    assert by_row == pytest.approx(of_one_step * (use @ np.square(factors)) / use.sum(), rel=1e-5)
 
 
 def test_tables_at_the_rate_of_all_share_it_by_what_errors_cost(model: Path, tmp_path: Path) -> None:

@@ -701,6 +701,12 @@ def test_predictor_outside_mode_rans(name: str) -> None:
     assert_refused(patched(base(name), tile=0, predictor=1), TileModeError)
 
 
+def test_predictor_with_a_trellis() -> None:
+    """Grids are the parities of elements, which a predictor's sums would give after them alone."""
+    assert Blob(base("trellis")).tiles["mode"][0] == TileMode.RANS
+    assert_refused(patched(base("trellis"), tile=0, predictor=1), TileModeError)
+
+
 def test_predictor_for_floats() -> None:
     assert_refused(patched(base("bf16"), tile=0, predictor=1), TileModeError)
 

@@ -16,6 +16,7 @@ from emulated_device import LIMITS, coded_tensor, emulated_launch  # noqa: E402
 from many_vectors import activations, check_product, dequantized, limits_of  # noqa: E402
 
 from kvpack.encode.blob_decoder import decode_integers  # noqa: E402
+from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.blob import Blob  # noqa: E402
 from kvpack.format.layout import (  # noqa: E402
     ElementKind,
@@ -26,8 +27,9 @@ from kvpack.format.layout import (  # noqa: E402
     integer_layouts,
 )
 from kvpack.runtime.device import kernels  # noqa: E402
-from kvpack.runtime.weights import mma_product, ops, products, wgmma_product  # noqa: E402
+from kvpack.runtime.weights import grouped, mma_product, ops, products, wgmma_product  # noqa: E402
 from kvpack.runtime.weights.device_blob import DeviceBlob  # noqa: E402
+from kvpack.runtime.weights.grouped import Stack, blob_matrices  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
 
 HALF = torch.float16
@@ -127,6 +129,44 @@ def test_rows_of_each_layout(layout: Layout) -> None:
     np.testing.assert_array_equal(rows.numpy(), dequantized(data, scales)[ids].astype(np.float32))
 
 
+def expert_blob(experts: int, rows: int, cols: int) -> tuple[bytes, np.ndarray]:
+    """A blob of several matrices, and scales by row."""
+    elements = samples.gaussian_elements((experts, rows, cols), 4, 1.0, experts)
+    scales = np.random.default_rng(experts).uniform(0.5, 1.5, experts * rows).astype(np.float32) / 64
+    return encode_elements(elements, FOUR_BITS, tile_cols=64), scales
+
+
+def of_experts(data: bytes, scales: np.ndarray, x: torch.Tensor, ids: torch.Tensor) -> np.ndarray:
+    """Each token times the matrices that its ids name, f64 [tokens, ids, rows]; zeros where there is none."""
+    integers = decode_integers(Blob(data)).astype(np.float64)
+    weights = integers * scales.reshape(len(integers), -1, 1)
+    rows = [[weights[i] @ token if 0 <= i < len(weights) else 0 * weights[0, :, 0] for i in own]
+            for token, own in zip(x.double().numpy(), ids.tolist(), strict=True)]  # fmt: skip
+    return np.array(rows)
+
+
+@needs_emulator
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("ids", [[[3, 0]], [[0, 2], [2, 3], [-1, 1], [2, 0], [2, 3], [3, 0], [2, 9], [1, 2], [2, 2]]])
+def test_grouped_products(ids: list[list[int]]) -> None:
+    """Of one token by gemv, of several by gemm; rows and columns short of a group and a chunk."""
+    data, scales = expert_blob(4, 94, 150)
+    coded = coded_tensor(data, scales)
+    stack = Stack(coded, torch.from_numpy(blob_matrices(coded)), len(coded.tables))
+    x, asked = activations(len(ids), 150, HALF), torch.tensor(ids)
+    wanted = of_experts(data, scales, x, asked).reshape(-1, 94)
+    got = grouped.multiply(stack, x, asked, LIMITS).double().numpy()
+    assert (np.linalg.norm(got - wanted, axis=1) <= 1e-3 * np.linalg.norm(wanted, axis=1)).all()
+    assert coded.status.tolist() == [0, 0]
+
+
+def test_grouped_products_on_the_cpu() -> None:
+    data, scales = expert_blob(5, 94, 150)
+    blob = DeviceBlob.from_bytes(data, scales, torch.float32, (5, 94, 150), "cpu")
+    x, ids = activations(3, 150, torch.float32), torch.tensor([[4, 0], [4, 4], [1, 2]])
+    np.testing.assert_allclose(blob.grouped_linear(x, ids), of_experts(data, scales, x, ids), rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_on_the_cpu() -> None:
     """And what goes with a coded tensor to torch's operators says that it is one of a trellis."""
     data, scales = samples.quantized_blob(70, 96, FOUR_BITS, 96)
@@ -153,6 +193,18 @@ def test_on_a_gpu(layout: Layout) -> None:
         y = RansLinear(blob)(x)
         expected = x.double() @ weights.double().T
         assert (y.double() - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 9, 64])
+def test_grouped_products_on_a_gpu(tokens: int) -> None:
+    data, scales = expert_blob(6, 700, 1100)
+    blob = DeviceBlob.from_bytes(data, scales, HALF, (6, 700, 1100), "cuda")
+    x = activations(tokens, 1100, HALF)
+    ids = torch.from_numpy(np.random.default_rng(tokens).integers(0, 6, (tokens, 2)))
+    wanted = of_experts(data, scales, x, ids)
+    got = blob.grouped_linear(x.cuda(), ids.cuda()).double().cpu().numpy()
+    assert np.linalg.norm(got - wanted) < 1e-3 * np.linalg.norm(wanted)
 
 
 @pytest.mark.gpu
