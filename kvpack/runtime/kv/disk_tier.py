@@ -18,7 +18,7 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +66,12 @@ class DiskTier:
         directory: made if it is not there.
         capacity_bytes: of all files of such names in it, whoever wrote them; None: no limit. A file that is being
             written comes on top.
-        fingerprint: of the model, for the files' headers.
+        fingerprint: of the model, for the files' headers. Files that say another one are foreign.
+        report: called with each damaged or foreign file and what is wrong with it, by whichever thread meets it.
 
     Attributes:
         damaged_files, foreign_files: that were met since the start: those that cannot be read, and snapshots that are
-            no blocks, or of another shape of cache.
+            no blocks, or of another shape of cache or another model.
         failed_writes: files that could not be written. The first one is a ``RuntimeWarning``, too.
 
     Raises:
@@ -83,11 +84,13 @@ class DiskTier:
         directory: str | os.PathLike[str],
         capacity_bytes: int | None = None,
         fingerprint: Fingerprint | None = None,
+        *,
+        report: Callable[[Path, Exception], None] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.capacity_bytes = capacity_bytes
         self.damaged_files = self.foreign_files = self.failed_writes = 0
-        self._cache, self._fingerprint = cache, fingerprint
+        self._cache, self._fingerprint, self._report = cache, fingerprint, report
         sizes = [[cache.pools.page_bytes(side, page_format) for page_format in PageFormat] for side in Side]
         self._page_bytes = np.array(sizes, np.int64)
         self._lock = threading.RLock()
@@ -137,6 +140,11 @@ class DiskTier:
         """Blocks."""
         return len(self._index)
 
+    def hashes(self) -> set[bytes]:
+        """Of all blocks that are here, as far as is known."""
+        with self._lock:
+            return set(self._index)
+
     @property
     def used_bytes(self) -> int:
         """Of the files in the directory now; 0 if it is gone."""
@@ -173,10 +181,8 @@ class DiskTier:
             return
         except FileChangedError:
             return  # the next scan sees what it has become
-        except CacheInputError:
-            self.foreign_files += 1
-        except (KvpackError, OSError):
-            self.damaged_files += 1
+        except (KvpackError, OSError) as error:
+            self._count_bad(name, error)
         self._files[name] = file
         for place, one in enumerate(file.hashes):
             self._index.setdefault(one, []).append((file, place))
@@ -197,6 +203,9 @@ class DiskTier:
             CacheInputError: it is no file of blocks of this cache.
         """
         check_cache(self._cache, header)
+        ours, theirs = self._fingerprint, header.fingerprint
+        if ours is not None and theirs is not None and theirs.model != ours.model:
+            raise CacheInputError(f"the blocks are of another model: {'; '.join(theirs.differences(ours))}")
         if header.runs != 1 or header.tokens % PAGE_TOKENS or (header.parent is None) != (header.first_page == 0):
             raise CacheInputError("the snapshot is no run of full pages, or does not say what is before them")
 
@@ -206,6 +215,14 @@ class DiskTier:
             others = [found for found in self._index.pop(one, []) if found[0] is not file]
             if others:
                 self._index[one] = others
+
+    def _count_bad(self, name: str, error: KvpackError | OSError) -> None:
+        if isinstance(error, CacheInputError):
+            self.foreign_files += 1
+        else:
+            self.damaged_files += 1
+        if self._report is not None:
+            self._report(self.directory / name, error)
 
     def _mark_bad(self, file: _File) -> None:
         """A file is of no use until it changes."""
@@ -254,11 +271,8 @@ class DiskTier:
         except (FileNotFoundError, FileChangedError):  # another process was here
             with self._lock:
                 self._forget(file.name)
-        except CacheInputError:
-            self.foreign_files += 1
-            self._mark_bad(file)
-        except (KvpackError, OSError):
-            self.damaged_files += 1
+        except (KvpackError, OSError) as error:
+            self._count_bad(file.name, error)
             self._mark_bad(file)
         return None
 

@@ -11,9 +11,10 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Tiers:
         directory: of files; None: there is no disk tier.
         disk_bytes: the most that they take; None: no limit.
         lock: the store's.
-        fingerprint: of the model, for the files' headers.
+        fingerprint, report: as of :class:`~kvpack.runtime.kv.disk_tier.DiskTier`.
 
     Raises:
         CacheInputError: no host memory, or fewer bytes than none; the directory cannot be made, read or written to.
@@ -62,6 +63,7 @@ class Tiers:
         *,
         lock: threading.RLock,
         fingerprint: Fingerprint | None = None,
+        report: Callable[[Path, Exception], None] | None = None,
     ) -> None:
         if host_bytes <= 0:
             raise CacheInputError(
@@ -69,7 +71,7 @@ class Tiers:
             )
         if disk_bytes is not None and (directory is None or disk_bytes < 0):
             raise CacheInputError(f"disk_bytes is {disk_bytes}; it needs disk=, a directory, and must be at least 0")
-        self.disk = None if directory is None else DiskTier(cache, directory, disk_bytes, fingerprint)
+        self.disk = None if directory is None else DiskTier(cache, directory, disk_bytes, fingerprint, report=report)
         self.host = HostTier(cache, host_bytes)
         self._cache, self._lock = cache, lock
         self._host_hits = self._disk_hits = self._fetched_bytes = self._taken = self._dropped = self._refused = 0
@@ -113,7 +115,7 @@ class Tiers:
         while not self.host.has_room(size_bytes):
             if (oldest := next(self.host.oldest(), None)) is None:
                 return False
-            if not self._is_on_disk(oldest) and (time.monotonic() < self._resting_until_s or not self._write(oldest)):
+            if not self._is_on_disk(oldest) and (self.is_resting or not self._write(oldest)):
                 self._dropped += 1
             self.host.drop(oldest.hash)
         return True
@@ -137,8 +139,37 @@ class Tiers:
             self._resting_until_s = time.monotonic() + _REST_S
         return is_written
 
+    def put(self, blocks: Sequence[BlockBytes]) -> int:
+        """Blocks that were in no cache, into host memory; takes the store's lock by itself. Those that are there become
+        the most recently used ones.
+
+        Args:
+            blocks: each behind the one before it; ``data`` on any device.
+
+        Returns:
+            How many are in host memory now: fewer where others that are being read leave no room.
+        """
+        kept = 0
+        for block in blocks:
+            with self._lock:
+                if block.hash in self.host:
+                    self.host.touch(block.hash)
+                elif not self._put_bytes(block):
+                    self._dropped += 1
+                    continue
+                else:
+                    self._taken += 1
+                kept += 1
+        return kept
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether a file could not be written less than a second ago: the next one would not be either."""
+        return time.monotonic() < self._resting_until_s
+
     def flush(self) -> int:
-        """Write all blocks of host memory that are in no file; takes the store's lock by itself.
+        """Write all blocks of host memory that are in no file, until one cannot be written; takes the store's lock by
+        itself.
 
         Returns:
             How many of its blocks are in no file then: none, but for a full disk, or no disk tier.
@@ -147,8 +178,8 @@ class Tiers:
             deepest_first = sorted(self.host.all(), key=lambda block: -block.depth)
         for block in deepest_first:
             with self._lock:  # others may go on between two files
-                if block.hash in self.host and not self._is_on_disk(block):
-                    self._write(block)
+                if block.hash in self.host and not self._is_on_disk(block) and not self._write(block):
+                    break
         with self._lock:
             return sum(not self._is_on_disk(block) for block in self.host.all())
 
@@ -196,6 +227,46 @@ class Tiers:
                 longer = store.bring_back(match, ids, entries, session=session)  # whose they are from now on
             self._count(found, longer)
             return longer
+
+    @contextmanager
+    def reading(self, hashes: Sequence[bytes], pages: Sequence[bytes]) -> Iterator[list[BlockBytes]]:
+        """Blocks of a chain, from the first one on as far as tiers have them, for who puts them into no cache.
+
+        They stay where they are until the context ends. Takes the store's lock by itself.
+
+        Args:
+            pages: the tokens that the blocks have to be of.
+        """
+        held: list[bytes] = []
+        found: list[BlockBytes] = []
+        try:
+            with self._lock:
+                found = self._found(hashes, pages, None)
+                in_host = [self.host.get(block.hash) is block for block in found]
+                # All of these first: what is put beside them must not take their place.
+                for block in (block for block, is_there in zip(found, in_host, strict=True) if is_there):
+                    self.host.ready(block.hash)
+                    self.host.hold(block.hash, 1)
+                    held.append(block.hash)
+                for place in [place for place, is_there in enumerate(in_host) if not is_there]:
+                    block = found[place]
+                    if block.hash not in self.host and self._put_bytes(block):  # to be decoded no other time
+                        found[place] = self.host.ready(block.hash)
+                        self.host.hold(block.hash, 1)
+                        held.append(block.hash)
+                self._host_hits += sum(in_host)
+                self._disk_hits += len(found) - sum(in_host)
+                self._fetched_bytes += sum(block.data.numel() for block in found)
+            yield found
+        finally:
+            with self._lock:
+                for one in held:
+                    self.host.hold(one, -1)
+                # The last block first: it is to go before those that it stands on.
+                for one in reversed(hashes[: len(found)]):
+                    self.host.touch(one)
+            if self.disk is not None:
+                self.disk.touch(list(reversed(hashes[: len(found)])))
 
     def prefetch(self, store: PrefixStore, match: Match, tokens: Tokens) -> Future[int]:
         """Begin to read what files have behind a match into host memory; files are read without the store's lock.

@@ -1,0 +1,1 @@
+"""kvpack inside vLLM (docs/VLLM.md)."""

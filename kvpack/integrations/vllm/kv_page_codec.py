@@ -1,0 +1,176 @@
+"""Keys and values in vLLM's cache ⇄ kvpack's pages, on the device where they lie.
+
+vLLM's cache of a layer is [blocks, heads, tokens of a block, K and then V]. A page is 64 tokens of a request, wherever
+its blocks begin and end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvpack.errors import CacheInputError
+from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
+from kvpack.runtime.kv.cache import KVCache
+from kvpack.runtime.kv.page_kernels import left_out, new_status, quantize_pages, read_tokens, write_tokens
+
+Formats = npt.NDArray[np.uint8]
+# Entries are multiples of 16, and 0 is none.
+_LEAD_BYTES = 64
+
+
+class PagedLayers:
+    """vLLM's KV cache, a tensor for each layer.
+
+    Args:
+        layers: [kernel blocks, heads, tokens of a kernel block, 2·head_dim] each, fp16 or bf16, of any strides.
+        block_tokens: tokens of a block as the scheduler counts them; it consists of one or more kernel blocks.
+
+    Raises:
+        CacheInputError: layers of different shapes, or no keys and values in 16 bits.
+    """
+
+    def __init__(self, layers: Sequence[torch.Tensor], block_tokens: int) -> None:
+        shapes = {tuple(layer.shape[1:]) for layer in layers}
+        dtypes = {layer.dtype for layer in layers}
+        if len(shapes) != 1 or len(dtypes) != 1 or any(layer.dim() != 4 for layer in layers):
+            raise CacheInputError(f"layers of different kinds: shapes {sorted(shapes)}, types {dtypes}")
+        (self.dtype,), ((self.heads, self.kernel_tokens, width),) = dtypes, shapes
+        if width % 2 or block_tokens % self.kernel_tokens:
+            raise CacheInputError(f"blocks are {(self.heads, self.kernel_tokens, width)}; no K and V of {block_tokens}")
+        self.layers, self.block_tokens, self.head_dim = list(layers), block_tokens, width // 2
+        self.device = layers[0].device
+
+    def _places(self, block_ids: Sequence[int], first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(kernel block, place in it) of each token ``first … end − 1`` of a request; i64 [tokens] both."""
+        token = np.arange(first, end)
+        block = np.asarray(block_ids, np.int64)[token // self.block_tokens]
+        place = token % self.block_tokens
+        kernel = block * (self.block_tokens // self.kernel_tokens) + place // self.kernel_tokens
+        both = torch.from_numpy(np.stack([kernel, place % self.kernel_tokens]))
+        if self.device.type == "cuda":
+            both = both.pin_memory().to(self.device, non_blocking=True)
+        return both[0], both[1]
+
+    def gather(self, block_ids: Sequence[int], first: int, end: int) -> torch.Tensor:
+        """A copy of these tokens' keys and values: [layers, tokens, heads, 2·head_dim]."""
+        block, place = self._places(block_ids, first, end)
+        out = torch.empty(
+            (len(self.layers), end - first, self.heads, 2 * self.head_dim), dtype=self.dtype, device=self.device
+        )
+        for layer, target in zip(self.layers, out, strict=True):
+            target.copy_(layer[block, :, place])
+        return out
+
+    def scatter(self, values: torch.Tensor, block_ids: Sequence[int], first: int, end: int) -> None:
+        """Put keys and values [layers, tokens, heads, 2·head_dim] where these tokens' are."""
+        block, place = self._places(block_ids, first, end)
+        for layer, source in zip(self.layers, values, strict=True):
+            layer[block, :, place] = source
+
+
+class PageCodec:
+    """Pages' bytes, as of :class:`~kvpack.runtime.kv.host_tier.BlockBytes`: layer by layer, K before V.
+
+    Args:
+        cache: an empty one, of the shape, the type and the device of the keys and values.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        sizes = [[cache.pools.page_bytes(side, page_format) for page_format in PageFormat] for side in Side]
+        self._page_bytes = np.array(sizes, np.int64)
+
+    def _places(self, formats: Formats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where each page begins, i64 [layers, 2, n], and where those of an index begin and end, i64 [n + 1]."""
+        sizes = self._page_bytes[np.arange(len(Side))[:, None], formats]
+        by_index = sizes.transpose(2, 0, 1)
+        ends = _LEAD_BYTES + np.cumsum(by_index.reshape(-1))
+        begins = (ends - by_index.reshape(-1)).reshape(by_index.shape)
+        bounds = np.concatenate([[_LEAD_BYTES], ends.reshape(len(by_index), -1)[:, -1]])
+        return begins.transpose(1, 2, 0), bounds
+
+    def encode(self, values: torch.Tensor, formats: Formats) -> list[torch.Tensor]:
+        """Keys and values of whole pages → their bytes.
+
+        Args:
+            values: [layers, 64·n, heads, 2·head_dim].
+            formats: u8 [layers, 2, n].
+
+        Returns:
+            u8 [bytes] for each index.
+        """
+        cache, device = self._cache, values.device
+        begins, bounds = self._places(formats)
+        full = np.uint8(cache.full_format)
+        is_quantized = formats != full
+        # What is to be quantized is written in 16 bits first, behind the pages.
+        full_bytes = int(self._page_bytes[0, full])
+        scratch = bounds[-1] + full_bytes * (np.cumsum(is_quantized.reshape(-1)) - 1).reshape(formats.shape)
+        memory = torch.zeros(int(bounds[-1]) + full_bytes * int(is_quantized.sum()), dtype=torch.uint8, device=device)
+        written = np.where(is_quantized, scratch, begins) | int(full)
+        status = new_status(device)
+        k, v = values.permute(0, 2, 1, 3).split(cache.head_dim, -1)
+        positions = torch.zeros(len(values), dtype=torch.int32, device=device)
+        table = _sent(written.transpose(1, 0, 2), device)
+        write_tokens(k, v, table, positions, status, memory, key_order=cache.key_order)
+        for side in Side:
+            for target in np.unique(formats[:, side][is_quantized[:, side]]).tolist():
+                chosen = formats[:, side] == target
+                jobs = np.stack([written[:, side][chosen], begins[:, side][chosen] | target], -1)
+                quantize_pages(
+                    _sent(jobs, device),
+                    side,
+                    cache.full_format,
+                    PageFormat(target),
+                    cache.head_dim,
+                    cache.num_kv_heads,
+                    status,
+                    memory,
+                )
+        assert left_out(status) is None
+        return [memory[begin:end] for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+
+    def decode(self, pages: Sequence[torch.Tensor], formats: Formats, device: torch.device) -> torch.Tensor:
+        """The inverse of :meth:`encode`, as far as the formats allow it; of 16 bits exactly.
+
+        Args:
+            pages: u8 [bytes] for each index, on any device.
+            formats: u8 [layers, 2, n].
+
+        Returns:
+            [layers, 64·n, heads, 2·head_dim] on ``device``.
+        """
+        cache = self._cache
+        begins, bounds = self._places(formats)
+        memory = torch.empty(int(bounds[-1]), dtype=torch.uint8, device=device)
+        for page, begin, end in zip(pages, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            memory[begin:end].copy_(page, non_blocking=True)
+        tokens = PAGE_TOKENS * len(pages)
+        starts = torch.zeros(len(formats), dtype=torch.int32, device=device)
+        status = new_status(device)
+        both = [
+            read_tokens(
+                _sent(begins[:, side] | formats[:, side], device),
+                side,
+                starts,
+                starts + tokens,
+                tokens,
+                cache.head_dim,
+                cache.num_kv_heads,
+                cache.dtype,
+                status,
+                memory,
+                cache.key_order,
+            )
+            for side in Side
+        ]
+        assert left_out(status) is None
+        return torch.cat(both, -1).transpose(1, 2)
+
+
+def _sent(values: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device)

@@ -1,0 +1,330 @@
+"""A rank's pages in host memory and files, saved and loaded by threads of its own.
+
+Saving: the engine's thread copies keys and values out (:meth:`PageStore.save`), a thread makes pages of them, puts them
+into host memory and, when nothing else waits, writes them to files. Loading: another thread reads pages, and puts keys
+and values where vLLM wants them. The engine's thread waits for neither, nor for their lock.
+
+All is done by :class:`~kvpack.runtime.kv.tiers.Tiers`: its files are bounded, written whole or not at all, shared by
+several processes, known by a chain of hashes over the tokens, and looked at with suspicion.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvpack.encode.threads import ThreadPool
+from kvpack.errors import KvpackError
+from kvpack.format.pages import PAGE_TOKENS, PageFormat
+from kvpack.format.snapshot import Fingerprint
+from kvpack.integrations.vllm.kv_page_codec import Formats, PageCodec, PagedLayers
+from kvpack.integrations.vllm.kv_plan import Changes, Load, PageRange
+from kvpack.runtime.kv.cache import KVCache
+from kvpack.runtime.kv.host_tier import BlockBytes
+from kvpack.runtime.kv.tiers import Tiers
+
+# A directory that others write to is read anew at most so often.
+_SCAN_INTERVAL_S = 2.0
+
+Counts = dict[str, int]
+
+
+class PageStore:
+    """Pages of one rank.
+
+    Args:
+        paged: vLLM's cache.
+        formats: of K and of V; the first page of a prompt is kept in 16 bits whatever they are, since attention leans
+            on the first tokens.
+        host_bytes, directory, disk_bytes: of this rank.
+        queue_bytes: of keys and values that wait for being encoded.
+        fingerprint: of this rank.
+        report: called with each file that is damaged or of something else, and what is wrong with it.
+        on_failure: called with what failed and why, where keys and values are not saved or loaded for it.
+
+    Raises:
+        CacheInputError, CacheFullError, PageError: as of :class:`~kvpack.runtime.kv.tiers.Tiers` and of
+            :class:`~kvpack.KVCache`.
+    """
+
+    def __init__(
+        self,
+        paged: PagedLayers,
+        formats: tuple[PageFormat, PageFormat],
+        *,
+        host_bytes: int,
+        queue_bytes: int,
+        fingerprint: Fingerprint,
+        directory: Path | None = None,
+        disk_bytes: int | None = None,
+        report: Callable[[Path, Exception], None] | None = None,
+        on_failure: Callable[[str, Exception], None] | None = None,
+    ) -> None:
+        layers = len(paged.layers)
+        cache = KVCache(
+            layers,
+            paged.heads,
+            paged.head_dim,
+            PAGE_TOKENS,
+            dtype=paged.dtype,
+            device=paged.device,
+            formats=[formats] * layers,
+            recent_tokens=0,
+            sinks=1,
+        )
+        self._paged, self._codec, self._full = paged, PageCodec(cache), cache.full_format
+        self._formats = np.array([formats] * layers, np.uint8)
+        self._lock = threading.RLock()
+        self._tiers = Tiers(
+            cache, host_bytes, directory, disk_bytes, lock=self._lock, fingerprint=fingerprint, report=report
+        )
+        self._queue_bytes, self._on_failure = queue_bytes, on_failure
+        self._saver, self._loader = ThreadPool(1, "kvpack-save"), ThreadPool(1, "kvpack-load")
+        self._streams = {
+            name: torch.cuda.Stream(paged.device) if paged.device.type == "cuda" else None for name in ("save", "load")
+        }
+        # What the engine's thread sees; guarded by a lock that is held for moments only.
+        self._seen = threading.Lock()
+        self._known: set[bytes] = set()
+        self._changes = Changes()
+        self._waiting: set[bytes] = set()
+        self._waiting_bytes = self._waiting_jobs = 0
+        self._counts: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
+        self._loaded: list[tuple[str, list[int]]] = []
+        self._scanned_s = time.monotonic()
+        self._publish()
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    def save(self, pages: PageRange) -> None:
+        """Copy keys and values of pages out of vLLM's cache, as they are when what is enqueued now is done.
+
+        A thread saves them. Those that are here or on their way are left out, and those that the queue has no room for.
+        """
+        with self._seen:
+            there = self._known | self._waiting
+        missing = [place for place, one in enumerate(pages.hashes) if one not in there]
+        if not missing:
+            return
+        begin, end = missing[0], missing[-1] + 1
+        count = end - begin
+        size_bytes = self._values_bytes(count)
+        with self._seen:
+            if self._waiting_bytes + size_bytes > self._queue_bytes:
+                self._counts["dropped_pages"] += count
+                return
+            self._waiting_bytes += size_bytes
+            self._waiting_jobs += 1
+            self._waiting.update(pages.hashes[begin:end])
+        first_token = (pages.first_page + begin) * PAGE_TOKENS
+        values = self._paged.gather(pages.block_ids, first_token, first_token + count * PAGE_TOKENS)
+        copied = None
+        if values.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        part = PageRange(
+            pages.first_page + begin,
+            pages.hashes[begin - 1] if begin else pages.parent,
+            pages.hashes[begin:end],
+            pages.tokens[begin:end],
+            (),
+        )
+        self._saver.executor.submit(self._save, part, values, copied)
+
+    def _values_bytes(self, pages: int) -> int:
+        paged = self._paged
+        return len(paged.layers) * pages * PAGE_TOKENS * paged.heads * 2 * paged.head_dim * paged.dtype.itemsize
+
+    def _save(self, pages: PageRange, values: torch.Tensor, copied: torch.cuda.Event | None) -> None:
+        try:
+            with self._on_stream("save"):
+                if copied is not None:
+                    copied.synchronize()
+                blocks = self._blocks(pages, values)
+                kept = self._tiers.put(blocks)
+            with self._seen:
+                self._counts["saved_pages"] += kept
+                self._counts["saved_bytes"] += sum(block.data.numel() for block in blocks)
+        except (KvpackError, OSError, RuntimeError) as error:  # no memory, say: these pages are not kept
+            self._failed("save", error)
+        finally:
+            with self._seen:
+                self._waiting_bytes -= self._values_bytes(len(pages.hashes))
+                self._waiting_jobs -= 1
+                self._waiting.difference_update(pages.hashes)
+                is_idle = not self._waiting_jobs
+            if is_idle and not self._tiers.is_resting:
+                self._tiers.flush()
+            self._publish()
+
+    def _blocks(self, pages: PageRange, values: torch.Tensor) -> list[BlockBytes]:
+        formats = self._formats_of(pages)
+        parents = [pages.parent, *pages.hashes[:-1]]
+        return [
+            BlockBytes(one, parent, pages.first_page + place + 1, tokens, formats[:, :, place], data)
+            for place, (one, parent, tokens, data) in enumerate(
+                zip(pages.hashes, parents, pages.tokens, self._codec.encode(values, formats), strict=True)
+            )
+        ]
+
+    def _formats_of(self, pages: PageRange) -> Formats:
+        """u8 [layers, 2, pages]."""
+        formats = np.repeat(self._formats[:, :, None], len(pages.hashes), -1)
+        if pages.first_page == 0:
+            formats[:, :, 0] = self._full
+        return formats
+
+    # Loading ---------------------------------------------------------------------------------------------------------
+
+    def load(self, load: Load) -> None:
+        """Have keys and values put into vLLM's cache. :meth:`take_loaded` says when that is done."""
+        self._loader.executor.submit(self._load, load)
+
+    def _load(self, load: Load) -> None:
+        reached = load.first_token
+        try:
+            with self._on_stream("load") as stream:
+                reached = self._put(load)
+                if stream is not None:
+                    stream.synchronize()
+        except (KvpackError, OSError, RuntimeError) as error:
+            self._failed("load", error)
+        block_tokens = self._paged.block_tokens
+        failed = range(reached // block_tokens, -(-load.end_token // block_tokens))
+        with self._seen:
+            self._counts["loaded_tokens"] += reached - load.first_token
+            self._counts["failed_tokens"] += load.end_token - reached
+            self._loaded.append((load.request_id, [load.pages.block_ids[place] for place in failed]))
+        if failed:
+            self._publish()
+
+    def _put(self, load: Load) -> int:
+        """Up to which token, a whole block's end, keys and values are there."""
+        pages = load.pages
+        with self._tiers.reading(pages.hashes, pages.tokens) as blocks:
+            first = pages.first_page * PAGE_TOKENS
+            end = min(load.end_token, first + len(blocks) * PAGE_TOKENS)
+            end -= (end - load.first_token) % self._paged.block_tokens
+            if end <= load.first_token:
+                return load.first_token
+            formats = np.stack([block.formats for block in blocks], -1)
+            values = self._codec.decode([block.data for block in blocks], formats, self._paged.device)
+            self._paged.scatter(
+                values[:, load.first_token - first : end - first], pages.block_ids, load.first_token, end
+            )
+            with self._seen:
+                self._counts["loaded_bytes"] += sum(block.data.numel() for block in blocks)
+            if (stream := torch.cuda.current_stream(values.device) if values.is_cuda else None) is not None:
+                stream.synchronize()  # before host memory may be written to
+            return end
+
+    def take_loaded(self) -> list[tuple[str, list[int]]]:
+        """Requests whose loading has ended since the last call, each with the blocks that could not be filled."""
+        with self._seen:
+            loaded, self._loaded = self._loaded, []
+        return loaded
+
+    # What there is ---------------------------------------------------------------------------------------------------
+
+    def hashes(self) -> set[bytes]:
+        """Of all pages that are here. What :meth:`take_changes` says counts from here on."""
+        with self._seen:
+            self._changes = Changes()
+            return set(self._known)
+
+    def take_changes(self) -> Changes:
+        """Since the last call."""
+        with self._seen:
+            changes, self._changes = self._changes, Changes()
+        return changes
+
+    def look_around(self) -> None:
+        """Learn of what others have written to the directory, if that was not done lately; a thread does it."""
+        if self._tiers.disk is not None and time.monotonic() - self._scanned_s >= _SCAN_INTERVAL_S:
+            self._scanned_s = time.monotonic()
+            self._saver.executor.submit(self._scan)
+
+    def _scan(self) -> None:
+        assert self._tiers.disk is not None
+        try:
+            self._tiers.disk.scan()
+        except OSError as error:
+            self._failed("read the directory", error)
+        self._publish()
+
+    def _publish(self) -> None:
+        with self._lock:
+            known = {block.hash for block in self._tiers.host.all()}
+        if (disk := self._tiers.disk) is not None:
+            known |= disk.hashes()
+        found = self._tiers.metrics()
+        with self._seen:
+            self._changes = self._changes.then(Changes(known - self._known, self._known - known))
+            self._known = known
+            self._counts["damaged_files"] = found.damaged_files
+            self._counts["foreign_files"] = found.foreign_files
+            self._counts["failed_writes"] = found.failed_writes
+            self._counts["written_files"] = found.written_files
+
+    def take_counts(self) -> Counts:
+        """What has been counted since the last call, without what is zero."""
+        with self._seen:
+            found = {name: count - self._told[name] for name, count in self._counts.items()}
+            self._told = self._counts.copy()
+        return {name: count for name, count in found.items() if count}
+
+    def sizes(self) -> Counts:
+        """Bytes of host memory and of files now."""
+        found = self._tiers.metrics()
+        return {"host_bytes": found.host_bytes, "disk_bytes": found.disk_bytes}
+
+    def _failed(self, what: str, error: Exception) -> None:
+        with self._seen:
+            self._counts[f"failed_{what.partition(' ')[0]}s"] += 1
+        if self._on_failure is not None:
+            self._on_failure(what, error)
+
+    def _on_stream(self, name: str) -> AbstractContextManager[torch.cuda.Stream | None]:
+        stream = self._streams[name]
+        if stream is None:
+            return nullcontext()
+        return _StreamContext(stream)
+
+    # Ends ------------------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Wait until all that has been handed over is saved or loaded."""
+        futures: Sequence[Future[None]] = [pool.executor.submit(lambda: None) for pool in (self._loader, self._saver)]
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        """Save and load what waits, write what is in no file, and end the threads."""
+        self._loader.close()
+        self._saver.close()
+        if not self._tiers.is_resting:
+            self._tiers.flush()
+        self._tiers.close()
+
+
+class _StreamContext:
+    """``torch.cuda.stream`` that gives its stream."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream, self._context = stream, torch.cuda.stream(stream)
+
+    def __enter__(self) -> torch.cuda.Stream:
+        self._context.__enter__()
+        return self._stream
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
