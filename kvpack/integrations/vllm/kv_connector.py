@@ -39,6 +39,9 @@ from kvpack.runtime.kv.page_kernels import PAGE_FORMATS
 # Below vLLM's own name, so that its handler and its level are taken.
 logger = init_logger("vllm.kvpack")
 
+# How long an engine that has nothing to compute waits for a load before it looks for new requests.
+_IDLE_WAIT_S = 0.05
+
 give_vars()
 
 
@@ -172,6 +175,9 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """As of vLLM: which requests have been loaded."""
         self._pages.look_around()
+        if not self._plan().computes:
+            # The engine asks again and again, and would keep Python from the thread that loads.
+            self._pages.wait_for_load(_IDLE_WAIT_S)
         loaded = self._pages.take_loaded()
         for _, failed in loaded:
             self._failed_blocks.update(failed)

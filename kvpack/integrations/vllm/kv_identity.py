@@ -82,9 +82,10 @@ def rank_fingerprint(
         rank: among all of them.
     """
     told = {key: json_values(value) for key, value in config.items() if key not in _NO_MATTER}
-    rope = {key: told[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if key in told}
-    fields = {"config": json_digest(told | {"world": dict(world)}), "weights": weights, "rope": rope, "dtype": dtype}
-    return Fingerprint(model=json_digest(fields | {"rank": rank}), **fields, adapter=None)
+    rope: dict[str, Any] = {key: told[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if key in told}
+    config_digest = json_digest(told | {"world": dict(world)})
+    model = json_digest({"config": config_digest, "weights": weights, "dtype": dtype, "rank": rank})
+    return Fingerprint(model=model, config=config_digest, weights=weights, rope=rope, dtype=dtype)
 
 
 def adapter_identity(name: str, path: str) -> list[Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 # Names of counters as Prometheus has them, without "vllm:kvpack_" and "_total", and what they count.
@@ -33,7 +32,7 @@ class KVPackStats(KVConnectorStats):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Count from zero."""
-        self.data = {}
+        self.data: dict[str, int] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add what another rank, or a later interval, has counted."""
@@ -58,7 +57,7 @@ class KVPackPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             name: self._counter_cls(name=f"vllm:kvpack_{name}", documentation=said, labelnames=labelnames)
             for name, said in COUNTERS.items()
         }
-        self._counters: dict[tuple[int, str], Counter] = {
+        self._counters = {
             (engine, name): counter.labels(*values)
             for engine, values in per_engine_labelvalues.items()
             for name, counter in made.items()

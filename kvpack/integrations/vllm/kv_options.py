@@ -91,4 +91,5 @@ def _parsed_pages(value: object) -> tuple[str, str]:
     names = (LOSSLESS, *PageFormat.__members__)
     if len(pair) != 2 or not all(name in names for name in pair):
         raise InputError(f"pages={value!r}; one of {', '.join(names)} is wanted, or a list of two: for K and for V")
-    return pair[0], pair[1]
+    k, v = map(str, pair)
+    return k, v

@@ -79,6 +79,7 @@ class PageStore:
             formats=[formats] * layers,
             recent_tokens=0,
             sinks=1,
+            max_bytes=0,  # it never has pages
         )
         self._paged, self._codec, self._full = paged, PageCodec(cache), cache.full_format
         self._formats = np.array([formats] * layers, np.uint8)
@@ -92,7 +93,8 @@ class PageStore:
             name: torch.cuda.Stream(paged.device) if paged.device.type == "cuda" else None for name in ("save", "load")
         }
         # What the engine's thread sees; guarded by a lock that is held for moments only.
-        self._seen = threading.Lock()
+        self._seen = threading.Condition()
+        self._loading = 0
         self._known: set[bytes] = set()
         self._changes = Changes()
         self._waiting: set[bytes] = set()
@@ -111,8 +113,9 @@ class PageStore:
         A thread saves them. Those that are here or on their way are left out, and those that the queue has no room for.
         """
         with self._seen:
-            there = self._known | self._waiting
-        missing = [place for place, one in enumerate(pages.hashes) if one not in there]
+            missing = [
+                place for place, one in enumerate(pages.hashes) if one not in self._known and one not in self._waiting
+            ]
         if not missing:
             return
         begin, end = missing[0], missing[-1] + 1
@@ -126,8 +129,13 @@ class PageStore:
             self._waiting_jobs += 1
             self._waiting.update(pages.hashes[begin:end])
         first_token = (pages.first_page + begin) * PAGE_TOKENS
-        values = self._paged.gather(pages.block_ids, first_token, first_token + count * PAGE_TOKENS)
         copied = None
+        try:
+            values = self._paged.gather(pages.block_ids, first_token, first_token + count * PAGE_TOKENS)
+        except torch.OutOfMemoryError as error:
+            self._failed("save", error)
+            self._let_go(pages.hashes[begin:end])
+            return
         if values.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
@@ -157,14 +165,18 @@ class PageStore:
         except (KvpackError, OSError, RuntimeError) as error:  # no memory, say: these pages are not kept
             self._failed("save", error)
         finally:
-            with self._seen:
-                self._waiting_bytes -= self._values_bytes(len(pages.hashes))
-                self._waiting_jobs -= 1
-                self._waiting.difference_update(pages.hashes)
-                is_idle = not self._waiting_jobs
+            is_idle = self._let_go(pages.hashes)
             if is_idle and not self._tiers.is_resting:
                 self._tiers.flush()
             self._publish()
+
+    def _let_go(self, hashes: Sequence[bytes]) -> bool:
+        """Pages wait no longer. Returns whether no others do."""
+        with self._seen:
+            self._waiting_bytes -= self._values_bytes(len(hashes))
+            self._waiting_jobs -= 1
+            self._waiting.difference_update(hashes)
+            return not self._waiting_jobs
 
     def _blocks(self, pages: PageRange, values: torch.Tensor) -> list[BlockBytes]:
         formats = self._formats_of(pages)
@@ -187,15 +199,21 @@ class PageStore:
 
     def load(self, load: Load) -> None:
         """Have keys and values put into vLLM's cache. :meth:`take_loaded` says when that is done."""
-        self._loader.executor.submit(self._load, load)
+        begun = None
+        if self._paged.device.type == "cuda":
+            begun = torch.cuda.Event()
+            begun.record()  # behind what had the blocks before
+        with self._seen:
+            self._loading += 1
+        self._loader.executor.submit(self._load, load, begun)
 
-    def _load(self, load: Load) -> None:
+    def _load(self, load: Load, begun: torch.cuda.Event | None) -> None:
         reached = load.first_token
         try:
-            with self._on_stream("load") as stream:
+            with self._on_stream("load"):
+                if begun is not None:
+                    begun.synchronize()
                 reached = self._put(load)
-                if stream is not None:
-                    stream.synchronize()
         except (KvpackError, OSError, RuntimeError) as error:
             self._failed("load", error)
         block_tokens = self._paged.block_tokens
@@ -204,6 +222,8 @@ class PageStore:
             self._counts["loaded_tokens"] += reached - load.first_token
             self._counts["failed_tokens"] += load.end_token - reached
             self._loaded.append((load.request_id, [load.pages.block_ids[place] for place in failed]))
+            self._loading -= 1
+            self._seen.notify_all()
         if failed:
             self._publish()
 
@@ -223,9 +243,16 @@ class PageStore:
             )
             with self._seen:
                 self._counts["loaded_bytes"] += sum(block.data.numel() for block in blocks)
-            if (stream := torch.cuda.current_stream(values.device) if values.is_cuda else None) is not None:
-                stream.synchronize()  # before host memory may be written to
+            if values.is_cuda:
+                # vLLM computes with it as soon as it hears of it; and host memory may be written to then.
+                torch.cuda.current_stream(values.device).synchronize()
             return end
+
+    def wait_for_load(self, timeout_s: float) -> None:
+        """Until a load has ended, if one is under way, or so long."""
+        with self._seen:
+            if self._loading and not self._loaded:
+                self._seen.wait(timeout_s)
 
     def take_loaded(self) -> list[tuple[str, list[int]]]:
         """Requests whose loading has ended since the last call, each with the blocks that could not be filled."""
@@ -266,14 +293,12 @@ class PageStore:
             known = {block.hash for block in self._tiers.host.all()}
         if (disk := self._tiers.disk) is not None:
             known |= disk.hashes()
-        found = self._tiers.metrics()
         with self._seen:
             self._changes = self._changes.then(Changes(known - self._known, self._known - known))
             self._known = known
-            self._counts["damaged_files"] = found.damaged_files
-            self._counts["foreign_files"] = found.foreign_files
-            self._counts["failed_writes"] = found.failed_writes
-            self._counts["written_files"] = found.written_files
+            if disk is not None:
+                for name in ("damaged_files", "foreign_files", "failed_writes", "written_files"):
+                    self._counts[name] = getattr(disk, name)
 
     def take_counts(self) -> Counts:
         """What has been counted since the last call, without what is zero."""
@@ -293,11 +318,9 @@ class PageStore:
         if self._on_failure is not None:
             self._on_failure(what, error)
 
-    def _on_stream(self, name: str) -> AbstractContextManager[torch.cuda.Stream | None]:
+    def _on_stream(self, name: str) -> AbstractContextManager[object]:
         stream = self._streams[name]
-        if stream is None:
-            return nullcontext()
-        return _StreamContext(stream)
+        return nullcontext() if stream is None else torch.cuda.stream(stream)
 
     # Ends ------------------------------------------------------------------------------------------------------------
 
@@ -314,17 +337,3 @@ class PageStore:
         if not self._tiers.is_resting:
             self._tiers.flush()
         self._tiers.close()
-
-
-class _StreamContext:
-    """``torch.cuda.stream`` that gives its stream."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream, self._context = stream, torch.cuda.stream(stream)
-
-    def __enter__(self) -> torch.cuda.Stream:
-        self._context.__enter__()
-        return self._stream
-
-    def __exit__(self, *error: object) -> None:
-        self._context.__exit__(*error)

@@ -36,10 +36,11 @@ class Load:
 
 @dataclass
 class StepPlan:
-    """Of one step of the engine."""
+    """Of one step of the engine; ``computes``: whether any request is computed in it."""
 
     loads: list[Load] = field(default_factory=list)
     saves: list[PageRange] = field(default_factory=list)
+    computes: bool = False
 
 
 @dataclass

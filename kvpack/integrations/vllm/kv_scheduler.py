@@ -175,7 +175,7 @@ class PageScheduler:
             block_ids_of: a request's block table.
         """
         loads, self._planned = self._planned, []
-        plan = StepPlan(loads)
+        plan = StepPlan(loads, computes=bool(scheduled))
         for request_id, tokens in scheduled.items():
             known = self._requests.get(request_id)
             if known is None or not self._saves:

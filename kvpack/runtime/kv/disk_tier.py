@@ -72,6 +72,7 @@ class DiskTier:
     Attributes:
         damaged_files, foreign_files: that were met since the start: those that cannot be read, and snapshots that are
             no blocks, or of another shape of cache or another model.
+        written_files: that have been written.
         failed_writes: files that could not be written. The first one is a ``RuntimeWarning``, too.
 
     Raises:
@@ -89,7 +90,7 @@ class DiskTier:
     ) -> None:
         self.directory = Path(directory)
         self.capacity_bytes = capacity_bytes
-        self.damaged_files = self.foreign_files = self.failed_writes = 0
+        self.damaged_files = self.foreign_files = self.written_files = self.failed_writes = 0
         self._cache, self._fingerprint, self._report = cache, fingerprint, report
         sizes = [[cache.pools.page_bytes(side, page_format) for page_format in PageFormat] for side in Side]
         self._page_bytes = np.array(sizes, np.int64)
@@ -400,6 +401,7 @@ class DiskTier:
             if not self._make_room(needed, name):
                 return False
             write_snapshot(self.directory / name, header, arrays, [coded])
+            self.written_files += 1
         with self._lock:
             self._forget(name)
             with suppress(FileNotFoundError):  # another process may have removed it already

@@ -75,7 +75,6 @@ class Tiers:
         self.host = HostTier(cache, host_bytes)
         self._cache, self._lock = cache, lock
         self._host_hits = self._disk_hits = self._fetched_bytes = self._taken = self._dropped = self._refused = 0
-        self._written = 0
         self._resting_until_s = 0.0
         self._reader = ThreadPool(1, "kvpack-tiers")
 
@@ -134,7 +133,6 @@ class Tiers:
                 break
             run.insert(0, self.host.ready(parent.hash))
         is_written = self.disk.write(run)
-        self._written += is_written
         if not is_written:
             self._resting_until_s = time.monotonic() + _REST_S
         return is_written
@@ -378,7 +376,7 @@ class Tiers:
             taken_blocks=self._taken,
             dropped_blocks=self._dropped,
             refused_pages=self._refused,
-            written_files=self._written,
+            written_files=0 if disk is None else disk.written_files,
             failed_writes=0 if disk is None else disk.failed_writes,
             damaged_files=0 if disk is None else disk.damaged_files,
             foreign_files=0 if disk is None else disk.foreign_files,

@@ -1,0 +1,505 @@
+"""Pages of vLLM's cache saved and loaded, without vLLM: the same bits come back, and whatever is wrong is a miss."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from paged_prompts import (  # noqa: E402
+    BF16,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    blocks_for,
+    compute,
+    fingerprint,
+    load,
+    make_paged,
+    make_store,
+    page_range,
+    page_values,
+    save,
+)
+
+from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks  # noqa: E402
+from kvpack.errors import CacheInputError  # noqa: E402
+from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
+from kvpack.integrations.vllm.kv_page_codec import PageCodec, PagedLayers  # noqa: E402
+from kvpack.integrations.vllm.kv_plan import Changes  # noqa: E402
+from kvpack.runtime.kv import disk_tier, tiers  # noqa: E402
+from kvpack.runtime.kv.cache import KVCache  # noqa: E402
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+INT4, INT8 = PageFormat.INT4, PageFormat.INT8
+
+
+def files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.kvpack.safetensors"))
+
+
+def save_all(store: Any, paged: PagedLayers, starts: range) -> None:
+    for start in starts:
+        save(store, paged, range(start, start + 200))
+
+
+# The codec ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "k", "v"),
+    [
+        (torch.bfloat16, BF16, BF16),
+        (torch.float16, PageFormat.FP16, PageFormat.FP16),
+        (torch.bfloat16, INT8, INT4),
+        (torch.float16, PageFormat.FP8_E4M3, PageFormat.INT2),
+        (torch.bfloat16, PageFormat.INT3, BF16),
+    ],
+)
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 48), (1, 128)])
+def test_pages_are_those_of_the_page_coder(
+    device: str, dtype: Any, k: PageFormat, v: PageFormat, heads: int, head_dim: int
+) -> None:
+    """Layer by layer, K before V; the first page in 16 bits beside others."""
+    layers, count = 2, 3
+    full = BF16 if dtype == torch.bfloat16 else PageFormat.FP16
+    cache = KVCache(layers, heads, head_dim, 64, dtype=dtype, device=device, formats=[(k, v)] * layers, sinks=1)
+    values = torch.randn(layers, 64 * count, heads, 2 * head_dim, generator=torch.Generator().manual_seed(3)).to(dtype)
+    formats = np.repeat(np.array([(k, v)] * layers, np.uint8)[:, :, None], count, -1)
+    formats[:, :, 0] = full
+    codec = PageCodec(cache)
+    pages = codec.encode(values.to(device), formats)
+    back = codec.decode(pages, formats, torch.device(device)).cpu()
+    assert len(pages) == count
+    for place, page in enumerate(pages):
+        expected, decoded = [], []
+        for layer in range(layers):
+            for side in Side:
+                layout = PageLayout(side, PageFormat(formats[layer, side, place]), head_dim)
+                of_side = values[layer, 64 * place : 64 * (place + 1), :, side * head_dim : (side + 1) * head_dim]
+                numbers = of_side.transpose(0, 1).contiguous()
+                if layout.format == BF16:
+                    import ml_dtypes
+
+                    given = numbers.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+                else:
+                    given = numbers.numpy() if dtype == torch.float16 else numbers.float().numpy()
+                blocks = quantize_blocks(given, layout)
+                expected.append(blocks.tobytes())
+                decoded.append(torch.from_numpy(dequantize_blocks(blocks, layout)).to(dtype).transpose(0, 1))
+        assert page.cpu().numpy().tobytes() == b"".join(expected)
+        of_page = torch.stack([torch.cat(decoded[2 * layer : 2 * layer + 2], -1) for layer in range(layers)])
+        assert torch.equal(back[:, 64 * place : 64 * (place + 1)], of_page)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("block_tokens", "splits"), [(16, 1), (48, 1), (48, 3), (128, 1), (128, 8)])
+def test_tokens_are_where_the_block_table_says(device: str, block_tokens: int, splits: int) -> None:
+    paged = make_paged(block_tokens, splits=splits, device=device)
+    blocks = blocks_for(paged, 300, 5)
+    values = torch.randn(LAYERS, 300, HEADS, 2 * HEAD_DIM).bfloat16().to(device)
+    paged.scatter(values, blocks, 0, 300)
+    assert torch.equal(paged.gather(blocks, 7, 293), values[:, 7:293])
+    # As vLLM's attention finds them: by block and place, or by kernel block and place.
+    token = 211
+    kernel_tokens = block_tokens // splits
+    kernel_block = blocks[token // block_tokens] * splits + token % block_tokens // kernel_tokens
+    assert torch.equal(paged.layers[1][kernel_block, :, token % kernel_tokens], values[1, token])
+    assert sum(int((layer != 0).any(-1).sum()) for layer in paged.layers) == LAYERS * 300 * HEADS
+
+
+def test_layers_that_are_no_keys_and_values_are_refused() -> None:
+    one = torch.zeros(4, 2, 16, 64)
+    with pytest.raises(CacheInputError, match="different kinds"):
+        PagedLayers([one, torch.zeros(4, 2, 16, 32)], 16)
+    with pytest.raises(CacheInputError, match="no K and V"):
+        PagedLayers([one], 24)
+
+
+# The store ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block_tokens", [16, 48, 128])
+def test_what_is_saved_comes_back_in_other_blocks(device: str, block_tokens: int, tmp_path: Path) -> None:
+    paged = make_paged(block_tokens, device=device)
+    store = make_store(paged, tmp_path)
+    tokens = list(range(333))
+    pages = save(store, paged, tokens)
+    assert store.take_changes() == Changes(come=set(pages.hashes))
+    assert store.hashes() == set(pages.hashes)
+    whole = 320 // block_tokens * block_tokens
+    assert load(store, paged, tokens) == whole
+    assert load(store, paged, tokens, first=block_tokens) == whole - block_tokens
+    counts = store.take_counts()
+    assert counts["saved_pages"] == 5
+    assert counts["written_files"] == 1
+    assert counts["loaded_tokens"] == 2 * whole - block_tokens
+    assert not store.take_counts()
+    # Another start.
+    store.close()
+    assert len(files(tmp_path)) == 1
+    other = make_store(paged, tmp_path)
+    assert other.hashes() == set(pages.hashes)
+    assert load(other, paged, tokens) == whole
+    other.close()
+
+
+def test_quantized_pages_come_back_as_the_page_coder_has_them(tmp_path: Path) -> None:
+    """The first page is in 16 bits."""
+    paged = make_paged()
+    for start in range(2):
+        store = make_store(paged, tmp_path, formats=(INT8, INT4))
+        tokens = list(range(128))
+        pages = page_range(tokens, blocks_for(paged, 128, 0))
+        if start == 0:
+            compute(paged, pages)
+            store.save(pages)
+        else:
+            from kvpack.integrations.vllm.kv_plan import Load
+
+            store.load(Load("r", 0, 128, page_range(tokens, blocks_for(paged, 128, 9))))
+        store.close()
+    found = paged.gather(blocks_for(paged, 128, 9), 0, 128)
+    assert torch.equal(found[:, :64], page_values(pages.hashes[0]))
+    k, v = page_values(pages.hashes[1]).permute(0, 2, 1, 3).float().split(HEAD_DIM, -1)
+    for place, side, values, page_format in ((0, Side.K, k, INT8), (HEAD_DIM, Side.V, v, INT4)):
+        layout = PageLayout(side, page_format, HEAD_DIM)
+        expected = torch.from_numpy(dequantize_blocks(quantize_blocks(values.numpy(), layout), layout)).bfloat16()
+        assert torch.equal(found[:, 64:, :, place : place + HEAD_DIM], expected.transpose(1, 2))
+
+
+def test_pages_of_a_longer_prompt_are_saved_behind_those_that_are_there(tmp_path: Path) -> None:
+    paged = make_paged()
+    store = make_store(paged, tmp_path)
+    tokens = list(range(400))
+    save(store, paged, tokens[:200])
+    save(store, paged, tokens[:200])
+    assert store.take_counts()["saved_pages"] == 3
+    save(store, paged, tokens)
+    assert store.take_counts()["saved_pages"] == 3
+    assert load(store, paged, tokens) == 384
+    store.close()
+
+
+def test_another_model_s_pages_are_left_alone_and_named(tmp_path: Path) -> None:
+    paged = make_paged()
+    store = make_store(paged, tmp_path)
+    tokens = list(range(200))
+    save(store, paged, tokens)
+    store.close()
+    said: list[str] = []
+    for options in ({"fingerprint": fingerprint("other")}, {"fingerprint": fingerprint(rank=1)}):
+        other = make_store(paged, tmp_path, report=lambda path, error: said.append(f"{path.name}: {error}"), **options)
+        assert other.hashes() == set()
+        assert load(other, paged, tokens) == 0
+        assert other.take_counts()["foreign_files"] == 1
+        other.close()
+    assert [files(tmp_path)[0].name in line and "of another model" in line for line in said] == [True, True]
+    assert "weights: " in said[0]
+    same = make_store(paged, tmp_path)
+    assert load(same, paged, tokens) == 192
+    same.close()
+
+
+def test_pages_of_other_formats_are_not_found(tmp_path: Path) -> None:
+    """Their names do not differ here, as they do in an engine."""
+    paged = make_paged()
+    store = make_store(paged, tmp_path, formats=(INT8, INT8))
+    save(store, paged, list(range(200)))
+    store.close()
+    other = make_store(paged, tmp_path)
+    assert load(other, paged, list(range(200))) == 0
+    assert other.take_counts()["foreign_files"] == 1
+    other.close()
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
+def test_a_damaged_file_is_a_miss(place: float, tmp_path: Path) -> None:
+    paged = make_paged()
+    store = make_store(paged, tmp_path)
+    tokens = list(range(400))
+    save(store, paged, tokens[:192])
+    pages = save(store, paged, tokens)
+    store.close()
+    assert len(files(tmp_path)) == 2
+    second = max(files(tmp_path), key=lambda path: path.stat().st_mtime_ns)
+    data = bytearray(second.read_bytes())
+    data[int(place * len(data))] ^= 0x10
+    second.write_bytes(data)
+    said: list[Path] = []
+    other = make_store(paged, tmp_path, report=lambda path, _error: said.append(path))
+    known = other.hashes()
+    reached = load(other, paged, tokens)
+    assert reached == 192
+    counts = other.take_counts()
+    assert counts["damaged_files"] == 1
+    assert counts["failed_tokens"] == 192
+    assert said == [second]
+    assert other.take_changes().gone == known - set(pages.hashes[:3])
+    # What is computed anew is saved anew, in the place of the damaged file.
+    save(other, paged, tokens)
+    other.close()
+    last = make_store(paged, tmp_path)
+    assert load(last, paged, tokens) == 384
+    assert "damaged_files" not in last.take_counts()
+    last.close()
+
+
+def test_a_cut_file_and_one_that_is_gone_are_misses(tmp_path: Path) -> None:
+    paged = make_paged()
+    store = make_store(paged, tmp_path, host_bytes=1)
+    store.close()
+    store = make_store(paged, tmp_path)
+    tokens = list(range(200))
+    save(store, paged, tokens)
+    store.close()
+    (file,) = files(tmp_path)
+    cut = make_store(paged, tmp_path)
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 7)
+    assert load(cut, paged, tokens) == 0
+    cut.close()
+    file.unlink()
+    gone = make_store(paged, tmp_path)
+    assert load(gone, paged, tokens) == 0
+    gone.close()
+
+
+def test_a_full_disk_is_warned_of_once_and_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paged = make_paged()
+    store = make_store(paged, tmp_path)
+    write, tried = disk_tier.write_snapshot, []
+
+    def full(*_arguments: Any) -> int:
+        tried.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk_tier, "write_snapshot", full)
+    monkeypatch.setattr(tiers, "_REST_S", 1e6)
+    with pytest.warns(RuntimeWarning, match="No space left") as warned:
+        save_all(store, paged, range(0, 4000, 1000))
+    assert len(warned) == 1
+    assert len(tried) == 1, "who cannot write rests for a second"
+    assert store.take_counts()["failed_writes"] == 1
+    assert load(store, paged, range(200)) == 192, "host memory has them"
+    monkeypatch.setattr(disk_tier, "write_snapshot", write)
+    monkeypatch.setattr(store._tiers, "_resting_until_s", 0.0)
+    save(store, paged, range(5000, 5200))
+    store.close()
+    other = make_store(paged, tmp_path)
+    for start in (*range(0, 4000, 1000), 5000):
+        assert load(other, paged, range(start, start + 200)) == 192
+    other.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small file system needs root")
+def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(tmp_path)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted: {mounted.stderr.decode()}")
+    try:
+        paged = make_paged()
+        store = make_store(paged, tmp_path)
+        with pytest.warns(RuntimeWarning, match="No space left") as warned:
+            save_all(store, paged, range(0, 8000, 1000))
+        assert len(warned) == 1
+        store.close()
+        assert not [path for path in tmp_path.iterdir() if path.name.endswith((".tmp", ".data"))]
+        other = make_store(paged, tmp_path)
+        found = [load(other, paged, range(start, start + 200)) for start in range(0, 8000, 1000)]
+        assert 0 < sum(found) < 8 * 192
+        assert "damaged_files" not in other.take_counts()
+        other.close()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=False)
+
+
+def test_both_tiers_are_bounded_and_what_they_have_is_right(tmp_path: Path) -> None:
+    paged = make_paged()
+    page_bytes = LAYERS * 2 * HEADS * 64 * HEAD_DIM * 2
+    store = make_store(paged, tmp_path, host_bytes=7 * page_bytes, disk_bytes=12 * page_bytes)
+    starts = range(0, 20_000, 1000)
+    for start in starts:
+        save(store, paged, range(start, start + 200))
+        assert store.sizes()["host_bytes"] <= 7 * page_bytes
+        assert sum(path.stat().st_size for path in files(tmp_path)) <= 12 * page_bytes
+    found = {start: load(store, paged, range(start, start + 200)) for start in starts}
+    assert set(found.values()) <= {0, 64, 128, 192}
+    assert [found[start] for start in starts[-3:]] == [192] * 3, "the latest ones are there"
+    assert found[0] == 0, "the first ones have gone"
+    known = store.hashes()
+    assert 12 <= len(known) <= 19
+    store.close()
+
+
+def test_the_least_recently_loaded_goes_first(tmp_path: Path) -> None:
+    paged = make_paged()
+    page_bytes = LAYERS * 2 * HEADS * 64 * HEAD_DIM * 2
+    store = make_store(paged, tmp_path, host_bytes=3 * page_bytes, disk_bytes=10 * page_bytes)
+    save(store, paged, range(200))
+    for start in range(1000, 8000, 1000):
+        save(store, paged, range(start, start + 200))
+        assert load(store, paged, range(200)) == 192
+    assert load(store, paged, range(1000, 1200)) == 0
+    store.close()
+
+
+def test_what_has_no_room_in_the_queue_is_dropped(tmp_path: Path) -> None:
+    paged = make_paged()
+    page_bytes = LAYERS * 64 * HEADS * 2 * HEAD_DIM * 2
+    store = make_store(paged, tmp_path, queue_bytes=4 * page_bytes)
+    store._lock.acquire()  # the saver does not come on
+    stuck = [page_range(range(start, start + 200), blocks_for(paged, 200, start)) for start in (0, 1000, 2000)]
+    for pages in stuck:
+        compute(paged, pages)
+        store.save(pages)
+    store._lock.release()
+    store.drain()
+    counts = store.take_counts()
+    assert (counts["saved_pages"], counts["dropped_pages"]) == (3, 6)
+    store.save(stuck[1])
+    store.drain()
+    assert store.take_counts()["saved_pages"] == 3
+    store.close()
+
+
+def test_keys_and_values_are_those_of_the_moment_of_saving(tmp_path: Path) -> None:
+    """vLLM's blocks may be another request's before a thread looks at them."""
+    paged = make_paged()
+    store = make_store(paged, tmp_path)
+    store._lock.acquire()
+    try:
+        pages = page_range(range(200), blocks_for(paged, 200, 0))
+        compute(paged, pages)
+        store.save(pages)
+        for layer in paged.layers:
+            layer.fill_(7)
+    finally:
+        store._lock.release()
+    store.drain()
+    assert load(store, paged, range(200)) == 192
+    store.close()
+
+
+def test_two_engines_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvpack.integrations.vllm import kv_page_store
+
+    monkeypatch.setattr(kv_page_store, "_SCAN_INTERVAL_S", 0.0)
+    paged = make_paged()
+    one, two = make_store(paged, tmp_path), make_store(paged, tmp_path)
+    pages = save(one, paged, range(200))
+    two.look_around()
+    two.drain()
+    assert two.take_changes().come == set(pages.hashes)
+    assert load(two, paged, range(200)) == 192
+    # One of them removes a file that the other still thinks of.
+    for path in files(tmp_path):
+        path.unlink()
+    three = make_store(paged, tmp_path)
+    assert load(three, paged, range(200)) == 0
+    for store in (one, two, three):
+        store.close()
+
+
+def test_an_error_of_a_thread_is_counted_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paged = make_paged()
+    said: list[str] = []
+    store = make_store(paged, tmp_path, on_failure=lambda what, error: said.append(f"{what}: {error}"))
+    save(store, paged, range(200))
+
+    def fails(*_arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(store._codec, "decode", fails)
+    assert load(store, paged, range(200)) == 0
+    monkeypatch.setattr(store._codec, "encode", fails)
+    save(store, paged, range(1000, 1200))
+    counts = store.take_counts()
+    assert (counts["failed_loads"], counts["failed_saves"]) == (1, 1)
+    assert said == ["load: out of memory", "save: out of memory"]
+    monkeypatch.undo()
+    assert load(store, paged, range(200)) == 192
+    store.close()
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+import torch
+torch.set_num_threads(1)
+from paged_prompts import compute, blocks_for, load, make_paged, make_store, page_range, save
+directory, kills = Path(sys.argv[1]), int(sys.argv[2])
+warm = make_store(make_paged(), directory / "warm")
+save(warm, make_paged(), range(200))  # compiles
+warm.close()
+directory = directory / "pages"
+random.seed(1)
+promised = set()  # prompts of which a child has said that they are in files
+complete = 0
+for kill in range(kills):
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        paged = make_paged()
+        store = make_store(paged, directory)
+        os.write(write, b"begun\\n")
+        for number in range(1000):
+            start = 1_000_000 * kill + 300 * number
+            save(store, paged, range(start, start + 64 * (1 + number % 4)))
+            os.write(write, f"{start}\\n".encode())
+        os._exit(0)
+    os.close(write)
+    said = os.read(read, 6)
+    time.sleep(random.random() * 0.4)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while data := os.read(read, 1 << 16):
+        said += data
+    os.close(read)
+    lines = said.decode().splitlines()[1:]
+    promised |= {int(line) for line in lines}
+    complete += len(lines)
+    left = [path.name for path in directory.glob(".*") if path.suffix in (".tmp", ".data")]
+    assert len(left) <= 3, left
+    if kill % 10 == 9 or kill == kills - 1:
+        paged = make_paged()
+        store = make_store(paged, directory, host_bytes=1 << 16)
+        for start in sorted(promised):
+            number = start % 1_000_000 // 300
+            tokens = 64 * (1 + number % 4)
+            assert load(store, paged, range(start, start + tokens)) == tokens, start
+        counts = store.take_counts()
+        assert not {"damaged_files", "foreign_files", "failed_tokens"} & counts.keys(), counts
+        store.close()
+        promised = set(random.sample(sorted(promised), min(20, len(promised))))
+print(complete, len(list(directory.glob("*.kvpack.safetensors"))))
+"""
+
+
+def test_a_process_that_is_killed_while_it_saves_leaves_whole_files(tmp_path: Path) -> None:
+    """KVPACK_KILLS says how often; the bits of all that was said to be saved are compared."""
+    kills = int(os.environ.get("KVPACK_KILLS", "6"))
+    here = Path(__file__).parent
+    folders = [str(here), str(here.parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(kills), *folders], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    complete, count = map(int, done.stdout.split()[-2:])
+    assert complete > 0
+    assert count >= complete
