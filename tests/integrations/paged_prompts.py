@@ -20,10 +20,14 @@ LAYERS, HEADS, HEAD_DIM, BLOCKS = 3, 2, 32, 64
 BF16 = PageFormat.BF16
 
 
-def make_paged(block_tokens: int = 16, *, splits: int = 1, device: str = "cpu", blocks: int = BLOCKS) -> PagedLayers:
+def make_paged(
+    block_tokens: int = 16, *, splits: int = 1, device: str = "cpu", blocks: int = BLOCKS, places: Any = None
+) -> PagedLayers:
     """A cache of zeros, whose blocks consist of so many kernel blocks."""
     shape = (blocks * splits, HEADS, block_tokens // splits, 2 * HEAD_DIM)
-    return PagedLayers([torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(LAYERS)], block_tokens)
+    return PagedLayers(
+        [torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(LAYERS)], block_tokens, places
+    )
 
 
 def fingerprint(model: str = "tiny", rank: int = 0) -> Any:
@@ -58,9 +62,14 @@ def blocks_for(paged: PagedLayers, tokens: int, seed: int) -> list[int]:
 
 def compute(paged: PagedLayers, pages: PageRange) -> None:
     """Stands for a model."""
-    for place, one in enumerate(pages.hashes):
-        first = (pages.first_page + place) * PAGE_TOKENS
-        paged.scatter(page_values(one, paged.device), pages.block_ids, first, first + PAGE_TOKENS)
+    values = torch.cat([page_values(one, paged.device) for one in pages.hashes], 1)
+    missing = -values.shape[1] % paged.block_tokens
+    values = torch.cat([values, values.new_zeros(LAYERS, missing, HEADS, 2 * HEAD_DIM)], 1)
+    paged.put(values, pages.block_ids, 0, values.shape[1])
+
+
+def gathered(paged: PagedLayers, block_ids: Sequence[int], first: int, end: int) -> torch.Tensor:
+    return paged.tokens_of(paged.copy_out(block_ids, first, end), first, end)
 
 
 def save(store: PageStore, paged: PagedLayers, tokens: Sequence[int], seed: int = 0) -> PageRange:
@@ -76,9 +85,8 @@ def load(store: PageStore, paged: PagedLayers, tokens: Sequence[int], *, first: 
     """A prompt's full pages are loaded from a token on; how many tokens have come, which are compared."""
     pages = page_range(tokens, blocks_for(paged, len(tokens), seed), first=first // PAGE_TOKENS)
     end = len(tokens) // PAGE_TOKENS * PAGE_TOKENS // paged.block_tokens * paged.block_tokens
-    paged.scatter(
-        torch.zeros(LAYERS, len(tokens), HEADS, 2 * HEAD_DIM).to(paged.layers[0]), pages.block_ids, 0, len(tokens)
-    )
+    for layer in paged.layers:
+        layer.zero_()
     store.load(Load("request", first, end, pages))
     store.drain()
     ((name, failed),) = store.take_loaded()
@@ -87,7 +95,7 @@ def load(store: PageStore, paged: PagedLayers, tokens: Sequence[int], *, first: 
     assert failed == list(pages.block_ids[-(-reached // paged.block_tokens) : -(-end // paged.block_tokens)])
     expected = torch.cat([page_values(one, paged.device) for one in pages.hashes], 1)
     begin = first // PAGE_TOKENS * PAGE_TOKENS
-    found = paged.gather(pages.block_ids, 0, len(tokens))
+    found = gathered(paged, pages.block_ids, 0, len(tokens))
     assert torch.equal(found[:, first:reached], expected[:, first - begin : reached - begin])
     assert not found[:, :first].any(), "what is before the tokens that were asked for is touched"
     assert not found[:, reached:].any(), "what is behind the tokens that have come is touched"

@@ -23,6 +23,7 @@ from paged_prompts import (  # noqa: E402
     blocks_for,
     compute,
     fingerprint,
+    gathered,
     load,
     make_paged,
     make_store,
@@ -32,8 +33,9 @@ from paged_prompts import (  # noqa: E402
 )
 
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks  # noqa: E402
-from kvpack.errors import CacheInputError  # noqa: E402
+from kvpack.errors import CacheInputError, InputError  # noqa: E402
 from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
+from kvpack.integrations.vllm.cpu_block_order import block_places  # noqa: E402
 from kvpack.integrations.vllm.kv_page_codec import PageCodec, PagedLayers  # noqa: E402
 from kvpack.integrations.vllm.kv_plan import Changes  # noqa: E402
 from kvpack.runtime.kv import disk_tier, tiers  # noqa: E402
@@ -106,16 +108,68 @@ def test_pages_are_those_of_the_page_coder(
 @pytest.mark.parametrize(("block_tokens", "splits"), [(16, 1), (48, 1), (48, 3), (128, 1), (128, 8)])
 def test_tokens_are_where_the_block_table_says(device: str, block_tokens: int, splits: int) -> None:
     paged = make_paged(block_tokens, splits=splits, device=device)
-    blocks = blocks_for(paged, 300, 5)
-    values = torch.randn(LAYERS, 300, HEADS, 2 * HEAD_DIM).bfloat16().to(device)
-    paged.scatter(values, blocks, 0, 300)
-    assert torch.equal(paged.gather(blocks, 7, 293), values[:, 7:293])
+    kernel_tokens = block_tokens // splits
+    blocks, count = blocks_for(paged, 384, 5), 384 // kernel_tokens * kernel_tokens
+    values = torch.randn(LAYERS, count, HEADS, 2 * HEAD_DIM).bfloat16().to(device)
+    paged.put(values, blocks, 0, count)
+    assert torch.equal(gathered(paged, blocks, 7, 293), values[:, 7:293])
     # As vLLM's attention finds them: by block and place, or by kernel block and place.
     token = 211
-    kernel_tokens = block_tokens // splits
     kernel_block = blocks[token // block_tokens] * splits + token % block_tokens // kernel_tokens
     assert torch.equal(paged.layers[1][kernel_block, :, token % kernel_tokens], values[1, token])
-    assert sum(int((layer != 0).any(-1).sum()) for layer in paged.layers) == LAYERS * 300 * HEADS
+    assert sum(int((layer != 0).any(-1).sum()) for layer in paged.layers) == LAYERS * count * HEADS
+    paged.put(-values[:, kernel_tokens : 2 * kernel_tokens], blocks, kernel_tokens, 2 * kernel_tokens)
+    found = gathered(paged, blocks, 0, count)
+    assert torch.equal(found[:, kernel_tokens : 2 * kernel_tokens], -values[:, kernel_tokens : 2 * kernel_tokens])
+    assert torch.equal(found[:, 2 * kernel_tokens :], values[:, 2 * kernel_tokens :])
+
+
+def transposing_write(k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any) -> None:
+    """As vLLM's for x86 without AMX: keys by dimension."""
+    k_cache[0].view(k.shape[1], k.shape[2], -1)[..., slots] = k.permute(1, 2, 0)
+    v_cache[0][:, slots] = v.transpose(0, 1)
+
+
+@pytest.mark.parametrize("block_tokens", [16, 128])
+def test_an_order_of_the_processor_s_own(block_tokens: int, tmp_path: Path) -> None:
+    """Pages of half a block are right although others' tokens lie between theirs, and come later."""
+    places = block_places(transposing_write, torch.bfloat16, block_tokens, HEAD_DIM)
+    paged = make_paged(block_tokens, places=places)
+    store = make_store(paged, tmp_path)
+    tokens = list(range(320))
+    pages = page_range(tokens, blocks_for(paged, 320, 0))
+    compute(paged, pages)
+    for first in range(5):
+        later = gathered(paged, pages.block_ids, 0, 320)
+        later[:, 64 * (first + 1) :] = 0  # what is not computed yet
+        full = torch.cat([later, later.new_zeros(LAYERS, -320 % block_tokens, HEADS, 2 * HEAD_DIM)], 1)
+        paged.put(full, pages.block_ids, 0, full.shape[1])
+        store.save(page_range(tokens[: 64 * (first + 1)], pages.block_ids, first=first))
+        compute(paged, pages)
+    store.drain()
+    assert load(store, paged, tokens) == 320 // block_tokens * block_tokens
+    blocks = blocks_for(paged, 320, 1)
+    token, head = 65, 1
+    flat = paged.layers[2][blocks[token // block_tokens], head].flatten()
+    value = page_values(page_range(tokens, ()).hashes[1])[2, 1, head]
+    place = token % block_tokens
+    assert torch.equal(flat[: block_tokens * HEAD_DIM].view(HEAD_DIM, -1)[:, place], value[:HEAD_DIM])
+    assert torch.equal(flat[block_tokens * HEAD_DIM :].view(-1, HEAD_DIM)[place], value[HEAD_DIM:])
+    store.close()
+
+
+def test_an_order_that_is_none_is_refused() -> None:
+    def rounds(k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any) -> None:
+        transposing_write(k, v, k_cache, v_cache, slots)
+        k_cache.clamp_(max=3)
+
+    def forgets(k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any) -> None:
+        transposing_write(k, v, k_cache, v_cache, slots)
+        v_cache[..., 0] = 0
+
+    for write in (rounds, forgets):
+        with pytest.raises(InputError, match="not understood"):
+            block_places(write, torch.bfloat16, 64, 32)
 
 
 def test_layers_that_are_no_keys_and_values_are_refused() -> None:
@@ -170,7 +224,7 @@ def test_quantized_pages_come_back_as_the_page_coder_has_them(tmp_path: Path) ->
 
             store.load(Load("r", 0, 128, page_range(tokens, blocks_for(paged, 128, 9))))
         store.close()
-    found = paged.gather(blocks_for(paged, 128, 9), 0, 128)
+    found = gathered(paged, blocks_for(paged, 128, 9), 0, 128)
     assert torch.equal(found[:, :64], page_values(pages.hashes[0]))
     k, v = page_values(pages.hashes[1]).permute(0, 2, 1, 3).float().split(HEAD_DIM, -1)
     for place, side, values, page_format in ((0, Side.K, k, INT8), (HEAD_DIM, Side.V, v, INT4)):

@@ -26,6 +26,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvpack.errors import CacheInputError, InputError
 from kvpack.format.snapshot import Fingerprint
+from kvpack.integrations.vllm.cpu_block_order import block_places, vllm_write
 from kvpack.integrations.vllm.kv_identity import rank_fingerprint, text_digest, weights_digest
 from kvpack.integrations.vllm.kv_metrics import KVPackPromMetrics, KVPackStats
 from kvpack.integrations.vllm.kv_options import ConnectorOptions
@@ -133,10 +134,21 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
         layers = [kv_caches[name] for name in sorted(kv_caches, key=_by_numbers)]
         if layers[0].dtype not in PAGE_FORMATS:
             raise InputError(f"keys and values are {layers[0].dtype}; KVPackConnector keeps float16 and bfloat16")
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        _, heads, tokens, width = layers[0].shape
+        if (heads, width) != (spec.num_kv_heads, 2 * spec.head_size):
+            raise InputError(
+                f"a layer's cache is {list(layers[0].shape)}; [blocks, {spec.num_kv_heads} heads, tokens, "
+                f"K and V of {spec.head_size}] is wanted"
+            )
+        places = None
+        if layers[0].device.type == "cpu":
+            write = vllm_write(layers[0].dtype, tokens, spec.head_size)
+            places = block_places(write, layers[0].dtype, tokens, spec.head_size)
         ranks, options = self._vllm_config.parallel_config.world_size, self._options
         directory = options.directory
         self._store = PageStore(
-            PagedLayers(layers, self._block_tokens),
+            PagedLayers(layers, self._block_tokens, places),
             options.formats(PAGE_FORMATS[layers[0].dtype]),
             host_bytes=max(1, options.host_bytes // ranks),
             queue_bytes=options.queue_bytes,

@@ -1,7 +1,8 @@
 """Keys and values in vLLM's cache ⇄ kvpack's pages, on the device where they lie.
 
-vLLM's cache of a layer is [blocks, heads, tokens of a block, K and then V]. A page is 64 tokens of a request, wherever
-its blocks begin and end.
+vLLM's cache of a layer is [blocks, heads, tokens of a block, K and then V]; the attention of CPUs has another order in
+a block's head (:mod:`~kvpack.integrations.vllm.cpu_block_order`). A page is 64 tokens of a request, wherever its blocks
+begin and end.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from kvpack.errors import CacheInputError
+from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.page_kernels import left_out, new_status, quantize_pages, read_tokens, write_tokens
@@ -28,12 +30,14 @@ class PagedLayers:
     Args:
         layers: [kernel blocks, heads, tokens of a kernel block, 2·head_dim] each, fp16 or bf16, of any strides.
         block_tokens: tokens of a block as the scheduler counts them; it consists of one or more kernel blocks.
+        places: i64 [tokens of a kernel block, 2·head_dim], on the layers' device: where among the elements of a block's
+            head each of a token's lies, K before V. None: in that order.
 
     Raises:
-        CacheInputError: layers of different shapes, or no keys and values in 16 bits.
+        CacheInputError: layers of different shapes, or no keys and values of such blocks.
     """
 
-    def __init__(self, layers: Sequence[torch.Tensor], block_tokens: int) -> None:
+    def __init__(self, layers: Sequence[torch.Tensor], block_tokens: int, places: torch.Tensor | None = None) -> None:
         shapes = {tuple(layer.shape[1:]) for layer in layers}
         dtypes = {layer.dtype for layer in layers}
         if len(shapes) != 1 or len(dtypes) != 1 or any(layer.dim() != 4 for layer in layers):
@@ -43,33 +47,43 @@ class PagedLayers:
             raise CacheInputError(f"blocks are {(self.heads, self.kernel_tokens, width)}; no K and V of {block_tokens}")
         self.layers, self.block_tokens, self.head_dim = list(layers), block_tokens, width // 2
         self.device = layers[0].device
+        self._places = places
 
-    def _places(self, block_ids: Sequence[int], first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(kernel block, place in it) of each token ``first … end − 1`` of a request; i64 [tokens] both."""
-        token = np.arange(first, end)
-        block = np.asarray(block_ids, np.int64)[token // self.block_tokens]
-        place = token % self.block_tokens
-        kernel = block * (self.block_tokens // self.kernel_tokens) + place // self.kernel_tokens
-        both = torch.from_numpy(np.stack([kernel, place % self.kernel_tokens]))
-        if self.device.type == "cuda":
-            both = both.pin_memory().to(self.device, non_blocking=True)
-        return both[0], both[1]
+    def _kernel_blocks(self, block_ids: Sequence[int], first: int, end: int) -> torch.Tensor:
+        """i64 [n]: those that tokens ``first … end − 1`` of a request are in."""
+        index = np.arange(first // self.kernel_tokens, ceil_div(end, self.kernel_tokens))
+        split = self.block_tokens // self.kernel_tokens
+        ids = torch.from_numpy(np.asarray(block_ids, np.int64)[index // split] * split + index % split)
+        return ids.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else ids
 
-    def gather(self, block_ids: Sequence[int], first: int, end: int) -> torch.Tensor:
-        """A copy of these tokens' keys and values: [layers, tokens, heads, 2·head_dim]."""
-        block, place = self._places(block_ids, first, end)
-        out = torch.empty(
-            (len(self.layers), end - first, self.heads, 2 * self.head_dim), dtype=self.dtype, device=self.device
-        )
+    def copy_out(self, block_ids: Sequence[int], first: int, end: int) -> torch.Tensor:
+        """A copy of the kernel blocks that these tokens are in, as they are: [layers, n, heads, tokens, 2·head_dim]."""
+        ids = self._kernel_blocks(block_ids, first, end)
+        shape = (len(self.layers), len(ids), *self.layers[0].shape[1:])
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
         for layer, target in zip(self.layers, out, strict=True):
-            target.copy_(layer[block, :, place])
+            torch.index_select(layer, 0, ids, out=target)
         return out
 
-    def scatter(self, values: torch.Tensor, block_ids: Sequence[int], first: int, end: int) -> None:
-        """Put keys and values [layers, tokens, heads, 2·head_dim] where these tokens' are."""
-        block, place = self._places(block_ids, first, end)
-        for layer, source in zip(self.layers, values, strict=True):
-            layer[block, :, place] = source
+    def tokens_of(self, blocks: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """The tokens ``first … end − 1`` that :meth:`copy_out` was given: [layers, tokens, heads, 2·head_dim]."""
+        if self._places is not None:
+            blocks = blocks.flatten(3)[..., self._places]
+        skipped = first % self.kernel_tokens
+        return blocks.transpose(2, 3).flatten(1, 2)[:, skipped : skipped + end - first]
+
+    def put(self, values: torch.Tensor, block_ids: Sequence[int], first: int, end: int) -> None:
+        """Put keys and values [layers, tokens, heads, 2·head_dim] where these tokens', of whole kernel blocks, are."""
+        assert first % self.kernel_tokens == 0
+        assert end % self.kernel_tokens == 0
+        ids = self._kernel_blocks(block_ids, first, end)
+        blocks = values.unflatten(1, (-1, self.kernel_tokens)).transpose(2, 3)
+        if self._places is not None:
+            placed = torch.empty_like(blocks.flatten(3))
+            placed[..., self._places] = blocks
+            blocks = placed.unflatten(3, (self.kernel_tokens, -1))
+        for layer, source in zip(self.layers, blocks, strict=True):
+            layer[ids] = source
 
 
 class PageCodec:

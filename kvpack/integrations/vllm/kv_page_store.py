@@ -131,12 +131,12 @@ class PageStore:
         first_token = (pages.first_page + begin) * PAGE_TOKENS
         copied = None
         try:
-            values = self._paged.gather(pages.block_ids, first_token, first_token + count * PAGE_TOKENS)
+            copies = self._paged.copy_out(pages.block_ids, first_token, first_token + count * PAGE_TOKENS)
         except torch.OutOfMemoryError as error:
             self._failed("save", error)
             self._let_go(pages.hashes[begin:end])
             return
-        if values.is_cuda:
+        if copies.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
         part = PageRange(
@@ -146,18 +146,18 @@ class PageStore:
             pages.tokens[begin:end],
             (),
         )
-        self._saver.executor.submit(self._save, part, values, copied)
+        self._saver.executor.submit(self._save, part, copies, copied)
 
     def _values_bytes(self, pages: int) -> int:
         paged = self._paged
         return len(paged.layers) * pages * PAGE_TOKENS * paged.heads * 2 * paged.head_dim * paged.dtype.itemsize
 
-    def _save(self, pages: PageRange, values: torch.Tensor, copied: torch.cuda.Event | None) -> None:
+    def _save(self, pages: PageRange, copies: torch.Tensor, copied: torch.cuda.Event | None) -> None:
         try:
             with self._on_stream("save"):
                 if copied is not None:
                     copied.synchronize()
-                blocks = self._blocks(pages, values)
+                blocks = self._blocks(pages, copies)
                 kept = self._tiers.put(blocks)
             with self._seen:
                 self._counts["saved_pages"] += kept
@@ -178,7 +178,9 @@ class PageStore:
             self._waiting.difference_update(hashes)
             return not self._waiting_jobs
 
-    def _blocks(self, pages: PageRange, values: torch.Tensor) -> list[BlockBytes]:
+    def _blocks(self, pages: PageRange, copies: torch.Tensor) -> list[BlockBytes]:
+        first = pages.first_page * PAGE_TOKENS
+        values = self._paged.tokens_of(copies, first, first + len(pages.hashes) * PAGE_TOKENS)
         formats = self._formats_of(pages)
         parents = [pages.parent, *pages.hashes[:-1]]
         return [
@@ -238,9 +240,8 @@ class PageStore:
                 return load.first_token
             formats = np.stack([block.formats for block in blocks], -1)
             values = self._codec.decode([block.data for block in blocks], formats, self._paged.device)
-            self._paged.scatter(
-                values[:, load.first_token - first : end - first], pages.block_ids, load.first_token, end
-            )
+            values = values[:, load.first_token - first : end - first]
+            self._paged.put(values, pages.block_ids, load.first_token, end)
             with self._seen:
                 self._counts["loaded_bytes"] += sum(block.data.numel() for block in blocks)
             if values.is_cuda:
