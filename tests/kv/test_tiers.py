@@ -184,13 +184,13 @@ def test_flush_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_memory_that_ends_while_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import kvpack.runtime.kv.disk_tier as disk_tier
+    import kvpack.runtime.kv.run_coder as run_coder
 
     def encode_run(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
     manager = make(disk=tmp_path, host_bytes=20 << 10)
-    monkeypatch.setattr(disk_tier, "encode_run", encode_run)
+    monkeypatch.setattr(run_coder, "encode_run", encode_run)
     run(manager, prompt(3, 900))
     manager.store.evict()
     found = tiers(manager)

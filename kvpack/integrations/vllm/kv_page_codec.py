@@ -18,10 +18,7 @@ from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.page_kernels import left_out, new_status, quantize_pages, read_tokens, write_tokens
-
-Formats = npt.NDArray[np.uint8]
-# Entries are multiples of 16, and 0 is none.
-_LEAD_BYTES = 64
+from kvpack.runtime.kv.run_coder import BlockSizes, Formats
 
 
 class PagedLayers:
@@ -95,17 +92,7 @@ class PageCodec:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        sizes = [[cache.pools.page_bytes(side, page_format) for page_format in PageFormat] for side in Side]
-        self._page_bytes = np.array(sizes, np.int64)
-
-    def _places(self, formats: Formats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Where each page begins, i64 [layers, 2, n], and where those of an index begin and end, i64 [n + 1]."""
-        sizes = self._page_bytes[np.arange(len(Side))[:, None], formats]
-        by_index = sizes.transpose(2, 0, 1)
-        ends = _LEAD_BYTES + np.cumsum(by_index.reshape(-1))
-        begins = (ends - by_index.reshape(-1)).reshape(by_index.shape)
-        bounds = np.concatenate([[_LEAD_BYTES], ends.reshape(len(by_index), -1)[:, -1]])
-        return begins.transpose(1, 2, 0), bounds
+        self._sizes = BlockSizes(cache.pools)
 
     def encode(self, values: torch.Tensor, formats: Formats) -> list[torch.Tensor]:
         """Keys and values of whole pages → their bytes.
@@ -118,11 +105,11 @@ class PageCodec:
             u8 [bytes] for each index.
         """
         cache, device = self._cache, values.device
-        begins, bounds = self._places(formats)
+        begins, bounds = self._sizes.places(formats)
         full = np.uint8(cache.full_format)
         is_quantized = formats != full
         # What is to be quantized is written in 16 bits first, behind the pages.
-        full_bytes = int(self._page_bytes[0, full])
+        full_bytes = int(self._sizes.page_bytes[0, full])
         scratch = bounds[-1] + full_bytes * (np.cumsum(is_quantized.reshape(-1)) - 1).reshape(formats.shape)
         memory = torch.zeros(int(bounds[-1]) + full_bytes * int(is_quantized.sum()), dtype=torch.uint8, device=device)
         written = np.where(is_quantized, scratch, begins) | int(full)
@@ -159,7 +146,7 @@ class PageCodec:
             [layers, 64·n, heads, 2·head_dim] on ``device``.
         """
         cache = self._cache
-        begins, bounds = self._places(formats)
+        begins, bounds = self._sizes.places(formats)
         memory = torch.empty(int(bounds[-1]), dtype=torch.uint8, device=device)
         for page, begin, end in zip(pages, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             memory[begin:end].copy_(page, non_blocking=True)

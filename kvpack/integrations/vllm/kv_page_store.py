@@ -25,10 +25,12 @@ from kvpack.encode.threads import ThreadPool
 from kvpack.errors import KvpackError
 from kvpack.format.pages import PAGE_TOKENS, PageFormat
 from kvpack.format.snapshot import Fingerprint
-from kvpack.integrations.vllm.kv_page_codec import Formats, PageCodec, PagedLayers
+from kvpack.integrations.vllm.kv_page_codec import PageCodec, PagedLayers
 from kvpack.integrations.vllm.kv_plan import Changes, Load, PageRange
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.host_tier import BlockBytes
+from kvpack.runtime.kv.run_coder import Formats
+from kvpack.runtime.kv.snapshot_device import runs_kernels
 from kvpack.runtime.kv.tiers import Tiers
 
 # A directory that others write to is read anew at most so often.
@@ -85,7 +87,14 @@ class PageStore:
         self._formats = np.array([formats] * layers, np.uint8)
         self._lock = threading.RLock()
         self._tiers = Tiers(
-            cache, host_bytes, directory, disk_bytes, lock=self._lock, fingerprint=fingerprint, report=report
+            cache,
+            host_bytes,
+            directory,
+            disk_bytes,
+            lock=self._lock,
+            fingerprint=fingerprint,
+            report=report,
+            codes_on_device=runs_kernels(paged.device),
         )
         self._queue_bytes, self._on_failure = queue_bytes, on_failure
         self._saver, self._loader = ThreadPool(1, "kvpack-save"), ThreadPool(1, "kvpack-load")

@@ -25,16 +25,16 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from kvpack.encode.snapshot_coder import Blocks, decode_run, encode_run, write_snapshot
+from kvpack.encode.snapshot_coder import write_snapshot
 from kvpack.errors import CacheInputError, FileChangedError, KvpackError, SnapshotHeaderError
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
-from kvpack.format.snapshot import RUN_PAGES, Fingerprint, RunPages, SnapshotFile, SnapshotHeader, run_pages
+from kvpack.format.snapshot import RUN_PAGES, Fingerprint, SnapshotFile, SnapshotHeader
 from kvpack.format.temporary_files import check_writable, remove_abandoned
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.host_tier import BlockBytes
 from kvpack.runtime.kv.prefix_hash import HASH_BYTES, chained, token_pages
+from kvpack.runtime.kv.run_coder import BlockSizes, RunCoder
 from kvpack.runtime.kv.snapshot import check_cache, snapshot_header
 
 ENDING = ".kvpack.safetensors"
@@ -67,6 +67,7 @@ class DiskTier:
         capacity_bytes: of all files of such names in it, whoever wrote them; None: no limit. A file that is being
             written comes on top.
         fingerprint: of the model, for the files' headers. Files that say another one are foreign.
+        codes_on_device: the cache's device, a GPU, codes and decodes.
         report: called with each damaged or foreign file and what is wrong with it, by whichever thread meets it.
 
     Attributes:
@@ -87,13 +88,14 @@ class DiskTier:
         fingerprint: Fingerprint | None = None,
         *,
         report: Callable[[Path, Exception], None] | None = None,
+        codes_on_device: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.capacity_bytes = capacity_bytes
         self.damaged_files = self.foreign_files = self.written_files = self.failed_writes = 0
         self._cache, self._fingerprint, self._report = cache, fingerprint, report
-        sizes = [[cache.pools.page_bytes(side, page_format) for page_format in PageFormat] for side in Side]
-        self._page_bytes = np.array(sizes, np.int64)
+        self._sizes = BlockSizes(cache.pools)
+        self._coder = RunCoder(self._sizes, cache.device if codes_on_device else None)
         self._lock = threading.RLock()
         self._files: dict[str, _File] = {}
         # Files that have a block, and which of theirs it is: writers that do not know of each other write some twice.
@@ -128,14 +130,12 @@ class DiskTier:
 
         def size_bytes(found: tuple[_File, int]) -> int:
             file, place = found
-            return int(self._bytes_of(np.frombuffer(file.formats[place], np.uint8).reshape(-1, len(Side), 1)).sum())
+            return int(
+                self._sizes.of_pages(np.frombuffer(file.formats[place], np.uint8).reshape(-1, len(Side), 1)).sum()
+            )
 
         files = self._index.get(block_hash)
         return None if files is None else min(reversed(files), key=size_bytes)
-
-    def _bytes_of(self, formats: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-        """Of each page, of formats u8 [layers, 2, blocks]."""
-        return np.asarray(self._page_bytes[np.arange(len(Side))[:, None], formats])
 
     def __len__(self) -> int:
         """Blocks."""
@@ -299,10 +299,7 @@ class DiskTier:
         formats = opened.page_formats
         self._check_formats(formats[:, :, places.start : places.stop])
         importance = opened.array("importance")
-        parts: dict[tuple[int, int, int], npt.NDArray[np.uint8]] = {}
-        for of_run, blocks in decode_run(opened, 0):
-            for layer, place, block in zip(of_run.layers.tolist(), of_run.indices.tolist(), blocks, strict=True):
-                parts[place, layer, int(of_run.side)] = block.reshape(-1)
+        blocks = self._coder.decode(opened)
         return [
             BlockBytes(
                 hash=file.hashes[place],
@@ -310,9 +307,7 @@ class DiskTier:
                 depth=header.first_page + place + 1,
                 tokens=of_file[place],
                 formats=formats[:, :, place].copy(),
-                data=torch.from_numpy(
-                    np.concatenate([parts[place, layer, side] for layer in range(header.layers) for side in Side])
-                ),
+                data=blocks[place],
                 importance=None if importance is None else (importance[0, :, place], importance[1, :, place]),
             )
             for place in places
@@ -383,17 +378,7 @@ class DiskTier:
         if all(block.importance is not None for block in blocks):
             known = [np.stack(block.importance) for block in blocks if block.importance is not None]
             arrays["importance"] = np.stack(known, -1)
-        of_pages = self._bytes_of(formats)
-        ends = np.cumsum(of_pages.reshape(-1, len(blocks)), 0).reshape(of_pages.shape)
-
-        def blocks_of(run: RunPages) -> Blocks:
-            found = np.empty((len(run), int(self._page_bytes[run.side, run.format])), np.uint8)
-            for row, layer, place in zip(found, run.layers.tolist(), run.indices.tolist(), strict=True):
-                end = int(ends[layer, run.side, place])
-                row[:] = blocks[place].data[end - len(row) : end].numpy()
-            return found.reshape(run.block_shape)
-
-        coded = list(encode_run(run_pages(header, formats, 0), blocks_of))
+        coded = self._coder.encode(header, formats, [block.data for block in blocks])
         tensor_bytes = sum(len(blob) for _, blob in coded) + sum(array.nbytes for array in arrays.values())
         needed = tensor_bytes + _HEADER_BYTES + _TENSOR_BYTES * (len(coded) + len(arrays)) + len(header.to_json())
         name = hashlib.sha256(blocks[-1].hash + formats[:, :, -1].tobytes()).hexdigest() + ENDING

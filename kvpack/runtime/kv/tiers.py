@@ -47,7 +47,7 @@ class Tiers:
         directory: of files; None: there is no disk tier.
         disk_bytes: the most that they take; None: no limit.
         lock: the store's.
-        fingerprint, report: as of :class:`~kvpack.runtime.kv.disk_tier.DiskTier`.
+        fingerprint, report, codes_on_device: as of :class:`~kvpack.runtime.kv.disk_tier.DiskTier`.
 
     Raises:
         CacheInputError: no host memory, or fewer bytes than none; the directory cannot be made, read or written to.
@@ -64,6 +64,7 @@ class Tiers:
         lock: threading.RLock,
         fingerprint: Fingerprint | None = None,
         report: Callable[[Path, Exception], None] | None = None,
+        codes_on_device: bool = False,
     ) -> None:
         if host_bytes <= 0:
             raise CacheInputError(
@@ -71,7 +72,11 @@ class Tiers:
             )
         if disk_bytes is not None and (directory is None or disk_bytes < 0):
             raise CacheInputError(f"disk_bytes is {disk_bytes}; it needs disk=, a directory, and must be at least 0")
-        self.disk = None if directory is None else DiskTier(cache, directory, disk_bytes, fingerprint, report=report)
+        self.disk = None
+        if directory is not None:
+            self.disk = DiskTier(
+                cache, directory, disk_bytes, fingerprint, report=report, codes_on_device=codes_on_device
+            )
         self.host = HostTier(cache, host_bytes)
         self._cache, self._lock = cache, lock
         self._host_hits = self._disk_hits = self._fetched_bytes = self._taken = self._dropped = self._refused = 0
