@@ -21,7 +21,7 @@ from kvpack.errors import LimitError
 
 Arrays = dict[str, npt.NDArray[Any]]
 # Packages of extras: modules that need them are left out where they are not installed.
-OPTIONAL = {"torch", "cupy", "transformers", "matplotlib", "cuda", "lmcache"}
+OPTIONAL = {"torch", "cupy", "transformers", "matplotlib", "cuda", "lmcache", "vllm"}
 NEED_TORCH = {"KVCache", "RansEmbedding", "RansLinear", "attention_with_kv_cache", "load", "replace_linears", "warmup"}
 NEED_TRANSFORMERS = {"KVPackCache", "KVPackConfig"}
 

@@ -511,21 +511,22 @@ for kill in range(kills):
     if not (child := os.fork()):
         paged = make_paged()
         store = make_store(paged, directory)
-        os.write(write, b"begun\\n")
         for number in range(1000):
             start = 1_000_000 * kill + 300 * number
             save(store, paged, range(start, start + 64 * (1 + number % 4)))
             os.write(write, f"{start}\\n".encode())
         os._exit(0)
     os.close(write)
-    said = os.read(read, 6)
-    time.sleep(random.random() * 0.4)
+    said, wanted = b"", random.randint(1, 4)  # saves that are complete, and then some time
+    while said.count(b"\\n") < wanted:
+        said += os.read(read, 1 << 16)
+    time.sleep(random.random() * 0.1)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     while data := os.read(read, 1 << 16):
         said += data
     os.close(read)
-    lines = said.decode().splitlines()[1:]
+    lines = said.decode().splitlines()
     promised |= {int(line) for line in lines}
     complete += len(lines)
     left = [path.name for path in directory.glob(".*") if path.suffix in (".tmp", ".data")]
