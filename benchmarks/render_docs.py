@@ -454,6 +454,25 @@ def context_files() -> str:
     return table([*headings, "same greedy tokens"], rows) + origin(result)
 
 
+def vllm_connector() -> str:
+    """Nothing until it has been measured."""
+    try:
+        result = newest("vllm-connector")
+    except NoResult:
+        return ""
+    rows = []
+    for row in result["rows"]:
+        seconds = [_number(one, 2) for one in (row["first_token_s"], *row["first_token_s_by_turn"])]
+        computed = row["prompt_tokens"] - row["own_hit_tokens"] - row["loaded_tokens"]
+        tokens = [f"{count:,}" for count in (row["own_hit_tokens"], row["loaded_tokens"], computed)]
+        megabytes = [_number(row[name] / 1e6, 1) for name in ("saved_bytes", "file_bytes")]
+        same = f"{row['same_answers']} of {result['requests']}"
+        rows.append([row["mode"], *seconds, *tokens, *megabytes, same])
+    turns = [f"turn {turn + 1}" for turn in range(result["workload"]["turns"])]
+    headings = ["engine", "first token, s", *turns, "tokens from vLLM's cache", "loaded", "computed", "pages saved, MB"]
+    return table([*headings, "files, MB", "same first tokens"], rows) + origin(result)
+
+
 def manager_soak() -> str:
     """Memory at each tenth of the operations; nothing until it has been measured."""
     try:
@@ -1121,6 +1140,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "offloaded-context": offloaded_context,
     "context-files-8k": context_files,
     "manager-soak": manager_soak,
+    "vllm-connector": vllm_connector,
     "processes": processes,
     "linear-summary": linear_summary,
     "launch-costs": launch_costs,

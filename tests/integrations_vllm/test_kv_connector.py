@@ -389,3 +389,41 @@ def test_saving_does_not_wait_for_the_disk(
         assert not files(tmp_path)
         assert first.generate([prompts[2]], 4)[0] == [expected[2][:4]]
     assert files(tmp_path), "shutting down waits for it"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each rank needs a core")
+def test_two_ranks(prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each keeps its own head; a page counts when both have it. One that a rank has lost is computed by both."""
+    for variable, value in {
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_PLUGINS": "none",
+    }.items():
+        monkeypatch.setenv(variable, value)
+
+    def until_found(first: Engine, wanted: list[int]) -> list[list[int]]:
+        """Ranks save in processes of their own, and say so in the steps that come."""
+        for _ in range(60):
+            found, hits = first.generate(prompts)
+            if hits == wanted:
+                return found
+            time.sleep(0.5)
+        raise AssertionError(f"{hits} instead of {wanted}")
+
+    with engine(tmp_path, tensor_parallel_size=2) as first:
+        own, hits = first.generate(prompts)
+        assert hits == [0, 0, 0]
+        assert until_found(first, [256, 512, 640]) == own
+    ranks = [sorted((tmp_path / f"rank-{rank}-of-2").glob("*.safetensors")) for rank in range(2)]
+    assert [path.name for path in ranks[0]] == [path.name for path in ranks[1]]
+    assert [path.read_bytes() for path in ranks[0]] != [path.read_bytes() for path in ranks[1]]
+    with engine(tmp_path, tensor_parallel_size=2) as second:
+        assert second.generate(prompts) == (own, [256, 512, 640])
+    for path in ranks[1]:
+        path.unlink()
+    with engine(tmp_path, tensor_parallel_size=2) as third:
+        assert third.generate(prompts) == (own, [0, 0, 0])
+    shutil.rmtree(ranks[1][0].parent)
+    ranks[0][0].parent.rename(tmp_path / "rank-1-of-2")  # another rank's heads under the same names
+    with engine(tmp_path, tensor_parallel_size=2) as fourth:
+        assert fourth.generate(prompts) == (own, [0, 0, 0])

@@ -174,9 +174,8 @@ class PageStore:
         except (KvpackError, OSError, RuntimeError) as error:  # no memory, say: these pages are not kept
             self._failed("save", error)
         finally:
-            is_idle = self._let_go(pages.hashes)
-            if is_idle and not self._tiers.is_resting:
-                self._tiers.flush()
+            if self._let_go(pages.hashes):
+                self._flush()
             self._publish()
 
     def _let_go(self, hashes: Sequence[bytes]) -> bool:
@@ -186,6 +185,11 @@ class PageStore:
             self._waiting_jobs -= 1
             self._waiting.difference_update(hashes)
             return not self._waiting_jobs
+
+    def _flush(self) -> None:
+        if not self._tiers.is_resting:
+            with self._on_stream("save"):
+                self._tiers.flush()
 
     def _blocks(self, pages: PageRange, copies: torch.Tensor) -> list[BlockBytes]:
         first = pages.first_page * PAGE_TOKENS
@@ -344,6 +348,5 @@ class PageStore:
         """Save and load what waits, write what is in no file, and end the threads."""
         self._loader.close()
         self._saver.close()
-        if not self._tiers.is_resting:
-            self._tiers.flush()
+        self._flush()
         self._tiers.close()

@@ -89,7 +89,6 @@ class PageScheduler:
         self._all_ranks = (1 << ranks) - 1
         # Of each page a bit for each rank that has it.
         self._ranks_of: dict[bytes, int] = {}
-        self._roots: dict[str, bytes | None] = {}
         self._requests: dict[str, _Request] = {}
         self._planned: list[Load] = []
         self._counts: Counter[str] = Counter()
@@ -121,12 +120,10 @@ class PageScheduler:
         if request.mm_features or request.prompt_embeds is not None:
             return None
         adapter, salt = request.lora_request, request.cache_salt or ""
-        name = repr((salt, adapter and (adapter.lora_name, adapter.lora_path)))
-        if name not in self._roots:
-            told = None if adapter is None else adapter_identity(adapter.lora_name, adapter.lora_path)
-            is_unknown = adapter is not None and told is None
-            self._roots[name] = None if is_unknown else root_hash(self._key | {"adapter": told, "salt": salt})
-        return self._roots[name]
+        told = None if adapter is None else adapter_identity(adapter.lora_name, adapter.lora_path)
+        if adapter is not None and told is None:
+            return None
+        return root_hash(self._key | {"adapter": told, "salt": salt})
 
     def lookup(self, request: Any, computed_tokens: int) -> int:
         """How many tokens behind those that are computed can be loaded: whole blocks of vLLM's.
