@@ -12,10 +12,11 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -535,6 +536,11 @@ class _Model:
         return encoded
 
 
+# Asked for what a stage of the search for common steps finds of all tensors, which ``work`` gives of those of a file: a
+# name and what JSON has at a time.
+_Share = Callable[[str, Callable[[WeightFile], Iterator[tuple[str, Any]]]], dict[str, Any]]
+
+
 class _Measured(NamedTuple):
     """A tensor that shares a step with others: by what its own step is that step times, and the least and the most."""
 
@@ -545,7 +551,7 @@ class _Measured(NamedTuple):
     most: float
 
 
-def _measure_all(model: _Model, progress: Progress) -> dict[str, _Measured]:
+def _measure_all(model: _Model, progress: Progress, share: _Share) -> dict[str, _Measured]:
     """The tensors that have steps in common.
 
     With sensitivities a step is that of the model over the root of the tensor's importance, and no tensor gets a rate
@@ -553,38 +559,50 @@ def _measure_all(model: _Model, progress: Progress) -> dict[str, _Measured]:
     """
     bits = model.config.bits
     assert bits is not None
-    found: dict[str, _Measured] = {}
-    for file, tensor in model.common_step_tensors():
+    common = model.common_step_tensors()
+    weights_of = {file.names[tensor.name]: model.matrices(file, tensor) for file, tensor in common}
+
+    def of_file(file: WeightFile) -> Iterator[tuple[str, Any]]:
+        for tensor in [tensor for other, tensor in common if other is file]:
+            name = file.names[tensor.name]
+            progress.tensor(name)
+            weights = weights_of[name]
+            model.set_row_factors(file, tensor, weights)
+            try:
+                fine = measure(weights, model.executor)
+            except NotEncodableError:
+                continue
+            if fine.rms <= 0 or (weights.feedback is not None and fine.tells_values_apart(bits)):
+                continue
+            if model.config.allocation == "model":
+                yield name, [fine.packed(), 1.0, 0.0, math.inf]
+                continue
+            assert model.calibration is not None
+            importance = model.calibration.importance(name, weights)
+            if importance is not None:
+                lowest, highest = max(MIN_BITS, bits - _LESS_BITS), min(MAX_BITS, bits + _MORE_BITS)
+                least, most = step_at_bits(fine, highest), step_at_bits(fine, lowest)
+                yield name, [fine.packed(), importance**-0.5, float(least), float(most)]
+
+    found = share("measure", of_file)
+    for file, tensor in common:
         name = file.names[tensor.name]
-        progress.tensor(name)
-        weights = model.matrices(file, tensor)
-        model.set_row_factors(file, tensor, weights)
-        try:
-            fine = measure(weights, model.executor)
-        except NotEncodableError:
-            continue
-        if fine.rms <= 0 or (weights.feedback is not None and fine.tells_values_apart(bits)):
-            continue
-        if model.config.allocation == "model":
-            found[name] = _Measured(weights, fine, 1.0, 0.0, math.inf)
-            continue
-        assert model.calibration is not None
-        importance = model.calibration.importance(name, weights)
-        if importance is not None:
-            lowest, highest = max(MIN_BITS, bits - _LESS_BITS), min(MAX_BITS, bits + _MORE_BITS)
-            least, most = step_at_bits(fine, highest), step_at_bits(fine, lowest)
-            found[name] = _Measured(weights, fine, importance**-0.5, least, most)
-    return found
+        if name in found and weights_of[name].row_factors is None:  # found by another process
+            model.set_row_factors(file, tensor, weights_of[name])
+    return {
+        name: _Measured(weights_of[name], FineHistogram.unpacked(fine), *numbers)
+        for name, (fine, *numbers) in found.items()
+    }
 
 
-def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPlan]:
+def _common_step_plans(model: _Model, progress: Progress, share: _Share) -> dict[str, CommonPlan]:
     """One step for all tensors, or one in proportion for each, such that together they take the rate.
 
     One step is equal slope: the least total squared error. Steps by sensitivity: the least expected KL.
     """
     config, bits = model.config, model.config.bits
     assert bits is not None
-    measured = _measure_all(model, progress)
+    measured = _measure_all(model, progress, share)
     if not measured:
         return {}
     total = sum(tensor.weights.size for tensor in measured.values())
@@ -651,12 +669,10 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
         plans = solve(aim)
         # The histograms leave table rounding out; a pass over the weights counts what the tensors really take.
         counted = 0.0
-        for name, (weights, *_) in measured.items():
-            progress.tensor(name)
-            try:
-                size = planned_bytes(weights, *plans[name], config.tile_cols, model.executor, model.coder)
-            except NotEncodableError:  # it will be kept; the others get their rate as if it were not
-                size = bits * weights.size / 8
+        for name, size in share(
+            f"bytes-{attempt}", partial(_planned_bytes_of, model, measured, plans, progress)
+        ).items():
+            weights = measured[name].weights
             beyond[name] = 8 * size / weights.size - plans[name][1].predicted.bits
             counted += size
         achieved = 8 * counted / total
@@ -667,6 +683,25 @@ def _common_step_plans(model: _Model, progress: Progress) -> dict[str, CommonPla
         if most - 2 * _STEP_MARGIN_BITS <= achieved <= most:
             break
     return plans if best is None else best[1]
+
+
+def _planned_bytes_of(
+    model: _Model,
+    measured: Mapping[str, _Measured],
+    plans: Mapping[str, CommonPlan],
+    progress: Progress,
+    file: WeightFile,
+) -> Iterator[tuple[str, float]]:
+    """What the tensors of a file take by their plans."""
+    assert model.config.bits is not None
+    for name in [name for name in file.names.values() if name in measured]:
+        progress.tensor(name)
+        weights = measured[name].weights
+        try:
+            size = planned_bytes(weights, *plans[name], model.config.tile_cols, model.executor, model.coder)
+        except NotEncodableError:  # it will be kept; the others get their rate as if it were not
+            size = model.config.bits * weights.size / 8
+        yield name, float(size)
 
 
 def _encode_file(
@@ -920,7 +955,7 @@ def compress(
             plans: dict[str, CommonPlan] = {}
             part: PartReport | None = None
             if shards is None and _has_common_steps(config):
-                plans = _common_step_plans(model, progress)
+                plans = _common_step_plans(model, progress, partial(_found_alone, model))
             if shards is not None:
                 parts = Parts(target, _job(model, files, moments))
                 part, records, output_bytes = _compress_part(model, source, parts, shards, progress, carried)
@@ -1183,7 +1218,7 @@ def _compress_part(
             found = list(records)
             to_make = [files[path] for path in own if path not in records]
             progress.total(model.bytes_of(to_make))
-            plans = _plans_of_part(model, parts, to_make, progress)
+            plans = _plans_of_part(model, parts, own, to_make, progress)
             for file in to_make:
                 records[file.path] = _make_file(model, parts, file, shards, plans, progress)
                 made.append(file.path)
@@ -1216,13 +1251,51 @@ def _compress_part(
     return _PartResult(report, told, size)
 
 
-def _plans_of_part(model: _Model, parts: Parts, files: list[WeightFile], progress: Progress) -> dict[str, CommonPlan]:
+def _found_alone(model: _Model, _: str, work: Callable[[WeightFile], Iterator[tuple[str, Any]]]) -> dict[str, Any]:
+    """What a stage finds, by this process."""
+    return {name: value for file in model.tree.weight_files for name, value in work(file)}
+
+
+def _found_by_parts(
+    model: _Model,
+    parts: Parts,
+    own: list[Path],
+    stage: str,
+    work: Callable[[WeightFile], Iterator[tuple[str, Any]]],
+) -> dict[str, Any]:
+    """What a stage finds, by all parts that are at it: each does its own files and then those that still are missing.
+
+    So nobody waits for a part that has not begun, or was killed; and what it makes is the same.
+    """
+
+    def of_file(file: WeightFile) -> dict[str, Any]:
+        if (theirs := parts.read_finding(stage, file.path)) is not None:
+            return theirs
+        found = {}
+        for name, value in work(file):
+            found[name] = value
+            if file.path not in own and (theirs := parts.read_finding(stage, file.path)) is not None:
+                return theirs  # they were at it
+        parts.write_finding(stage, file.path, found)
+        return found
+
+    files = model.tree.weight_files
+    first = next((number for number, file in enumerate(files) if file.path in own), 0)
+    # Own ones first, and those of others from there on, so that not all help the same one.
+    order = sorted(files[first:] + files[:first], key=lambda file: file.path not in own)
+    findings = {file.path: of_file(file) for file in order}
+    return {name: value for file in files for name, value in findings[file.path].items()}
+
+
+def _plans_of_part(
+    model: _Model, parts: Parts, own: list[Path], files: list[WeightFile], progress: Progress
+) -> dict[str, CommonPlan]:
     """The plans of some files' tensors where steps are the model's: by those that are known, or by all weights."""
     if not files or not _has_common_steps(model.config):
         return {}
     steps = parts.read_steps()
     if steps is None:
-        plans = _common_step_plans(model, progress)
+        plans = _common_step_plans(model, progress, partial(_found_by_parts, model, parts, own))
         parts.write_steps({name: plan.step for name, (_, plan) in plans.items()})
         return plans
     config, known = model.config, {}

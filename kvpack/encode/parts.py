@@ -4,9 +4,10 @@ Beside the output ``NAME`` lies ``NAME.parts``::
 
     job.json               what all parts must agree on; compared whenever a part begins
     steps.json             steps that the whole model shares, once somebody has found them
+    findings/STAGE/…       what the search for these found of the tensors of each file, by whoever did it
     model/                 finished files of weights, each put there at once; in the end all files, and it is renamed
     records/FILE.json      what each finished file is, with its CRC-32; written behind the file
-    making/                files that are being written
+    making/12345678/       files that one process is writing; those of a killed one stay until the end
     joining/12345678/      small files of one process that puts the output together
 
 There are no locks, which file systems of several machines may lack: everything is put in place by a rename, and whoever
@@ -158,6 +159,7 @@ class Parts:
         self.directory = parts_directory(self.target)
         self.model, self._records = self.directory / "model", self.directory / "records"
         self._making, self._joining = self.directory / "making", self.directory / "joining"
+        self._findings = self.directory / "findings"
         self.job: dict[str, Any] = json.loads(json.dumps({"version": _VERSION, **job}))
         if _is_output(self.target) and (self.model.is_dir() or not self.directory.is_dir()):
             raise _already_there(self.target)
@@ -180,7 +182,7 @@ class Parts:
         new = self.directory.with_name(hidden_name(self.target.name, "tmp"))
         new.mkdir()
         try:
-            for folder in (self.model, self._records, self._making, self._joining):
+            for folder in (self.model, self._records, self._making, self._joining, self._findings):
                 (new / folder.name).mkdir()
             (new / "job.json").write_text(_sealed(self.job), encoding="utf-8")
             new.rename(self.directory)
@@ -215,6 +217,15 @@ class Parts:
         """Keep them for other parts, and for the next run of this one."""
         self._write(self.directory / "steps.json", steps)
 
+    def read_finding(self, stage: str, path: Path) -> dict[str, Any] | None:
+        """What a stage of the search for steps has found of a file's tensors; None: nobody has looked yet."""
+        return _unsealed(_json_of(self._findings / stage / path))
+
+    def write_finding(self, stage: str, path: Path, found: Mapping[str, Any]) -> None:
+        """Let all parts know it."""
+        _make_folders(self._findings, stage / path.parent)
+        self._write(_json_of(self._findings / stage / path), found)
+
     def record_of(self, path: Path) -> dict[str, Any] | None:
         """What is known of a finished file of weights; None: nothing, or by no record that is whole."""
         record = _unsealed(self._record_path(path))
@@ -242,10 +253,15 @@ class Parts:
     def making(self, path: Path) -> Iterator[Path]:
         """Where to write a file of weights; at the end it is in ``model``, and known once it has its record."""
         self._record_path(path).unlink(missing_ok=True)
-        _make_folders(self._making, path.parent)
-        yield self._making / path
-        _make_folders(self.model, path.parent)
-        (self._making / path).replace(self.model / path)
+        folder = self._making / secrets.token_hex(4)
+        folder.mkdir()
+        try:
+            _make_folders(folder, path.parent)
+            yield folder / path
+            _make_folders(self.model, path.parent)
+            (folder / path).replace(self.model / path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write_record(self, path: Path, part: tuple[int, int], about: Mapping[str, Any]) -> dict[str, Any]:
         """Say of a file of weights that it is finished, and ``about`` it what reports and other files need.
@@ -316,7 +332,7 @@ class Parts:
         shutil.rmtree(hidden, ignore_errors=True)
 
     def _record_path(self, path: Path) -> Path:
-        return self._records / path.with_name(f"{path.name}.json")
+        return _json_of(self._records / path)
 
     def _write(self, path: Path, value: Mapping[str, Any]) -> None:
         """Put a JSON file in place at once."""
@@ -326,6 +342,11 @@ class Parts:
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
+
+
+def _json_of(path: Path) -> Path:
+    """Where something about a file stands."""
+    return path.with_name(f"{path.name}.json")
 
 
 def parts_directory(target: Path) -> Path:

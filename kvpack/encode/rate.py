@@ -16,7 +16,9 @@ the rate is no smooth function of the step: a ladder of steps is tried, and layo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import base64
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -79,6 +81,18 @@ _FOLDED_LOSES_AT = 4  # bits of an element
 _ABOVE_LIMIT = 0.001
 
 
+# Those of :class:`FineHistogram` that are no arrays, nor found from the others.
+_NUMBERS_OF_HISTOGRAMS = ("rms", "largest", "mean", "grid_step", "width", "uneven")
+
+
+def _packed_array(array: npt.NDArray[Any]) -> str:
+    return base64.b64encode(zlib.compress(array.tobytes(), 1)).decode()
+
+
+def _unpacked_array(text: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
+
+
 @dataclass(frozen=True)
 class FineHistogram:
     """The weights of a tensor in bins of rms/256 around 0 (i64 [8192]); ``largest`` is max |w|.
@@ -103,6 +117,24 @@ class FineHistogram:
     ladders: dict[tuple[tuple[Layout, Overhead], ...], list[RatePlan]] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def packed(self) -> dict[str, Any]:
+        """All of it as JSON has it; :meth:`unpacked` is the inverse, to the bit."""
+        return {
+            "counts": _packed_array(self.counts),
+            "values": None if self.values is None else _packed_array(self.values),
+            **{name: getattr(self, name) for name in _NUMBERS_OF_HISTOGRAMS},
+        }
+
+    @classmethod
+    def unpacked(cls, value: Mapping[str, Any]) -> FineHistogram:
+        """From what :meth:`packed` gave."""
+        values = value["values"]
+        return cls(
+            counts=_unpacked_array(value["counts"], np.int64),
+            values=None if values is None else _unpacked_array(values, np.float64),
+            **{name: value[name] for name in _NUMBERS_OF_HISTOGRAMS},
+        )
 
     @property
     def is_small(self) -> bool:

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -25,8 +26,11 @@ from typer.testing import CliRunner
 import kvpack
 import kvpack.encode.compress as compress_module
 from kvpack.cli import app
+from kvpack.encode.model_tree import ModelTree
 from kvpack.encode.moments import MomentsWriter
 from kvpack.encode.parts import Parts, divide
+from kvpack.encode.rate import FineHistogram
+from kvpack.encode.tensor_encoder import Matrices, measure
 from kvpack.errors import DamagedPartError, InputError, PartsMismatchError
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -187,6 +191,85 @@ def test_steps_by_sensitivity(model: Path, tmp_path: Path, embeddings: str, monk
     assert report.tensors == whole.tensors
 
 
+def test_the_search_for_steps_is_divided(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], Whole]
+) -> None:
+    """What one part has found the other one does not look for; of a part that never begins, all is found."""
+    counted: list[int] = []
+    planned_bytes = compress_module.planned_bytes
+
+    def counting(*arguments: Any) -> float:
+        counted.append(1)
+        return planned_bytes(*arguments)
+
+    def ending(*_: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(compress_module, "planned_bytes", counting)
+    options = OPTIONS["one step"]
+    with monkeypatch.context() as context:
+        context.setattr(Parts, "write_steps", ending)
+        with pytest.raises(Stop):
+            kvpack.compress(original, tmp_path / "out", shards=(1, 2), **options)
+    assert len(counted) >= 17  # four tensors of each of four files, and that of a folder
+    found = sorted((tmp_path / "out.parts" / "findings" / "measure").rglob("*.json"))
+    assert len(found) == 5
+    counted.clear()
+    found[0].unlink()
+    kvpack.compress(original, tmp_path / "out", shards=(2, 2), **options)
+    kvpack.compress(original, tmp_path / "out", shards=(1, 2), **options)
+    assert counted == []
+    assert contents(tmp_path / "out") == whole("one step").contents
+
+
+def test_a_file_that_another_part_is_at_is_left_to_it(original: Path, tmp_path: Path) -> None:
+    """A part looks after each tensor whether the file's own part has been ready with it meanwhile."""
+    parts = Parts(tmp_path / "out", {})
+    looked: list[tuple[str, int]] = []
+
+    def work(file: Any) -> Iterator[tuple[str, int]]:
+        for number in range(3):
+            looked.append((file.path.name, number))
+            if file.path.name == FILES[2] and number == 1:
+                parts.write_finding("stage", file.path, {"theirs": 7})
+            yield f"{file.path.name} {number}", number
+
+    with ModelTree(original) as tree:
+        model: Any = SimpleNamespace(tree=tree)
+        own = [Path(FILES[1])]
+        found = compress_module._found_by_parts(model, parts, own, "stage", work)
+        assert [name for name, number in looked if number == 0] == [
+            FILES[1],
+            FILES[2],
+            FILES[3],
+            "w.safetensors",
+            FILES[0],
+        ]
+        assert [number for name, number in looked if name == FILES[2]] == [0, 1]
+        assert list(found) == [
+            *(f"{name} {number}" for name in FILES[:2] for number in range(3)),
+            "theirs",
+            *(f"{name} {number}" for name in (FILES[3], "w.safetensors") for number in range(3)),
+        ]
+        looked.clear()
+        assert compress_module._found_by_parts(model, parts, [Path(FILES[0])], "stage", work) == found
+        assert looked == []
+
+
+def test_histograms_in_json() -> None:
+    rng = np.random.default_rng(3)
+    for values in (rng.standard_normal((300, 200)), np.rint(rng.standard_normal((300, 200)) * 3), np.zeros((64, 80))):
+        fine = measure(Matrices(values.astype(np.float32)))
+        again = FineHistogram.unpacked(json.loads(json.dumps(fine.packed())))
+        for name, value in vars(fine).items():
+            other = getattr(again, name)
+            if isinstance(value, np.ndarray):
+                assert value.dtype == other.dtype
+                np.testing.assert_array_equal(value, other)
+            else:
+                assert (type(value), value) == (type(other), other), name
+
+
 def test_notes_of_other_parts_are_told_by_the_last(model: Path, tmp_path: Path) -> None:
     """Of stacks, of splits and of token counts: what the coding of a file has found, whoever coded it."""
     options: dict[str, Any] = {
@@ -227,6 +310,7 @@ PLACES = [
     "kvpack.encode.parts.Parts._create",
     "kvpack.encode.parts.Parts.write_record",
     "kvpack.encode.parts.Parts.write_steps",
+    "kvpack.encode.parts.Parts.write_finding",
     "kvpack.encode.parts.Parts.check_whole",
     "kvpack.encode.parts.Parts.put_in_place",
     "kvpack.encode.parts.Parts.remove",
@@ -241,7 +325,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("call", [1, 2, 7])
+@pytest.mark.parametrize("call", [1, 4])
 @pytest.mark.parametrize("place", PLACES)
 def test_parts_that_end_anywhere_go_on(
     small: Path, tmp_path: Path, place: str, call: int, monkeypatch: pytest.MonkeyPatch
