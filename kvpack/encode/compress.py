@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -63,6 +63,7 @@ from kvpack.encode.tensor_encoder import (
     encode_lossless,
     measure,
     plan_at_common_step,
+    plan_in_layout,
     planned_bytes,
     try_plan,
 )
@@ -89,7 +90,7 @@ from kvpack.format.container import (
     Readable,
     StoredTensor,
 )
-from kvpack.format.layout import Layout, Quantizer
+from kvpack.format.layout import ElementKind, Layout, Quantizer
 
 _STEP_CORRECTIONS = 4
 # As many again where none of them came out below the rate.
@@ -641,20 +642,26 @@ def _common_step_plans(model: _Model, progress: Progress, share: _Share) -> dict
 
     def round_where_better(plans: dict[str, CommonPlan]) -> None:
         """Let tensors have no trellis that have less noise then, at equal bits."""
-        for name, (weights, fine, *_) in measured.items():
-            plan = plans[name][1]
-            if plan.layout.quantizer == Quantizer.SCALAR:
-                continue
-            progress.tensor(name)
-            asked, weights.quantizer = weights.quantizer, Quantizer.SCALAR
-            rounded = plan_at_common_step(weights, fine, plan.step, config.layout, config.tile_cols)
-            noise, noise_rounded = (
-                try_plan(weights, fine, tried, config.tile_cols, model.executor).noise_at_equal_bits
-                for tried in (plan, rounded)
-            )
-            if noise <= noise_rounded:
+
+        def of_file(file: WeightFile) -> Iterator[tuple[str, bool]]:
+            for name in [name for name in file.names.values() if name in measured]:
+                weights, fine, *_ = measured[name]
+                plan = plans[name][1]
+                if plan.layout.quantizer == Quantizer.SCALAR:
+                    continue
+                progress.tensor(name)
+                asked, weights.quantizer = weights.quantizer, Quantizer.SCALAR
+                rounded = plan_at_common_step(weights, fine, plan.step, config.layout, config.tile_cols)
+                noise, noise_rounded = (
+                    try_plan(weights, fine, tried, config.tile_cols, model.executor).noise_at_equal_bits
+                    for tried in (plan, rounded)
+                )
                 weights.quantizer = asked
-            else:
+                yield name, bool(noise <= noise_rounded)
+
+        for name, is_better in share("trellis", of_file).items():
+            if not is_better:
+                measured[name].weights.quantizer = Quantizer.SCALAR
                 known.clear()
 
     most = bits - _COUNT_MARGIN_BITS - 8 * _COUNT_MARGIN_BYTES * len(measured) / total
@@ -1296,9 +1303,9 @@ def _plans_of_part(
     steps = parts.read_steps()
     if steps is None:
         plans = _common_step_plans(model, progress, partial(_found_by_parts, model, parts, own))
-        parts.write_steps({name: plan.step for name, (_, plan) in plans.items()})
+        parts.write_steps({name: [plan.step, list(astuple(plan.layout))] for name, (_, plan) in plans.items()})
         return plans
-    config, known = model.config, {}
+    known: dict[str, CommonPlan] = {}
     wanted = {file.path for file in files}
     for file, tensor in model.common_step_tensors():
         name = file.names[tensor.name]
@@ -1308,7 +1315,11 @@ def _plans_of_part(
         weights = model.matrices(file, tensor)
         model.set_row_factors(file, tensor, weights)
         fine = measure(weights, model.executor)
-        known[name] = fine, plan_at_common_step(weights, fine, steps[name], config.layout, config.tile_cols)
+        step, (kind, element_bits, code_bits, codes_per_symbol, folded, quantizer) = steps[name]
+        layout = Layout(
+            ElementKind(kind), element_bits, code_bits, codes_per_symbol, folded=folded, quantizer=Quantizer(quantizer)
+        )
+        known[name] = fine, plan_in_layout(weights, fine, step, layout, model.config.tile_cols)
     return known
 
 

@@ -209,11 +209,11 @@ class Parts:
         """Whether the output has been put in its place."""
         return not self.model.is_dir() and _is_output(self.target)
 
-    def read_steps(self) -> dict[str, float] | None:
-        """Steps by tensor that somebody has found for the whole model; None: nobody yet."""
+    def read_steps(self) -> dict[str, Any] | None:
+        """Steps, and layouts, by tensor that somebody has found for the whole model; None: nobody yet."""
         return _unsealed(self.directory / "steps.json")
 
-    def write_steps(self, steps: Mapping[str, float]) -> None:
+    def write_steps(self, steps: Mapping[str, Any]) -> None:
         """Keep them for other parts, and for the next run of this one."""
         self._write(self.directory / "steps.json", steps)
 

@@ -1170,6 +1170,13 @@ def plan_at_common_step(
     return plan if Quantizer.TRELLIS in quantizers else best(trellis + scalar)
 
 
+def plan_in_layout(
+    weights: Matrices, fine: FineHistogram, step: float, layout: Layout, tile_cols: int | None
+) -> RatePlan:
+    """What :func:`plan_at_common_step` gave, from the step and the layout that it has."""
+    return plan_for_step(fine, step, [layout], {layout: weights.header(layout, tile_cols)}, weights.rate_weight)
+
+
 def planned_bytes(
     weights: Matrices,
     fine: FineHistogram,

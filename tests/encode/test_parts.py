@@ -191,6 +191,28 @@ def test_steps_by_sensitivity(model: Path, tmp_path: Path, embeddings: str, monk
     assert report.tensors == whole.tensors
 
 
+def test_one_step_of_a_trellis(tmp_path: Path) -> None:
+    """Weights of long tails are better off rounded, which the search finds; what is read of it has to say so."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for number in range(2):
+        rng = np.random.default_rng(number)
+        tails = rng.choice([-1, 1], (256, 512)) * rng.exponential(1, (256, 512)) ** 1.5 / 2.5
+        matrices = {"up_proj": rng.normal(size=(256, 512)), "down_proj": tails}
+        tensors = {f"layers.{number}.{name}.weight": values.astype(np.float32) for name, values in matrices.items()}
+        save_file(tensors, folder / f"{number}.safetensors")
+    (folder / "config.json").write_text("{}")
+    options: dict[str, Any] = {"bits": 3.0, "quantizer": "trellis", "allocation": "model"}
+    one = kvpack.compress(folder, tmp_path / "one", **options)
+    assert {tensor.name.split(".")[2]: tensor.method for tensor in one.tensors} == {
+        "up_proj": "trellis",
+        "down_proj": "uniform",
+    }
+    for number in (2, 1):
+        kvpack.compress(folder, tmp_path / "out", shards=(number, 2), **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
 def test_the_search_for_steps_is_divided(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], Whole]
 ) -> None:
