@@ -1032,6 +1032,31 @@ def calibrated_peers(name: str) -> Callable[[], str]:
     return shown
 
 
+def calibrated_encoder(name: str) -> Callable[[], str]:
+    """A result of benchmarks/calibrated_encoder.py, by bits."""
+
+    def shown() -> str:
+        result = newest(f"calibrated-encoder-{name}")
+        rows = [
+            [
+                f"**{row['quantizer']}**" if row["quantizer"].startswith("kvpack") else row["quantizer"],
+                "yes" if row["with_data"] else "–",
+                _number(row["bits"], 3),
+                _number(100 * row["error"], 3),
+                _number(100 * row["worst_error"], 2),
+                _number(row["distance"], 5),
+            ]
+            for row in sorted(result["rows"], key=lambda row: (-round(row["bits"], 2), row["error"]))
+        ]
+        headings = ["quantizer", "data", "bits a weight", "error of outputs, %", "worst layer's, %", result["metric"]]
+        text = table(headings, rows)
+        text += f"\n{result['linears']} tensors; the first {result['windows']} windows of {result['window_tokens']} "
+        text += f"tokens of {result['text']}. Data: {result['tokens']:,} tokens of its last quarter.\n"
+        return text + origin(result)
+
+    return shown
+
+
 def calibration_tokens(name: str) -> Callable[[], str]:
     """A result of benchmarks/calibration_tokens.py: tokens and labels, on the text that moments are of."""
 
@@ -1208,9 +1233,11 @@ FIGURES: dict[str, Callable[[], str]] = {
     "calibrated-books": calibrated("books"),
     "calibrated-books-trellis": calibrated("books-trellis"),
     "calibrated-smollm2": calibrated("smollm2"),
+    "calibrated-smollm2-trellis": calibrated("smollm2-trellis"),
     "calibrated-smollm2-tables": calibrated("smollm2-tables"),
     "calibrated-peers-books": calibrated_peers("books"),
     "calibrated-peers-smollm2": calibrated_peers("smollm2"),
+    "calibrated-encoder-minilm": calibrated_encoder("minilm"),
     "calibration-tokens-books": calibration_tokens("books"),
     "calibration-tokens-smollm2": calibration_tokens("smollm2"),
     "calibration-texts": calibration_texts,
