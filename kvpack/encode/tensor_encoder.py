@@ -768,24 +768,20 @@ def try_plan(
     codes = np.bincount(layout.codes(elements), minlength=1 << layout.code_bits)
     outliers = sum(len(own.outliers) for own in found) / len(elements)
     bits = estimated_bits(codes, outliers, layout, fixed_bits_per_weight(header))
+    # In steps, and rows count alike, whatever they weigh: the few that weigh most would decide, by chance.
     noise = 0.0
     for (index, rows), own in zip(groups, found, strict=True):
-        steps = strips.steps[weights.strip_rows(index)][rows].astype(np.float64)
-        if weights.feedback is None:
-            noise += plan.step**2 * float(np.square(weights.values(index)[rows] / steps[:, None]).sum())
+        if own.row_errors is not None:
+            noise += float(own.row_errors.sum())
             continue
-        matrix, tile_row = divmod(index, weights.tile_rows)
-        row_weights = weights.feedback.row_weights(matrix)
-        costs = own.row_errors * np.square(steps)
-        if row_weights is not None:
-            costs *= row_weights[tile_row * TILE_ROWS :][rows]
-        noise += float(costs.sum())
+        steps = strips.steps[weights.strip_rows(index)][rows].astype(np.float64)
+        noise += float(np.square(weights.values(index)[rows] / steps[:, None]).sum())
     energy = sum(own.energy for own in found)
     if energy:  # that was the power: the least-squares scale leaves so much less
         integer_parts = 1 << (TRELLIS_EXTRA_BITS if layout.quantizer == Quantizer.TRELLIS else 0)
         dot = sum(own.dot for own in found) / FIXED_POINT / integer_parts
-        noise -= plan.step**2 * dot * dot / energy
-    return Estimate(bits, noise)
+        noise -= dot * dot / energy
+    return Estimate(bits, noise * plan.step**2)
 
 
 def _finish(

@@ -33,6 +33,7 @@ from kvpack.encode.tensor_encoder import (
     encode_at_bits,
     encode_plan,
     measure,
+    try_plan,
 )
 from kvpack.encode.trellis import put_integers, unsigned_integers
 from kvpack.encode.trellis_quantizer import quantize_with_trellis
@@ -336,6 +337,25 @@ def test_no_more_noise_than_rounding_at_equal_bits(values: str, bits: float, fed
         return 10 * float(np.log10(found)) + 6.02 * 8 * coded.size_bytes / weights.size
 
     assert noise_db(TRELLIS) < noise_db(Quantizer.SCALAR) + 0.02
+
+
+class OneRowMatters(OneMoment):
+    """The same, where one of the rows that plans are tried on weighs more than all others."""
+
+    def row_weights(self, matrix: int) -> Array:  # type: ignore[override]
+        return np.where(np.arange(1024) == 260, 1e6, 1.0)
+
+
+def test_what_plans_leave_is_not_told_by_the_rows_that_weigh_most() -> None:
+    """Plans are tried on few rows: errors of the one that weighs most are chance, and would decide."""
+    weights = Matrices(np.random.default_rng(3).normal(0, 1, (1024, 512)).astype(F32))
+    found = {}
+    for feedback in (OneMoment(512), OneRowMatters(512)):
+        weights.feedback, weights.rate_weight = feedback, FEEDBACK_RATE_WEIGHT
+        fine = measure(weights)
+        plan = plan_for_step(fine, 0.5, [FOUR_BITS], {FOUR_BITS: weights.header(FOUR_BITS, None)})
+        found[type(feedback)] = try_plan(weights, fine, plan, None, None)
+    assert found[OneMoment] == found[OneRowMatters]
 
 
 @pytest.mark.parametrize("by_sensitivity", [False, True])
