@@ -91,7 +91,8 @@ def generate(
         if save_context is not None:
             _check_output(save_context)
         require_transformers("kvpack generate")
-        from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache
+        from kvpack.integrations.transformers.attention_registration import ATTENTION_NAME
+        from kvpack.integrations.transformers.cache import KVPackCache
         from kvpack.integrations.transformers.causal_models import (
             expected_dtype,
             load_causal_model,

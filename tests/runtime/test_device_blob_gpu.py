@@ -80,6 +80,8 @@ def test_products_with_two_buffers(
     monkeypatch: pytest.MonkeyPatch, slow: str, dtype: torch.dtype, lossless: bool
 ) -> None:
     """Whichever stream is the slower one; with graphs too, and beside each other on several streams."""
+    # Torch hands 32 streams out in turn: one that another test has left current could come as a side stream.
+    torch.cuda.set_stream(torch.cuda.default_stream())
     rows, cols, tokens = 3000, 256, 300
     if lossless:
         values = (torch.randn(rows, cols) * 0.05).to(torch.bfloat16)

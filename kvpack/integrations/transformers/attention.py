@@ -7,18 +7,16 @@ or none, it is what ``sdpa`` is, and ``eager`` where a model wants a soft cap or
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvpack.errors import CacheInputError
 from kvpack.integrations.transformers.cache import (
-    ATTENTION_NAME,
     ColumnCount,
     KVPackLayer,
     Mask,
@@ -284,44 +282,3 @@ def _added_to_scores(
         return mask
     least = torch.finfo(query.dtype).min
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, least)
-
-
-def register() -> None:
-    """The two functions above are "kvpack" to transformers, for good.
-
-    Scripts that were written for earlier versions register functions of their own by this name, which know nothing of
-    masks, windows and soft caps.
-    """
-    # Loaded when this is called.
-    from transformers.modeling_utils import AttentionInterface
-
-    own = ((AttentionInterface, attention_for_kvpack), (AttentionMaskInterface, mask_for_kvpack))
-    for interface, function in own:
-        known = interface._global_mapping
-        if isinstance(known, _Registered):
-            continue
-        if ATTENTION_NAME in known:
-            _warn_of(known[ATTENTION_NAME])
-        interface._global_mapping = _Registered({**known, ATTENTION_NAME: function})
-
-
-def _warn_of(function: Any) -> None:
-    warnings.warn(
-        f"{ATTENTION_NAME!r} is kvpack's own attention in transformers, with masks, windows and soft caps: "
-        f"{getattr(function, '__qualname__', function)} is not registered. Choose another name for it",
-        stacklevel=4,
-    )
-
-
-class _Registered(dict[str, Any]):
-    """A mapping in which one name stays what it is."""
-
-    def __setitem__(self, name: str, function: Any) -> None:
-        if name == ATTENTION_NAME and function is not self[name]:
-            _warn_of(function)
-        else:
-            super().__setitem__(name, function)
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        for name, function in dict(*args, **kwargs).items():
-            self[name] = function

@@ -34,6 +34,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from kvpack.errors import CacheFullError, CacheInputError
 from kvpack.format.pages import GROUP_DIMS, MAX_GROUPS, PageFormat
 from kvpack.integrations.transformers import rotary
+from kvpack.integrations.transformers.attention_registration import ATTENTION_NAME
 from kvpack.integrations.transformers.contexts import (
     Ids,
     TokenIds,
@@ -48,7 +49,6 @@ from kvpack.runtime.kv.retrieval import LEAST_PAGES
 from kvpack.runtime.kv.snapshot import UNKNOWN_TOKEN, OnCorrupt
 from kvpack.runtime.kv.steps import CELL_TOKENS
 
-ATTENTION_NAME = "kvpack"
 # Page tables grow by need: this is no memory.
 _MAX_TOKENS = 1 << 24
 # How many forward passes lie between two looks at all pages, which wait for the device.

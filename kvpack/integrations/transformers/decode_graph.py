@@ -29,7 +29,8 @@ from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_utils import PreTrainedModel
 
 from kvpack.errors import CacheFullError, CacheInputError, DeviceError, KvpackError
-from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache, cache_keyword
+from kvpack.integrations.transformers.attention_registration import ATTENTION_NAME
+from kvpack.integrations.transformers.cache import KVPackCache, cache_keyword
 
 # How many tokens lie between two looks for ends of texts, which wait for the device.
 _STEPS_BETWEEN_LOOKS = 16

@@ -29,7 +29,8 @@ from kvpack.encode.progress import Progress
 from kvpack.encode.report import describe
 from kvpack.errors import InputError
 from kvpack.format.closing import Closing
-from kvpack.integrations.transformers.cache import ATTENTION_NAME, KVPackCache, cache_keyword
+from kvpack.integrations.transformers.attention_registration import ATTENTION_NAME
+from kvpack.integrations.transformers.cache import KVPackCache, cache_keyword
 from kvpack.integrations.transformers.cache_options import CacheOptions
 from kvpack.integrations.transformers.causal_models import (
     kv_bytes,

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache
 
 from kvpack.errors import CacheInputError
 from kvpack.format.pages import PageFormat
-from kvpack.integrations.transformers.cache import KVPackCache
+
+if TYPE_CHECKING:
+    from kvpack.integrations.transformers.cache import KVPackCache
 
 # Options of KVPackCache beside those of `cache_config`.
 _NAMED: dict[str, dict[str, Any]] = {
@@ -38,7 +41,7 @@ def register() -> None:
     def with_kvpack(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         options = _NAMED.get(generation_config.cache_implementation)
         given = [value for value in model_kwargs.values() if isinstance(value, Cache)]
-        if generation_config.use_cache is False and any(isinstance(cache, KVPackCache) for cache in given):
+        if generation_config.use_cache is False and any(map(_is_kvpack, given)):
             raise CacheInputError(
                 "a KVPackCache is given, and use_cache is False: the whole text would be appended at each step. Give "
                 "use_cache=True"
@@ -60,7 +63,15 @@ def register() -> None:
     GenerationMixin._prepare_cache_for_generation = with_kvpack  # type: ignore[method-assign, assignment]
 
 
+def _is_kvpack(cache: Cache) -> bool:
+    """Without importing the cache, of which there is none before."""
+    module = sys.modules.get("kvpack.integrations.transformers.cache")
+    return module is not None and isinstance(cache, module.KVPackCache)
+
+
 def _made(config: Any, options: dict[str, Any]) -> KVPackCache:
+    from kvpack.integrations.transformers.cache import KVPackCache
+
     known = inspect.signature(KVPackCache).parameters.keys() - {"config"}
     if others := sorted(options.keys() - known):
         raise CacheInputError(f"cache_config has {', '.join(others)}; there are {', '.join(sorted(known))}")

@@ -16,23 +16,14 @@ from kvpack.encode.listing import listed
 from kvpack.encode.model_config import GUARD_KEY, METHOD, unguarded
 from kvpack.errors import InputError
 from kvpack.integrations.transformers.config import KVPackConfig
-from kvpack.integrations.transformers.loading import CheckpointLoading, open_files
-from kvpack.integrations.transformers.saving import (
-    SavedNames,
-    SavePretrained,
-    coded_layers,
-    metadata_of,
-    saved_state_dict,
-)
-from kvpack.runtime.weights.coded_matrix import CodedMatrix
-from kvpack.runtime.weights.embedding import RansEmbedding
-from kvpack.runtime.weights.experts import decode_experts, is_coded
-from kvpack.runtime.weights.replace import put_module
 
+# Whoever imports transformers with kvpack beside it imports this: what loads and saves comes when there is a model.
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from kvpack.integrations.transformers.loading import CheckpointLoading
     from kvpack.integrations.transformers.quantize_on_load import CodedCheckpoint
+    from kvpack.runtime.weights.coded_matrix import CodedMatrix
 
 
 _SHOWN = 3
@@ -80,6 +71,8 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_options: Any
     ) -> Any:
+        from kvpack.integrations.transformers.loading import CheckpointLoading, open_files
+
         _refuse_tensor_parallelism(model.config)
         if not self.pre_quantized:
             self._quantize(model, checkpoint_files)
@@ -112,6 +105,9 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
         return self._loading.prepare(weight_conversions, config.modules_to_not_convert, config.dequantize)
 
     def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> Any:
+        from kvpack.integrations.transformers.saving import SavedNames, SavePretrained, coded_layers
+        from kvpack.runtime.weights.embedding import RansEmbedding
+
         loading, self._loading = self._loading, None
         assert loading is not None
         reader = loading.reader
@@ -137,11 +133,17 @@ class KVPackQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """What save_pretrained writes beside the tensors."""
+        from kvpack.integrations.transformers.saving import metadata_of, saved_state_dict
+
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         return saved_state_dict(model), metadata_of(model, self._entries)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        from kvpack.integrations.transformers.saving import coded_layers
+        from kvpack.runtime.weights.experts import decode_experts, is_coded
+        from kvpack.runtime.weights.replace import put_module
+
         refuse_offloaded(
             coded_layers(model), "dequantize() does not decode them; KVPackConfig(dequantize=True) loads plain weights"
         )
@@ -192,6 +194,8 @@ class _FixedVocabulary:
 
 def plain_layer(layer: CodedMatrix, dtype: torch.dtype | None) -> nn.Module:
     """The module that a coded layer stands for, with the hook that accelerate has put on it."""
+    from kvpack.runtime.weights.embedding import RansEmbedding
+
     weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
     bias = getattr(layer, "bias", None)
     with torch.device("meta"):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ON_IMPORT: dict[str, str] = {
     "transformers.quantizers.auto": "kvpack.integrations.transformers.quantizer:register",
     "peft.tuners.lora.model": "kvpack.integrations.peft:register",
-    "transformers.modeling_utils": "kvpack.integrations.transformers.attention:register",
+    "transformers.modeling_utils": "kvpack.integrations.transformers.attention_registration:register",
     "transformers.generation.utils": "kvpack.integrations.transformers.generation:register",
 }
 

@@ -1,7 +1,7 @@
 """Lets vLLM's workers for CPUs start where numba is loaded.
 
 Such a worker asks each object in each module for ``vars()`` when it starts. llvmlite has one that answers with a
-function of its library, which is no dictionary. ``import kvpack`` loads numba where transformers is loaded, as in vLLM.
+function of its library, which is no dictionary. A second engine of a process meets what the first one loaded.
 """
 
 from __future__ import annotations

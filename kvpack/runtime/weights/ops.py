@@ -410,7 +410,7 @@ def _rows_cuda(
     coded = _coded(blob, groups, tables, scales, status, geometry)
     out = torch.empty((*ids.shape, geometry[5]), dtype=dtype, device=blob.device)
     if ids.numel():
-        products.decode_rows(coded, ids.flatten().long(), out)
+        products.decode_rows(coded, ids.flatten().long().contiguous(), out)
     return out
 
 

@@ -1,0 +1,175 @@
+"""vLLM's quantization method ``kvpack``: which layers of a compressed model are coded, and by what they multiply."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from kvpack.encode.model_config import METHOD
+from kvpack.errors import InputError, ModelMismatchError
+
+# Every vLLM with kvpack beside it imports this module, for whatever model: the rest comes when a layer asks.
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+logger = init_logger(f"vllm.{__name__}")
+
+# Of `--additional-config '{"kvpack": {"weights": …}}'`.
+CODED, DENSE = "coded", "dense"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+
+
+class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
+    """What config.json's ``quantization_config`` of a compressed model says.
+
+    Args:
+        config: that object; ``blob_bytes`` names the coded tensors (docs/FORMAT.md §9.4).
+
+    Raises:
+        InputError: ``blob_bytes`` is missing or no object.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        blob_bytes = config.get("blob_bytes")
+        if not isinstance(blob_bytes, dict):
+            raise InputError("quantization_config of a kvpack model has an object blob_bytes; compress the model anew")
+        self.blob_bytes: dict[str, Any] = dict(blob_bytes)
+        self.is_tied = False
+        self._weights: str | None = None
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # config.json says all
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> KVPackQuantization:
+        return cls(config)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Called with what renames the checkpoint's tensors to the model's."""
+        self.blob_bytes = hf_to_vllm_mapper.apply_dict(self.blob_bytes)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Called once, before there is a model."""
+        self._tell_embeddings()
+        if hf_config is not None:
+            text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+            self.is_tied = bool(getattr(text, "tie_word_embeddings", False))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Workers get a copy, for which nothing else is called before there is a model."""
+        self.__dict__.update(state)
+        self._tell_embeddings()
+
+    def _tell_embeddings(self) -> None:
+        if self.has_coded_embedding:
+            from kvpack.integrations.vllm.told_embedding import tell_embeddings
+
+            tell_embeddings()
+
+    @property
+    def weights(self) -> str:
+        """Whether weights stay coded in memory."""
+        if self._weights is None:
+            from vllm.config import get_current_vllm_config_or_none
+
+            vllm_config = get_current_vllm_config_or_none()
+            asked = (getattr(vllm_config, "additional_config", None) or {}).get("kvpack", {})
+            unknown = sorted(set(asked) - {"weights"}) if isinstance(asked, dict) else [str(asked)]
+            weights = CODED if unknown else asked.get("weights", CODED)
+            if unknown or weights not in (CODED, DENSE):
+                raise InputError(
+                    f'additional_config: "kvpack" is {asked!r}; {{"weights": "{CODED}"}} (the default) and '
+                    f'{{"weights": "{DENSE}"}} are possible'
+                )
+            self._weights = weights
+        return self._weights
+
+    def coded_parts(self, prefix: str) -> list[bool]:
+        """Of each tensor of the checkpoint that a layer of vLLM is made of, whether it is coded."""
+        parent, dot, last = prefix.rpartition(".")
+        names = self.packed_modules_mapping.get(last, [last])
+        return [f"{parent}{dot}{name}.weight" in self.blob_bytes for name in names]
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """What multiplies with a layer's weights; vLLM's own method where nothing is coded.
+
+        Raises:
+            ModelMismatchError: coded weights of a kind of layer that kvpack does not know.
+        """
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        from kvpack.integrations.vllm.llvmlite_vars import give_vars
+        from kvpack.integrations.vllm.reading import read_as_needed
+
+        read_as_needed()
+        give_vars()
+        if isinstance(layer, LinearBase):
+            return self._linear_method(prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._embedding_method(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
+        if f"{prefix}.weight" in self.blob_bytes:
+            raise ModelMismatchError(
+                f"{prefix}: coded weights of a {type(layer).__name__}, which vLLM cannot have coded"
+            )
+        return None
+
+    def _linear_method(self, prefix: str) -> QuantizeMethodBase:
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        from kvpack.integrations.vllm.linear import DecodingLinearMethod, KVPackLinearMethod
+
+        coded = self.coded_parts(prefix)
+        if not any(coded):
+            return UnquantizedLinearMethod()
+        if all(coded) and self.weights == CODED:
+            return KVPackLinearMethod(prefix)
+        if not all(coded):
+            logger.warning_once(
+                "kvpack: %s is made of coded and of plain weights: it, and others like it, is decoded as it is loaded",
+                prefix,
+            )
+        return DecodingLinearMethod(prefix)
+
+    def _embedding_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from kvpack.integrations.vllm.embedding import KVPackEmbeddingMethod
+
+        is_output = isinstance(layer, ParallelLMHead)
+        # Some models give their embeddings no names, and tied output layers are of the embedding's weight.
+        without_name = self.has_coded_embedding and (self.is_tied if is_output else not prefix)
+        if f"{prefix}.weight" in self.blob_bytes or without_name:
+            return KVPackEmbeddingMethod(prefix or "the embedding", is_dense=self.weights == DENSE)
+        return None
+
+    @property
+    def has_coded_embedding(self) -> bool:
+        """Whether the rows of an embedding are coded, of the one that language models have."""
+        return any(name.endswith(_EMBEDDINGS) for name in self.blob_bytes)
+
+    def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        if not any(name.startswith(f"{prefix}.") for name in self.blob_bytes):
+            return None
+        from kvpack.integrations.vllm.experts import DecodingExpertsMethod, KVPackExpertsMethod
+
+        return (KVPackExpertsMethod if self.weights == CODED else DecodingExpertsMethod)(layer.moe_config, prefix)

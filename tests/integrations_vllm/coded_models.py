@@ -1,0 +1,86 @@
+"""Tiny compressed models, and the plain ones of their very numbers, for vLLM to run both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import kvpack
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
+from models import ARCHITECTURES
+
+ENGINE = Path(__file__).with_name("engine.py")
+PROMPTS = [[5, 17, 99, 140, 7], list(range(3, 40))]
+_SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 256}
+
+
+def make(folder: Path, architecture: str, *, sizes: dict[str, Any] | None = None, **options: Any) -> Path:
+    """``folder/coded``, and ``folder/plain`` with its numbers in fp32; ``options`` are those of ``kvpack.compress``."""
+    config = _SIZES | (sizes or {})
+    if "moe_intermediate_size" in ARCHITECTURES[architecture].options:
+        config["moe_intermediate_size"] = 128
+    ARCHITECTURES[architecture].save(folder / "original", torch.bfloat16, **config)
+    kvpack.compress(folder / "original", folder / "coded", **options)
+    (folder / "plain").mkdir()
+    numbers = {}
+    for name, tensor in kvpack.load(folder / "coded", device="cpu").items():
+        values = tensor if isinstance(tensor, torch.Tensor) else tensor.dequantize(torch.float32)
+        numbers[name] = values.to(torch.float32).contiguous()
+    save_file(numbers, folder / "plain" / "model.safetensors", metadata={"format": "pt"})
+    (folder / "plain" / "config.json").write_text((folder / "original" / "config.json").read_text())
+    return folder
+
+
+def run(folder: Path, requests: list[dict[str, Any]], *, ranks: int = 1) -> list[dict[str, Any]]:
+    """What ``engine.py`` says of them, in a process of its own."""
+    asked, answered = folder / "requests.json", folder / "results.json"
+    asked.write_text(json.dumps(requests))
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ENGINE.parent), environment.get("PYTHONPATH", "")])
+    if ranks > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        environment |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(ranks)),
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", ENGINE, asked, answered],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    results = json.loads(answered.read_text()) if answered.exists() else []
+    assert len(results) == len(requests), done.stderr[-4000:]
+    for result in results:
+        result["log"] = done.stdout + done.stderr
+    return results
+
+
+def both(folder: Path, ranks: int = 1, **engine: Any) -> list[dict[str, Any]]:
+    """Requests for the coded model as asked for, and for the plain one on one rank."""
+    asked = {"prompts": PROMPTS, "tokens": 8}
+    parallel = {"tensor_parallel_size": ranks} if ranks > 1 else {}
+    coded = asked | {"model": str(folder / "coded"), "engine": parallel | engine, "ask": True}
+    return [asked | {"model": str(folder / "plain")}, coded]
+
+
+def difference(plain: dict[str, Any], coded: dict[str, Any]) -> float:
+    """The largest of log-probabilities, at all steps; infinite where tokens differ."""
+    for result in (plain, coded):
+        assert "error" not in result, result["error"] + result["log"][-4000:]
+    if plain["tokens"] != coded["tokens"]:
+        return float("inf")
+    one, other = (torch.tensor(list(chain(*result["logprobs"]))) for result in (plain, coded))
+    return float((one - other).abs().max())

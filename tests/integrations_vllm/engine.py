@@ -1,0 +1,66 @@
+"""Runs models in vLLM, in a process of its own: ``python engine.py REQUEST.json RESULT.json``.
+
+A request is a list of ``{"model": directory, "prompts": [[token, …], …], "tokens": count, "engine": {…}}``; the result
+has for each the greedy tokens and the log-probabilities of the whole vocabulary at each step, or the error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """What one model says."""
+    from vllm import LLM, SamplingParams
+
+    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
+    engine |= {"max_logprobs": -1, "enable_prefix_caching": False} | request.get("engine", {})
+    llm = LLM(model=request["model"], **engine)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False, logprobs=-1
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    outputs = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)]
+    result: dict[str, Any] = {"tokens": [list(output.token_ids) for output in outputs]}
+    result["logprobs"] = [
+        [[step[token].logprob for token in sorted(step)] for step in output.logprobs] for output in outputs
+    ]
+    if request.get("ask"):
+        result["ranks"] = llm.collective_rpc(_rank_memory)
+    return result
+
+
+def _rank_memory(worker: Any) -> dict[str, int]:
+    """Of a rank: bytes of its coded weights, and of its parameters that are not."""
+    model = worker.model_runner.model
+    coded = [module for module in model.modules() if type(module).__name__ == "CodedLayer"]
+    matrices = {id(matrix): matrix for layer in coded for matrix in layer.matrices}.values()
+    return {
+        "coded_bytes": sum(matrix.weight_kvpack.numel() for matrix in matrices),
+        "plain_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "layers": len(coded),
+    }
+
+
+def main() -> None:
+    results = []
+    for request in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            results.append(answer(request))
+        except Exception as error:
+            results.append({"error": f"{type(error).__name__}: {error}"})
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Models in vLLM, coded and plain with the same numbers: the same tokens, and log-probabilities within 1e-4 in fp32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: scripts/test-vllm has it in an environment of its own")
+
+from coded_models import both, difference, make, run
+
+# Name → architecture, sizes, options of the compression.
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", {}, {"bits": 4.25}),
+    "llama, all coded": ("llama", {}, {"bits": 4.25, "embeddings": "code"}),
+    "llama, tied": ("llama tied", {"tie_word_embeddings": True}, {"bits": 4.25, "embeddings": "code"}),
+    "llama, lossless": ("llama", {}, {"preset": "lossless"}),
+    "llama, gate plain": ("llama", {}, {"bits": 4.25, "exclude": "gate_proj"}),
+    "qwen2, biases": ("qwen2", {}, {"bits": 4.25}),
+    "qwen3": ("qwen3", {}, {"bits": 3.0}),
+    "phi3, fused": ("phi3", {}, {"bits": 4.25}),
+    "gemma2, tied": ("gemma2", {"tie_word_embeddings": True}, {"bits": 4.25, "embeddings": "code"}),
+    "gemma3": ("gemma3", {}, {"bits": 5.0}),
+    "trellis": ("llama", {}, {"bits": 3.0, "quantizer": "trellis"}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Of each model what vLLM says of the plain and the coded one; in one process, since to start vLLM takes long."""
+    requests = []
+    for number, (architecture, sizes, options) in enumerate(MODELS.values()):
+        requests += both(make(folder / str(number), architecture, sizes=sizes, **options))
+    # Dense by request, and a request that is none.
+    requests += [both(folder / "1", additional_config={"kvpack": wish})[1] for wish in ({"weights": "dense"}, {"x": 1})]
+    said = run(folder, requests)
+    names = [*MODELS, "others"]
+    return {name: (said[2 * i], said[2 * i + 1]) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_as_plain(results: dict[str, Any], name: str) -> None:
+    plain, coded = results[name]
+    assert difference(plain, coded) < 1e-4
+
+
+def test_merged_layers_are_one_product(results: dict[str, Any]) -> None:
+    """Two layers of four products; with all coded the embedding and the output layer beside them."""
+    assert results["llama"][1]["ranks"][0]["layers"] == 8
+    assert results["llama, all coded"][1]["ranks"][0]["layers"] == 10
+    assert results["llama, tied"][1]["ranks"][0]["layers"] == 9
+    assert results["llama, gate plain"][1]["ranks"][0]["layers"] == 6
+
+
+def test_dense_by_request(results: dict[str, Any]) -> None:
+    dense, _ = results["others"]
+    assert difference(results["llama, all coded"][0], dense) < 1e-4
+    assert dense["ranks"][0]["coded_bytes"] == 0
+
+
+def test_unknown_request(results: dict[str, Any]) -> None:
+    assert "additional_config" in results["others"][1]["error"]
+
+
+def test_experts(folder: Path) -> None:
+    """In a process of their own: vLLM makes the group of experts' ranks for the first model alone."""
+    model = make(folder / "experts", "mixtral", bits=4.25, embeddings="code")
+    requests = both(model)
+    plain, coded, dense = run(
+        folder, [*requests, requests[1] | {"engine": {"additional_config": {"kvpack": {"weights": "dense"}}}}]
+    )
+    assert difference(plain, coded) < 1e-4
+    assert difference(plain, dense) < 1e-4
+    assert coded["ranks"][0]["coded_bytes"] > 0
+    assert dense["ranks"][0]["coded_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "engine"), [("llama", {}), ("mixtral", {}), ("mixtral", {"enable_expert_parallel": True})]
+)
+def test_two_ranks(folder: Path, architecture: str, engine: dict[str, Any]) -> None:
+    """Each has half of the coded bytes, headers and tables aside."""
+    name = f"two {architecture} {len(engine)}"
+    (folder / name).mkdir()
+    sizes = {"hidden_size": 256, "intermediate_size": 1024}
+    model = make(folder / name, architecture, sizes=sizes, bits=4.25, embeddings="code", tensor_parallel=2)
+    one, two = both(model, ranks=2, **engine)
+    plain = run(folder / name, [one])[0]
+    coded = run(folder / name, [two], ranks=2)[0]
+    assert difference(plain, coded) < 1e-4
+    whole = sum(json.loads((model / "coded" / "config.json").read_text())["quantization_config"]["blob_bytes"].values())
+    for rank in coded["ranks"]:
+        assert rank["coded_bytes"] <= whole / 2 * 1.05, (rank, whole)
+
+
+def test_compiled(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice: what the first start compiled, the second one loads."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    model = make(tmp_path / "model", "llama", bits=4.25, embeddings="code")
+    plain, coded = both(model, enforce_eager=False)
+    first, second = (run(tmp_path, [plain, coded]) for _ in range(2))
+    assert difference(*first) < 1e-3
+    assert difference(*second) < 1e-3
