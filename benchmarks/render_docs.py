@@ -473,6 +473,25 @@ def vllm_connector() -> str:
     return table([*headings, "files, MB", "same first tokens"], rows) + origin(result)
 
 
+def vllm_serving() -> str:
+    """Nothing until it has been measured."""
+    try:
+        result = newest("vllm-serving")
+    except NoResult:
+        return ""
+    rows = [
+        [
+            row["name"],
+            _number(row["start_seconds"], 1),
+            _number(row["memory_bytes"] / 1e6, 0),
+            *(_number(rate, 1) for rate in row["tokens_a_second"].values()),
+        ]
+        for row in result["rows"]
+    ]
+    counts = [f"tokens a second, {count} at once" for count in result["rows"][0]["tokens_a_second"]]
+    return table(["", "start, s", "memory, MB", *counts], rows) + origin(result)
+
+
 def manager_soak() -> str:
     """Memory at each tenth of the operations; nothing until it has been measured."""
     try:
@@ -1166,6 +1185,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "context-files-8k": context_files,
     "manager-soak": manager_soak,
     "vllm-connector": vllm_connector,
+    "vllm-serving": vllm_serving,
     "processes": processes,
     "linear-summary": linear_summary,
     "launch-costs": launch_costs,
