@@ -9,6 +9,7 @@ keeps what the module was at the capture.
 from __future__ import annotations
 
 import itertools
+import secrets
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,7 +21,8 @@ _LIBRARY = torch.library.Library("kvpack", "FRAGMENT")
 _LIBRARY.define("linear_of(Tensor x, Tensor handle, int outputs, Tensor? bias) -> Tensor")
 _LIBRARY.define("rows_of(Tensor ids, Tensor handle, int columns, ScalarType dtype) -> Tensor")
 
-_numbers = itertools.count(1)
+# Numbers of another process name nothing here: compiled code that had kept one would fail, not take another layer.
+_numbers = itertools.count(secrets.randbits(40) << 20)
 _modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
