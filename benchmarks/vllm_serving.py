@@ -44,6 +44,10 @@ def run(model: str, engine: dict[str, Any], tokens: int) -> dict[str, Any]:
     """One engine in this process."""
     from vllm import LLM, SamplingParams
 
+    from kvpack.integrations.vllm.llvmlite_vars import give_vars
+
+    give_vars()
+
     before, begin = anonymous_bytes(), time.perf_counter()
     llm = LLM(model=model, dtype="bfloat16", max_model_len=512, enable_prefix_caching=False, **engine)
     result: dict[str, Any] = {"start_seconds": time.perf_counter() - begin, "memory_bytes": anonymous_bytes() - before}

@@ -12,7 +12,8 @@ import ctypes
 import logging
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ import torch
 from torch import nn
 
 from kvpack.encode.coded_tensor import CodedTensor
-from kvpack.errors import GeometryError, ModelMismatchError
+from kvpack.errors import ModelMismatchError
 from kvpack.format.blob import Blob, check_tile_bytes
 from kvpack.format.container import BLOB_SUFFIX, COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX, SCALE_SUFFIX
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import GROUP_LANES, TILE_ROWS, ElementKind, align
 from kvpack.format.tile_crc import check_tiles
+from kvpack.runtime.weights.device_blob import check_scales, check_vectors
+from kvpack.runtime.weights.load import coded_on_device
 
 # Below vLLM's own logger: its format and its level are those of vLLM.
 _logger = logging.getLogger(f"vllm.{__name__}")
@@ -41,6 +44,8 @@ _PART_TYPES = {
     COLUMN_SCALE_SUFFIX: torch.float16,
     ROW_OFFSET_SUFFIX: torch.float32,
 }
+
+_NUMBER_TYPES = {SCALE_SUFFIX: np.float32, COLUMN_SCALE_SUFFIX: np.float16, ROW_OFFSET_SUFFIX: np.float32}
 
 Shard = Any  # "q", "k", "v", an int, a tuple of ints, or None
 
@@ -126,12 +131,16 @@ class ArrivedTensor:
         self.name = name
         self._tensors, self._dtype = tensors, dtype
         self._bytes = _host_bytes(tensors[BLOB_SUFFIX])
-        _read_as_asked(self._bytes)
-        _read_ahead(self._bytes[:HEADER_BYTES])
-        header = BlobHeader.parse(self._bytes[:HEADER_BYTES])
-        _read_ahead(self._bytes[: header.payload_offset])
-        self.blob = Blob(self._bytes)
-        self.header = header
+        read_as_asked(self._bytes)
+        read_ahead(self._bytes[:HEADER_BYTES])
+        with self._named():
+            header = BlobHeader.parse(self._bytes[:HEADER_BYTES])
+            read_ahead(self._bytes[: header.payload_offset])
+            self.blob = Blob(self._bytes)
+            self.header = header
+            scales, columns, offsets = (self._numbers(suffix) for suffix in _NUMBER_TYPES)
+            check_scales(np.empty(0, np.float32) if scales is None else scales, header)
+            check_vectors(columns, offsets, header)
         kind = header.layout.element_kind
         if kind not in _KINDS and kind != ElementKind.SIGNED:
             raise ModelMismatchError(
@@ -139,20 +148,29 @@ class ArrivedTensor:
                 "back, for vLLM to load with their own method"
             )
 
-    def _numbers(self, suffix: str, dtype: type[Any]) -> Any:
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors say which layer they are about."""
+        try:
+            yield
+        except ValueError as error:
+            error.args = (f"{self.name}: {error}",)
+            raise
+
+    def _numbers(self, suffix: str) -> Any:
         tensor = self._tensors.get(suffix)
-        return None if tensor is None else tensor.cpu().numpy().astype(dtype)
+        return None if tensor is None else tensor.cpu().numpy().astype(_NUMBER_TYPES[suffix])
 
     def _coded(self) -> CodedTensor:
         header = self.header
         shape = (header.cols, header.rows) if header.transposed else (header.rows, header.cols)
         return CodedTensor(
             self._bytes,
-            self._numbers(SCALE_SUFFIX, np.float32),
+            self._numbers(SCALE_SUFFIX),
             _KINDS.get(header.layout.element_kind, _DTYPES[self._dtype]),
             shape if header.matrices == 1 else (header.matrices, *shape),
-            self._numbers(COLUMN_SCALE_SUFFIX, np.float16),
-            self._numbers(ROW_OFFSET_SUFFIX, np.float32),
+            self._numbers(COLUMN_SCALE_SUFFIX),
+            self._numbers(ROW_OFFSET_SUFFIX),
         )
 
     def whole(self) -> CodedTensor:
@@ -195,11 +213,8 @@ class ArrivedTensor:
             coded = self._coded()
         else:
             self._tell_of_coding_again(parts)
-            try:
+            with self._named():
                 coded = self.whole().for_parts(parts)
-            except GeometryError as error:
-                error.args = (f"{self.name}: {error}",)
-                raise
         return Part(coded.part("inputs", number, parts), 0, header.rows)
 
     def _tell_of_coding_again(self, parts: int) -> None:
@@ -219,20 +234,17 @@ class ArrivedTensor:
 
     def _check(self, first_row: int, stop_row: int, first_col: int, stop_col: int) -> None:
         """Read tiles and compare them with their CRCs; numbers of tile rows and columns."""
-        header, payload = self.header, self.blob.payload
+        payload = self.blob.payload
         for begin, count in self._runs(first_row, stop_row, first_col, stop_col):
             tiles = self.blob.tiles[begin : begin + count]
             start, stop = int(tiles[0]["data_offset"]), int(tiles[-1]["data_offset"]) + int(tiles[-1]["data_size"])
-            _read_ahead(payload[start:stop])
-        try:
+            read_ahead(payload[start:stop])
+        with self._named():
             for begin, count in self._runs(first_row, stop_row, first_col, stop_col):
                 if count == 1:
                     check_tile_bytes(payload, self.blob.tiles[begin], f"tile {begin}")
                 else:
                     check_tiles(payload, self.blob.tiles[begin : begin + count], begin)
-        except ValueError as error:
-            error.args = (f"{self.name} ({header.rows} × {header.cols}): {error}",)
-            raise
 
     def _runs(self, first_row: int, stop_row: int, first_col: int, stop_col: int) -> Iterator[tuple[int, int]]:
         """Tiles that lie one behind another: (the first, how many)."""
@@ -259,10 +271,7 @@ def stacked(parts: list[Part]) -> list[Part]:
 
 def dense(part: Part, dtype: torch.dtype) -> torch.Tensor:
     """A part's numbers [rows, columns], decoded on the CPU."""
-    from kvpack.runtime.weights.load import coded_on_device
-
-    coded = replace(part.coded, blob=bytes(part.coded.blob))
-    numbers = coded_on_device(coded, "cpu").dequantize(dtype)
+    numbers = coded_on_device(part.coded, "cpu").dequantize(dtype)
     if part.coded.header.transposed:
         numbers = numbers.transpose(-1, -2)
     return numbers[part.first : part.first + part.rows]
@@ -278,19 +287,19 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _advise(data: memoryview, advice: int) -> None:
-    """Tell the kernel about memory that may be a file's. It is advice: of other memory the kernel refuses it."""
+    """Tell the kernel about memory that may be a file's; for other memory, as some loaders bring it, it is nothing."""
     address = np.frombuffer(data, np.uint8).ctypes.data
     begin = address // mmap.PAGESIZE * mmap.PAGESIZE
     length = align(address + len(data), mmap.PAGESIZE) - begin
     _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)
 
 
-def _read_as_asked(data: memoryview) -> None:
+def read_as_asked(data: memoryview) -> None:
     """Read no more of a file than is looked at."""
     _advise(data, _MADV_RANDOM)
 
 
-def _read_ahead(data: memoryview) -> None:
+def read_ahead(data: memoryview) -> None:
     """Bring bytes of a file into memory, all at once."""
     if len(data):
         _advise(data, _MADV_WILLNEED)

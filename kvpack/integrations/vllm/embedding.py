@@ -64,6 +64,7 @@ class KVPackEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         layer.coded = CodedLayer([part], layer.weight_kvpack.device, layer.num_embeddings_per_partition)
         self.arrivals.forget(layer, "weight")
         layer.coded.warm_up(self.dtype)
+        layer.coded.look_up(torch.zeros(1, dtype=torch.int64, device=layer.coded.blobs()[0].device), self.dtype)
 
     def _decode(self, layer: Any, part: Part, because: str | None) -> None:
         device = layer.weight_kvpack.device
@@ -87,5 +88,5 @@ class KVPackEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         return out
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-        """The embedding is the output layer as well; one of its own would be empty."""
+        """The embedding is the output layer as well: the layer of its own has no weights, or none that are read."""
         return embed_tokens

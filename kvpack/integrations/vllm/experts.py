@@ -161,11 +161,18 @@ class DecodingExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **attributes
         )
         self.experts, self.dtype = num_experts, params_dtype
+        self.hidden, self.intermediate = hidden_size, intermediate_size_per_partition
         self.arrivals = _expected(layer, self.prefix, params_dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         for expert in range(self.experts if self.arrivals.tensors else 0):
             gate, up, down = (dense(part, self.dtype) for part in _rank_parts(self.arrivals, expert, layer.moe_config))
+            for matrix in (gate, up, down.T):
+                if matrix.shape != (self.intermediate, self.hidden):
+                    raise ModelMismatchError(
+                        f"{self.prefix}, expert {expert}: a matrix of {tuple(matrix.shape)} in the checkpoint, of "
+                        f"{(self.intermediate, self.hidden)} on this rank of the model"
+                    )
             layer.w13_weight.data[expert, : len(gate), : gate.shape[1]] = gate
             layer.w13_weight.data[expert, len(gate) : len(gate) + len(up), : up.shape[1]] = up
             layer.w2_weight.data[expert, : len(down), : down.shape[1]] = down

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
@@ -41,8 +44,7 @@ class KVPackLinearMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **_attributes: Any,
     ) -> None:
-        self.inputs, self.dtype = input_size_per_partition, params_dtype
-        self.sizes = list(output_partition_sizes)
+        self.dtype, self.sizes = params_dtype, list(output_partition_sizes)
         self.arrivals = Arrivals(self.prefix, params_dtype)
         self.arrivals.expect(layer, "weight", self.arrivals.keep)
 
@@ -50,19 +52,9 @@ class KVPackLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if "coded" in layer._modules:
             return
         parts = stacked(rank_parts(layer, self.arrivals, self.sizes))
-        self._check(parts)
         layer.coded = CodedLayer(parts, layer.weight_kvpack.device)
         self.arrivals.forget(layer, "weight")
         layer.coded.warm_up(self.dtype)
-
-    def _check(self, parts: list[Part]) -> None:
-        rows = sum(part.rows for part in parts)
-        columns = {part.coded.header.cols for part in parts}
-        if rows != sum(self.sizes) or columns != {self.inputs}:
-            raise ModelMismatchError(
-                f"{self.prefix}: coded weights of {rows} outputs and {sorted(columns)} inputs; vLLM's layer has "
-                f"{sum(self.sizes)} and {self.inputs} on this rank"
-            )
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         coded: Any = layer.coded
@@ -74,15 +66,18 @@ class DecodingLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     """vLLM's own dense layer, whose weights are decoded as they are loaded.
 
     For layers of which the checkpoint has some shards coded and others plain, and for all if that is asked for.
+
+    Args:
+        prefix: the layer's name, for messages; coded: which of the checkpoint's tensors of it are coded.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, coded: Sequence[bool]) -> None:
         super().__init__()
-        self.prefix = prefix
+        self.prefix, self.coded_tensors = prefix, coded
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -100,17 +95,26 @@ class DecodingLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             **attributes,
         )
         self.dtype, self.sizes = params_dtype, list(output_partition_sizes)
+        layer.weight.data.fill_(math.nan)  # what nothing is loaded into is found afterwards
         self.arrivals = Arrivals(self.prefix, params_dtype)
         self.arrivals.expect(layer, "weight", self.arrivals.keep)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        for shard in list(self.arrivals.tensors):
+        if not hasattr(layer, "weight" + BLOB_SUFFIX):
+            return
+        names: Sequence[Shard] = _QKV if isinstance(layer, QKVParallelLinear) else range(len(self.coded_tensors))
+        shards = list(self.arrivals.tensors)
+        if None not in shards and len(self.coded_tensors) > 1:
+            coded = [name for name, is_coded in zip(names, self.coded_tensors, strict=False) if is_coded]
+            shards += [name for name in coded if name not in shards]
+        for shard in shards:
             first = 0 if shard is None else sum(self.sizes[: _position(shard)])
             parts = shard_parts(layer, self.arrivals.shard(shard), shard, self.sizes)
             numbers = torch.cat([dense(part, self.dtype) for part in parts])
             layer.weight.data[first : first + len(numbers)].copy_(numbers)
-        if hasattr(layer, "weight" + BLOB_SUFFIX):
-            self.arrivals.forget(layer, "weight")
+        if layer.weight.isnan().any():
+            raise ModelMismatchError(f"{self.prefix}: no weights came for a part of the layer, or they are NaN")
+        self.arrivals.forget(layer, "weight")
         super().process_weights_after_loading(layer)
 
 
@@ -139,24 +143,39 @@ def rank_parts(layer: nn.Module, arrivals: Arrivals, sizes: list[int]) -> list[P
 
 
 def shard_parts(layer: Any, tensor: ArrivedTensor, shard: Shard, sizes: list[int]) -> list[Part]:
-    """This rank's parts of one tensor of the checkpoint: one, or one for each layer that it holds."""
+    """This rank's parts of one tensor of the checkpoint: one, or one for each layer that it holds.
+
+    Raises:
+        ModelMismatchError: it is of another shape than the layer.
+    """
+    header = tensor.header
     if isinstance(layer, RowParallelLinear):
+        _check_shape(tensor, sum(sizes), layer.input_size)
         return [tensor.inputs(layer.tp_rank, layer.tp_size)]
-    if layer.tp_size == 1:
-        return [tensor.outputs(0, tensor.header.rows)]
     if shard is None:
-        own = range(len(sizes))
-    elif isinstance(shard, tuple):
-        own = shard  # type: ignore[assignment]
+        own: Sequence[int] = range(len(sizes))
     else:
-        own = range(_position(shard), _position(shard) + 1)
+        own = shard if isinstance(shard, tuple) else (_position(shard),)
+    # vLLM says the number of ranks to layers, too, that each of them has whole.
+    is_whole = layer.tp_size == 1 or isinstance(layer, ReplicatedLinear)
     parts, first = [], 0
     for number in own:
         size, ranks, rank = sizes[number], layer.tp_size, layer.tp_rank
-        if isinstance(layer, QKVParallelLinear) and number > 0:  # few heads: some ranks have the same
+        if is_whole:
+            ranks, rank = 1, 0
+        elif isinstance(layer, QKVParallelLinear) and number > 0:  # few heads: some ranks have the same
             ranks, rank = ranks // layer.num_kv_head_replicas, rank // layer.num_kv_head_replicas
-        parts.append(tensor.outputs(first + rank * size, first + (rank + 1) * size))
+        parts.append((first + rank * size, first + (rank + 1) * size))
         first += ranks * size
-    if first != tensor.header.rows:
-        raise ModelMismatchError(f"{tensor.name}: {tensor.header.rows} outputs in the checkpoint, {first} on all ranks")
-    return parts
+    _check_shape(tensor, first, layer.input_size)
+    return [tensor.outputs(0, header.rows)] if is_whole else [tensor.outputs(*part) for part in parts]
+
+
+def _check_shape(tensor: ArrivedTensor, outputs: int, inputs: int) -> None:
+    header = tensor.header
+    if (header.matrices, header.rows, header.cols) != (1, outputs, inputs):
+        many = "" if header.matrices == 1 else f"{header.matrices} × "
+        raise ModelMismatchError(
+            f"{tensor.name}: {many}{header.rows} outputs × {header.cols} inputs in the checkpoint, {outputs} × "
+            f"{inputs} in the model"
+        )

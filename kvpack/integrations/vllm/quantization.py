@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from kvpack.encode.listing import listed
 from kvpack.encode.model_config import METHOD
-from kvpack.errors import InputError, ModelMismatchError
+from kvpack.errors import InputError, ModelMismatchError, NotSupportedError
 
 # Every vLLM with kvpack beside it imports this module, for whatever model: the rest comes when a layer asks.
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 # Of `--additional-config '{"kvpack": {"weights": …}}'`.
 CODED, DENSE = "coded", "dense"
+_SHOWN = 3
+_EXPERT = re.compile(r"\.\d+\.")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
@@ -41,6 +45,7 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         self.blob_bytes: dict[str, Any] = dict(blob_bytes)
         self.is_tied = False
         self._weights: str | None = None
+        self._claimed: set[str] = set()
 
     def get_name(self) -> str:
         return METHOD
@@ -103,8 +108,37 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
     def coded_parts(self, prefix: str) -> list[bool]:
         """Of each tensor of the checkpoint that a layer of vLLM is made of, whether it is coded."""
         parent, dot, last = prefix.rpartition(".")
-        names = self.packed_modules_mapping.get(last, [last])
-        return [f"{parent}{dot}{name}.weight" in self.blob_bytes for name in names]
+        names = [f"{parent}{dot}{name}.weight" for name in self.packed_modules_mapping.get(last, [last])]
+        self._claimed.update(names)
+        return [name in self.blob_bytes for name in names]
+
+    def _untie(self) -> None:
+        """Where the output layer is coded it is not the embedding's, whatever config.json says of the original.
+
+        vLLM finds that out by a tensor ``lm_head.weight``, which is named otherwise here.
+        """
+        from vllm.config import get_current_vllm_config_or_none
+
+        if not any(name.endswith("lm_head.weight") for name in self.blob_bytes):
+            return
+        self.is_tied = False
+        config = get_current_vllm_config_or_none()
+        for one in () if config is None else (config.model_config.hf_config, config.model_config.hf_text_config):
+            one.tie_word_embeddings = False
+
+    def _check_claims(self) -> None:
+        """Each coded tensor is of a layer that asked for its method; of several stages a rank has some layers alone."""
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        if config is not None and config.parallel_config.pipeline_parallel_size > 1:
+            return
+        unknown = sorted(self.blob_bytes.keys() - self._claimed)
+        if unknown:
+            raise ModelMismatchError(
+                f"{listed(unknown, _SHOWN)}: coded weights that vLLM's class of this model has no layers for, or under "
+                "other names; kvpack decompress gives the plain model back"
+            )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """What multiplies with a layer's weights; vLLM's own method where nothing is coded.
@@ -119,8 +153,9 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         from kvpack.integrations.vllm.llvmlite_vars import give_vars
         from kvpack.integrations.vllm.reading import read_as_needed
 
-        read_as_needed()
+        read_as_needed(self._check_claims)
         give_vars()
+        self._untie()
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         if isinstance(layer, VocabParallelEmbedding):
@@ -141,14 +176,16 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         coded = self.coded_parts(prefix)
         if not any(coded):
             return UnquantizedLinearMethod()
-        if all(coded) and self.weights == CODED:
+        # Attention with a latent cache (MLA) takes this one's numbers apart.
+        is_taken_apart = prefix.endswith("kv_b_proj")
+        if all(coded) and self.weights == CODED and not is_taken_apart:
             return KVPackLinearMethod(prefix)
         if not all(coded):
             logger.warning_once(
                 "kvpack: %s is made of coded and of plain weights: it, and others like it, is decoded as it is loaded",
                 prefix,
             )
-        return DecodingLinearMethod(prefix)
+        return DecodingLinearMethod(prefix, coded)
 
     def _embedding_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -158,6 +195,8 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         is_output = isinstance(layer, ParallelLMHead)
         # Some models give their embeddings no names, and tied output layers are of the embedding's weight.
         without_name = self.has_coded_embedding and (self.is_tied if is_output else not prefix)
+        names = (f"{prefix}.weight", *_EMBEDDINGS)
+        self._claimed.update(name for name in self.blob_bytes if name.endswith(names))
         if f"{prefix}.weight" in self.blob_bytes or without_name:
             return KVPackEmbeddingMethod(prefix or "the embedding", is_dense=self.weights == DENSE)
         return None
@@ -168,8 +207,16 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         return any(name.endswith(_EMBEDDINGS) for name in self.blob_bytes)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        if not any(name.startswith(f"{prefix}.") for name in self.blob_bytes):
+        coded = [name for name in self.blob_bytes if name.startswith(f"{prefix}.")]
+        self._claimed.update(coded)
+        if not coded:
             return None
+        together = [name for name in coded if not _EXPERT.match(name.removeprefix(prefix))]
+        if together:
+            raise NotSupportedError(
+                f"{listed(together, _SHOWN)}: experts that are one tensor in the checkpoint cannot be coded in vLLM "
+                "yet; kvpack decompress gives the plain model back"
+            )
         from kvpack.integrations.vllm.experts import DecodingExpertsMethod, KVPackExpertsMethod
 
         return (KVPackExpertsMethod if self.weights == CODED else DecodingExpertsMethod)(layer.moe_config, prefix)

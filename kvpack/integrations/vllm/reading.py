@@ -5,7 +5,7 @@ vLLM asks safetensors, which brings each tensor into memory whole: every rank wo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,68 @@ import numpy as np
 import torch
 
 from kvpack.encode.model_config import is_compressed, read_config
-from kvpack.format.container import Container
+from kvpack.errors import NotSupportedError
+from kvpack.format.container import BLOB_SUFFIX, Container
+from kvpack.integrations.vllm.arriving import read_ahead, read_as_asked
 from kvpack.runtime.weights.load import TORCH_DTYPES
 
 
-def mapped_tensors(files: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """All stored tensors of safetensors files: (name, a view of the file).
+def _nothing() -> None:
+    pass
+
+
+_check_layers: Callable[[], None] = _nothing
+
+
+def mapped_tensors(files: Iterable[str], *, check_all: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """All stored tensors of safetensors files: (name, a view of the file). Blobs have CRCs of their own, by tile.
+
+    Args:
+        check_all: whether plain tensors of more than 1 MiB are compared with their CRCs, and so read whole; smaller
+            ones are, and what stands beside blobs.
 
     Raises:
-        ContainerError: a file breaks a rule of FORMAT.md §9.
+        ContainerError: a file breaks a rule of FORMAT.md §9, or a tensor is damaged.
+        NotSupportedError: a tensor of a type that torch does not have.
     """
     for file in sorted(files):
         with Container(file) as container:
-            stored, begin = list(container.tensors.values()), container.data_begin
-        if not stored:
-            continue
-        data = torch.from_numpy(np.memmap(file, np.uint8, mode="c"))
-        for tensor in stored:
-            part = data[begin + tensor.begin : begin + tensor.end]
-            dtype = TORCH_DTYPES[tensor.dtype]
-            if part.storage_offset() % dtype.itemsize:
-                part = part.clone()
-            yield tensor.name, part.view(dtype).reshape(tensor.shape)
+            if not container.tensors:
+                continue
+            data = torch.from_numpy(np.memmap(file, np.uint8, mode="c"))
+            read_as_asked(memoryview(data.numpy().data))
+            for tensor in container.tensors.values():
+                begin = container.data_begin + tensor.begin
+                part = data[begin : begin + tensor.size_bytes]
+                dtype = TORCH_DTYPES.get(tensor.dtype)
+                if dtype is None:
+                    raise NotSupportedError(f"{file}: {tensor.name} is {tensor.dtype}, which vLLM cannot load")
+                if not tensor.name.endswith(BLOB_SUFFIX) and (check_all or tensor.size_bytes <= _SMALL_BYTES):
+                    view = memoryview(part.numpy().data)
+                    read_ahead(view)
+                    container.check_crc32(tensor.name, view)
+                if part.storage_offset() % dtype.itemsize:
+                    part = part.clone()
+                yield tensor.name, part.view(dtype).reshape(tensor.shape)
 
 
 def _is_kvpack(files: Iterable[str]) -> bool:
     return all(is_compressed(read_config(folder)) for folder in {Path(file).parent for file in files})
 
 
-def read_as_needed() -> None:
-    """Have vLLM's loader take :func:`mapped_tensors` for compressed models; others are read as they were."""
+_SMALL_BYTES = 1 << 20
+
+
+def read_as_needed(check_layers: Callable[[], None]) -> None:
+    """Have vLLM's loader take :func:`mapped_tensors` for compressed models; others are read as they were.
+
+    Of several ranks the first one compares large plain tensors with their CRCs.
+
+    Args:
+        check_layers: called before a compressed model is read; the newest one counts.
+    """
+    global _check_layers
+    _check_layers = check_layers
     from vllm.model_executor.model_loader import default_loader
 
     usual = default_loader.safetensors_weights_iterator
@@ -51,7 +83,10 @@ def read_as_needed() -> None:
 
     def weights_iterator(hf_weights_files: list[str], *args: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if hf_weights_files and _is_kvpack(hf_weights_files):
-            return mapped_tensors(hf_weights_files)
+            from vllm.distributed import get_tensor_model_parallel_rank
+
+            _check_layers()
+            return mapped_tensors(hf_weights_files, check_all=get_tensor_model_parallel_rank() == 0)
         return usual(hf_weights_files, *args, **options)  # type: ignore[no-any-return]
 
     weights_iterator.is_kvpack = True  # type: ignore[attr-defined]
