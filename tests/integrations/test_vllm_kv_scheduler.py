@@ -267,6 +267,25 @@ def test_what_tokens_do_not_say_is_passed_over(tmp_path: Path) -> None:
     assert scheduler.take_counts()["passed_over_requests"] == 3
 
 
+def test_weights_that_are_changed_in_place() -> None:
+    """Nothing from before is found, and what was begun before goes under no name."""
+    scheduler, other = make(), make()
+    tokens = list(range(300))
+    hashes = prefill(scheduler, tokens)
+    under_way = Request("under way", list(range(1000, 1300)))
+    scheduler.lookup(under_way, 0)
+    assert step(scheduler, [(under_way, 100)]).saves
+    scheduler.reset()
+    assert not step(scheduler, [(under_way, 200)]).saves
+    assert scheduler.lookup(Request("second", tokens), 0) == 0
+    again = prefill(scheduler, tokens)
+    assert not set(again) & set(hashes)
+    assert scheduler.lookup(Request("third", tokens), 0) == 256
+    # An engine with the weights of before.
+    other.update(0, Changes(come=set(hashes + again)))
+    assert other.lookup(Request("fourth", tokens), 0) == 256
+
+
 def test_few_tokens_are_computed_not_loaded() -> None:
     scheduler = make(min_load_tokens=100)
     tokens = list(range(300))

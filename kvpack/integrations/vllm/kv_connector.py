@@ -247,6 +247,11 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._scheduler.finished(request.request_id)
         return False, None
 
+    def reset_cache(self) -> bool:
+        """As of vLLM: for weights that have been changed in place."""
+        self._scheduler.reset()
+        return True
+
     # Counts ----------------------------------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> KVPackStats | None:

@@ -6,6 +6,7 @@ them has lost is of no use to the others. What ranks say may be out of date, so 
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -190,6 +191,13 @@ class PageScheduler:
             if first < reached:
                 plan.saves.append(known.range(first, reached, block_ids_of(request_id)))
         return plan
+
+    def reset(self) -> None:
+        """The weights are others from now on: nothing that was computed until now is found any more, nor is anything of
+        requests that are under way kept. Files stay, for an engine that has the weights of before."""
+        self._key["reset"] = secrets.token_hex(16)
+        self._requests.clear()
+        self._planned.clear()
 
     def finished(self, request_id: str) -> None:
         """A request is no more."""
