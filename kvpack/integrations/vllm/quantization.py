@@ -130,6 +130,12 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         """Each coded tensor is of a layer that asked for its method; of several stages a rank has some layers alone."""
         from vllm.config import get_current_vllm_config_or_none
 
+        logger.info(
+            "kvpack: %d coded tensors of %.1f MB in the checkpoint; %s",
+            len(self.blob_bytes),
+            sum(size for size in self.blob_bytes.values() if isinstance(size, int)) / 1e6,
+            "they stay coded" if self.weights == CODED else "they are decoded as they are loaded",
+        )
         config = get_current_vllm_config_or_none()
         if config is not None and config.parallel_config.pipeline_parallel_size > 1:
             return
