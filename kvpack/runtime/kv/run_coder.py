@@ -69,7 +69,7 @@ class RunCoder:
         """
         begins, _ = self._sizes.places(formats)
         run = run_pages(header, formats, 0)
-        lead = torch.zeros(LEAD_BYTES, dtype=torch.uint8)
+        lead = torch.zeros(LEAD_BYTES, dtype=torch.uint8, device="cpu")
         if self._device is not None:
             memory = torch.cat([one.to(self._device, non_blocking=True) for one in (lead, *blocks)])
 
