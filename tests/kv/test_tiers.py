@@ -59,7 +59,9 @@ def tiers(manager: KVManager) -> Any:
 
 
 def no_leaks(manager: KVManager) -> bool:
-    """All pages in use are those of the store, once running requests have ended."""
+    """All pages in use are those of the store, once running requests have ended, and copies to host memory."""
+    if manager.tiers is not None:
+        manager.tiers.release_copied()
     held = {entry for block in manager.store._blocks.values() for entry in block.pages().tolist()}
     in_use = sum(manager.cache.pools.bytes_of(entry) for entry in held)
     return manager.cache.pools.bytes_in_use == in_use and all(
