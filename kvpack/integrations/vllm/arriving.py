@@ -23,12 +23,12 @@ from torch import nn
 from kvpack.encode.coded_tensor import CodedTensor
 from kvpack.errors import ModelMismatchError
 from kvpack.format.blob import Blob, check_tile_bytes
-from kvpack.format.container import BLOB_SUFFIX, COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX, SCALE_SUFFIX
+from kvpack.format.container import BLOB_SUFFIX, COLUMN_SCALE_SUFFIX, NUMBER_DTYPES, ROW_OFFSET_SUFFIX, SCALE_SUFFIX
 from kvpack.format.header import HEADER_BYTES, BlobHeader
 from kvpack.format.layout import GROUP_LANES, TILE_ROWS, ElementKind, align
 from kvpack.format.tile_crc import check_tiles
 from kvpack.runtime.weights.device_blob import check_scales, check_vectors
-from kvpack.runtime.weights.load import coded_on_device
+from kvpack.runtime.weights.load import TORCH_DTYPES, coded_on_device
 
 # Below vLLM's own logger: its format and its level are those of vLLM.
 _logger = logging.getLogger(f"vllm.{__name__}")
@@ -38,14 +38,7 @@ _told: set[tuple[int, int, int]] = set()
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _KINDS = {ElementKind.BF16: "BF16", ElementKind.FP16: "F16", ElementKind.FP32: "F32"}
 
-_PART_TYPES = {
-    BLOB_SUFFIX: torch.uint8,
-    SCALE_SUFFIX: torch.float32,
-    COLUMN_SCALE_SUFFIX: torch.float16,
-    ROW_OFFSET_SUFFIX: torch.float32,
-}
-
-_NUMBER_TYPES = {SCALE_SUFFIX: np.float32, COLUMN_SCALE_SUFFIX: np.float16, ROW_OFFSET_SUFFIX: np.float32}
+_PART_TYPES = {BLOB_SUFFIX: torch.uint8} | {suffix: TORCH_DTYPES[name] for suffix, name in NUMBER_DTYPES.items()}
 
 Shard = Any  # "q", "k", "v", an int, a tuple of ints, or None
 
@@ -128,19 +121,20 @@ class ArrivedTensor:
     """One coded tensor, of which nothing but the header has been read."""
 
     def __init__(self, name: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        self.name = name
-        self._tensors, self._dtype = tensors, dtype
+        self.name, self._dtype = name, dtype
         self._bytes = _host_bytes(tensors[BLOB_SUFFIX])
-        read_as_asked(self._bytes)
+        numbers = [tensors.get(suffix) for suffix in (SCALE_SUFFIX, COLUMN_SCALE_SUFFIX, ROW_OFFSET_SUFFIX)]
         read_ahead(self._bytes[:HEADER_BYTES])
         with self._named():
             header = BlobHeader.parse(self._bytes[:HEADER_BYTES])
             read_ahead(self._bytes[: header.payload_offset])
             self.blob = Blob(self._bytes)
             self.header = header
-            scales, columns, offsets = (self._numbers(suffix) for suffix in _NUMBER_TYPES)
-            check_scales(np.empty(0, np.float32) if scales is None else scales, header)
-            check_vectors(columns, offsets, header)
+            self._scales, self._column_scales, self._row_offsets = (
+                None if tensor is None else tensor.cpu().numpy() for tensor in numbers
+            )
+            check_scales(np.empty(0, np.float32) if self._scales is None else self._scales, header)
+            check_vectors(self._column_scales, self._row_offsets, header)
         kind = header.layout.element_kind
         if kind not in _KINDS and kind != ElementKind.SIGNED:
             raise ModelMismatchError(
@@ -157,20 +151,16 @@ class ArrivedTensor:
             error.args = (f"{self.name}: {error}",)
             raise
 
-    def _numbers(self, suffix: str) -> Any:
-        tensor = self._tensors.get(suffix)
-        return None if tensor is None else tensor.cpu().numpy().astype(_NUMBER_TYPES[suffix])
-
     def _coded(self) -> CodedTensor:
         header = self.header
         shape = (header.cols, header.rows) if header.transposed else (header.rows, header.cols)
         return CodedTensor(
             self._bytes,
-            self._numbers(SCALE_SUFFIX),
+            self._scales,
             _KINDS.get(header.layout.element_kind, _DTYPES[self._dtype]),
             shape if header.matrices == 1 else (header.matrices, *shape),
-            self._numbers(COLUMN_SCALE_SUFFIX),
-            self._numbers(ROW_OFFSET_SUFFIX),
+            self._column_scales,
+            self._row_offsets,
         )
 
     def whole(self) -> CodedTensor:

@@ -161,7 +161,6 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
 
         read_as_needed(self._check_claims)
         give_vars()
-        self._untie()
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         if isinstance(layer, VocabParallelEmbedding):
@@ -198,6 +197,7 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
 
         from kvpack.integrations.vllm.embedding import KVPackEmbeddingMethod
 
+        self._untie()
         is_output = isinstance(layer, ParallelLMHead)
         # Some models give their embeddings no names, and tied output layers are of the embedding's weight.
         without_name = self.has_coded_embedding and (self.is_tied if is_output else not prefix)
