@@ -473,6 +473,26 @@ def vllm_connector() -> str:
     return table([*headings, "files, MB", "same first tokens"], rows) + origin(result)
 
 
+def vllm_blocks() -> str:
+    """Nothing until it has been measured."""
+    try:
+        result = newest("vllm-blocks")
+    except NoResult:
+        return ""
+    rows = [
+        [
+            row["format"],
+            name,
+            *(_number(row[way][time], 2) for time in ("engine_ms", "copy_ms", "save_ms", "load_ms")),
+            *(_number(result["value_bytes"] / row[way][time] / 1e6, 0) for time in ("copy_ms", "save_ms", "load_ms")),
+        ]
+        for row in result["rows"]
+        for way, name in (("gathered", "gathered"), ("by_table", "by the block table"))
+    ]
+    times = ["engine, ms", "copy, ms", "save, ms", "load, ms"]
+    return table(["pages", "tokens", *times, "copy, GB/s", "save, GB/s", "load, GB/s"], rows) + gpu_origin(result)
+
+
 def vllm_serving() -> str:
     """Nothing until it has been measured."""
     try:
@@ -1184,6 +1204,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "offloaded-context": offloaded_context,
     "context-files-8k": context_files,
     "manager-soak": manager_soak,
+    "vllm-blocks": vllm_blocks,
     "vllm-connector": vllm_connector,
     "vllm-serving": vllm_serving,
     "processes": processes,

@@ -2,7 +2,7 @@
 //
 // A block of threads has what one page of a side gets of one head. Nobody else writes there, so a page that begins here is written
 // whole, with zeros behind its tokens: they meet probabilities of zero, and must not be NaN.
-#include "kv/page.cuh"
+#include "kv/token_rows.cuh"
 
 constexpr u32 kThreads = kLanes * KVPACK_MAX_WARPS;
 constexpr u32 kRowBytes = 2 * kHeadDim;
@@ -17,15 +17,15 @@ __device__ __forceinline__ u32 token_pair(u32 address) {
   return load_shared_u16(address) | load_shared_u16(address + kRowStride) << 16;
 }
 
-// A page's tokens `first` … `first + count` from rows that are `stride` elements apart, one element or pair after another.
-__device__ __forceinline__ void write_some(u8* block, bool keys, const u16* rows, u64 stride, u32 first, u32 count) {
+// A page's tokens `first` … `first + count` from the rows from `row` on, one element or pair after another.
+__device__ __forceinline__ void write_some(u8* block, bool keys, const TokenRows<const u16>& rows, u32 row, u32 first, u32 count) {
   for (u32 i = threadIdx.x; i < count * (kHeadDim / 2); i += kThreads) {
     const u32 token = first + i / (kHeadDim / 2), dim = 2 * (i % (kHeadDim / 2));
-    const u32 pair = __ldg(reinterpret_cast<const u32*>(rows + (i / (kHeadDim / 2)) * stride + dim));
+    const u32 pair = __ldg(reinterpret_cast<const u32*>(rows.at(row + i / (kHeadDim / 2)) + dim));
     const u32 group = dim / kGroupDims;
     u8* slice = block + 16 * ((keys ? place_of(group) : group) * kGroupUnits + token / 16 * kLanes);
-    const u32 row = keys ? token % 16 : dim % 16, column = keys ? dim % 16 : token % 16;
-    u8* word = slice + 16 * (4 * (row % 8) + column % 8 / 2) + 4 * (2 * (column / 8) + row / 8);
+    const u32 down = keys ? token % 16 : dim % 16, column = keys ? dim % 16 : token % 16;
+    u8* word = slice + 16 * (4 * (down % 8) + column % 8 / 2) + 4 * (2 * (column / 8) + down / 8);
     if (keys) {
       *reinterpret_cast<u32*>(word) = pair;
     } else {
@@ -37,12 +37,12 @@ __device__ __forceinline__ void write_some(u8* block, bool keys, const u16* rows
 }
 
 // All of a page: `count` tokens, then zeros.
-__device__ __forceinline__ void write_all(u8* block, bool keys, const u16* rows, u64 stride, u32 count) {
+__device__ __forceinline__ void write_all(u8* block, bool keys, const TokenRows<const u16>& rows, u32 row, u32 count) {
   __shared__ __align__(16) u8 tile[kPageTokens * kRowStride];
   const u32 tile_address = shared_address(tile);
   for (u32 i = threadIdx.x; i < kPageTokens * kRowUnits; i += kThreads) {
-    const u32 row = i / kRowUnits, unit = i % kRowUnits, at = tile_address + row * kRowStride + 16 * unit;
-    if (row < count) copy_async_16(at, rows + row * stride + 8 * unit);
+    const u32 token = i / kRowUnits, unit = i % kRowUnits, at = tile_address + token * kRowStride + 16 * unit;
+    if (token < count) copy_async_16(at, rows.at(row + token) + 8 * unit);
     else store_shared_v4(at, make_uint4(0, 0, 0, 0));
   }
   copy_async_commit();
@@ -67,7 +67,8 @@ __device__ __forceinline__ void write_all(u8* block, bool keys, const u16* rows,
   }
 }
 
-// k, v: [gridDim.y, num_heads, num_rows, head_dim], element strides.
+// k, v: [gridDim.y, num_heads, num_rows, head_dim], element strides; or [blocks, num_heads, tokens, head_dim], gridDim.y times.
+// layers, blocks, block_step, skipped: a BlockTable, of rows in blocks.
 // pages: what entries count from; null if they are addresses. table: [2 sides, gridDim.y, max_pages].
 // positions: [gridDim.y], where each sequence's first new token goes.
 // counts: [gridDim.y], how many of the last rows are a sequence's tokens; null: all are.
@@ -76,7 +77,7 @@ __device__ __forceinline__ void write_all(u8* block, bool keys, const u16* rows,
 extern "C" __global__ void __launch_bounds__(kThreads, KVPACK_BLOCKS_PER_SM)
 page_write(const u16* k, u64 k_batch, u64 k_head, u64 k_token, const u16* v, u64 v_batch, u64 v_head, u64 v_token, u8* pages,
            const u64* table, const s32* positions, const s32* counts, u32* status, u32 num_heads, u32 num_rows, u32 max_pages,
-           u32 format) {
+           u32 format, const u64* layers, const s32* blocks, u64 block_step, u32 skipped) {
   const u32 head = blockIdx.x % num_heads, sequence = blockIdx.y, side = blockIdx.z;
   const s32 position = __ldg(positions + sequence);
   const u32 given = counts == nullptr ? num_rows : static_cast<u32>(max(0, __ldg(counts + sequence)));
@@ -101,9 +102,9 @@ page_write(const u16* k, u64 k_batch, u64 k_head, u64 k_token, const u16* v, u64
   }
   block += static_cast<u64>(head) * block_bytes(KVPACK_SIDE_K, KVPACK_FORMAT_FP16);
   const bool keys = side == KVPACK_SIDE_K;
-  const u64 stride = keys ? k_token : v_token;
-  const u16* rows = keys ? k + sequence * k_batch + head * k_head : v + sequence * v_batch + head * v_head;
-  rows += (first - start + (num_rows - num_tokens)) * stride;
-  if (first == page_start) write_all(block, keys, rows, stride, count);
-  else write_some(block, keys, rows, stride, static_cast<u32>(first - page_start), count);
+  const TokenRows<const u16> rows(keys ? k : v, keys ? k_batch : v_batch, keys ? k_head : v_head, keys ? k_token : v_token,
+                                  {layers, blocks, block_step, skipped}, sequence, head);
+  const u32 row = static_cast<u32>(first - start) + num_rows - num_tokens;
+  if (first == page_start) write_all(block, keys, rows, row, count);
+  else write_some(block, keys, rows, row, static_cast<u32>(first - page_start), count);
 }

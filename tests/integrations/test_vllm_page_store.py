@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ torch = pytest.importorskip("torch")
 
 from paged_prompts import (  # noqa: E402
     BF16,
+    BLOCKS,
     HEAD_DIM,
     HEADS,
     LAYERS,
@@ -35,9 +37,10 @@ from paged_prompts import (  # noqa: E402
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks  # noqa: E402
 from kvpack.errors import CacheInputError, InputError  # noqa: E402
 from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
+from kvpack.integrations.vllm import kv_page_codec  # noqa: E402
 from kvpack.integrations.vllm.cpu_block_order import block_places  # noqa: E402
 from kvpack.integrations.vllm.kv_page_codec import PageCodec, PagedLayers  # noqa: E402
-from kvpack.integrations.vllm.kv_plan import Changes  # noqa: E402
+from kvpack.integrations.vllm.kv_plan import Changes, Load, PageRange  # noqa: E402
 from kvpack.runtime.kv import disk_tier, tiers  # noqa: E402
 from kvpack.runtime.kv.cache import KVCache  # noqa: E402
 
@@ -264,6 +267,72 @@ def test_another_model_s_pages_are_left_alone_and_named(tmp_path: Path) -> None:
     same = make_store(paged, tmp_path)
     assert load(same, paged, tokens) == 192
     same.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("block_tokens", "splits"), [(16, 1), (48, 3), (128, 1)])
+@pytest.mark.parametrize(
+    ("k", "v"),
+    [(BF16, BF16), (INT8, INT4), (PageFormat.INT3, PageFormat.INT2), (PageFormat.FP8_E4M3, PageFormat.FP8_E5M2)],
+)
+def test_by_the_block_table_as_by_gathering(
+    device: str, block_tokens: int, splits: int, k: PageFormat, v: PageFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, which the CPU can do as well: the same pages, and the same tokens where they are loaded."""
+    monkeypatch.setattr(kv_page_codec, "runs_kernels", lambda _device: True)
+    by_table = make_paged(block_tokens, splits=splits, device=device)
+    monkeypatch.setattr(kv_page_codec, "runs_kernels", lambda _device: False)
+    by_gathering = make_paged(block_tokens, splits=splits)
+    assert by_table.blocks is not None
+    assert by_gathering.blocks is None
+    found: list[tuple[list[bytes], torch.Tensor]] = []
+    for paged in (by_table, by_gathering):
+        store = make_store(paged, formats=(k, v))
+        tokens = range(64 * 7 + 20)
+        pages = page_range(tokens, blocks_for(paged, len(tokens), 0))
+        compute(paged, pages)
+        before = [layer.clone() for layer in paged.layers]
+        # In two parts, of which the second one begins in the midst of a block.
+        store.save(PageRange(0, None, pages.hashes[:3], pages.tokens[:3], pages.block_ids))
+        store.save(PageRange(3, pages.hashes[2], pages.hashes[3:], pages.tokens[3:], pages.block_ids))
+        store.drain()
+        assert all(torch.equal(layer, was) for layer, was in zip(paged.layers, before, strict=True))
+        kept = [store._tiers.host.ready(one).data.numpy().tobytes() for one in pages.hashes]
+        end = 64 * 7 // block_tokens * block_tokens
+        moved = page_range(tokens, blocks_for(paged, len(tokens), 1))
+        for layer in paged.layers:
+            layer.fill_(-3.5)
+        store.load(Load("request", block_tokens, end, moved))
+        store.drain()
+        assert store.take_loaded() == [("request", [])]
+        found.append((kept, torch.stack([layer.cpu() for layer in paged.layers])))
+        assert store._waiting_bytes == 0
+        store.close()
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    kernel_tokens = (found[0][1] == -3.5).all(-1).sum().item()
+    loaded = LAYERS * HEADS * (end - block_tokens)
+    assert kernel_tokens == LAYERS * HEADS * BLOCKS * block_tokens - loaded, "no other token is touched"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_block_table_that_is_wrong_is_a_failure_of_its_own(device: str, tmp_path: Path) -> None:
+    paged = make_paged(device=device)
+    said: list[str] = []
+    store = make_store(paged, tmp_path, on_failure=lambda what, error: said.append(f"{what}: {error}"))
+    pages = save(store, paged, list(range(200)))
+    wrong = replace(pages, block_ids=(*pages.block_ids[:8], BLOCKS, *pages.block_ids[9:]))
+    before = [layer.clone() for layer in paged.layers]
+    store.load(Load("request", 0, 192, wrong))
+    store.drain()
+    assert store.take_loaded() == [("request", list(wrong.block_ids[:12]))]
+    assert all(torch.equal(layer, was) for layer, was in zip(paged.layers, before, strict=True))
+    store.save(page_range(range(1000, 1200), wrong.block_ids))
+    store.drain()
+    assert said == [f"{what}: {said[0].partition(': ')[2]}" for what in ("load", "save")]
+    assert f"the cache has {BLOCKS} blocks" in said[0]
+    assert store._waiting_bytes == 0
+    store.close()
 
 
 def test_pages_of_other_formats_are_not_found(tmp_path: Path) -> None:

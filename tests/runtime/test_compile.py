@@ -278,6 +278,8 @@ def read_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
     options = list(itertools.product(Side, weights.ACTIVATIONS))
     for head_dim, (side, dtype) in selected(HEAD_DIMS, options, everything):
         yield page_kernels.read_kernel(side, head_dim, dtype)
+        if dtype in page_kernels.PAGE_FORMATS:
+            yield page_kernels.read_kernel(side, head_dim, dtype, block_tokens=16)
 
 
 def score_kernels(everything: bool, _architecture: int) -> Iterator[Kernel]:
@@ -310,7 +312,10 @@ KERNELS: dict[str, Callable[[bool, int], Iterable[Kernel]]] = {
     "matrix_quantize": matrix_kernels(matrices.quantize_kernel, FORMATS, Axis, matrices.Variant, rows_apart=True),
     "matrix_quantize_rows": matrix_kernels(matrices.quantize_rows_kernel, FORMATS),
     "matrix_dequantize": matrix_kernels(matrices.dequantize_kernel, FORMATS, Axis, matrices.Variant),
-    "page_write": lambda _everything, _architecture: map(page_kernels.write_kernel, HEAD_DIMS),
+    "page_write": lambda _everything, _architecture: [
+        page_kernels.write_kernel(head_dim, block_tokens=tokens)
+        for head_dim, tokens in itertools.product(HEAD_DIMS, (0, 16))
+    ],
     "page_fetch": lambda _everything, _architecture: map(page_slots.fetch_kernel, HEAD_DIMS),
     "page_quantize": quantize_kernels,
     "page_read": read_kernels,

@@ -1,5 +1,8 @@
 """Keys and values in vLLM's cache ⇄ kvpack's pages, on the device where they lie.
 
+On a GPU kernels read and write vLLM's blocks by the block table (:mod:`~kvpack.runtime.kv.block_table`); on a CPU
+tokens are gathered, and put back.
+
 vLLM's cache of a layer is [blocks, heads, tokens of a block, K and then V]; the attention of CPUs has another order in
 a block's head (:mod:`~kvpack.integrations.vllm.cpu_block_order`). A page is 64 tokens of a request, wherever its blocks
 begin and end.
@@ -8,17 +11,29 @@ begin and end.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvpack.errors import CacheInputError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, Side
+from kvpack.runtime.device.upload import sent
+from kvpack.runtime.kv.block_table import BlockCache, BlockRows, checked_blocks
 from kvpack.runtime.kv.cache import KVCache
-from kvpack.runtime.kv.page_kernels import left_out, new_status, quantize_pages, read_tokens, write_tokens
+from kvpack.runtime.kv.page_kernels import (
+    left_out,
+    new_status,
+    quantize_pages,
+    read_to_blocks,
+    read_tokens,
+    write_from_blocks,
+    write_tokens,
+)
+from kvpack.runtime.kv.page_table import Ints
 from kvpack.runtime.kv.run_coder import BlockSizes, Formats
+from kvpack.runtime.kv.snapshot_device import runs_kernels
 
 
 class PagedLayers:
@@ -30,8 +45,12 @@ class PagedLayers:
         places: i64 [tokens of a kernel block, 2·head_dim], on the layers' device: where among the elements of a block's
             head each of a token's lies, K before V. None: in that order.
 
+    Attributes:
+        blocks: keys and values as kernels find them; None on a device that has none.
+
     Raises:
-        CacheInputError: layers of different shapes, or no keys and values of such blocks.
+        CacheInputError: layers of different shapes, or no keys and values of such blocks; on a GPU also what
+            :class:`~kvpack.runtime.kv.block_table.BlockCache` refuses.
     """
 
     def __init__(self, layers: Sequence[torch.Tensor], block_tokens: int, places: torch.Tensor | None = None) -> None:
@@ -45,17 +64,32 @@ class PagedLayers:
         self.layers, self.block_tokens, self.head_dim = list(layers), block_tokens, width // 2
         self.device = layers[0].device
         self._places = places
+        self.blocks: BlockCache | None = None
+        if runs_kernels(self.device):
+            width = self.head_dim
+            self.blocks = BlockCache([one[..., :width] for one in layers], [one[..., width:] for one in layers])
 
-    def _kernel_blocks(self, block_ids: Sequence[int], first: int, end: int) -> torch.Tensor:
-        """i64 [n]: those that tokens ``first … end − 1`` of a request are in."""
-        index = np.arange(first // self.kernel_tokens, ceil_div(end, self.kernel_tokens))
+    def _kernel_blocks(self, block_ids: Sequence[int], first: int, end: int) -> Ints:
+        """Those that tokens ``first … end − 1`` of a request are in."""
+        used = slice(first // self.block_tokens, ceil_div(end, self.block_tokens))
         split = self.block_tokens // self.kernel_tokens
-        ids = torch.from_numpy(np.asarray(block_ids, np.int64)[index // split] * split + index % split)
-        return ids.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else ids
+        ids = checked_blocks(block_ids, used, len(self.layers[0]) // split)
+        index = np.arange(first // self.kernel_tokens, ceil_div(end, self.kernel_tokens))
+        return ids[index // split - used.start] * split + index % split
+
+    def rows(self, block_ids: Sequence[int], first: int, end: int) -> BlockRows:
+        """Tokens ``first … end − 1`` of a request, where kernels find them by its blocks.
+
+        Raises:
+            CacheInputError: too few blocks, one that the cache does not have, or one that is given twice.
+        """
+        assert self.blocks is not None
+        ids = self._kernel_blocks(block_ids, first, end)
+        return self.blocks.rows(ids, first % self.kernel_tokens, end - first)
 
     def copy_out(self, block_ids: Sequence[int], first: int, end: int) -> torch.Tensor:
         """A copy of the kernel blocks that these tokens are in, as they are: [layers, n, heads, tokens, 2·head_dim]."""
-        ids = self._kernel_blocks(block_ids, first, end)
+        ids = sent(self._kernel_blocks(block_ids, first, end), self.device)
         shape = (len(self.layers), len(ids), *self.layers[0].shape[1:])
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
         for layer, target in zip(self.layers, out, strict=True):
@@ -73,7 +107,7 @@ class PagedLayers:
         """Put keys and values [layers, tokens, heads, 2·head_dim] where these tokens', of whole kernel blocks, are."""
         assert first % self.kernel_tokens == 0
         assert end % self.kernel_tokens == 0
-        ids = self._kernel_blocks(block_ids, first, end)
+        ids = sent(self._kernel_blocks(block_ids, first, end), self.device)
         blocks = values.unflatten(1, (-1, self.kernel_tokens)).transpose(2, 3)
         if self._places is not None:
             placed = torch.empty_like(blocks.flatten(3))
@@ -81,6 +115,27 @@ class PagedLayers:
             blocks = placed.unflatten(3, (self.kernel_tokens, -1))
         for layer, source in zip(self.layers, blocks, strict=True):
             layer[ids] = source
+
+
+@dataclass(frozen=True)
+class CopiedPages:
+    """Pages on their way: keys and values in 16 bits, and room for what is quantized.
+
+    Attributes:
+        memory: u8: pages as they will be, then those of 16 bits that are quantized.
+        formats: u8 [layers, 2, n], what pages will have.
+        begins: i64 [layers, 2, n]: where each will be.
+        bounds: i64 [n + 1]: where each index's pages begin, and the last one's end.
+        copied: i64 [layers, 2, n]: entries of the pages in 16 bits.
+        status: of the kernels.
+    """
+
+    memory: torch.Tensor
+    formats: Formats
+    begins: Ints
+    bounds: Ints
+    copied: Ints
+    status: torch.Tensor
 
 
 class PageCodec:
@@ -105,35 +160,66 @@ class PageCodec:
             u8 [bytes] for each index.
         """
         cache, device = self._cache, values.device
-        begins, bounds = self._sizes.places(formats)
-        full = np.uint8(cache.full_format)
-        is_quantized = formats != full
-        # What is to be quantized is written in 16 bits first, behind the pages.
-        full_bytes = int(self._sizes.page_bytes[0, full])
-        scratch = bounds[-1] + full_bytes * (np.cumsum(is_quantized.reshape(-1)) - 1).reshape(formats.shape)
-        memory = torch.zeros(int(bounds[-1]) + full_bytes * int(is_quantized.sum()), dtype=torch.uint8, device=device)
-        written = np.where(is_quantized, scratch, begins) | int(full)
-        status = new_status(device)
+        pages = self._new_pages(formats, device)
         k, v = values.permute(0, 2, 1, 3).split(cache.head_dim, -1)
         positions = torch.zeros(len(values), dtype=torch.int32, device=device)
-        table = _sent(written.transpose(1, 0, 2), device)
-        write_tokens(k, v, table, positions, status, memory, key_order=cache.key_order)
+        table = sent(pages.copied.transpose(1, 0, 2), device)
+        write_tokens(k, v, table, positions, pages.status, pages.memory, key_order=cache.key_order)
+        return self.quantized(pages)
+
+    def copied_bytes(self, formats: Formats) -> int:
+        """Memory that :meth:`copy` takes."""
+        full_bytes = int(self._sizes.page_bytes[0, self._cache.full_format])
+        quantized = int((formats != self._cache.full_format).sum())
+        return int(self._sizes.places(formats)[1][-1]) + full_bytes * quantized
+
+    def copy(self, rows: BlockRows, formats: Formats) -> CopiedPages:
+        """Whole pages of tokens out of vLLM's blocks, by one kernel: what is enqueued next may overwrite these.
+
+        Nothing waits for the device.
+
+        Args:
+            formats: u8 [layers, 2, n], what :meth:`quantized` is to make of them.
+        """
+        pages = self._new_pages(formats, rows.cache.device)
+        table = sent(pages.copied.transpose(1, 0, 2), rows.cache.device)
+        write_from_blocks(rows, table, pages.status, pages.memory, self._cache.key_order)
+        return pages
+
+    def _new_pages(self, formats: Formats, device: torch.device) -> CopiedPages:
+        begins, bounds = self._sizes.places(formats)
+        full = np.uint8(self._cache.full_format)
+        is_quantized = formats != full
+        full_bytes = int(self._sizes.page_bytes[0, full])
+        behind = bounds[-1] + full_bytes * (np.cumsum(is_quantized.reshape(-1)) - 1).reshape(formats.shape)
+        memory = torch.empty(self.copied_bytes(formats), dtype=torch.uint8, device=device)
+        copied = np.where(is_quantized, behind, begins) | int(full)
+        return CopiedPages(memory, formats, begins, bounds, copied, new_status(device))
+
+    def quantized(self, pages: CopiedPages) -> list[torch.Tensor]:
+        """The bytes of pages that have been copied, u8 [bytes] for each index; waits for the device."""
+        cache, formats, memory = self._cache, pages.formats, pages.memory
+        if memory.is_cuda:
+            # Another stream's memory, which must not be given to others while kernels write to it.
+            for one in (memory, pages.status):
+                one.record_stream(torch.cuda.current_stream(memory.device))
         for side in Side:
-            for target in np.unique(formats[:, side][is_quantized[:, side]]).tolist():
-                chosen = formats[:, side] == target
-                jobs = np.stack([written[:, side][chosen], begins[:, side][chosen] | target], -1)
+            of_side = formats[:, side]
+            for target in np.unique(of_side[of_side != cache.full_format]).tolist():
+                chosen = of_side == target
+                jobs = np.stack([pages.copied[:, side][chosen], pages.begins[:, side][chosen] | target], -1)
                 quantize_pages(
-                    _sent(jobs, device),
+                    sent(jobs, memory.device),
                     side,
                     cache.full_format,
                     PageFormat(target),
                     cache.head_dim,
                     cache.num_kv_heads,
-                    status,
+                    pages.status,
                     memory,
                 )
-        assert left_out(status) is None
-        return [memory[begin:end] for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+        assert left_out(pages.status) is None
+        return _split(memory, pages.bounds)
 
     def decode(self, pages: Sequence[torch.Tensor], formats: Formats, device: torch.device) -> torch.Tensor:
         """The inverse of :meth:`encode`, as far as the formats allow it; of 16 bits exactly.
@@ -146,16 +232,13 @@ class PageCodec:
             [layers, 64·n, heads, 2·head_dim] on ``device``.
         """
         cache = self._cache
-        begins, bounds = self._sizes.places(formats)
-        memory = torch.empty(int(bounds[-1]), dtype=torch.uint8, device=device)
-        for page, begin, end in zip(pages, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            memory[begin:end].copy_(page, non_blocking=True)
+        memory, entries = self._placed(pages, formats, device)
         tokens = PAGE_TOKENS * len(pages)
         starts = torch.zeros(len(formats), dtype=torch.int32, device=device)
         status = new_status(device)
         both = [
             read_tokens(
-                _sent(begins[:, side] | formats[:, side], device),
+                sent(entries[:, side], device),
                 side,
                 starts,
                 starts + tokens,
@@ -172,6 +255,31 @@ class PageCodec:
         assert left_out(status) is None
         return torch.cat(both, -1).transpose(1, 2)
 
+    def put(self, pages: Sequence[torch.Tensor], formats: Formats, first: int, rows: BlockRows) -> None:
+        """Tokens of pages into vLLM's blocks, by a kernel for K and one for V; waits for the device.
 
-def _sent(values: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+        Args:
+            pages: u8 [bytes] for each index, on any device.
+            formats: u8 [layers, 2, n].
+            first: which token of the pages the first row is.
+        """
+        device = rows.cache.device
+        memory, entries = self._placed(pages, formats, device)
+        status = new_status(device)
+        for side in Side:
+            read_to_blocks(rows, sent(entries[:, side], device), side, first, status, memory, self._cache.key_order)
+        assert left_out(status) is None
+
+    def _placed(
+        self, pages: Sequence[torch.Tensor], formats: Formats, device: torch.device
+    ) -> tuple[torch.Tensor, Ints]:
+        """Pages in one piece of memory, and their entries [layers, 2, n]."""
+        begins, bounds = self._sizes.places(formats)
+        memory = torch.empty(int(bounds[-1]), dtype=torch.uint8, device=device)
+        for page, there in zip(pages, _split(memory, bounds), strict=True):
+            there.copy_(page, non_blocking=True)
+        return memory, begins | formats
+
+
+def _split(memory: torch.Tensor, bounds: Ints) -> list[torch.Tensor]:
+    return [memory[begin:end] for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]

@@ -1,8 +1,8 @@
 """A rank's pages in host memory and files, saved and loaded by threads of its own.
 
-Saving: the engine's thread copies keys and values out (:meth:`PageStore.save`), a thread makes pages of them, puts them
-into host memory and, when nothing else waits, writes them to files. Loading: another thread reads pages, and puts keys
-and values where vLLM wants them. The engine's thread waits for neither, nor for their lock.
+Saving: the engine's thread has keys and values copied out (:meth:`PageStore.save`), a thread makes pages of them, puts
+them into host memory and, when nothing else waits, writes them to files. Loading: another thread reads pages, and puts
+keys and values where vLLM wants them. The engine's thread waits for neither, nor for their lock.
 
 All is done by :class:`~kvpack.runtime.kv.tiers.Tiers`: its files are bounded, written whole or not at all, shared by
 several processes, known by a chain of hashes over the tokens, and looked at with suspicion.
@@ -23,9 +23,10 @@ import torch
 
 from kvpack.encode.threads import ThreadPool
 from kvpack.errors import KvpackError
+from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, PageFormat
 from kvpack.format.snapshot import Fingerprint
-from kvpack.integrations.vllm.kv_page_codec import PageCodec, PagedLayers
+from kvpack.integrations.vllm.kv_page_codec import CopiedPages, PageCodec, PagedLayers
 from kvpack.integrations.vllm.kv_plan import Changes, Load, PageRange
 from kvpack.runtime.kv.cache import KVCache
 from kvpack.runtime.kv.host_tier import BlockBytes
@@ -113,6 +114,9 @@ class PageStore:
         self._loaded: list[tuple[str, list[int]]] = []
         self._scanned_s = time.monotonic()
         self._publish()
+        if paged.blocks is not None:  # the kernel that the engine's thread launches is compiled now, not in a step
+            rows = paged.rows(range(ceil_div(PAGE_TOKENS, paged.block_tokens)), 0, PAGE_TOKENS)
+            self._codec.copy(rows, self._formats[:, :, None])
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
@@ -128,40 +132,52 @@ class PageStore:
         if not missing:
             return
         begin, end = missing[0], missing[-1] + 1
-        count = end - begin
-        size_bytes = self._values_bytes(count)
-        with self._seen:
-            if self._waiting_bytes + size_bytes > self._queue_bytes:
-                self._counts["dropped_pages"] += count
-                return
-            self._waiting_bytes += size_bytes
-            self._waiting_jobs += 1
-            self._waiting.update(pages.hashes[begin:end])
-        first_token = (pages.first_page + begin) * PAGE_TOKENS
-        copied = None
-        try:
-            copies = self._paged.copy_out(pages.block_ids, first_token, first_token + count * PAGE_TOKENS)
-        except torch.OutOfMemoryError as error:
-            self._failed("save", error)
-            self._let_go(pages.hashes[begin:end])
-            return
-        if copies.is_cuda:
-            copied = torch.cuda.Event()
-            copied.record()
         part = PageRange(
             pages.first_page + begin,
             pages.hashes[begin - 1] if begin else pages.parent,
             pages.hashes[begin:end],
             pages.tokens[begin:end],
-            (),
+            pages.block_ids,
         )
-        self._saver.executor.submit(self._save, part, copies, copied)
+        size_bytes = self._copy_bytes(part)
+        with self._seen:
+            if self._waiting_bytes + size_bytes > self._queue_bytes:
+                self._counts["dropped_pages"] += len(part.hashes)
+                return
+            self._waiting_bytes += size_bytes
+            self._waiting_jobs += 1
+            self._waiting.update(part.hashes)
+        copied = None
+        try:
+            copies = self._copied(part)
+        except (KvpackError, torch.OutOfMemoryError) as error:
+            self._failed("save", error)
+            self._let_go(part, size_bytes)
+            return
+        if self._paged.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        self._saver.executor.submit(self._save, part, copies, copied, size_bytes)
 
-    def _values_bytes(self, pages: int) -> int:
+    def _copied(self, pages: PageRange) -> CopiedPages | torch.Tensor:
+        """Keys and values as kernels copy them: pages of 16 bits; or as :meth:`PagedLayers.copy_out` does."""
+        first = pages.first_page * PAGE_TOKENS
+        end = first + len(pages.hashes) * PAGE_TOKENS
+        if self._paged.blocks is None:
+            return self._paged.copy_out(pages.block_ids, first, end)
+        return self._codec.copy(self._paged.rows(pages.block_ids, first, end), self._formats_of(pages))
+
+    def _copy_bytes(self, pages: PageRange) -> int:
+        """Memory of :meth:`_copied`, but for tokens of the first and the last block that are of other pages."""
         paged = self._paged
-        return len(paged.layers) * pages * PAGE_TOKENS * paged.heads * 2 * paged.head_dim * paged.dtype.itemsize
+        if paged.blocks is not None:
+            return self._codec.copied_bytes(self._formats_of(pages))
+        tokens = len(pages.hashes) * PAGE_TOKENS
+        return len(paged.layers) * tokens * paged.heads * 2 * paged.head_dim * paged.dtype.itemsize
 
-    def _save(self, pages: PageRange, copies: torch.Tensor, copied: torch.cuda.Event | None) -> None:
+    def _save(
+        self, pages: PageRange, copies: CopiedPages | torch.Tensor, copied: torch.cuda.Event | None, size_bytes: int
+    ) -> None:
         try:
             with self._on_stream("save"):
                 if copied is not None:
@@ -174,16 +190,16 @@ class PageStore:
         except (KvpackError, OSError, RuntimeError) as error:  # no memory, say: these pages are not kept
             self._failed("save", error)
         finally:
-            if self._let_go(pages.hashes):
+            if self._let_go(pages, size_bytes):
                 self._flush()
             self._publish()
 
-    def _let_go(self, hashes: Sequence[bytes]) -> bool:
+    def _let_go(self, pages: PageRange, size_bytes: int) -> bool:
         """Pages wait no longer. Returns whether no others do."""
         with self._seen:
-            self._waiting_bytes -= self._values_bytes(len(hashes))
+            self._waiting_bytes -= size_bytes
             self._waiting_jobs -= 1
-            self._waiting.difference_update(hashes)
+            self._waiting.difference_update(pages.hashes)
             return not self._waiting_jobs
 
     def _flush(self) -> None:
@@ -191,15 +207,19 @@ class PageStore:
             with self._on_stream("save"):
                 self._tiers.flush()
 
-    def _blocks(self, pages: PageRange, copies: torch.Tensor) -> list[BlockBytes]:
-        first = pages.first_page * PAGE_TOKENS
-        values = self._paged.tokens_of(copies, first, first + len(pages.hashes) * PAGE_TOKENS)
+    def _blocks(self, pages: PageRange, copies: CopiedPages | torch.Tensor) -> list[BlockBytes]:
         formats = self._formats_of(pages)
+        if isinstance(copies, CopiedPages):
+            data = self._codec.quantized(copies)
+        else:
+            first = pages.first_page * PAGE_TOKENS
+            values = self._paged.tokens_of(copies, first, first + len(pages.hashes) * PAGE_TOKENS)
+            data = self._codec.encode(values, formats)
         parents = [pages.parent, *pages.hashes[:-1]]
         return [
-            BlockBytes(one, parent, pages.first_page + place + 1, tokens, formats[:, :, place], data)
-            for place, (one, parent, tokens, data) in enumerate(
-                zip(pages.hashes, parents, pages.tokens, self._codec.encode(values, formats), strict=True)
+            BlockBytes(one, parent, pages.first_page + place + 1, tokens, formats[:, :, place], of_page)
+            for place, (one, parent, tokens, of_page) in enumerate(
+                zip(pages.hashes, parents, pages.tokens, data, strict=True)
             )
         ]
 
@@ -232,7 +252,7 @@ class PageStore:
         except (KvpackError, OSError, RuntimeError) as error:
             self._failed("load", error)
         block_tokens = self._paged.block_tokens
-        failed = range(reached // block_tokens, -(-load.end_token // block_tokens))
+        failed = range(reached // block_tokens, ceil_div(load.end_token, block_tokens))
         with self._seen:
             self._counts["loaded_tokens"] += reached - load.first_token
             self._counts["failed_tokens"] += load.end_token - reached
@@ -252,15 +272,24 @@ class PageStore:
             if end <= load.first_token:
                 return load.first_token
             formats = np.stack([block.formats for block in blocks], -1)
-            values = self._codec.decode([block.data for block in blocks], formats, self._paged.device)
-            values = values[:, load.first_token - first : end - first]
-            self._paged.put(values, pages.block_ids, load.first_token, end)
+            self._put_tokens(load, end, [block.data for block in blocks], formats)
             with self._seen:
                 self._counts["loaded_bytes"] += sum(block.data.numel() for block in blocks)
-            if values.is_cuda:
-                # vLLM computes with it as soon as it hears of it; and host memory may be written to then.
-                torch.cuda.current_stream(values.device).synchronize()
             return end
+
+    def _put_tokens(self, load: Load, end: int, data: Sequence[torch.Tensor], formats: Formats) -> None:
+        skipped, block_ids = load.first_token - load.pages.first_page * PAGE_TOKENS, load.pages.block_ids
+        try:
+            if self._paged.blocks is not None:
+                self._codec.put(data, formats, skipped, self._paged.rows(block_ids, load.first_token, end))
+            else:
+                values = self._codec.decode(data, formats, self._paged.device)
+                values = values[:, skipped : skipped + end - load.first_token]
+                self._paged.put(values, block_ids, load.first_token, end)
+        finally:
+            # vLLM computes with it as soon as it hears of it, or instead of it; and host memory may be written to then.
+            if (stream := self._streams["load"]) is not None:
+                stream.synchronize()
 
     def wait_for_load(self, timeout_s: float) -> None:
         """Until a load has ended, if one is under way, or so long."""

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvpack.encode.threads import ThreadPool, default_threads
@@ -190,6 +192,12 @@ def pinned_memory(size: int, device: torch.device) -> torch.Tensor:
     """u8 [size] from which copies to ``device`` need not wait."""
     with torch.cuda.device(device):  # or pinning would make a context on device 0
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+def sent(array: npt.NDArray[np.int32] | npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """A copy on a device, for which nothing waits; on the CPU the array itself, if it is contiguous."""
+    values = torch.from_numpy(np.ascontiguousarray(array))
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 class _Pinned:

@@ -12,6 +12,7 @@ from kvpack.format.pages import PAGE_TOKENS, WARP_LANES, PageFormat, PageLayout
 from kvpack.format.snapshot import PartName, RunPages
 from kvpack.runtime.device import kernels
 from kvpack.runtime.device.kernels import Kernel
+from kvpack.runtime.device.upload import sent
 from kvpack.runtime.kv.page_kernels import page_defines
 
 _WARPS, _BLOCKS_PER_SM = 4, 8
@@ -51,11 +52,6 @@ def _places(pages: RunPages, kept: npt.NDArray[np.int64] | None) -> npt.NDArray[
     return places
 
 
-def _sent(array: npt.NDArray[np.int32] | npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    values = torch.from_numpy(np.ascontiguousarray(array))
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
-
-
 def _launch(kernel: Kernel, pages: RunPages, arguments: tuple[torch.Tensor | None, ...], device: torch.device) -> None:
     heads = pages.header.kv_heads
     grid = len(pages) * heads
@@ -91,7 +87,7 @@ def join_pages(
         # Modulo 2^16, as all of this.
         scales = torch.cumsum(scales.to(torch.int32) - 0x8000, 0, dtype=torch.int32).to(torch.int16)
     arguments = (
-        first, second, scales, parts.get("centers"), _sent(_places(pages, kept), device), _sent(entries, device),
+        first, second, scales, parts.get("centers"), sent(_places(pages, kept), device), sent(entries, device),
         pages_base,
     )  # fmt: skip
     _launch(join_kernel(pages.layout), pages, arguments, device)
@@ -113,7 +109,7 @@ def split_pages(
     first, second = _codes(out)
     scales = out.get("scales")
     arguments = (
-        pages_base, _sent(entries, device), _sent(_places(pages, None), device), first, second, scales,
+        pages_base, sent(entries, device), sent(_places(pages, None), device), first, second, scales,
         out.get("centers"),
     )  # fmt: skip
     _launch(split_kernel(pages.layout), pages, arguments, device)

@@ -5,6 +5,8 @@ A *page table* is i64 and holds *entries*: where a page begins, a multiple of 16
 ``pages_base``; on a GPU that may be None, and then entries are addresses. The layout of a page is said in
 :mod:`kvpack.format.pages`. An entry of another format, -1 for one, stands for no page; so does the address 0.
 
+Tokens may lie in blocks that a table names (:mod:`~kvpack.runtime.kv.block_table`), as vLLM's do.
+
 What cannot be done because of a table's contents is left out and counted in ``status``, i32 [2], zeros at first: the
 count, and the bitwise complement of the least index concerned, which :func:`left_out` reads. Nothing here waits for the
 device, so all functions can be captured in CUDA graphs. What Python sees at once (types, shapes, devices) is an error.
@@ -34,6 +36,7 @@ from kvpack.format.pages import (
 from kvpack.runtime.device import kernels
 from kvpack.runtime.device.devices import ACTIVATIONS
 from kvpack.runtime.device.kernels import Kernel
+from kvpack.runtime.kv.block_table import BlockRows
 
 PAGE_FORMATS = {torch.float16: PageFormat.FP16, torch.bfloat16: PageFormat.BF16}
 
@@ -59,9 +62,10 @@ def page_defines(head_dim: int, key_order: tuple[int, ...] = ()) -> dict[str, in
     }
 
 
-def write_kernel(head_dim: int, key_order: tuple[int, ...] = ()) -> Kernel:
-    """New tokens into pages of 16 bits."""
+def write_kernel(head_dim: int, key_order: tuple[int, ...] = (), block_tokens: int = 0) -> Kernel:
+    """New tokens into pages of 16 bits; those in blocks of ``block_tokens``, or in one tensor (0)."""
     defines = page_defines(head_dim, key_order) | {
+        "KVPACK_BLOCK_TOKENS": block_tokens,
         "KVPACK_MAX_WARPS": _WRITE_WARPS,
         "KVPACK_BLOCKS_PER_SM": _WRITE_BLOCKS,
     }
@@ -91,9 +95,12 @@ def quantize_kernel(side: Side, source: PageFormat, target: PageFormat, head_dim
     return Kernel.of("kv/page_quantize.cu", "page_quantize", defines=defines)
 
 
-def read_kernel(side: Side, head_dim: int, dtype: torch.dtype, key_order: tuple[int, ...] = ()) -> Kernel:
-    """Pages of any format into numbers."""
+def read_kernel(
+    side: Side, head_dim: int, dtype: torch.dtype, key_order: tuple[int, ...] = (), block_tokens: int = 0
+) -> Kernel:
+    """Pages of any format into numbers, in blocks of ``block_tokens`` or in one tensor (0)."""
     defines = page_defines(head_dim, key_order) | {
+        "KVPACK_BLOCK_TOKENS": block_tokens,
         "KVPACK_SIDE": int(side),
         "KVPACK_ACTIVATION": ACTIVATIONS[dtype],
         "KVPACK_MAX_WARPS": _SLICES,
@@ -155,8 +162,47 @@ def write_tokens(
     _check_base(pages_base, k.device)
     if k.numel() == 0:
         return
-    write = _write_by_kernel if _runs_kernels(k.device) else _write_on_cpu
-    write(k, v, table, positions, status, pages_base, counts, key_order)
+    if _runs_kernels(k.device):
+        tokens = k.shape[2]
+        _launch_write(_aligned(k), _aligned(v), tokens, table, positions, status, pages_base, counts, key_order)
+    else:
+        _write_on_cpu(k, v, table, positions, status, pages_base, counts, key_order)
+
+
+def write_from_blocks(
+    rows: BlockRows,
+    table: torch.Tensor,
+    status: torch.Tensor,
+    pages_base: torch.Tensor | None = None,
+    key_order: tuple[int, ...] = (),
+) -> None:
+    """As :func:`write_tokens`, of tokens that lie in blocks: a sequence is a layer, and its pages begin with them.
+
+    On a GPU nothing is gathered: the kernel finds each row by the block table.
+
+    Args:
+        table: i64 [2, layers, pages], contiguous: as many pages as the tokens fill.
+        status: i32 [2]; the index is the layer.
+
+    Raises:
+        PageError: a tensor of another shape, type or device, a head_dim that pages cannot have.
+    """
+    cache = rows.cache
+    layers = len(cache.keys)
+    PageLayout(Side.K, PAGE_FORMATS[cache.dtype], cache.head_dim, key_order)
+    pages = ceil_div(rows.tokens, PAGE_TOKENS)
+    _check("table", table, torch.int64, cache.device, (len(Side), layers, pages))
+    _check("status", status, torch.int32, cache.device, (2,))
+    _check_base(pages_base, cache.device)
+    if not rows.tokens:
+        return
+    positions = torch.zeros(layers, dtype=torch.int32, device=cache.device)
+    if _runs_kernels(cache.device):
+        k, v = cache.keys[0], cache.values[0]
+        _launch_write(k, v, rows.tokens, table, positions, status, pages_base, None, key_order, rows)
+    else:
+        k, v = map(rows.gathered, Side)
+        _write_on_cpu(k, v, table, positions, status, pages_base, None, key_order)
 
 
 def quantize_pages(
@@ -265,24 +311,51 @@ def read_tokens(
         return _read_on_cpu(table, layouts, starts, ends, num_tokens, num_kv_heads, dtype, status, pages_base)
     out = torch.empty((batch, num_kv_heads, num_tokens, head_dim), dtype=dtype, device=table.device)
     if out.numel():
-        kernels.launch(
-            read_kernel(side, head_dim, dtype, key_order),
-            (_most_pages(num_tokens) * num_kv_heads, batch),
-            _SLICES * WARP_LANES,
-            (
-                pages_base,
-                table,
-                starts,
-                ends,
-                out,
-                status,
-                np.uint32(num_kv_heads),
-                np.uint32(num_tokens),
-                np.uint32(table.shape[1]),
-            ),
-            device=table.device,
-        )
+        _launch_read(table, side, starts, ends, out, num_tokens, status, pages_base, key_order)
     return out
+
+
+def read_to_blocks(
+    rows: BlockRows,
+    table: torch.Tensor,
+    side: Side,
+    first: int,
+    status: torch.Tensor,
+    pages_base: torch.Tensor | None = None,
+    key_order: tuple[int, ...] = (),
+) -> None:
+    """As :func:`read_tokens`, to rows in blocks: a sequence is a layer. Nothing else of the blocks is touched.
+
+    Args:
+        table: i64 [layers, max_pages], contiguous: of one side.
+        first: which token of the pages the first row is.
+        status: i32 [2]; the index is the layer.
+
+    Raises:
+        PageError: a tensor of another shape, type or device, too few pages, a head_dim that pages cannot have.
+    """
+    cache = rows.cache
+    layers = len(cache.keys)
+    PageLayout(side, PageFormat.FP16, cache.head_dim, key_order)
+    if table.dim() != 2 or len(table) != layers or not 0 <= first <= PAGE_TOKENS * table.shape[1] - rows.tokens:
+        raise PageError(
+            f"table has shape {tuple(table.shape)}; [{layers}, pages] is wanted, pages of tokens {first} … "
+            f"{first + rows.tokens - 1}"
+        )
+    _check("table", table, torch.int64, cache.device)
+    _check("status", status, torch.int32, cache.device, (2,))
+    _check_base(pages_base, cache.device)
+    if not rows.tokens:
+        return
+    starts = torch.full((layers,), first, dtype=torch.int32, device=cache.device)
+    ends = starts + rows.tokens
+    if _runs_kernels(cache.device):
+        out = cache.of_side(side)[0]
+        _launch_read(table, side, starts, ends, out, rows.tokens, status, pages_base, key_order, rows)
+    else:
+        layouts = [PageLayout(side, page_format, cache.head_dim, key_order) for page_format in PageFormat]
+        out = _read_on_cpu(table, layouts, starts, ends, rows.tokens, cache.heads, cache.dtype, status, pages_base)
+        rows.put(side, out)
 
 
 def _runs_kernels(device: torch.device) -> bool:
@@ -340,21 +413,23 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _write_by_kernel(
+def _launch_write(
     k: torch.Tensor,
     v: torch.Tensor,
+    tokens: int,
     table: torch.Tensor,
     positions: torch.Tensor,
     status: torch.Tensor,
     pages_base: torch.Tensor | None,
     counts: torch.Tensor | None,
     key_order: tuple[int, ...],
+    rows: BlockRows | None = None,
 ) -> None:
-    batch, heads, tokens, head_dim = k.shape
-    k, v = _aligned(k), _aligned(v)
+    """k, v: [batch, heads, tokens, head_dim], or those of ``rows``' first layer."""
+    _, heads, _, head_dim = k.shape
     kernels.launch(
-        write_kernel(head_dim, key_order),
-        (_most_pages(tokens) * heads, batch, len(Side)),
+        write_kernel(head_dim, key_order, _block_tokens(rows)),
+        (_most_pages(tokens) * heads, table.shape[1], len(Side)),
         _WRITE_WARPS * WARP_LANES,
         (
             k,
@@ -370,9 +445,57 @@ def _write_by_kernel(
             np.uint32(tokens),
             np.uint32(table.shape[2]),
             np.uint32(PAGE_FORMATS[k.dtype]),
+            *_block_arguments(rows),
         ),
         device=k.device,
     )
+
+
+def _launch_read(
+    table: torch.Tensor,
+    side: Side,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    out: torch.Tensor,
+    tokens: int,
+    status: torch.Tensor,
+    pages_base: torch.Tensor | None,
+    key_order: tuple[int, ...],
+    rows: BlockRows | None = None,
+) -> None:
+    """out: [batch, heads, tokens, head_dim], or that of ``rows``' first layer."""
+    _, heads, _, head_dim = out.shape
+    kernels.launch(
+        read_kernel(side, head_dim, out.dtype, key_order, _block_tokens(rows)),
+        (_most_pages(tokens) * heads, len(table)),
+        _SLICES * WARP_LANES,
+        (
+            pages_base,
+            table,
+            starts,
+            ends,
+            out,
+            *map(np.uint64, out.stride()[:3]),
+            status,
+            np.uint32(heads),
+            np.uint32(tokens),
+            np.uint32(table.shape[1]),
+            *_block_arguments(rows),
+        ),
+        device=table.device,
+    )
+
+
+def _block_tokens(rows: BlockRows | None) -> int:
+    return 0 if rows is None else rows.cache.block_tokens
+
+
+def _block_arguments(rows: BlockRows | None) -> tuple[torch.Tensor | np.generic | None, ...]:
+    """The ``BlockTable`` of cuda/kv/token_rows.cuh."""
+    if rows is None:
+        return None, None, np.uint64(0), np.uint32(0)
+    cache = rows.cache
+    return cache.layer_offsets, rows.ids, np.uint64(cache.keys[0].stride(0)), np.uint32(rows.skipped)
 
 
 # CPU -----------------------------------------------------------------------------------------------------------------
