@@ -160,6 +160,8 @@ def _outcome(report: CompressReport) -> str:
     if report.part is None:
         return "dry run: nothing was written" if report.output is None else f"wrote {report.output}"
     part = report.part
+    if part.was_there:
+        return f"part {part.number}/{part.of}: {report.output} is there already, made with the same settings"
     found = f", {len(part.found)} of them made before" if part.found else ""
     done = f"part {part.number}/{part.of}: {counted(len(part.files), 'file')}{found}"
     if part.joined:

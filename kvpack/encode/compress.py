@@ -28,6 +28,7 @@ from kvpack._version import __version__
 from kvpack.encode.blob_decoder import element_limit
 from kvpack.encode.calibration import Calibration, calibrated_config
 from kvpack.encode.dtypes import NUMPY_DTYPES
+from kvpack.encode.finished_output import check_finished
 from kvpack.encode.fp8 import dequantize_tree, dequantized_config, find_fp8
 from kvpack.encode.listing import listed
 from kvpack.encode.model_config import CONFIG_NAME, compressed_config, read_config
@@ -965,9 +966,13 @@ def compress(
                 plans = _common_step_plans(model, progress, partial(_found_alone, model))
             if shards is not None:
                 parts = Parts(target, _job(model, files, moments))
-                part, records, output_bytes = _compress_part(model, source, parts, shards, progress, carried)
+                if parts.was_there:
+                    check_finished(target, model.tree, parts.job["options"])
+                    part, records, output_bytes = _finished_part(model, target, shards)
+                else:
+                    part, records, output_bytes = _compress_part(model, source, parts, shards, progress, carried)
                 reports += [TensorReport(**tensor) for record in records.values() for tensor in record["tensors"]]
-                if len(records) < len(model.tree.weight_files):
+                if len(records) < len(model.tree.weight_files) and not parts.was_there:
                     files = [file for file in files if Path(file.path) in records]
                     input_bytes = sum(file.size_bytes for file in files)
             elif dry_run:
@@ -1201,11 +1206,26 @@ def _job(model: _Model, files: list[FileReport], moments: str | os.PathLike[str]
 
 
 class _PartResult(NamedTuple):
-    """What a part did, and ``records`` of what is to be reported: of its own files, or of a complete output's."""
+    """What a part did, and ``records`` of what is to be reported: of its own files, or of a complete output's; none
+    where that was there before."""
 
     report: PartReport
     records: dict[Path, dict[str, Any]]
     output_bytes: int
+
+
+def _divided(model: _Model, parts: int) -> list[list[Path]]:
+    """Files of weights of each part."""
+    files = [file.path for file in model.tree.weight_files]
+    divided = divide([model.bytes_of([file]) for file in model.tree.weight_files], parts)
+    return [[files[number] for number in numbers] for numbers in divided]
+
+
+def _finished_part(model: _Model, target: Path, shards: tuple[int, int]) -> _PartResult:
+    """A part of an output that was complete before."""
+    own = list(map(str, _divided(model, shards[1])[shards[0] - 1]))
+    report = PartReport(shards[0], shards[1], own, own, [], [], joined=True, was_there=True)
+    return _PartResult(report, {}, size_bytes(target))
 
 
 def _compress_part(
@@ -1213,8 +1233,7 @@ def _compress_part(
 ) -> _PartResult:
     """Make the files of one part that are not whole, and complete the output if no other is missing."""
     files = {file.path: file for file in model.tree.weight_files}
-    divided = divide([model.bytes_of([file]) for file in files.values()], shards[1])
-    paths_of = [[list(files)[number] for number in numbers] for numbers in divided]
+    paths_of = _divided(model, shards[1])
     own = paths_of[shards[0] - 1]
     records: dict[Path, dict[str, Any]] = {}
     found: list[Path] = []

@@ -126,10 +126,11 @@ class PartReport:
     Attributes:
         number, of: which part, from 1, of how many.
         files: weight files that are the part's, relative to the directory.
-        found: those that an earlier run had made.
+        found: those that an earlier run had made; all of them where the output was complete before.
         missing: weight files that nobody has finished yet.
         missing_parts: which of the ``of`` parts these belong to.
         joined: whether the output is complete and in its place.
+        was_there: whether it was so before this part began.
     """
 
     number: int
@@ -139,6 +140,7 @@ class PartReport:
     missing: list[str]
     missing_parts: list[int]
     joined: bool
+    was_there: bool = False
 
 
 class Parts:
@@ -148,11 +150,16 @@ class Parts:
         target: the output.
         job: what parts must agree on, as JSON has it.
 
+    Attributes:
+        was_there: whether the output was in its place before, so that no part of it is to be made: there is no
+            ``NAME.parts`` then.
+
     Raises:
         PartsMismatchError: other parts were made with other options, of another source, or by another kvpack.
-        InputError: the output is there already, and not as these parts' own.
         OSError: the directory cannot be made or read.
     """
+
+    was_there = False
 
     def __init__(self, target: Path, job: Mapping[str, Any]) -> None:
         self.target = Path(os.path.abspath(target))
@@ -162,15 +169,18 @@ class Parts:
         self._findings = self.directory / "findings"
         self.job: dict[str, Any] = json.loads(json.dumps({"version": _VERSION, **job}))
         if _is_output(self.target) and (self.model.is_dir() or not self.directory.is_dir()):
-            raise _already_there(self.target)
+            self.was_there = True
+            return
         is_new = not self.directory.is_dir() and self._create()
         if is_new and _is_output(self.target):  # which others put together since
             self.remove()
-            raise _already_there(self.target)
+            self.was_there = True
+            return
         theirs = _unsealed(self.directory / "job.json")
         if theirs is None:
             if not self.directory.exists():  # others have put the output together since
-                raise _already_there(self.target)
+                self.was_there = True
+                return
             raise DamagedPartError(
                 f"{self.directory / 'job.json'} is missing or damaged: what was made for which options is not known; "
                 f"remove {self.directory} and run all parts again"
@@ -357,14 +367,6 @@ def parts_directory(target: Path) -> Path:
 def _is_output(target: Path) -> bool:
     """Whether something is there that parts would have to replace."""
     return target.exists() and not (target.is_dir() and not any(target.iterdir()))
-
-
-def _already_there(target: Path) -> InputError:
-    """What is said where the output is there before its parts."""
-    return InputError(
-        f"{target} exists already: if it is this output, kvpack verify accounts for it; else move it away, or name "
-        "another one (-o)"
-    )
 
 
 def _make_folders(base: Path, relative: Path) -> None:

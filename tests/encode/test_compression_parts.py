@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import kvpack
@@ -700,6 +701,38 @@ def test_numbers_of_parts(model: Path, tmp_path: Path, shards: Any) -> None:
         kvpack.compress(model, tmp_path / "out", shards=shards)
 
 
+def test_a_part_that_comes_when_all_is_done(model: Path, tmp_path: Path) -> None:
+    """Nothing is written if the output is what the part would help to make; what it is not, is said."""
+    out = tmp_path / "out"
+    for number in (1, 2):
+        kvpack.compress(model, out, bits=4, shards=(number, 2))
+    files = {path: path.stat() for path in out.rglob("*")}
+    late = kvpack.compress(model, out, bits=4, shards=(1, 2))
+    assert late.output == str(out)
+    assert late.part is not None
+    assert (late.part.was_there, late.part.joined, late.part.missing) == (True, True, [])
+    assert late.part.found == late.part.files != []
+    assert late.output_bytes == sum(path.stat().st_size for path in files if path.is_file())
+    assert kvpack.compress(model, out, bits=4, shards=(3, 9)).part is not None, "another number of parts is fine"
+    with pytest.raises(InputError, match=r"not as what is asked for: bits is 5\.0 here, 4\.0 there\. Move it away"):
+        kvpack.compress(model, out, bits=5, shards=(1, 2))
+    with pytest.raises(InputError, match=r"exclude is .* here, .* there"):
+        kvpack.compress(model, out, bits=4, exclude="0", shards=(1, 2))
+    assert {path: path.stat() for path in out.rglob("*")} == files
+    assert beside(tmp_path) == ["model", "out"]
+    path = out / FILES[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match="exists already, and not as what is asked for"):
+        kvpack.compress(model, out, bits=4, shards=(1, 2))
+    path.write_bytes(whole)
+    tensors = load_file(model / FILES[0])
+    kept = next(name for name, tensor in tensors.items() if tensor.ndim == 1)
+    save_file(tensors | {kept: tensors[kept] + 1}, model / FILES[0])
+    with pytest.raises(InputError, match=f"tensors of {FILES[0]}: .*{re.escape(kept)}"):
+        kvpack.compress(model, out, bits=4, shards=(1, 2))
+
+
 def test_what_cannot_be_made_in_parts(model: Path, tmp_path: Path) -> None:
     out, part = tmp_path / "out", (1, 2)
     with pytest.raises(InputError, match="is one file, and parts are made of whole files"):
@@ -714,7 +747,7 @@ def test_what_cannot_be_made_in_parts(model: Path, tmp_path: Path) -> None:
         kvpack.compress(model, model / "out", shards=part)
     out.mkdir()
     (out / "a.safetensors").write_text("old")
-    with pytest.raises(InputError, match="exists already: if it is this output, kvpack verify accounts for it"):
+    with pytest.raises(InputError, match=r"not as what is asked for: its config\.json does not say"):
         kvpack.compress(model, out, shards=part)
     assert beside(tmp_path) == ["model", "out"]
     (out / "a.safetensors").unlink()  # an empty directory is no output
@@ -753,9 +786,9 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     last = run(*command, "3/3")
     assert last.stdout.splitlines()[-1].endswith(f"; all parts are there: wrote {out}")
     assert run("verify", out, "--against", model).exit_code == 0
-    late = run(*command, "3/3", "--json")
-    assert late.exit_code == 2
-    assert json.loads(late.stdout)["error"] == "InputError"
+    late = run(*command, "3/3")
+    assert late.exit_code == 0
+    assert late.stdout.splitlines()[-1] == f"part 3/3: {out} is there already, made with the same settings"
 
 
 @pytest.mark.parametrize("value", ["2", "a/b", "1/", "/2", "-1/2", "1/2/3", "1.0/2"])

@@ -250,20 +250,29 @@ def test_pages_of_a_longer_prompt_are_saved_behind_those_that_are_there(tmp_path
 
 
 def test_another_model_s_pages_are_left_alone_and_named(tmp_path: Path) -> None:
+    """All that a look at the directory finds, at once: there may be thousands."""
     paged = make_paged()
     store = make_store(paged, tmp_path)
     tokens = list(range(200))
-    save(store, paged, tokens)
+    for first in range(3):
+        save(store, paged, tokens[first:])
+        store.drain()
     store.close()
-    said: list[str] = []
+    count = len(files(tmp_path))
+    assert count > 1
+    said: list[list[tuple[Path, Exception]]] = []
+    damaged: list[Path] = []
     for options in ({"fingerprint": fingerprint("other")}, {"fingerprint": fingerprint(rank=1)}):
-        other = make_store(paged, tmp_path, report=lambda path, error: said.append(f"{path.name}: {error}"), **options)
+        options |= {"report": lambda path, _error: damaged.append(path), "report_foreign": said.append}
+        other = make_store(paged, tmp_path, **options)
         assert other.hashes() == set()
         assert load(other, paged, tokens) == 0
-        assert other.take_counts()["foreign_files"] == 1
+        assert other.take_counts()["foreign_files"] == count
         other.close()
-    assert [files(tmp_path)[0].name in line and "of another model" in line for line in said] == [True, True]
-    assert "weights: " in said[0]
+    assert [sorted(path for path, _ in found) for found in said] == [files(tmp_path)] * 2
+    assert all("of another model" in str(error) for found in said for _, error in found)
+    assert "weights: " in str(said[0][0][1])
+    assert damaged == []
     same = make_store(paged, tmp_path)
     assert load(same, paged, tokens) == 192
     same.close()

@@ -29,6 +29,11 @@ def make(folder: Path, architecture: str, *, sizes: dict[str, Any] | None = None
     if "moe_intermediate_size" in ARCHITECTURES[architecture].options:
         config["moe_intermediate_size"] = 128
     ARCHITECTURES[architecture].save(folder / "original", torch.bfloat16, **config)
+    return compress(folder, **options)
+
+
+def compress(folder: Path, **options: Any) -> Path:
+    """``folder/original`` to the two of :func:`make`."""
     kvpack.compress(folder / "original", folder / "coded", **options)
     (folder / "plain").mkdir()
     numbers = {}

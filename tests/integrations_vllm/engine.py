@@ -1,7 +1,8 @@
 """Runs models in vLLM, in a process of its own: ``python engine.py REQUEST.json RESULT.json``.
 
 A request is a list of ``{"model": directory, "prompts": [[token, …], …], "tokens": count, "engine": {…}}``; the result
-has for each the greedy tokens and the log-probabilities of the whole vocabulary at each step, or the error.
+has for each the greedy tokens and the log-probabilities of the whole vocabulary at each step (with ``"logprobs": 0`` of
+the chosen tokens alone), how many tokens of each prompt were found in a cache, or the error.
 """
 
 from __future__ import annotations
@@ -27,16 +28,24 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     engine |= {"max_logprobs": -1, "enable_prefix_caching": False} | request.get("engine", {})
     llm = LLM(model=request["model"], **engine)
     sampling = SamplingParams(
-        temperature=0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False, logprobs=-1
+        temperature=0,
+        max_tokens=request["tokens"],
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=request.get("logprobs", -1),
     )
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-    outputs = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)]
+    found = llm.generate(prompts, sampling, use_tqdm=False)
+    outputs = [output.outputs[0] for output in found]
     result: dict[str, Any] = {"tokens": [list(output.token_ids) for output in outputs]}
+    result["cached_tokens"] = [output.num_cached_tokens for output in found]
     result["logprobs"] = [
         [[step[token].logprob for token in sorted(step)] for step in output.logprobs] for output in outputs
     ]
     if request.get("ask"):
         result["ranks"] = llm.collective_rpc(_rank_memory)
+    if "kv_transfer_config" in engine:  # what waits is written
+        llm.llm_engine.engine_core.shutdown()
     return result
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not installed: scripts/test-vllm has it in an environment of its own")
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed: scripts/test-vllm has it in an environment", allow_module_level=True)
 
 from coded_models import both, difference, make, run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("vllm", reason="vLLM is not installed: scripts/test-vllm has it in an environment of its own")
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed: scripts/test-vllm has it in an environment", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 import tiny_text_model

@@ -24,7 +24,8 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvpack.errors import CacheInputError, InputError
+from kvpack.errors import InputError
+from kvpack.format.pages import PageFormat
 from kvpack.format.snapshot import Fingerprint
 from kvpack.integrations.vllm.cpu_block_order import block_places, vllm_write
 from kvpack.integrations.vllm.kv_identity import rank_fingerprint, text_digest, weights_digest
@@ -89,12 +90,7 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        self._options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
-        if transfer.kv_load_failure_policy != "recompute":
-            raise InputError(
-                "kv_load_failure_policy='fail' would end requests whose pages are damaged or have gone; pass "
-                "KVTransferConfig(kv_load_failure_policy='recompute', …), so that vLLM computes them"
-            )
+        self._options = checked_options(vllm_config)
         self._block_tokens = _block_tokens(vllm_config, kv_cache_config)
         self._loads, self._saves = transfer.is_kv_consumer, transfer.is_kv_producer
         self._store: PageStore | None = None
@@ -132,8 +128,7 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """As of vLLM."""
         layers = [kv_caches[name] for name in sorted(kv_caches, key=_by_numbers)]
-        if layers[0].dtype not in PAGE_FORMATS:
-            raise InputError(f"keys and values are {layers[0].dtype}; KVPackConnector keeps float16 and bfloat16")
+        full_format = _full_format(layers[0].dtype)
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         _, heads, tokens, width = layers[0].shape
         if (heads, width) != (spec.num_kv_heads, 2 * spec.head_size):
@@ -149,13 +144,14 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
         directory = options.directory
         self._store = PageStore(
             PagedLayers(layers, self._block_tokens, places),
-            options.formats(PAGE_FORMATS[layers[0].dtype]),
+            options.formats(full_format),
             host_bytes=max(1, options.host_bytes // ranks),
             queue_bytes=options.queue_bytes,
             fingerprint=self._fingerprint,
             directory=None if directory is None else directory / f"rank-{self._rank}-of-{ranks}",
             disk_bytes=None if options.disk_bytes is None else options.disk_bytes // ranks,
             report=_report,
+            report_foreign=_report_foreign,
             on_failure=_failed,
         )
 
@@ -290,20 +286,51 @@ def _block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
         raise InputError(
             f"KVPackConnector keeps keys and values of full attention in all layers; this model's cache has {shown}"
         )
-    parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        raise InputError("KVPackConnector does not work with context parallelism: ranks have other tokens, not heads")
     return int(specs[0].block_size)
 
 
+def checked_options(vllm_config: Any) -> ConnectorOptions:
+    """What vLLM's configuration says to the connector, as far as it can be checked before there is a cache.
+
+    Raises:
+        InputError: an option that is not known or cannot be used, alone or with others of vLLM's.
+    """
+    transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+    options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
+    if transfer.kv_load_failure_policy != "recompute":
+        raise InputError(
+            "kv_load_failure_policy='fail' would end requests whose pages are damaged or have gone; pass "
+            "KVTransferConfig(kv_load_failure_policy='recompute', …), so that vLLM computes them"
+        )
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise InputError("KVPackConnector does not work with context parallelism: ranks have other tokens, not heads")
+    if vllm_config.cache_config.cache_dtype == "auto":
+        options.formats(_full_format(vllm_config.model_config.dtype))
+    _weights_directory(vllm_config, options)
+    return options
+
+
+def _full_format(dtype: torch.dtype) -> PageFormat:
+    """Raises InputError: keys and values of a type that is not kept."""
+    if dtype not in PAGE_FORMATS:
+        raise InputError(f"keys and values are {dtype}; KVPackConnector keeps float16 and bfloat16")
+    return PAGE_FORMATS[dtype]
+
+
 def _weights(vllm_config: Any, options: ConnectorOptions) -> str:
-    """Hex SHA-256 that tells the model's weights.
+    """Hex SHA-256 that tells the model's weights. Raises InputError: as :func:`_weights_directory`."""
+    directory = _weights_directory(vllm_config, options)
+    return text_digest(str(options.weights_id)) if directory is None else weights_digest(directory)
+
+
+def _weights_directory(vllm_config: Any, options: ConnectorOptions) -> Path | None:
+    """Where the model's files are; None where its weights have a name.
 
     Raises:
         InputError: they are in no directory here, and have no name.
     """
     if options.weights_id is not None:
-        return text_digest(options.weights_id)
+        return None
     model = vllm_config.model_config
     directory = Path(model.model)
     if not directory.is_dir():
@@ -316,7 +343,7 @@ def _weights(vllm_config: Any, options: ConnectorOptions) -> str:
                 'own; name its weights: kv_connector_extra_config={"weights_id": …}'
             )
         directory = Path(found).parent
-    return weights_digest(directory)
+    return directory
 
 
 def _fingerprint(vllm_config: Any, weights: str, *, rank: int) -> Fingerprint:
@@ -331,10 +358,14 @@ def _fingerprint(vllm_config: Any, weights: str, *, rank: int) -> Fingerprint:
 
 
 def _report(path: Path, error: Exception) -> None:
-    if isinstance(error, CacheInputError):
-        logger.warning("%s is left alone: %s", path, error)
-    else:
-        logger.warning("%s is damaged, and taken for a miss: %s", path, error)
+    logger.warning("%s is damaged, and taken for a miss: %s", path, error)
+
+
+def _report_foreign(files: list[tuple[Path, Exception]]) -> None:
+    path, error = files[0]
+    logger.warning(
+        "%s: %d files of something else are left alone, as %s: %s", path.parent, len(files), path.name, error
+    )
 
 
 def _failed(what: str, error: Exception) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from kvpack.encode.threads import ThreadPool
-from kvpack.errors import KvpackError
+from kvpack.errors import CacheInputError, KvpackError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, PageFormat
 from kvpack.format.snapshot import Fingerprint
@@ -50,7 +50,9 @@ class PageStore:
         host_bytes, directory, disk_bytes: of this rank.
         queue_bytes: of keys and values that wait for being encoded.
         fingerprint: of this rank.
-        report: called with each file that is damaged or of something else, and what is wrong with it.
+        report: called with each file that is damaged, and what is wrong with it.
+        report_foreign: called with those of something else that have been met since the last call, each with why: of
+            another model's directory there may be thousands.
         on_failure: called with what failed and why, where keys and values are not saved or loaded for it.
 
     Raises:
@@ -69,6 +71,7 @@ class PageStore:
         directory: Path | None = None,
         disk_bytes: int | None = None,
         report: Callable[[Path, Exception], None] | None = None,
+        report_foreign: Callable[[list[tuple[Path, Exception]]], None] | None = None,
         on_failure: Callable[[str, Exception], None] | None = None,
     ) -> None:
         layers = len(paged.layers)
@@ -87,6 +90,10 @@ class PageStore:
         self._paged, self._codec, self._full = paged, PageCodec(cache), cache.full_format
         self._formats = np.array([formats] * layers, np.uint8)
         self._lock = threading.RLock()
+        # What the engine's thread sees; guarded by a lock that is held for moments only.
+        self._seen = threading.Condition()
+        self._report, self._report_foreign = report, report_foreign
+        self._foreign: list[tuple[Path, Exception]] = []
         self._tiers = Tiers(
             cache,
             host_bytes,
@@ -94,7 +101,7 @@ class PageStore:
             disk_bytes,
             lock=self._lock,
             fingerprint=fingerprint,
-            report=report,
+            report=self._met_bad_file,
             codes_on_device=runs_kernels(paged.device),
         )
         self._queue_bytes, self._on_failure = queue_bytes, on_failure
@@ -102,8 +109,6 @@ class PageStore:
         self._streams = {
             name: torch.cuda.Stream(paged.device) if paged.device.type == "cuda" else None for name in ("save", "load")
         }
-        # What the engine's thread sees; guarded by a lock that is held for moments only.
-        self._seen = threading.Condition()
         self._loading = 0
         self._known: set[bytes] = set()
         self._changes = Changes()
@@ -342,6 +347,16 @@ class PageStore:
             if disk is not None:
                 for name in ("damaged_files", "foreign_files", "failed_writes", "written_files"):
                     self._counts[name] = getattr(disk, name)
+            foreign, self._foreign = self._foreign, []
+        if foreign and self._report_foreign is not None:
+            self._report_foreign(foreign)
+
+    def _met_bad_file(self, path: Path, error: Exception) -> None:
+        if isinstance(error, CacheInputError):
+            with self._seen:
+                self._foreign.append((path, error))
+        elif self._report is not None:
+            self._report(path, error)
 
     def take_counts(self) -> Counts:
         """What has been counted since the last call, without what is zero."""

@@ -25,6 +25,27 @@ CODED, DENSE = "coded", "dense"
 _SHOWN = 3
 _EXPERT = re.compile(r"\.\d+\.")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+# model_type → tensors whose rows vLLM's class puts in another order as it loads them; those of a blob cannot be.
+_REORDERED = {"bloom": "query_key_value.weight", "falcon": "query_key_value.weight"}
+# model_type whose published checkpoints lack the "transformer." that vLLM's class puts before their names.
+_WITHOUT_PREFIX = ("gpt2",)
+
+
+def asked_weights(additional_config: object) -> str:
+    """What ``additional_config`` says of weights, ``"coded"`` by default.
+
+    Raises:
+        InputError: it says something else under ``"kvpack"``.
+    """
+    asked = additional_config.get("kvpack", {}) if isinstance(additional_config, dict) else {}
+    unknown = sorted(set(asked) - {"weights"}) if isinstance(asked, dict) else [str(asked)]
+    weights = CODED if unknown else asked.get("weights", CODED)
+    if unknown or weights not in (CODED, DENSE):
+        raise InputError(
+            f'additional_config: "kvpack" is {asked!r}; {{"weights": "{CODED}"}} (the default) and '
+            f'{{"weights": "{DENSE}"}} are possible'
+        )
+    return str(weights)
 
 
 class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
@@ -46,6 +67,8 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         self.is_tied = False
         self._weights: str | None = None
         self._claimed: set[str] = set()
+        # How names begin of layers that guess tokens ahead, which vLLM leaves to a drafter's model.
+        self._drafter: tuple[str, ...] = ("mtp.",)
 
     def get_name(self) -> str:
         return METHOD
@@ -70,11 +93,37 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         self.blob_bytes = hf_to_vllm_mapper.apply_dict(self.blob_bytes)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Called once, before there is a model."""
+        """Called once, before there is a model.
+
+        Raises:
+            NotSupportedError: coded weights whose rows vLLM would put in another order.
+        """
         self._tell_embeddings()
-        if hf_config is not None:
-            text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-            self.is_tied = bool(getattr(text, "tie_word_embeddings", False))
+        if hf_config is None:
+            return
+        text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+        self.is_tied = bool(getattr(text, "tie_word_embeddings", False))
+        self._refuse_reordered(text)
+        ahead = getattr(text, "num_nextn_predict_layers", None) or 0
+        self._drafter += tuple(f"model.layers.{text.num_hidden_layers + number}." for number in range(ahead))
+        if text.model_type in _WITHOUT_PREFIX:
+            named = ("transformer.", "lm_head.")
+            self.blob_bytes = {
+                name if name.startswith(named) else f"transformer.{name}": size
+                for name, size in self.blob_bytes.items()
+            }
+
+    def _refuse_reordered(self, config: Any) -> None:
+        is_in_order = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+        ending = _REORDERED.get(config.model_type)
+        if ending is None or is_in_order:
+            return
+        if found := sorted(name for name in self.blob_bytes if name.endswith(ending)):
+            raise NotSupportedError(
+                f"{listed(found, _SHOWN)}: vLLM's class of {config.model_type} models puts rows of these weights in "
+                "another order as it loads them, and cannot where they are coded; kvpack decompress gives the plain "
+                "model back"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Workers get a copy, for which nothing else is called before there is a model."""
@@ -94,15 +143,7 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
             from vllm.config import get_current_vllm_config_or_none
 
             vllm_config = get_current_vllm_config_or_none()
-            asked = (getattr(vllm_config, "additional_config", None) or {}).get("kvpack", {})
-            unknown = sorted(set(asked) - {"weights"}) if isinstance(asked, dict) else [str(asked)]
-            weights = CODED if unknown else asked.get("weights", CODED)
-            if unknown or weights not in (CODED, DENSE):
-                raise InputError(
-                    f'additional_config: "kvpack" is {asked!r}; {{"weights": "{CODED}"}} (the default) and '
-                    f'{{"weights": "{DENSE}"}} are possible'
-                )
-            self._weights = weights
+            self._weights = asked_weights(getattr(vllm_config, "additional_config", None))
         return self._weights
 
     def coded_parts(self, prefix: str) -> list[bool]:
@@ -139,7 +180,7 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         config = get_current_vllm_config_or_none()
         if config is not None and config.parallel_config.pipeline_parallel_size > 1:
             return
-        unknown = sorted(self.blob_bytes.keys() - self._claimed)
+        unknown = sorted(name for name in self.blob_bytes.keys() - self._claimed if not name.startswith(self._drafter))
         if unknown:
             raise ModelMismatchError(
                 f"{listed(unknown, _SHOWN)}: coded weights that vLLM's class of this model has no layers for, or under "
@@ -201,7 +242,7 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         is_output = isinstance(layer, ParallelLMHead)
         # Some models give their embeddings no names, and tied output layers are of the embedding's weight.
         without_name = self.has_coded_embedding and (self.is_tied if is_output else not prefix)
-        names = (f"{prefix}.weight", *_EMBEDDINGS)
+        names = (f"{prefix}.weight", *_EMBEDDINGS) if prefix else _EMBEDDINGS
         self._claimed.update(name for name in self.blob_bytes if name.endswith(names))
         if f"{prefix}.weight" in self.blob_bytes or without_name:
             return KVPackEmbeddingMethod(prefix or "the embedding", is_dense=self.weights == DENSE)
