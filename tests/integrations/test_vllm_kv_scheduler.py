@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from kvpack.integrations.vllm.kv_scheduler import PageScheduler  # noqa: E402
 class Adapter:
     lora_name: str
     lora_path: str
+    lora_int_id: int = 1
+    load_inplace: bool = False
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Request:
     request_id: str
     all_token_ids: list[int]
     num_computed_tokens: int = 0
+    num_preemptions: int = 0
     mm_features: list[Any] = field(default_factory=list)
     prompt_embeds: Any = None
     lora_request: Adapter | None = None
@@ -233,8 +236,8 @@ def test_salts_and_adapters_keep_pages_apart(tmp_path: Path) -> None:
         {},
         {"cache_salt": "tenant"},
         {"lora_request": Adapter("one", str(tmp_path / "a"))},
-        {"lora_request": Adapter("one", str(tmp_path / "b"))},
-        {"lora_request": Adapter("two", str(tmp_path / "a"))},
+        {"lora_request": Adapter("one", str(tmp_path / "b"), 2)},
+        {"lora_request": Adapter("two", str(tmp_path / "a"), 3)},
     ]
     names = [tuple(prefill(scheduler, tokens, name=f"n{place}", **kind)) for place, kind in enumerate(kinds)]
     assert len(set(names)) == len(kinds)
@@ -251,6 +254,40 @@ def test_an_adapter_that_is_trained_on_is_another(tmp_path: Path) -> None:
     assert adapter_identity("one", str(tmp_path / "nowhere")) is None
 
 
+def test_an_adapter_whose_files_change_under_the_engine(tmp_path: Path) -> None:
+    """vLLM may have the one of before or, where it has dropped that, the one of now; unless it reads it anew."""
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"x" * 9)
+    scheduler = make()
+    tokens = list(range(200))
+    adapter = Adapter("one", str(tmp_path))
+    before = prefill(scheduler, tokens, lora_request=adapter)
+    file.write_bytes(b"y" * 10)
+    assert scheduler.lookup(Request("second", tokens, lora_request=adapter), 0) == 0
+    assert prefill(scheduler, tokens, name="third", lora_request=adapter) == []
+    anew = prefill(scheduler, tokens, name="fourth", lora_request=replace(adapter, load_inplace=True))
+    assert len(anew) == 3
+    assert not set(anew) & set(before)
+    assert scheduler.lookup(Request("fifth", tokens, lora_request=adapter), 0) == 192
+
+
+def test_a_load_that_brought_nothing_is_not_tried_again() -> None:
+    """Or a request whose pages are said to be there, and cannot be read, would be under way for ever."""
+    scheduler = make()
+    tokens = list(range(300))
+    prefill(scheduler, tokens)
+    request = Request("second", tokens)
+    assert scheduler.lookup(request, 0) == 256
+    assert scheduler.lookup(request, 0) == 256, "it got no blocks"
+    scheduler.allocated(request, range(19), 256)
+    assert len(scheduler.plan_step({}, lambda _request_id: range(19)).loads) == 1
+    assert scheduler.lookup(request, 0) == 0
+    scheduler.allocated(request, range(19), 0)
+    request.num_preemptions += 1
+    assert scheduler.lookup(request, 0) == 256
+    assert scheduler.lookup(Request("third", tokens), 0) == 256
+
+
 def test_what_tokens_do_not_say_is_passed_over(tmp_path: Path) -> None:
     scheduler = make()
     tokens = list(range(200))
@@ -262,6 +299,7 @@ def test_what_tokens_do_not_say_is_passed_over(tmp_path: Path) -> None:
     ):
         request = Request("other", tokens, **of)
         assert scheduler.lookup(request, 0) == 0
+        assert scheduler.lookup(request, 0) == 0, "a request waits for blocks, and is looked up in each step"
         scheduler.allocated(request, (), 0)
         assert not step(scheduler, [(request, 200)]).saves
     assert scheduler.take_counts()["passed_over_requests"] == 3

@@ -508,6 +508,26 @@ def test_what_has_no_room_in_the_queue_is_dropped(tmp_path: Path) -> None:
     store.close()
 
 
+def test_of_a_long_prompt_the_queue_takes_the_beginning(tmp_path: Path) -> None:
+    paged = make_paged(blocks=128)
+    page_bytes = LAYERS * 64 * HEADS * 2 * HEAD_DIM * 2
+    store = make_store(paged, tmp_path, queue_bytes=20 * page_bytes, host_bytes=1 << 22)
+    tokens = range(64 * 30)
+    for kept in (16, 30):
+        pages = page_range(tokens, blocks_for(paged, len(tokens), 0))
+        compute(paged, pages)
+        with store._lock:  # the saver does not come on
+            store.save(pages)
+            assert store._waiting_bytes <= 20 * page_bytes
+        store.drain()
+        assert store.hashes() == set(pages.hashes[:kept])
+    counts = store.take_counts()
+    assert (counts["saved_pages"], counts["dropped_pages"]) == (30, 14)
+    assert store._waiting_bytes == 0
+    assert load(store, paged, tokens) == 64 * 30
+    store.close()
+
+
 def test_keys_and_values_are_those_of_the_moment_of_saving(tmp_path: Path) -> None:
     """vLLM's blocks may be another request's before a thread looks at them."""
     paged = make_paged()
@@ -553,9 +573,18 @@ def test_an_error_of_a_thread_is_counted_and_told(tmp_path: Path, monkeypatch: p
     save(store, paged, range(200))
 
     def fails(*_arguments: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise error
 
+    # vLLM waits for an answer, whatever is wrong.
+    error: Exception = AssertionError("out of order")
     monkeypatch.setattr(store._codec, "decode", fails)
+    assert load(store, paged, range(200)) == 0
+    monkeypatch.setattr(store._codec, "encode", fails)
+    save(store, paged, range(2000, 2200))
+    assert said == ["load: out of order", "save: out of order"]
+    assert set(store.take_counts()) >= {"failed_loads", "failed_saves"}
+    said.clear()
+    error = RuntimeError("out of memory")
     assert load(store, paged, range(200)) == 0
     monkeypatch.setattr(store._codec, "encode", fails)
     save(store, paged, range(1000, 1200))

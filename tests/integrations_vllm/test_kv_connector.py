@@ -268,6 +268,51 @@ def test_damaged_files_are_computed_anew(prompts: list[list[int]], expected: lis
         assert second.generate(prompts) == (expected, [256, 512, 640]), "saved anew"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), AssertionError("what nobody thought of")])
+def test_pages_that_can_never_be_loaded(
+    error: Exception, prompts: list[list[int]], expected: list[list[int]], tmp_path: Path
+) -> None:
+    """They are computed, once it has been tried: vLLM would ask for them again and again."""
+    with engine(tmp_path) as first:
+        first.generate(prompts)
+        first.settle()
+
+        def fails(*_arguments: Any) -> None:
+            raise error
+
+        first.store._codec.decode = fails
+        assert first.generate(prompts)[0] == expected
+        assert first.counts()["failed_loads"] == 3
+        del first.store._codec.decode
+        assert first.generate(prompts) == (expected, [256, 512, 640])
+
+
+def test_what_options_make_of_the_files_is_told_apart() -> None:
+    from types import SimpleNamespace
+
+    from vllm.config import SpeculativeConfig
+
+    from kvpack.integrations.vllm.kv_connector import _made_of_files
+
+    def told(quantization: str | None = None, load_format: str = "auto", speculative: Any = None) -> dict[str, Any]:
+        return _made_of_files(
+            SimpleNamespace(
+                model_config=SimpleNamespace(quantization=quantization),
+                load_config=SimpleNamespace(load_format=load_format),
+                speculative_config=speculative,
+            )
+        )
+
+    assert told() == told(speculative=SpeculativeConfig(method="ngram", num_speculative_tokens=2)) == {}
+    draft = SpeculativeConfig(method="ngram", num_speculative_tokens=2)
+    draft.method, draft.draft_model_config = "eagle", SimpleNamespace(model="draft")
+    assert told("fp8", "dummy", draft) == {
+        "vllm_quantization": "fp8",
+        "vllm_load_format": "dummy",
+        "vllm_draft": ["eagle", "draft"],
+    }
+
+
 def test_a_full_disk(
     prompts: list[list[int]], expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -349,12 +349,25 @@ def _weights_directory(vllm_config: Any, options: ConnectorOptions) -> Path | No
 def _fingerprint(vllm_config: Any, weights: str, *, rank: int) -> Fingerprint:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     return rank_fingerprint(
-        model.hf_config.to_dict(),
+        model.hf_config.to_dict() | _made_of_files(vllm_config),
         weights,
         dtype=f"{model.dtype}, {vllm_config.cache_config.cache_dtype}",
         world={"tensor": parallel.tensor_parallel_size, "pipeline": parallel.pipeline_parallel_size},
         rank=rank,
     )
+
+
+def _made_of_files(vllm_config: Any) -> dict[str, Any]:
+    """What vLLM's options make of the weights, and whose layers it adds to the model's."""
+    told: dict[str, Any] = {}
+    if (quantization := vllm_config.model_config.quantization) is not None:  # as they are loaded, maybe
+        told["vllm_quantization"] = str(quantization)
+    if (load_format := vllm_config.load_config.load_format) == "dummy":
+        told["vllm_load_format"] = load_format
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.uses_draft_kv_cache():
+        told["vllm_draft"] = [speculative.method, speculative.draft_model_config.model]
+    return told
 
 
 def _report(path: Path, error: Exception) -> None:

@@ -37,6 +37,9 @@ from kvpack.runtime.kv.tiers import Tiers
 # A directory that others write to is read anew at most so often.
 _SCAN_INTERVAL_S = 2.0
 
+# Copied, waiting and encoded together: where the queue has no room for a whole prompt, it has for its beginning.
+_JOB_PAGES = 8
+
 Counts = dict[str, int]
 
 
@@ -128,7 +131,8 @@ class PageStore:
     def save(self, pages: PageRange) -> None:
         """Copy keys and values of pages out of vLLM's cache, as they are when what is enqueued now is done.
 
-        A thread saves them. Those that are here or on their way are left out, and those that the queue has no room for.
+        A thread saves them. Those that are here or on their way are left out, and so are the last ones where the queue
+        has no room.
         """
         with self._seen:
             missing = [
@@ -137,32 +141,30 @@ class PageStore:
         if not missing:
             return
         begin, end = missing[0], missing[-1] + 1
-        part = PageRange(
-            pages.first_page + begin,
-            pages.hashes[begin - 1] if begin else pages.parent,
-            pages.hashes[begin:end],
-            pages.tokens[begin:end],
-            pages.block_ids,
-        )
-        size_bytes = self._copy_bytes(part)
+        parts = [_part(pages, first, min(first + _JOB_PAGES, end)) for first in range(begin, end, _JOB_PAGES)]
+        sizes = list(map(self._copy_bytes, parts))
         with self._seen:
-            if self._waiting_bytes + size_bytes > self._queue_bytes:
-                self._counts["dropped_pages"] += len(part.hashes)
-                return
-            self._waiting_bytes += size_bytes
-            self._waiting_jobs += 1
-            self._waiting.update(part.hashes)
+            room = self._queue_bytes - self._waiting_bytes
+            count = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
+            self._counts["dropped_pages"] += sum(len(part.hashes) for part in parts[count:])
+            self._waiting_bytes += sum(sizes[:count])
+            self._waiting_jobs += count
+            self._waiting.update(one for part in parts[:count] for one in part.hashes)
+        for part, size_bytes in zip(parts[:count], sizes, strict=False):
+            self._begin_saving(part, size_bytes)
+
+    def _begin_saving(self, pages: PageRange, size_bytes: int) -> None:
         copied = None
         try:
-            copies = self._copied(part)
-        except (KvpackError, torch.OutOfMemoryError) as error:
+            copies = self._copied(pages)
+            if self._paged.device.type == "cuda":
+                copied = torch.cuda.Event()
+                copied.record()
+        except (KvpackError, RuntimeError) as error:  # no memory, say
             self._failed("save", error)
-            self._let_go(part, size_bytes)
+            self._let_go(pages, size_bytes)
             return
-        if self._paged.device.type == "cuda":
-            copied = torch.cuda.Event()
-            copied.record()
-        self._saver.executor.submit(self._save, part, copies, copied, size_bytes)
+        self._saver.executor.submit(self._save, pages, copies, copied, size_bytes)
 
     def _copied(self, pages: PageRange) -> CopiedPages | torch.Tensor:
         """Keys and values as kernels copy them: pages of 16 bits; or as :meth:`PagedLayers.copy_out` does."""
@@ -192,7 +194,7 @@ class PageStore:
             with self._seen:
                 self._counts["saved_pages"] += kept
                 self._counts["saved_bytes"] += sum(block.data.numel() for block in blocks)
-        except (KvpackError, OSError, RuntimeError) as error:  # no memory, say: these pages are not kept
+        except Exception as error:  # no memory, say: these pages are not kept
             self._failed("save", error)
         finally:
             if self._let_go(pages, size_bytes):
@@ -254,7 +256,7 @@ class PageStore:
                 if begun is not None:
                     begun.synchronize()
                 reached = self._put(load)
-        except (KvpackError, OSError, RuntimeError) as error:
+        except Exception as error:  # whatever it is: vLLM waits for an answer
             self._failed("load", error)
         block_tokens = self._paged.block_tokens
         failed = range(reached // block_tokens, ceil_div(load.end_token, block_tokens))
@@ -332,22 +334,23 @@ class PageStore:
         assert self._tiers.disk is not None
         try:
             self._tiers.disk.scan()
-        except OSError as error:
+        except Exception as error:  # nobody asks what has become of it
             self._failed("read the directory", error)
         self._publish()
 
     def _publish(self) -> None:
         with self._lock:
             known = {block.hash for block in self._tiers.host.all()}
-        if (disk := self._tiers.disk) is not None:
-            known |= disk.hashes()
-        with self._seen:
-            self._changes = self._changes.then(Changes(known - self._known, self._known - known))
-            self._known = known
-            if disk is not None:
-                for name in ("damaged_files", "foreign_files", "failed_writes", "written_files"):
-                    self._counts[name] = getattr(disk, name)
-            foreign, self._foreign = self._foreign, []
+            if (disk := self._tiers.disk) is not None:
+                known |= disk.hashes()
+            # Two threads come here in turn. The engine's, which may not wait for so long, needs what is below.
+            changes = Changes(known - self._known, self._known - known)
+            with self._seen:
+                self._changes, self._known = self._changes.then(changes), known
+                if disk is not None:
+                    for name in ("damaged_files", "foreign_files", "failed_writes", "written_files"):
+                        self._counts[name] = getattr(disk, name)
+                foreign, self._foreign = self._foreign, []
         if foreign and self._report_foreign is not None:
             self._report_foreign(foreign)
 
@@ -394,3 +397,14 @@ class PageStore:
         self._saver.close()
         self._flush()
         self._tiers.close()
+
+
+def _part(pages: PageRange, begin: int, end: int) -> PageRange:
+    """Some of them, by their place among all."""
+    return PageRange(
+        pages.first_page + begin,
+        pages.hashes[begin - 1] if begin else pages.parent,
+        pages.hashes[begin:end],
+        pages.tokens[begin:end],
+        pages.block_ids,
+    )

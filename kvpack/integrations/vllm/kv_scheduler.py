@@ -24,24 +24,27 @@ class _Request:
     """A request that is under way.
 
     Attributes:
-        root: what its first page's hash stands on.
+        root: what its first page's hash stands on; None: its pages are not kept.
         hashes, tokens: of its full pages, as far as they have been asked for.
         offered: how many of them have been given to be saved.
         computed_tokens: where vLLM's own prefix ended when it was looked up last.
         is_counted: whether that lookup is.
+        loaded_after: how often it had been preempted when it was loaded last; None: it never was.
     """
 
     request: Any
-    root: bytes
+    root: bytes | None
     hashes: list[bytes] = field(default_factory=list)
     tokens: list[bytes] = field(default_factory=list)
     offered: int = 0
     computed_tokens: int = 0
     is_counted: bool = False
+    loaded_after: int | None = None
 
     def know(self, pages: int) -> None:
         """Have the hashes of so many pages."""
         if (known := len(self.hashes)) < pages:
+            assert self.root is not None
             tokens = self._token_pages(known, pages)
             self.hashes += chained(self.hashes[-1] if self.hashes else self.root, tokens)
             self.tokens += tokens
@@ -91,6 +94,7 @@ class PageScheduler:
         # Of each page a bit for each rank that has it.
         self._ranks_of: dict[bytes, int] = {}
         self._requests: dict[str, _Request] = {}
+        self._adapters: dict[int, list[Any]] = {}
         self._planned: list[Load] = []
         self._counts: Counter[str] = Counter()
 
@@ -121,10 +125,21 @@ class PageScheduler:
         if request.mm_features or request.prompt_embeds is not None:
             return None
         adapter, salt = request.lora_request, request.cache_salt or ""
-        told = None if adapter is None else adapter_identity(adapter.lora_name, adapter.lora_path)
+        told = None if adapter is None else self._adapter(adapter)
         if adapter is not None and told is None:
             return None
         return root_hash(self._key | {"adapter": told, "salt": salt})
+
+    def _adapter(self, adapter: Any) -> list[Any] | None:
+        """What tells an adapter from others; None: that cannot be said.
+
+        Where its files are others than when it was met first, vLLM may have those of then or, if it has dropped it in
+        between, those of now. With ``load_inplace`` it reads them anew.
+        """
+        told = adapter_identity(adapter.lora_name, adapter.lora_path)
+        if told is not None and (adapter.lora_int_id not in self._adapters or adapter.load_inplace):
+            self._adapters[adapter.lora_int_id] = told
+        return told if told == self._adapters.get(adapter.lora_int_id) else None
 
     def lookup(self, request: Any, computed_tokens: int) -> int:
         """How many tokens behind those that are computed can be loaded: whole blocks of vLLM's.
@@ -135,11 +150,11 @@ class PageScheduler:
         """
         known = self._requests.get(request.request_id)
         if known is None or known.request is not request:
-            if (root := self._root(request)) is None:
-                self._counts["passed_over_requests"] += 1
-                return 0
-            known = self._requests[request.request_id] = _Request(request, root)
+            known = self._requests[request.request_id] = _Request(request, self._root(request))
+            self._counts["passed_over_requests"] += known.root is None
         known.offered, known.computed_tokens, known.is_counted = 0, computed_tokens, False
+        if known.root is None or known.loaded_after == request.num_preemptions:
+            return 0  # not kept; or the last load brought nothing, and the next one might not either, and so on
         # vLLM has to compute a token, since its logits are needed, and has whole blocks before it.
         most = (request.num_tokens - 1) // self._block_tokens * self._block_tokens
         if not self._loads or most <= computed_tokens:
@@ -154,7 +169,7 @@ class PageScheduler:
     def allocated(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
         """A request has got blocks. So many tokens, behind those that were computed at its lookup, are to be loaded."""
         known = self._requests.get(request.request_id)
-        if known is None:
+        if known is None or known.root is None:
             return
         first, end = known.computed_tokens, known.computed_tokens + external_tokens
         if not known.is_counted:
@@ -162,6 +177,7 @@ class PageScheduler:
             self._counts["queried_tokens"] += request.num_tokens - first
             self._counts["hit_tokens"] += external_tokens
         if external_tokens:
+            known.loaded_after = request.num_preemptions
             pages = known.range(first // PAGE_TOKENS, ceil_div(end, PAGE_TOKENS), block_ids)
             self._planned.append(Load(request.request_id, first, end, pages))
 
@@ -176,7 +192,7 @@ class PageScheduler:
         plan = StepPlan(loads, computes=bool(scheduled))
         for request_id, tokens in scheduled.items():
             known = self._requests.get(request_id)
-            if known is None or not self._saves:
+            if known is None or known.root is None or not self._saves:
                 continue
             request = known.request
             # Tokens that are computed, and of which it is known what they are.
