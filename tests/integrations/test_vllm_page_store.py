@@ -37,7 +37,7 @@ from paged_prompts import (  # noqa: E402
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks  # noqa: E402
 from kvpack.errors import CacheInputError, InputError  # noqa: E402
 from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
-from kvpack.integrations.vllm import kv_page_codec  # noqa: E402
+from kvpack.integrations.vllm import kv_page_codec, kv_page_store  # noqa: E402
 from kvpack.integrations.vllm.cpu_block_order import block_places  # noqa: E402
 from kvpack.integrations.vllm.kv_page_codec import PageCodec, PagedLayers  # noqa: E402
 from kvpack.integrations.vllm.kv_plan import Changes, Load, PageRange  # noqa: E402
@@ -477,6 +477,55 @@ def test_both_tiers_are_bounded_and_what_they_have_is_right(tmp_path: Path) -> N
     store.close()
 
 
+def test_of_a_prompt_without_room_the_beginning_stays() -> None:
+    """There is no disk: pages without those before them would be of no use."""
+    paged = make_paged(blocks=128)
+    page_bytes = LAYERS * 2 * HEADS * 64 * HEAD_DIM * 2
+    store = make_store(paged, host_bytes=12 * page_bytes)
+    for start in (0, 5000):
+        tokens = range(start, start + 64 * 30)
+        save(store, paged, tokens)
+        assert load(store, paged, tokens) == 64 * 12
+    short = range(9000, 9000 + 64 * 3)
+    save(store, paged, short)
+    assert load(store, paged, short) == 64 * 3
+    assert load(store, paged, tokens) == 64 * 9, "the last ones have gone"
+    store.close()
+
+
+@pytest.mark.parametrize("block_tokens", [16, 48, 128])
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_a_long_prompt_is_loaded_piece_by_piece(
+    block_tokens: int, has_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that memory for a few pages is enough, and what is there counts though a later piece is damaged."""
+    monkeypatch.setattr(kv_page_store, "_LOAD_PAGES", 3)
+    paged = make_paged(block_tokens, blocks=128)
+    store = make_store(paged, tmp_path if has_disk else None, host_bytes=1 << 22)
+    tokens = range(64 * 25)
+    pages = save(store, paged, tokens)
+    decode, counts = store._codec.decode, list[int]()
+
+    def counted(data: Any, *others: Any) -> Any:
+        counts.append(len(data))
+        if len(counts) == fails_at:
+            raise RuntimeError("out of memory")
+        return decode(data, *others)
+
+    monkeypatch.setattr(store._codec, "decode", counted)
+    fails_at, whole = 0, 64 * 25 // block_tokens * block_tokens
+    assert load(store, paged, tokens) == whole
+    assert sum(counts) == -(-whole // 64)
+    assert max(counts) == counts[0] == {16: 3, 48: 3, 128: 4}[block_tokens]
+    counts.clear()
+    assert load(store, paged, tokens, first=9 * block_tokens) == whole - 9 * block_tokens
+    counts.clear()
+    fails_at = 3
+    assert load(store, paged, tokens) == 2 * 64 * counts[0]
+    assert [block.hash for block in store._tiers.host.all()] == list(reversed(pages.hashes)), "the first are the latest"
+    store.close()
+
+
 def test_the_least_recently_loaded_goes_first(tmp_path: Path) -> None:
     paged = make_paged()
     page_bytes = LAYERS * 2 * HEADS * 64 * HEAD_DIM * 2
@@ -547,8 +596,6 @@ def test_keys_and_values_are_those_of_the_moment_of_saving(tmp_path: Path) -> No
 
 
 def test_two_engines_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvpack.integrations.vllm import kv_page_store
-
     monkeypatch.setattr(kv_page_store, "_SCAN_INTERVAL_S", 0.0)
     paged = make_paged()
     one, two = make_store(paged, tmp_path), make_store(paged, tmp_path)

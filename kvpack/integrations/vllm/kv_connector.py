@@ -130,16 +130,16 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
         layers = [kv_caches[name] for name in sorted(kv_caches, key=_by_numbers)]
         full_format = _full_format(layers[0].dtype)
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        _, heads, tokens, width = layers[0].shape
-        if (heads, width) != (spec.num_kv_heads, 2 * spec.head_size):
+        shape = layers[0].shape
+        if len(shape) != 4 or (shape[1], shape[3]) != (spec.num_kv_heads, 2 * spec.head_size):
             raise InputError(
-                f"a layer's cache is {list(layers[0].shape)}; [blocks, {spec.num_kv_heads} heads, tokens, "
+                f"a layer's cache is {list(shape)}; [blocks, {spec.num_kv_heads} heads, tokens, "
                 f"K and V of {spec.head_size}] is wanted"
             )
         places = None
         if layers[0].device.type == "cpu":
-            write = vllm_write(layers[0].dtype, tokens, spec.head_size)
-            places = block_places(write, layers[0].dtype, tokens, spec.head_size)
+            write = vllm_write(layers[0].dtype, shape[2], spec.head_size)
+            places = block_places(write, layers[0].dtype, shape[2], spec.head_size)
         ranks, options = self._vllm_config.parallel_config.world_size, self._options
         directory = options.directory
         self._store = PageStore(

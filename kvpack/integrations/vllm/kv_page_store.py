@@ -10,6 +10,7 @@ several processes, known by a chain of hashes over the tokens, and looked at wit
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -39,6 +40,8 @@ _SCAN_INTERVAL_S = 2.0
 
 # Copied, waiting and encoded together: where the queue has no room for a whole prompt, it has for its beginning.
 _JOB_PAGES = 8
+# Read and put together: on a device that is full but for a little they lie beside vLLM's cache.
+_LOAD_PAGES = 16
 
 Counts = dict[str, int]
 
@@ -255,7 +258,8 @@ class PageStore:
             with self._on_stream("load"):
                 if begun is not None:
                     begun.synchronize()
-                reached = self._put(load)
+                while reached < load.end_token and (end := self._put(load, reached)) > reached:
+                    reached = end
         except Exception as error:  # whatever it is: vLLM waits for an answer
             self._failed("load", error)
         block_tokens = self._paged.block_tokens
@@ -266,33 +270,46 @@ class PageStore:
             self._loaded.append((load.request_id, [load.pages.block_ids[place] for place in failed]))
             self._loading -= 1
             self._seen.notify_all()
+        self._tiers.touch(load.pages.hashes)  # of all pieces the first one last
         if failed:
             self._publish()
 
-    def _put(self, load: Load) -> int:
-        """Up to which token, a whole block's end, keys and values are there."""
-        pages = load.pages
-        with self._tiers.reading(pages.hashes, pages.tokens) as blocks:
-            first = pages.first_page * PAGE_TOKENS
-            end = min(load.end_token, first + len(blocks) * PAGE_TOKENS)
-            end -= (end - load.first_token) % self._paged.block_tokens
-            if end <= load.first_token:
-                return load.first_token
+    def _put(self, load: Load, first_token: int) -> int:
+        """Put some tokens from there on. Returns up to which one, a whole block's end, they are there."""
+        block_tokens, pages = self._paged.block_tokens, load.pages
+        both = math.lcm(PAGE_TOKENS, block_tokens)
+        step = ceil_div(_LOAD_PAGES * PAGE_TOKENS, both) * both
+        last = min(load.end_token, (first_token // step + 1) * step)
+        chosen = slice(first_token // PAGE_TOKENS - pages.first_page, ceil_div(last, PAGE_TOKENS) - pages.first_page)
+        with self._tiers.reading(pages.hashes[chosen], pages.tokens[chosen]) as blocks:
+            first = (pages.first_page + chosen.start) * PAGE_TOKENS
+            end = min(last, first + len(blocks) * PAGE_TOKENS)
+            end -= end % block_tokens
+            if end <= first_token:
+                return first_token
             formats = np.stack([block.formats for block in blocks], -1)
-            self._put_tokens(load, end, [block.data for block in blocks], formats)
+            rows = first_token - first, first_token, end
+            self._put_tokens(pages.block_ids, *rows, [block.data for block in blocks], formats)
             with self._seen:
                 self._counts["loaded_bytes"] += sum(block.data.numel() for block in blocks)
             return end
 
-    def _put_tokens(self, load: Load, end: int, data: Sequence[torch.Tensor], formats: Formats) -> None:
-        skipped, block_ids = load.first_token - load.pages.first_page * PAGE_TOKENS, load.pages.block_ids
+    def _put_tokens(
+        self,
+        block_ids: Sequence[int],
+        skipped: int,
+        first: int,
+        end: int,
+        data: Sequence[torch.Tensor],
+        formats: Formats,
+    ) -> None:
+        """Tokens ``first … end − 1`` of a request, which come behind so many ``skipped`` ones of the pages."""
         try:
             if self._paged.blocks is not None:
-                self._codec.put(data, formats, skipped, self._paged.rows(block_ids, load.first_token, end))
+                self._codec.put(data, formats, skipped, self._paged.rows(block_ids, first, end))
             else:
                 values = self._codec.decode(data, formats, self._paged.device)
-                values = values[:, skipped : skipped + end - load.first_token]
-                self._paged.put(values, block_ids, load.first_token, end)
+                self._paged.put(values[:, skipped : skipped + end - first], block_ids, first, end)
         finally:
             # vLLM computes with it as soon as it hears of it, or instead of it; and host memory may be written to then.
             if (stream := self._streams["load"]) is not None:

@@ -150,20 +150,53 @@ class Tiers:
             blocks: each behind the one before it; ``data`` on any device.
 
         Returns:
-            How many are in host memory now: fewer where others that are being read leave no room.
+            How many are in host memory now: fewer where others that are being read leave no room or, if there is no
+            disk tier, those before them.
         """
         kept = 0
-        for block in blocks:
-            with self._lock:
-                if block.hash in self.host:
-                    self.host.touch(block.hash)
-                elif not self._put_bytes(block):
-                    self._dropped += 1
-                    continue
-                else:
-                    self._taken += 1
-                kept += 1
+        with self._beginning_stays(blocks) as held:
+            for block in blocks:
+                with self._lock:
+                    is_useless = held is not None and block.parent is not None and block.parent not in self.host
+                    if block.hash in self.host:
+                        self.host.touch(block.hash)
+                    elif is_useless or not self._put_bytes(block):
+                        self._dropped += 1
+                        continue
+                    else:
+                        self._taken += 1
+                    kept += 1
+                    if held is not None:
+                        self.host.hold(block.hash, 1)
+                        held.append(block.hash)
         return kept
+
+    @contextmanager
+    def _beginning_stays(self, blocks: Sequence[BlockBytes]) -> Iterator[list[bytes] | None]:
+        """Where there is no disk tier, blocks that are put push out none of those that they stand on: what has gone is
+        nowhere then, and what stands on it is of no use.
+
+        Yields:
+            Blocks that stay, for more of them; None: they need not.
+        """
+        if self.disk is not None or not blocks:
+            yield None
+            return
+        held: list[bytes] = []
+        with self._lock:
+            one = blocks[0].parent
+            while one is not None and (block := self.host.get(one)) is not None:
+                self.host.hold(one, 1)
+                held.append(one)
+                one = block.parent
+            held.reverse()
+        try:
+            yield held
+        finally:
+            with self._lock:
+                for one in reversed(held):  # the last one is to go first
+                    self.host.hold(one, -1)
+                    self.host.touch(one)
 
     @property
     def is_resting(self) -> bool:
@@ -265,11 +298,16 @@ class Tiers:
             with self._lock:
                 for one in held:
                     self.host.hold(one, -1)
-                # The last block first: it is to go before those that it stands on.
-                for one in reversed(hashes[: len(found)]):
-                    self.host.touch(one)
-            if self.disk is not None:
-                self.disk.touch(list(reversed(hashes[: len(found)])))
+            self.touch(hashes[: len(found)])
+
+    def touch(self, hashes: Sequence[bytes]) -> None:
+        """Blocks of a chain have been used; takes the store's lock by itself."""
+        # The last block first: it is to go before those that it stands on.
+        with self._lock:
+            for one in reversed(hashes):
+                self.host.touch(one)
+        if self.disk is not None:
+            self.disk.touch(list(reversed(hashes)))
 
     def prefetch(self, store: PrefixStore, match: Match, tokens: Tokens) -> Future[int]:
         """Begin to read what files have behind a match into host memory; files are read without the store's lock.
