@@ -313,6 +313,35 @@ def test_what_options_make_of_the_files_is_told_apart() -> None:
     }
 
 
+def test_caches_whose_blocks_are_not_of_plain_attention_are_refused() -> None:
+    """Where later tokens change earlier ones' keys, or vLLM gives blocks away while a request goes on."""
+    from types import SimpleNamespace
+
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, RSWASpec, SlidingWindowSpec
+
+    from kvpack.errors import InputError
+    from kvpack.integrations.vllm.kv_connector import _block_tokens
+
+    shape = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+
+    def block_tokens(*specs: Any) -> int:
+        return _block_tokens(SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=s) for s in specs]))
+
+    full = FullAttentionSpec(**shape)
+    assert block_tokens(full) == block_tokens(FullAttentionSpec(**shape, sliding_window=4096)) == 16
+    for specs, name in (
+        ([RSWASpec(**shape, rswa_window=128)], "RSWASpec"),
+        ([FullAttentionSpec(**shape, non_causal=True)], r"FullAttentionSpec \(not causal\)"),
+        ([FullAttentionSpec(**shape, tokens_per_state=4)], "FullAttentionSpec"),
+        ([MLAAttentionSpec(**(shape | {"num_kv_heads": 1}))], "MLAAttentionSpec"),
+        ([full, SlidingWindowSpec(**shape, sliding_window=128)], "FullAttentionSpec, SlidingWindowSpec"),
+        ([], "has $"),
+    ):
+        with pytest.raises(InputError, match=name):
+            block_tokens(*specs)
+
+
 def test_a_full_disk(
     prompts: list[list[int]], expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

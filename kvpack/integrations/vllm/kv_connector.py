@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvpack.errors import InputError
@@ -91,7 +91,7 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self._options = checked_options(vllm_config)
-        self._block_tokens = _block_tokens(vllm_config, kv_cache_config)
+        self._block_tokens = _block_tokens(kv_cache_config)
         self._loads, self._saves = transfer.is_kv_consumer, transfer.is_kv_producer
         self._store: PageStore | None = None
         self._failed_blocks: set[int] = set()
@@ -273,20 +273,32 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _block_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
+def _block_tokens(kv_cache_config: Any) -> int:
     """Tokens of a block of vLLM's cache.
 
     Raises:
         InputError: a model whose keys and values are not those of plain attention in every layer.
     """
-    groups = kv_cache_config.kv_cache_groups
-    specs = [group.kv_cache_spec for group in groups]
-    if len(specs) != 1 or not isinstance(specs[0], FullAttentionSpec) or isinstance(specs[0], MLAAttentionSpec):
-        shown = ", ".join(type(spec).__name__ for spec in specs)
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    if len(specs) != 1 or not _is_plain(specs[0]):
+        shown = ", ".join(f"{type(spec).__name__}{' (not causal)' * _is_not_causal(spec)}" for spec in specs)
         raise InputError(
-            f"KVPackConnector keeps keys and values of full attention in all layers; this model's cache has {shown}"
+            "KVPackConnector keeps keys and values of full, causal attention in all layers; this model's cache has "
+            f"{shown}"
         )
     return int(specs[0].block_size)
+
+
+def _is_plain(spec: Any) -> bool:
+    """Whether blocks have each token's own keys and values, which later tokens do not change, as long as a request is.
+
+    Kinds of FullAttentionSpec are not: latent vectors, or blocks that vLLM gives to others meanwhile.
+    """
+    return type(spec) is FullAttentionSpec and spec.tokens_per_state == 1 and not _is_not_causal(spec)
+
+
+def _is_not_causal(spec: Any) -> bool:
+    return bool(getattr(spec, "non_causal", False))
 
 
 def checked_options(vllm_config: Any) -> ConnectorOptions:
