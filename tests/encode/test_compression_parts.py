@@ -190,6 +190,11 @@ def test_steps_by_sensitivity(model: Path, tmp_path: Path, embeddings: str, monk
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert report.notes == whole.notes
     assert report.tensors == whole.tensors
+    late = kvpack.compress(model, tmp_path / "out", shards=(3, 3), **options).part
+    assert late is not None
+    assert late.was_there
+    with pytest.raises(InputError, match="allocation is 'tensor' here, 'sensitivity' there"):
+        kvpack.compress(model, tmp_path / "out", shards=(3, 3), **options, allocation="tensor")
 
 
 def test_one_step_of_a_trellis(tmp_path: Path) -> None:

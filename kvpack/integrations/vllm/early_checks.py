@@ -21,7 +21,8 @@ def check_config(vllm_config: Any) -> None:
 
     asked_weights(vllm_config.additional_config)
     transfer = vllm_config.kv_transfer_config
-    if transfer is not None and transfer.kv_connector_module_path == _CONNECTOR:
+    is_asked = transfer is not None and transfer.kv_connector_module_path == _CONNECTOR
+    if is_asked and vllm_config.model_config is not None:
         from kvpack.integrations.vllm.kv_connector import checked_options
 
         checked_options(vllm_config)
