@@ -294,16 +294,20 @@ def test_what_options_make_of_the_files_is_told_apart() -> None:
 
     from kvpack.integrations.vllm.kv_connector import _made_of_files
 
-    def told(quantization: str | None = None, load_format: str = "auto", speculative: Any = None) -> dict[str, Any]:
+    def told(
+        quantization: str | None = None, load_format: str = "auto", speculative: Any = None, rope: Any = None
+    ) -> dict[str, Any]:
+        text_config = SimpleNamespace(rope_parameters=rope or {"rope_type": "default"})
         return _made_of_files(
             SimpleNamespace(
-                model_config=SimpleNamespace(quantization=quantization),
+                model_config=SimpleNamespace(quantization=quantization, hf_text_config=text_config, max_model_len=9000),
                 load_config=SimpleNamespace(load_format=load_format),
                 speculative_config=speculative,
             )
         )
 
     assert told() == told(speculative=SpeculativeConfig(method="ngram", num_speculative_tokens=2)) == {}
+    assert told(rope={"rope_type": "longrope"}) == {"vllm_max_model_len": 9000}
     draft = SpeculativeConfig(method="ngram", num_speculative_tokens=2)
     draft.method, draft.draft_model_config = "eagle", SimpleNamespace(model="draft")
     assert told("fp8", "dummy", draft) == {

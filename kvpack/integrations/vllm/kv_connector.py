@@ -370,10 +370,13 @@ def _fingerprint(vllm_config: Any, weights: str, *, rank: int) -> Fingerprint:
 
 
 def _made_of_files(vllm_config: Any) -> dict[str, Any]:
-    """What vLLM's options make of the weights, and whose layers it adds to the model's."""
+    """What vLLM's options make of the model's files, and whose layers it adds to the model's."""
+    model = vllm_config.model_config
     told: dict[str, Any] = {}
-    if (quantization := vllm_config.model_config.quantization) is not None:  # as they are loaded, maybe
-        told["vllm_quantization"] = str(quantization)
+    if model.quantization is not None:  # as they are loaded, maybe
+        told["vllm_quantization"] = str(model.quantization)
+    if "longrope" in str(getattr(model.hf_text_config, "rope_parameters", None)):
+        told["vllm_max_model_len"] = model.max_model_len  # decides which of two sets of frequencies turns keys
     if (load_format := vllm_config.load_config.load_format) == "dummy":
         told["vllm_load_format"] = load_format
     speculative = vllm_config.speculative_config
