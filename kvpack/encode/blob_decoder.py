@@ -21,6 +21,7 @@ from kvpack.encode.trellis import put_integers
 from kvpack.errors import LaneStateError, LimitError
 from kvpack.format.blob import Blob, Tile
 from kvpack.format.container import BLOB_SUFFIX, Container
+from kvpack.format.header import BlobHeader
 from kvpack.format.layout import (
     CHUNK_COLS,
     GROUP_LANES,
@@ -152,11 +153,13 @@ def decode_elements(
     executor: ThreadPoolExecutor | None = None,
     max_elements: int | None = None,
     out: npt.NDArray[Any] | None = None,
+    matrices: range | None = None,
 ) -> npt.NDArray[Any]:
     """All elements of a blob: unsigned [matrices, rows, cols], of the smallest NumPy type that holds them.
 
     Args:
         out: an array of that shape and type to decode into (fresh memory costs a third of the time).
+        matrices: some that lie one behind another; all by default. Of others nothing is looked at.
 
     Raises:
         LimitError: more elements than ``max_elements`` (see :func:`check_element_limit`).
@@ -164,7 +167,8 @@ def decode_elements(
     """
     check_element_limit(blob, max_elements)
     header = blob.header
-    shape = (header.matrices, header.rows, header.cols)
+    chosen = range(header.matrices) if matrices is None else matrices
+    shape = (len(chosen), header.rows, header.cols)
     dtype = element_dtype(header.layout.element_bits)
     if out is None:
         out = np.empty(shape, dtype)
@@ -176,23 +180,29 @@ def decode_elements(
     def work(index: int) -> None:
         tile = blob.tile(index)
         g = tile.geometry
-        window = target[g.matrix, g.first_row : g.first_row + g.rows, g.first_col : g.first_col + g.cols]
-        decode_tile(blob, tile, tables, window)
+        rows, cols = slice(g.first_row, g.first_row + g.rows), slice(g.first_col, g.first_col + g.cols)
+        decode_tile(blob, tile, tables, target[g.matrix - chosen.start, rows, cols])
 
-    for _ in map_ordered(work, range(header.num_tiles), executor):
+    for _ in map_ordered(work, _tiles_of(header, chosen), executor):
         pass
     return target
 
 
-def add_outliers(blob: Blob, integers: npt.NDArray[np.int16]) -> None:
-    """Add every tile's outliers to ``integers`` i16 [matrices, rows, cols] in place.
+def _tiles_of(header: BlobHeader, matrices: range) -> range:
+    count = header.num_tiles_row * header.num_tiles_col
+    return range(matrices.start * count, matrices.stop * count)
+
+
+def _add_outliers(blob: Blob, integers: npt.NDArray[np.int16], tiles: Iterable[int], first_matrix: int) -> None:
+    """Add tiles' outliers to ``integers`` i16 [matrices, rows, cols] in place.
 
     CRCs are not checked again: the elements have been decoded before.
     """
-    for index in np.flatnonzero(blob.tiles["outlier_count"]).tolist():
+    for index in tiles:
         tile = blob.tile(index, check_crc=False)
         g, outliers = tile.geometry, tile.outliers
-        integers[g.matrix, g.first_row + outliers.rows, g.first_col + outliers.cols] += outliers.deltas.astype(np.int16)
+        places = g.matrix - first_matrix, g.first_row + outliers.rows, g.first_col + outliers.cols
+        integers[places] += outliers.deltas.astype(np.int16)
 
 
 def decode_integers(
@@ -200,15 +210,19 @@ def decode_integers(
     *,
     executor: ThreadPoolExecutor | None = None,
     max_elements: int | None = None,
+    matrices: range | None = None,
 ) -> npt.NDArray[Any]:
     """The numbers that a blob of an integer kind holds, outliers added, or the bit patterns of a float kind.
+
+    Args:
+        matrices: some that lie one behind another; all by default.
 
     Returns:
         [matrices, rows, cols]: i8 (i16 if there are outliers) for signed, u8 for unsigned elements; u8, u16 or
         u32 bit patterns for the lossless float kinds.
     """
     layout = blob.header.layout
-    elements = decode_elements(blob, executor=executor, max_elements=max_elements)
+    elements = decode_elements(blob, executor=executor, max_elements=max_elements, matrices=matrices)
     if layout.element_kind == ElementKind.UNSIGNED:
         return elements
     if layout.element_kind == ElementKind.SIGNED:
@@ -218,10 +232,13 @@ def decode_integers(
             half = 1 << (layout.element_bits - 1)
             np.subtract(elements, elements.dtype.type(half), out=elements)
             signed = elements.view(np.int8)
-        if not blob.tiles["outlier_count"].any():
+        chosen = range(blob.header.matrices) if matrices is None else matrices
+        tiles = _tiles_of(blob.header, chosen)
+        with_outliers = tiles.start + np.flatnonzero(blob.tiles["outlier_count"][tiles.start : tiles.stop])
+        if not len(with_outliers):
             return signed
         integers = signed.astype(np.int16)
-        add_outliers(blob, integers)
+        _add_outliers(blob, integers, with_outliers.tolist(), chosen.start)
         return integers
     return rotate_right(elements, layout.element_bits)
 

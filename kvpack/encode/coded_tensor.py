@@ -95,14 +95,17 @@ class CodedTensor:
         blob, cols = slice_columns(self.blob, first, stop), self.header.cols
         return self._with(blob, column_scales=self._cut(self.column_scales, cols, slice(None), slice(first, stop)))
 
-    def matrices(self, first: int, stop: int) -> CodedTensor:
+    def matrices(self, first: int, stop: int, step: int = 1) -> CodedTensor:
         """Matrices ``first`` … ``stop`` − 1 of a tensor of 3 or more dimensions, as experts of a device.
+
+        Args:
+            step: from one to the next: experts may be dealt to devices in turn.
 
         Raises:
             GeometryError: there are no such matrices.
             BlobError: the blob is damaged.
         """
-        blob, header, part = slice_matrices(self.blob, first, stop), self.header, slice(first, stop)
+        blob, header, part = slice_matrices(self.blob, first, stop, step), self.header, slice(first, stop, step)
         return self._with(
             blob,
             scales=self._cut(self.scales, header.rows, part, slice(None)),

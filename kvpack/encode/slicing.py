@@ -39,6 +39,7 @@ class _Span:
     rows: int
     first_row: int = 0
     first_matrix: int = 0
+    matrix_step: int = 1
     first_tile_col: int = 0
 
     def table_index(self, tile: int) -> int:
@@ -53,7 +54,7 @@ class _Span:
         while row < end:
             tile_row, in_tile = divmod(row, TILE_ROWS)
             last = min(end - tile_row * TILE_ROWS, TILE_ROWS)
-            matrix = self.first_matrix + geometry.matrix
+            matrix = self.first_matrix + self.matrix_step * geometry.matrix
             tile = (matrix * header.num_tiles_row + tile_row) * header.num_tiles_col + self.first_tile_col + tile_col
             yield tile, in_tile, last
             row = tile_row * TILE_ROWS + last
@@ -179,8 +180,8 @@ def slice_columns(blob: Blob | bytes | memoryview, first: int, stop: int) -> byt
     return _assemble(replace(header, cols=stop - first), [span], source.tables)
 
 
-def slice_matrices(blob: Blob | bytes | memoryview, first: int, stop: int) -> bytes:
-    """Matrices ``first`` … ``stop`` − 1 of a blob of several, as experts of a rank.
+def slice_matrices(blob: Blob | bytes | memoryview, first: int, stop: int, step: int = 1) -> bytes:
+    """Matrices ``first`` … ``stop`` − 1 of a blob of several, or each ``step``-th of them, as experts of a rank.
 
     Raises:
         GeometryError: there are no such matrices.
@@ -189,8 +190,8 @@ def slice_matrices(blob: Blob | bytes | memoryview, first: int, stop: int) -> by
     source = _parsed(blob)
     header = source.header
     _check_range("matrices", first, stop, header.matrices, 1, "matrices are cut")
-    span = _Span(source, range(len(source.tables)), header.rows, first_matrix=first)
-    return _assemble(replace(header, matrices=stop - first), [span], source.tables)
+    span = _Span(source, range(len(source.tables)), header.rows, first_matrix=first, matrix_step=step)
+    return _assemble(replace(header, matrices=len(range(first, stop, step))), [span], source.tables)
 
 
 def stack_rows(blobs: Sequence[Blob | bytes | memoryview]) -> bytes:

@@ -76,6 +76,8 @@ def test_a_slice_has_the_numbers_of_the_whole(blob: tuple[bytes, Numbers], data:
     assert both == slice_columns(rows, left, right) or Blob(both).header.num_tables > 1
     last = slice_matrices(both, header.matrices - 1, header.matrices)
     np.testing.assert_array_equal(numbers_of(last), numbers[-1:, first:stop, left:right])
+    own = range(header.matrices - 1, header.matrices)
+    np.testing.assert_array_equal(decode_integers(Blob(whole), matrices=own), numbers[-1:])
 
 
 @given(blobs(), st.data())
@@ -89,6 +91,14 @@ def test_slices_stacked_are_the_whole(blob: tuple[bytes, Numbers], data: st.Data
     np.testing.assert_array_equal(numbers_of(stacked), numbers)
     if Blob(whole).header.num_tables < 2 and len(set(Blob(whole).tiles["mode"])) == 1:
         assert len(stacked) == len(whole)
+
+
+def test_matrices_at_a_distance() -> None:
+    elements = samples.gaussian_elements((7, 300, 70), 5, 2.0, 1)
+    whole = encode_elements(elements, FIVE_BITS, tile_cols=64)
+    for own in (range(1, 7, 2), range(0, 7, 3), range(2, 5)):
+        part = slice_matrices(whole, own.start, own.stop, own.step)
+        np.testing.assert_array_equal(numbers_of(part), decode_integers(Blob(whole))[own.start : own.stop : own.step])
 
 
 def moved_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,7 @@ def test_scales_of_rows_go_with_their_rows(tmp_path: Path) -> None:
     whole = numbers(experts)
     np.testing.assert_array_equal(numbers(experts.outputs(32, 96)), whole[:, 32:])
     np.testing.assert_array_equal(numbers(experts.matrices(1, 3)), whole[1:])
+    np.testing.assert_array_equal(numbers(experts.matrices(0, 3, 2)), whole[::2])
     np.testing.assert_array_equal(numbers(experts.part("outputs", 0, 3)), whole[:, :32])
     again = CodedTensor.stack([experts.outputs(64, 96), experts.outputs(0, 64)])
     np.testing.assert_array_equal(numbers(again), np.concatenate((whole[:, 64:], whole[:, :64]), axis=1))

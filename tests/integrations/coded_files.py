@@ -13,10 +13,10 @@ from kvpack.integrations.vllm.arriving import ArrivedTensor
 from kvpack.integrations.vllm.reading import mapped_tensors
 
 
-def coded_file(folder: Path, shape: tuple[int, int], *, seed: int = 3, **options: Any) -> Path:
-    """A compressed file with one matrix of that shape, a mixture of two normal distributions by row."""
+def coded_file(folder: Path, shape: tuple[int, ...], *, seed: int = 3, **options: Any) -> Path:
+    """A compressed file with a matrix, or several, of that shape, a mixture of normal distributions by row."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=generator) * (1 + torch.arange(shape[0]) % 3)[:, None]
+    weight = torch.randn(shape, generator=generator) * (1 + torch.arange(shape[-2]) % 3)[:, None]
     save_file({"w.weight": weight.to(torch.bfloat16)}, folder / "plain.safetensors")
     kvpack.compress(
         folder / "plain.safetensors", folder / "coded.safetensors", include="w", **({"bits": 4.25} | options)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from coded_files import arrived_from, coded_file, numbers_of
 
 from kvpack.errors import InputError, NotSupportedError
 from kvpack.integrations.vllm.arriving import Part, stacked
-from kvpack.integrations.vllm.coded_experts import ExpertMatrices
+from kvpack.integrations.vllm.coded_experts import ExpertMatrices, StackedExperts
 from kvpack.integrations.vllm.coded_layer import CodedLayer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -128,14 +130,72 @@ def test_experts(tmp_path: Path, device: str, tokens: int, by_id: bool) -> None:
                 _check(out[token, slot][None], row[None], weights[expert], None)
 
 
+def _stack(folder: Path, device: str, spans: list[tuple[int, int]]) -> tuple[StackedExperts, torch.Tensor]:
+    """Of three experts in one tensor, rows of each; and their numbers."""
+    folder.mkdir(exist_ok=True)
+    file = coded_file(folder, (3, 320, 192))
+    parts = [arrived_from(file).outputs(*span) for span in spans]
+    numbers = torch.cat([numbers_of(file)[:, first:stop] for first, stop in spans], dim=1)
+    return StackedExperts(parts, torch.device(device)), numbers
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("by_id", [False, True])
+@pytest.mark.parametrize("spans", [[(0, 320)], [(40, 97), (201, 258)]])
+def test_experts_of_one_tensor(
+    tmp_path: Path, device: str, tokens: int, by_id: bool, spans: list[tuple[int, int]]
+) -> None:
+    """As they are in the file, and a rank's halves of them at whatever borders."""
+    matrices, weights = _stack(tmp_path, device, spans)
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(-1, 3, (tokens, 2), generator=generator)
+    x = torch.randn((tokens, 2, 192) if by_id else (tokens, 192), generator=generator).to(torch.bfloat16)
+    out = matrices.product(x.to(device), ids.to(device)).cpu()
+    assert out.shape == (tokens, 2, weights.shape[1])
+    rows = x if by_id else x[:, None].expand(-1, 2, -1)
+    for expert in range(3):
+        if (ids == expert).any():
+            _check(out[ids == expert], rows[ids == expert], weights[expert], None)
+    assert not out[ids < 0].any()
+    assert not matrices.product(x.to(device), torch.full_like(ids, -1).to(device)).any()
+
+
+def test_one_graph_for_all_experts(tmp_path: Path) -> None:
+    """What is in them is not looked into, one by one or in one blob; an id of −1 has no part."""
+    each, of_each = _experts(tmp_path / "each", "cpu")
+    stack, of_stack = _stack(tmp_path / "stack", "cpu", [(0, 320)])
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def forward(x: torch.Tensor, ids: torch.Tensor, handle: torch.Tensor, rows: int) -> torch.Tensor:
+        return torch.relu(torch.ops.kvpack.experts_of(x, ids, handle, rows))
+
+    ids = torch.tensor([[2, 0], [1, -1]])
+    for matrices, weights in ((each, of_each), (stack, of_stack)):
+        x = torch.randn((2, weights[0].shape[1]), generator=torch.Generator().manual_seed(2))
+        out = forward(x, ids, matrices.handle, matrices.rows)
+        for token, slot, expert in ((0, 0, 2), (0, 1, 0), (1, 0, 1)):
+            torch.testing.assert_close(out[token, slot], torch.relu(weights[expert] @ x[token]), atol=1e-4, rtol=1e-5)
+        assert not out[1, 1].any()
+
+
+def test_experts_of_one_tensor_with_column_scales(tmp_path: Path) -> None:
+    part = arrived_from(coded_file(tmp_path, (3, 64, 192))).outputs(0, 64)
+    scaled = replace(part, coded=replace(part.coded, column_scales=np.ones(3 * 192, np.float16)))
+    with pytest.raises(NotSupportedError, match="dense"):
+        StackedExperts([scaled], torch.device("cpu"))
+
+
 @pytest.mark.gpu
 def test_captured(tmp_path: Path) -> None:
     """Products, look-ups and experts in a CUDA graph after their warm-up, run again with other inputs."""
     parts, weight = _parts(tmp_path / "layer", [(0, 320)])
     layer = CodedLayer(parts, torch.device("cuda"))
     matrices, weights = _experts(tmp_path / "experts", "cuda")
+    stack, of_stack = _stack(tmp_path / "stack", "cuda", [(0, 320)])
     layer.warm_up(torch.bfloat16)
     matrices.warm_up(torch.bfloat16, 320, 2)
+    stack.warm_up(torch.bfloat16, 192, 2)
     x = torch.zeros((4, 320), dtype=torch.bfloat16, device="cuda")
     ids = torch.zeros((4, 2), dtype=torch.int64, device="cuda")
     graph = torch.cuda.CUDAGraph()
@@ -143,18 +203,21 @@ def test_captured(tmp_path: Path) -> None:
         product = torch.ops.kvpack.linear_of(x, layer.handle, layer.rows, None)
         rows = torch.ops.kvpack.rows_of(ids[:, 0], layer.handle, layer.columns, torch.bfloat16)
         chosen = matrices.product(x, ids)
+        stacked_out = stack.product(x[:, :192], ids)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         x.copy_(torch.randn((4, 320), generator=generator))
         ids.copy_(torch.randint(0, 3, (4, 2), generator=generator))
-        for out in (product, rows, chosen):
+        for out in (product, rows, chosen, stacked_out):
             out.fill_(float("nan"))
         graph.replay()
         _check(product, x, weight, None)
         assert torch.equal(rows.cpu(), weight[ids[:, 0].cpu()].to(torch.bfloat16))
         for token in range(4):
             for slot in range(2):
-                _check(chosen[token, slot][None], x[token][None], weights[int(ids[token, slot])], None)
+                expert = int(ids[token, slot])
+                _check(chosen[token, slot][None], x[token][None], weights[expert], None)
+                _check(stacked_out[token, slot][None], x[token, :192][None], of_stack[expert], None)
 
 
 @pytest.mark.gpu
@@ -163,3 +226,7 @@ def test_experts_that_no_launch_takes(tmp_path: Path) -> None:
     part = arrived_from(file).outputs(0, 320)
     with pytest.raises(NotSupportedError, match="dense"):
         ExpertMatrices([[part], [part]], torch.device("cuda"))
+    (tmp_path / "stack").mkdir()
+    stack = coded_file(tmp_path / "stack", (3, 64, 192), preset="lossless", bits=None)
+    with pytest.raises(NotSupportedError, match="dense"):
+        StackedExperts([arrived_from(stack).outputs(0, 64)], torch.device("cuda"))

@@ -11,25 +11,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import kvpack
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
-from models import ARCHITECTURES
+from models import ARCHITECTURES, Architecture
 
 ENGINE = Path(__file__).with_name("engine.py")
 PROMPTS = [[5, 17, 99, 140, 7], list(range(3, 40))]
+# Its experts are one tensor in every checkpoint, under names of their own.
+_GRANITE = {name: value for name, value in ARCHITECTURES["mixtral"].options.items() if name != "head_dim"}
+_ARCHITECTURES = ARCHITECTURES | {
+    "granite moe": Architecture("GraniteMoeConfig", "GraniteMoeForCausalLM", _GRANITE),
+    "llama4": Architecture(
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        ARCHITECTURES["mixtral"].options | {"num_experts_per_tok": 1, "intermediate_size_mlp": 256},
+    ),
+}
 _SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 256}
 
 
-def make(folder: Path, architecture: str, *, sizes: dict[str, Any] | None = None, **options: Any) -> Path:
-    """``folder/coded``, and ``folder/plain`` with its numbers in fp32; ``options`` are those of ``kvpack.compress``."""
+def make(
+    folder: Path, architecture: str, *, sizes: dict[str, Any] | None = None, stacked: bool = False, **options: Any
+) -> Path:
+    """``folder/coded``, and ``folder/plain`` with its numbers in fp32; ``options`` are those of ``kvpack.compress``.
+
+    With ``stacked`` all experts are one tensor in the coded model, as in transformers' modules; not in the plain one.
+    """
     config = _SIZES | (sizes or {})
-    if "moe_intermediate_size" in ARCHITECTURES[architecture].options:
-        config["moe_intermediate_size"] = 128
-    ARCHITECTURES[architecture].save(folder / "original", torch.bfloat16, **config)
-    return compress(folder, **options)
+    if "moe_intermediate_size" in _ARCHITECTURES[architecture].options:
+        config.setdefault("moe_intermediate_size", 128)
+    model = _ARCHITECTURES[architecture].model(torch.bfloat16, **config)
+    model.save_pretrained(folder / "original", save_original_format=not stacked)
+    compress(folder, **options)
+    if stacked:
+        model = _ARCHITECTURES[architecture].model(torch.float32, **config)
+        model.load_state_dict(load_file(folder / "plain" / "model.safetensors"))
+        model.save_pretrained(folder / "plain")  # a tensor for each expert, as a model that was not read from others
+    return folder
 
 
 def compress(folder: Path, **options: Any) -> Path:

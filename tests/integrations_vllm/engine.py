@@ -53,11 +53,14 @@ def _rank_memory(worker: Any) -> dict[str, int]:
     """Of a rank: bytes of its coded weights, and of its parameters that are not."""
     model = worker.model_runner.model
     coded = [module for module in model.modules() if type(module).__name__ == "CodedLayer"]
-    matrices = {id(matrix): matrix for layer in coded for matrix in layer.matrices}.values()
+    stacks = [module for module in model.modules() if type(module).__name__ == "StackedExperts"]
+    blobs = {id(blob): blob for layer in coded for blob in layer.blobs()}
+    blobs |= {id(blob): blob for stack in stacks for blob in stack.blobs}
     return {
-        "coded_bytes": sum(matrix.weight_kvpack.numel() for matrix in matrices),
+        "coded_bytes": sum(blob.blob_bytes for blob in blobs.values()),
         "plain_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "layers": len(coded),
+        "stacks": len(stacks),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: scripts/test-vllm has it in an environment", allow_module_level=True)
 
 from coded_models import both, difference, make, run
+
+from kvpack.errors import NotSupportedError
 
 # Name → architecture, sizes, options of the compression.
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -103,28 +106,78 @@ def test_weights_of_another_shape(results: dict[str, Any]) -> None:
         assert "64 outputs × 128 inputs in the checkpoint, 128 × 128 in the model" in said["error"]
 
 
-def test_experts(folder: Path) -> None:
-    """In a process of their own: vLLM makes the group of experts' ranks for the first model alone."""
-    model = make(folder / "experts", "mixtral", bits=4.25, embeddings="code")
+@pytest.mark.parametrize(
+    ("architecture", "stacked", "stacks"),
+    [
+        ("mixtral", False, 0),
+        ("mixtral", True, 4),
+        ("qwen3 moe", False, 0),
+        ("qwen3 moe", True, 4),
+        ("granite moe", False, 4),
+    ],
+)
+def test_experts(folder: Path, architecture: str, stacked: bool, stacks: int) -> None:
+    """In a process of their own: vLLM makes the group of experts' ranks for the first model alone.
+
+    A tensor for each matrix of each expert, or one of all, as transformers' modules have it. vLLM itself has no names
+    for such a Mixtral.
+    """
+    name = f"experts of {architecture} {stacked}"
+    model = make(folder / name, architecture, stacked=stacked, bits=4.25, embeddings="code")
     requests = both(model)
     plain, coded, dense = run(
-        folder, [*requests, requests[1] | {"engine": {"additional_config": {"kvpack": {"weights": "dense"}}}}]
+        folder / name, [*requests, requests[1] | {"engine": {"additional_config": {"kvpack": {"weights": "dense"}}}}]
     )
     assert difference(plain, coded) < 1e-4
     assert difference(plain, dense) < 1e-4
     assert coded["ranks"][0]["coded_bytes"] > 0
+    assert coded["ranks"][0]["stacks"] == stacks
     assert dense["ranks"][0]["coded_bytes"] == 0
 
 
+@pytest.mark.parametrize("architecture", ["gpt oss", "llama4"])
+def test_experts_of_inputs_by_outputs(folder: Path, architecture: str) -> None:
+    """In one tensor, which vLLM's classes of these models take apart; refused decoded, too."""
+    model = make(folder / architecture, architecture, bits=4.25)
+    coded = both(model)[1]
+    requests = [coded, coded | {"engine": {"additional_config": {"kvpack": {"weights": "dense"}}}}]
+    for said in run(folder / architecture, requests):
+        assert "experts that are one tensor of inputs × outputs" in said["error"]
+        assert "layers.0." in said["error"]
+
+
+@pytest.mark.parametrize("kind", [{"has_bias": True}, {"swiglu_limit": 7.0}, {"activation": "swigluoai"}])
+def test_experts_with_biases_or_limits(kind: dict[str, Any]) -> None:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from kvpack.integrations.vllm.experts import KVPackExpertsMethod
+
+    said = {"has_bias": False, "swiglu_limit": None, "activation": "silu"} | kind
+    moe = SimpleNamespace(**said | {"activation": MoEActivation(said["activation"])})
+    with pytest.raises(NotSupportedError, match=r"mlp\.experts: experts with biases, limits or the activation"):
+        KVPackExpertsMethod(moe, "mlp.experts", is_stacked=False)
+
+
 @pytest.mark.parametrize(
-    ("architecture", "engine"), [("llama", {}), ("mixtral", {}), ("mixtral", {"enable_expert_parallel": True})]
+    ("architecture", "stacked", "engine"),
+    [
+        ("llama", False, {}),
+        ("mixtral", False, {}),
+        ("mixtral", False, {"enable_expert_parallel": True}),
+        ("mixtral", True, {}),
+        ("qwen3 moe", True, {"enable_expert_parallel": True}),
+    ],
 )
-def test_two_ranks(folder: Path, architecture: str, engine: dict[str, Any]) -> None:
+def test_two_ranks(folder: Path, architecture: str, stacked: bool, engine: dict[str, Any]) -> None:
     """Each has half of the coded bytes, headers and tables aside."""
-    name = f"two {architecture} {len(engine)}"
+    name = f"two {architecture} {stacked} {len(engine)}"
     (folder / name).mkdir()
     sizes = {"hidden_size": 256, "intermediate_size": 1024}
-    model = make(folder / name, architecture, sizes=sizes, bits=4.25, embeddings="code", tensor_parallel=2)
+    if architecture == "qwen3 moe":
+        sizes["moe_intermediate_size"] = 512
+    model = make(
+        folder / name, architecture, sizes=sizes, stacked=stacked, bits=4.25, embeddings="code", tensor_parallel=2
+    )
     one, two = both(model, ranks=2, **engine)
     plain = run(folder / name, [one])[0]
     coded = run(folder / name, [two], ranks=2)[0]
@@ -134,10 +187,11 @@ def test_two_ranks(folder: Path, architecture: str, engine: dict[str, Any]) -> N
         assert rank["coded_bytes"] <= whole / 2 * 1.05, (rank, whole)
 
 
-def test_compiled(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("architecture", "stacked"), [("llama", False), ("mixtral", False), ("qwen3 moe", True)])
+def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, stacked: bool) -> None:
     """Twice: vLLM may keep what the first start compiled; handles have other numbers in the second one."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    model = make(tmp_path / "model", "llama", bits=4.25, embeddings="code")
+    model = make(tmp_path / "model", architecture, stacked=stacked, bits=4.25, embeddings="code")
     plain, coded = both(model, enforce_eager=False)
     first, second = (run(tmp_path, [plain, coded]) for _ in range(2))
     assert difference(*first) < 1e-3

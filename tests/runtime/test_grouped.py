@@ -348,6 +348,23 @@ def test_cpu(each: bool) -> None:
     assert blob.grouped_linear(x[:0], ids[:0]).shape == (0, 2, 94)
 
 
+def test_cpu_decodes_what_is_asked_for() -> None:
+    """Outliers and tables of some matrices; one is damaged, and asked for last."""
+    data = mixed_blob()
+    scales = np.random.default_rng(1).uniform(0.5, 1.5, 4 * 300).astype(np.float32) / 64
+    wanted = dense(data, scales)
+    damaged, header = bytearray(data), Blob(data).header
+    tiles = Blob(data).tiles[header.num_tiles_row * header.num_tiles_col :]
+    damaged[header.payload_offset + int(tiles[0]["data_offset"])] ^= 1
+    blob = on_cpu(bytes(damaged), scales)
+    x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (2, 150))).float()
+    ids = torch.tensor([[3, 0], [2, 3]])
+    got = blob.grouped_linear(x, ids)
+    np.testing.assert_allclose(got.flatten(0, 1), expected(wanted, x, ids), rtol=1e-4, atol=1e-3)
+    with pytest.raises(kvpack.FormatError, match=f"tile {header.num_tiles_row * header.num_tiles_col}:"):
+        blob.grouped_linear(x, ids - 1 + (ids == 0))
+
+
 def test_cpu_lossless_floats() -> None:
     values = np.random.default_rng(0).normal(0, 1, (3, 40, 64)).astype(np.float16)
     elements = rotate_left(values.view(np.uint16), 16)

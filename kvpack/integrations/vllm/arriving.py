@@ -8,12 +8,13 @@ reads what it needs: headers, and the tiles of its own rows or columns.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from kvpack.encode.coded_tensor import CodedTensor
-from kvpack.errors import ModelMismatchError
+from kvpack.errors import ModelMismatchError, NotSupportedError
 from kvpack.format.blob import Blob, check_tile_bytes
 from kvpack.format.container import BLOB_SUFFIX, COLUMN_SCALE_SUFFIX, NUMBER_DTYPES, ROW_OFFSET_SUFFIX, SCALE_SUFFIX
 from kvpack.format.header import HEADER_BYTES, BlobHeader
@@ -48,7 +49,7 @@ class Part:
     """A rank's part of a coded tensor, as it is multiplied.
 
     Attributes:
-        coded: whole groups of 32 rows that have the part's.
+        coded: whole groups of 32 rows that have the part's, of each matrix.
         first, rows: which of its rows are the part's.
     """
 
@@ -59,6 +60,11 @@ class Part:
     @property
     def is_whole(self) -> bool:
         return self.rows == self.coded.header.rows
+
+    def matrix(self, number: int) -> Part:
+        """One of several matrices."""
+        coded = self.coded.matrices(number, number + 1)
+        return replace(self, coded=replace(coded, shape=coded.shape[-2:]))
 
 
 @dataclass
@@ -130,6 +136,7 @@ class ArrivedTensor:
             read_ahead(self._bytes[: header.payload_offset])
             self.blob = Blob(self._bytes)
             self.header = header
+            self._own = range(header.matrices)
             self._scales, self._column_scales, self._row_offsets = (
                 None if tensor is None else tensor.cpu().numpy() for tensor in numbers
             )
@@ -152,15 +159,44 @@ class ArrivedTensor:
             raise
 
     def _coded(self) -> CodedTensor:
-        header = self.header
+        header, own = self.header, self._own
         shape = (header.cols, header.rows) if header.transposed else (header.rows, header.cols)
-        return CodedTensor(
+        coded = CodedTensor(
             self._bytes,
             self._scales,
             _KINDS.get(header.layout.element_kind, _DTYPES[self._dtype]),
             shape if header.matrices == 1 else (header.matrices, *shape),
             self._column_scales,
             self._row_offsets,
+        )
+        return coded if len(own) == header.matrices else coded.matrices(own.start, own.stop, own.step)
+
+    def matrices(self, own: range) -> ArrivedTensor:
+        """Some of its matrices, as experts of a rank: of the others nothing is read."""
+        found = copy.copy(self)
+        found._own = own
+        return found
+
+    def check_shape(self, outputs: int, inputs: int, matrices: int = 1) -> None:
+        """Compare the shape of all of it with what the model has.
+
+        Raises:
+            NotSupportedError: matrices of inputs × outputs that are coded as if they were outputs × inputs.
+            ModelMismatchError: another shape.
+        """
+        header = self.header
+        found, wanted = (header.matrices, header.rows, header.cols), (matrices, outputs, inputs)
+        if found == wanted:
+            return
+        if matrices > 1 and found == (matrices, inputs, outputs):
+            raise NotSupportedError(
+                f"{self.name}: {matrices} matrices of {inputs} inputs × {outputs} outputs; vLLM can have coded experts "
+                "of one tensor as outputs × inputs alone; kvpack decompress gives the plain model back"
+            )
+        shown = [f"{many} × " if many > 1 else "" for many in (header.matrices, matrices)]
+        raise ModelMismatchError(
+            f"{self.name}: {shown[0]}{header.rows} outputs × {header.cols} inputs in the checkpoint, "
+            f"{shown[1]}{outputs} × {inputs} in the model"
         )
 
     def whole(self) -> CodedTensor:
@@ -239,7 +275,7 @@ class ArrivedTensor:
     def _runs(self, first_row: int, stop_row: int, first_col: int, stop_col: int) -> Iterator[tuple[int, int]]:
         """Tiles that lie one behind another: (the first, how many)."""
         width = self.header.num_tiles_col
-        for matrix in range(self.header.matrices):
+        for matrix in self._own:
             base = matrix * self.header.num_tiles_row * width
             if (first_col, stop_col) == (0, width):
                 yield base + first_row * width, (stop_row - first_row) * width
@@ -260,7 +296,7 @@ def stacked(parts: list[Part]) -> list[Part]:
 
 
 def dense(part: Part, dtype: torch.dtype) -> torch.Tensor:
-    """A part's numbers [rows, columns], decoded on the CPU."""
+    """The numbers of a part of one matrix, [rows, columns], decoded on the CPU."""
     numbers = coded_on_device(part.coded, "cpu").dequantize(dtype)
     if part.coded.header.transposed:
         numbers = numbers.transpose(-1, -2)

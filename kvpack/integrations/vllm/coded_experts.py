@@ -7,12 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from kvpack.errors import NotSupportedError
-from kvpack.integrations.vllm.arriving import Part
+from kvpack.errors import ModelMismatchError, NotSupportedError
+from kvpack.integrations.vllm.arriving import ArrivedTensor, Part, stacked
 from kvpack.integrations.vllm.coded_layer import CodedLayer
+from kvpack.runtime.weights import products
+from kvpack.runtime.weights.device_blob import DeviceBlob
 from kvpack.runtime.weights.experts import GroupedMatrices
 from kvpack.runtime.weights.grouped import has_many_rows
+from kvpack.runtime.weights.handles import new_handle
+from kvpack.runtime.weights.load import coded_on_device
 from kvpack.runtime.weights.warmup import TOKENS
+
+_USE_DENSE = """start vLLM with --additional-config '{"kvpack": {"weights": "dense"}}'"""
 
 
 class ExpertMatrices(nn.Module):
@@ -22,6 +28,9 @@ class ExpertMatrices(nn.Module):
         experts: of each, its parts one below the other.
         device: where they are multiplied.
 
+    Attributes:
+        handle: by which ``torch.ops.kvpack.experts_of`` finds it.
+
     Raises:
         NotSupportedError: on a GPU, matrices of which no grouped product takes all.
     """
@@ -30,6 +39,7 @@ class ExpertMatrices(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList(CodedLayer(parts, device) for parts in experts)
         self.rows: int = self.experts[0].rows  # type: ignore[assignment]
+        self.handle = new_handle(self)
         self.grouped: GroupedMatrices | None = None
         if device.type == "cuda":
             whole = all(part.is_whole for parts in experts for part in parts)
@@ -37,8 +47,7 @@ class ExpertMatrices(nn.Module):
             if self.grouped is None:
                 raise NotSupportedError(
                     "experts that are lossless, have column scales or row offsets, or whose part on this rank is no "
-                    "multiple of 32 rows, have no grouped products: start vLLM with "
-                    """--additional-config '{"kvpack": {"weights": "dense"}}'"""
+                    f"multiple of 32 rows, have no grouped products: {_USE_DENSE}"
                 )
 
     def _layers(self) -> list[CodedLayer]:
@@ -77,3 +86,92 @@ class ExpertMatrices(nn.Module):
             self.grouped.linear(x, chosen.expand(tokens, top_k).contiguous())
         for layer in self._layers()[:1]:
             layer.warm_up(dtype)
+
+
+class StackedExperts(nn.Module):
+    """One matrix of each of a rank's experts, where the checkpoint has all of them as one tensor: one blob still.
+
+    Args:
+        parts: of the same number of matrices, their rows one below the other.
+        device: where they are multiplied.
+
+    Attributes:
+        handle: by which ``torch.ops.kvpack.experts_of`` finds it.
+
+    Raises:
+        NotSupportedError: column scales or row offsets; on a GPU, also lossless tensors.
+    """
+
+    def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
+        super().__init__()
+        self.blobs = [coded_on_device(part.coded, device) for part in parts]
+        self.spans = [(part.first, part.rows) for part in parts]
+        self.count = self.blobs[0].header.matrices
+        self.rows = sum(part.rows for part in parts)
+        self.handle = new_handle(self)
+        for blob in self.blobs:
+            has_vectors = blob.column_scales is not None or blob.row_offsets is not None
+            if has_vectors or (device.type == "cuda" and not products.can_multiply(blob.header.layout)):
+                raise NotSupportedError(
+                    "experts of one tensor that have column scales or row offsets, and on a GPU lossless ones, have no "
+                    f"grouped products: {_USE_DENSE}"
+                )
+
+    def product(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """As that of :class:`ExpertMatrices`."""
+        found = []
+        for blob, (first, rows) in zip(self.blobs, self.spans, strict=True):
+            of_blob = blob.grouped_linear(x, ids) if x.is_cuda else _product_on_the_cpu(blob, x, ids)
+            found.append(of_blob if rows == blob.header.rows else of_blob[..., first : first + rows])
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    def warm_up(self, dtype: torch.dtype, columns: int, top_k: int) -> None:
+        """Compile now what a CUDA graph's capture must not."""
+        device = self.blobs[0].device
+        if device.type != "cuda":
+            return
+        chosen = torch.arange(top_k, device=device) % self.count
+        many = next(tokens for tokens in range(TOKENS[-1], 1 << 31) if has_many_rows(self.count, tokens, top_k))
+        for tokens in (*TOKENS, many):
+            x = torch.zeros(tokens, columns, dtype=dtype, device=device)
+            self.product(x, chosen.expand(tokens, top_k).contiguous())
+
+
+def _product_on_the_cpu(blob: DeviceBlob, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """There ids have to name a matrix: with those that do."""
+    flat, rows = ids.flatten(), x.reshape(-1, x.shape[-1])
+    pairs = torch.nonzero(flat >= 0)[:, 0]
+    out = x.new_zeros((len(flat), blob.header.rows))
+    if len(pairs):
+        out[pairs] = blob.grouped_linear(rows[pairs // (len(flat) // len(rows))], flat[pairs, None])[:, 0]
+    return out.reshape(*ids.shape, -1)
+
+
+def rank_stacks(
+    gate_up: ArrivedTensor, down: ArrivedTensor, own: Sequence[int], rank: int, ranks: int
+) -> tuple[list[Part], list[Part]]:
+    """A rank's parts of experts that are one tensor in the checkpoint, all their matrices in each part.
+
+    Args:
+        gate_up: of matrices whose upper half is the gate; down: the ones behind the activation.
+        own: numbers of the rank's experts, in order.
+        rank, ranks: over how many of them each expert is spread.
+
+    Returns:
+        Gate and up, as one part where that can be; and down.
+
+    Raises:
+        ModelMismatchError: experts that do not follow each other at one distance.
+        BlobError: what is read of them is damaged.
+    """
+    step = own[1] - own[0] if len(own) > 1 else 1
+    chosen = range(own[0], own[-1] + 1, step)
+    if list(chosen) != list(own):
+        raise ModelMismatchError(f"{gate_up.name}: experts {list(own)} of a rank do not follow each other evenly")
+    gate_up, down = gate_up.matrices(chosen), down.matrices(chosen)
+    both, half = gate_up.header.rows, gate_up.header.rows // 2
+    if ranks == 1:
+        return [gate_up.outputs(0, both)], [down.inputs(0, 1)]
+    size = half // ranks
+    halves = [gate_up.outputs(first + rank * size, first + (rank + 1) * size) for first in (0, half)]
+    return stacked(halves), [down.inputs(rank, ranks)]

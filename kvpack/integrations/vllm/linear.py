@@ -150,7 +150,7 @@ def shard_parts(layer: Any, tensor: ArrivedTensor, shard: Shard, sizes: list[int
     """
     header = tensor.header
     if isinstance(layer, RowParallelLinear):
-        _check_shape(tensor, sum(sizes), layer.input_size)
+        tensor.check_shape(sum(sizes), layer.input_size)
         return [tensor.inputs(layer.tp_rank, layer.tp_size)]
     if shard is None:
         own: Sequence[int] = range(len(sizes))
@@ -167,15 +167,5 @@ def shard_parts(layer: Any, tensor: ArrivedTensor, shard: Shard, sizes: list[int
             ranks, rank = ranks // layer.num_kv_head_replicas, rank // layer.num_kv_head_replicas
         parts.append((first + rank * size, first + (rank + 1) * size))
         first += ranks * size
-    _check_shape(tensor, first, layer.input_size)
+    tensor.check_shape(first, layer.input_size)
     return [tensor.outputs(0, header.rows)] if is_whole else [tensor.outputs(*part) for part in parts]
-
-
-def _check_shape(tensor: ArrivedTensor, outputs: int, inputs: int) -> None:
-    header = tensor.header
-    if (header.matrices, header.rows, header.cols) != (1, outputs, inputs):
-        many = "" if header.matrices == 1 else f"{header.matrices} × "
-        raise ModelMismatchError(
-            f"{tensor.name}: {many}{header.rows} outputs × {header.cols} inputs in the checkpoint, {outputs} × "
-            f"{inputs} in the model"
-        )

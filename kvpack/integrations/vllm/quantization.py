@@ -23,7 +23,24 @@ logger = init_logger(f"vllm.{__name__}")
 # Of `--additional-config '{"kvpack": {"weights": …}}'`.
 CODED, DENSE = "coded", "dense"
 _SHOWN = 3
+# A tensor of an expert of its own; and one that has two of its matrices, which vLLM's loader cuts in the middle.
 _EXPERT = re.compile(r"\.\d+\.")
+_GATE_AND_UP = re.compile(r"\.\d+\.(gate_up_proj|w13)\.")
+# Models whose experts are one tensor of inputs × outputs, which vLLM's class of them takes apart itself.
+_TAKEN_APART = ("gpt_oss", "llama4_text")
+# Names of experts that are one tensor → those that vLLM's loader splits. It has none for such a Mixtral, as it was made
+# for checkpoints of before; of Granite it looks for names that end with the weight's, behind which a coded one goes on.
+_RENAMED = {
+    "mixtral": {
+        ".mlp.gate.": ".block_sparse_moe.gate.",
+        ".mlp.experts.gate_up_proj": ".block_sparse_moe.experts.w13",
+        ".mlp.experts.down_proj": ".block_sparse_moe.experts.w2",
+    },
+    "granitemoe": {
+        ".input_linear.weight": ".experts.gate_up_proj",
+        ".output_linear.weight": ".experts.down_proj",
+    },
+}
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 # model_type → tensors whose rows vLLM's class puts in another order as it loads them; those of a blob cannot be.
 _REORDERED = {"bloom": "query_key_value.weight", "falcon": "query_key_value.weight"}
@@ -69,6 +86,7 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         self._claimed: set[str] = set()
         # How names begin of layers that guess tokens ahead, which vLLM leaves to a drafter's model.
         self._drafter: tuple[str, ...] = ("mtp.",)
+        self._model_type = ""
 
     def get_name(self) -> str:
         return METHOD
@@ -92,6 +110,13 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         """Called with what renames the checkpoint's tensors to the model's."""
         self.blob_bytes = hf_to_vllm_mapper.apply_dict(self.blob_bytes)
 
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Called as weights are loaded: what renames tensors besides the model's own."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        own = WeightsMapper(orig_to_new_substr=_RENAMED.get(self._model_type, {}))
+        return super().get_checkpoint_weight_mapper() | own
+
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Called once, before there is a model.
 
@@ -103,9 +128,12 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
             return
         text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
         self.is_tied = bool(getattr(text, "tie_word_embeddings", False))
+        self._model_type = text.model_type
         self._refuse_reordered(text)
         ahead = getattr(text, "num_nextn_predict_layers", None) or 0
         self._drafter += tuple(f"model.layers.{text.num_hidden_layers + number}." for number in range(ahead))
+        for old, new in _RENAMED.get(text.model_type, {}).items():
+            self.blob_bytes = {name.replace(old, new): size for name, size in self.blob_bytes.items()}
         if text.model_type in _WITHOUT_PREFIX:
             named = ("transformer.", "lm_head.")
             self.blob_bytes = {
@@ -258,12 +286,20 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         self._claimed.update(coded)
         if not coded:
             return None
-        together = [name for name in coded if not _EXPERT.match(name.removeprefix(prefix))]
-        if together:
+        each = [name for name in coded if _EXPERT.match(name.removeprefix(prefix))]
+        halves = [name for name in coded if _GATE_AND_UP.match(name.removeprefix(prefix))]
+        if halves or (each and len(each) < len(coded)):
             raise NotSupportedError(
-                f"{listed(together, _SHOWN)}: experts that are one tensor in the checkpoint cannot be coded in vLLM "
-                "yet; kvpack decompress gives the plain model back"
+                f"{listed(halves or coded, _SHOWN)}: experts of which some are one tensor in the checkpoint and others "
+                "are not, or that have gate and up of one expert in a tensor, cannot be coded in vLLM; kvpack "
+                "decompress gives the plain model back"
+            )
+        if not each and self._model_type in _TAKEN_APART:
+            raise NotSupportedError(
+                f"{listed(coded, _SHOWN)}: experts that are one tensor of inputs × outputs in the checkpoint cannot be "
+                "coded in vLLM; kvpack decompress gives the plain model back"
             )
         from kvpack.integrations.vllm.experts import DecodingExpertsMethod, KVPackExpertsMethod
 
-        return (KVPackExpertsMethod if self.weights == CODED else DecodingExpertsMethod)(layer.moe_config, prefix)
+        method = KVPackExpertsMethod if self.weights == CODED else DecodingExpertsMethod
+        return method(layer.moe_config, prefix, is_stacked=not each)

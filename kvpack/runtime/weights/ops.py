@@ -13,10 +13,8 @@ The CPU implementations decode with :mod:`kvpack.encode`; groups and tables are 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -235,10 +233,13 @@ def _blob(blob: torch.Tensor, status: torch.Tensor, geometry: list[int]) -> Pars
     return parsed
 
 
-def _integers(blob: ParsedBlob) -> npt.NDArray[Any]:
-    """Tiles side by side, unless torch is to take one thread."""
+def _integers(blob: ParsedBlob, matrices: range | None = None) -> torch.Tensor:
+    """Of some matrices, or of all; tiles side by side, unless torch is to take one thread."""
     is_alone = blob.header.num_tiles == 1 or torch.get_num_threads() == 1
-    return decode_integers(blob, executor=None if is_alone else _pool.executor)
+    numbers = decode_integers(blob, executor=None if is_alone else _pool.executor, matrices=matrices)
+    if numbers.dtype in (np.uint16, np.uint32):
+        numbers = numbers.view(np.dtype(f"i{numbers.dtype.itemsize}"))
+    return torch.from_numpy(numbers)
 
 
 def _by_row(scales: torch.Tensor, count: int) -> torch.Tensor:
@@ -258,8 +259,8 @@ def _grouped_linear_cpu(
     max_tables: int,
 ) -> torch.Tensor:
     _check_grouped(x, ids, scales, geometry)
-    numbers = _numbers_cpu(blob, groups, tables, scales, status, geometry)
-    experts, rows, cols = numbers.shape
+    parsed = _blob(blob, status, geometry)
+    experts, rows, cols = parsed.header.matrices, parsed.header.rows, parsed.header.cols
     kind, flat = ElementKind(geometry[0]), ids.flatten()
     wrong = torch.nonzero((flat < 0) | (flat >= experts))[:, 0]
     if len(wrong):
@@ -268,12 +269,12 @@ def _grouped_linear_cpu(
             f"{experts - 1}"
         )
     by_row = _by_row(scales, experts * rows).reshape(experts, rows, 1) if len(scales) else None
-    values = numbers.view(LOSSLESS_TYPES[kind]) if kind in LOSSLESS_TYPES else numbers
     tokens = x.reshape(-1, cols).to(torch.float32)
     out = torch.empty((len(flat), rows), dtype=torch.float32, device="cpu")
     for expert in torch.unique(flat).tolist():
         pairs = torch.nonzero(flat == expert)[:, 0]
-        weights = values[expert].to(torch.float32)
+        numbers = _integers(parsed, range(expert, expert + 1))[0]
+        weights = (numbers.view(LOSSLESS_TYPES[kind]) if kind in LOSSLESS_TYPES else numbers).to(torch.float32)
         if by_row is not None:
             weights *= by_row[expert]
         out[pairs] = tokens[pairs // (len(flat) // len(tokens))] @ weights.T
@@ -443,10 +444,7 @@ def _numbers_cpu(
     status: torch.Tensor,
     geometry: list[int],
 ) -> torch.Tensor:
-    numbers = _integers(_blob(blob, status, geometry))
-    if numbers.dtype in (np.uint16, np.uint32):
-        numbers = numbers.view(np.dtype(f"i{numbers.dtype.itemsize}"))
-    return torch.from_numpy(numbers)
+    return _integers(_blob(blob, status, geometry))
 
 
 def _check_lanes_cuda(
