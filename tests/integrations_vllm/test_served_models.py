@@ -27,6 +27,7 @@ TOKENS = 24
 OPTIONS: list[dict[str, Any]] = [{"bits": 4.25}, {"bits": 4.25, "embeddings": "code"}]
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("options", OPTIONS, ids=["embeddings plain", "embeddings coded"])
 @pytest.mark.parametrize("variable", ["KVPACK_SMOLLM2_MODEL", "KVPACK_BOOKS_MODEL"])
 def test_the_same_as_decompressed(variable: str, options: dict[str, Any], tmp_path: Path) -> None:
