@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
@@ -104,6 +105,8 @@ def engine(
         kv_connector_extra_config=extra,
     )
     usual = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": 1024, "disable_log_stats": False}
+    if torch.cuda.is_available():  # several engines in one process
+        usual |= {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.3}
     llm = LLM(model, kv_transfer_config=transfer if connector else None, **(usual | options))
     try:
         yield Engine(llm)
@@ -387,7 +390,7 @@ def test_preempted_requests_find_their_pages(
     """
     with engine(connector=False) as plain:
         longer = plain.generate(prompts, 100)[0]
-    with engine(tmp_path, num_gpu_blocks_override=15, max_num_seqs=3) as first:
+    with engine(tmp_path, num_gpu_blocks_override=15, block_size=128, max_num_seqs=3) as first:
         found, _ = first.generate(prompts, 100)
         preempted = sum(metric.value for metric in first.llm.get_metrics() if metric.name == "vllm:num_preemptions")
         assert preempted > 0
