@@ -190,11 +190,8 @@ def main() -> None:
         print(row, flush=True)
         if options.result is not None:  # after each, as a machine may be taken away
             packages = ("torch", "vllm", "triton", "cupy-cuda13x")
-            write_result(
-                options.result,
-                provenance({}, packages) | {"device": device_record(torch.device("cuda"))} | record,
-                quiet=True,
-            )
+            device = {"device": device_record(torch.device("cuda"))}
+            write_result(options.result, provenance({}, packages) | device | record, quiet=True)
     shown = [
         [
             row["name"],
