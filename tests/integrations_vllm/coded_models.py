@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,18 @@ def run(folder: Path, requests: list[dict[str, Any]], *, ranks: int = 1) -> list
     for result in results:
         result["log"] = done.stdout + done.stderr
     return results
+
+
+def run_apart(folder: Path, requests: list[dict[str, Any]], processes: int = 8) -> list[dict[str, Any]]:
+    """As :func:`run`; with a GPU, several processes share it, as to start an engine takes long there."""
+    if not torch.cuda.is_available():
+        return run(folder, requests)
+    folders = [folder / f"process {number}" for number in range(processes)]
+    for one in folders:
+        one.mkdir()
+    with ThreadPoolExecutor(processes) as pool:
+        found = list(pool.map(run, folders, [requests[number::processes] for number in range(processes)]))
+    return [found[number % processes][number // processes] for number in range(len(requests))]
 
 
 def both(folder: Path, ranks: int = 1, **engine: Any) -> list[dict[str, Any]]:

@@ -26,8 +26,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
-    if torch.cuda.is_available():  # several engines in one process
-        engine |= {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.3}
+    if torch.cuda.is_available():  # several engines in one process, and other processes beside it
+        engine |= {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.05, "disable_custom_all_reduce": True}
     engine |= {"max_logprobs": -1, "enable_prefix_caching": False} | request.get("engine", {})
     llm = LLM(model=request["model"], **engine)
     sampling = SamplingParams(

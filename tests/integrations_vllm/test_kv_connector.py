@@ -35,6 +35,8 @@ for variable, value in {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    # On a GPU what is found and what is computed would differ in the last bits otherwise, and then in tokens.
+    "VLLM_BATCH_INVARIANT": str(int(torch.cuda.is_available())),
 }.items():
     os.environ.setdefault(variable, value)
 
@@ -43,6 +45,12 @@ TOKENS = 24
 LENGTHS = (300, 513, 700)
 # Of books-27m: 8 layers of 2 heads of 64.
 PAGE_BYTES = 2 * 8 * 64 * 2 * 64 * 2
+
+
+# Several engines in one process, and other processes beside it.
+GPU: dict[str, Any] = {}
+if torch.cuda.is_available():
+    GPU = {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.05, "disable_custom_all_reduce": True}
 
 
 class Engine:
@@ -105,8 +113,7 @@ def engine(
         kv_connector_extra_config=extra,
     )
     usual = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": 1024, "disable_log_stats": False}
-    if torch.cuda.is_available():  # several engines in one process
-        usual |= {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.3}
+    usual |= GPU
     llm = LLM(model, kv_transfer_config=transfer if connector else None, **(usual | options))
     try:
         yield Engine(llm)
@@ -207,7 +214,7 @@ def test_pages_of_eight_bits(prompts: list[list[int]], expected: list[list[int]]
 def test_chunked_prompts(prompts: list[list[int]], tmp_path: Path) -> None:
     """Pages fill in several steps. The reference is vLLM's own prefix cache: where a chunk ends changes the last bits,
     and, with them, some tokens."""
-    chunks = {"max_num_batched_tokens": 192, "max_num_seqs": 6}
+    chunks = {"max_num_batched_tokens": 192, "max_num_seqs": 6, "block_size": 128}
     with engine(connector=False, enable_prefix_caching=True, **chunks) as plain:
         own = [[plain.generate([prompt]) for prompt in prompts] for _ in range(2)]
     with engine(tmp_path, **chunks) as first:
@@ -439,7 +446,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
             kv_connector_extra_config=extra,
             **options,
         )
-        LLM(MODEL, enforce_eager=True, max_model_len=256, kv_transfer_config=transfer)
+        LLM(MODEL, enforce_eager=True, max_model_len=256, kv_transfer_config=transfer, **GPU)
 
     with pytest.raises(Exception, match="'folder'; KVPackConnector knows pages"):
         start({"folder": str(tmp_path)}, kv_load_failure_policy="recompute")

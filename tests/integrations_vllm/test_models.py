@@ -13,7 +13,7 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: scripts/test-vllm has it in an environment", allow_module_level=True)
 
-from coded_models import both, difference, make, run
+from coded_models import both, difference, make, run, run_apart
 
 from kvpack.errors import NotSupportedError
 
@@ -66,7 +66,7 @@ def results(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     requests += both(_untied(folder / "untied"))
     other = both(_of_another(folder / "other"))[1]
     requests += [other, other | {"engine": {"additional_config": {"kvpack": {"weights": "dense"}}}}]
-    said = run(folder, requests)
+    said = run_apart(folder, requests)
     names = [*MODELS, "others", "untied", "of another"]
     return {name: (said[2 * i], said[2 * i + 1]) for i, name in enumerate(names)}
 

@@ -44,7 +44,7 @@ def server(tmp_path: Path) -> Iterator[str]:
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--enforce-eager", "--served-model-name", "tiny", "--max-model-len", "128"]
     if torch.cuda.is_available():
-        command += ["--kv-cache-memory-bytes", str(1 << 28), "--gpu-memory-utilization", "0.3"]
+        command += ["--kv-cache-memory-bytes", str(1 << 28), "--gpu-memory-utilization", "0.05"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
