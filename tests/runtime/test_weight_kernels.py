@@ -575,7 +575,7 @@ def expanded_operands(kind: ElementKind, rows: int, cols: int) -> tuple[Any, tor
 @pytest.mark.parametrize("kind", [ElementKind.SIGNED, ElementKind.BF16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "parts"), [(256, 1), (300, 2), (1100, 5)])
+@pytest.mark.parametrize(("rows", "parts"), [(256, 1), (512, 1), (513, 3), (1100, 5)])
 def test_expanded_products(
     detector: Detector,
     monkeypatch: pytest.MonkeyPatch,
@@ -601,10 +601,11 @@ def test_expanded_products(
     torch.testing.assert_close(got.double(), expected, rtol=4 * eps, atol=8 * eps)
     assert coded.status.tolist() == [0, 0]
 
-    assert parts == ceil_div(rows, TILE_ROWS)
-    assert seen.decoded == [(first, min(first + TILE_ROWS, rows)) for first in range(0, rows, TILE_ROWS)]
+    step = rows if parts == 1 else TILE_ROWS  # what both buffers hold is expanded at once
+    assert parts == ceil_div(rows, step)
+    assert seen.decoded == [(first, min(first + step, rows)) for first in range(0, rows, step)]
     sizes = [end - first for first, end in seen.decoded]
-    buffers = [33 * rows * dtype.itemsize] + [TILE_ROWS * cols * staged.itemsize] * min(parts, 2)
+    buffers = [33 * rows * dtype.itemsize] + [step * cols * staged.itemsize] * min(parts, 2)
     assert seen.buffers == buffers
     decodes, multiplications = ([step[1:] for step in seen.steps if step[0] == what] for what in ("decode", "multiply"))
     assert [size for _, size, _ in decodes] == [size for _, size, _ in multiplications] == sizes
@@ -665,13 +666,14 @@ def test_failed_expansion_is_waited_for(detector: Detector, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("rows", "cols", "element_bytes", "step"),
     [
-        (4096, 4096, 2, 4096),  # 32 MiB: at once
-        (16384, 4096, 2, 8192),  # 128 MiB: two parts of 64
-        (16640, 4096, 2, 5632),  # three parts of a size, not two full ones and a rest
+        (4100, 4096, 2, 4352),  # 32 MiB: at once
+        (32768, 4096, 2, 32768),  # 256 MiB: as well, as two buffers would take as much
+        (33024, 4096, 2, 11008),  # three parts of a size, not two full ones and a rest
         (512, 1 << 20, 4, TILE_ROWS),  # a tile's rows, however large
     ],
 )
 def test_parts_of_expanded_products(rows: int, cols: int, element_bytes: int, step: int) -> None:
     assert expansion.part_rows(rows, cols, element_bytes) == step
     assert step % TILE_ROWS == 0
-    assert step == TILE_ROWS or step * cols * element_bytes <= expansion.STAGING_BYTES
+    buffers = 2 if step < rows else 1
+    assert step == TILE_ROWS or buffers * min(step, rows) * cols * element_bytes <= 2 * expansion.STAGING_BYTES

@@ -40,8 +40,8 @@ class CodedLayer(nn.Module):
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., columns] · Wᵀ (+ bias [rows]), [..., rows] of x's dtype."""
         if len(self.matrices) == 1 and self.spans[0] == (0, self.rows) and self._blob(0).header.rows == self.rows:
-            return self._blob(0).linear(x, bias)
-        products = [self._blob(i).linear(x)[..., first : first + rows] for i, (first, rows) in enumerate(self.spans)]
+            return self._blob(0).product(x, bias)
+        products = [self._blob(i).product(x)[..., first : first + rows] for i, (first, rows) in enumerate(self.spans)]
         if self.rows > self._own_rows:
             products.append(x.new_zeros((*x.shape[:-1], self.rows - self._own_rows)))
         out = torch.cat(products, dim=-1)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,14 @@ class Kernel:
     defines: tuple[tuple[str, int], ...] = field(default=())
     architecture: str = ""
     """What it is compiled for, if that is not simply the GPU's: ``sm_90a`` has instructions that no other GPU has."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.source, self.function, self.defines, self.architecture))
+
+    def __hash__(self) -> int:
+        """Found once: each launch looks its kernel up."""
+        return self._hash
 
     @classmethod
     def of(
@@ -225,8 +233,9 @@ def launch(
         _function(kernel, index, shared_bytes)(dimensions, threads, values, shared_mem=shared_bytes)
 
 
+@lru_cache(maxsize=256)
 def _external(stream: torch.cuda.Stream) -> Any:
-    """The same stream for CuPy."""
+    """The same stream for CuPy, which holds it."""
     import cupy
 
     if hasattr(stream, "__cuda_stream__"):

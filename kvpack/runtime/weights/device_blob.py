@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -251,6 +252,11 @@ class DeviceBlob:
             [..., outputs] of x's type.
         """
         return torch.ops.kvpack.linear(x, *self._arguments(), bias)  # type: ignore[no-any-return]
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """As :meth:`linear`, for what is an operator itself: torch is not asked again, and there are no gradients."""
+        multiply: Callable[..., torch.Tensor] = ops.linear_cuda if self.device.type == "cuda" else ops.linear_cpu
+        return multiply(x, *self._arguments(), bias)
 
     def grouped_linear(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Products of rows with some of the blob's matrices, as of a mixture of experts: in one launch on CUDA.

@@ -1,9 +1,9 @@
 """Products with many tokens: rows are expanded into a staging buffer and multiplied by cuBLAS.
 
-A matrix that fits into one buffer is expanded at once: decoding and cuBLAS's kernels both want a whole multiprocessor's
-shared memory, so that they hardly run beside each other, and parts cost more than their overlap gains
-(docs/PERFORMANCE.md). Larger ones take two buffers: while the product with one is under way, the next rows are expanded
-on a side stream. The expanded weights never take more than the two buffers.
+A matrix that fits into both buffers is expanded at once: decoding and cuBLAS's kernels both want a whole
+multiprocessor's shared memory, so that they hardly run beside each other, and parts cost more than their overlap gains
+(docs/PERFORMANCE.md), the host's time above all. Larger ones take two buffers: while the product with one is under way,
+the next rows are expanded on a side stream. The expanded weights never take more than the two buffers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvpack.runtime.device.devices import Limits
 from kvpack.runtime.weights import products
 from kvpack.runtime.weights.products import LOSSLESS_TYPES, OUTPUTS, Coded
 
-STAGING_BYTES = 64 << 20  # of one buffer
+STAGING_BYTES = 128 << 20  # of one buffer
 
 
 @cache
@@ -27,7 +27,9 @@ def _side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
 
 
 def part_rows(rows: int, cols: int, element_bytes: int) -> int:
-    """Rows that are expanded at a time, of parts of one size: a multiple of a tile's."""
+    """Rows that are expanded at a time: all, or parts of one size, a multiple of a tile's rows."""
+    if rows * cols * element_bytes <= 2 * STAGING_BYTES:
+        return align(rows, TILE_ROWS)
     parts = ceil_div(rows * cols * element_bytes, STAGING_BYTES)
     fitting = STAGING_BYTES // (cols * element_bytes) // TILE_ROWS * TILE_ROWS
     return max(TILE_ROWS, min(fitting, align(ceil_div(rows, parts), TILE_ROWS)))

@@ -6,7 +6,7 @@ The kernel is ``cuda/weights/gemm_mma.cu``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -134,6 +134,7 @@ def fit_for(coded: Coded, tokens: int, dtype: torch.dtype, limits: Limits) -> Mm
     return fit_of(coded, tokens, limits)
 
 
+@cache
 def mma_kernel(
     layout: Layout, activation: torch.dtype, fit: MmaFit, *, outliers: bool = False, predicted: bool = False
 ) -> Kernel:

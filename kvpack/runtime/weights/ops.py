@@ -153,7 +153,7 @@ def _bias(bias: torch.Tensor | None, x: torch.Tensor, rows: int) -> torch.Tensor
     return bias.to(x.dtype).contiguous()
 
 
-def _linear_cuda(
+def linear_cuda(
     x: torch.Tensor,
     blob: torch.Tensor,
     groups: torch.Tensor,
@@ -163,6 +163,7 @@ def _linear_cuda(
     geometry: list[int],
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
+    """What ``torch.ops.kvpack.linear`` does on a GPU."""
     _check_product(x, scales, geometry)
     coded = _coded(blob, groups, tables, scales, status, geometry)
     rows, cols = coded.header.rows, coded.header.cols
@@ -281,7 +282,7 @@ def _grouped_linear_cpu(
     return out.to(x.dtype).reshape(*ids.shape, rows)
 
 
-def _linear_cpu(
+def linear_cpu(
     x: torch.Tensor,
     blob: torch.Tensor,
     groups: torch.Tensor,
@@ -291,6 +292,7 @@ def _linear_cpu(
     geometry: list[int],
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
+    """What ``torch.ops.kvpack.linear`` does on the CPU."""
     _check_product(x, scales, geometry)
     integers = _numbers_cpu(blob, groups, tables, scales, status, geometry)[0]
     rows, cols = integers.shape
@@ -470,8 +472,8 @@ def _check_lanes_cpu(
     _integers(_blob(blob, status, geometry))
 
 
-_LIBRARY.impl("linear", _linear_cuda, "CUDA")
-_LIBRARY.impl("linear", _linear_cpu, "CPU")
+_LIBRARY.impl("linear", linear_cuda, "CUDA")
+_LIBRARY.impl("linear", linear_cpu, "CPU")
 _LIBRARY.impl("grouped_linear", _grouped_linear_cuda, "CUDA")
 _LIBRARY.impl("grouped_linear", _grouped_linear_cpu, "CPU")
 _LIBRARY.impl("dequantize", _dequantize_cuda, "CUDA")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -213,6 +213,7 @@ def decode_warps(
     return of_four if layout.codes_per_symbol > 2 else narrow
 
 
+@cache
 def gemv_kernel(
     layout: Layout,
     activation: torch.dtype,
@@ -238,6 +239,7 @@ def gemv_kernel(
     return Kernel.of("weights/gemv.cu", "gemv", layout, defines)
 
 
+@cache
 def gemm_kernel(
     layout: Layout,
     activation: torch.dtype,
@@ -264,6 +266,7 @@ def gemm_kernel(
     return Kernel.of("weights/gemm.cu", "gemm", layout, defines)
 
 
+@cache
 def decode_kernel(
     layout: Layout,
     output: int,
@@ -537,6 +540,7 @@ def decode(
         )
 
 
+@cache
 def rows_kernel(layout: Layout, output: int) -> Kernel:
     """Some rows of a coded matrix; ``output`` is one of :data:`OUTPUTS`."""
     defines = {"KVPACK_OUTPUT": output, "KVPACK_MAX_WARPS": _ROWS_WARPS, "KVPACK_BLOCKS_PER_SM": BLOCKS_PER_SM}

@@ -6,7 +6,7 @@ The kernel is ``cuda/weights/gemm_wgmma.cu``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -97,6 +97,7 @@ def fit_for(coded: Coded, tokens: int, dtype: torch.dtype, limits: Limits) -> Wg
     return fit_wgmma(coded.layout, tokens, units, coded.word_buffer_bytes, limits)
 
 
+@cache
 def wgmma_kernel(layout: Layout, activation: torch.dtype, fit: WgmmaFit, *, outliers: bool) -> Kernel:
     """The kernel that decodes and multiplies."""
     block = block_of(layout, fit.tokens)
@@ -116,6 +117,7 @@ def wgmma_kernel(layout: Layout, activation: torch.dtype, fit: WgmmaFit, *, outl
     return Kernel.of("weights/gemm_wgmma.cu", "gemm_wgmma", layout, defines, "sm_90a")
 
 
+@cache
 def arrange_kernel(
     layout: Layout, activation: torch.dtype, tokens: int, *, column_scales: bool, split_slots: bool = False
 ) -> Kernel:
