@@ -493,6 +493,32 @@ def vllm_blocks() -> str:
     return table(["pages", "tokens", *times, "copy, GB/s", "save, GB/s", "load, GB/s"], rows) + gpu_origin(result)
 
 
+def vllm_gpu() -> str:
+    """Plain models and what kvpack was in one run, kvpack as it is in another; nothing until it has been measured."""
+    try:
+        peers, result = newest("vllm-gpu-peers"), newest("vllm-gpu")
+    except NoResult:
+        return ""
+    rows = []
+    for of, names in ((peers, {"bf16": "bf16", "int4": "INT4, groups of 128", "fast": "`fast`, before"}), (result, {})):
+        for row in of["rows"]:
+            if "error" in row or "start_s" not in row:
+                continue
+            name = names.get(row["name"], f"`{row['name']}`")
+            rows.append(
+                [
+                    f"{name} ({row['kernel'].removesuffix('LinearKernel')})" if row["kernel"] else name,
+                    _number(row["start_s"], 0),
+                    _number(row["weights_bytes"] / 1e9, 2),
+                    _number(row["first_token_s"] * 1e3, 0),
+                    *(f"{rate:,.0f}" for rate in row["tokens_a_second"].values()),
+                ]
+            )
+    counts = [f"tokens a second, {count} at once" for count in result["rows"][0]["tokens_a_second"]]
+    headings = ["", "start, s", "weights, GB", "first token of 2,048, ms", *counts]
+    return table(headings, rows) + gpu_origin(peers) + gpu_origin(result)
+
+
 def vllm_serving() -> str:
     """Nothing until it has been measured."""
     try:
@@ -1206,6 +1232,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "manager-soak": manager_soak,
     "vllm-blocks": vllm_blocks,
     "vllm-connector": vllm_connector,
+    "vllm-gpu": vllm_gpu,
     "vllm-serving": vllm_serving,
     "processes": processes,
     "linear-summary": linear_summary,

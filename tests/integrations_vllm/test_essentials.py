@@ -10,7 +10,7 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: scripts/test-vllm has it in an environment", allow_module_level=True)
 
-from coded_models import both, difference, make, run
+from coded_models import TOLERANCE, both, difference, make, run
 
 # Two blocks of 128 tokens, and some more.
 PROMPT = [3 + (7 * place * place + place) % 150 for place in range(300)]
@@ -36,7 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_a_model_as_it_is_when_plain(results: list[dict[str, Any]]) -> None:
-    assert difference(results[0], results[1]) < 1e-4
+    assert difference(results[0], results[1]) < TOLERANCE
     assert results[1]["ranks"][0]["layers"] == 10
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: scripts/test-vllm has it in an environment", allow_module_level=True)
 
-from coded_models import both, compress, difference, run
+from coded_models import TOLERANCE, both, compress, difference, run
 from models import ARCHITECTURES, Architecture
 
 _SIZES = {"vocab_size": 256, "hidden_size": 128, "bos_token_id": 1, "eos_token_id": None}
@@ -66,7 +66,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 def test_the_same_as_plain(results: dict[str, Any], name: str) -> None:
     """Two layers of four products and the embedding, which is the output layer."""
     plain, coded, dense = results[name]
-    assert difference(plain, coded) < 1e-4
+    assert difference(plain, coded) < TOLERANCE
     assert difference(plain, dense) < 1e-4
     assert coded["ranks"][0]["layers"] == 9
     assert dense["ranks"][0]["coded_bytes"] == 0

@@ -167,7 +167,7 @@ def test_tokens_are_vllm_s_own_and_outlive_the_engine(
         assert counts["saved_pages"] == sum((length + TOKENS - 1) // 64 for length in LENGTHS)
         assert counts["queried_tokens"] == 2 * sum(LENGTHS) + 1
         assert not {"failed_tokens", "dropped_pages", "damaged_files", "foreign_files"} & counts.keys()
-    with engine(tmp_path) as second:
+    with engine(tmp_path, block_size=128) as second:
         assert second.generate(prompts) == (expected, [256, 512, 640])
         longer = [*prompts[2], *expected[2][:-1], *prompts[0][:200]]
         assert second.generate([longer], 1)[1] == [640]
@@ -176,10 +176,10 @@ def test_tokens_are_vllm_s_own_and_outlive_the_engine(
 
 
 def test_behind_vllm_s_own_prefix_cache(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path) -> None:
-    with engine(tmp_path, enable_prefix_caching=True) as first:
+    with engine(tmp_path, enable_prefix_caching=True, block_size=128) as first:
         first.generate(prompts)
         first.settle()
-    with engine(tmp_path, enable_prefix_caching=True) as second:
+    with engine(tmp_path, enable_prefix_caching=True, block_size=128) as second:
         second.generate([prompts[2][:300]])  # loaded, and vLLM's own from now on
         before = second.counts()["hit_tokens"]
         assert second.generate(prompts) == (expected, [256, 512, 640])
@@ -290,10 +290,13 @@ def test_pages_that_can_never_be_loaded(
         def fails(*_arguments: Any) -> None:
             raise error
 
-        first.store._codec.decode = fails
+        ways = ("decode", "put")  # of a CPU and of a GPU
+        for way in ways:
+            setattr(first.store._codec, way, fails)
         assert first.generate(prompts)[0] == expected
         assert first.counts()["failed_loads"] == 3
-        del first.store._codec.decode
+        for way in ways:
+            delattr(first.store._codec, way)
         assert first.generate(prompts) == (expected, [256, 512, 640])
 
 

