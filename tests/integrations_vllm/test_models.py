@@ -158,17 +158,24 @@ def test_experts_with_biases_or_limits(kind: dict[str, Any]) -> None:
         KVPackExpertsMethod(moe, "mlp.experts", is_stacked=False)
 
 
+def test_two_ranks(folder: Path) -> None:
+    check_two_ranks(folder, "llama", False, {})
+
+
 @pytest.mark.parametrize(
     ("architecture", "stacked", "engine"),
     [
-        ("llama", False, {}),
         ("mixtral", False, {}),
         ("mixtral", False, {"enable_expert_parallel": True}),
         ("mixtral", True, {}),
         ("qwen3 moe", True, {"enable_expert_parallel": True}),
     ],
 )
-def test_two_ranks(folder: Path, architecture: str, stacked: bool, engine: dict[str, Any]) -> None:
+def test_experts_on_two_ranks(folder: Path, architecture: str, stacked: bool, engine: dict[str, Any]) -> None:
+    check_two_ranks(folder, architecture, stacked, engine)
+
+
+def check_two_ranks(folder: Path, architecture: str, stacked: bool, engine: dict[str, Any]) -> None:
     """Each has half of the coded bytes, headers and tables aside."""
     name = f"two {architecture} {stacked} {len(engine)}"
     (folder / name).mkdir()
