@@ -188,7 +188,7 @@ def main() -> None:
                 row["error"] = next((line for line in reversed(log.splitlines()) if "Error" in line), log[-200:])[-300:]
             row["kernel"] = next(iter(re.findall(r"Using (\w+Kernel) for", log)), None)
         print(row, flush=True)
-        if options.result is not None:  # after each, as a machine may be taken away
+        if options.result is not None:  # after each way
             packages = ("torch", "vllm", "triton", "cupy-cuda13x")
             device = {"device": device_record(torch.device("cuda"))}
             write_result(options.result, provenance({}, packages) | device | record, quiet=True)

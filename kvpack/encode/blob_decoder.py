@@ -18,7 +18,7 @@ from kvpack.encode.rans import decoder_table
 from kvpack.encode.threads import map_ordered
 from kvpack.encode.tile_coder import decode_constant_tile, decode_rans_tile
 from kvpack.encode.trellis import put_integers
-from kvpack.errors import LaneStateError, LimitError
+from kvpack.errors import GeometryError, LaneStateError, LimitError
 from kvpack.format.blob import Blob, Tile
 from kvpack.format.container import BLOB_SUFFIX, Container
 from kvpack.format.header import BlobHeader
@@ -162,12 +162,15 @@ def decode_elements(
         matrices: some that lie one behind another; all by default. Of others nothing is looked at.
 
     Raises:
+        GeometryError: there are no such matrices.
         LimitError: more elements than ``max_elements`` (see :func:`check_element_limit`).
         BlobError: the payload is corrupt; the message names the tile.
     """
     check_element_limit(blob, max_elements)
     header = blob.header
     chosen = range(header.matrices) if matrices is None else matrices
+    if chosen.step != 1 or not 0 <= chosen.start <= chosen.stop <= header.matrices:
+        raise GeometryError(f"{chosen} of a blob of {header.matrices} matrices")
     shape = (len(chosen), header.rows, header.cols)
     dtype = element_dtype(header.layout.element_bits)
     if out is None:

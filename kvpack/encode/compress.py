@@ -967,7 +967,8 @@ def compress(
             if shards is not None:
                 parts = Parts(target, _job(model, files, moments))
                 if parts.was_there:
-                    check_finished(target, model.tree, parts.job["options"])
+                    own = _divided(model, shards[1])[shards[0] - 1]
+                    check_finished(target, model.tree, parts.job["options"], own, threads)
                     part, records, output_bytes = _finished_part(model, target, shards)
                 else:
                     part, records, output_bytes = _compress_part(model, source, parts, shards, progress, carried)

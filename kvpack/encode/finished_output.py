@@ -1,8 +1,8 @@
-"""Whether an output that is there already is the one that was asked for: by its headers and samples, not all bytes."""
+"""Whether an output that is there already is the one that was asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,25 @@ from kvpack.encode.listing import listed
 from kvpack.encode.model_config import written_options
 from kvpack.encode.model_tree import ModelTree
 from kvpack.encode.moments import sampled_crc32
+from kvpack.encode.verify import changed_tensors
 from kvpack.errors import FormatError, InputError
 from kvpack.format.container import Container
 
 _SHOWN = 3
 
 
-def check_finished(target: Path, tree: ModelTree, options: Mapping[str, Any]) -> None:
+def check_finished(
+    target: Path, tree: ModelTree, options: Mapping[str, Any], own: Collection[Path], threads: int | None = None
+) -> None:
     """Check that ``target`` is ``tree``'s model, compressed with ``options``.
 
     Options are those of its config.json. Of its tensors names and shapes are compared, and samples of those that are
-    kept as they are.
+    kept as they are. Of a part's own files all is compared, as :func:`~kvpack.encode.verify.verify` does it: other
+    weights of the same shapes differ in nothing else.
 
     Args:
         tree: the input, as it is coded.
+        own: the part's files, relative to the input.
 
     Raises:
         InputError: it is another output, or none of kvpack's; says in what it differs.
@@ -31,6 +36,9 @@ def check_finished(target: Path, tree: ModelTree, options: Mapping[str, Any]) ->
     """
     try:
         differences = _differences(target, tree, options)
+        if not differences:
+            changed = changed_tensors(target, tree.path, own, threads=threads)
+            differences = [f"{name}: {difference}" for name, difference in list(changed.items())[:_SHOWN]]
     except FormatError as error:
         differences = [str(error)]
     if differences:

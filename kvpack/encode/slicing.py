@@ -190,6 +190,8 @@ def slice_matrices(blob: Blob | bytes | memoryview, first: int, stop: int, step:
     source = _parsed(blob)
     header = source.header
     _check_range("matrices", first, stop, header.matrices, 1, "matrices are cut")
+    if step < 1:
+        raise GeometryError(f"each {step}-th matrix: 1 is the least")
     span = _Span(source, range(len(source.tables)), header.rows, first_matrix=first, matrix_step=step)
     return _assemble(replace(header, matrices=len(range(first, stop, step))), [span], source.tables)
 

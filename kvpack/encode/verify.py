@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,6 +107,26 @@ def verify(
                         if difference:
                             result.mismatches[name] = difference
     return result
+
+
+def changed_tensors(
+    path: Path, against: Path, files: Collection[Path], *, threads: int | None = None
+) -> dict[str, str]:
+    """Of what some files of a directory were made of, what is no longer as :func:`verify` wants it.
+
+    Args:
+        files: those of ``against``, relative to it.
+
+    Returns:
+        Tensor → what differs.
+    """
+    chosen = {against / file for file in files}
+    with Reader(path, threads=threads) as reader, ModelTree(against, without=path) as tree:
+        _as_coded(tree, reader)
+        with Reader(against, threads=threads, tree=tree) as original:
+            names = [name for name in original if original.container(name).path in chosen]
+            found = {name: _difference(name, reader, original) for name in names}
+    return {name: difference for name, difference in found.items() if difference}
 
 
 def _as_coded(tree: ModelTree, reader: Reader) -> set[Path]:

@@ -706,12 +706,18 @@ def test_numbers_of_parts(model: Path, tmp_path: Path, shards: Any) -> None:
         kvpack.compress(model, tmp_path / "out", shards=shards)
 
 
+def when_written(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """All but when files were read last."""
+    found = {path: path.stat() for path in folder.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
+
+
 def test_a_part_that_comes_when_all_is_done(model: Path, tmp_path: Path) -> None:
     """Nothing is written if the output is what the part would help to make; what it is not, is said."""
     out = tmp_path / "out"
     for number in (1, 2):
         kvpack.compress(model, out, bits=4, shards=(number, 2))
-    files = {path: path.stat() for path in out.rglob("*")}
+    files = when_written(out)
     late = kvpack.compress(model, out, bits=4, shards=(1, 2))
     assert late.output == str(out)
     assert late.part is not None
@@ -723,7 +729,7 @@ def test_a_part_that_comes_when_all_is_done(model: Path, tmp_path: Path) -> None
         kvpack.compress(model, out, bits=5, shards=(1, 2))
     with pytest.raises(InputError, match=r"exclude is .* here, .* there"):
         kvpack.compress(model, out, bits=4, exclude="0", shards=(1, 2))
-    assert {path: path.stat() for path in out.rglob("*")} == files
+    assert when_written(out) == files
     assert beside(tmp_path) == ["model", "out"]
     path = out / FILES[1]
     whole = path.read_bytes()
@@ -736,6 +742,29 @@ def test_a_part_that_comes_when_all_is_done(model: Path, tmp_path: Path) -> None
     save_file(tensors | {kept: tensors[kept] + 1}, model / FILES[0])
     with pytest.raises(InputError, match=f"tensors of {FILES[0]}: .*{re.escape(kept)}"):
         kvpack.compress(model, out, bits=4, shards=(1, 2))
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"preset": "lossless"}])
+def test_a_part_of_another_model_that_comes_when_all_is_done(
+    model: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """One weight of the same names and shapes is another: who would have made it, says so."""
+    out = tmp_path / "out"
+    for number in (1, 2):
+        kvpack.compress(model, out, **options, shards=(number, 2))
+    file = next(file for file in FILES if any("q_proj" in name for name in load_file(model / file)))
+    tensors = load_file(model / file)
+    name = next(name for name in tensors if "q_proj" in name)
+    tensors[name][0, :8] *= -1.5
+    save_file(tensors, model / file)
+    said = []
+    for number in (1, 2):
+        try:
+            kvpack.compress(model, out, **options, shards=(number, 2))
+        except InputError as error:
+            said.append(str(error))
+    assert len(said) == 1
+    assert re.search(rf"{re.escape(name)}: (noise is .*, recorded|its bits differ)", said[0])
 
 
 def test_what_cannot_be_made_in_parts(model: Path, tmp_path: Path) -> None:

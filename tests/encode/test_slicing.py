@@ -93,6 +93,20 @@ def test_slices_stacked_are_the_whole(blob: tuple[bytes, Numbers], data: st.Data
         assert len(stacked) == len(whole)
 
 
+@pytest.mark.parametrize("step", [0, -1])
+def test_no_distance(step: int) -> None:
+    whole = encode_elements(samples.gaussian_elements((4, 32, 64), 5, 2.0, 1), FIVE_BITS, tile_cols=64)
+    with pytest.raises(GeometryError, match="1 is the least"):
+        slice_matrices(whole, 0, 4, step)
+
+
+@pytest.mark.parametrize("matrices", [range(0, 4, 2), range(3, 6), range(-1, 2), range(3, 1)])
+def test_matrices_that_a_blob_does_not_have(matrices: range) -> None:
+    whole = encode_elements(samples.gaussian_elements((4, 32, 64), 5, 2.0, 1), FIVE_BITS, tile_cols=64)
+    with pytest.raises(GeometryError, match="of a blob of 4 matrices"):
+        decode_integers(Blob(whole), matrices=matrices)
+
+
 def test_matrices_at_a_distance() -> None:
     elements = samples.gaussian_elements((7, 300, 70), 5, 2.0, 1)
     whole = encode_elements(elements, FIVE_BITS, tile_cols=64)

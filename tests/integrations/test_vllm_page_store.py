@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -486,6 +487,9 @@ def test_of_a_prompt_without_room_the_beginning_stays() -> None:
         tokens = range(start, start + 64 * 30)
         save(store, paged, tokens)
         assert load(store, paged, tokens) == 64 * 12
+        counts = store.take_counts()
+        assert (counts["saved_pages"], counts["dropped_pages"]) == (12, 18)
+        assert counts["saved_bytes"] == 12 * page_bytes
     short = range(9000, 9000 + 64 * 3)
     save(store, paged, short)
     assert load(store, paged, short) == 64 * 3
@@ -611,6 +615,28 @@ def test_two_engines_share_a_directory(tmp_path: Path, monkeypatch: pytest.Monke
     assert load(three, paged, range(200)) == 0
     for store in (one, two, three):
         store.close()
+
+
+def test_one_look_at_the_directory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes longer than the time between two: those that were behind it would keep pages from being saved."""
+    monkeypatch.setattr(kv_page_store, "_SCAN_INTERVAL_S", 0.0)
+    store = make_store(make_paged(), tmp_path)
+    scans, goes_on = [], threading.Event()
+
+    def slow() -> None:
+        scans.append(len(scans))
+        assert goes_on.wait(60)
+
+    monkeypatch.setattr(store._tiers.disk, "scan", slow)
+    for _ in range(20):
+        store.look_around()
+    goes_on.set()
+    store.drain()
+    assert scans == [0]
+    store.look_around()
+    store.drain()
+    assert scans == [0, 1]
+    store.close()
 
 
 def test_an_error_of_a_thread_is_counted_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

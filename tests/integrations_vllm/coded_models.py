@@ -19,13 +19,15 @@ import kvpack
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 from models import ARCHITECTURES, Architecture
 
+# An engine that waits for ever has failed; all models of test_models.py take a tenth of it.
+_LONGEST_S = 1800
 ENGINE = Path(__file__).with_name("engine.py")
 # Of log-probabilities in fp32. On a GPU fused kernels take activations of fp32 as fp16.
 TOLERANCE = 1e-2 if torch.cuda.is_available() else 1e-4
 PROMPTS = [[5, 17, 99, 140, 7], list(range(3, 40))]
 # Its experts are one tensor in every checkpoint, under names of their own.
 _GRANITE = {name: value for name, value in ARCHITECTURES["mixtral"].options.items() if name != "head_dim"}
-_ARCHITECTURES = ARCHITECTURES | {
+VLLM_ARCHITECTURES = ARCHITECTURES | {
     "granite moe": Architecture("GraniteMoeConfig", "GraniteMoeForCausalLM", _GRANITE),
     "llama4": Architecture(
         "Llama4TextConfig",
@@ -44,13 +46,13 @@ def make(
     With ``stacked`` all experts are one tensor in the coded model, as in transformers' modules; not in the plain one.
     """
     config = _SIZES | (sizes or {})
-    if "moe_intermediate_size" in _ARCHITECTURES[architecture].options:
+    if "moe_intermediate_size" in VLLM_ARCHITECTURES[architecture].options:
         config.setdefault("moe_intermediate_size", 128)
-    model = _ARCHITECTURES[architecture].model(torch.bfloat16, **config)
+    model = VLLM_ARCHITECTURES[architecture].model(torch.bfloat16, **config)
     model.save_pretrained(folder / "original", save_original_format=not stacked)
     compress(folder, **options)
     if stacked:
-        model = _ARCHITECTURES[architecture].model(torch.float32, **config)
+        model = VLLM_ARCHITECTURES[architecture].model(torch.float32, **config)
         model.load_state_dict(load_file(folder / "plain" / "model.safetensors"))
         model.save_pretrained(folder / "plain")  # a tensor for each expert, as a model that was not read from others
     return folder
@@ -89,6 +91,7 @@ def run(folder: Path, requests: list[dict[str, Any]], *, ranks: int = 1) -> list
         capture_output=True,
         text=True,
         check=False,
+        timeout=_LONGEST_S,
     )
     results = json.loads(answered.read_text()) if answered.exists() else []
     assert len(results) == len(requests), done.stderr[-4000:]

@@ -74,7 +74,7 @@ def results(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_as_plain(results: dict[str, Any], name: str) -> None:
     plain, coded = results[name]
-    assert difference(plain, coded) < TOLERANCE
+    assert difference(plain, coded) < (1e-4 if "lossless" in name else TOLERANCE)
 
 
 def test_merged_layers_are_one_product(results: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def test_experts(folder: Path, architecture: str, stacked: bool, stacks: int) ->
 @pytest.mark.parametrize("architecture", ["gpt oss", "llama4"])
 def test_experts_of_inputs_by_outputs(folder: Path, architecture: str) -> None:
     """In one tensor, which vLLM's classes of these models take apart; refused decoded, too."""
-    model = make(folder / architecture, architecture, bits=4.25)
+    model = make(folder / architecture, architecture, bits=4.25, exclude="[qk]_proj")
     coded = both(model)[1]
     requests = [coded, coded | {"engine": {"additional_config": {"kvpack": {"weights": "dense"}}}}]
     for said in run(folder / architecture, requests):

@@ -195,8 +195,10 @@ class PageStore:
                 blocks = self._blocks(pages, copies)
                 kept = self._tiers.put(blocks)
             with self._seen:
+                # Those without room in memory are the last ones.
                 self._counts["saved_pages"] += kept
-                self._counts["saved_bytes"] += sum(block.data.numel() for block in blocks)
+                self._counts["saved_bytes"] += sum(block.data.numel() for block in blocks[:kept])
+                self._counts["dropped_pages"] += len(blocks) - kept
         except Exception as error:  # no memory, say: these pages are not kept
             self._failed("save", error)
         finally:
@@ -267,7 +269,7 @@ class PageStore:
         with self._seen:
             self._counts["loaded_tokens"] += reached - load.first_token
             self._counts["failed_tokens"] += load.end_token - reached
-            self._loaded.append((load.request_id, [load.pages.block_ids[place] for place in failed]))
+            self._loaded.append((load.request_id, list(load.pages.block_ids[failed.start : failed.stop])))
             self._loading -= 1
             self._seen.notify_all()
         self._tiers.touch(load.pages.hashes)  # of all pieces the first one last
@@ -344,7 +346,7 @@ class PageStore:
     def look_around(self) -> None:
         """Learn of what others have written to the directory, if that was not done lately; a thread does it."""
         if self._tiers.disk is not None and time.monotonic() - self._scanned_s >= _SCAN_INTERVAL_S:
-            self._scanned_s = time.monotonic()
+            self._scanned_s = math.inf  # until this one has ended
             self._saver.executor.submit(self._scan)
 
     def _scan(self) -> None:
@@ -353,6 +355,8 @@ class PageStore:
             self._tiers.disk.scan()
         except Exception as error:  # nobody asks what has become of it
             self._failed("read the directory", error)
+        finally:
+            self._scanned_s = time.monotonic()
         self._publish()
 
     def _publish(self) -> None:

@@ -43,7 +43,13 @@ _RENAMED = {
 }
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 # model_type → tensors whose rows vLLM's class puts in another order as it loads them; those of a blob cannot be.
-_REORDERED = {"bloom": "query_key_value.weight", "falcon": "query_key_value.weight"}
+_REORDERED = {
+    "bloom": ("query_key_value.weight",),
+    "falcon": ("query_key_value.weight",),
+    "k2_horizon": ("q_proj.weight", "k_proj.weight"),
+    "llama4_text": ("q_proj.weight", "k_proj.weight"),
+    "mistral": ("wq.weight", "wk.weight"),  # names of Mistral's own files
+}
 # model_type whose published checkpoints lack the "transformer." that vLLM's class puts before their names.
 _WITHOUT_PREFIX = ("gpt2",)
 
@@ -143,10 +149,10 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
 
     def _refuse_reordered(self, config: Any) -> None:
         is_in_order = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-        ending = _REORDERED.get(config.model_type)
-        if ending is None or is_in_order:
+        endings = _REORDERED.get(config.model_type)
+        if endings is None or is_in_order:
             return
-        if found := sorted(name for name in self.blob_bytes if name.endswith(ending)):
+        if found := sorted(name for name in self.blob_bytes if name.endswith(endings)):
             raise NotSupportedError(
                 f"{listed(found, _SHOWN)}: vLLM's class of {config.model_type} models puts rows of these weights in "
                 "another order as it loads them, and cannot where they are coded; kvpack decompress gives the plain "
