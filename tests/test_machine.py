@@ -221,8 +221,10 @@ def test_uploads_after_a_fork(tmp_path: Path) -> None:
             own.wait()
             return bytes(own.pieces[0].target.tolist()) == bytes(range(7, 27))
 
-        in_a_fork(child)
-        gate.set()
+        try:
+            in_a_fork(child)
+        finally:
+            gate.set()  # leaving the uploader waits for what it reads
         begun.wait()
         assert begun.pieces[0].target.tolist() == list(range(7, 27))
 
