@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ def newest(name: str) -> dict[str, Any]:
     _READ.add(found[-1].name)
     result: dict[str, Any] = json.loads(found[-1].read_text())
     return result
+
+
+def if_measured(render: Callable[[], str]) -> Callable[[], str]:
+    """Nothing until there is a result."""
+
+    @wraps(render)
+    def rendered() -> str:
+        try:
+            return render()
+        except NoResult:
+            return ""
+
+    return rendered
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -418,12 +432,9 @@ def long_prompt() -> str:
     return table(headings, [[f"{result['tokens']}", *gigabytes, f"{result['seconds']:.1f}"]]) + gpu_origin(result)
 
 
+@if_measured
 def prefill() -> str:
-    """Nothing until it has been measured."""
-    try:
-        result = newest("prefill")
-    except NoResult:
-        return ""
+    result = newest("prefill")
     rows = []
     for row in result["rows"]:
         cells = [f"{row['tokens']:,}", row["cache"]]
@@ -438,12 +449,9 @@ def prefill() -> str:
     return table(headings, rows) + gpu_origin(result)
 
 
+@if_measured
 def context_files() -> str:
-    """Nothing until it has been measured."""
-    try:
-        result = newest("context-files-8k")
-    except NoResult:
-        return ""
+    result = newest("context-files-8k")
     rows = []
     for row in result["rows"]:
         assert row["same_pages"]
@@ -454,12 +462,9 @@ def context_files() -> str:
     return table([*headings, "same greedy tokens"], rows) + origin(result)
 
 
+@if_measured
 def vllm_connector() -> str:
-    """Nothing until it has been measured."""
-    try:
-        result = newest("vllm-connector")
-    except NoResult:
-        return ""
+    result = newest("vllm-connector")
     rows = []
     for row in result["rows"]:
         seconds = [_number(one, 2) for one in (row["first_token_s"], *row["first_token_s_by_turn"])]
@@ -473,12 +478,9 @@ def vllm_connector() -> str:
     return table([*headings, "files, MB", "same first tokens"], rows) + origin(result)
 
 
+@if_measured
 def vllm_blocks() -> str:
-    """Nothing until it has been measured."""
-    try:
-        result = newest("vllm-blocks")
-    except NoResult:
-        return ""
+    result = newest("vllm-blocks")
     rows = [
         [
             row["format"],
@@ -493,12 +495,10 @@ def vllm_blocks() -> str:
     return table(["pages", "tokens", *times, "copy, GB/s", "save, GB/s", "load, GB/s"], rows) + gpu_origin(result)
 
 
+@if_measured
 def vllm_gpu() -> str:
-    """Plain models and what kvpack was in one run, kvpack as it is in another; nothing until it has been measured."""
-    try:
-        peers, result = newest("vllm-gpu-peers"), newest("vllm-gpu")
-    except NoResult:
-        return ""
+    """Plain models and what kvpack was in one run, kvpack as it is in another."""
+    peers, result = newest("vllm-gpu-peers"), newest("vllm-gpu")
     rows = []
     for of, names in ((peers, {"bf16": "bf16", "int4": "INT4, groups of 128", "fast": "`fast`, before"}), (result, {})):
         for row in of["rows"]:
@@ -519,12 +519,9 @@ def vllm_gpu() -> str:
     return table(headings, rows) + gpu_origin(peers) + gpu_origin(result)
 
 
+@if_measured
 def vllm_serving() -> str:
-    """Nothing until it has been measured."""
-    try:
-        result = newest("vllm-serving")
-    except NoResult:
-        return ""
+    result = newest("vllm-serving")
     rows = [
         [
             row["name"],
@@ -538,12 +535,10 @@ def vllm_serving() -> str:
     return table(["", "start, s", "memory, MB", *counts], rows) + origin(result)
 
 
+@if_measured
 def manager_soak() -> str:
-    """Memory at each tenth of the operations; nothing until it has been measured."""
-    try:
-        result = newest("kv-soak-manager")
-    except NoResult:
-        return ""
+    """Memory at each tenth of the operations."""
+    result = newest("kv-soak-manager")
     tenth = result["operations"] // 10
     columns = (
         result["resident_bytes_by_tenth"],

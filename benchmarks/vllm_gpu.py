@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import device_record, print_table, provenance, write_result
+from generation_models import SHAPES
 
 RATES_BITS = 4.25
 # Name → (the model's folder, what of kvpack.compress made it, arguments of vLLM's LLM).
@@ -47,19 +48,17 @@ def make_plain(folder: Path, layers: int) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
+    _, sizes_of_shape = SHAPES["llama-3.1-8b"]
     config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rope_theta=500_000.0,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
+        **sizes_of_shape
+        | {
+            "num_hidden_layers": layers,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "architectures": ["LlamaForCausalLM"],
+            "dtype": "bfloat16",
+        }
     )
     folder.mkdir(parents=True)
     generator = torch.Generator("cuda").manual_seed(1)

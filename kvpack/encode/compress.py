@@ -967,9 +967,7 @@ def compress(
             if shards is not None:
                 parts = Parts(target, _job(model, files, moments))
                 if parts.was_there:
-                    own = _divided(model, shards[1])[shards[0] - 1]
-                    check_finished(target, model.tree, parts.job["options"], own, threads)
-                    part, records, output_bytes = _finished_part(model, target, shards)
+                    part, records, output_bytes = _finished_part(model, parts, shards, threads)
                 else:
                     part, records, output_bytes = _compress_part(model, source, parts, shards, progress, carried)
                 reports += [TensorReport(**tensor) for record in records.values() for tensor in record["tensors"]]
@@ -1222,11 +1220,13 @@ def _divided(model: _Model, parts: int) -> list[list[Path]]:
     return [[files[number] for number in numbers] for numbers in divided]
 
 
-def _finished_part(model: _Model, target: Path, shards: tuple[int, int]) -> _PartResult:
-    """A part of an output that was complete before."""
-    own = list(map(str, _divided(model, shards[1])[shards[0] - 1]))
-    report = PartReport(shards[0], shards[1], own, own, [], [], joined=True, was_there=True)
-    return _PartResult(report, {}, size_bytes(target))
+def _finished_part(model: _Model, parts: Parts, shards: tuple[int, int], threads: int | None) -> _PartResult:
+    """A part of an output that was complete before, if that is what the parts would make."""
+    own = _divided(model, shards[1])[shards[0] - 1]
+    check_finished(parts.target, model.tree, parts.job["options"], own, threads)
+    files = list(map(str, own))
+    report = PartReport(shards[0], shards[1], files, files, [], [], joined=True, was_there=True)
+    return _PartResult(report, {}, size_bytes(parts.target))
 
 
 def _compress_part(

@@ -148,6 +148,7 @@ class PageCodec:
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._sizes = BlockSizes(cache.pools)
+        self._full_bytes = int(self._sizes.page_bytes[0, cache.full_format])
 
     def encode(self, values: torch.Tensor, formats: Formats) -> list[torch.Tensor]:
         """Keys and values of whole pages → their bytes.
@@ -169,9 +170,14 @@ class PageCodec:
 
     def copied_bytes(self, formats: Formats) -> int:
         """Memory that :meth:`copy` takes."""
-        full_bytes = int(self._sizes.page_bytes[0, self._cache.full_format])
+        return self._copied_places(formats)[2]
+
+    def _copied_places(self, formats: Formats) -> tuple[Ints, Ints, int]:
+        """Where pages will be, and the bounds of each index, as of :meth:`BlockSizes.places`; and how much memory they
+        take with those of 16 bits that are quantized, which lie behind them."""
+        begins, bounds = self._sizes.places(formats)
         quantized = int((formats != self._cache.full_format).sum())
-        return int(self._sizes.places(formats)[1][-1]) + full_bytes * quantized
+        return begins, bounds, int(bounds[-1]) + self._full_bytes * quantized
 
     def copy(self, rows: BlockRows, formats: Formats) -> CopiedPages:
         """Whole pages of tokens out of vLLM's blocks, by one kernel: what is enqueued next may overwrite these.
@@ -187,12 +193,11 @@ class PageCodec:
         return pages
 
     def _new_pages(self, formats: Formats, device: torch.device) -> CopiedPages:
-        begins, bounds = self._sizes.places(formats)
+        begins, bounds, size_bytes = self._copied_places(formats)
         full = np.uint8(self._cache.full_format)
         is_quantized = formats != full
-        full_bytes = int(self._sizes.page_bytes[0, full])
-        behind = bounds[-1] + full_bytes * (np.cumsum(is_quantized.reshape(-1)) - 1).reshape(formats.shape)
-        memory = torch.empty(self.copied_bytes(formats), dtype=torch.uint8, device=device)
+        behind = bounds[-1] + self._full_bytes * (np.cumsum(is_quantized.reshape(-1)) - 1).reshape(formats.shape)
+        memory = torch.empty(size_bytes, dtype=torch.uint8, device=device)
         copied = np.where(is_quantized, behind, begins) | int(full)
         return CopiedPages(memory, formats, begins, bounds, copied, new_status(device))
 
