@@ -42,7 +42,7 @@ from kvpack.integrations.vllm import kv_page_codec, kv_page_store  # noqa: E402
 from kvpack.integrations.vllm.cpu_block_order import block_places  # noqa: E402
 from kvpack.integrations.vllm.kv_page_codec import PageCodec, PagedLayers  # noqa: E402
 from kvpack.integrations.vllm.kv_plan import Changes, Load, PageRange  # noqa: E402
-from kvpack.runtime.kv import disk_tier, tiers  # noqa: E402
+from kvpack.runtime.kv import block_table, disk_tier, tiers  # noqa: E402
 from kvpack.runtime.kv.cache import KVCache  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -323,6 +323,26 @@ def test_by_the_block_table_as_by_gathering(
     kernel_tokens = (found[0][1] == -3.5).all(-1).sum().item()
     loaded = LAYERS * HEADS * (end - block_tokens)
     assert kernel_tokens == LAYERS * HEADS * BLOCKS * block_tokens - loaded, "no other token is touched"
+
+
+@pytest.mark.parametrize(("block_tokens", "splits"), [(16, 1), (48, 3)])
+def test_ids_of_blocks_are_checked_once(block_tokens: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the engine's thread, in each step that fills a page."""
+    monkeypatch.setattr(kv_page_codec, "runs_kernels", lambda _device: True)
+    paged = make_paged(block_tokens, splits=splits)
+    checked: list[int] = []
+
+    def counted(block_ids: Any, *numbers: Any) -> Any:
+        checked.append(len(block_ids))
+        return check(block_ids, *numbers)
+
+    check = block_table.checked_blocks
+    for module in (block_table, kv_page_codec):
+        monkeypatch.setattr(module, "checked_blocks", counted)
+    rows = paged.rows([7, 5, 9, 2], block_tokens + 3, block_tokens * 3)
+    kernel_blocks = [block * splits + part for block in (5, 9) for part in range(splits)]
+    assert (rows.ids.tolist(), rows.skipped, rows.tokens) == (kernel_blocks, 3, block_tokens * 2 - 3)
+    assert checked == [4]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -259,6 +259,12 @@ def test_a_wrong_table_is_refused_before_anything_is_launched(ids: list[int], me
         small_cache().rows(ids, 16, 64)
 
 
+@pytest.mark.parametrize(("first", "tokens"), [(-16, 64), (-1, 0), (0, -1), (20, -2)])
+def test_negative_numbers_of_tokens_are_refused(first: int, tokens: int) -> None:
+    with pytest.raises(CacheInputError, match=f"{tokens} tokens from token {first} on"):
+        small_cache().rows([3, 1, 2, 0], first, tokens)
+
+
 def test_what_comes_before_the_tokens_may_be_anything() -> None:
     rows = small_cache().rows([-1, 5, 2, 3, 4], 16, 64)
     assert (rows.ids.tolist(), rows.skipped, rows.tokens) == ([5, 2, 3, 4], 0, 64)

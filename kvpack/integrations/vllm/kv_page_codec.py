@@ -71,21 +71,20 @@ class PagedLayers:
 
     def _kernel_blocks(self, block_ids: Sequence[int], first: int, end: int) -> Ints:
         """Those that tokens ``first … end − 1`` of a request are in."""
-        used = slice(first // self.block_tokens, ceil_div(end, self.block_tokens))
         split = self.block_tokens // self.kernel_tokens
-        ids = checked_blocks(block_ids, used, len(self.layers[0]) // split)
+        ids = checked_blocks(block_ids, first, end - first, self.block_tokens, len(self.layers[0]) // split)
         index = np.arange(first // self.kernel_tokens, ceil_div(end, self.kernel_tokens))
-        return ids[index // split - used.start] * split + index % split
+        return ids[index // split - first // self.block_tokens] * split + index % split
 
     def rows(self, block_ids: Sequence[int], first: int, end: int) -> BlockRows:
         """Tokens ``first … end − 1`` of a request, where kernels find them by its blocks.
 
         Raises:
-            CacheInputError: too few blocks, one that the cache does not have, or one that is given twice.
+            CacheInputError: as of :func:`~kvpack.runtime.kv.block_table.checked_blocks`.
         """
         assert self.blocks is not None
         ids = self._kernel_blocks(block_ids, first, end)
-        return self.blocks.rows(ids, first % self.kernel_tokens, end - first)
+        return self.blocks.rows_in(ids, first % self.kernel_tokens, end - first)
 
     def copy_out(self, block_ids: Sequence[int], first: int, end: int) -> torch.Tensor:
         """A copy of the kernel blocks that these tokens are in, as they are: [layers, n, heads, tokens, 2·head_dim]."""

@@ -67,23 +67,29 @@ class BlockCache:
         """Tokens ``first … first + tokens − 1`` of those whose blocks are given in their order.
 
         Raises:
-            CacheInputError: too few blocks, one that the cache does not have, or one that is given twice.
+            CacheInputError: as of :func:`checked_blocks`.
         """
-        skipped = first % self.block_tokens
-        used = slice(first // self.block_tokens, ceil_div(first + tokens, self.block_tokens))
-        ids = checked_blocks(block_ids, used, self.blocks)
+        ids = checked_blocks(block_ids, first, tokens, self.block_tokens, self.blocks)
+        return self.rows_in(ids, first % self.block_tokens, tokens)
+
+    def rows_in(self, ids: Ints, skipped: int, tokens: int) -> BlockRows:
+        """Tokens behind so many ``skipped`` ones of blocks whose ids have been checked."""
         return BlockRows(self, sent(ids.astype(np.int32), self.device), skipped, tokens)
 
 
-def checked_blocks(block_ids: Sequence[int] | Ints, used: slice, blocks: int) -> Ints:
-    """Ids at the places ``used`` of a block table, i64.
+def checked_blocks(block_ids: Sequence[int] | Ints, first: int, tokens: int, block_tokens: int, blocks: int) -> Ints:
+    """Of a block table those ids, i64, whose blocks have the tokens ``first … first + tokens − 1``.
 
     Raises:
-        CacheInputError: the table does not reach so far, has an id that is none of ``blocks`` blocks, or one twice.
+        CacheInputError: a negative number of tokens; the table does not reach so far, has an id that is none of
+            ``blocks`` blocks, or one twice.
     """
-    ids = np.asarray(block_ids[used], np.int64)
-    if len(ids) != used.stop - used.start:
-        raise CacheInputError(f"a block table of {len(block_ids)} blocks; {used.stop} are wanted")
+    if first < 0 or tokens < 0:
+        raise CacheInputError(f"{tokens} tokens from token {first} on of a block table; neither may be negative")
+    begin, end = first // block_tokens, ceil_div(first + tokens, block_tokens)
+    ids = np.asarray(block_ids[begin:end], np.int64)
+    if len(ids) != end - begin:
+        raise CacheInputError(f"a block table of {len(block_ids)} blocks; {end} are wanted")
     if len(ids) and (ids.min() < 0 or ids.max() >= blocks):
         raise CacheInputError(f"a block table has blocks {ids.min()} to {ids.max()}; the cache has {blocks} blocks")
     if len(np.unique(ids)) != len(ids):
