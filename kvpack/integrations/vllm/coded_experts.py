@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -80,10 +80,8 @@ class ExpertMatrices(nn.Module):
         if self.grouped is None:
             return
         device = self.grouped.blobs[0][0].device
-        chosen = torch.arange(top_k, device=device) % len(self.experts)
-        for tokens in TOKENS:
-            x = torch.zeros(tokens, columns, dtype=dtype, device=device)
-            self.grouped.linear(x, chosen.expand(tokens, top_k).contiguous())
+        x = torch.zeros(TOKENS[-1], columns, dtype=dtype, device=device)
+        _run_each(self.grouped.linear, TOKENS, x, len(self.experts), top_k)
         for layer in self._layers()[:1]:
             layer.warm_up(dtype)
 
@@ -130,11 +128,22 @@ class StackedExperts(nn.Module):
         device = self.blobs[0].device
         if device.type != "cuda":
             return
-        chosen = torch.arange(top_k, device=device) % self.count
         many = next(tokens for tokens in range(TOKENS[-1], 1 << 31) if has_many_rows(self.count, tokens, top_k))
-        for tokens in (*TOKENS, many):
-            x = torch.zeros(tokens, columns, dtype=dtype, device=device)
-            self.product(x, chosen.expand(tokens, top_k).contiguous())
+        x = torch.zeros(many, columns, dtype=dtype, device=device)
+        _run_each(self.product, (*TOKENS, many), x, self.count, top_k)
+
+
+def _run_each(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    tokens: Iterable[int],
+    x: torch.Tensor,
+    experts: int,
+    top_k: int,
+) -> None:
+    """Each number of ``tokens``, of the first rows of x [tokens, columns], with as many experts as a token has."""
+    chosen = torch.arange(top_k, device=x.device) % experts
+    for count in tokens:
+        product(x[:count], chosen.expand(count, top_k).contiguous())
 
 
 def _product_on_the_cpu(blob: DeviceBlob, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
