@@ -1197,7 +1197,7 @@ def _job(model: _Model, files: list[FileReport], moments: str | os.PathLike[str]
         "options": model.config.to_json(),
         "weights": {str(file.path): container_crc32(file.container) for file in tree.weight_files},
         "rewritten files": {f.path: file_crc32(tree.path / f.path) for f in files if f.action == "rewritten"},
-        "copied files": {file.path: file.size_bytes for file in files if file.action == "copied"},
+        "copied files": {f.path: file_crc32(tree.path / f.path) for f in files if f.action == "copied"},
         # Where names leave doubt, transformers says what tensors are: the one that each machine has.
         "what tensors are": {str(file.path): model.decisions_crc32(file) for file in tree.weight_files},
         "vectors": vectors,

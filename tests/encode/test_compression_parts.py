@@ -600,6 +600,7 @@ def test_another_source(model: Path, tmp_path: Path) -> None:
         ("weights: x.safetensors", lambda folder: save_file({"x": np.zeros(3, np.float32)}, folder / "x.safetensors")),
         ("rewritten files: config.json", lambda folder: change(folder / "config.json", b"160", b"161")),
         ("copied files: tokenizer.json", lambda folder: (folder / "tokenizer.json").write_text('{"b": 22}')),
+        ("copied files: vision/more/merges.txt", lambda folder: change(folder / "vision/more/merges.txt", b"b", b"c")),
     ):
         other = tmp_path / "other"
         shutil.copytree(model, other)
