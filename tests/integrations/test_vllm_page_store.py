@@ -517,6 +517,84 @@ def test_of_a_prompt_without_room_the_beginning_stays() -> None:
     store.close()
 
 
+def count_encoded(store: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """To which the number of pages is added, whenever some are encoded."""
+    encode, counts = store._codec.encode, list[int]()
+
+    def counted(values: Any, formats: Any) -> Any:
+        counts.append(formats.shape[-1])
+        return encode(values, formats)
+
+    monkeypatch.setattr(store._codec, "encode", counted)
+    return counts
+
+
+@pytest.mark.parametrize(("formats", "room_bytes"), [((BF16, BF16), 0), ((INT8, INT4), 63), ((INT8, INT4), -1)])
+def test_what_will_have_no_room_is_not_encoded(
+    formats: tuple[PageFormat, PageFormat], room_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor copied, each time that its prompt comes."""
+    paged = make_paged(blocks=128)
+    first, later = (
+        sum(LAYERS * HEADS * PageLayout(side, one, HEAD_DIM).block_bytes for side, one in zip(Side, both, strict=True))
+        for both in ((BF16, BF16), formats)
+    )
+    assert (first % 64, later % 64) == (0, 0)
+    store = make_store(paged, host_bytes=first + 11 * later + room_bytes, formats=formats)
+    kept = 11 if room_bytes < 0 else 12
+    encoded = count_encoded(store, monkeypatch)
+    pages = page_range(range(64 * 30), blocks_for(paged, 64 * 30, 0))
+    compute(paged, pages)
+    for begin, end in ((0, 5), (5, 21), (21, 30)):  # as vLLM computes a long prompt
+        store.save(kv_page_store._part(pages, begin, end))
+    store.drain()
+    for saved in (kept, 0):
+        assert sum(encoded) == kept
+        counts = store.take_counts()
+        assert (counts.get("saved_pages", 0), counts["dropped_pages"]) == (saved, 30 - kept)
+        assert store.hashes() == set(pages.hashes[:kept])
+        store.save(pages)
+        store.drain()
+    encoded.clear()
+    save(store, paged, range(9000, 9000 + 64 * 9))
+    assert pages.hashes[4] not in store.hashes()
+    store.save(kv_page_store._part(pages, 5, 7))  # of an answer that is being written still
+    store.drain()
+    assert sum(encoded) == 9
+    assert store.take_counts()["dropped_pages"] == 30 - kept + 2
+    assert store._waiting_bytes == 0
+    store.close()
+
+
+def test_where_not_even_the_first_page_has_room() -> None:
+    paged = make_paged()
+    store = make_store(paged, host_bytes=LAYERS * 2 * HEADS * 64 * HEAD_DIM * 2 - 1)
+    save(store, paged, range(200))
+    assert store.take_counts() == {"dropped_pages": 3}
+    store.close()
+
+
+def test_pages_are_known_before_they_wait_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While files are written the same prompt comes again, or more of it."""
+    paged = make_paged()
+    store = make_store(paged, tmp_path)
+    encoded, flush = count_encoded(store, monkeypatch), store._tiers.flush
+    pages = page_range(range(320), blocks_for(paged, 320, 0))
+    compute(paged, pages)
+
+    def during_flush() -> int:
+        store.save(pages)
+        return flush()
+
+    monkeypatch.setattr(store._tiers, "flush", during_flush)
+    store.save(kv_page_store._part(pages, 0, 3))
+    store.drain()
+    store.drain()
+    assert sum(encoded) == 5
+    assert store.hashes() == set(pages.hashes)
+    store.close()
+
+
 @pytest.mark.parametrize("block_tokens", [16, 48, 128])
 @pytest.mark.parametrize("has_disk", [False, True])
 def test_a_long_prompt_is_loaded_piece_by_piece(

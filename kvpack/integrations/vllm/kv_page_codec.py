@@ -167,6 +167,10 @@ class PageCodec:
         write_tokens(k, v, table, positions, pages.status, pages.memory, key_order=cache.key_order)
         return self.quantized(pages)
 
+    def page_bytes(self, formats: Formats) -> list[int]:
+        """Of each index, of formats u8 [layers, 2, n]: what :meth:`encode` gives."""
+        return self._sizes.of_pages(formats).sum((0, 1)).tolist()
+
     def copied_bytes(self, formats: Formats) -> int:
         """Memory that :meth:`copy` takes."""
         return self._copied_places(formats)[2]

@@ -110,6 +110,9 @@ class PageStore:
             report=self._met_bad_file,
             codes_on_device=runs_kernels(paged.device),
         )
+        # Pages of a prompt behind so many have no room; None: files have it.
+        first, later = self._codec.page_bytes(self._formats_at(0, 2))
+        self._most_pages = self._tiers.host.longest_chain(first, later) if directory is None else None
         self._queue_bytes, self._on_failure = queue_bytes, on_failure
         self._saver, self._loader = ThreadPool(1, "kvpack-save"), ThreadPool(1, "kvpack-load")
         self._streams = {
@@ -135,26 +138,41 @@ class PageStore:
         """Copy keys and values of pages out of vLLM's cache, as they are when what is enqueued now is done.
 
         A thread saves them. Those that are here or on their way are left out, and so are the last ones where the queue
-        has no room.
+        has no room, or the tiers have none.
         """
         with self._seen:
-            missing = [
-                place for place, one in enumerate(pages.hashes) if one not in self._known and one not in self._waiting
-            ]
+            missing = [place for place, one in enumerate(pages.hashes) if self._is_missing(one)]
         if not missing:
             return
         begin, end = missing[0], missing[-1] + 1
-        parts = [_part(pages, first, min(first + _JOB_PAGES, end)) for first in range(begin, end, _JOB_PAGES)]
+        room_end = self._room_end(pages, begin, end)
+        parts = [_part(pages, first, min(first + _JOB_PAGES, room_end)) for first in range(begin, room_end, _JOB_PAGES)]
         sizes = list(map(self._copy_bytes, parts))
         with self._seen:
             room = self._queue_bytes - self._waiting_bytes
             count = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
-            self._counts["dropped_pages"] += sum(len(part.hashes) for part in parts[count:])
+            self._counts["dropped_pages"] += end - room_end + sum(len(part.hashes) for part in parts[count:])
             self._waiting_bytes += sum(sizes[:count])
             self._waiting_jobs += count
             self._waiting.update(one for part in parts[:count] for one in part.hashes)
         for part, size_bytes in zip(parts[:count], sizes, strict=False):
             self._begin_saving(part, size_bytes)
+
+    def _room_end(self, pages: PageRange, begin: int, end: int) -> int:
+        """Up to which of some pages, by their place, the tiers may have room.
+
+        Without files they have none for what stands on pages that have gone, nor for more of a prompt than host memory
+        takes, and would be asked for it whenever the prompt comes.
+        """
+        if self._most_pages is None:
+            return end
+        with self._seen:
+            if not begin and pages.parent is not None and self._is_missing(pages.parent):
+                return begin
+        return max(begin, min(end, self._most_pages - pages.first_page))
+
+    def _is_missing(self, page_hash: bytes) -> bool:
+        return page_hash not in self._known and page_hash not in self._waiting
 
     def _begin_saving(self, pages: PageRange, size_bytes: int) -> None:
         copied = None
@@ -202,9 +220,10 @@ class PageStore:
         except Exception as error:  # no memory, say: these pages are not kept
             self._failed("save", error)
         finally:
-            if self._let_go(pages, size_bytes):
+            self._publish()  # before they wait no longer: they would be taken for missing ones in between
+            if self._let_go(pages, size_bytes) and self._tiers.disk is not None:
                 self._flush()
-            self._publish()
+                self._publish()
 
     def _let_go(self, pages: PageRange, size_bytes: int) -> bool:
         """Pages wait no longer. Returns whether no others do."""
@@ -237,8 +256,12 @@ class PageStore:
 
     def _formats_of(self, pages: PageRange) -> Formats:
         """u8 [layers, 2, pages]."""
-        formats = np.repeat(self._formats[:, :, None], len(pages.hashes), -1)
-        if pages.first_page == 0:
+        return self._formats_at(pages.first_page, len(pages.hashes))
+
+    def _formats_at(self, first_page: int, count: int) -> Formats:
+        """u8 [layers, 2, count], of pages from there on."""
+        formats = np.repeat(self._formats[:, :, None], count, -1)
+        if first_page == 0:
             formats[:, :, 0] = self._full
         return formats
 

@@ -67,7 +67,7 @@ class Arena:
 
     def allocate(self, size_bytes: int) -> int | None:
         """Where a range begins, a multiple of 64; None: no gap is wide enough."""
-        size = self._rounded(size_bytes)
+        size = self.rounded(size_bytes)
         for place, (begin, end) in enumerate(self._free):
             if end - begin >= size:
                 self._free[place : place + 1] = [(begin + size, end)] if end - begin > size else []
@@ -76,12 +76,12 @@ class Arena:
         return None
 
     def has_room(self, size_bytes: int) -> bool:
-        size = self._rounded(size_bytes)
+        size = self.rounded(size_bytes)
         return any(end - begin >= size for begin, end in self._free)
 
     def free(self, begin: int, size_bytes: int) -> None:
         """Give back a range that has been allocated with this size."""
-        size = self._rounded(size_bytes)
+        size = self.rounded(size_bytes)
         insort(self._free, (begin, begin + size))
         self.used_bytes -= size
         place = self._free.index((begin, begin + size))
@@ -91,7 +91,8 @@ class Arena:
             self._free[place - 1 : place + 1] = [(self._free[place - 1][0], self._free[place][1])]
 
     @staticmethod
-    def _rounded(size_bytes: int) -> int:
+    def rounded(size_bytes: int) -> int:
+        """What a range of so many bytes takes."""
         return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
@@ -236,6 +237,11 @@ class HostTier:
     def has_room(self, size_bytes: int) -> bool:
         """Whether there is a gap of so many bytes."""
         return self._arena.has_room(size_bytes)
+
+    def longest_chain(self, first_bytes: int, next_bytes: int) -> int:
+        """How many blocks of one chain have room, if the first takes so many bytes, and each behind it so many."""
+        room = self.capacity_bytes // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES - Arena.rounded(first_bytes)
+        return 0 if room < 0 else 1 + room // Arena.rounded(next_bytes)
 
     def all(self) -> list[BlockBytes]:
         """All blocks, as of :meth:`get`."""
