@@ -22,8 +22,8 @@ from models import ARCHITECTURES, Architecture
 # An engine that waits for ever has failed; all models of test_models.py take a tenth of it.
 _LONGEST_S = 1800
 ENGINE = Path(__file__).with_name("engine.py")
-# Of log-probabilities in fp32. On a GPU fused kernels take activations of fp32 as fp16.
-TOLERANCE = 1e-2 if torch.cuda.is_available() else 1e-4
+# Of log-probabilities in fp32. On a GPU one vector of fp32 is rounded to 16 bits of its largest in each chunk.
+TOLERANCE = 1e-3 if torch.cuda.is_available() else 1e-4
 PROMPTS = [[5, 17, 99, 140, 7], list(range(3, 40))]
 # Its experts are one tensor in every checkpoint, under names of their own.
 _GRANITE = {name: value for name, value in ARCHITECTURES["mixtral"].options.items() if name != "head_dim"}

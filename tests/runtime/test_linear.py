@@ -20,7 +20,7 @@ from small_models import LAYERS, kernel_eps, layer_file, product_error  # noqa: 
 import kvpack  # noqa: E402
 from kvpack.errors import LaneStateError, ModelMismatchError  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
-from kvpack.runtime.weights import ops  # noqa: E402
+from kvpack.runtime.weights import ops, products  # noqa: E402
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
 from kvpack.runtime.weights.load import State, load  # noqa: E402
@@ -785,3 +785,18 @@ def test_on_the_cpu_other_bytes_are_parsed_anew(path: Path) -> None:
         buffer.copy_(blob.blob)
         there = DeviceBlob.from_buffer(buffer, blob.scales, blob.dtype, blob.shape)
         assert torch.equal(there.dequantize(), blob.dequantize())
+
+
+def test_halves_of_fp32() -> None:
+    """Their sum is the number itself; each has no more bits than fp16 holds, the second after it is rounded."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 32, 4096, dtype=np.uint32)
+    numbers = bits.view(np.float32)
+    numbers = numbers[np.isfinite(numbers) & (np.abs(numbers) > 1e-30)]
+    x = torch.from_numpy(np.append(numbers, [0.0, -0.0, np.inf, -np.inf]).astype(np.float32))[None]
+    upper, lower = products.halves_of(x)
+    assert torch.equal(upper + lower, x[0])
+    mantissas, _ = np.frexp(upper[:-2].numpy())
+    assert np.array_equal(mantissas, mantissas.astype(np.float16))
+    assert (lower[:-2].abs() <= x[0, :-2].abs() * 2.0**-10).all()
+    assert not lower[-2:].any()

@@ -215,14 +215,23 @@ def multiply(stack: Stack, x: torch.Tensor, ids: torch.Tensor, limits: Limits) -
         [tokens · top_k, parts · rows] of x's type; zeros where an id is no expert's, or its matrix is not in the stack.
         The same bits at each run, whatever else the ids are, as long as shapes are the same.
     """
-    coded, header = stack.first, stack.first.header
     if stack.experts > MAX_EXPERTS:
         raise DeviceError(f"{stack.experts} experts; one launch takes up to {MAX_EXPERTS}")
-    (tokens, top_k), pairs, width = ids.shape, ids.numel(), stack.parts * header.rows
-    out = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-    if not pairs:
-        return out
+    tokens, top_k = ids.shape
+    if not ids.numel():
+        return torch.empty((0, stack.parts * stack.first.header.rows), dtype=x.dtype, device=x.device)
     plan = _plan(stack, tokens, top_k, limits)
+    if x.dtype != torch.float32 or plan.slot_pairs == 1:
+        return _multiply(stack, x, ids, plan, limits)
+    twice = _plan(stack, 2 * tokens, top_k, limits)
+    upper, lower = _multiply(stack, products.halves_of(x), ids.repeat(2, 1), twice, limits).chunk(2)
+    return upper + lower
+
+
+def _multiply(stack: Stack, x: torch.Tensor, ids: torch.Tensor, plan: _Plan, limits: Limits) -> torch.Tensor:
+    """One product, in a launch for each table."""
+    coded, pairs, width = stack.first, ids.numel(), stack.parts * stack.first.header.rows
+    out = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
     fit, matrices = plan.fit, plan.slots * stack.parts
     if matrices > _MAX_BLOCKS_Z:
         raise InputError(

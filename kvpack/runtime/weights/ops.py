@@ -177,7 +177,8 @@ def linear_cuda(
     elif mma_fit := mma_product.fit_for(coded, len(tokens), x.dtype, limits):
         out = mma_product.multiply(coded, tokens, bias, mma_fit)
     elif len(tokens) <= products.max_fused_tokens(x.dtype) and products.can_multiply(coded.layout):
-        out = products.multiply(coded, tokens, bias, limits)
+        multiply = products.multiply_fp32 if x.dtype == torch.float32 else products.multiply
+        out = multiply(coded, tokens, bias, limits)
     else:
         out = expansion.multiply(coded, tokens, bias, limits)
     return _shaped(out, x)

@@ -161,8 +161,8 @@ def check_fits(header: BlobHeader, max_group_words: int, limits: Limits) -> None
 
 
 def max_fused_tokens(activation: torch.dtype) -> int:
-    """How many vectors a fused kernel is the way for; fp32 ones become fp16 there, so that many stay with cuBLAS."""
-    return MAX_FUSED_TOKENS if activation != torch.float32 else 32
+    """How many vectors a fused kernel is the way for; of fp32 ones half as many, see :func:`halves_of`."""
+    return MAX_FUSED_TOKENS if activation != torch.float32 else MAX_FUSED_TOKENS // 2
 
 
 def gemv_warps(layout: Layout, architecture: int, *, grouped: bool = False) -> int:
@@ -344,13 +344,32 @@ def with_row_offsets(
     return (sums if bias is None else sums.add_(bias)).to(x.dtype)
 
 
+def halves_of(x: torch.Tensor) -> torch.Tensor:
+    """fp32 [tokens, cols] as the sum of two that fp16 holds, one behind the other: [2 · tokens, cols].
+
+    The kernels for several vectors round to fp16, 11 bits, after a power of two for each vector. The first have the
+    upper 11 bits of each activation, the second what is left, of which 11 more remain.
+    """
+    upper = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return torch.cat([upper, (x - upper).masked_fill_(x.isinf(), 0.0)])
+
+
+def multiply_fp32(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits) -> torch.Tensor:
+    """As :func:`multiply` for at most 32 fp32 vectors, as exact as fp32 (one vector has 16 bits of its largest)."""
+    if len(x) == 1:
+        return multiply(coded, x, bias, limits)
+    upper, lower = multiply(coded, halves_of(x), None, limits).chunk(2)
+    out = upper + lower
+    return out if bias is None else out.add_(bias)
+
+
 def multiply(
     coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits, fit: ProductFit | None = None
 ) -> torch.Tensor:
     """x · Wᵀ (+ bias) by a fused kernel; in several launches where shared memory is too small for all vectors at once.
 
     Args:
-        x: contiguous [tokens, cols], tokens at most 64, fp16, bf16 or fp32.
+        x: contiguous [tokens, cols], tokens at most 64, fp16, bf16 or fp32 (of which several are rounded to fp16).
         bias: [rows] of x's type.
         fit: the launch, instead of the one that should be the fastest.
 

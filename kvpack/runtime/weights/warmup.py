@@ -14,9 +14,10 @@ from kvpack.runtime.weights.experts import GroupedMatrices, grouped_products
 from kvpack.runtime.weights.linear import RansLinear
 from kvpack.runtime.weights.load import State
 
-# One number of tokens for each kind of product: one vector, a few on tensor cores (three sizes), some with tiles
-# that are decoded into shared memory (three sizes by gemm_wgmma.cu, one by gemm_mma.cu), many.
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 257)
+# One number of tokens for each kind of product: one vector, a few on tensor cores (three sizes; fp32 vectors are twice
+# as many there), some with tiles that are decoded into shared memory (three sizes by gemm_wgmma.cu, one by
+# gemm_mma.cu), many.
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 257)
 DTYPES = (torch.float16, torch.bfloat16)
 
 
