@@ -64,6 +64,7 @@ def prompts_of(ids: list[int], options: argparse.Namespace) -> list[tuple[int, l
 
 def run(model: Path, pages: str | None, directory: Path, requests: Any, options: argparse.Namespace) -> dict[str, Any]:
     """One engine over all requests."""
+    import torch
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -86,6 +87,7 @@ def run(model: Path, pages: str | None, directory: Path, requests: Any, options:
         enforce_eager=True,
         skip_tokenizer_init=True,
         block_size=128,
+        gpu_memory_utilization=0.2 if torch.cuda.is_available() else 0.92,  # the engine before may not be gone
         max_model_len=options.cache_blocks * 128,
         num_gpu_blocks_override=options.cache_blocks + 1,
         disable_log_stats=False,
