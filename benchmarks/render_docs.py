@@ -1244,6 +1244,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "vllm-connector-gpu": vllm_connector("vllm-connector-gpu"),
     "vllm-gpu": vllm_gpu("vllm-gpu"),
     "vllm-gpu-experts": vllm_gpu("vllm-gpu-experts"),
+    "vllm-gpu-peers": vllm_gpu("vllm-gpu-peers"),
     "vllm-serving": vllm_serving,
     "processes": processes,
     "linear-summary": linear_summary,
