@@ -20,6 +20,7 @@ import base64
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ import numpy.typing as npt
 
 from kvpack.encode.frequencies import entropy_bits
 from kvpack.encode.quantize import NEAREST, NUM_THRESHOLDS, Rounding
+from kvpack.encode.rate_sums import place_bins
 from kvpack.format.header import HEADER_BYTES, TILE_METADATA_BYTES, BlobHeader
 from kvpack.format.layout import (
     CHUNK_COLS,
@@ -54,7 +56,6 @@ _GRID_OFFSETS = (0.25, 0.75)
 _TRELLIS_NOISE = 10**-0.08
 _TRELLIS_UP_TO_BITS = 5.25
 _TRELLIS_WITHOUT_FEEDBACK_FROM_BITS = 2.25
-_MAX_INTEGER = float(1 << 40)  # tensors of one model may be so far apart that a common step means nothing to one
 # Lanes that cost more bits a weight than this may lose to tiles in mode raw.
 _RAW_MAY_WIN_AT = 0.2
 # Squared mean over variance from which on a tensor counts as far from zero.
@@ -136,10 +137,21 @@ class FineHistogram:
             **{name: value[name] for name in _NUMBERS_OF_HISTOGRAMS},
         )
 
+    @cached_property
+    def size(self) -> int:
+        """How many weights there are."""
+        return int(self.counts.sum())
+
+    @cached_property
+    def occupied(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        """Centres and counts of the bins that are not empty: of a Gaussian's most are."""
+        there = self.counts > 0
+        return self.centres[there], self.counts[there]
+
     @property
     def is_small(self) -> bool:
         """Whether it is of so few weights that planning must not cost more than they do."""
-        return int(self.counts.sum()) <= SMALL_ELEMENTS
+        return self.size <= SMALL_ELEMENTS
 
     @property
     def deviation(self) -> float:
@@ -227,34 +239,44 @@ def fixed_bits_per_weight(header: BlobHeader) -> Overhead:
 
 
 class _Placed(NamedTuple):
-    """Where rounding puts a part of the weights: integers i64 [bins], which stand for themselves plus an offset."""
+    """What a step makes of the weights: how often each code is there, their squared error, and how many are outliers,
+    the last two as a part of the weights."""
 
-    part: float
-    integers: npt.NDArray[np.int64]
-    offset: float = 0.0
-
-
-def _placed(fine: FineHistogram, step: float, layout: Layout, rounding: Rounding) -> list[_Placed]:
-    if layout.quantizer == Quantizer.SCALAR:
-        return [_Placed(1.0, _integers(fine, step, rounding))]
-    v = np.clip(fine.centres / step, -_MAX_INTEGER, _MAX_INTEGER)
-    return [_Placed(0.5, np.rint(v - offset).astype(np.int64), offset) for offset in _GRID_OFFSETS]
+    codes: npt.NDArray[np.float64]
+    noise: float
+    outliers: float
 
 
-def _code_counts(fine: FineHistogram, placed: list[_Placed], layout: Layout) -> npt.NDArray[Any]:
+@cache
+def _code_of_elements(layout: Layout) -> npt.NDArray[np.int64]:
+    """The code of q = −half … half − 1, whose elements are 0 … 2·half − 1."""
+    return np.asarray(layout.codes(np.arange(1 << layout.element_bits)), np.int64)
+
+
+def _placed(fine: FineHistogram, step: float, layout: Layout, rounding: Rounding) -> _Placed:
+    centres, counts = fine.occupied
     half = 1 << (layout.element_bits - 1)
-    counts = np.zeros(1 << layout.code_bits)
-    for part, integers, _ in placed:
-        codes = layout.codes(np.clip(integers, -half, half - 1) + half)
-        counts += part * np.bincount(codes, fine.counts, minlength=len(counts))
-    return counts
-
-
-def _integers(fine: FineHistogram, step: float, rounding: Rounding) -> npt.NDArray[np.int64]:
-    v = np.minimum(np.abs(fine.centres) / step, _MAX_INTEGER)
-    k = v.astype(np.int64)
-    k += v - k >= rounding.thresholds[np.minimum(k, NUM_THRESHOLDS - 1)]
-    return np.where(fine.centres < 0, -k, k)
+    on_grid = layout.quantizer == Quantizer.TRELLIS
+    offsets = _GRID_OFFSETS if on_grid else (0.0,)
+    codes, noise, outliers = np.zeros(1 << layout.code_bits), 0.0, 0.0
+    for offset in offsets:
+        found = np.zeros(len(codes), np.int64)
+        squares, number = place_bins(
+            centres,
+            counts,
+            step,
+            rounding.thresholds,
+            on_grid,
+            offset,
+            rounding.clamp,
+            half,
+            _code_of_elements(layout),
+            found,
+        )
+        codes += found / len(offsets)
+        noise += squares / len(offsets) / fine.size
+        outliers += number / len(offsets) / fine.size
+    return _Placed(codes, noise, outliers)
 
 
 def estimated_bits(codes: npt.NDArray[Any], outliers: float, layout: Layout, overhead: Overhead) -> float:
@@ -273,21 +295,12 @@ def estimated_bits(codes: npt.NDArray[Any], outliers: float, layout: Layout, ove
 def estimate(fine: FineHistogram, step: float, layout: Layout, overhead: Overhead, rounding: Rounding) -> Estimate:
     """Rate and noise of a step, from the fine histogram."""
     placed = _placed(fine, step, layout, rounding)
-    half = 1 << (layout.element_bits - 1)
-    total = fine.counts.sum()
-    noise = outliers = 0.0
-    for part, q, offset in placed:
-        clipped = np.clip(q, -half, half - 1)
-        beyond = np.abs(fine.centres) / step - np.abs(clipped + offset)
-        outlier = (q != clipped) & (beyond >= rounding.clamp)
-        outliers += part * float(fine.counts[outlier].sum()) / total
-        error = fine.centres - step * (np.where(outlier, q, clipped) + offset)
-        noise += part * float(fine.counts @ (error * error)) / total
+    noise = placed.noise
     if layout.quantizer == Quantizer.TRELLIS:
         noise *= _TRELLIS_NOISE
     # Inside a bin the weights are spread evenly.
     noise += fine.bin_width**2 / 12
-    bits = estimated_bits(_code_counts(fine, placed, layout), outliers, layout, overhead)
+    bits = estimated_bits(placed.codes, placed.outliers, layout, overhead)
     return Estimate(float(bits), noise / fine.rms**2)
 
 
@@ -298,19 +311,20 @@ def rounding_for(fine: FineHistogram, step: float, layout: Layout, rate_weight: 
     half = 1 << (layout.element_bits - 1)
     rounding = NEAREST
     for _ in range(2):
-        codes = _code_counts(fine, _placed(fine, step, layout, rounding), layout)
+        codes = _placed(fine, step, layout, rounding).codes
         lengths = -np.log2((codes + 0.5) / (codes.sum() + 0.5 * len(codes)))
-        of_value = lengths[layout.codes(np.arange(2 * half))]  # code length of q = −half … half − 1
+        of_value = lengths[_code_of_elements(layout)]
         if layout.quantizer == Quantizer.TRELLIS:
             clamp = np.float32(max(1.0, (8 * OUTLIER_BYTES * rate_weight) ** 0.5))
             return Rounding(NEAREST.thresholds, clamp, rate_weight, of_value.astype(np.float32))
-        magnitude = np.full(NUM_THRESHOLDS + 1, np.nan)
-        magnitude[:half] = of_value[half:]
-        magnitude[1:half] = (magnitude[1:half] + of_value[1:half][::-1]) / 2
-        change = np.nan_to_num(np.diff(magnitude))
+        magnitude = of_value[half:]
+        magnitude[1:] = (magnitude[1:] + of_value[1:half][::-1]) / 2
+        change = np.zeros(NUM_THRESHOLDS)
+        change[: half - 1] = np.diff(magnitude)
         thresholds = np.clip(0.5 + rate_weight / 2 * change, 0.3, 0.95).astype(np.float32)
         clamp = np.float32(max(0.5, (8 * OUTLIER_BYTES * rate_weight) ** 0.5))
-        bits = np.nan_to_num(magnitude, nan=np.nanmax(magnitude)).astype(np.float32)
+        bits = np.full(NUM_THRESHOLDS + 1, magnitude.max(), np.float32)
+        bits[:half] = magnitude
         rounding = Rounding(thresholds, clamp, rate_weight, bits)
     return rounding
 
@@ -409,8 +423,6 @@ def _ladder(fine: FineHistogram, layouts: Iterable[tuple[Layout, Overhead]]) -> 
     pairs = pairs or [(layout, overhead, steps[0]) for layout, overhead in layouts]
     if fine.grid_step > 0:
         pairs = [(layout, overhead, fine.grid_step) for layout, overhead in layouts] + pairs
-    occupied = fine.counts > 0
-    fine = replace(fine, counts=fine.counts[occupied], values=fine.centres[occupied], width=fine.bin_width)
     plans = [plan_at_step(fine, step, layout, overhead, 0.0) for layout, overhead, step in pairs]
     return sorted(plans, key=lambda plan: (plan.predicted.noise, plan.predicted.bits))
 

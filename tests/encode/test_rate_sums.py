@@ -1,0 +1,88 @@
+"""What a step makes of a histogram, against the same done to whole arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvpack.encode.quantize import NEAREST, Rounding
+from kvpack.encode.rate import LAMBDA, estimate, fixed_bits_per_weight, plan_at_step
+from kvpack.encode.rate_sums import place_bins
+from kvpack.encode.tensor_encoder import Matrices, measure
+from kvpack.format.layout import ElementKind, Layout, Quantizer, integer_layouts
+
+LAYOUTS = [
+    *(Layout(ElementKind.SIGNED, bits, bits, 1) for bits in (2, 3, 8)),
+    *integer_layouts("balanced", ElementKind.SIGNED, 4),
+    *integer_layouts("fast", ElementKind.SIGNED, 5),
+]
+
+
+def centres_and_counts(bins: int = 3001) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(bins)
+    centres = np.sort(rng.standard_t(2, bins))
+    centres[bins // 2] = 0.0
+    return centres, rng.integers(0, 1000, bins)
+
+
+@pytest.mark.parametrize("step", [1e-14, 0.01, 0.3, 50.0])
+@pytest.mark.parametrize("offset", [None, 0.25, 0.75])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_bins(layout: Layout, offset: float | None, step: float) -> None:
+    centres, counts = centres_and_counts()
+    half = 1 << (layout.element_bits - 1)
+    thresholds = np.linspace(0.35, 0.9, len(NEAREST.thresholds)).astype(np.float32)
+    clamp = np.float32(1.25)
+    code_of = layout.codes(np.arange(2 * half))
+    codes = np.ones(1 << layout.code_bits, np.int64)  # what is there is added to
+    noise, outliers = place_bins(
+        centres, counts, step, thresholds, offset is not None, offset or 0.0, clamp, half, code_of, codes
+    )
+
+    if offset is None:
+        v = np.minimum(np.abs(centres) / step, 2.0**40)
+        k = v.astype(np.int64)
+        k += v - k >= thresholds[np.minimum(k, len(thresholds) - 1)]
+        q = np.where(centres < 0, -k, k)
+    else:
+        q = np.rint(np.clip(centres / step, -(2.0**40), 2.0**40) - offset).astype(np.int64)
+    clipped = np.clip(q, -half, half - 1)
+    is_outlier = (q != clipped) & (np.abs(centres) / step - np.abs(clipped + (offset or 0.0)) >= clamp)
+    error = centres - step * (np.where(is_outlier, q, clipped) + (offset or 0.0))
+    np.testing.assert_array_equal(codes - 1, np.bincount(code_of[clipped + half], counts, minlength=len(codes)))
+    assert outliers == counts[is_outlier].sum()
+    np.testing.assert_allclose(noise, counts @ (error * error), rtol=1e-12)
+
+
+@pytest.mark.parametrize("quantizer", list(Quantizer))
+def test_empty_bins_count_for_nothing(quantizer: Quantizer) -> None:
+    """A plan is the same to the bit whether or not they are left out."""
+    weights = Matrices((np.random.default_rng(1).standard_normal((512, 512)) * 0.02).astype(np.float32))
+    fine = measure(weights)
+    centres, counts = fine.occupied
+    assert 1000 < len(centres) < len(fine.counts) // 2
+    assert fine.size == counts.sum() == weights.size
+    layout = integer_layouts("balanced", ElementKind.SIGNED, 4, quantizer)[0]
+    header = weights.header(layout, None)
+    overhead = fixed_bits_per_weight(header)
+    plan = plan_at_step(fine, 0.006, layout, overhead, LAMBDA)
+    fine.__dict__["occupied"] = fine.centres, fine.counts
+    again = plan_at_step(fine, 0.006, layout, overhead, LAMBDA)
+    assert again.predicted == plan.predicted
+    np.testing.assert_array_equal(again.rounding.thresholds, plan.rounding.thresholds)
+    np.testing.assert_array_equal(again.rounding.bits, plan.rounding.bits)
+
+
+def test_an_estimate_of_weights_that_a_step_divides() -> None:
+    """Sixteen values of which two are beyond the range: by hand."""
+    layout = Layout(ElementKind.SIGNED, 3, 3, 1)
+    weights = Matrices(np.tile(np.array([-9, -4, -3, -2, -1, 0, 1, 2, 3, 3, 0, 0, 1, 1, -1, 20], np.float32), (64, 8)))
+    fine = measure(weights)
+    assert fine.values is not None
+    overhead = fixed_bits_per_weight(weights.header(layout, None))
+    found = estimate(fine, 1.0, layout, overhead, Rounding(NEAREST.thresholds, np.float32(0.5)))
+    assert found.noise == 0.0
+    parts = np.array([2, 1, 1, 2, 3, 3, 1, 3]) / 16  # −4 and 3 have an outlier each
+    entropy = -(parts @ np.log2(parts))
+    expected = min(entropy + overhead.rans, 3 + overhead.raw) + 32 * 2 / 16
+    assert found.bits == pytest.approx(expected, rel=1e-9)
