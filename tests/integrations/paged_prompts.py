@@ -35,7 +35,7 @@ def fingerprint(model: str = "tiny", rank: int = 0) -> Any:
 
 
 def make_store(paged: PagedLayers, directory: Path | None = None, **options: Any) -> PageStore:
-    given = {"host_bytes": 1 << 20, "queue_bytes": 1 << 24, "fingerprint": fingerprint()} | options
+    given = {"host_bytes": 1 << 20, "step_tokens": 1024, "queue_bytes": 1 << 24, "fingerprint": fingerprint()} | options
     return PageStore(paged, given.pop("formats", (BF16, BF16)), directory=directory, **given)
 
 

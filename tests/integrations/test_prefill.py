@@ -184,9 +184,9 @@ def test_free_memory_chooses_the_size_of_passes(model: Any, monkeypatch: pytest.
     assert of_token == 4 * (16 * 64 + 4 * 128)
     cases = {None: 2048, 1 << 40: 2048, 4 * 1024 * (of_token + 500): 1024, 4 * 1023 * (of_token + 500): 512, 0: 64}
     for free, tokens in cases.items():
-        monkeypatch.setattr(prefilling, "_free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(prefilling, "free_bytes", lambda _, free=free: free)
         assert prefilling._fitting_tokens(model, 1, 100, device) == tokens
-    monkeypatch.setattr(prefilling, "_free_bytes", lambda _: 4 * 1024 * (of_token + 500))
+    monkeypatch.setattr(prefilling, "free_bytes", lambda _: 4 * 1024 * (of_token + 500))
     assert prefilling._fitting_tokens(model, 2, 100, device) == 512
 
 

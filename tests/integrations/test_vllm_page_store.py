@@ -38,7 +38,7 @@ from paged_prompts import (  # noqa: E402
 from kvpack.encode.page_coder import dequantize_blocks, quantize_blocks  # noqa: E402
 from kvpack.errors import CacheInputError, InputError  # noqa: E402
 from kvpack.format.pages import PageFormat, PageLayout, Side  # noqa: E402
-from kvpack.integrations.vllm import kv_page_codec, kv_page_store  # noqa: E402
+from kvpack.integrations.vllm import kv_options, kv_page_codec, kv_page_store  # noqa: E402
 from kvpack.integrations.vllm.cpu_block_order import block_places  # noqa: E402
 from kvpack.integrations.vllm.kv_page_codec import PageCodec, PagedLayers  # noqa: E402
 from kvpack.integrations.vllm.kv_plan import Changes, Load, PageRange  # noqa: E402
@@ -676,6 +676,50 @@ def test_of_a_long_prompt_the_queue_takes_the_beginning(tmp_path: Path) -> None:
     assert (counts["saved_pages"], counts["dropped_pages"]) == (30, 14)
     assert store._waiting_bytes == 0
     assert load(store, paged, tokens) == 64 * 30
+    store.close()
+
+
+def test_the_queue_has_room_for_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an 8B Llama's shape, 128 KiB a token; of other models it follows."""
+    gib, options = 1 << 30, {"queue_bytes": None, "host_bytes": 1}
+
+    def made(*, layers: int = 32, **others: Any) -> Any:
+        paged = PagedLayers([torch.zeros(4, 8, 16, 256, dtype=torch.bfloat16) for _ in range(layers)], 16)
+        store = make_store(paged, **(options | others))
+        store.close()
+        return store
+
+    def queue_bytes(**others: Any) -> int:
+        return int(made(**others).queue_bytes)
+
+    assert made(step_tokens=8192).step_bytes == gib
+    assert queue_bytes(step_tokens=8192) == queue_bytes(step_tokens=8192, free_bytes=8 * gib) == 2 * gib
+    assert queue_bytes(step_tokens=8191, layers=16) == gib
+    assert queue_bytes(step_tokens=8192, free_bytes=6 * gib) == 3 * gib // 2
+    assert queue_bytes(step_tokens=8192, free_bytes=0) == queue_bytes(step_tokens=512) == gib // 4
+    assert queue_bytes(step_tokens=8192, free_bytes=0, queue_bytes=1) == 1, "what is said counts"
+    # On a GPU there is room for the quantized ones beside them.
+    monkeypatch.setattr(kv_page_codec, "runs_kernels", lambda _device: True)
+    int8 = made(step_tokens=8192, formats=(INT8, INT8))
+    page_bytes = sum(32 * 8 * PageLayout(side, one, 128).block_bytes for side in Side for one in (BF16, INT8))
+    assert 0 <= int8.step_bytes - 128 * page_bytes <= 16 * 4096
+    assert int8.queue_bytes == 2 * int8.step_bytes
+
+
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_two_steps_wait_and_nothing_is_dropped(by_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_options, "_LEAST_QUEUE_BYTES", 1)
+    monkeypatch.setattr(kv_page_codec, "runs_kernels", lambda _device: by_kernels)
+    paged = make_paged(blocks=256)
+    store = make_store(paged, step_tokens=64 * 20, queue_bytes=None, host_bytes=1 << 22, formats=(INT8, INT4))
+    prompts = [page_range(range(start, start + 64 * 20), blocks_for(paged, 64 * 20, 0)) for start in (0, 5000)]
+    with store._lock:  # the saver does not come on
+        for pages in prompts:
+            compute(paged, pages)
+            store.save(pages)
+    store.drain()
+    counts = store.take_counts()
+    assert (counts["saved_pages"], counts.get("dropped_pages", 0)) == (40, 0)
     store.close()
 
 

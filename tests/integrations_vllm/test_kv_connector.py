@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import shutil
 import time
@@ -416,6 +417,24 @@ def test_a_queue_that_is_full_drops_pages(prompts: list[list[int]], expected: li
         first.settle()
         assert first.generate(prompts) == (expected, [0, 0, 0])
         assert first.counts()["dropped_pages"] >= 2 * sum(length // 64 for length in LENGTHS)
+
+
+def test_the_queue_follows_the_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of 65,536 tokens a step brings 256 MiB."""
+
+    logger = logging.getLogger("vllm.kvpack")
+    logger.addHandler(caplog.handler)  # vLLM's do not hand on
+    logger.setLevel(logging.INFO)
+    try:
+        with engine(tmp_path, max_num_batched_tokens=1 << 16) as first:
+            assert first.store.step_bytes == 1024 * PAGE_BYTES == 1 << 28
+            assert first.store.queue_bytes == 1 << 29
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.setLevel(logging.NOTSET)
+    assert (
+        "keys and values of up to 512 MiB wait for being kept (queue_bytes); a step brings up to 256 MiB" in caplog.text
+    )
 
 
 def test_salts_keep_prompts_apart(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 from kvpack.errors import CacheInputError, KvpackError
 from kvpack.integrations.transformers.cache import KVPackCache, cache_keyword, forward_parameters
 from kvpack.integrations.transformers.contexts import TokenIds, token_rows
+from kvpack.runtime.device.devices import free_bytes
 from kvpack.runtime.kv.steps import CELL_TOKENS
 
 # Fewer have the launches of many for the work of few; more would go over the end of a cell.
@@ -173,7 +174,7 @@ def _pass_end(done: int, total: int, tokens: int) -> int:
 
 def _fitting_tokens(model: Any, rows: int, columns: int, device: torch.device) -> int:
     """How many columns a pass can have, as free memory says: a power of two."""
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if free is None:
         return _MOST_TOKENS
     of_column = rows * activation_bytes(model)
@@ -196,18 +197,6 @@ def activation_bytes(model: Any) -> int:
     intermediate = max((size for size in sizes if isinstance(size, int)), default=4 * hidden)
     width = torch.empty(0, dtype=model.dtype).element_size()
     return width * (_HIDDEN_TENSORS * hidden + _INTERMEDIATE_TENSORS * intermediate)
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Of a device, what torch holds unused counted; None where it is not known."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
 
 
 @contextmanager

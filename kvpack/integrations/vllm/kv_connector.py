@@ -36,6 +36,7 @@ from kvpack.integrations.vllm.kv_page_store import PageStore
 from kvpack.integrations.vllm.kv_plan import Changes, StepPlan
 from kvpack.integrations.vllm.kv_scheduler import PageScheduler
 from kvpack.integrations.vllm.llvmlite_vars import give_vars
+from kvpack.runtime.device.devices import free_bytes
 from kvpack.runtime.kv.page_kernels import PAGE_FORMATS
 
 # Below vLLM's own name, so that its handler and its level are taken.
@@ -136,23 +137,31 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 f"a layer's cache is {list(shape)}; [blocks, {spec.num_kv_heads} heads, tokens, "
                 f"K and V of {spec.head_size}] is wanted"
             )
-        places = None
-        if layers[0].device.type == "cpu":
+        ranks, options, device = self._vllm_config.parallel_config.world_size, self._options, layers[0].device
+        free, places = free_bytes(device), None
+        if device.type == "cpu":
+            free = None if free is None else free // ranks  # which may all be of this machine
             write = vllm_write(layers[0].dtype, shape[2], spec.head_size)
             places = block_places(write, layers[0].dtype, shape[2], spec.head_size)
-        ranks, options = self._vllm_config.parallel_config.world_size, self._options
         directory = options.directory
         self._store = PageStore(
             PagedLayers(layers, self._block_tokens, places),
             options.formats(full_format),
             host_bytes=max(1, options.host_bytes // ranks),
+            step_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
             queue_bytes=options.queue_bytes,
+            free_bytes=free,
             fingerprint=self._fingerprint,
             directory=None if directory is None else directory / f"rank-{self._rank}-of-{ranks}",
             disk_bytes=None if options.disk_bytes is None else options.disk_bytes // ranks,
             report=_report,
             report_foreign=_report_foreign,
             on_failure=_failed,
+        )
+        logger.info(
+            "keys and values of up to %.0f MiB wait for being kept (queue_bytes); a step brings up to %.0f MiB",
+            self._store.queue_bytes / 2**20,
+            self._store.step_bytes / 2**20,
         )
 
     def get_handshake_metadata(self) -> RankPages | None:

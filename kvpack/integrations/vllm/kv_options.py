@@ -12,6 +12,9 @@ from kvpack.format.pages import PageFormat
 
 LOSSLESS = "16-bit"
 _DEFAULT_BYTES = 1 << 30
+# What waits for being encoded: of so many steps, as the next one comes while one is encoded; of free memory no more
+# than such a part, and in any case so much.
+_QUEUED_STEPS, _QUEUE_PART_OF_FREE, _LEAST_QUEUE_BYTES = 2, 4, 1 << 28
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class ConnectorOptions:
         directory: of files, made if it is not there; None: nothing outlives the engine.
         disk_bytes: the most that files take, of all ranks together; None: no limit.
         host_bytes: of host memory, of all ranks together.
-        queue_bytes: the most that waits for being encoded, of each rank; what does not fit is not kept.
+        queue_bytes: the most that waits for being encoded, of each rank; what does not fit is not kept. None: as
+            :func:`queue_room` says.
         min_load_tokens: fewer tokens than these are computed, not loaded.
         weights_id: names the weights, where they are in no local directory that could be looked at.
     """
@@ -32,7 +36,7 @@ class ConnectorOptions:
     directory: Path | None = None
     disk_bytes: int | None = None
     host_bytes: int = _DEFAULT_BYTES
-    queue_bytes: int = _DEFAULT_BYTES // 4
+    queue_bytes: int | None = None
     min_load_tokens: int = 64
     weights_id: str | None = None
 
@@ -74,7 +78,7 @@ class ConnectorOptions:
             values["directory"] = Path(directory)
         for name, least in (("disk_bytes", 0), ("host_bytes", 1), ("queue_bytes", 1), ("min_load_tokens", 1)):
             value = values.get(name, least)
-            if value is None and name == "disk_bytes":
+            if value is None and name in ("disk_bytes", "queue_bytes"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name}={value!r}; an integer of at least {least} is wanted")
@@ -84,6 +88,24 @@ class ConnectorOptions:
         if weights_id is not None and not isinstance(weights_id, str):
             raise InputError(f"weights_id={weights_id!r} is no text")
         return cls(**values)
+
+
+def queue_room(step_bytes: int, free_bytes: int | None) -> int:
+    """How many bytes may wait for being encoded, where nothing else is said.
+
+    Args:
+        step_bytes: of keys and values that a step of the engine brings at most.
+        free_bytes: of the memory that they wait in; None: that is not known.
+
+    >>> queue_room(1 << 30, free_bytes=100 << 30) >> 20, queue_room(1 << 30, free_bytes=5 << 30) >> 20
+    (2048, 1280)
+    >>> queue_room(1 << 20, free_bytes=100 << 30) >> 20
+    256
+    """
+    room = _QUEUED_STEPS * step_bytes
+    if free_bytes is not None:
+        room = min(room, free_bytes // _QUEUE_PART_OF_FREE)
+    return max(room, _LEAST_QUEUE_BYTES)
 
 
 def _parsed_pages(value: object) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from kvpack.errors import CacheInputError, KvpackError
 from kvpack.format.layout import ceil_div
 from kvpack.format.pages import PAGE_TOKENS, PageFormat
 from kvpack.format.snapshot import Fingerprint
+from kvpack.integrations.vllm.kv_options import queue_room
 from kvpack.integrations.vllm.kv_page_codec import CopiedPages, PageCodec, PagedLayers
 from kvpack.integrations.vllm.kv_plan import Changes, Load, PageRange
 from kvpack.runtime.kv.cache import KVCache
@@ -54,12 +55,19 @@ class PageStore:
         formats: of K and of V; the first page of a prompt is kept in 16 bits whatever they are, since attention leans
             on the first tokens.
         host_bytes, directory, disk_bytes: of this rank.
-        queue_bytes: of keys and values that wait for being encoded.
+        step_tokens: the most that a step of the engine computes.
+        queue_bytes: of keys and values that wait for being encoded; None: as
+            :func:`~kvpack.integrations.vllm.kv_options.queue_room` says.
+        free_bytes: of the memory that they wait in; None: that is not known.
         fingerprint: of this rank.
         report: called with each file that is damaged, and what is wrong with it.
         report_foreign: called with those of something else that have been met since the last call, each with why: of
             another model's directory there may be thousands.
         on_failure: called with what failed and why, where keys and values are not saved or loaded for it.
+
+    Attributes:
+        step_bytes: of the keys and values of ``step_tokens``, as they wait.
+        queue_bytes: the most that wait.
 
     Raises:
         CacheInputError, CacheFullError, PageError: as of :class:`~kvpack.runtime.kv.tiers.Tiers` and of
@@ -72,8 +80,10 @@ class PageStore:
         formats: tuple[PageFormat, PageFormat],
         *,
         host_bytes: int,
-        queue_bytes: int,
+        step_tokens: int,
         fingerprint: Fingerprint,
+        queue_bytes: int | None = None,
+        free_bytes: int | None = None,
         directory: Path | None = None,
         disk_bytes: int | None = None,
         report: Callable[[Path, Exception], None] | None = None,
@@ -113,7 +123,9 @@ class PageStore:
         # Pages of a prompt behind so many have no room; None: files have it.
         first, later = self._codec.page_bytes(self._formats_at(0, 2))
         self._most_pages = self._tiers.host.longest_chain(first, later) if directory is None else None
-        self._queue_bytes, self._on_failure = queue_bytes, on_failure
+        self.step_bytes = ceil_div(step_tokens, PAGE_TOKENS * _JOB_PAGES) * self._copy_bytes(1, _JOB_PAGES)
+        self.queue_bytes = queue_room(self.step_bytes, free_bytes) if queue_bytes is None else queue_bytes
+        self._on_failure = on_failure
         self._saver, self._loader = ThreadPool(1, "kvpack-save"), ThreadPool(1, "kvpack-load")
         self._streams = {
             name: torch.cuda.Stream(paged.device) if paged.device.type == "cuda" else None for name in ("save", "load")
@@ -147,9 +159,9 @@ class PageStore:
         begin, end = missing[0], missing[-1] + 1
         room_end = self._room_end(pages, begin, end)
         parts = [_part(pages, first, min(first + _JOB_PAGES, room_end)) for first in range(begin, room_end, _JOB_PAGES)]
-        sizes = list(map(self._copy_bytes, parts))
+        sizes = [self._copy_bytes(part.first_page, len(part.hashes)) for part in parts]
         with self._seen:
-            room = self._queue_bytes - self._waiting_bytes
+            room = self.queue_bytes - self._waiting_bytes
             count = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
             self._counts["dropped_pages"] += end - room_end + sum(len(part.hashes) for part in parts[count:])
             self._waiting_bytes += sum(sizes[:count])
@@ -195,13 +207,12 @@ class PageStore:
             return self._paged.copy_out(pages.block_ids, first, end)
         return self._codec.copy(self._paged.rows(pages.block_ids, first, end), self._formats_of(pages))
 
-    def _copy_bytes(self, pages: PageRange) -> int:
-        """Memory of :meth:`_copied`, but for tokens of the first and the last block that are of other pages."""
+    def _copy_bytes(self, first_page: int, count: int) -> int:
+        """Memory that pages take as :meth:`_copied`, but for others' tokens in the first and the last block."""
         paged = self._paged
         if paged.blocks is not None:
-            return self._codec.copied_bytes(self._formats_of(pages))
-        tokens = len(pages.hashes) * PAGE_TOKENS
-        return len(paged.layers) * tokens * paged.heads * 2 * paged.head_dim * paged.dtype.itemsize
+            return self._codec.copied_bytes(self._formats_at(first_page, count))
+        return len(paged.layers) * PAGE_TOKENS * count * paged.heads * 2 * paged.head_dim * paged.dtype.itemsize
 
     def _save(
         self, pages: PageRange, copies: CopiedPages | torch.Tensor, copied: torch.cuda.Event | None, size_bytes: int

@@ -1,4 +1,4 @@
-"""Devices: which one is meant, what it gives, and the numbers by which kernels know the types of activations."""
+"""Devices: which one is meant, what it gives and has free, and by which numbers kernels know types of activations."""
 
 from __future__ import annotations
 
@@ -67,3 +67,15 @@ def device_limits(device: torch.device) -> Limits:
         found.shared_memory_per_block_optin,
         found.name,
     )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of a device, what torch holds unused counted; None where it is not known."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
