@@ -16,6 +16,9 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: scripts/test-vllm has it in an environment", allow_module_level=True)
 
 from coded_models import both, make, run
+from torch import nn
+
+from kvpack.errors import ModelMismatchError
 
 
 def _one_layer_less(model: Path) -> None:
@@ -84,3 +87,34 @@ def test_a_shard_that_never_comes(errors: dict[tuple[str, str], str], weights: s
 def test_a_layer_that_never_comes(errors: dict[tuple[str, str], str], weights: str) -> None:
     error = errors["no down", weights]
     assert error.startswith("ModelMismatchError: model.layers.1.mlp.down_proj: ")
+
+
+@pytest.mark.parametrize("unclaimed", ["model.layers.1.q_proj", "model.layers.2.q_proj", "model.layers.10.q_proj"])
+def test_a_stage_of_a_pipeline_knows_what_is_another_s(unclaimed: str) -> None:
+    """The last of two: of two layers it has layer 1 alone, and no embedding."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    from kvpack.integrations.vllm.quantization import KVPackQuantization
+
+    stage = nn.Module()
+    stage.model = nn.Module()
+    stage.model.embed_tokens = PPMissingLayer()
+    stage.model.layers = nn.ModuleList([PPMissingLayer(), nn.Identity()])
+    names = ["model.embed_tokens", "model.layers.0.q_proj", "model.layers.1.o_proj"]
+    quantization = KVPackQuantization({"blob_bytes": {f"{name}.weight": 8 for name in names}})
+    quantization.coded_parts("model.layers.1.o_proj")
+    quantization._check_claims(stage)
+    quantization.blob_bytes[f"{unclaimed}.weight"] = 8
+    with pytest.raises(ModelMismatchError, match=f"^{unclaimed}.weight: coded weights that vLLM's class"):
+        quantization._check_claims(stage)
+
+
+def test_coded_tensors_that_no_stage_claims(tmp_path: Path) -> None:
+    """The file has a layer more than config.json says: neither rank takes it for the other's."""
+    folder = make(tmp_path, "llama", sizes={"num_hidden_layers": 3}, bits=4.25)
+    _change_config(folder / "coded", num_hidden_layers=2)
+    (said,) = run(folder, both(folder, pipeline_parallel_size=2, enforce_eager=False)[1:], ranks=2)
+    assert "error" in said
+    unclaimed = "ModelMismatchError: model.layers.2.mlp.down_proj.weight, "
+    assert unclaimed in said["log"]
+    assert "model.layers.1" not in said["log"].partition(unclaimed)[2].partition("vLLM's class")[0]

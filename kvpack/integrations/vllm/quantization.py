@@ -201,9 +201,9 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
         for one in () if config is None else (config.model_config.hf_config, config.model_config.hf_text_config):
             one.tie_word_embeddings = False
 
-    def _check_claims(self) -> None:
-        """Each coded tensor is of a layer that asked for its method; of several stages a rank has some layers alone."""
-        from vllm.config import get_current_vllm_config_or_none
+    def _check_claims(self, model: nn.Module) -> None:
+        """Each coded tensor is of a layer that asked for its method, or that another stage of a pipeline has."""
+        from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
         logger.info(
             "kvpack: %d coded tensors of %.1f MB in the checkpoint; %s",
@@ -211,10 +211,11 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
             sum(size for size in self.blob_bytes.values() if isinstance(size, int)) / 1e6,
             "they stay coded" if self.weights == CODED else "they are decoded as they are loaded",
         )
-        config = get_current_vllm_config_or_none()
-        if config is not None and config.parallel_config.pipeline_parallel_size > 1:
-            return
-        unknown = sorted(name for name in self.blob_bytes.keys() - self._claimed if not name.startswith(self._drafter))
+        others = [
+            f"{name}." for name, one in model.named_modules() if isinstance(one, PPMissingLayer | StageMissingLayer)
+        ]
+        not_here = (*self._drafter, *others)
+        unknown = sorted(name for name in self.blob_bytes.keys() - self._claimed if not name.startswith(not_here))
         if unknown:
             raise ModelMismatchError(
                 f"{listed(unknown, _SHOWN)}: coded weights that vLLM's class of this model has no layers for, or under "

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from kvpack.encode.model_config import is_compressed, read_config
 from kvpack.errors import NotSupportedError
@@ -19,11 +20,11 @@ from kvpack.integrations.vllm.arriving import read_ahead, read_as_asked
 from kvpack.runtime.weights.load import TORCH_DTYPES
 
 
-def _nothing() -> None:
+def _nothing(model: nn.Module) -> None:
     pass
 
 
-_check_layers: Callable[[], None] = _nothing
+_check_layers: Callable[[nn.Module], None] = _nothing
 
 
 def mapped_tensors(files: Iterable[str], *, check_all: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
@@ -65,13 +66,13 @@ def _is_kvpack(files: Iterable[str]) -> bool:
 _SMALL_BYTES = 1 << 20
 
 
-def read_as_needed(check_layers: Callable[[], None]) -> None:
+def read_as_needed(check_layers: Callable[[nn.Module], None]) -> None:
     """Have vLLM's loader take :func:`mapped_tensors` for compressed models; others are read as they were.
 
     Of several ranks the first one compares large plain tensors with their CRCs.
 
     Args:
-        check_layers: called before a compressed model is read; the newest one counts.
+        check_layers: called with a compressed model before it is read; the newest one counts.
     """
     global _check_layers
     _check_layers = check_layers
@@ -80,14 +81,25 @@ def read_as_needed(check_layers: Callable[[], None]) -> None:
     usual = default_loader.safetensors_weights_iterator
     if getattr(usual, "is_kvpack", False):
         return
+    loader: Any = default_loader.DefaultModelLoader
+    usual_weights = loader.get_all_weights
+    read: list[nn.Module] = []  # the model, while it is
+
+    def get_all_weights(self: Any, model_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        read.append(model)
+        try:
+            yield from usual_weights(self, model_config, model)
+        finally:
+            read.remove(model)
 
     def weights_iterator(hf_weights_files: list[str], *args: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if hf_weights_files and _is_kvpack(hf_weights_files):
             from vllm.distributed import get_tensor_model_parallel_rank
 
-            _check_layers()
+            _check_layers(read[-1])
             return mapped_tensors(hf_weights_files, check_all=get_tensor_model_parallel_rank() == 0)
         return usual(hf_weights_files, *args, **options)  # type: ignore[no-any-return]
 
     weights_iterator.is_kvpack = True  # type: ignore[attr-defined]
     default_loader.safetensors_weights_iterator = weights_iterator
+    loader.get_all_weights = get_all_weights
