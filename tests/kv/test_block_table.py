@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import emulator
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from emulated_device import emulated_launch  # noqa: E402
+from kernel_runs import DEVICES, KernelRuns  # noqa: E402
 
 from kvpack.errors import CacheInputError, PageError  # noqa: E402
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side  # noqa: E402
-from kvpack.runtime.device import kernels  # noqa: E402
 from kvpack.runtime.device.kernels import Kernel  # noqa: E402
 from kvpack.runtime.kv import page_kernels  # noqa: E402
 from kvpack.runtime.kv.block_table import BlockCache, BlockRows  # noqa: E402
@@ -51,21 +50,9 @@ def launch(kernel: Kernel, grid: Any, block: Any, arguments: Sequence[Any], **ot
     emulated_launch(kernel, grid, block, [to_the_end(value) for value in arguments], **others)
 
 
-class Runs:
-    """Whether kernels run."""
-
-    def __init__(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.device, self.by_kernels = device, True
-        if device == "cpu":
-            monkeypatch.setattr(kernels, "launch", launch)
-            monkeypatch.setattr(page_kernels, "_runs_kernels", lambda _device: self.by_kernels)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    if request.param == "cpu" and emulator.compiler() is None:
-        pytest.skip("no C++ compiler for the emulator")
-    return Runs(request.param, monkeypatch)
+@pytest.fixture(params=DEVICES)
+def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> KernelRuns:
+    return KernelRuns(request.param, monkeypatch, launch)
 
 
 class Memory:
@@ -124,7 +111,7 @@ def page_entries(layers: int, pages: int, heads: int, head_dim: int, formats: Se
     ],
 )
 def test_pages_of_tokens_in_blocks(
-    runs: Runs, layout: str, block_tokens: int, first: int, tokens: int, head_dim: int, dtype: torch.dtype
+    runs: KernelRuns, layout: str, block_tokens: int, first: int, tokens: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     heads = 2
     memory = Memory(layout, block_tokens, heads, head_dim, dtype, runs.device)
@@ -157,7 +144,14 @@ def test_pages_of_tokens_in_blocks(
     ],
 )
 def test_tokens_of_pages_into_blocks(
-    runs: Runs, layout: str, block_tokens: int, first: int, tokens: int, skipped: int, head_dim: int, dtype: torch.dtype
+    runs: KernelRuns,
+    layout: str,
+    block_tokens: int,
+    first: int,
+    tokens: int,
+    skipped: int,
+    head_dim: int,
+    dtype: torch.dtype,
 ) -> None:
     """Of pages of all formats. All other bits of the cache stay as they are."""
     heads, pages = 2, -(-(skipped + tokens) // PAGE_TOKENS)
@@ -188,7 +182,7 @@ def test_tokens_of_pages_into_blocks(
 
 
 def quantized_pages(
-    runs: Runs, pages: int, heads: int, head_dim: int, dtype: torch.dtype
+    runs: KernelRuns, pages: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Entries [layers, 2, pages] of pages of all formats in turn, and the memory that they lie in."""
     formats = [one for one in PageFormat if one.is_quantized or one == FULL[dtype]]

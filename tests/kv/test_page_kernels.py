@@ -6,10 +6,9 @@ They run on the emulator everywhere, and on a GPU where there is one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import emulator
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,12 +16,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from emulated_device import emulated_launch  # noqa: E402
+from kernel_runs import DEVICES, KernelRuns  # noqa: E402
 
 from kvpack.encode.page_coder import FLOAT_TYPES, dequantize_blocks, quantize_blocks  # noqa: E402
 from kvpack.errors import PageError  # noqa: E402
 from kvpack.format.pages import PAGE_TOKENS, PageFormat, PageLayout, Side, split_block  # noqa: E402
 from kvpack.runtime.device import kernels  # noqa: E402
-from kvpack.runtime.device.kernels import Kernel  # noqa: E402
 from kvpack.runtime.kv import page_kernels  # noqa: E402
 from kvpack.runtime.kv.page_kernels import left_out, new_status, quantize_pages, read_tokens, write_tokens  # noqa: E402
 
@@ -33,29 +32,8 @@ POISON = 0xA5
 NO_PAGE = -1
 
 
-def spanned(tensor: torch.Tensor) -> torch.Tensor:
-    """All memory from a strided tensor's first element to its last: the emulator takes arrays in one piece."""
-    if tensor.is_contiguous():
-        return tensor
-    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((reach + 1,), (1,))
-
-
-def launch(
-    kernel: Kernel, grid: Any, block: Any, arguments: Sequence[Any], *, shuffle_seed: int | None = None, **others: Any
-) -> None:
-    arguments = [spanned(value) if isinstance(value, torch.Tensor) else value for value in arguments]
-    emulated_launch(kernel, grid, block, arguments, shuffle_seed=shuffle_seed, **others)
-
-
-class Runner:
+class Runner(KernelRuns):
     """Runs a function of `page_kernels` twice: by the CPU's code, and by kernels."""
-
-    def __init__(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.device, self.by_kernels = device, True
-        if device == "cpu":
-            monkeypatch.setattr(kernels, "launch", launch)
-            monkeypatch.setattr(page_kernels, "_runs_kernels", lambda _device: self.by_kernels)
 
     def __call__(
         self, function: Callable[..., Any], *arguments: Any, pages: torch.Tensor, **options: torch.Tensor
@@ -80,10 +58,8 @@ class Runner:
         return expected_pages, left_out(expected_status), expected
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    if request.param == "cpu" and emulator.compiler() is None:
-        pytest.skip("no C++ compiler for the emulator")
     return Runner(request.param, monkeypatch)
 
 
@@ -324,14 +300,12 @@ def test_write_counts_what_has_no_page(run: Runner) -> None:
 
 
 def test_order_of_threads_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    if emulator.compiler() is None:
-        pytest.skip("no C++ compiler for the emulator")
     run = Runner("cpu", monkeypatch)
     cache = Cache(2, 2, 1, 64, PageFormat.FP16)
     k = cache.tokens(2, 70, 0)
     values = odd_values((1, 2, 64, 64), np.dtype(np.float16), 0)
     for seed in range(2):
-        monkeypatch.setattr(kernels, "launch", functools.partial(launch, shuffle_seed=seed))
+        monkeypatch.setattr(kernels, "launch", functools.partial(emulated_launch, shuffle_seed=seed))
         run(write_tokens, k, k, cache.table, torch.tensor([0, 20], dtype=torch.int32), pages=cache.pages)
         check_quantize(run, values, Side.V, PageFormat.FP16, PageFormat.INT3, 64)
 
