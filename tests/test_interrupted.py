@@ -67,9 +67,9 @@ def big_folder(tmp_path_factory: pytest.TempPathFactory, block: np.ndarray) -> P
 
 
 @contextmanager
-def kvpack_process(*arguments: object, limit: int = 0) -> Iterator[subprocess.Popen[str]]:
+def kvpack_process(*arguments: object, limit: int = 0, threads: int = 1) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", START, str(limit), *map(str, arguments), "--threads", "1"],
+        [sys.executable, "-c", START, str(limit), *map(str, arguments), "--threads", str(threads)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -113,9 +113,10 @@ def contents(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_leave_nothing(big: Path, tmp_path: Path, signal_number: signal.Signals) -> None:
-    with kvpack_process("compress", big, "-o", tmp_path / "out.safetensors") as process:
+def test_signals_leave_nothing(big: Path, tmp_path: Path, signal_number: signal.Signals, threads: int) -> None:
+    with kvpack_process("compress", big, "-o", tmp_path / "out.safetensors", threads=threads) as process:
         wait_until_midway(process, tmp_path)
         code, out, err = stop(process, signal_number)
     assert (code, out) == (130, "")
@@ -177,12 +178,13 @@ def test_directories(big_folder: Path, tmp_path: Path, signal_number: signal.Sig
         assert contents(tmp_path) == visible
 
 
+@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("limit", [300_000, 3_000_001])
-def test_a_full_disk(big: Path, tmp_path: Path, limit: int) -> None:
+def test_a_full_disk(big: Path, tmp_path: Path, limit: int, threads: int) -> None:
     """The limit on a file's size stands for the disk's: writes fail half-way, in the first tensor or later."""
     output = tmp_path / "out.safetensors"
     output.write_bytes(b"the old output")
-    with kvpack_process("compress", big, "-o", output, "--force", limit=limit) as process:
+    with kvpack_process("compress", big, "-o", output, "--force", limit=limit, threads=threads) as process:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
     assert said(err).startswith("kvpack: File too large")

@@ -1,7 +1,8 @@
 """What ``kvpack.compress`` does: whole files and model directories, a tensor at a time.
 
-Memory holds one tensor's blob (or those of a stack) and a few strips, whatever the model's size; sources are read strip
-by strip. Outputs are written beside their place and renamed at the end, files and directories alike.
+Memory holds the blobs of a few tensors (or those of a stack) and a few strips, whatever the model's size; sources are
+read strip by strip. While one tensor is written, or its step is searched, others are coded. Outputs are written beside
+their place and renamed at the end, files and directories alike.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -70,7 +71,7 @@ from kvpack.encode.tensor_encoder import (
 )
 from kvpack.encode.tensor_kinds import Kind, ModuleTree
 from kvpack.encode.tensor_parallel import Split, reason_not_to_split, stack_of
-from kvpack.encode.threads import default_threads
+from kvpack.encode.threads import default_threads, map_ordered
 from kvpack.errors import InputError, MomentsError, ScaleError
 from kvpack.format.container import (
     BLOB_SUFFIX,
@@ -99,6 +100,8 @@ _MORE_STEP_CORRECTIONS = 4
 _STEP_MARGIN_BITS = 0.005
 # By how much a count of symbols may be below what coding them takes: bits a weight, and bytes a tensor.
 _COUNT_MARGIN_BITS, _COUNT_MARGIN_BYTES = 0.002, 24
+# Tensors, or stacks, that are coded at once have no more bytes in the input, but for a single one that has.
+_BYTES_AT_ONCE = 1 << 28
 # How far below and above the model's rate sensitivities may put a tensor's.
 _LESS_BITS, _MORE_BITS = 1.5, 3.0
 
@@ -181,6 +184,7 @@ class _Model:
         target: Path,
         config: QuantConfig,
         executor: ThreadPoolExecutor,
+        tensor_executor: ThreadPoolExecutor | None,
         coder: Coder,
         tensors: Readable | None,
         module_tree: ModuleTree | None,
@@ -190,6 +194,8 @@ class _Model:
         calibration: Calibration | None,
     ) -> None:
         self.config, self.executor, self.coder, self.calibration = config, executor, coder, calibration
+        # Threads that code a tensor each, whose strips ``executor`` does; None: one tensor after the other.
+        self.tensor_executor = tensor_executor
         self.token_counts = token_counts
         # Coded tensors with a row for each token, of which there are not so many as counts.
         self.without_counts: set[str] = set()
@@ -521,21 +527,74 @@ class _Model:
             f"token counts are of {len(self.token_counts)} tokens; coded without them, as it has other rows: {names}"
         ]
 
-    def encode_stack(self, file: WeightFile, members: list[StoredTensor]) -> dict[str, EncodedTensor]:
+    def encode_stack(
+        self, file: WeightFile, members: list[StoredTensor]
+    ) -> tuple[dict[str, EncodedTensor], str | None]:
         """Tensors that will be stacked, as :func:`kvpack.encode.stack_encoder.encode_stack` gives them."""
         tensors = {member.name: member for member in members}
         quality = self.selections[file.path].quality_of(members[0], self.kinds[file.set_prefix])
-        encoded, reason = encode_stack(
+        return encode_stack(
             {name: math.prod(member.shape) for name, member in tensors.items()},
             lambda name, less_bits, layout: self.encode(file, tensors[name], None, less_bits, layout),
             quality if isinstance(quality, float) else None,
             self.executor,
         )
-        if reason is None:
-            self.stacks += 1
-        else:
-            self.stack_reasons[tuple(file.set_prefix + name for name in tensors)] = reason
-        return encoded
+
+    def encode_together(
+        self, file: WeightFile, members: list[StoredTensor], plans: Mapping[str, CommonPlan]
+    ) -> _Together:
+        """A tensor, or those of a stack; may be used by several threads."""
+        stacked, reason = self.encode_stack(file, members) if len(members) > 1 else ({}, None)
+        found: dict[str, EncodedTensor | str] = {**stacked}
+        for member in members:
+            if member.name not in found:
+                try:
+                    found[member.name] = self.encode(file, member, plans.get(file.names[member.name]))
+                except NotEncodableError as error:
+                    found[member.name] = str(error)
+        return _Together([member.name for member in members], found, reason)
+
+    def encode_all(
+        self, file: WeightFile, tensors: Iterable[StoredTensor], plans: Mapping[str, CommonPlan]
+    ) -> Generator[dict[str, EncodedTensor | str]]:
+        """Code tensors, several at once if there are threads for that, in their order.
+
+        Yields:
+            Each tensor by its name, or why it is to be kept; with the first one of a stack all of its.
+        """
+
+        def groups() -> Iterator[list[StoredTensor]]:
+            begun: set[str] = set()
+            for tensor in tensors:
+                if tensor.name not in begun:
+                    group = self.stack_members(file, tensor) or [tensor]
+                    begun |= {member.name for member in group}
+                    yield group
+
+        def cost(group: list[StoredTensor]) -> int:
+            return max(sum(member.size_bytes for member in group), _BYTES_AT_ONCE // self.coder.tensors_at_once)
+
+        def work(group: list[StoredTensor]) -> _Together:
+            return self.encode_together(file, group, plans)
+
+        # Strips that are not begun need not be: those who wait for them end.
+        stop = partial(self.executor.shutdown, wait=False, cancel_futures=True)
+        done = map_ordered(work, groups(), self.tensor_executor, ahead=_BYTES_AT_ONCE, cost=cost, give_up=stop)
+        with closing(done):
+            for names, found, reason in done:
+                if len(names) > 1 and reason is None:
+                    self.stacks += 1
+                elif reason is not None:
+                    self.stack_reasons[tuple(file.set_prefix + name for name in names)] = reason
+                yield found
+
+
+class _Together(NamedTuple):
+    """Tensors that were coded together, or why each is to be kept, and why a stack is none in the end."""
+
+    names: list[str]
+    found: dict[str, EncodedTensor | str]
+    reason: str | None
 
 
 # Asked for what a stage of the search for common steps finds of all tensors, which ``work`` gives of those of a file: a
@@ -735,75 +794,76 @@ def _encode_file(
             deque(data, maxlen=0)  # a dry run reads what a real one would
         shard.add(name + suffix, name, size_bytes)
 
-    stacked: dict[str, EncodedTensor] = {}
-    tried: set[str] = set()
-    coded_elements = coded_bytes = 0
+    to_code: list[StoredTensor] = []
     for tensor in container.tensors.values():
         reason = selection.reason_to_keep(tensor, model.kinds[file.set_prefix])
-        if reason is not None:
+        if reason is None:
+            to_code.append(tensor)
+        else:
             kept.append((tensor, reason))
-            continue
-        progress.tensor(file.names[tensor.name])
-        try:
-            if tensor.name not in tried and (members := model.stack_members(file, tensor)):
-                tried |= {member.name for member in members}
-                stacked |= model.encode_stack(file, members)
-            encoded = stacked.pop(tensor.name, None) or model.encode(file, tensor, plans.get(file.names[tensor.name]))
-        except NotEncodableError as error:
-            kept.append((tensor, str(error)))
-            continue
-        if encoded.size_bytes >= tensor.size_bytes:
-            kept.append((tensor, "coding does not make it smaller"))
-            continue
-        elements = math.prod(tensor.shape)
-        size = encoded.blob.size_bytes
-        if elements > element_limit(size) or coded_elements + elements > element_limit(coded_bytes + size):
-            kept.append((tensor, "nearly all equal: readers refuse to expand so much from so few bytes"))
-            continue
-        coded_elements, coded_bytes = coded_elements + elements, coded_bytes + size
-        name = tensor.name
-        blob = encoded.blob
-        parts = memoryview(blob.front), memoryview(blob.payload)
-        add(name, BLOB_SUFFIX, "U8", [blob.size_bytes], blob.size_bytes, chain.from_iterable(map(pieces, parts)))
-        shard.blob_bytes[name] = blob.size_bytes
-        for suffix, numbers, dtype in (
-            (SCALE_SUFFIX, encoded.scales, "<f4"),
-            (ROW_OFFSET_SUFFIX, encoded.row_offsets, "<f4"),
-            (COLUMN_SCALE_SUFFIX, encoded.column_scales, "<f2"),
-        ):
-            if numbers is not None:
-                beside.append((name, suffix, np.ascontiguousarray(numbers, dtype)))
-        report = TensorReport(
-            name=file.names[name],
-            shape=list(tensor.shape),
-            dtype=tensor.dtype,
-            method=encoded.method,
-            layout=encoded.layout.name,
-            bits_per_weight=round(8 * encoded.size_bytes / elements, 6),
-            entropy_bits=round(encoded.blob.entropy_bits_per_element, 6),
-            noise_db=_rounded(encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db),
-            outliers=encoded.blob.outlier_count,
-            bytes=encoded.size_bytes,
-            reason=encoded.reason,
-            expected_kl=None if encoded.expected_kl is None else float(f"{encoded.expected_kl:.6g}"),
-        )
-        reports.append(report)
-        entries[name] = {
-            key: getattr(report, key)
-            for key in (
-                "shape", "dtype", "method", "layout", "bits_per_weight", "entropy_bits", "noise_db", "outliers"
+    found: dict[str, EncodedTensor | str] = {}
+    coded_elements = coded_bytes = 0
+    with closing(model.encode_all(file, to_code, plans)) as coded:
+        for tensor in to_code:
+            progress.tensor(file.names[tensor.name])
+            if tensor.name not in found:
+                found |= next(coded)
+            encoded = found.pop(tensor.name)
+            if isinstance(encoded, str):
+                kept.append((tensor, encoded))
+                continue
+            if encoded.size_bytes >= tensor.size_bytes:
+                kept.append((tensor, "coding does not make it smaller"))
+                continue
+            elements = math.prod(tensor.shape)
+            size = encoded.blob.size_bytes
+            if elements > element_limit(size) or coded_elements + elements > element_limit(coded_bytes + size):
+                kept.append((tensor, "nearly all equal: readers refuse to expand so much from so few bytes"))
+                continue
+            coded_elements, coded_bytes = coded_elements + elements, coded_bytes + size
+            name = tensor.name
+            blob = encoded.blob
+            parts = memoryview(blob.front), memoryview(blob.payload)
+            add(name, BLOB_SUFFIX, "U8", [blob.size_bytes], blob.size_bytes, chain.from_iterable(map(pieces, parts)))
+            shard.blob_bytes[name] = blob.size_bytes
+            for suffix, numbers, dtype in (
+                (SCALE_SUFFIX, encoded.scales, "<f4"),
+                (ROW_OFFSET_SUFFIX, encoded.row_offsets, "<f4"),
+                (COLUMN_SCALE_SUFFIX, encoded.column_scales, "<f2"),
+            ):
+                if numbers is not None:
+                    beside.append((name, suffix, np.ascontiguousarray(numbers, dtype)))
+            report = TensorReport(
+                name=file.names[name],
+                shape=list(tensor.shape),
+                dtype=tensor.dtype,
+                method=encoded.method,
+                layout=encoded.layout.name,
+                bits_per_weight=round(8 * encoded.size_bytes / elements, 6),
+                entropy_bits=round(encoded.blob.entropy_bits_per_element, 6),
+                noise_db=_rounded(encoded.noise_db if encoded.variance_noise_db is None else encoded.variance_noise_db),
+                outliers=encoded.blob.outlier_count,
+                bytes=encoded.size_bytes,
+                reason=encoded.reason,
+                expected_kl=None if encoded.expected_kl is None else float(f"{encoded.expected_kl:.6g}"),
             )
-        }  # fmt: skip
-        entries[name]["noise_db"] = _rounded(encoded.noise_db)
-        if encoded.variance_noise_db is not None:
-            entries[name][VARIANCE_NOISE_KEY] = report.noise_db
-        if model.config.tensor_parallel > 1 and model.split_reasons[file.names[name]] is None:
-            entries[name][PARALLEL_KEY] = model.config.tensor_parallel
-        if report.expected_kl is not None:
-            entries[name][EXPECTED_KL_KEY] = report.expected_kl
-        if encoded.feedback_device is not None:
-            entries[name][FEEDBACK_DEVICE_KEY] = encoded.feedback_device
-        progress.advance(tensor.size_bytes)
+            reports.append(report)
+            entries[name] = {
+                key: getattr(report, key)
+                for key in (
+                    "shape", "dtype", "method", "layout", "bits_per_weight", "entropy_bits", "noise_db", "outliers"
+                )
+            }  # fmt: skip
+            entries[name]["noise_db"] = _rounded(encoded.noise_db)
+            if encoded.variance_noise_db is not None:
+                entries[name][VARIANCE_NOISE_KEY] = report.noise_db
+            if model.config.tensor_parallel > 1 and model.split_reasons[file.names[name]] is None:
+                entries[name][PARALLEL_KEY] = model.config.tensor_parallel
+            if report.expected_kl is not None:
+                entries[name][EXPECTED_KL_KEY] = report.expected_kl
+            if encoded.feedback_device is not None:
+                entries[name][FEEDBACK_DEVICE_KEY] = encoded.feedback_device
+            progress.advance(tensor.size_bytes)
 
     def add_beside(alignment: int) -> None:
         """Those of a type as wide as this, or wider."""
@@ -921,12 +981,18 @@ def compress(
     if config.quantizer == "trellis":
         coder = coder.with_trellis()
     reports: list[TensorReport] = []
-    executor = ThreadPoolExecutor(threads or default_threads())
+    threads = threads or default_threads()
+    executor = ThreadPoolExecutor(threads)
     with ExitStack() as stack:
+        tensor_executor = None
+        # Factors of moments are kept for one tensor after the other; what is read in place of a file has one at hand.
+        if threads > 1 and coder.tensors_at_once > 1 and moments is None and file is None:
+            tensor_executor = ThreadPoolExecutor(coder.tensors_at_once)
+            stack.callback(tensor_executor.shutdown, cancel_futures=True)
         stack.callback(executor.shutdown, cancel_futures=True)
         calibration = None
         if moments is not None:
-            factor_executor = ThreadPoolExecutor(threads or default_threads())
+            factor_executor = ThreadPoolExecutor(threads)
             stack.callback(factor_executor.shutdown, cancel_futures=True)
             given = None if token_counts is None else _checked_counts(token_counts)
             found = stack.enter_context(Moments(moments))
@@ -938,6 +1004,7 @@ def compress(
             target,
             config,
             executor,
+            tensor_executor,
             coder,
             file,
             module_tree,

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from kvpack.encode.jit import kernel
 from kvpack.format.layout import ElementKind
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
@@ -51,9 +52,17 @@ LOSSY_DTYPES = frozenset({"F32", "F16", "BF16"})
 BIT_PATTERNS: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
+@kernel
+def _widen(bits, wide):  # type: ignore[no-untyped-def]
+    """bf16 ``bits`` u16 [count] as the bits of f32, to ``wide`` u32."""
+    for i in range(bits.shape[0]):
+        wide[i] = np.uint32(bits[i]) << np.uint32(16)
+
+
 def as_float32(strip: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """A strip of F32, F16 or BF16 as contiguous f32, exactly."""
     if strip.dtype == ml_dtypes.bfloat16:
-        bits = np.ascontiguousarray(strip).view(np.uint16).astype(np.uint32)
-        return (bits << np.uint32(16)).view(np.float32)
+        wide = np.empty(strip.shape, np.uint32)
+        _widen(np.ascontiguousarray(strip).view(np.uint16).reshape(-1), wide.reshape(-1))
+        return wide.view(np.float32)
     return np.ascontiguousarray(strip, np.float32)

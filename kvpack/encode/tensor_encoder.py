@@ -433,6 +433,7 @@ class Coder(NamedTuple):
     With feedback they give the same bytes on the same device alone. ``feedback_of`` makes of a second moment, f32
     [K, K], and of threads that share the work (``executor=``) what ``quantize`` takes for a matrix; ``keep_bytes`` is
     how much of that may be kept. ``feedback_device`` says what made it; None: the CPU, where it is the same everywhere.
+    ``tensors_at_once`` may be coded by as many threads.
     """
 
     quantize: Callable[..., QuantizedStrips] = QuantizedStrips
@@ -441,11 +442,12 @@ class Coder(NamedTuple):
     feedback_of: Callable[..., MatrixFeedback] = feedback_of
     keep_bytes: int = 1 << 30
     feedback_device: str | None = None
+    tensors_at_once: int = 4
 
     def with_trellis(self) -> Coder:
         """The same, but that the CPU quantizes: no other has the trellis."""
-        cpu = Coder()
-        return cpu._replace(count_tiles=self.count_tiles, encode_strips=self.encode_strips)
+        own = {name: getattr(self, name) for name in ("count_tiles", "encode_strips", "tensors_at_once")}
+        return Coder()._replace(**own)
 
 
 CPU_CODER = Coder()

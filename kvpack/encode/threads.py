@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -71,27 +71,44 @@ def map_ordered(
     executor: ThreadPoolExecutor | None,
     *,
     ahead: int | None = None,
-) -> Iterator[R]:
+    cost: Callable[[T], int] | None = None,
+    give_up: Callable[[], object] | None = None,
+) -> Generator[R]:
     """``map(work, items)`` on ``executor`` (in this thread if None), results in the order of ``items``.
 
-    At most ``ahead`` items, by default twice as many as there are cores, are under way, so that memory stays bounded.
-    After an error or an early stop no further item is started, and those under way are waited for.
+    At most ``ahead`` items, by default twice as many as there are cores, are under way, so that memory stays bounded;
+    with ``cost``, items that cost so much together, or a single one. After an error or an early stop no further item
+    is started, and those under way are waited for, after ``give_up`` was called to make them end sooner.
     """
     if executor is None:
         yield from map(work, items)
         return
     most = 2 * default_threads() + 2 if ahead is None else ahead
-    pending: deque[Future[R]] = deque()
+    pending: deque[tuple[Future[R], int]] = deque()
+    taken = 0
+
+    def first() -> R:
+        nonlocal taken
+        result = pending[0][0].result()  # if this is interrupted, it is still under way
+        taken -= pending.popleft()[1]
+        return result
+
     try:
         for item in items:
-            pending.append(executor.submit(work, item))
-            if len(pending) >= most:
-                yield pending.popleft().result()
+            own = 1 if cost is None else cost(item)
+            while pending and taken + own > most:
+                yield first()
+            pending.append((executor.submit(work, item), own))
+            taken += own
+            while pending and taken >= most:
+                yield first()
         while pending:
-            yield pending.popleft().result()
+            yield first()
     finally:
-        for future in pending:
+        for future, _ in pending:
             future.cancel()
-        for future in pending:
+        if give_up is not None and pending:
+            give_up()
+        for future, _ in pending:
             if not future.cancelled():
                 future.exception()

@@ -886,4 +886,5 @@ def device_coder(device: torch.device | str, launcher: Launch = launch) -> Coder
         lambda second_moment, executor: device_feedback(second_moment, device),
         keep_bytes,
         made_by,
+        tensors_at_once=1,  # of which it has the weights and the elements
     )
