@@ -3,12 +3,16 @@
     python benchmarks/memory.py --dir SCRATCH --gigabytes 1,2,4,6 --minilm "$KVPACK_MINILM" \\
         --json benchmarks/results/DATE-memory.json
     python benchmarks/memory.py --dir SCRATCH --gigabytes 1 --no-processes
+    python benchmarks/memory.py --dir SCRATCH --gigabytes 1.6 --no-processes --threads 1,4,8,16 \\
+        --json DATE-compress-threads.json
 
 Writes a synthetic bf16 model with a Llama's shapes in shards of about 1 GB into a folder of its own under --dir,
 compresses it with ``python -m kvpack compress --bits 4.25 --json`` and samples the process's anonymous memory
 (RssAnon of /proc/PID/status; mapped files are left out, since the system may drop them at any time) every 50 ms. Each
 model is deleted before the next. Needs up to twice the largest size on disk. The weights are one Gaussian block,
-scaled and rolled: the result is about memory and time, and says nothing about ratios.
+scaled and rolled: the result is about memory and time, and says nothing about ratios. With --threads each model is
+compressed with each of these numbers, to the same bytes or the script fails; 1.6 GB are an embedding, which is copied,
+and three layers.
 
 The second part times whole processes (best of --repeats): ``kvpack --help``, ``compress`` of MiniLM with a warm
 compiler cache, and ``inspect`` of a file with 10,000 coded tensors.
@@ -33,6 +37,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from bench_common import PACKAGE, environment_path, print_table, provenance, write_result
+
+from kvpack.encode.parts import file_crc32
 
 BITS = "4.25"
 GIGABYTE = 1e9
@@ -162,9 +168,10 @@ class Sampler(threading.Thread):
                     self.samples += 1
 
 
-def measured_compress(source: Path, target: Path) -> dict[str, Any]:
+def measured_compress(source: Path, target: Path, threads: int | None = None) -> dict[str, Any]:
     """Compress in a process of its own; its report, seconds of wall time and peak anonymous bytes."""
     command = [sys.executable, "-m", "kvpack", "compress", str(source), "-o", str(target), "--bits", BITS, "--json"]
+    command += [] if threads is None else ["--threads", str(threads)]
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True) as process:
         sampler = Sampler(process.pid)
@@ -178,6 +185,7 @@ def measured_compress(source: Path, target: Path) -> dict[str, Any]:
     report = json.loads(out)
     return {
         "seconds": seconds,
+        "seconds_without_start": report["seconds"],
         "peak_anonymous_mb": sampler.peak_bytes / 1e6,
         "samples": sampler.samples,
         "output_bytes": report["output_bytes"],
@@ -197,7 +205,10 @@ def warm_up(folder: Path) -> None:
     target.unlink()
 
 
-def memory_row(folder: Path, gigabytes: float, block: np.ndarray[Any, Any]) -> dict[str, Any]:
+def memory_rows(
+    folder: Path, gigabytes: float, block: np.ndarray[Any, Any], threads: list[int | None]
+) -> Iterator[dict[str, Any]]:
+    """A row for each number of threads; None: all cores."""
     needed = int(2 * gigabytes * GIGABYTE)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -209,13 +220,22 @@ def memory_row(folder: Path, gigabytes: float, block: np.ndarray[Any, Any]) -> d
         print(f"{gigabytes:g} GB: written in {time.perf_counter() - began:.0f} s", file=sys.stderr)
         largest = max(size_bytes(shape) for shapes in model_shards(gigabytes * GIGABYTE) for _, shape in shapes)
         coded = max(size_bytes(shape) for _, shape in layer_shapes(0))
-        row = {"gigabytes": gigabytes, "model_bytes": total, "largest_tensor_bytes": largest}
-        row |= {"largest_layer_tensor_bytes": coded, **measured_compress(source, target)}
-        unexpected = {n: reason for n, reason in row["kept"].items() if "norm" not in n and "embed" not in n}
-        if unexpected:
-            print(f"kept: {unexpected}", file=sys.stderr)
-        row["kept"] = unexpected
-        return row
+        crc32 = None
+        for number in threads:
+            row = {"gigabytes": gigabytes, "model_bytes": total, "largest_tensor_bytes": largest}
+            row |= {"threads": number} if number is not None else {}
+            row |= {"largest_layer_tensor_bytes": coded, **measured_compress(source, target, number)}
+            unexpected = {n: reason for n, reason in row["kept"].items() if "norm" not in n and "embed" not in n}
+            if unexpected:
+                print(f"kept: {unexpected}", file=sys.stderr)
+            row["kept"] = unexpected
+            if len(threads) > 1:
+                found = {file.name: file_crc32(file) for file in target.glob("*.safetensors")}
+                crc32 = crc32 or found
+                if found != crc32:
+                    raise SystemExit(f"with {number} threads the bytes are others")
+            shutil.rmtree(target)
+            yield row
     finally:
         shutil.rmtree(source, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
@@ -271,13 +291,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
     parser.add_argument("--gigabytes", default="1,2,4,6", help="sizes of the models; empty for none")
+    parser.add_argument("--threads", default="", help="numbers of threads, as 1,4,16; all cores if there are none")
     parser.add_argument("--minilm", type=Path, default=environment_path("KVPACK_MINILM"))
     parser.add_argument("--no-processes", action="store_true", help="leave out the times of whole processes")
     parser.add_argument("--tensors", type=int, default=INSPECT_TENSORS, help="tensors of the file for inspect")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result: dict[str, Any] = {"what": "memory", **provenance({"KVPACK_MINILM": options.minilm})}
+    threads: list[int | None] = [int(number) for number in options.threads.split(",") if number] or [None]
+    what = "compress-threads" if options.threads else "memory"
+    result: dict[str, Any] = {"what": what, **provenance({"KVPACK_MINILM": options.minilm})}
     sizes = [float(size) for size in options.gigabytes.split(",") if size]
     result["sizes"], result["processes"] = [], []
     with tempfile.TemporaryDirectory(prefix="kvpack-memory-", dir=options.dir) as name:
@@ -285,18 +308,33 @@ def main() -> None:
         if sizes:
             warm_up(folder)
             block = np.random.default_rng(0).standard_normal(BLOCK_ELEMENTS, np.float32)
-            result["sizes"].extend(memory_row(folder, size, block) for size in sizes)
+            for size in sizes:
+                result["sizes"].extend(memory_rows(folder, size, block, threads))
             del block
         if not options.no_processes:
             result["processes"] = process_rows(folder, options.minilm, options.repeats, options.tensors)
     if result["sizes"]:
         print_table(
-            ("model GB", "largest coded tensor MB", "seconds", "peak anonymous MB", "bits", "coded", "kept in error"),
+            (
+                "model GB",
+                "threads",
+                "largest coded tensor MB",
+                "seconds",
+                "without start-up",
+                "GB/s",
+                "peak anonymous MB",
+                "bits",
+                "coded",
+                "kept in error",
+            ),
             (
                 (
                     f"{row['model_bytes'] / 1e9:.2f}",
+                    row.get("threads"),
                     f"{row['largest_layer_tensor_bytes'] / 1e6:.0f}",
                     f"{row['seconds']:.1f}",
+                    f"{row['seconds_without_start']:.1f}",
+                    f"{row['model_bytes'] / 1e9 / row['seconds_without_start']:.2f}",
                     f"{row['peak_anonymous_mb']:.0f}",
                     f"{row['bits_per_weight']:.3f}",
                     row["coded"],

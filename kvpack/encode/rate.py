@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.frequencies import entropy_bits
-from kvpack.encode.quantize import NEAREST, NUM_THRESHOLDS, Rounding
-from kvpack.encode.rate_sums import place_bins
+from kvpack.encode.quantize import NEAREST, Rounding
+from kvpack.encode.rate_sums import place_bins, rate_thresholds
 from kvpack.format.header import HEADER_BYTES, TILE_METADATA_BYTES, BlobHeader
 from kvpack.format.layout import (
     CHUNK_COLS,
@@ -308,25 +308,21 @@ def rounding_for(fine: FineHistogram, step: float, layout: Layout, rate_weight: 
     """Thresholds that minimise error² + λ·bits for the code lengths that this step leads to."""
     if rate_weight == 0:
         return NEAREST
-    half = 1 << (layout.element_bits - 1)
-    rounding = NEAREST
-    for _ in range(2):
-        codes = _placed(fine, step, layout, rounding).codes
+    by_rate = (8 * OUTLIER_BYTES * rate_weight) ** 0.5
+    if layout.quantizer == Quantizer.TRELLIS:
+        codes = _placed(fine, step, layout, NEAREST).codes
         lengths = -np.log2((codes + 0.5) / (codes.sum() + 0.5 * len(codes)))
-        of_value = lengths[_code_of_elements(layout)]
-        if layout.quantizer == Quantizer.TRELLIS:
-            clamp = np.float32(max(1.0, (8 * OUTLIER_BYTES * rate_weight) ** 0.5))
-            return Rounding(NEAREST.thresholds, clamp, rate_weight, of_value.astype(np.float32))
-        magnitude = of_value[half:]
-        magnitude[1:] = (magnitude[1:] + of_value[1:half][::-1]) / 2
-        change = np.zeros(NUM_THRESHOLDS)
-        change[: half - 1] = np.diff(magnitude)
-        thresholds = np.clip(0.5 + rate_weight / 2 * change, 0.3, 0.95).astype(np.float32)
-        clamp = np.float32(max(0.5, (8 * OUTLIER_BYTES * rate_weight) ** 0.5))
-        bits = np.full(NUM_THRESHOLDS + 1, magnitude.max(), np.float32)
-        bits[:half] = magnitude
-        rounding = Rounding(thresholds, clamp, rate_weight, bits)
-    return rounding
+        bits = lengths[_code_of_elements(layout)].astype(np.float32)
+        return Rounding(NEAREST.thresholds, np.float32(max(1.0, by_rate)), rate_weight, bits)
+    thresholds, bits = rate_thresholds(
+        *fine.occupied,
+        step,
+        1 << (layout.element_bits - 1),
+        _code_of_elements(layout),
+        np.empty(1 << layout.code_bits, np.int64),
+        rate_weight,
+    )
+    return Rounding(thresholds, np.float32(max(0.5, by_rate)), rate_weight, bits)
 
 
 @dataclass(frozen=True)

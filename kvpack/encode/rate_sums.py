@@ -1,4 +1,4 @@
-"""What a step makes of a histogram of weights, bin by bin: the compiled loop of :mod:`.rate`."""
+"""What a step makes of a histogram of weights, bin by bin: the compiled loops of :mod:`.rate`."""
 
 from __future__ import annotations
 
@@ -51,3 +51,36 @@ def place_bins(centres, counts, step, thresholds, on_grid, offset, clamp, half, 
         error = centre - step * (clipped + offset)
         noise += count * (error * error)
     return noise, outliers
+
+
+@kernel
+def rate_thresholds(centres, counts, step, half, code_of, codes, rate_weight):  # type: ignore[no-untyped-def]
+    """Where to round up so that error² + ``rate_weight`` · bits is least, for the code lengths that ``step`` leads to.
+
+    Lengths are those of rounding to nearest first, and then those of the thresholds that came of them. Arguments are
+    those of :func:`place_bins`; ``codes`` is overwritten.
+
+    Returns:
+        Thresholds f32 [129], and bits of each magnitude's code, f32 [130].
+    """
+    thresholds = np.full(NUM_THRESHOLDS, np.float32(0.5))
+    bits = np.empty(NUM_THRESHOLDS + 1, np.float32)
+    magnitude = np.empty(half)
+    for _ in range(2):
+        codes[:] = 0
+        place_bins(centres, counts, step, thresholds, False, 0.0, np.float32(0.5), half, code_of, codes)
+        total = codes.sum() + 0.5 * codes.shape[0]
+        longest = 0.0
+        for k in range(half):
+            magnitude[k] = -np.log2((codes[code_of[half + k]] + 0.5) / total)
+            if k > 0:
+                magnitude[k] = (magnitude[k] - np.log2((codes[code_of[half - k]] + 0.5) / total)) / 2
+            longest = max(longest, magnitude[k])
+        bits[:] = longest
+        thresholds[:] = 0.5
+        for k in range(half):
+            bits[k] = magnitude[k]
+            if k > 0:
+                change = magnitude[k] - magnitude[k - 1]
+                thresholds[k - 1] = min(max(0.5 + rate_weight / 2 * change, 0.3), 0.95)
+    return thresholds, bits

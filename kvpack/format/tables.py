@@ -29,12 +29,14 @@ Frequencies = npt.NDArray[np.uint16]  # [256], sum 4096
 
 
 def _pack_table(frequencies: Frequencies, alphabet_size: int) -> bytes:
-    bits: list[int] = []
+    # One integer, whose bit i is the table's: in half of the time that a list of bits takes.
+    bits = at = 0
     for value in frequencies[:alphabet_size].tolist():
         m = value + 1
         k = m.bit_length() - 1
-        bits += [0] * k + [1] + [m >> i & 1 for i in range(k)]
-    return np.packbits(np.array(bits, np.uint8), bitorder="little").tobytes()
+        bits |= (1 << k | (m - (1 << k)) << (k + 1)) << at
+        at += 2 * k + 1
+    return bits.to_bytes(ceil_div(at, 8), "little")
 
 
 def pack_tables(tables: Sequence[Frequencies], alphabet_size: int) -> tuple[TableEncoding, bytes]:

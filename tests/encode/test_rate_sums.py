@@ -7,7 +7,7 @@ import pytest
 
 from kvpack.encode.quantize import NEAREST, Rounding
 from kvpack.encode.rate import LAMBDA, estimate, fixed_bits_per_weight, plan_at_step
-from kvpack.encode.rate_sums import place_bins
+from kvpack.encode.rate_sums import place_bins, rate_thresholds
 from kvpack.encode.tensor_encoder import Matrices, measure
 from kvpack.format.layout import ElementKind, Layout, Quantizer, integer_layouts
 
@@ -52,6 +52,31 @@ def test_bins(layout: Layout, offset: float | None, step: float) -> None:
     np.testing.assert_array_equal(codes - 1, np.bincount(code_of[clipped + half], counts, minlength=len(codes)))
     assert outliers == counts[is_outlier].sum()
     np.testing.assert_allclose(noise, counts @ (error * error), rtol=1e-12)
+
+
+@pytest.mark.parametrize("step", [0.01, 0.3, 50.0])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_thresholds(layout: Layout, step: float) -> None:
+    centres, counts = centres_and_counts()
+    half = 1 << (layout.element_bits - 1)
+    code_of = layout.codes(np.arange(2 * half))
+    codes = np.empty(1 << layout.code_bits, np.int64)
+    thresholds, bits = rate_thresholds(centres, counts, step, half, code_of, codes, LAMBDA)
+
+    expected, magnitude = NEAREST.thresholds, np.empty(0)
+    for _ in range(2):
+        k = (np.abs(centres) / step).astype(np.int64)
+        k += np.abs(centres) / step - k >= expected[np.minimum(k, len(expected) - 1)]
+        of_bins = code_of[np.clip(np.where(centres < 0, -k, k), -half, half - 1) + half]
+        found = np.bincount(of_bins, counts, minlength=len(codes)) + 0.5
+        lengths = -np.log2(found / found.sum())[code_of]
+        magnitude = lengths[half:]
+        magnitude[1:] = (magnitude[1:] + lengths[1:half][::-1]) / 2
+        expected = np.full(len(expected), 0.5, np.float32)
+        expected[: half - 1] = np.clip(0.5 + LAMBDA / 2 * np.diff(magnitude), 0.3, 0.95)
+    np.testing.assert_array_equal(thresholds, expected)
+    np.testing.assert_array_equal(bits[:half], magnitude.astype(np.float32))
+    assert (bits[half:] == bits[:half].max()).all()
 
 
 @pytest.mark.parametrize("quantizer", list(Quantizer))
