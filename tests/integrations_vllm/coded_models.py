@@ -75,7 +75,7 @@ def run(folder: Path, requests: list[dict[str, Any]], *, ranks: int = 1) -> list
     """What ``engine.py`` says of them, in a process of its own."""
     asked, answered = folder / "requests.json", folder / "results.json"
     asked.write_text(json.dumps(requests))
-    environment = dict(os.environ)
+    environment = {"TRITON_F32_DEFAULT": "ieee"} | os.environ  # experts and attention of vLLM's on a GPU: no TF32
     environment["PYTHONPATH"] = os.pathsep.join([str(ENGINE.parent), environment.get("PYTHONPATH", "")])
     if ranks > 1:
         cores = sorted(os.sched_getaffinity(0))

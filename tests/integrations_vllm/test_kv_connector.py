@@ -421,14 +421,14 @@ def test_a_queue_that_is_full_drops_pages(prompts: list[list[int]], expected: li
 
 def test_the_queue_follows_the_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of 65,536 tokens a step brings 256 MiB."""
-
     logger = logging.getLogger("vllm.kvpack")
     logger.addHandler(caplog.handler)  # vLLM's do not hand on
     logger.setLevel(logging.INFO)
     try:
         with engine(tmp_path, max_num_batched_tokens=1 << 16) as first:
-            assert first.store.step_bytes == 1024 * PAGE_BYTES == 1 << 28
-            assert first.store.queue_bytes == 1 << 29
+            # On a GPU a copy's room begins at a border of its own.
+            assert 1 << 28 == 1024 * PAGE_BYTES <= first.store.step_bytes < 1.001 * (1 << 28)
+            assert first.store.queue_bytes == 2 * first.store.step_bytes
     finally:
         logger.removeHandler(caplog.handler)
         logger.setLevel(logging.NOTSET)

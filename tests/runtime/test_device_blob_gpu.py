@@ -16,7 +16,7 @@ from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.errors import BlobError, LaneStateError  # noqa: E402
 from kvpack.format.blob import TILE_METADATA, Blob  # noqa: E402
 from kvpack.format.layout import ElementKind, TileMode, float_layouts, integer_layout  # noqa: E402
-from kvpack.runtime.weights import expansion, products  # noqa: E402
+from kvpack.runtime.weights import expansion, grouped, products  # noqa: E402
 from kvpack.runtime.weights.device_blob import SLACK_BYTES, DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.products import MAX_FUSED_TOKENS  # noqa: E402
 
@@ -252,8 +252,10 @@ def grouped_error(weights: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, got
 
 @pytest.mark.parametrize("tile_cols", [128, 512])
 @pytest.mark.parametrize(("name", "bits"), [("fast", 5), ("balanced", 5), ("balanced", 8), ("compact", 4), ("fast", 8)])
-def test_grouped_products(name: str, bits: int, tile_cols: int) -> None:
-    """Of all numbers of tokens, and of one graph for other ids."""
+@pytest.mark.parametrize("expands", [False, True])
+def test_grouped_products(monkeypatch: pytest.MonkeyPatch, expands: bool, name: str, bits: int, tile_cols: int) -> None:
+    """Of all numbers of tokens, and of one graph for other ids; many rows as for large matrices, too."""
+    monkeypatch.setattr(grouped, "_ROWS_BY_WEIGHTS", 0.0 if expands else grouped._ROWS_BY_WEIGHTS)
     experts, rows, cols = 16, 500, 1003
     elements = samples.gaussian_elements((experts, rows, cols), bits, 0.9 * (1 << bits) / 8, bits)
     scales = np.random.default_rng(0).uniform(0.5, 1.5, experts * rows).astype(np.float32) / 64
@@ -263,7 +265,8 @@ def test_grouped_products(name: str, bits: int, tile_cols: int) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         # Many rows meet a matrix rounded to their type; one of fp32 is rounded to 16 bits of the largest of each chunk.
         tolerance = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 5e-5}[dtype]
-        for tokens, top_k in ((1, 1), (1, 8), (2, 2), (5, 4), (16, 8), (64, 8), (64, 2), (700, 4)):
+        few = () if expands else ((1, 1), (1, 8), (2, 2), (5, 4), (16, 8), (64, 8), (64, 2))
+        for tokens, top_k in (*few, (700, 4)):
             x = torch.randn(tokens, cols, device="cuda").to(dtype)
             ids = torch.randint(-1, experts + 2, (tokens, top_k), device="cuda")
             ids[0, 0] = 3

@@ -290,6 +290,14 @@ def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, tokens: 
     assert np.linalg.norm(results[0].double().numpy() - wanted) / np.linalg.norm(wanted) < 1e-3
 
 
+def test_what_many_rows_are() -> None:
+    """A prompt of 2,048 tokens: Mixtral's experts are expanded, those of Qwen3-30B-A3B wait for the host no more."""
+    assert grouped.has_many_rows(8, 2048, 2, weights=4096 * 14336)
+    assert not grouped.has_many_rows(8, 512, 2, weights=4096 * 14336)
+    assert not grouped.has_many_rows(128, 2048, 8, weights=768 * 2048)
+    assert not grouped.has_many_rows(8, 256, 2, weights=1 << 40)
+
+
 @pytest.mark.parametrize(("pairs", "experts", "slot_pairs"), [(1, 1, 8), (70, 3, 8), (512, 64, 16), (700, 300, 32)])
 def test_route(pairs: int, experts: int, slot_pairs: int) -> None:
     rng = np.random.default_rng(pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from kvpack.runtime.weights.handles import new_handle
 from kvpack.runtime.weights.load import coded_on_device
 from kvpack.runtime.weights.warmup import TOKENS
 
+# No more are multiplied to warm up.
+_MOST_TOKENS = 16384
 _USE_DENSE = """start vLLM with --additional-config '{"kvpack": {"weights": "dense"}}'"""
 
 
@@ -63,7 +66,7 @@ class ExpertMatrices(nn.Module):
             [tokens, top_k, rows] of x's dtype; zeros where an id is none of this rank's.
         """
         if self.grouped is not None:
-            many = has_many_rows(len(self.experts), *ids.shape)
+            many = has_many_rows(len(self.experts), *ids.shape, weights=self.grouped.matrix_weights)
             if not many or torch.cuda.is_current_stream_capturing():
                 return self.grouped.linear(x, ids)
         flat = ids.flatten()
@@ -128,9 +131,12 @@ class StackedExperts(nn.Module):
         device = self.blobs[0].device
         if device.type != "cuda":
             return
-        many = next(tokens for tokens in range(TOKENS[-1], 1 << 31) if has_many_rows(self.count, tokens, top_k))
-        x = torch.zeros(many, columns, dtype=dtype, device=device)
-        _run_each(self.product, (*TOKENS, many), x, self.count, top_k)
+        header = self.blobs[0].header
+        weights = header.rows * header.cols
+        numbers = range(TOKENS[-1], _MOST_TOKENS)
+        many = [*TOKENS, *islice((n for n in numbers if has_many_rows(self.count, n, top_k, weights=weights)), 1)]
+        x = torch.zeros(many[-1], columns, dtype=dtype, device=device)
+        _run_each(self.product, many, x, self.count, top_k)
 
 
 def _run_each(

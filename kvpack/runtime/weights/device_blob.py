@@ -262,7 +262,7 @@ class DeviceBlob:
         """Products of rows with some of the blob's matrices, as of a mixture of experts: in one launch on CUDA.
 
         Which matrices are asked for is not looked at by the host: the call can be captured in a CUDA graph. (Where ids
-        choose a matrix more than 64 times on average, and outside of a capture, it is.) No gradients.
+        choose large matrices more than 64 times on average, and outside of a capture, it is.) No gradients.
 
         Args:
             x: [tokens, inputs], or [tokens, top_k, inputs] with a row for each id; fp16, bf16 or fp32.

@@ -156,6 +156,12 @@ class GroupedMatrices:
             found.append((*arguments, max(len(blob.tables) for blob in alike)))
         return cls(blobs, found)
 
+    @property
+    def matrix_weights(self) -> int:
+        """How many weights an expert's matrix has."""
+        header = self.blobs[0][0].header
+        return len(self.blobs[0]) * header.rows * header.cols
+
     def linear(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x [tokens, columns] or [tokens, top_k, columns], ids i64 [tokens, top_k] → [tokens, top_k, rows]."""
         first, *others = (torch.ops.kvpack.grouped_linear(x, ids, *kind) for kind in self.kinds)
@@ -220,11 +226,11 @@ def _both_grouped(module: Any, x: torch.Tensor, ids: torch.Tensor) -> tuple[Grou
     names = ("gate_up_proj" if getattr(module, "has_gate", False) else "up_proj", "down_proj")
     if getattr(module, "is_transposed", True) or ids.ndim != 2 or any(n not in module.__dict__[_CODED] for n in names):
         return None
-    experts = len(module.__dict__[_CODED][names[0]][1])
-    if grouped.has_many_rows(experts, *ids.shape) and not torch.cuda.is_current_stream_capturing():
-        return None
     before, behind = (_grouped_matrices(module, name) for name in names)
     if before is None or behind is None:
+        return None
+    many = grouped.has_many_rows(len(before.blobs), *ids.shape, weights=behind.matrix_weights)
+    if many and not torch.cuda.is_current_stream_capturing():
         return None
     # Offloaded layers are on the device in their own forward pass alone.
     is_there = all(stack.blobs[0][0].device == x.device for stack in (before, behind))

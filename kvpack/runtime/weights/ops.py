@@ -202,9 +202,8 @@ def _grouped_linear_cuda(
     rows, chosen, limits = x.reshape(-1, geometry[5]).contiguous(), ids.contiguous(), device_limits(x.device)
     is_own = stack.parts == 1 and stack.experts == coded.header.matrices
     fused = products.can_multiply(coded.layout)
-    if not ids.numel() or (
-        fused and not (is_own and grouped.has_many_rows(stack.experts, *ids.shape) and not _is_captured(x))
-    ):
+    many = grouped.has_many_rows(stack.experts, *ids.shape, weights=coded.header.rows * coded.header.cols)
+    if not ids.numel() or (fused and not (is_own and many and not _is_captured(x))):
         out = grouped.multiply(stack, rows, chosen, limits)
     elif is_own:
         out = grouped.multiply_each(coded, rows, chosen, limits)
