@@ -14,7 +14,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
@@ -1185,28 +1185,42 @@ def _compress_directory(
     carried: list[Path],
 ) -> int:
     """Write the output of a model directory; returns its size."""
-    shards = []
-    with directory_in_place(target) as temporary:
+    shards: list[Shard] = []
+    # A file is copied behind its header, and flushed, while the next one is coded.
+    with directory_in_place(target) as temporary, ThreadPoolExecutor(1) as finisher:
+        finishing: Future[None] | None = None
         for file in model.tree.weight_files:
             (temporary / file.folder).mkdir(parents=True, exist_ok=True)
-            shards.append(_write_file(model, file, temporary / file.path, plans, progress, reports))
+            shard, finish = _code_file(model, file, temporary / file.path, plans, progress, reports)
+            shards.append(shard)
+            previous, finishing = finishing, finisher.submit(finish)
+            if previous is not None:
+                previous.result()
+        if finishing is not None:
+            finishing.result()
         _write_other_files(model, source, temporary, shards, progress, carried)
         return size_bytes(temporary)
 
 
-def _write_file(
+def _code_file(
     model: _Model,
     file: WeightFile,
     path: Path,
     plans: dict[str, CommonPlan],
     progress: Progress,
     reports: list[TensorReport],
-) -> Shard:
-    """Write the output of one file of weights; returns what it holds."""
-    with ContainerWriter(path) as writer:
+) -> tuple[Shard, Callable[[], None]]:
+    """Code one file of weights; returns what its output holds, and what puts that in place."""
+    with ExitStack() as stack:
+        writer = stack.enter_context(ContainerWriter(path))
         metadata, shard = _encode_file(model, file, plans, writer, progress, reports)
-        writer.finish(metadata)
-    return shard
+        opened = stack.pop_all()
+
+    def finish() -> None:
+        with opened:
+            writer.finish(metadata)
+
+    return shard, finish
 
 
 def _write_other_files(
@@ -1422,7 +1436,8 @@ def _make_file(
     stacks = model.stacks
     reports: list[TensorReport] = []
     with parts.making(file.path) as path:
-        shard = _write_file(model, file, path, plans, progress, reports)
+        shard, finish = _code_file(model, file, path, plans, progress, reports)
+        finish()
     contents = asdict(shard)
     del contents["path"]
     about = {

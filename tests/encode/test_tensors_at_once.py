@@ -16,11 +16,13 @@ from safetensors.numpy import save_file
 from kvpack.encode import compress as compressing
 from kvpack.encode.compress import compress
 from kvpack.encode.dtypes import as_float32
+from kvpack.encode.progress import Progress
 from kvpack.encode.quant_config import QuantConfig
 from kvpack.encode.tensor_encoder import CPU_CODER, Coder
 from kvpack.encode.threads import map_ordered
 from kvpack.encode.verify import verify
 from kvpack.errors import InputError
+from kvpack.format.container import ContainerWriter
 from kvpack.format.header import BlobHeader
 
 WAIT_S = 30
@@ -199,14 +201,50 @@ def test_giving_up() -> None:
 
 def test_files_one_after_the_other(tmp_path: Path) -> None:
     """The threads of the first are there for the second."""
-    (tmp_path / "model").mkdir()
-    for name in "ab":
-        equal_tensors(tmp_path / "model" / f"{name}.safetensors", 3)
+    source = two_files(tmp_path / "model")
     for threads in (1, 2):
-        compress(tmp_path / "model", tmp_path / f"{threads}", QuantConfig(bits=4.0), threads=threads)
+        compress(source, tmp_path / f"{threads}", QuantConfig(bits=4.0), threads=threads)
     for name in "ab":
         first, second = ((tmp_path / f"{threads}" / f"{name}.safetensors").read_bytes() for threads in (1, 2))
         assert first == second
+
+
+def two_files(folder: Path) -> Path:
+    folder.mkdir()
+    for name in "ab":
+        equal_tensors(folder / f"{name}.safetensors", 2)
+    return folder
+
+
+def test_a_file_is_finished_while_the_next_is_coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coding_b, finish, finished = threading.Event(), ContainerWriter.finish, []
+
+    def slow(self: ContainerWriter, metadata: dict[str, str]) -> int:
+        assert coding_b.wait(WAIT_S)
+        finished.append(self.path.name)
+        return finish(self, metadata)
+
+    monkeypatch.setattr(ContainerWriter, "finish", slow)
+    progress = Progress(tensor=lambda name: coding_b.set() if name.startswith("b.") else None)
+    source = two_files(tmp_path / "model")
+    compress(source, tmp_path / "out", QuantConfig(bits=4.0), progress=progress)
+    assert finished == ["a.safetensors", "b.safetensors"]
+    assert verify(tmp_path / "out", source).mismatches == {}
+
+
+@pytest.mark.parametrize("failing", ["a.safetensors", "b.safetensors"])
+def test_a_file_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    finish = ContainerWriter.finish
+
+    def full(self: ContainerWriter, metadata: dict[str, str]) -> int:
+        if self.path.name == failing:
+            raise OSError("full")
+        return finish(self, metadata)
+
+    monkeypatch.setattr(ContainerWriter, "finish", full)
+    with pytest.raises(OSError, match="full"):
+        compress(two_files(tmp_path / "model"), tmp_path / "out", QuantConfig(bits=4.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 5), (64, 130)])
