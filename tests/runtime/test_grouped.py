@@ -290,6 +290,22 @@ def test_order_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, tokens: 
     assert np.linalg.norm(results[0].double().numpy() - wanted) / np.linalg.norm(wanted) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("each", [False, True])
+def test_more_slots_than_a_launch_has(monkeypatch: pytest.MonkeyPatch, each: bool, dtype: torch.dtype) -> None:
+    """Tokens go in parts, of as many slots as can be."""
+    data, scales = stacked(5, 94, 300)
+    stack = stack_of(data, scales)
+    launches = []
+    multiply = grouped._multiply
+    monkeypatch.setattr(grouped, "_MAX_BLOCKS_Z", 6)
+    monkeypatch.setattr(grouped, "_multiply", lambda *given: launches.append(given[3].slots) or multiply(*given))
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 5, (33, 2)))
+    check(stack, dense(data, scales), ids, dtype=dtype, each=each)
+    assert len(launches) > 2
+    assert max(launches) <= 6
+
+
 def test_what_many_rows_are() -> None:
     """A prompt of 2,048 tokens: Mixtral's experts are expanded, those of Qwen3-30B-A3B wait for the host no more."""
     assert grouped.has_many_rows(8, 2048, 2, weights=4096 * 14336)

@@ -398,6 +398,22 @@ def test_product_with_vectors(tokens: int, dtype: torch.dtype, has_columns: bool
     check_product(data, scales, tokens, dtype, bias=True, vectors=given)
 
 
+@pytest.mark.parametrize(("has_columns", "has_offsets"), [(False, False), *WHICH])
+@pytest.mark.parametrize("tokens", [2, 9, 32])
+def test_fp32_vectors_are_as_exact_as_fp32(tokens: int, has_columns: bool, has_offsets: bool) -> None:
+    """With column scales, too, times which halves of activations are no numbers of fp16."""
+    data, scales = quantized(64, 333, "balanced", 5)
+    rng = np.random.default_rng(tokens)
+    columns = rng.lognormal(0, 1, 333).astype(np.float16).astype(np.float32) if has_columns else None
+    offsets = rng.normal(0, 1, 64).astype(np.float32) if has_offsets else None
+    x, bias = (torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32)) for shape in ((tokens, 333), (64,)))
+    weights = dense(data, scales)[0].astype(np.float64)
+    weights = (weights if offsets is None else weights + offsets[:, None]) * (1 if columns is None else columns)
+    expected = x.double().numpy() @ weights.T + bias.double().numpy()
+    got = products.multiply_fp32(coded_tensor(data, scales, offsets, columns), x, bias, LIMITS).double().numpy()
+    assert np.linalg.norm(got - expected) < 1e-6 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize(("name", "bits", "tokens"), [("fast", 5, 9), ("compact", 4, 8), ("balanced", 8, 20)])
 def test_product_of_layouts_with_column_scales(name: str, bits: int, tokens: int) -> None:
     """Of 333 columns, 13 are in the last chunk."""

@@ -227,10 +227,17 @@ def multiply(stack: Stack, x: torch.Tensor, ids: torch.Tensor, limits: Limits) -
     if not ids.numel():
         return torch.empty((0, stack.parts * stack.first.header.rows), dtype=x.dtype, device=x.device)
     plan = _plan(stack, tokens, top_k, limits)
-    if x.dtype != torch.float32 or plan.slot_pairs == 1:
+    in_halves = x.dtype == torch.float32 and plan.slot_pairs > 1
+    if in_halves:
+        plan = _plan(stack, 2 * tokens, top_k, limits)
+    if plan.slots * stack.parts > _MAX_BLOCKS_Z and tokens > 1:
+        half = tokens // 2
+        rows = half * (len(x) // tokens)
+        parts = (x[:rows], ids[:half]), (x[rows:], ids[half:])
+        return torch.cat([multiply(stack, *part, limits) for part in parts])
+    if not in_halves:
         return _multiply(stack, x, ids, plan, limits)
-    twice = _plan(stack, 2 * tokens, top_k, limits)
-    upper, lower = _multiply(stack, products.halves_of(x), ids.repeat(2, 1), twice, limits).chunk(2)
+    upper, lower = _multiply(stack, products.halves_of(x), ids.repeat(2, 1), plan, limits).chunk(2)
     return upper + lower
 
 

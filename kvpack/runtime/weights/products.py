@@ -358,6 +358,9 @@ def multiply_fp32(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limi
     """As :func:`multiply` for at most 32 fp32 vectors, as exact as fp32 (one vector has 16 bits of its largest)."""
     if len(x) == 1:
         return multiply(coded, x, bias, limits)
+    if coded.column_scales is not None:  # before halves are taken: times a scale they would be no fp16 numbers
+        x = x * coded.column_scales
+        coded = replace(coded, column_scales=None)
     upper, lower = multiply(coded, halves_of(x), None, limits).chunk(2)
     out = upper + lower
     return out if bias is None else out.add_(bias)
