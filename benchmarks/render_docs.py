@@ -462,27 +462,20 @@ def context_files() -> str:
     return table([*headings, "same greedy tokens"], rows) + origin(result)
 
 
-def vllm_connector(name: str) -> Callable[[], str]:
-    @if_measured
-    def render() -> str:
-        result = newest(name)
-        is_gpu = isinstance(result.get("device"), dict)
-        rows = []
-        for row in result["rows"]:
-            seconds = (row["first_token_s"], *row["first_token_s_by_turn"])
-            shown = [_number(1e3 * one, 0) if is_gpu else _number(one, 2) for one in seconds]
-            computed = row["prompt_tokens"] - row["own_hit_tokens"] - row["loaded_tokens"]
-            tokens = [f"{count:,}" for count in (row["own_hit_tokens"], row["loaded_tokens"], computed)]
-            megabytes = [_number(row[of] / 1e6, 1) for of in ("saved_bytes", "file_bytes")]
-            same = f"{row['same_answers']} of {result['requests']}"
-            rows.append([row["mode"], *shown, *tokens, *megabytes, same])
-        turns = [f"turn {turn + 1}" for turn in range(result["workload"]["turns"])]
-        first = f"first token, {'ms' if is_gpu else 's'}"
-        headings = ["engine", first, *turns, "tokens from vLLM's cache", "loaded", "computed", "pages saved, MB"]
-        shown_origin = gpu_origin(result) if is_gpu else origin(result)
-        return table([*headings, "files, MB", "same first tokens"], rows) + shown_origin
-
-    return render
+@if_measured
+def vllm_connector() -> str:
+    result = newest("vllm-connector")
+    rows = []
+    for row in result["rows"]:
+        seconds = [_number(one, 2) for one in (row["first_token_s"], *row["first_token_s_by_turn"])]
+        computed = row["prompt_tokens"] - row["own_hit_tokens"] - row["loaded_tokens"]
+        tokens = [f"{count:,}" for count in (row["own_hit_tokens"], row["loaded_tokens"], computed)]
+        megabytes = [_number(row[name] / 1e6, 1) for name in ("saved_bytes", "file_bytes")]
+        same = f"{row['same_answers']} of {result['requests']}"
+        rows.append([row["mode"], *seconds, *tokens, *megabytes, same])
+    turns = [f"turn {turn + 1}" for turn in range(result["workload"]["turns"])]
+    headings = ["engine", "first token, s", *turns, "tokens from vLLM's cache", "loaded", "computed", "pages saved, MB"]
+    return table([*headings, "files, MB", "same first tokens"], rows) + origin(result)
 
 
 @if_measured
@@ -1240,11 +1233,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "context-files-8k": context_files,
     "manager-soak": manager_soak,
     "vllm-blocks": vllm_blocks,
-    "vllm-connector": vllm_connector("vllm-connector"),
-    "vllm-connector-gpu": vllm_connector("vllm-connector-gpu"),
+    "vllm-connector": vllm_connector,
     "vllm-gpu": vllm_gpu("vllm-gpu"),
     "vllm-gpu-experts": vllm_gpu("vllm-gpu-experts"),
-    "vllm-gpu-peers": vllm_gpu("vllm-gpu-peers"),
+    "vllm-gpu-32-cores": vllm_gpu("vllm-gpu-32-cores"),
     "vllm-serving": vllm_serving,
     "processes": processes,
     "linear-summary": linear_summary,

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -78,6 +79,8 @@ def run(folder: Path, requests: list[dict[str, Any]], *, ranks: int = 1) -> list
     environment = {"TRITON_F32_DEFAULT": "ieee"} | os.environ  # experts and attention of vLLM's on a GPU: no TF32
     environment["PYTHONPATH"] = os.pathsep.join([str(ENGINE.parent), environment.get("PYTHONPATH", "")])
     if ranks > 1:
+        if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+            pytest.skip(f"needs {ranks} GPUs; there are {torch.cuda.device_count()}")
         cores = sorted(os.sched_getaffinity(0))
         environment |= {
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(ranks)),

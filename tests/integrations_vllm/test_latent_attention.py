@@ -40,6 +40,10 @@ _WHOLE = ("kv_a_proj_with_mqa.weight", "q_a_proj.weight")
 _TAKEN_APART = "kv_b_proj.weight"
 
 
+if torch.cuda.is_available():
+    pytest.skip("vLLM 0.32 has no attention with a latent cache for fp32 on a GPU", allow_module_level=True)
+
+
 @pytest.fixture(scope="module", params=Q_RANKS, ids=["q whole", "q latent"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = _SIZES | {"q_lora_rank": request.param}
