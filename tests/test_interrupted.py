@@ -7,16 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import kvpack
+from kvpack.encode import compress as compressing
+from kvpack.format import container
 from kvpack.format.container import ContainerWriter
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
@@ -278,6 +282,48 @@ def test_a_failure_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pla
         with pytest.raises(Stop):
             kvpack.compress(folder / "a.safetensors", tmp_path / "out.safetensors")
         assert contents(tmp_path) == ["model", "old"]
+
+
+def test_an_interrupt_does_not_wait_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one file is put in place and another waits for that: neither is copied to its end, or flushed."""
+    monkeypatch.setattr(container, "_COPY_BYTES", 1000)
+    interrupted, begun, flushed, code_file = threading.Event(), [], [], compressing._code_file
+    finish, give_up = ContainerWriter.finish, ContainerWriter.give_up
+
+    def interrupting(self: ContainerWriter, metadata: dict[str, str]) -> int:
+        begun.append(self.path.name)
+        assert coded_both.wait(60)
+        time.sleep(0.2)  # for the second one to wait
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert interrupted.wait(60)
+        return finish(self, metadata)
+
+    def told(self: ContainerWriter) -> None:
+        give_up(self)
+        interrupted.set()
+
+    coded, coded_both = [], threading.Event()
+
+    def coding(model: Any, file: Any, *others: Any) -> Any:
+        coded.append(code_file(model, file, *others))
+        if len(coded) == 2:
+            coded_both.set()
+        return coded[-1]
+
+    monkeypatch.setattr(ContainerWriter, "finish", interrupting)
+    monkeypatch.setattr(ContainerWriter, "give_up", told)
+    monkeypatch.setattr(compressing, "_code_file", coding)
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kvpack.compress(small_source(tmp_path), tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert begun == ["a.safetensors"]
+    assert flushed == []
+    assert all(file.writer._spool.closed for file in coded)
+    assert contents(tmp_path) == ["model"]
 
 
 @pytest.mark.parametrize("number", [0, 1])

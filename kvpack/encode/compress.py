@@ -20,7 +20,7 @@ from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -363,7 +363,9 @@ class _Model:
         return {
             "stacks": self.stacks - stacks_before,
             "stack_reasons": [
-                [list(stack), reason] for stack, reason in self.stack_reasons.items() if not names.isdisjoint(stack)
+                [list(stack), reason]
+                for stack, reason in sorted(self.stack_reasons.items())
+                if not names.isdisjoint(stack)
             ],
             "split_reasons": {name: reason for name, reason in self.split_reasons.items() if name in names},
             "without_counts": sorted(self.without_counts & names),
@@ -449,7 +451,7 @@ class _Model:
         if not self.config.stack:
             return []
         stacks_of: dict[str, list[str]] = {}
-        for names, reason in self.stack_reasons.items():
+        for names, reason in sorted(self.stack_reasons.items()):  # they were found in an order that threads change
             stacks_of.setdefault(reason, []).append(" + ".join(names))
         sets = "set of layers has" if self.stacks == 1 else "sets of layers have"
         return [f"stack: {self.stacks} {sets} common tables"] + [
@@ -1175,6 +1177,61 @@ def _configs(model: _Model, source: Path, shards: list[Shard]) -> Iterator[tuple
         yield folder, compressed_config(config, model.config.to_json(), blob_bytes)
 
 
+class _CodedFile(NamedTuple):
+    """What the output of a file of weights holds; its writer is open until it is finished."""
+
+    shard: Shard
+    writer: ContainerWriter
+    metadata: dict[str, str]
+
+    def finish(self) -> None:
+        """Put it in place."""
+        with self.writer:
+            self.writer.finish(self.metadata)
+
+
+class _Finisher:
+    """A thread that copies files behind their headers, and flushes them, while others are coded.
+
+    Left by an error it begins no other file and gives up the one it is at: none will be needed.
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1)
+        self._pending: deque[tuple[Future[None], ContainerWriter]] = deque()
+
+    def finish(self, file: _CodedFile) -> None:
+        """Begin with a file when those before are in place, which is waited for."""
+        self._pending.append((self._executor.submit(file.finish), file.writer))
+        while len(self._pending) > 1:
+            self._first()
+
+    def check(self) -> None:
+        """Raise what kept a file from being finished, if that is known by now."""
+        while self._pending and self._pending[0][0].done():
+            self._first()
+
+    def wait(self) -> None:
+        """Return when all files are in place."""
+        while self._pending:
+            self._first()
+
+    def _first(self) -> None:
+        self._pending[0][0].result()  # if this is interrupted, it is still under way
+        self._pending.popleft()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for _, writer in self._pending:
+            writer.give_up()
+        self._executor.shutdown(cancel_futures=True)
+        for future, writer in self._pending:
+            if future.cancelled():
+                writer.close()
+
+
 def _compress_directory(
     model: _Model,
     source: Path,
@@ -1186,18 +1243,19 @@ def _compress_directory(
 ) -> int:
     """Write the output of a model directory; returns its size."""
     shards: list[Shard] = []
-    # A file is copied behind its header, and flushed, while the next one is coded.
-    with directory_in_place(target) as temporary, ThreadPoolExecutor(1) as finisher:
-        finishing: Future[None] | None = None
+    with directory_in_place(target) as temporary, _Finisher() as finisher:
+
+        def begin_tensor(name: str) -> None:
+            finisher.check()  # a full disk is not told only when the next file has been coded
+            progress.tensor(name)
+
+        watched = replace(progress, tensor=begin_tensor)
         for file in model.tree.weight_files:
             (temporary / file.folder).mkdir(parents=True, exist_ok=True)
-            shard, finish = _code_file(model, file, temporary / file.path, plans, progress, reports)
-            shards.append(shard)
-            previous, finishing = finishing, finisher.submit(finish)
-            if previous is not None:
-                previous.result()
-        if finishing is not None:
-            finishing.result()
+            coded = _code_file(model, file, temporary / file.path, plans, watched, reports)
+            shards.append(coded.shard)
+            finisher.finish(coded)
+        finisher.wait()
         _write_other_files(model, source, temporary, shards, progress, carried)
         return size_bytes(temporary)
 
@@ -1209,18 +1267,13 @@ def _code_file(
     plans: dict[str, CommonPlan],
     progress: Progress,
     reports: list[TensorReport],
-) -> tuple[Shard, Callable[[], None]]:
-    """Code one file of weights; returns what its output holds, and what puts that in place."""
+) -> _CodedFile:
+    """Code one file of weights, which then is to be finished."""
     with ExitStack() as stack:
         writer = stack.enter_context(ContainerWriter(path))
         metadata, shard = _encode_file(model, file, plans, writer, progress, reports)
-        opened = stack.pop_all()
-
-    def finish() -> None:
-        with opened:
-            writer.finish(metadata)
-
-    return shard, finish
+        stack.pop_all()
+    return _CodedFile(shard, writer, metadata)
 
 
 def _write_other_files(
@@ -1436,9 +1489,9 @@ def _make_file(
     stacks = model.stacks
     reports: list[TensorReport] = []
     with parts.making(file.path) as path:
-        shard, finish = _code_file(model, file, path, plans, progress, reports)
-        finish()
-    contents = asdict(shard)
+        coded = _code_file(model, file, path, plans, progress, reports)
+        coded.finish()
+    contents = asdict(coded.shard)
     del contents["path"]
     about = {
         "shard": contents,

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -436,6 +436,7 @@ class ContainerWriter:
         self._spool: BinaryIO = create_file(self._spool_path)
         self._tensors: dict[str, dict[str, Any]] = {}
         self._at = 0
+        self._given_up = False
 
     def add(self, name: str, dtype: str, shape: Iterable[int], data: Iterable[memoryview | bytes]) -> None:
         """Append a tensor whose bytes come in pieces."""
@@ -450,7 +451,11 @@ class ContainerWriter:
         }
 
     def finish(self, metadata: Mapping[str, str]) -> int:
-        """Put the file in place; returns its size in bytes."""
+        """Put the file in place; returns its size in bytes.
+
+        Raises:
+            CancelledError: another thread called :meth:`give_up`.
+        """
         self._spool.flush()  # and not closed: its lock says that it is in use
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         text = json.dumps(header | self._tensors, separators=(",", ":"), ensure_ascii=False).encode()
@@ -458,11 +463,29 @@ class ContainerWriter:
         with create_file(self._final_path) as final, self._spool_path.open("rb") as spool:
             final.write(struct.pack("<Q", len(text)))
             final.write(text)
-            shutil.copyfileobj(spool, final, _COPY_BYTES)
+            while piece := spool.read(_COPY_BYTES):
+                self._check_not_given_up()
+                final.write(piece)
             final.flush()
+            self._check_not_given_up()
             os.fsync(final.fileno())
             self._final_path.replace(self.path)  # while it is locked
             return final.tell()
+
+    def give_up(self) -> None:
+        """Let :meth:`finish`, which another thread is at, end soon: nobody wants the file any more."""
+        self._given_up = True
+
+    def _check_not_given_up(self) -> None:
+        if self._given_up:
+            raise CancelledError(f"{self.path} was given up")
+
+    def close(self) -> None:
+        """Remove what is not in place."""
+        with suppress(OSError):  # what is left in the buffer cannot be written to a full disk either
+            self._spool.close()
+        self._spool_path.unlink(missing_ok=True)
+        self._final_path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -473,7 +496,4 @@ class ContainerWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with suppress(OSError):  # what is left in the buffer cannot be written to a full disk either
-            self._spool.close()
-        self._spool_path.unlink(missing_ok=True)
-        self._final_path.unlink(missing_ok=True)
+        self.close()

@@ -74,8 +74,9 @@ def test_thresholds(layout: Layout, step: float) -> None:
         magnitude[1:] = (magnitude[1:] + lengths[1:half][::-1]) / 2
         expected = np.full(len(expected), 0.5, np.float32)
         expected[: half - 1] = np.clip(0.5 + LAMBDA / 2 * np.diff(magnitude), 0.3, 0.95)
-    np.testing.assert_array_equal(thresholds, expected)
-    np.testing.assert_array_equal(bits[:half], magnitude.astype(np.float32))
+    # Not to the bit: numpy's log2 is another one where it has vectors for it, as of AVX-512, and may differ by an ulp.
+    np.testing.assert_allclose(thresholds, expected, rtol=1e-6)
+    np.testing.assert_allclose(bits[:half], magnitude, rtol=1e-6)
     assert (bits[half:] == bits[:half].max()).all()
 
 

@@ -41,6 +41,10 @@ def model(path: Path, layers: int = 3) -> Path:
     tensors["f.nan.weight"] = np.full((64, 64), np.nan, np.float32)
     for name in ("q_proj", "k_proj", "v_proj"):
         tensors[f"g.self_attn.{name}.weight"] = rng.normal(0, 0.02, (256, 256)).astype(np.float32)
+        # That these are no stack is found when they are coded, and of the next by their dtypes, ahead of that.
+        tensors[f"h.self_attn.{name}.weight"] = np.full((64, 64), np.nan if name == "v_proj" else 0.5, np.float32)
+        dtype = ml_dtypes.bfloat16 if name == "v_proj" else np.float32
+        tensors[f"i.self_attn.{name}.weight"] = rng.normal(0, 0.02, (64, 256)).astype(dtype)
     save_file(tensors, path)
     return path
 
@@ -68,6 +72,8 @@ def test_threads_change_nothing(tmp_path: Path, settings: dict[str, Any]) -> Non
     assert reports[0] == reports[1] == reports[2]
     if "stack" in settings:
         assert "stack: 1 set of layers has common tables" in reports[0]["notes"]
+        reasons = [note.split("(")[1].split(")")[0] for note in reports[0]["notes"] if "cannot be one" in note]
+        assert reasons == ["their layouts differ", "their dtypes or inputs differ"]
     assert verify(output, source).mismatches == {}
 
 
@@ -244,6 +250,29 @@ def test_a_file_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(ContainerWriter, "finish", full)
     with pytest.raises(OSError, match="full"):
         compress(two_files(tmp_path / "model"), tmp_path / "out", QuantConfig(bits=4.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_finished_is_told_at_the_next_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coding_b, failed, seen = threading.Event(), threading.Event(), []
+
+    def full(self: ContainerWriter, metadata: dict[str, str]) -> int:
+        assert coding_b.wait(WAIT_S)
+        failed.set()
+        raise OSError("full")
+
+    def tensor(name: str) -> None:
+        seen.append(name)
+        if name.startswith("b."):
+            coding_b.set()
+            assert failed.wait(WAIT_S)
+            time.sleep(0.2)  # for the thread to tell it
+
+    monkeypatch.setattr(ContainerWriter, "finish", full)
+    progress = Progress(tensor=tensor)
+    with pytest.raises(OSError, match="full"):
+        compress(two_files(tmp_path / "model"), tmp_path / "out", QuantConfig(bits=4.0), progress=progress)
+    assert seen == ["a.0.weight", "a.1.weight", "b.0.weight"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
