@@ -522,7 +522,7 @@ def vllm_gpu(name: str) -> Callable[[], str]:
 
 
 def counts_of(result: dict[str, Any]) -> list[str]:
-    rates = next(row["tokens_a_second"] for row in result["rows"] if "error" not in row)
+    rates: dict[str, float] = next((row["tokens_a_second"] for row in result["rows"] if "error" not in row), {})
     return [f"tokens a second, {count} at once" for count in rates]
 
 

@@ -117,6 +117,11 @@ def make(folder: Path, name: str, options: dict[str, Any] | None, shape: str, la
     plain = folder / "bf16"
     if not plain.exists():
         make_plain(plain, shape, layers)
+    found = json.loads((plain / "config.json").read_text())
+    kind, sizes = SHAPES[shape]
+    wanted = {"model_type": kind, "hidden_size": sizes["hidden_size"], "num_hidden_layers": layers}
+    if other := {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}:
+        raise SystemExit(f"{plain} has {other}, not {wanted}: take another folder, or its --shape and --layers")
     if (folder / name).exists():
         return 0.0
     if options is None:

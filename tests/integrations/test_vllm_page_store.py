@@ -11,6 +11,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -659,6 +660,23 @@ def test_what_has_no_room_in_the_queue_is_dropped(tmp_path: Path) -> None:
     store.close()
 
 
+def test_what_is_known_cannot_be_told_and_pages_wait_no_longer(tmp_path: Path) -> None:
+    failures = []
+    paged = make_paged()
+    store = make_store(paged, tmp_path, on_failure=lambda what, error: failures.append((what, str(error))))
+    pages = page_range(range(200), blocks_for(paged, 200, 0))
+    compute(paged, pages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store._tiers.disk, "hashes", MagicMock(side_effect=[MemoryError("no room"), set()]))
+        store.save(pages)
+        store.drain()
+    assert (store._waiting_bytes, store._waiting_jobs, store._waiting) == (0, 0, set())
+    assert failures == [("save", "no room")]
+    assert store.take_counts()["failed_saves"] == 1
+    assert load(store, paged, range(200)) == 192
+    store.close()
+
+
 def test_of_a_long_prompt_the_queue_takes_the_beginning(tmp_path: Path) -> None:
     paged = make_paged(blocks=128)
     page_bytes = LAYERS * 64 * HEADS * 2 * HEAD_DIM * 2
@@ -698,6 +716,9 @@ def test_the_queue_has_room_for_two_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert queue_bytes(step_tokens=8192, free_bytes=6 * gib) == 3 * gib // 2
     assert queue_bytes(step_tokens=8192, free_bytes=0) == queue_bytes(step_tokens=512) == gib // 4
     assert queue_bytes(step_tokens=8192, free_bytes=0, queue_bytes=1) == 1, "what is said counts"
+    assert queue_bytes(step_tokens=8192, free_bytes=8 * gib, outside_bytes=gib) == gib, "the rest is for activations"
+    assert queue_bytes(step_tokens=8192, free_bytes=6 * gib, outside_bytes=4 * gib) == 3 * gib // 2
+    assert queue_bytes(step_tokens=8192, free_bytes=8 * gib, outside_bytes=0) == gib // 4
     # On a GPU there is room for the quantized ones beside them.
     monkeypatch.setattr(kv_page_codec, "runs_kernels", lambda _device: True)
     int8 = made(step_tokens=8192, formats=(INT8, INT8))

@@ -109,6 +109,19 @@ def test_a_stage_of_a_pipeline_knows_what_is_another_s(unclaimed: str) -> None:
         quantization._check_claims(stage)
 
 
+def test_a_missing_layer_has_each_of_its_names() -> None:
+    """The output layer and the embedding are one module."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    from kvpack.integrations.vllm.quantization import KVPackQuantization
+
+    stage = nn.Module()
+    stage.model = nn.Module()
+    stage.model.embed_tokens = stage.lm_head = PPMissingLayer()
+    quantization = KVPackQuantization({"blob_bytes": {"model.embed_tokens.weight": 8, "lm_head.weight": 8}})
+    quantization._check_claims(stage)
+
+
 def test_coded_tensors_that_no_stage_claims(tmp_path: Path) -> None:
     """The file has a layer more than config.json says: neither rank takes it for the other's."""
     folder = make(tmp_path, "llama", sizes={"num_hidden_layers": 3}, bits=4.25)

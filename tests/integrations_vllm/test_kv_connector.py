@@ -419,8 +419,13 @@ def test_a_queue_that_is_full_drops_pages(prompts: list[list[int]], expected: li
         assert first.counts()["dropped_pages"] >= 2 * sum(length // 64 for length in LENGTHS)
 
 
-def test_the_queue_follows_the_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_queue_follows_the_engine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 65,536 tokens a step brings 256 MiB."""
+    from kvpack.integrations.vllm import kv_connector
+
+    monkeypatch.setattr(kv_connector, "free_bytes", lambda _device: 1 << 34)
     logger = logging.getLogger("vllm.kvpack")
     logger.addHandler(caplog.handler)  # vLLM's do not hand on
     logger.setLevel(logging.INFO)
@@ -435,6 +440,15 @@ def test_the_queue_follows_the_engine(tmp_path: Path, caplog: pytest.LogCaptureF
     assert (
         "keys and values of up to 512 MiB wait for being kept (queue_bytes); a step brings up to 256 MiB" in caplog.text
     )
+
+
+def test_of_a_gpu_what_lies_outside_of_the_engines_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvpack.integrations.vllm.kv_connector import _outside_bytes
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (30 << 30, 80 << 30))
+    device = torch.device("cuda", 0)
+    assert _outside_bytes(device, 0.75) == 20 << 30
+    assert _outside_bytes(device, 1.0) == 0
 
 
 def test_salts_keep_prompts_apart(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path) -> None:

@@ -138,11 +138,13 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 f"K and V of {spec.head_size}] is wanted"
             )
         ranks, options, device = self._vllm_config.parallel_config.world_size, self._options, layers[0].device
-        free, places = free_bytes(device), None
+        free, outside, places = free_bytes(device), None, None
         if device.type == "cpu":
             free = None if free is None else free // ranks  # which may all be of this machine
             write = vllm_write(layers[0].dtype, shape[2], spec.head_size)
             places = block_places(write, layers[0].dtype, shape[2], spec.head_size)
+        elif device.type == "cuda":
+            outside = _outside_bytes(device, self._vllm_config.cache_config.gpu_memory_utilization)
         directory = options.directory
         self._store = PageStore(
             PagedLayers(layers, self._block_tokens, places),
@@ -151,6 +153,7 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
             step_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
             queue_bytes=options.queue_bytes,
             free_bytes=free,
+            outside_bytes=outside,
             fingerprint=self._fingerprint,
             directory=None if directory is None else directory / f"rank-{self._rank}-of-{ranks}",
             disk_bytes=None if options.disk_bytes is None else options.disk_bytes // ranks,
@@ -280,6 +283,11 @@ class KVPackConnector(KVConnectorBase_V1):  # type: ignore[misc]
 def _by_numbers(name: str) -> list[tuple[int, str]]:
     """Orders names as their numbers are: layers.2 before layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _outside_bytes(device: torch.device, utilization: float) -> int:
+    """Of a GPU's memory, what vLLM leaves to others; within its share activations have what its cache does not."""
+    return int((1 - utilization) * torch.cuda.mem_get_info(device)[1])
 
 
 def _block_tokens(kv_cache_config: Any) -> int:

@@ -90,21 +90,27 @@ class ConnectorOptions:
         return cls(**values)
 
 
-def queue_room(step_bytes: int, free_bytes: int | None) -> int:
+def queue_room(step_bytes: int, free_bytes: int | None, outside_bytes: int | None = None) -> int:
     """How many bytes may wait for being encoded, where nothing else is said.
 
     Args:
         step_bytes: of keys and values that a step of the engine brings at most.
         free_bytes: of the memory that they wait in; None: that is not known.
+        outside_bytes: of that memory, what the engine does not count as its own: of what is free when it starts it
+            keeps some for activations. None: it may all be taken.
 
     >>> queue_room(1 << 30, free_bytes=100 << 30) >> 20, queue_room(1 << 30, free_bytes=5 << 30) >> 20
     (2048, 1280)
     >>> queue_room(1 << 20, free_bytes=100 << 30) >> 20
     256
+    >>> queue_room(1 << 30, free_bytes=100 << 30, outside_bytes=1 << 30) >> 20
+    1024
     """
     room = _QUEUED_STEPS * step_bytes
     if free_bytes is not None:
         room = min(room, free_bytes // _QUEUE_PART_OF_FREE)
+    if outside_bytes is not None:
+        room = min(room, outside_bytes)
     return max(room, _LEAST_QUEUE_BYTES)
 
 

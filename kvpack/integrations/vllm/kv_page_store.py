@@ -59,6 +59,7 @@ class PageStore:
         queue_bytes: of keys and values that wait for being encoded; None: as
             :func:`~kvpack.integrations.vllm.kv_options.queue_room` says.
         free_bytes: of the memory that they wait in; None: that is not known.
+        outside_bytes: of that memory, what the engine does not count as its own; None: it may all be taken.
         fingerprint: of this rank.
         report: called with each file that is damaged, and what is wrong with it.
         report_foreign: called with those of something else that have been met since the last call, each with why: of
@@ -84,6 +85,7 @@ class PageStore:
         fingerprint: Fingerprint,
         queue_bytes: int | None = None,
         free_bytes: int | None = None,
+        outside_bytes: int | None = None,
         directory: Path | None = None,
         disk_bytes: int | None = None,
         report: Callable[[Path, Exception], None] | None = None,
@@ -124,7 +126,8 @@ class PageStore:
         first, later = self._codec.page_bytes(self._formats_at(0, 2))
         self._most_pages = self._tiers.host.longest_chain(first, later) if directory is None else None
         self.step_bytes = ceil_div(step_tokens, PAGE_TOKENS * _JOB_PAGES) * self._copy_bytes(1, _JOB_PAGES)
-        self.queue_bytes = queue_room(self.step_bytes, free_bytes) if queue_bytes is None else queue_bytes
+        room = queue_room(self.step_bytes, free_bytes, outside_bytes)
+        self.queue_bytes = room if queue_bytes is None else queue_bytes
         self._on_failure = on_failure
         self._saver, self._loader = ThreadPool(1, "kvpack-save"), ThreadPool(1, "kvpack-load")
         self._streams = {
@@ -231,8 +234,13 @@ class PageStore:
         except Exception as error:  # no memory, say: these pages are not kept
             self._failed("save", error)
         finally:
-            self._publish()  # before they wait no longer: they would be taken for missing ones in between
-            if self._let_go(pages, size_bytes) and self._tiers.disk is not None:
+            try:
+                self._publish()  # before they wait no longer: they would be taken for missing ones in between
+            except Exception as error:
+                self._failed("save", error)
+            finally:
+                is_last = self._let_go(pages, size_bytes)
+            if is_last and self._tiers.disk is not None:
                 self._flush()
                 self._publish()
 

@@ -212,7 +212,9 @@ class KVPackQuantization(QuantizationConfig):  # type: ignore[misc]
             "they stay coded" if self.weights == CODED else "they are decoded as they are loaded",
         )
         others = [
-            f"{name}." for name, one in model.named_modules() if isinstance(one, PPMissingLayer | StageMissingLayer)
+            f"{name}."
+            for name, one in model.named_modules(remove_duplicate=False)  # one that is missing may have several names
+            if isinstance(one, PPMissingLayer | StageMissingLayer)
         ]
         not_here = (*self._drafter, *others)
         unknown = sorted(name for name in self.blob_bytes.keys() - self._claimed if not name.startswith(not_here))
