@@ -989,7 +989,8 @@ def compress(
         tensor_executor = None
         # Factors of moments are kept for one tensor after the other; what is read in place of a file has one at hand.
         if threads > 1 and coder.tensors_at_once > 1 and moments is None and file is None:
-            tensor_executor = ThreadPoolExecutor(coder.tensors_at_once)
+            # No more than were asked for: each searches a step by itself, beside the threads of strips.
+            tensor_executor = ThreadPoolExecutor(min(threads, coder.tensors_at_once))
             stack.callback(tensor_executor.shutdown, cancel_futures=True)
         stack.callback(executor.shutdown, cancel_futures=True)
         calibration = None

@@ -582,6 +582,7 @@ def plan_for_step(
     plans = [
         plan_at_step(fine, step, layout, fixed_bits_per_weight(header_of[layout]), rate_weight) for layout in layouts
     ]
+    vars(fine).pop("occupied", None)  # soon found again, and common steps keep the histograms of a whole model
     plans = [plan for plan in plans if _is_allowed(plan)]
     unit = (step / fine.rms) ** 2 * LAMBDA  # relative squared error that a bit is worth at this step
     return min(plans, key=lambda plan: plan.predicted.noise + unit * plan.predicted.bits)

@@ -8,7 +8,7 @@ import pytest
 from kvpack.encode.quantize import NEAREST, Rounding
 from kvpack.encode.rate import LAMBDA, estimate, fixed_bits_per_weight, plan_at_step
 from kvpack.encode.rate_sums import place_bins, rate_thresholds
-from kvpack.encode.tensor_encoder import Matrices, measure
+from kvpack.encode.tensor_encoder import Matrices, measure, plan_at_common_step
 from kvpack.format.layout import ElementKind, Layout, Quantizer, integer_layouts
 
 LAYOUTS = [
@@ -97,6 +97,17 @@ def test_empty_bins_count_for_nothing(quantizer: Quantizer) -> None:
     assert again.predicted == plan.predicted
     np.testing.assert_array_equal(again.rounding.thresholds, plan.rounding.thresholds)
     np.testing.assert_array_equal(again.rounding.bits, plan.rounding.bits)
+
+
+def test_a_common_step_leaves_histograms_as_small_as_they_were() -> None:
+    """All of a model are kept, for a step that all tensors share is found by trying many."""
+    weights = Matrices((np.random.default_rng(1).standard_normal((128, 512)) * 0.02).astype(np.float32))
+    fine = measure(weights)
+    before = sum(value.nbytes for value in vars(fine).values() if isinstance(value, np.ndarray))
+    plan = plan_at_common_step(weights, fine, 0.006, "auto", None)
+    held = [array for value in vars(fine).values() for array in (value if isinstance(value, tuple) else (value,))]
+    assert sum(array.nbytes for array in held if isinstance(array, np.ndarray)) == before == 8192 * 8
+    assert plan_at_common_step(weights, fine, 0.006, "auto", None).predicted == plan.predicted
 
 
 def test_an_estimate_of_weights_that_a_step_divides() -> None:

@@ -85,9 +85,10 @@ def equal_tensors(path: Path, number: int) -> Path:
     return path
 
 
-def test_four_are_under_way(tmp_path: Path) -> None:
-    """Each thread waits, with the elements of its first tensor, until three others have come as far."""
-    barrier, met = threading.Barrier(4, timeout=WAIT_S), set()
+@pytest.mark.parametrize(("threads", "most"), [(2, 2), (3, 3), (4, 4), (7, 4)])
+def test_as_many_as_threads_are_under_way(tmp_path: Path, threads: int, most: int) -> None:
+    """Up to four. Each thread waits, with the elements of its first tensor, until the others have come as far."""
+    barrier, met = threading.Barrier(most, timeout=WAIT_S), set()
 
     def encode_strips(*arguments: Any, **keywords: Any) -> Any:
         if threading.get_ident() not in met:
@@ -97,8 +98,8 @@ def test_four_are_under_way(tmp_path: Path) -> None:
 
     source = equal_tensors(tmp_path / "m.safetensors", 8)
     coder = CPU_CODER._replace(encode_strips=encode_strips)
-    compress(source, tmp_path / "out.safetensors", QuantConfig(bits=4.0), threads=2, coder=coder)
-    assert len(met) == 4
+    compress(source, tmp_path / "out.safetensors", QuantConfig(bits=4.0), threads=threads, coder=coder)
+    assert len(met) == most
     compress(source, tmp_path / "plain.safetensors", QuantConfig(bits=4.0), threads=1)
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
 
@@ -140,7 +141,7 @@ def test_their_bytes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     source = equal_tensors(tmp_path / "m.safetensors", 6)
     coder = CPU_CODER._replace(encode_strips=encode_strips)
-    compress(source, tmp_path / "out.safetensors", QuantConfig(bits=4.0), threads=2, coder=coder)
+    compress(source, tmp_path / "out.safetensors", QuantConfig(bits=4.0), threads=4, coder=coder)
     assert max(seen) == most
 
 
@@ -166,7 +167,7 @@ def test_an_error_ends_the_others(tmp_path: Path) -> None:
     save_file({f"{i}.weight": np.eye(*shape, dtype=np.float32) + i for i, shape in enumerate(shapes)}, source)
     coder = CPU_CODER._replace(encode_strips=encode_strips)
     with pytest.raises(InputError, match="no"):
-        compress(source, tmp_path / "out.safetensors", QuantConfig(preset="lossless"), threads=2, coder=coder)
+        compress(source, tmp_path / "out.safetensors", QuantConfig(preset="lossless"), threads=4, coder=coder)
     assert len(ended) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
