@@ -24,6 +24,7 @@ from kvpack.encode.blob_encoder import encode_elements  # noqa: E402
 from kvpack.format.layout import ElementKind, integer_layout  # noqa: E402
 from kvpack.integrations.transformers.decode_graph import DecodeGraph  # noqa: E402
 from kvpack.runtime.weights import experts as coded_experts  # noqa: E402
+from kvpack.runtime.weights import grouped  # noqa: E402
 from kvpack.runtime.weights.device_blob import DeviceBlob  # noqa: E402
 from kvpack.runtime.weights.experts import GroupedMatrices, keep_coded  # noqa: E402
 from kvpack.runtime.weights.linear import RansLinear  # noqa: E402
@@ -140,6 +141,10 @@ def test_what_goes_expert_by_expert(on_gpu: list[tuple[int, ...]], monkeypatch: 
     module(x.requires_grad_(), ids, weights).sum().backward()
     assert x.grad is not None
     many = routing(200, 2)
+    module(*many)  # of small matrices
+    assert on_gpu == [(200, 2)] * 2
+    on_gpu.clear()
+    monkeypatch.setattr(grouped, "_ROWS_BY_WEIGHTS", 0.0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     module(*many)
     assert on_gpu == []
