@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpack.encode.frequencies import entropy_bits
-from kvpack.encode.quantize import NEAREST, Rounding
+from kvpack.encode.quantize import NEAREST, NUM_THRESHOLDS, Rounding
 from kvpack.encode.rate_sums import place_bins, rate_thresholds
 from kvpack.format.header import HEADER_BYTES, TILE_METADATA_BYTES, BlobHeader
 from kvpack.format.layout import (
@@ -314,13 +314,16 @@ def rounding_for(fine: FineHistogram, step: float, layout: Layout, rate_weight: 
         lengths = -np.log2((codes + 0.5) / (codes.sum() + 0.5 * len(codes)))
         bits = lengths[_code_of_elements(layout)].astype(np.float32)
         return Rounding(NEAREST.thresholds, np.float32(max(1.0, by_rate)), rate_weight, bits)
-    thresholds, bits = rate_thresholds(
+    thresholds, bits = np.empty(NUM_THRESHOLDS, np.float32), np.empty(NUM_THRESHOLDS + 1, np.float32)
+    rate_thresholds(
         *fine.occupied,
         step,
         1 << (layout.element_bits - 1),
         _code_of_elements(layout),
         np.empty(1 << layout.code_bits, np.int64),
         rate_weight,
+        thresholds,
+        bits,
     )
     return Rounding(thresholds, np.float32(max(0.5, by_rate)), rate_weight, bits)
 

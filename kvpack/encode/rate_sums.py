@@ -54,17 +54,17 @@ def place_bins(centres, counts, step, thresholds, on_grid, offset, clamp, half, 
 
 
 @kernel
-def rate_thresholds(centres, counts, step, half, code_of, codes, rate_weight):  # type: ignore[no-untyped-def]
+def rate_thresholds(centres, counts, step, half, code_of, codes, rate_weight, thresholds, bits):  # type: ignore[no-untyped-def]
     """Where to round up so that error² + ``rate_weight`` · bits is least, for the code lengths that ``step`` leads to.
 
     Lengths are those of rounding to nearest first, and then those of the thresholds that came of them. Arguments are
-    those of :func:`place_bins`; ``codes`` is overwritten.
+    those of :func:`place_bins`; ``codes`` is overwritten. Nothing is returned: what makes an array of numba's one of
+    Python's runs handlers of signals, so that Ctrl-C would end in a SystemError.
 
-    Returns:
-        Thresholds f32 [129], and bits of each magnitude's code, f32 [130].
+    Args:
+        thresholds: f32 [129], and bits: of each magnitude's code, f32 [130]; both are written.
     """
-    thresholds = np.full(NUM_THRESHOLDS, np.float32(0.5))
-    bits = np.empty(NUM_THRESHOLDS + 1, np.float32)
+    thresholds[:] = np.float32(0.5)
     magnitude = np.empty(half)
     for _ in range(2):
         codes[:] = 0
@@ -83,4 +83,3 @@ def rate_thresholds(centres, counts, step, half, code_of, codes, rate_weight):  
             if k > 0:
                 change = magnitude[k] - magnitude[k - 1]
                 thresholds[k - 1] = min(max(0.5 + rate_weight / 2 * change, 0.3), 0.95)
-    return thresholds, bits

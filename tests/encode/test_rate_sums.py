@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvpack.encode.quantize import NEAREST, Rounding
+from kvpack.encode.quantize import NEAREST, NUM_THRESHOLDS, Rounding
 from kvpack.encode.rate import LAMBDA, estimate, fixed_bits_per_weight, plan_at_step
 from kvpack.encode.rate_sums import place_bins, rate_thresholds
 from kvpack.encode.tensor_encoder import Matrices, measure, plan_at_common_step
@@ -61,7 +61,8 @@ def test_thresholds(layout: Layout, step: float) -> None:
     half = 1 << (layout.element_bits - 1)
     code_of = layout.codes(np.arange(2 * half))
     codes = np.empty(1 << layout.code_bits, np.int64)
-    thresholds, bits = rate_thresholds(centres, counts, step, half, code_of, codes, LAMBDA)
+    thresholds, bits = np.full(NUM_THRESHOLDS, np.nan, np.float32), np.full(NUM_THRESHOLDS + 1, np.nan, np.float32)
+    rate_thresholds(centres, counts, step, half, code_of, codes, LAMBDA, thresholds, bits)
 
     expected, magnitude = NEAREST.thresholds, np.empty(0)
     for _ in range(2):
