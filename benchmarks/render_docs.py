@@ -499,16 +499,16 @@ def vllm_gpu(name: str) -> Callable[[], str]:
     @if_measured
     def render() -> str:
         result = newest(name)
-        rows = []
+        counts, rows = counts_of(result), []
         for row in result["rows"]:
-            way = {"int4": "INT4, groups of 128"}.get(row["name"], row["name"].replace("fast", "`fast`"))
+            way = re.sub("fast|balanced", r"`\g<0>`", row["name"]).replace("int4", "INT4, groups of 128")
             if "error" in row:
-                rows.append([way, f"failed: {row['error']}", *[""] * (2 + len(counts_of(result)))])
+                rows.append([way, f"failed: {row['error']}", *[""] * (2 + len(counts))])
                 continue
             kernel = row["kernel"].replace("LinearKernel", "").capitalize() if row["kernel"] else None
             rows.append(
                 [
-                    f"{way} ({kernel})" if kernel else way.replace("balanced", "`balanced`"),
+                    f"{way} ({kernel})" if kernel else way,
                     _number(row["start_s"], 0),
                     _number(row["weights_bytes"] / 1e9, 2),
                     _number(row["first_token_s"] * 1e3, 0),
@@ -516,7 +516,7 @@ def vllm_gpu(name: str) -> Callable[[], str]:
                 ]
             )
         headings = ["", "start, s", "weights, GB", "first token of 2,048, ms"]
-        return table([*headings, *counts_of(result)], rows) + gpu_origin(result)
+        return table([*headings, *counts], rows) + gpu_origin(result)
 
     return render
 
