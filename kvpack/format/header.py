@@ -108,8 +108,12 @@ class BlobHeader:
         return self.matrices * self.num_tiles_row * self.num_tiles_col
 
     @property
+    def matrix_elements(self) -> int:
+        return self.rows * self.cols
+
+    @property
     def num_elements(self) -> int:
-        return self.matrices * self.rows * self.cols
+        return self.matrices * self.matrix_elements
 
     @property
     def payload_offset(self) -> int:

@@ -131,8 +131,7 @@ class StackedExperts(nn.Module):
         device = self.blobs[0].device
         if device.type != "cuda":
             return
-        header = self.blobs[0].header
-        weights = header.rows * header.cols
+        weights = self.blobs[0].header.matrix_elements
         numbers = range(TOKENS[-1], _MOST_TOKENS)
         many = [*TOKENS, *islice((n for n in numbers if has_many_rows(self.count, n, top_k, weights=weights)), 1)]
         x = torch.zeros(many[-1], columns, dtype=dtype, device=device)

@@ -159,8 +159,7 @@ class GroupedMatrices:
     @property
     def matrix_weights(self) -> int:
         """How many weights an expert's matrix has."""
-        header = self.blobs[0][0].header
-        return len(self.blobs[0]) * header.rows * header.cols
+        return len(self.blobs[0]) * self.blobs[0][0].header.matrix_elements
 
     def linear(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x [tokens, columns] or [tokens, top_k, columns], ids i64 [tokens, top_k] → [tokens, top_k, rows]."""

@@ -201,9 +201,10 @@ def _grouped_linear_cuda(
     stack = grouped.Stack(coded, matrices, max_tables)
     rows, chosen, limits = x.reshape(-1, geometry[5]).contiguous(), ids.contiguous(), device_limits(x.device)
     is_own = stack.parts == 1 and stack.experts == coded.header.matrices
-    fused = products.can_multiply(coded.layout)
-    many = grouped.has_many_rows(stack.experts, *ids.shape, weights=coded.header.rows * coded.header.cols)
-    if not ids.numel() or (fused and not (is_own and many and not _is_captured(x))):
+    # Of blobs of their own, the caller has asked whether one by one is faster.
+    one_by_one = is_own and not _is_captured(x)
+    one_by_one = one_by_one and grouped.has_many_rows(stack.experts, *ids.shape, weights=coded.header.matrix_elements)
+    if not ids.numel() or (products.can_multiply(coded.layout) and not one_by_one):
         out = grouped.multiply(stack, rows, chosen, limits)
     elif is_own:
         out = grouped.multiply_each(coded, rows, chosen, limits)
