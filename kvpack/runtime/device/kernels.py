@@ -7,13 +7,13 @@ disk cache keeps the result. That cache does not look into included files, so th
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-import math
+import struct
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,11 @@ from kvpack.runtime.device.sources import cuda_source_dir
 
 # Without this a block has 48 KiB.
 _PLAIN_SHARED_BYTES = 48 * 1024
+_MAX_ARGUMENTS = 64
+# NumPy scalars in eight bytes, as `struct` has them.
+_PACKED: dict[type, str] = {np.uint32: "I4x", np.int32: "i4x", np.float32: "f4x", np.uint64: "Q", np.int64: "q"}
+# What a grid's or a block's other dimensions are, by how many are said.
+_ONES = {1: (1, 1), 2: (1,), 3: ()}
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
 _NAMES = (
@@ -172,15 +177,31 @@ def _check_device(kind: str, index: int | None) -> None:
 
 
 _compile_lock = threading.Lock()
-_functions: dict[tuple[Kernel, int, int], Any] = {}
+_loaded: dict[tuple[Kernel, int, int], _Loaded] = {}
 
 
-def _function(kernel: Kernel, device: int, shared_bytes: int) -> Any:
-    """CuPy's function for the current device, with at least ``shared_bytes`` of dynamic shared memory allowed."""
+@dataclass
+class _Loaded:
+    """A kernel of one device.
+
+    Attributes:
+        function: CuPy's; address: the driver's.
+        shared_bytes: the most dynamic shared memory that has been allowed.
+        arguments: packs values, eight bytes each; known when it is launched first.
+    """
+
+    function: Any
+    address: int
+    shared_bytes: int
+    arguments: struct.Struct | None = None
+
+
+def _load(kernel: Kernel, device: int, shared_bytes: int) -> _Loaded:
+    """A kernel for the current device, with at least ``shared_bytes`` of dynamic shared memory allowed."""
     limit = 0 if shared_bytes <= _PLAIN_SHARED_BYTES else 1
-    found = _functions.get((kernel, device, limit))
-    if found is not None and (not limit or found[1] >= shared_bytes):
-        return found[0]
+    found = _loaded.get((kernel, device, limit))
+    if found is not None and (not limit or found.shared_bytes >= shared_bytes):
+        return found
     with _compile_lock:
         import cupy
 
@@ -189,20 +210,44 @@ def _function(kernel: Kernel, device: int, shared_bytes: int) -> Any:
             function = module.get_function(kernel.function)
             if limit:
                 function.max_dynamic_shared_size_bytes = shared_bytes
+            found = _Loaded(function, function.kernel.ptr, shared_bytes)
         except Exception as error:
             raise DeviceError(f"{kernel.source} cannot be made ready for cuda:{device}: {error}") from error
-        _functions[kernel, device, limit] = (function, shared_bytes)
-    return function
+        _loaded[kernel, device, limit] = found
+    return found
 
 
-def _argument(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return np.uintp(value.data_ptr())
-    if value is None:
-        return np.uintp(0)
-    if isinstance(value, np.generic):  # a Python int would be passed as int64, a float as float64
-        return value
-    raise TypeError(f"{value!r} is no kernel argument: tensors, NumPy scalars and None are")
+class _Slots(threading.local):
+    """Where a thread puts a launch's arguments: each has eight bytes, whose addresses stay. The driver copies them.
+
+    Attributes:
+        values: the eight bytes of each.
+        addresses: of the list of their addresses.
+        devices: those whose context this thread has.
+    """
+
+    def __init__(self) -> None:
+        self.values = (ctypes.c_uint64 * _MAX_ARGUMENTS)()
+        first = ctypes.addressof(self.values)
+        self._list = (ctypes.c_void_p * _MAX_ARGUMENTS)(*(first + 8 * i for i in range(_MAX_ARGUMENTS)))
+        self.addresses = ctypes.addressof(self._list)
+        self.devices: set[int] = set()
+
+
+_slots = _Slots()
+
+
+def _packing(arguments: Sequence[torch.Tensor | np.generic | None]) -> struct.Struct:
+    """How a kernel's arguments are packed, from the types of those of its first launch."""
+    formats = []
+    for value in arguments:
+        code = "Q" if value is None or isinstance(value, torch.Tensor) else _PACKED.get(type(value))
+        if code is None:  # a Python int could be any of them
+            raise TypeError(f"{value!r} is no kernel argument: tensors, NumPy scalars and None are")
+        formats.append(code)
+    if len(formats) > _MAX_ARGUMENTS:
+        raise TypeError(f"{len(formats)} arguments; a launch takes {_MAX_ARGUMENTS}")
+    return struct.Struct("<" + "".join(formats))
 
 
 def launch(
@@ -216,28 +261,56 @@ def launch(
 ) -> None:
     """Launch on torch's current stream of ``device``, sampled now (a stream kept from earlier would miss a capture).
 
+    The driver is asked directly: CuPy's own call takes longer than most kernels of one token (docs/DESIGN-NOTES.md).
+
     Args:
         arguments: tensors (passed as pointers; they must lie on the device), NumPy scalars of the parameters' exact
             types, None for a null pointer.
         shared_bytes: dynamic shared memory of a block.
     """
     dimensions, threads = (size if isinstance(size, tuple) else (size,) for size in (grid, block))
-    if math.prod(dimensions) == 0:
+    if 0 in dimensions:
         return
-    stream = torch.cuda.current_stream(device)
-    index = stream.device_index
-    values = tuple(map(_argument, arguments))
-    # torch's, which makes no context on the device that was current before, where there is none.
-    on_device = nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
-    with on_device, _external(stream):
-        _function(kernel, index, shared_bytes)(dimensions, threads, values, shared_mem=shared_bytes)
+    current = torch.cuda.current_device()
+    index = current if device.index is None else device.index
+    if index != current:  # torch's, which makes no context on the device that was current before, where there is none
+        with torch.cuda.device(index):
+            launch(kernel, grid, block, arguments, device=device, shared_bytes=shared_bytes)
+        return
+    found = _load(kernel, index, shared_bytes)
+    if found.arguments is None:
+        found.arguments = _packing(arguments)
+    values = [
+        value.data_ptr() if isinstance(value, torch.Tensor) else 0 if value is None else value for value in arguments
+    ]
+    slots = _slots
+    if index not in slots.devices:
+        _take_context()
+        slots.devices.add(index)
+    found.arguments.pack_into(slots.values, 0, *values)
+    _launch_kernel()(
+        found.address,
+        *dimensions,
+        *_ONES[len(dimensions)],
+        *threads,
+        *_ONES[len(threads)],
+        shared_bytes,
+        torch._C._cuda_getCurrentRawStream(index),
+        slots.addresses,
+        0,
+    )
 
 
-@lru_cache(maxsize=256)
-def _external(stream: torch.cuda.Stream) -> Any:
-    """The same stream for CuPy, which holds it."""
+@cache
+def _launch_kernel() -> Callable[..., None]:
+    """``cuLaunchKernel``, as CuPy has it."""
     import cupy
 
-    if hasattr(stream, "__cuda_stream__"):
-        return cupy.cuda.Stream.from_external(stream)
-    return cupy.cuda.ExternalStream(stream.cuda_stream, stream.device_index)
+    return cupy.cuda.driver.launchKernel  # type: ignore[no-any-return]
+
+
+def _take_context() -> None:
+    """Have the current device's context be this thread's: the driver asks for one, the runtime takes it by itself."""
+    import cupy
+
+    cupy.cuda.runtime.memGetInfo()  # may be called during a capture, too

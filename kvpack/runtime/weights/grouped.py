@@ -274,7 +274,8 @@ def _multiply(stack: Stack, x: torch.Tensor, ids: torch.Tensor, plan: _Plan, lim
             arrivals = torch.zeros(count, dtype=torch.int32, device=x.device)
         else:
             arrivals = semaphores.take(count, x.device)
-    arguments = products.product_arguments(coded, fit, x, coded.tables, None, out, partials, arrivals)
+    numbers = products.product_numbers(coded, fit)
+    arguments = products.product_arguments(coded, numbers, x, coded.tables, None, out, partials, arrivals)
     for index in range(launches):
         kernels.launch(
             kernel,

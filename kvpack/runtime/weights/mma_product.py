@@ -182,7 +182,7 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, fit: MmaF
             coded.groups,
             coded.tables if len(coded.tables) else None,
             coded.scales,
-            np.uint32(coded.scale_stride),
+            coded.scale_stride,
             bias,
             out,
             torch.empty(sums, dtype=torch.float32, device=device),

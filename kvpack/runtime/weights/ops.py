@@ -13,6 +13,7 @@ The CPU implementations decode with :mod:`kvpack.encode`; groups and tables are 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,8 @@ def _vectors(
     scales: torch.Tensor, geometry: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Scales, row offsets and column scales from the tensor that has them one after another."""
+    if not (geometry[13] or geometry[14]):
+        return scales, None, None
     rows, cols, matrices = geometry[4], geometry[5], geometry[7]
     num_offsets, num_columns = matrices * rows * geometry[13], matrices * cols * geometry[14]
     own, offsets, columns = scales.split((len(scales) - num_offsets - num_columns, num_offsets, num_columns))
@@ -87,6 +90,14 @@ def _header(geometry: tuple[int, ...]) -> BlobHeader:
     return BlobHeader(layout=layout, rows=rows, cols=cols, tile_cols=tile_cols, matrices=matrices)
 
 
+@lru_cache(maxsize=4096)
+def _described(
+    geometry: tuple[int, ...], num_tables: int, scale_of_rows: bool, device: torch.device
+) -> tuple[BlobHeader, dict[Any, Any]]:
+    """The header, and the launches that have been found for all that are described so (:attr:`Coded.found`)."""
+    return _header(geometry), {}
+
+
 def _coded(
     blob: torch.Tensor,
     groups: torch.Tensor,
@@ -96,8 +107,9 @@ def _coded(
     geometry: list[int],
 ) -> Coded:
     scales, row_offsets, column_scales = _vectors(scales.contiguous(), geometry)
+    header, found = _described(tuple(geometry), len(tables), len(scales) > 1, blob.device)
     return Coded(
-        header=_header(tuple(geometry)),
+        header=header,
         max_group_words=geometry[9],
         predicted=bool(geometry[10]),
         has_outliers=bool(geometry[11]),
@@ -108,6 +120,7 @@ def _coded(
         status=status,
         row_offsets=row_offsets,
         column_scales=column_scales,
+        found=found,
     )
 
 
@@ -166,19 +179,20 @@ def linear_cuda(
     """What ``torch.ops.kvpack.linear`` does on a GPU."""
     _check_product(x, scales, geometry)
     coded = _coded(blob, groups, tables, scales, status, geometry)
-    rows, cols = coded.header.rows, coded.header.cols
+    rows, cols = geometry[4], geometry[5]
     tokens = x.reshape(-1, cols).contiguous()
+    count = tokens.shape[0]
     bias = _bias(bias, x, rows)
     limits = device_limits(x.device)
-    if len(tokens) == 0:
+    if count == 0:
         out = x.new_empty(0, rows)
-    elif fit := wgmma_product.fit_for(coded, len(tokens), x.dtype, limits):
+    elif fit := wgmma_product.fit_for(coded, count, x.dtype, limits):
         out = wgmma_product.multiply(coded, tokens, bias, fit)
-    elif mma_fit := mma_product.fit_for(coded, len(tokens), x.dtype, limits):
+    elif mma_fit := mma_product.fit_for(coded, count, x.dtype, limits):
         out = mma_product.multiply(coded, tokens, bias, mma_fit)
-    elif len(tokens) <= products.max_fused_tokens(x.dtype) and products.can_multiply(coded.layout):
-        multiply = products.multiply_fp32 if x.dtype == torch.float32 else products.multiply
-        out = multiply(coded, tokens, bias, limits)
+    elif count <= products.max_fused_tokens(x.dtype) and products.can_multiply(coded.layout):
+        fused = products.multiply_fp32 if x.dtype == torch.float32 else products.multiply
+        out = fused(coded, tokens, bias, limits)
     else:
         out = expansion.multiply(coded, tokens, bias, limits)
     return _shaped(out, x)

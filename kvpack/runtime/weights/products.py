@@ -7,9 +7,10 @@ many warps share a multiprocessor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from kvpack.runtime.weights.launch_costs import device_costs
 from kvpack.runtime.weights.launch_model import (
     BLOCKS_PER_SM,
     ProductFit,
+    Terms,
     fit_decode,
     fit_gemm,
     fit_gemv,
@@ -81,6 +83,8 @@ NUMBER_TYPES = {
     ElementKind.FP8_E5M2: torch.uint8,
 }
 
+Launch = TypeVar("Launch")
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -94,6 +98,8 @@ class Coded:
         row_offsets: f32 [matrices · rows], or None.
         column_scales: f32 [matrices · cols], or None.
         status: i32 [2]: lanes that ended wrongly, and where (see ``report_damage`` in ``cuda/codec/tile.cuh``).
+        found: launches by what they are for, of all tensors that these are the same for: no tensors are in it. To find
+            one again takes the host longer than the GPU needs for a token.
     """
 
     header: BlobHeader
@@ -107,6 +113,7 @@ class Coded:
     status: torch.Tensor
     row_offsets: torch.Tensor | None = None
     column_scales: torch.Tensor | None = None
+    found: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def layout(self) -> Layout:
@@ -121,15 +128,25 @@ class Coded:
         """What a group's words take in shared memory."""
         return word_buffer_bytes(self.header, self.max_group_words)
 
-    @property
-    def scale_stride(self) -> int:
-        return int(len(self.scales) > 1)
+    @cached_property
+    def scale_stride(self) -> np.uint32:
+        return np.uint32(len(self.scales) > 1)
 
-    def table_launches(self) -> Iterator[tuple[int, torch.Tensor | None]]:
+    @cached_property
+    def table_launches(self) -> tuple[tuple[int, torch.Tensor | None], ...]:
         """One launch for each table; one without if no tile has words."""
-        if not len(self.tables):
-            yield 0, None
-        yield from enumerate(self.tables)
+        count = self.tables.shape[0]
+        if count <= 1:
+            return ((0, self.tables if count else None),)
+        return tuple(enumerate(self.tables))
+
+    def launch(self, key: Hashable, made_for: object, make: Callable[[], Launch]) -> Launch:
+        """A launch from ``found``, made anew where it was made for another thing."""
+        key = (key, self.row_offsets is None, self.column_scales is None)
+        known = self.found.get(key)
+        if known is None or known[0] is not made_for:
+            known = self.found[key] = made_for, make()
+        return known[1]  # type: ignore[no-any-return]
 
 
 def word_buffer_bytes(header: BlobHeader, max_group_words: int) -> int:
@@ -311,8 +328,12 @@ def max_panels(coded: Coded, sums: int, matrices: int = 1, tables: int | None = 
 
 def fit_product(coded: Coded, tokens: int, limits: Limits) -> ProductFit | None:
     """The launch for up to 64 vectors that should be the fastest; None if so many do not fit shared memory."""
+    costs = device_costs(limits)  # others, once they have been measured
+    return coded.launch(tokens, costs, lambda: _fit_product(coded, tokens, limits, costs.costs))
+
+
+def _fit_product(coded: Coded, tokens: int, limits: Limits, costs: Mapping[int, Terms]) -> ProductFit | None:
     shape = (coded.header, coded.word_buffer_bytes, limits)
-    costs = device_costs(limits).costs
     if tokens == 1:
         warps = gemv_warps(coded.layout, limits.architecture)
         found = fit_gemv(*shape, warps, max_panels(coded, 1), costs=costs[0])
@@ -381,8 +402,8 @@ def multiply(
     """
     if coded.row_offsets is not None:
         return with_row_offsets(coded, x, bias, lambda plain, wide: multiply(plain, wide, None, limits, fit))
-    out = torch.empty((len(x), coded.header.rows), dtype=x.dtype, device=x.device)
-    fit = fit or fit_product(coded, len(x), limits)
+    out = torch.empty((x.shape[0], coded.header.rows), dtype=x.dtype, device=x.device)
+    fit = fit or fit_product(coded, x.shape[0], limits)
     if fit is not None:
         _multiply(coded, x, bias, fit, limits, out)
         return out
@@ -406,45 +427,29 @@ def _multiply(
     out: torch.Tensor,
 ) -> None:
     """One product into ``out``, a launch for each table."""
-    tokens = len(x)
-    num_tables = max(1, len(coded.tables))
-    last: tuple[np.uint32, ...] = ()
-    scaled = coded.column_scales is not None
-    if tokens == 1:
-        kernel = gemv_kernel(
-            coded.layout, x.dtype, fit.buffers, fit.resident, limits.architecture, column_scales=scaled
-        )
-        sums = 1
-    else:
-        eights = token_tiles(tokens)
-        kernel = gemm_kernel(
-            coded.layout,
-            x.dtype,
-            fit.buffers,
-            fit.resident,
-            eights,
-            limits.architecture,
-            column_scales=scaled,
-        )
-        sums, last = 8 * eights, (np.uint32(tokens),)
-    parts = fit.panels * num_tables
+    tokens = x.shape[0]
+    kernel, sums, numbers, last = coded.launch(
+        (tokens, x.dtype), fit, lambda: _product_launch(coded, tokens, x.dtype, fit, limits)
+    )
+    launches = coded.table_launches
+    parts = fit.panels * len(launches)
     partials = arrivals = None
     if parts > 1:
         partials = torch.empty(parts * sums * coded.row_groups * GROUP_LANES, dtype=torch.float32, device=x.device)
         # Semaphores are not 0 between the launches of several tables; shared ones would mislead another product.
-        if num_tables > 1:
+        if len(launches) > 1:
             arrivals = torch.zeros(coded.row_groups, dtype=torch.int32, device=x.device)
         else:
             arrivals = semaphores.take(coded.row_groups, x.device)
-    for index, table in coded.table_launches():
+    for index, table in launches:
         kernels.launch(
             kernel,
             (fit.blocks, fit.panels),
             (GROUP_LANES, fit.members, fit.teams),
             (
-                *product_arguments(coded, fit, x, table, bias, out, partials, arrivals),
+                *product_arguments(coded, numbers, x, table, bias, out, partials, arrivals),
                 np.uint32(index),
-                np.uint32(num_tables),
+                np.uint32(len(launches)),
                 *last,
             ),
             device=x.device,
@@ -452,9 +457,22 @@ def _multiply(
         )
 
 
+def _product_launch(
+    coded: Coded, tokens: int, activation: torch.dtype, fit: ProductFit, limits: Limits
+) -> tuple[Kernel, int, tuple[np.uint32, ...], tuple[np.uint32, ...]]:
+    """The kernel, how many sums it has for each row, numbers, and its last arguments."""
+    options = (coded.layout, activation, fit.buffers, fit.resident)
+    scaled, numbers = coded.column_scales is not None, product_numbers(coded, fit)
+    if tokens == 1:
+        return gemv_kernel(*options, limits.architecture, column_scales=scaled), 1, numbers, ()
+    eights = token_tiles(tokens)
+    kernel = gemm_kernel(*options, eights, limits.architecture, column_scales=scaled)
+    return kernel, 8 * eights, numbers, (np.uint32(tokens),)
+
+
 def product_arguments(
     coded: Coded,
-    fit: ProductFit,
+    numbers: tuple[np.uint32, ...],
     x: torch.Tensor,
     table: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -462,33 +480,44 @@ def product_arguments(
     partials: torch.Tensor | None,
     arrivals: torch.Tensor | None,
 ) -> tuple[torch.Tensor | np.generic | None, ...]:
-    """What all kernels of products are given, before what is one table's and one kernel's own."""
-    header = coded.header
+    """What all kernels of products are given, before what is one table's and one kernel's own.
+
+    ``numbers``: see :func:`product_numbers`.
+    """
     return (
         x,
         coded.blob,
         coded.groups,
         table,
         coded.scales,
-        np.uint32(coded.scale_stride),
+        coded.scale_stride,
         coded.column_scales,
         bias,
         out,
         partials,
         arrivals,
         coded.status,
-        np.uint32(header.rows),
-        np.uint32(header.cols),
-        np.uint32(header.tile_cols),
-        np.uint32(header.num_tiles_col),
-        np.uint32(fit.panel_width),
-        np.uint32(fit.member_width),
-        np.uint32(fit.last_members),
-        np.uint32(fit.run_quotient),
-        np.uint32(fit.run_remainder),
-        np.uint32(header.length_bytes),
-        np.uint32(coded.word_buffer_bytes),
+        *numbers,
     )
+
+
+def product_numbers(coded: Coded, fit: ProductFit) -> tuple[np.uint32, ...]:
+    """The shape of a coded tensor, and of a launch."""
+    header = coded.header
+    numbers = (
+        header.rows,
+        header.cols,
+        header.tile_cols,
+        header.num_tiles_col,
+        fit.panel_width,
+        fit.member_width,
+        fit.last_members,
+        fit.run_quotient,
+        fit.run_remainder,
+        header.length_bytes,
+        coded.word_buffer_bytes,
+    )
+    return tuple(map(np.uint32, numbers))
 
 
 def decode(
@@ -503,14 +532,33 @@ def decode(
     ``rows`` begins at a multiple of 32 of its matrix, and ends at one, or at its last row. ``out`` is contiguous,
     [rows, cols] of the type that ``output`` says; None with OUTPUT_NOTHING.
     """
-    header = coded.header
-    first_row, end_row = rows or (0, header.matrices * header.rows)
-    tile_columns = header.num_tiles_col
-    first, end = 0, len(coded.groups)
-    if rows is not None:
-        first = _row_group(coded, first_row) * tile_columns
-        end = (_row_group(coded, end_row - 1) + 1) * tile_columns
     output_bytes = 0 if out is None else out.element_size()
+    kernel, grid, threads, shared_bytes, numbers = coded.launch(
+        (output, rows), limits, lambda: _decode_launch(coded, output, output_bytes, limits, rows)
+    )
+    before = (coded.scales, coded.scale_stride, coded.row_offsets, coded.column_scales, out, coded.status)
+    for index, table in coded.table_launches:
+        kernels.launch(
+            kernel,
+            grid,
+            threads,
+            (coded.blob, coded.groups, table, *before, *numbers, np.uint32(index)),
+            device=coded.blob.device,
+            shared_bytes=shared_bytes,
+        )
+
+
+def _decode_launch(
+    coded: Coded, output: int, output_bytes: int, limits: Limits, rows: tuple[int, int] | None
+) -> tuple[Kernel, int, int, int, tuple[np.generic, ...]]:
+    """Kernel, grid, threads, bytes of shared memory, and the numbers that say which rows."""
+    header = coded.header
+    tile_columns = header.num_tiles_col
+    first_row, first, end = 0, 0, len(coded.groups)
+    if rows is not None:
+        first_row = rows[0]
+        first = _row_group(coded, first_row) * tile_columns
+        end = (_row_group(coded, rows[1] - 1) + 1) * tile_columns
     staging_bytes = GROUP_LANES * CHUNK_COLS * max(1, output_bytes)
     vectors = {"row_offsets": coded.row_offsets is not None, "column_scales": coded.column_scales is not None}
     if output not in OUTPUTS.values():
@@ -529,37 +577,19 @@ def decode(
         **kinds,
         **vectors,
     )
-    device = coded.blob.device
-    for index, table in coded.table_launches():
-        kernels.launch(
-            kernel,
-            fit.grid,
-            fit.warps * GROUP_LANES,
-            (
-                coded.blob,
-                coded.groups,
-                table,
-                coded.scales,
-                np.uint32(coded.scale_stride),
-                coded.row_offsets,
-                coded.column_scales,
-                out,
-                coded.status,
-                np.uint64(first_row),
-                np.uint32(header.rows),
-                np.uint32(header.cols),
-                np.uint32(header.tile_cols),
-                np.uint32(coded.row_groups),
-                np.uint32(tile_columns),
-                np.uint32(first),
-                np.uint32(end),
-                np.uint32(header.length_bytes),
-                np.uint32(coded.word_buffer_bytes),
-                np.uint32(index),
-            ),
-            device=device,
-            shared_bytes=fit.shared_bytes,
-        )
+    numbers = (
+        np.uint64(first_row),
+        np.uint32(header.rows),
+        np.uint32(header.cols),
+        np.uint32(header.tile_cols),
+        np.uint32(coded.row_groups),
+        np.uint32(tile_columns),
+        np.uint32(first),
+        np.uint32(end),
+        np.uint32(header.length_bytes),
+        np.uint32(coded.word_buffer_bytes),
+    )
+    return kernel, fit.grid, fit.warps * GROUP_LANES, fit.shared_bytes, numbers
 
 
 @cache
@@ -586,7 +616,7 @@ def decode_rows(coded: Coded, ids: torch.Tensor, out: torch.Tensor) -> None:
             coded.groups,
             coded.tables if len(coded.tables) else None,
             coded.scales,
-            np.uint32(coded.scale_stride),
+            coded.scale_stride,
             coded.row_offsets,
             coded.column_scales,
             ids,

@@ -193,7 +193,7 @@ def multiply(coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, fit: Wgmm
             coded.groups,
             coded.tables[0] if len(coded.tables) else None,
             coded.scales,
-            np.uint32(coded.scale_stride),
+            coded.scale_stride,
             bias,
             out,
             partials,
