@@ -240,15 +240,19 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     import cupy
 
     found: list[int] = []
-    function = kernels._function
+    load_kernel, launched = kernels._load, kernels._launch_kernel()
 
     def watched(kernel: Any, device: int, shared_bytes: int) -> Any:
         assert cupy.cuda.runtime.getDevice() == device == torch.cuda.current_device()
-        assert cupy.cuda.get_current_stream().ptr == torch.cuda.current_stream(device).cuda_stream
         found.append(device)
-        return function(kernel, device, shared_bytes)
+        return load_kernel(kernel, device, shared_bytes)
 
-    monkeypatch.setattr(kernels, "_function", watched)
+    def watched_driver(*arguments: int) -> None:
+        assert arguments[8] == torch.cuda.current_stream().cuda_stream
+        launched(*arguments)
+
+    monkeypatch.setattr(kernels, "_load", watched)
+    monkeypatch.setattr(kernels, "_launch_kernel", lambda: watched_driver)
     return found
 
 

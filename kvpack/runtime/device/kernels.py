@@ -295,10 +295,15 @@ def launch(
         *threads,
         *_ONES[len(threads)],
         shared_bytes,
-        torch._C._cuda_getCurrentRawStream(index),
+        current_stream(index),
         slots.addresses,
         0,
     )
+
+
+def current_stream(device: int) -> int:
+    """The address of torch's current stream of a device; no object of torch's is made for it."""
+    return torch._C._cuda_getCurrentRawStream(device)  # type: ignore[no-any-return]
 
 
 @cache

@@ -11,6 +11,8 @@ import threading
 
 import torch
 
+from kvpack.runtime.device.kernels import current_stream
+
 _ARENA_SEMAPHORES = 1 << 20
 _STREAM_SEMAPHORES = 4096
 _arena: dict[int, torch.Tensor] = {}  # what is left of the newest
@@ -33,17 +35,17 @@ def take(count: int, device: torch.device) -> torch.Tensor:
     """i32 [at least count], for a launch on the current stream that leaves them at 0."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    key = (stream.device_index, stream.cuda_stream)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = (index, current_stream(index))
     captured = torch.cuda.is_current_stream_capturing()
     with _arena_lock:
         found = None if captured else _stream_semaphores.get(key)
         if found is not None and len(found) >= count:
             return found
-        rest = _arena.get(stream.device_index)
+        rest = _arena.get(index)
         taken = count if captured else max(count, _STREAM_SEMAPHORES)
         if rest is not None and len(rest) >= taken:
-            found, _arena[stream.device_index] = rest[:taken], rest[taken:]
+            found, _arena[index] = rest[:taken], rest[taken:]
             if not captured:
                 _stream_semaphores[key] = found
             return found

@@ -41,6 +41,15 @@ def _expand(coded: Coded, rows: tuple[int, int], out: torch.Tensor, limits: Limi
     products.decode(coded, output, out, limits, rows)
 
 
+def _multiply_dense(x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    if weights.dtype != x.dtype:
+        weights = weights.to(x.dtype)
+    if bias is None:
+        torch.mm(x, weights.T, out=out)
+    else:
+        torch.addmm(bias, x, weights.T, out=out)
+
+
 def multiply(
     coded: Coded, x: torch.Tensor, bias: torch.Tensor | None, limits: Limits, *, matrix: int = 0
 ) -> torch.Tensor:
@@ -51,10 +60,15 @@ def multiply(
     header = coded.header
     rows, cols = header.rows, header.cols
     dtype = x.dtype if len(coded.scales) else LOSSLESS_TYPES[header.layout.element_kind]
-    out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     step = part_rows(rows, cols, dtype.itemsize)
+    if step >= rows:  # by few calls of torch: outside of a CUDA graph the GPU may wait for the host
+        weights = torch.empty((rows, cols), dtype=dtype, device=x.device)
+        _expand(coded, (matrix * rows, (matrix + 1) * rows), weights, limits)
+        _multiply_dense(x, weights, bias, out)
+        return out
     parts = [(first, min(first + step, rows)) for first in range(0, rows, step)]
-    buffers = [torch.empty((min(step, rows), cols), dtype=dtype, device=x.device) for _ in parts[:2]]
+    buffers = [torch.empty((step, cols), dtype=dtype, device=x.device) for _ in range(2)]
 
     def expand(index: int) -> None:
         first, end = parts[index]
@@ -63,16 +77,9 @@ def multiply(
 
     def multiply_part(index: int) -> None:
         first, end = parts[index]
-        weights = buffers[index % 2][: end - first].to(x.dtype)
-        if bias is None:
-            torch.mm(x, weights.T, out=out[:, first:end])
-        else:
-            torch.addmm(bias[first:end], x, weights.T, out=out[:, first:end])
+        weights = buffers[index % 2][: end - first]
+        _multiply_dense(x, weights, None if bias is None else bias[first:end], out[:, first:end])
 
-    if len(parts) == 1:
-        expand(0)
-        multiply_part(0)
-        return out
     main = torch.cuda.current_stream(x.device)
     side = _side_stream(main)
     expanded = [torch.cuda.Event() for _ in parts]
