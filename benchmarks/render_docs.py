@@ -1237,6 +1237,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "vllm-gpu": vllm_gpu("vllm-gpu"),
     "vllm-gpu-experts": vllm_gpu("vllm-gpu-experts"),
     "vllm-gpu-32-cores": vllm_gpu("vllm-gpu-32-cores"),
+    "vllm-gpu-packed": vllm_gpu("vllm-gpu-packed"),
     "vllm-serving": vllm_serving,
     "processes": processes,
     "linear-summary": linear_summary,
