@@ -1238,6 +1238,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "vllm-gpu-experts": vllm_gpu("vllm-gpu-experts"),
     "vllm-gpu-32-cores": vllm_gpu("vllm-gpu-32-cores"),
     "vllm-gpu-packed": vllm_gpu("vllm-gpu-packed"),
+    "vllm-gpu-experts-4-layers": vllm_gpu("vllm-gpu-experts-4-layers"),
     "vllm-serving": vllm_serving,
     "processes": processes,
     "linear-summary": linear_summary,
